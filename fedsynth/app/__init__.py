@@ -1,0 +1,1 @@
+"""The Flower App that the launcher submits."""

@@ -1,0 +1,104 @@
+"""Texts in columns, with where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+
+class Provenance(StrEnum):
+    """Where a text came from; decides whether it may leave a client (fedsynth.wire)."""
+
+    PUBLIC = "public"
+    PRIVATE = "private"
+    DP_SYNTHETIC = "dp_synthetic"
+    """Written by a model trained under a grant. Set in fedsynth.privacy.release only."""
+    LLM_WRITTEN = "llm_written"
+    """Written by the server LLM; its guarantee is that of its demonstrations (`grants`)."""
+    SELF_GENERATED = "self_generated"
+    """Written from private demonstrations: no guarantee."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Examples in columns.
+
+    Attributes:
+        prompts: Classification: the text. Instructions: the instruction.
+        answers: Classification: the class name. Instructions: the response.
+        provenance: Where the texts came from.
+        grants: Ids of the privacy grants that the guarantee rests on. Empty for texts that derive from
+            private ones means: no guarantee.
+        units: The person (or other privacy unit) of each example. Private corpora only; never leaves.
+
+    Raises:
+        ValueError: If the columns differ in length, or units stand beside text that is not private.
+    """
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    provenance: Provenance
+    grants: tuple[str, ...] = ()
+    units: tuple[Hashable, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.answers):
+            raise ValueError(f"a corpus needs as many answers as prompts, got {len(self.answers)} for {len(self.prompts)}")
+        if self.units is not None:
+            if self.provenance is not Provenance.PRIVATE:
+                raise ValueError(f"units belong to private corpora only, this one is {self.provenance.value}")
+            if len(self.units) != len(self.prompts):
+                raise ValueError(f"a corpus needs one unit per example, got {len(self.units)} for {len(self.prompts)}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Iterable[int]) -> Corpus:
+        """The examples at `rows`, in that order, with the same provenance and grants."""
+        rows = list(rows)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in rows),
+            answers=tuple(self.answers[i] for i in rows),
+            units=None if self.units is None else tuple(self.units[i] for i in rows),
+        )
+
+    def counts(self) -> Counter[str]:
+        """How often each answer occurs."""
+        return Counter(self.answers)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples in order. Not for private text that leaves: use a keyed MAC there."""
+        digest = hashlib.sha256()
+        for prompt, answer in zip(self.prompts, self.answers, strict=True):
+            for part in (prompt, answer):
+                raw = part.encode()
+                digest.update(len(raw).to_bytes(8, "big") + raw)
+        return digest.hexdigest()
+
+
+def pool(corpora: Sequence[Corpus]) -> Corpus:
+    """All examples of corpora of one provenance, in order; grants are united.
+
+    Raises:
+        ValueError: If there is no corpus, or their provenances differ.
+    """
+    if not corpora:
+        raise ValueError("pool needs at least one corpus")
+    kinds = {c.provenance for c in corpora}
+    if len(kinds) > 1:
+        raise ValueError(f"only corpora of one provenance can be pooled, got {sorted(k.value for k in kinds)}")
+    united = None
+    if all(c.units is not None for c in corpora):
+        # Persons of different sites are different units, even where two sites use the same identifier.
+        united = tuple((site, unit) for site, c in enumerate(corpora) for unit in c.units or ())
+    return Corpus(
+        prompts=tuple(p for c in corpora for p in c.prompts),
+        answers=tuple(a for c in corpora for a in c.answers),
+        provenance=corpora[0].provenance,
+        grants=tuple(dict.fromkeys(g for c in corpora for g in c.grants)),
+        units=united,
+    )

@@ -1,0 +1,1 @@
+"""Differential privacy: plan, ledger, noise, release."""

@@ -1,0 +1,1 @@
+"""A small simulated world in which the methods truly run, offline."""

@@ -1,0 +1,1 @@
+"""What a server asks of its clients, method by method."""
