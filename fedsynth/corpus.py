@@ -46,7 +46,9 @@ class Corpus:
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.answers):
-            raise ValueError(f"a corpus needs as many answers as prompts, got {len(self.answers)} for {len(self.prompts)}")
+            raise ValueError(
+                f"a corpus needs as many answers as prompts, got {len(self.answers)} for {len(self.prompts)}"
+            )
         if self.units is not None:
             if self.provenance is not Provenance.PRIVATE:
                 raise ValueError(f"units belong to private corpora only, this one is {self.provenance.value}")

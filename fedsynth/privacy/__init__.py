@@ -1,1 +1,43 @@
 """Differential privacy: plan, ledger, noise, release."""
+
+from fedsynth.privacy.ledger import Binding, BudgetExhausted, Grant, GrantUsed, Ledger, LedgerUnusable
+from fedsynth.privacy.noise import GrantRandomness, data_mac, simulated_key, site_key
+from fedsynth.privacy.plan import (
+    Budget,
+    BudgetTooSmall,
+    DPPlan,
+    Statement,
+    composed_epsilon,
+    epsilon,
+    group_epsilon,
+    plan,
+    statement,
+)
+from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+
+__all__ = [
+    "Binding",
+    "Budget",
+    "BudgetExhausted",
+    "BudgetTooSmall",
+    "DPPlan",
+    "DPTrained",
+    "Grant",
+    "GrantRandomness",
+    "GrantUsed",
+    "Ledger",
+    "LedgerUnusable",
+    "NotReleasable",
+    "Statement",
+    "Trained",
+    "composed_epsilon",
+    "data_mac",
+    "epsilon",
+    "group_epsilon",
+    "plan",
+    "release",
+    "release_without_guarantee",
+    "simulated_key",
+    "site_key",
+    "statement",
+]

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+READY := .venv/.ready
+
+.PHONY: run test check bench docs .venv
+
+run: $(READY)  ## the offline demonstration
+	@$(BIN)/fedsynth run hospitals
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+check: $(READY)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+
+bench: $(READY)
+	@set -e; for file in simulations/benchmarks/[!_]*.py; do echo "$$file"; $(BIN)/python "$$file"; done
+
+docs: $(READY)
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@$(BIN)/mkdocs build --quiet --strict
+
+.venv: $(READY)
+
+# torch comes first and by itself, so that whoever has a build of it of their own keeps it.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install torch==2.13.0
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,108 @@
+"""The ClientApp: each order class under its Flower action; unpack, open the home, call the function, pack."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsynth.clients.evaluate import evaluate
+from fedsynth.clients.home import Home, cell_of, simulated_home
+from fedsynth.clients.learn import NoTaskModel, learn
+from fedsynth.clients.synthesize import synthesize
+from fedsynth.firewall import Rejected, check_order
+from fedsynth.payload import BadPayload
+from fedsynth.privacy.ledger import BudgetExhausted
+from fedsynth.privacy.plan import BudgetTooSmall
+from fedsynth.privacy.release import NotReleasable
+from fedsynth.runs import places
+from fedsynth.tasks import Code, Envelope, Evaluate, Learn, Order, Synthesize
+from fedsynth.training import SelfCheckFailed
+from fedsynth.typed import BadValue
+from fedsynth.wire import WillNotLeave, pack_answer, refusal, seal, unpack_order
+
+Opener = Callable[[Context, Envelope], Home]
+
+# What a client does for each order; these functions never see Flower.
+FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
+    Synthesize: synthesize,
+    Learn: lambda home, order, _: learn(home, order),
+    Evaluate: lambda home, _, __: evaluate(home),
+}
+
+CODES: dict[type[Exception], Code] = {
+    BudgetExhausted: Code.BUDGET_EXHAUSTED,
+    BudgetTooSmall: Code.BUDGET_TOO_SMALL,
+    WillNotLeave: Code.NOT_ALLOWED,
+    NotReleasable: Code.NOT_ALLOWED,
+    Rejected: Code.BAD_ORDER,
+    BadPayload: Code.BAD_ORDER,
+    BadValue: Code.BAD_ORDER,
+    NoTaskModel: Code.NO_TASK_MODEL,
+    SelfCheckFailed: Code.SELF_CHECK_FAILED,
+}
+
+
+def client_app(open_home: Opener) -> ClientApp:
+    """A ClientApp over homes.
+
+    Args:
+        open_home: Flower's context and the order's envelope -> the home it is for.
+    """
+    torch.set_num_threads(1)  # two threads per worker on a shared machine run at half the speed of one
+    app = ClientApp()
+
+    @app.query("who")
+    def who(message: Message, context: Context) -> Message:
+        facts = {k: int(str(context.node_config.get(k, d))) for k, d in (("partition-id", 0), ("num-partitions", 1))}
+        return Message(RecordDict({"who": ConfigRecord(dict(facts))}), reply_to=message)
+
+    for kind in FUNCTIONS:
+        group, _, action = kind.task.partition(".")
+        register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
+
+        def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
+            return Message(answer(kind, message.content, context, open_home), reply_to=message)
+
+        register(action)(handle)
+    return app
+
+
+def answer(kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener) -> RecordDict:
+    """The reply to one order: sealed bytes, or a constant code. No text of an exception leaves."""
+    home: Home | None = None
+    try:
+        order, envelope, digest = unpack_order(content, kind)
+        home = open_home(context, envelope)
+        with home.locked():
+            stored = home.ledger.answered(digest)
+            if stored is None:
+                check_order(order, home.labels)
+                reply = FUNCTIONS[kind](home, order, digest)
+                stored = seal(reply, measuring=home.simulated, waived=home.ledger.waived(home.run))
+                home.ledger.store(digest, stored)
+            home.ledger.mark_sent(digest)
+            return pack_answer(stored)
+    except Exception as problem:  # the only place that catches everything: the reason stays at the site
+        if home is not None:
+            home.log().error("%s: %s", kind.task, traceback.format_exc())
+        return refusal(next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED))
+
+
+def simulation(context: Context, envelope: Envelope) -> Home:
+    """The home of a simulated client; the scenario comes with the run, and the run's private directory, too."""
+    toml, _, private = _places(tuple(sorted(context.run_config.items())), context.run_id)
+    os.umask(0o077)
+    return simulated_home(cell_of(toml, envelope.arm, envelope.seed), envelope.home, private, envelope.run)
+
+
+@lru_cache(maxsize=2)
+def _places(config: tuple[tuple[str, Any], ...], run_id: int) -> tuple[str, Path, Path]:
+    return places(dict(config), run_id)

@@ -1,0 +1,184 @@
+"""What a client keeps to itself: its text, its ledger, its task model, its log."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+from fedsynth import __version__
+from fedsynth.corpus import Corpus
+from fedsynth.data import Site, label_list, open_site, open_sites
+from fedsynth.models import weights_hash
+from fedsynth.privacy.ledger import Binding, Ledger
+from fedsynth.privacy.noise import data_mac, simulated_key
+from fedsynth.privacy.plan import DPPlan, plan
+from fedsynth.scenario import Cell, Client, from_toml
+from fedsynth.scenario import cells as scenario_cells
+
+
+@dataclass(frozen=True)
+class Home:
+    """One client's house. Nothing in it leaves except through `fedsynth.wire.seal`.
+
+    Attributes:
+        index: The client's place among the clients.
+        config: What the client runs.
+        labels: The public label list.
+        records: Declared, public number of privacy units.
+        unit: What is protected: "row", or the name of the person column.
+        work: Private directory: ledger, task model, log.
+        run: Public id of the run, arm and seed included.
+        ledger: Of this client's data set.
+        open: Reads the client's text; called after the charge.
+        simulated: Noise comes from the run seed and is reproducible; measuring and releases without guarantee are allowed.
+    """
+
+    index: int
+    config: Client
+    labels: tuple[str, ...]
+    records: int
+    unit: str
+    work: Path
+    run: str
+    ledger: Ledger
+    open: Callable[[], Site]
+    simulated: bool
+
+    @cached_property
+    def site(self) -> Site:
+        """The client's text."""
+        return self.open()
+
+    @property
+    def train(self) -> Corpus:
+        """Private text."""
+        return self.site.train
+
+    @property
+    def test(self) -> Corpus:
+        """Held-out text."""
+        return self.site.test
+
+    def plan(self) -> DPPlan:
+        """The whole schedule of this run, from declared facts only: no private text is read for it.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+        """
+        return run_plan(self.config, self.records)
+
+    def binding(self, order: str, planned: DPPlan) -> Binding:
+        """What a grant holds for: this order, plan, data, model and version."""
+        return Binding(
+            order=order,
+            plan=planned.digest(),
+            data=data_mac(self.ledger.mac_key, self.train),
+            model=weights_hash(self.config.generator),
+            version=__version__,
+        )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One order at a time; the operating system lifts the lock of a process that died."""
+        with open(self.work / "lock", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def log(self) -> logging.Logger:
+        """The site's own log: what may hold private values is written here and nowhere else."""
+        logger = logging.getLogger(f"fedsynth.home.{self.work}")
+        if not logger.handlers:
+            handler = logging.FileHandler(self.work / "site.log")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+        return logger
+
+
+def run_plan(config: Client, records: int, rounds: int = 1) -> DPPlan:
+    """The schedule of a client's DP training: what is charged, what is run, what is reported.
+
+    Raises:
+        fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+        ValueError: If the run has no budget.
+    """
+    if config.budget is None:
+        raise ValueError("a run without a budget has no plan")
+    training = config.generator_training
+    return plan(
+        config.budget,
+        records=records,
+        expected_batch=min(training.expected_batch, records),
+        steps=training.steps,
+        rounds=rounds,
+        clip_norm=training.clip_norm,
+        max_noise_multiplier=config.max_noise_multiplier,
+    )
+
+
+def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
+    """A home of a simulation: its data is drawn or split by the simulator, its ledger holds this cell only.
+
+    Args:
+        cell: Arm, seed and resolved scenario.
+        index: Which client.
+        private: The run's private directory.
+        run: Public id of the run.
+    """
+    scenario = cell.scenario
+    work = private / cell.arm / f"seed-{cell.seed}" / f"client-{index}"
+    work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    dataset = f"{scenario.data.source}#{index}"
+
+    def keys(counter: int, binding: str) -> bytes:
+        return simulated_key(cell.seed, index, counter, binding)
+
+    return Home(
+        index=index,
+        config=scenario.client,
+        labels=label_list(scenario.data),
+        records=declared_records(cell, index),
+        unit=scenario.data.unit or "row",
+        work=work,
+        run=f"{run}/{cell.arm}/{cell.seed}",
+        ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys),
+        open=lambda: _site(cell, index),
+        simulated=True,
+    )
+
+
+def declared_records(cell: Cell, index: int) -> int:
+    """The declared number of units. In a simulation the simulator knows it; a real site declares it in its own file."""
+    data = cell.scenario.data
+    if data.world is not None:
+        return data.train_per_client * (data.clients if data.pooled else 1)
+    train = _site(cell, index).train
+    return len(set(train.units)) if train.units is not None else len(train)
+
+
+def _site(cell: Cell, index: int) -> Site:
+    data = cell.scenario.data
+    return open_sites(data, cell.seed)[index] if data.pooled else open_site(data, index, cell.seed)
+
+
+@lru_cache(maxsize=4)
+def _cells(toml: str) -> tuple[Cell, ...]:
+    return tuple(scenario_cells(from_toml(toml)))
+
+
+def cell_of(toml: str, arm: str, seed: int) -> Cell:
+    """The resolved cell that an order names.
+
+    Raises:
+        KeyError: If the scenario has no such arm or seed.
+    """
+    for cell in _cells(toml):
+        if (cell.arm, cell.seed) == (arm, seed):
+            return cell
+    raise KeyError(f"the scenario has no arm {arm!r} with seed {seed}")

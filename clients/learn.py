@@ -1,0 +1,52 @@
+"""The task model at the client: augmented text first, private text second; it never leaves."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedsynth.clients.home import Home
+from fedsynth.models import device, load_classifier, load_tokenizer
+from fedsynth.tasks import Learn, Learnt
+from fedsynth.training import fit_classifier
+
+WEIGHTS = "task_model.safetensors"
+
+
+class NoTaskModel(RuntimeError):
+    """The client has learnt nothing yet."""
+
+
+def learn(home: Home, order: Learn) -> Learnt:
+    """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
+    settings = home.config.task_training
+    tokenizer = load_tokenizer(home.config.task_model)
+    model = load_classifier(home.config.task_model, len(home.labels), order.seed).to(device())
+    rate = settings.learning_rate
+    if order.corpus is not None and len(order.corpus) > 0:
+        epochs = settings.augmented_epochs
+        fit_classifier(model, tokenizer, order.corpus, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed)
+        rate *= settings.continued_rate
+    epochs = settings.private_epochs
+    fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
+    # Kept as bfloat16-free float32: what is measured later is what was trained.
+    save_file({n: t.contiguous() for n, t in _weights(model).items()}, str(home.work / WEIGHTS))
+    return Learnt(received=0 if order.corpus is None else len(order.corpus))
+
+
+def task_model(home: Home) -> torch.nn.Module:
+    """The task model as last trained.
+
+    Raises:
+        NoTaskModel: If none was.
+    """
+    path = home.work / WEIGHTS
+    if not path.is_file():
+        raise NoTaskModel("evaluate was asked before learn")
+    model = load_classifier(home.config.task_model, len(home.labels), 0)
+    model.load_state_dict(load_file(str(path)), strict=True)
+    return model.to(device())
+
+
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,87 @@
+"""FDKT at the client: train a generator on private text under DP, sample from it with labels as control codes."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsynth.clients.home import Home
+from fedsynth.corpus import Corpus
+from fedsynth.llm import LocalLLM
+from fedsynth.lora import Adapter
+from fedsynth.models import attach_lora, device, load_causal, load_tokenizer, read_adapter, weights_hash
+from fedsynth.privacy.plan import statement
+from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
+from fedsynth.tasks import Synthesize, Synthesized
+from fedsynth.training import control_code, encode_slots, fit_private, fit_without_guarantee, self_check
+
+
+def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
+    """Trains, samples and releases; the charge comes first and may refuse.
+
+    Raises:
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
+    """
+    if home.config.guarantee == "none":
+        return _synthesize_without_guarantee(home, order)
+    settings = home.config.generator_training
+    tokenizer = load_tokenizer(home.config.generator)
+    model = _fresh(home, order)
+    plan = home.plan()
+    self_check(model, plan, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
+
+    grant = home.ledger.charge(plan, home.binding(digest, plan), home.run)
+    randomness = home.ledger.begin(grant)
+    slots = encode_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens)
+    steps = fit_private(model, slots, plan, settings, pad=tokenizer.pad_token_id, randomness=randomness)
+    trained = DPTrained(model, plan, grant, steps)
+
+    # From here on nothing reads private text: sampling and all that follows is post-processing of `trained`.
+    texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
+    adapter = (
+        read_adapter(trained.model, weights_hash(home.config.generator), (grant.id,)) if order.share_adapter else None
+    )
+    said = statement(plan, unit=home.unit, rows=(), simulated=home.simulated)
+    return Synthesized(release(trained, texts, labels), said, unfinished, adapter)
+
+
+def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
+    """The same schedule without clip and noise. Logged, charged as non-private, refused outside simulations."""
+    settings = home.config.generator_training
+    tokenizer = load_tokenizer(home.config.generator)
+    model = _fresh(home, order)
+    slots = encode_slots(tokenizer, home.train, home.labels, home.records, settings.max_tokens)
+    fit_without_guarantee(model, slots, settings, pad=tokenizer.pad_token_id, seed=order.seed)
+    trained = Trained(model, reason="the scenario asks for no guarantee")
+    texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
+    corpus: Corpus = release_without_guarantee(
+        trained, texts, labels, home.ledger, home.run, trained.reason, allowed=home.simulated
+    )
+    adapter: Adapter | None = None
+    if order.share_adapter:
+        adapter = read_adapter(model, weights_hash(home.config.generator), ())
+    return Synthesized(corpus, statement(None, unit=home.unit, simulated=home.simulated), unfinished, adapter)
+
+
+def _fresh(home: Home, order: Synthesize) -> torch.nn.Module:
+    settings = home.config.generator_training
+    base = load_causal(home.config.generator)
+    return attach_lora(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed).to(device())
+
+
+def _sample(
+    model: torch.nn.Module, tokenizer: object, labels: tuple[str, ...], order: Synthesize
+) -> tuple[list[str], list[str], int]:
+    """The same number of samples for every label of the public list, present at this client or not."""
+    codes = [label for label in labels for _ in range(order.per_label)]
+    writer = LocalLLM(model, tokenizer, batch_size=256, workers=1)
+    texts = writer.complete(
+        [control_code(label) for label in codes],
+        max_tokens=order.max_tokens,
+        temperature=order.temperature,
+        top_p=order.top_p,
+        seed=order.seed,
+    )
+    # A text as long as the limit was cut before its end.
+    finished = [len(tokenizer(t, add_special_tokens=False)["input_ids"]) < order.max_tokens for t in texts]  # type: ignore[operator]
+    kept = [i for i, done in enumerate(finished) if done]
+    return [texts[i].strip() for i in kept], [codes[i] for i in kept], len(codes) - len(kept)

@@ -1,1 +1,0 @@
-"""The Flower App that the launcher submits."""

@@ -1,0 +1,192 @@
+"""The command `fedsynth`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedsynth import __version__
+from fedsynth.launch import LaunchFailed
+from fedsynth.scenario import Scenario, cells, load, shipped_scenarios
+from fedsynth.typed import BadValue
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+@app.callback()
+def _root() -> None:
+    """Federated transfer of knowledge between a server LLM and clients' small language models."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+@app.command()
+def scenarios() -> None:
+    """List the scenarios that come with the package."""
+    for path in shipped_scenarios():
+        print(path.stem)
+
+
+@app.command("run")
+def run_command(
+    scenario: Annotated[
+        str, typer.Argument(help="A scenario file, or the name of a shipped one (fedsynth scenarios).")
+    ],
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
+) -> None:
+    """Run a scenario as a simulation on this machine."""
+    from fedsynth.simulate import run  # torch and Flower take seconds to import: --help should not wait for them
+
+    console = Console(stderr=True, highlight=False)
+    asked = _asked(scenario, set_, arms, clients, seeds)
+    with _Watch(console, asked) as watch:
+        result = run(asked, out=out, workers=workers, on_event=watch.event, on_warning=watch.warn)
+    _print_table(console if as_json else Console(highlight=False), result)
+    if as_json:
+        print(json.dumps(result.summary))
+
+
+def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
+    more = list(sets)
+    if clients is not None:
+        more.append(f"data.clients={clients}")
+    if seeds:
+        more.append(f"seeds=[{seeds}]")
+    found = load(scenario, more)
+    if arms:
+        wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
+        found = replace(found, run=wanted)
+    return found
+
+
+class _Watch:
+    """Progress: phase, clients done, time left. A live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console, scenario: Scenario) -> None:
+        self.console = console
+        self.cells = len(cells(scenario))
+        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.live.add_task("starting", total=1000 * self.cells)
+        self.at = 0
+        self.last = ("", "")
+        console.print(
+            f"[bold]{scenario.name}[/]: {scenario.data.clients} clients, {self.cells} cells "
+            f"(arms x seeds), data {scenario.data.source}"
+        )
+
+    def __enter__(self) -> _Watch:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.live.__exit__(*problem)  # type: ignore[arg-type]
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"[yellow]warning:[/] {text}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        if event.get("event") == "cell":
+            self.at = int(event["number"])
+            self._show(f"{event['arm']} seed {event['seed']}", "", 0, 1)
+        elif event.get("event") == "progress":
+            self._show(f"{event['arm']} seed {event['seed']}", event["phase"], event["done"], event["total"])
+
+    PHASES = ("synthesize", "select", "augment", "learn", "evaluate")
+
+    def _show(self, cell: str, phase: str, done: int, total: int) -> None:
+        place = self.PHASES.index(phase) if phase in self.PHASES else 0
+        share = (place + done / max(total, 1)) / len(self.PHASES)
+        text = f"[{self.at + 1}/{self.cells}] {cell}: {phase or 'start'} {done}/{total}"
+        self.live.update(self.task, completed=int(1000 * (self.at + share)), description=text)
+        if not self.console.is_terminal and (cell, phase) != self.last and phase:
+            self.console.print(f"[{self.at + 1}/{self.cells}] {cell}: {phase}", markup=False)
+            self.last = (cell, phase)
+
+
+def _print_table(console: Console, result: Any) -> None:
+    """The result table, and one privacy line per arm."""
+    arms = result.summary["arms"]
+    names = [
+        m
+        for m in ("accuracy", "accuracy_held_out_clients", "macro_f1")
+        if any(m in a["metrics"] for a in arms.values())
+    ]
+    table = Table(
+        "arm",
+        *(n.replace("_", " ") for n in names),
+        "guarantee",
+        "epsilon",
+        "up",
+        "down",
+        title=result.summary["scenario"],
+    )
+    for arm, found in arms.items():
+        figures = [_figure(found["metrics"].get(n)) for n in names]
+        epsilon = "-" if found["epsilon"] is None else f"{found['epsilon']:.3f}"
+        moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
+        table.add_row(arm, *figures, found["guarantee"], epsilon, *moved)
+    console.print(table)
+    console.print("privacy, arm by arm:")
+    for arm, said in result.privacy.items():
+        console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
+    console.print(
+        "  Test figures are measured on test sets declared public, on task models that learnt private text and stay at "
+        "their clients: epsilon does not cover these figures, and real sites do not answer them by default.",
+        soft_wrap=True,
+    )
+    console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _figure(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
+
+
+def main() -> None:
+    """Entry point: one line and a non-zero exit for whatever goes wrong."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as ending:
+        sys.exit(ending.exit_code)
+    except BadValue as problem:
+        _end(f"bad input: {problem}", BAD_INPUT)
+    except LaunchFailed as problem:
+        _end(f"the run failed: {problem}", FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted; nothing of the run is left running", INTERRUPTED)
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # click's usage errors
+            _end(f"bad input: {problem.format_message()}", BAD_INPUT)
+        raise
+
+
+def _end(message: str, code: int) -> None:
+    print(f"fedsynth: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Which released texts are kept, and why the rest is dropped."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from fedsynth.corpus import Corpus, Provenance
+
+EDGES = " -._~/\\*|#" + "\t\r\n"  # what FDKT strips at both ends of a text; the line's end is ours
+BROKEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, line ends, halves of pairs
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a step of curation kept.
+
+    Attributes:
+        corpus: The kept rows, in their order.
+        dropped: Reason -> rows; adds up to the rows that are gone.
+        lost: Labels that stood in the corpus before and have no row left.
+    """
+
+    corpus: Corpus
+    dropped: Mapping[str, int]
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One line of a funnel: rows before and after a step."""
+
+    name: str
+    before: int
+    after: int
+    dropped: Mapping[str, int]
+    lost: tuple[str, ...]
+
+
+def refuse_private(corpus: Corpus) -> None:
+    """Curation and the teacher see released text only.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    if corpus.provenance is Provenance.PRIVATE:
+        raise ValueError(
+            f"a private corpus ({len(corpus)} examples) came where only released text is read; "
+            "make synthetic text from it under a grant first (fedsynth.privacy.release)"
+        )
+
+
+def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
+    """The rows whose reason to be dropped is None."""
+    rows = [i for i, reason in enumerate(reasons) if reason is None]
+    kept = corpus.take(rows)
+    left = set(kept.answers)
+    return Kept(
+        corpus=kept,
+        dropped=dict(Counter(reason for reason in reasons if reason is not None)),
+        lost=tuple(label for label in dict.fromkeys(corpus.answers) if label not in left),
+    )
+
+
+def well_formed(corpus: Corpus, *, labels: Sequence[str], min_words: int, max_words: int | None = None) -> Kept:
+    """Texts that could be notes of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
+
+    Args:
+        corpus: Texts and their class names.
+        labels: The public ones; other answers are dropped.
+        min_words: Words are what white space separates. FDKT: 10.
+        max_words: None for no limit.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(corpus)
+    known = set(labels)
+    # A label with a colon is how a prompt's lines begin: such a text ran on into the next example.
+    marker = re.compile(r"(?<!\w)(?:" + "|".join(re.escape(label) for label in labels) + r")\s*:", re.IGNORECASE)
+
+    def reason(text: str, label: str) -> str | None:
+        words = len(text.split())
+        if label not in known:
+            return "unknown label"
+        if BROKEN.search(text):
+            return "control character"
+        if "\ufffd" in text:
+            return "replacement character"
+        if marker.search(text):
+            return "template marker"
+        if words < min_words:
+            return "too short"
+        if max_words is not None and words > max_words:
+            return "too long"
+        return None
+
+    stripped = replace(corpus, prompts=tuple(text.strip(EDGES) for text in corpus.prompts))
+    return keep_rows(stripped, [reason(t, y) for t, y in zip(stripped.prompts, stripped.answers, strict=True)])
+
+
+def deduplicate(corpus: Corpus) -> Kept:
+    """The first of each text, whatever its case, white space and label.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(corpus)
+    seen: dict[str, str] = {}
+    reasons: list[str | None] = []
+    for text, label in zip(corpus.prompts, corpus.answers, strict=True):
+        key = " ".join(text.casefold().split())
+        if key not in seen:
+            seen[key] = label
+            reasons.append(None)
+        else:
+            reasons.append("duplicate" if seen[key] == label else "duplicate under another label")
+    return keep_rows(corpus, reasons)
+
+
+def balance(corpus: Corpus, *, per_label: int, seed: int) -> Kept:
+    """At most `per_label` rows of each label, drawn at random, in their order.
+
+    Raises:
+        ValueError: If the corpus is private, or `per_label` is below 1.
+    """
+    refuse_private(corpus)
+    if per_label < 1:
+        raise ValueError(f"per_label must be at least 1, got {per_label}")
+    rng = np.random.default_rng(seed)
+    chosen: set[int] = set()
+    for label in dict.fromkeys(corpus.answers):
+        rows = [i for i, answer in enumerate(corpus.answers) if answer == label]
+        chosen.update(rng.permutation(rows)[:per_label].tolist())
+    return keep_rows(corpus, [None if i in chosen else "beyond per_label" for i in range(len(corpus))])
+
+
+def clusters(embeddings: NDArray[np.float32], *, size: int, seed: int) -> list[list[int]]:
+    """Rows of like meaning: seeded k-means with ceil(rows / size) clusters, none of them empty (FDKT).
+
+    Args:
+        embeddings: Shape (rows, width).
+        size: The average number of rows in a cluster, not a limit. FDKT: 4.
+        seed: Of the first centres.
+
+    Returns:
+        Row numbers; each row stands in exactly one cluster. Rows ascend, and so do the clusters' first rows.
+
+    Raises:
+        ValueError: If `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    rows = len(embeddings)
+    if rows == 0:
+        return []
+    wanted = math.ceil(rows / size)
+    distinct = len(np.unique(embeddings, axis=0))
+    # One thread: sums in the same order give the same clusters on every machine with as many cores or fewer.
+    with threadpool_limits(limits=1):
+        means = KMeans(n_clusters=min(wanted, distinct), n_init=3, random_state=seed).fit(embeddings)
+    groups = [np.flatnonzero(means.labels_ == k).tolist() for k in range(means.n_clusters)]
+    groups = [group for group in groups if group]
+    while len(groups) < wanted:  # equal rows leave clusters empty; halving the largest gives back their number
+        largest = max(groups, key=len)
+        groups.remove(largest)
+        groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return sorted(groups)
+
+
+def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:
+    """A funnel's lines from its named steps, in order."""
+    return [
+        Stage(
+            name=name,
+            before=len(kept.corpus) + sum(kept.dropped.values()),
+            after=len(kept.corpus),
+            dropped=kept.dropped,
+            lost=kept.lost,
+        )
+        for name, kept in stages
+    ]

@@ -1,0 +1,268 @@
+"""Clients that can be asked, and strategies that are one function from round to round."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedsynth.firewall import check_answer
+from fedsynth.llm import LocalLLM
+from fedsynth.privacy.plan import Statement
+from fedsynth.runs import Journal
+from fedsynth.scenario import Cell, StrategyChoice
+from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
+from fedsynth.typed import BadValue, build
+from fedsynth.wire import pack_order, payload_bytes, unpack_answer
+
+R = TypeVar("R")
+S = TypeVar("S")
+WHO = "query.who"
+POLL_SECONDS = 0.1
+
+
+class ExchangeFailed(RuntimeError):
+    """An exchange that cannot be used: the message names the order, the clients and what they said."""
+
+
+class TooFewReplies(ExchangeFailed):
+    """Fewer clients answered than the quorum asks for."""
+
+
+def nodes_by_home(grid: Grid, homes: int, *, seconds: float = 120.0) -> dict[int, int]:
+    """Which node hosts which home; node ids are random, so each node is asked for its partition.
+
+    SuperNode p of N hosts homes p, p + N, p + 2 N, ... where there are fewer nodes than homes.
+
+    Args:
+        grid: Flower's.
+        homes: Number of homes.
+        seconds: How long to wait for all nodes: their registration races the start of a run.
+
+    Raises:
+        TooFewReplies: If fewer nodes register and answer than there are partitions.
+    """
+    end = time.monotonic() + seconds
+    places: dict[int, int] = {}
+    partitions = 1
+    while len(places) < partitions:
+        if time.monotonic() > end:
+            raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold")
+        for node in [n for n in grid.get_node_ids() if n not in places.values()] or _nap():
+            ask = Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node)
+            for reply in grid.send_and_receive([ask], timeout=max(1.0, end - time.monotonic())):
+                if reply.has_error():
+                    raise TooFewReplies(f"a SuperNode could not run the client app: {_first_line(reply)}")
+                facts = reply.content["who"]
+                assert isinstance(facts, ConfigRecord)
+                places[int(str(facts["partition-id"]))] = node
+                partitions = int(str(facts["num-partitions"]))
+    ordered = [places[p] for p in sorted(places)]
+    return {home: ordered[home % len(ordered)] for home in range(homes)}
+
+
+def _nap() -> list[int]:
+    time.sleep(POLL_SECONDS)
+    return []
+
+
+def _first_line(reply: Message) -> str:
+    return (reply.error.reason.strip().splitlines() or ["no reason given"])[0][:200]
+
+
+def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any]:
+    """The class that a scenario names, and its checked options.
+
+    Raises:
+        BadValue: If there is no such class, it is no RoundStrategy, or an option does not fit.
+    """
+    module, _, name = choice.use.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as problem:
+        raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem})") from problem
+    if not (isinstance(found, type) and issubclass(found, RoundStrategy)):
+        raise BadValue(f"strategy.use: {choice.use!r} is not a RoundStrategy")
+    return found, build(found.Config, choice.options, "strategy")
+
+
+@dataclass
+class Clients:
+    """The clients of one cell.
+
+    Attributes:
+        grid: Flower's.
+        nodes: Home -> node id.
+        cell: Arm, seed and resolved scenario.
+        run: Public id of the run.
+        labels: The public label list.
+        journal: Where metrics and progress go.
+        statements: What each home said of its privacy, the latest.
+    """
+
+    grid: Grid
+    nodes: Mapping[int, int]
+    cell: Cell
+    run: str
+    labels: Sequence[str]
+    journal: Journal
+    statements: dict[int, Statement] = field(default_factory=dict)
+    exchange: int = 0
+
+    def ask(self, order: Order[R]) -> dict[int, R]:
+        """The same order to every home; typed answers by home, in order of homes."""
+        return self.ask_each(dict.fromkeys(sorted(self.nodes), order))
+
+    def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
+        """One order per home, together; typed answers by home, in order of homes.
+
+        Raises:
+            TooFewReplies: If fewer homes than the quorum answer in time.
+            ExchangeFailed: If a home's answer does not keep to the order.
+        """
+        self.exchange += 1
+        name = next(iter(orders.values())).task.rpartition(".")[2]
+        waiting: dict[str, int] = {}
+        for home, order in sorted(orders.items()):
+            envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home)
+            content = pack_order(order, envelope)
+            self.journal.count_bytes("down", home, payload_bytes(content))
+            [key] = self.grid.push_messages([Message(content, message_type=order.task, dst_node_id=self.nodes[home])])
+            waiting[key] = home
+        answers: dict[int, R] = {}
+        reasons: dict[int, str] = {}
+        needed = math.ceil(self.cell.scenario.server.quorum * len(orders))
+        self.journal.progress(name, 0, len(orders))
+        for home, reply in self._replies(waiting):
+            if reply.has_error():
+                reasons[home] = f"its worker failed: {_first_line(reply)}"
+            else:
+                self.journal.count_bytes("up", home, payload_bytes(reply.content))
+                answer = unpack_answer(reply.content, orders[home].reply)
+                if isinstance(answer, Refused):
+                    reasons[home] = f"refused: {answer.code.value}"
+                else:
+                    check_answer(orders[home], answer, self.labels)
+                    answers[home] = answer
+                    self._note_statement(home, answer)
+            if len(orders) - len(reasons) < needed:
+                break  # the quorum is out of reach: waiting for the others would only cost time
+            self.journal.progress(name, len(answers), len(orders))
+        if len(answers) < needed:
+            silent = sorted(set(orders) - set(answers) - set(reasons))
+            said = [f"client {home} {why}" for home, why in sorted(reasons.items())]
+            said += [f"no answer from clients {silent}"] if silent and not reasons else []
+            raise TooFewReplies(
+                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({'; '.join(said)}); "
+                "the client's own log, in the private directory, says more"
+            )
+        return dict(sorted(answers.items()))
+
+    def _replies(self, waiting: dict[str, int]) -> Iterable[tuple[int, Message]]:
+        end = time.monotonic() + self.cell.scenario.server.answer_seconds
+        while waiting and time.monotonic() < end:
+            for reply in self.grid.pull_messages(list(waiting)):
+                yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            if waiting:
+                time.sleep(POLL_SECONDS)
+
+    def _note_statement(self, home: int, answer: object) -> None:
+        statement = getattr(answer, "statement", None)
+        if isinstance(statement, Statement):
+            self.statements[home] = statement
+
+
+@dataclass(frozen=True)
+class ServerSide:
+    """What a strategy works with on the server.
+
+    Attributes:
+        cell: Arm, seed and resolved scenario; `cell.public_seed` gives every public random stream.
+        labels: The public label list.
+        llm: The server LLM.
+        journal: Where the strategy records what it kept and dropped.
+        open_clients: Flower's grid -> the clients of this cell.
+    """
+
+    cell: Cell
+    labels: tuple[str, ...]
+    llm: LocalLLM
+    journal: Journal
+    open_clients: Callable[[Grid], Clients]
+
+
+class RoundStrategy(Strategy, Generic[S]):
+    """A method: a `Config`, a first state, and one function `round(clients, state) -> state`.
+
+    `start` is Flower's entry point. It is overridden because a round of these methods has several exchanges, which
+    Flower's own loop (one training, one evaluation) cannot express.
+    """
+
+    Config: ClassVar[type[Any]]
+
+    def __init__(self, config: Any, server: ServerSide) -> None:
+        self.config = config
+        self.server = server
+
+    @abstractmethod
+    def initial(self) -> S:
+        """The state before round 1."""
+
+    @abstractmethod
+    def round(self, clients: Clients, state: S) -> S:
+        """One round: what is asked, what is made of it, what the state is after."""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 1,
+        timeout: float = 3600,  # noqa: ARG002 - Flower's signature; the scenario's server.answer_seconds rules
+        train_config: ConfigRecord | None = None,  # noqa: ARG002
+        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
+        evaluate_fn: Any = None,  # noqa: ARG002
+    ) -> Result:
+        """Runs all rounds, and measures every client's task model after each."""
+        clients = self.server.open_clients(grid)
+        result = Result(arrays=initial_arrays or ArrayRecord())
+        state = self.initial()
+        for number in range(1, num_rounds + 1):
+            self.server.journal.round = number
+            state = self.round(clients, state)
+            evaluated = clients.ask(Evaluate())
+            result.evaluate_metrics_clientapp[number] = self._record(evaluated)
+        self.server.journal.statements = dict(clients.statements)
+        return result
+
+    def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
+        for home, answer in evaluated.items():
+            for metric, value in sorted(answer.metrics.items()):
+                self.server.journal.metric(home, metric, value)
+        names = sorted({m for a in evaluated.values() for m in a.metrics})
+        return MetricRecord({m: sum(a.metrics[m] for a in evaluated.values()) / len(evaluated) for m in names})
+
+    def configure_train(self, *_: Any, **__: Any) -> Iterable[Message]:
+        """Unused: `round` drives its own exchanges."""
+        return []
+
+    def aggregate_train(self, *_: Any, **__: Any) -> tuple[None, None]:
+        """Unused: `round` drives its own exchanges."""
+        return None, None
+
+    def configure_evaluate(self, *_: Any, **__: Any) -> Iterable[Message]:
+        """Unused: `start` asks for the evaluation."""
+        return []
+
+    def aggregate_evaluate(self, *_: Any, **__: Any) -> None:
+        """Unused: `start` asks for the evaluation."""
+
+    def summary(self) -> None:
+        """Unused: the run directory holds the scenario and the results."""

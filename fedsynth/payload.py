@@ -1,0 +1,128 @@
+"""Dataclasses to bytes and back: the one serialiser of wire, checkpoint and run directory.
+
+A payload is an uncompressed zip: `value.json` with the scalars, one Parquet file per corpus, one safetensors file per
+adapter. Nothing in it is executable and nothing is compressed, so its size is its cost.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.lora import Adapter
+from fedsynth.typed import build, plain
+
+T = TypeVar("T")
+SCHEMA = 1
+MAX_BYTES = 1 << 30  # a payload above 1 GiB is a mistake or an attack
+
+
+class BadPayload(ValueError):
+    """Bytes that are not a payload of the expected type and schema version."""
+
+
+def encode(value: object) -> bytes:
+    """A dataclass as bytes. Equal values give equal bytes.
+
+    Raises:
+        BadPayload: If a private unit would be written: units never leave, so no payload has a place for them.
+    """
+    parts: list[tuple[str, bytes]] = []
+    tree = _take_parts(value, parts)
+    head = {"schema": SCHEMA, "type": type(value).__name__, "value": tree}
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in [("value.json", json.dumps(head, sort_keys=True).encode()), *parts]:
+            archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), data)
+    return out.getvalue()
+
+
+def decode(data: bytes, kind: type[T]) -> T:
+    """The dataclass of type `kind` in `data`.
+
+    Raises:
+        BadPayload: If the bytes are not a payload, or one of another type or schema version.
+        fedsynth.typed.BadValue: If a field does not fit its declared type.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            infos = archive.infolist()
+            if any(i.compress_type != zipfile.ZIP_STORED for i in infos) or sum(i.file_size for i in infos) > MAX_BYTES:
+                raise BadPayload(f"a payload must be uncompressed and at most {MAX_BYTES} bytes")
+            files = {i.filename: archive.read(i) for i in infos}
+        head = json.loads(files["value.json"])
+    except (zipfile.BadZipFile, KeyError, ValueError) as problem:
+        raise BadPayload(f"not a payload: {problem}") from problem
+    if head.get("schema") != SCHEMA or head.get("type") != kind.__name__:
+        raise BadPayload(
+            f"expected a {kind.__name__} of schema {SCHEMA}, got {head.get('type')!r} of schema {head.get('schema')!r}"
+        )
+    return build(kind, _put_parts(head["value"], files), kind.__name__)
+
+
+def corpus_to_parquet(corpus: Corpus, **more: str) -> bytes:
+    """One corpus as a Parquet file; provenance and grants stand in its schema's metadata."""
+    if corpus.units is not None:
+        raise BadPayload("a corpus with units (private) cannot be written to a payload")
+    facts = {"provenance": corpus.provenance.value, "grants": json.dumps(corpus.grants), **more}
+    table = pa.table(
+        {"prompt": pa.array(corpus.prompts, pa.string()), "answer": pa.array(corpus.answers, pa.string())}
+    ).replace_schema_metadata(facts)
+    out = io.BytesIO()
+    pq.write_table(table, out, compression="none")
+    return out.getvalue()
+
+
+def corpus_from_parquet(data: bytes) -> Corpus:
+    """The corpus that `corpus_to_parquet` wrote."""
+    table = pq.read_table(io.BytesIO(data))
+    facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    return Corpus(
+        prompts=tuple(table["prompt"].to_pylist()),
+        answers=tuple(table["answer"].to_pylist()),
+        provenance=Provenance(facts["provenance"]),
+        grants=tuple(json.loads(facts["grants"])),
+    )
+
+
+def _take_parts(value: object, parts: list[tuple[str, bytes]]) -> Any:
+    if isinstance(value, Corpus):
+        name = f"{len(parts)}.parquet"
+        parts.append((name, corpus_to_parquet(value)))
+        return {"$corpus": name}
+    if isinstance(value, Adapter):
+        name = f"{len(parts)}.safetensors"
+        parts.append((name, save_tensors(dict(value.arrays))))
+        facts = {"rank": value.rank, "alpha": value.alpha, "base": value.base, "grants": list(value.grants)}
+        return {"$adapter": name, **facts}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
+        return {name: _take_parts(v, parts) for name, v in pairs if v is not None}
+    if isinstance(value, Mapping):
+        return {str(k): _take_parts(v, parts) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_take_parts(v, parts) for v in value]
+    return plain(value)
+
+
+def _put_parts(tree: Any, files: Mapping[str, bytes]) -> Any:
+    if isinstance(tree, dict):
+        if "$corpus" in tree:
+            return corpus_from_parquet(files[tree["$corpus"]])
+        if "$adapter" in tree:
+            arrays = load_tensors(files[tree["$adapter"]])
+            return Adapter(arrays, tree["rank"], tree["alpha"], tree["base"], tuple(tree["grants"]))
+        return {k: _put_parts(v, files) for k, v in tree.items()}
+    if isinstance(tree, list):
+        return [_put_parts(v, files) for v in tree]
+    return tree

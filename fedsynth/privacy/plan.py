@@ -1,0 +1,414 @@
+"""What a training under DP-SGD is planned to be, and the epsilon it costs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import dp_accounting
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
+from scipy.stats import binom
+
+Relation = Literal["zero_out", "replace_one"]
+
+_RELATIONS = {
+    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
+}
+
+FINE = 1e-4  # grid of privacy losses for every figure that is reported; PLD rounds up, so each is an upper bound
+COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
+ROUGH = 1e-2  # while searching for budgets above 20, and for group_epsilon's mixtures, a hundred times slower
+SMALLEST_SIGMA = 0.05  # below, epsilon is in the thousands, and PLD takes minutes to say so
+
+
+class BudgetTooSmall(ValueError):
+    """No noise that is allowed makes the training fit the budget."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: (epsilon, delta) under zero-out adjacency, one unit replaced by an empty one.
+
+    Raises:
+        ValueError: If epsilon is not finite and positive, or delta is not inside (0, 1).
+    """
+
+    epsilon: float
+    delta: float = 1e-5  # PRIVACY.md rule 5: n^-1.1 of a small n is no delta to print
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}; no guarantee is: no budget")
+        _check_delta(self.delta)
+
+
+@dataclass(frozen=True)
+class DPPlan:
+    """DP-SGD as it will run: the trainer and the accountant read this one object.
+
+    Attributes:
+        records: Declared, public number of units n; the real count changes nothing here.
+        expected_batch: Expected number of units in a Poisson draw; also what the noisy sum is divided by.
+        steps: Noisy steps of one round. Empty batches count.
+        rounds: Rounds with fresh access to the private data.
+        clip_norm: L2 norm C to which a unit's gradient is clipped.
+        noise_multiplier: Standard deviation of the noise on the sum, in units of C.
+        delta: At which epsilon is stated.
+
+    Raises:
+        ValueError: If a number is outside its range.
+    """
+
+    records: int
+    expected_batch: int
+    steps: int
+    rounds: int
+    clip_norm: float
+    noise_multiplier: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        for name in ("records", "expected_batch", "steps", "rounds"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        if self.expected_batch > self.records:
+            raise ValueError(
+                f"expected_batch must lie in 1..{self.records} (the declared records), got {self.expected_batch}"
+            )
+        for name in ("clip_norm", "noise_multiplier"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+        _check_delta(self.delta)
+
+    @property
+    def sampling_rate(self) -> float:
+        """Probability q with which each unit enters a batch, independently of the others."""
+        return self.expected_batch / self.records
+
+    @property
+    def total_steps(self) -> int:
+        """Noisy steps of all rounds."""
+        return self.steps * self.rounds
+
+    @property
+    def round_event(self) -> dp_event.DpEvent:
+        """What one round does, in the accountant's words."""
+        return _steps_event(self.sampling_rate, self.noise_multiplier, self.steps)
+
+    @property
+    def event(self) -> dp_event.DpEvent:
+        """What all rounds do, in the accountant's words."""
+        return _steps_event(self.sampling_rate, self.noise_multiplier, self.total_steps)
+
+    def to_dict(self) -> dict[str, int | float]:
+        """Plain numbers by name; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DPPlan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            ValueError: If names are missing or unknown, or a number is outside its range.
+        """
+        _check_names(cls, values)
+        numbers: dict[str, Any] = {name: float(v) if name in _REAL else v for name, v in values.items()}
+        return cls(**numbers)
+
+    def digest(self) -> str:
+        """SHA-256 (hex) of the plan as canonical JSON."""
+        # float() first: clip_norm 1 and 1.0 are equal plans and must have one digest.
+        values = {k: v if isinstance(v, int) and k not in _REAL else float(v) for k, v in self.to_dict().items()}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_REAL = {"clip_norm", "noise_multiplier", "delta"}
+
+
+def plan(
+    budget: Budget,
+    *,
+    records: int,
+    expected_batch: int,
+    steps: int,
+    rounds: int = 1,
+    clip_norm: float = 1.0,
+    max_noise_multiplier: float = 20.0,
+) -> DPPlan:
+    """The plan with the least noise that keeps all rounds within the budget.
+
+    The noise multiplier is the smallest multiple of 0.001 whose PLD epsilon on the fine grid is at most the
+    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`.
+
+    Args:
+        budget: Of all rounds together.
+        records: Declared number of units.
+        expected_batch: Expected number of units per step.
+        steps: Per round.
+        rounds: With access to the private data.
+        clip_norm: Does not change epsilon: the noise is in its units.
+        max_noise_multiplier: Beyond it training learns nothing, and the plan is refused.
+
+    Raises:
+        BudgetTooSmall: If more noise than `max_noise_multiplier` would be needed.
+        ValueError: If a number is outside its range.
+    """
+    # The noise of this draft is replaced below; building it checks the other numbers first.
+    draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta)
+    sigma = _smallest_sigma(
+        budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, math.floor(max_noise_multiplier * 1000)
+    )
+    if sigma is None:
+        needed = _noise_beyond(
+            budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, max_noise_multiplier
+        )
+        raise BudgetTooSmall(
+            f"epsilon {budget.epsilon:g} at delta {budget.delta:g} over {draft.total_steps} steps at sampling rate "
+            f"{draft.sampling_rate:g} needs noise_multiplier {needed}, more than max_noise_multiplier "
+            f"{max_noise_multiplier:g}; give more budget, fewer steps or a smaller batch"
+        )
+    return DPPlan(records, expected_batch, steps, rounds, clip_norm, sigma, budget.delta)
+
+
+def epsilon(
+    event_or_plan: dp_event.DpEvent | DPPlan, delta: float, *, relation: Relation = "zero_out", grid: float = FINE
+) -> float:
+    """Epsilon at `delta` by privacy loss distributions: an upper bound, `inf` if there is none.
+
+    Args:
+        event_or_plan: A plan stands for all its rounds.
+        delta: Inside (0, 1).
+        relation: zero_out: one unit replaced by an empty one, n fixed. replace_one: by any other unit.
+        grid: Step at which privacy losses are rounded up.
+    """
+    _check_delta(delta)
+    if isinstance(event_or_plan, DPPlan):
+        return composed_epsilon([event_or_plan], delta, relation=relation, grid=grid)
+    accountant = PLDAccountant(_RELATIONS[relation], grid)
+    return float(accountant.compose(event_or_plan).get_epsilon(delta))
+
+
+def composed_epsilon(
+    plans: Iterable[DPPlan], delta: float, *, relation: Relation = "zero_out", grid: float = FINE
+) -> float:
+    """Epsilon at `delta` of several plans on the same data, each with all its rounds; 0 for none."""
+    _check_delta(delta)
+    steps: dict[tuple[float, float], int] = {}
+    for each in plans:
+        kind = (each.sampling_rate, each.noise_multiplier)
+        steps[kind] = steps.get(kind, 0) + each.total_steps
+    return _composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta, relation, grid)
+
+
+def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
+    """Epsilon at `delta` for `size` rows of one person, where the plan's unit is the row: an upper bound.
+
+    Each of the rows is drawn on its own, so a step holds Binomial(size, q) of them and the sum moves by at
+    most that many C. That is a mixture of Gaussians (Choquette-Choo et al., arXiv 2310.15526, corollary 4.7: the
+    norms of the shifts give the dominating pair), composed over the steps. Scaling epsilon by `size`, or drawing
+    the rows together, would be far larger (34 and 57 in place of 18.5 for two rows at epsilon 8, q 0.125).
+    Zero-out adjacency: all rows of the person become empty.
+    """
+    _check_delta(delta)
+    if size < 1:
+        raise ValueError(f"size must be >= 1 (rows of one person), got {size}")
+    if size == 1:
+        return epsilon(plan, delta)
+    return _group(min(size, plan.records), plan.sampling_rate, plan.noise_multiplier, plan.total_steps, delta)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What a report says of a run's privacy, with the figures that stand beside epsilon.
+
+    Attributes:
+        guarantee: "none" if anything left without a mechanism; epsilon is None then.
+        epsilon: Of all rounds, zero-out adjacency.
+        delta: Of every epsilon here.
+        epsilon_replace_one: The same for a unit replaced by any other one.
+        epsilon_rows: Where the unit is a row: epsilon for 2, 5 and 10 rows of one person. Empty for persons.
+        unit: What is protected: "row", "patient", ...
+        rows_per_unit: At most so many rows of a unit count.
+        sigma: Noise multiplier.
+        sampling_rate: Of the units, per step.
+        steps: Of all rounds.
+        clip_norm: Of a unit's gradient.
+        simulated: The noise comes from a run seed and is reproducible: a statement about a hypothetical site.
+    """
+
+    guarantee: Literal["dp", "none"]
+    epsilon: float | None
+    delta: float
+    epsilon_replace_one: float | None = None
+    epsilon_rows: dict[int, float] = field(default_factory=dict)
+    unit: str = "row"
+    rows_per_unit: int = 1
+    sigma: float | None = None
+    sampling_rate: float | None = None
+    steps: int | None = None
+    clip_norm: float | None = None
+    simulated: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.guarantee == "dp") != (self.epsilon is not None and math.isfinite(self.epsilon)):
+            raise ValueError(f"guarantee {self.guarantee!r} cannot stand beside epsilon {self.epsilon}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: row counts become text, and an infinite figure the text "inf"."""
+        values = asdict(self)
+        values["epsilon_rows"] = {str(rows): _finite(figure) for rows, figure in self.epsilon_rows.items()}
+        values["epsilon_replace_one"] = _finite(self.epsilon_replace_one)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Statement:
+        """The statement that `to_dict` wrote.
+
+        Raises:
+            ValueError: If names are missing or unknown.
+        """
+        _check_names(cls, values)
+        replaced = values["epsilon_replace_one"]
+        rows = {int(rows): float(figure) for rows, figure in values["epsilon_rows"].items()}
+        replace_one = None if replaced is None else float(replaced)
+        return cls(**{**values, "epsilon_rows": rows, "epsilon_replace_one": replace_one})
+
+
+ROWS_OF_A_PERSON = (2, 5, 10)  # PRIVACY.md rule 6
+
+
+def statement(
+    plan: DPPlan | None,
+    *,
+    delta: float = 1e-5,
+    unit: str = "row",
+    rows_per_unit: int = 1,
+    rows: Iterable[int] = ROWS_OF_A_PERSON,
+    simulated: bool = False,
+) -> Statement:
+    """The statement of a plan that is run whole; of no plan: no guarantee.
+
+    Args:
+        plan: None for a run in which anything leaves without a mechanism.
+        delta: Only where there is no plan; else the plan's.
+        unit: "row" if rows are declared independent, else the name of what is protected.
+        rows_per_unit: At most so many rows of a unit count.
+        rows: For which numbers of rows of one person epsilon is given too; ignored unless the unit is a row.
+            The figures take seconds each and are cached.
+        simulated: Whether the noise is reproducible.
+    """
+    if plan is None:
+        return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
+    return Statement(
+        guarantee="dp",
+        epsilon=epsilon(plan, plan.delta),
+        delta=plan.delta,
+        epsilon_replace_one=epsilon(plan, plan.delta, relation="replace_one"),
+        epsilon_rows={size: group_epsilon(plan, size, plan.delta) for size in rows} if unit == "row" else {},
+        unit=unit,
+        rows_per_unit=rows_per_unit,
+        sigma=plan.noise_multiplier,
+        sampling_rate=plan.sampling_rate,
+        steps=plan.total_steps,
+        clip_norm=plan.clip_norm,
+        simulated=simulated,
+    )
+
+
+def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpEvent:
+    step = dp_event.PoissonSampledDpEvent(sampling_rate, dp_event.GaussianDpEvent(sigma))
+    return dp_event.SelfComposedDpEvent(step, steps)
+
+
+@functools.cache
+def _composed(pieces: tuple[tuple[float, float, int], ...], delta: float, relation: Relation, grid: float) -> float:
+    """Epsilon of pieces (sampling rate, sigma, steps)."""
+    if not pieces:
+        return 0.0
+    return epsilon(dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces]), delta, relation=relation, grid=grid)
+
+
+@functools.cache
+def _group(size: int, sampling_rate: float, sigma: float, steps: int, delta: float) -> float:
+    drawn = range(size + 1)
+    chances = [float(binom.pmf(k, size, sampling_rate)) for k in drawn]
+    step = dp_event.MixtureOfGaussiansDpEvent(sigma, [float(k) for k in drawn], chances)
+    # The error grows with steps * grid^2: 0.001 at 60 steps, below 0.01 at 1563 (measured against grids of 1e-3).
+    grid = ROUGH * min(1.0, math.sqrt(60 / steps))
+    return epsilon(dp_event.SelfComposedDpEvent(step, steps), delta, grid=grid)
+
+
+@functools.cache
+def _smallest_sigma(
+    target: float, delta: float, sampling_rate: float, steps: int, most_thousandths: int
+) -> float | None:
+    """Smallest sigma in thousandths that meets the target on the fine grid; None if it lies above the most."""
+
+    def fits(thousandths: int, grid: float) -> bool:
+        return _composed(((sampling_rate, thousandths / 1000, steps),), delta, "zero_out", grid) <= target
+
+    least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
+    high = min(1000, most_thousandths)
+    # The coarse grid's error is up to 0.01: too much for small targets, too careful for large ones, where PLD is slow.
+    grid = FINE if target <= 0.2 else COARSE if target <= 20 else ROUGH
+    while not fits(high, grid):
+        if high == most_thousandths:
+            if grid == FINE:
+                return None
+            grid = FINE  # the coarse bound may fail where the fine one holds
+        else:
+            high = min(2 * high, most_thousandths)
+    low = high  # walk down by halves, as PLD is slow where sigma is small
+    while low > least and fits(low, grid):
+        high, low = low, max(low // 2, least)
+    if low == least and fits(least, grid):
+        return least / 1000
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle, grid) else (middle, high)
+    # The coarse bound is above the fine one, so `high` holds on the fine grid, and slightly less noise may too.
+    # Above a target of 20 that is not worth the seconds per figure; there sigma may be 0.001 above the smallest.
+    step = 1
+    while target <= 20 and high - step >= least and fits(high - step, FINE):
+        high, step = high - step, step * 2
+    while step > 1:
+        step //= 2
+        if high - step >= least and fits(high - step, FINE):
+            high -= step
+    assert fits(high, FINE)
+    return high / 1000
+
+
+def _noise_beyond(target: float, delta: float, sampling_rate: float, steps: int, most: float) -> str:
+    """For the message of a refusal: the noise that the target would take."""
+    sigma = most
+    while sigma < 1024 * most:
+        sigma *= 1.1
+        if _composed(((sampling_rate, sigma, steps),), delta, "zero_out", FINE) <= target:
+            return f"about {sigma:.3g}"
+    return f"above {sigma:.3g}"
+
+
+def _finite(figure: float | None) -> float | str | None:
+    return "inf" if figure == math.inf else figure
+
+
+def _check_delta(delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie inside (0, 1), got {delta}")
+
+
+def _check_names(cls: type[Any], values: Mapping[str, Any]) -> None:
+    names = {f.name for f in fields(cls)}
+    if set(values) != names:
+        wrong = sorted(names.symmetric_difference(values))
+        raise ValueError(f"{cls.__name__} needs exactly {sorted(names)}; missing or unknown: {wrong}")

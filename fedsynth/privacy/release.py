@@ -1,0 +1,104 @@
+"""Where text made from private text becomes releasable: the only place that says so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.privacy.ledger import Grant, Ledger
+from fedsynth.privacy.plan import DPPlan
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M")
+
+
+class NotReleasable(RuntimeError):
+    """What was asked to leave carries no guarantee, or not the one it claims."""
+
+
+@dataclass(frozen=True)
+class DPTrained(Generic[M]):
+    """A model trained under a grant, with the receipt of what ran.
+
+    Attributes:
+        model: Whatever the trainer made.
+        plan: The plan that the trainer read.
+        grant: The grant that paid for this round.
+        steps_run: Noisy steps that ran, empty batches included.
+    """
+
+    model: M
+    plan: DPPlan
+    grant: Grant
+    steps_run: int
+
+
+@dataclass(frozen=True)
+class Trained(Generic[M]):
+    """A model that saw private text without a mechanism, and why."""
+
+    model: M
+    reason: str
+
+
+def release(trained: DPTrained[M], prompts: Sequence[str], answers: Sequence[str]) -> Corpus:
+    """Text written by a model trained under a grant, now free to leave: post-processing of the training.
+
+    Args:
+        trained: The receipt; nothing else is accepted.
+        prompts: Written by `trained.model` from public prompts, or public.
+        answers: One per prompt; the same.
+
+    Raises:
+        NotReleasable: If the receipt is none, or says something else ran than was planned and paid for.
+    """
+    if not isinstance(trained, DPTrained):
+        raise NotReleasable(f"only text of a DPTrained model is released, got {type(trained).__name__}")
+    if trained.grant.plan != trained.plan:
+        raise NotReleasable(f"grant {trained.grant.id} paid for {trained.grant.plan}, the training ran {trained.plan}")
+    if trained.steps_run != trained.plan.steps:
+        raise NotReleasable(f"grant {trained.grant.id} is for {trained.plan.steps} steps, {trained.steps_run} ran")
+    return Corpus(tuple(prompts), tuple(answers), Provenance.DP_SYNTHETIC, grants=(trained.grant.id,))
+
+
+def release_without_guarantee(
+    trained: Trained[M],
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    ledger: Ledger,
+    run: str,
+    reason: str,
+    allowed: bool,
+) -> Corpus:
+    """Text that leaves without any guarantee: logged, and charged as a non-private event for ever.
+
+    Args:
+        trained: A model that saw private text without a mechanism.
+        prompts: Written by it.
+        answers: One per prompt.
+        ledger: Of the data; its lifetime epsilon becomes infinite.
+        run: The run that asks.
+        reason: Why; shown on every later report.
+        allowed: Whether this is a simulation, or the site's own policy allows it.
+
+    Raises:
+        NotReleasable: If it is not allowed, or `trained` is not a `Trained`; nothing is charged then.
+        ValueError: If there is no reason.
+    """
+    if not isinstance(trained, Trained):
+        raise NotReleasable(f"only text of a Trained model is released so, got {type(trained).__name__}")
+    if not allowed:
+        raise NotReleasable(
+            f"run {run!r} asks to release text without a privacy guarantee ({reason}); only a simulation may, or a "
+            "site whose policy says so"
+        )
+    if not reason.strip():
+        raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
+    corpus = Corpus(tuple(prompts), tuple(answers), Provenance.SELF_GENERATED)
+    ledger.charge_without_guarantee(f"{reason} (model: {trained.reason})", run)
+    log.warning("run %s releases %d texts WITHOUT a privacy guarantee: %s", run, len(corpus), reason)
+    return corpus

@@ -1,0 +1,260 @@
+"""A run's directory: what people share. Private state lies beside it, in another one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedsynth import __version__
+from fedsynth.corpus import Corpus
+from fedsynth.curation import Stage
+from fedsynth.lora import Adapter
+from fedsynth.models import save_adapter
+from fedsynth.payload import corpus_to_parquet
+from fedsynth.privacy.plan import DPPlan, Statement, group_epsilon
+from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml
+from fedsynth.typed import BadValue
+
+SERVER = -1  # in the client column: a figure of the server
+COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
+PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas")
+
+
+@dataclass
+class Journal:
+    """What one cell records: metrics, released corpora, adapters, progress.
+
+    Attributes:
+        cell: Arm and seed.
+        folder: The run's directory.
+        events: The file that progress lines are appended to.
+        round: Of the metrics that follow.
+        rows: Tidy metrics so far.
+        statements: What each home said of its privacy, set when the cell is done.
+    """
+
+    cell: Cell
+    folder: Path
+    events: Path
+    round: int = 0
+    rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
+    statements: dict[int, Statement] = field(default_factory=dict)
+    sent: dict[tuple[str, int], int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def metric(self, client: int, name: str, value: float) -> None:
+        """One figure of one client (or of the server: `SERVER`)."""
+        self.rows.append((self.cell.arm, self.cell.seed, self.round, client, name, float(value)))
+
+    def stage(self, client: int, stage: Stage) -> None:
+        """One line of a client's yield funnel: what a step took in, kept, and why it dropped the rest."""
+        self.metric(client, f"yield/{stage.name}/in", stage.before)
+        self.metric(client, f"yield/{stage.name}/kept", stage.after)
+        for reason, count in sorted(stage.dropped.items()):
+            self.metric(client, f"yield/{stage.name}/dropped/{reason}", count)
+        if stage.lost:
+            self.metric(client, f"yield/{stage.name}/labels_lost", len(stage.lost))
+
+    def corpus(self, client: int, kind: str, corpus: Corpus) -> None:
+        """Released or server-written text, with provenance and grants in the file's metadata."""
+        folder = self.folder / "corpora" / self.cell.arm / f"seed-{self.cell.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {"sha256": corpus.fingerprint(), "arm": self.cell.arm, "seed": str(self.cell.seed), "kind": kind}
+        path = folder / f"{kind}-round{self.round}-client{client}.parquet"
+        path.write_bytes(corpus_to_parquet(corpus, **facts))
+
+    def adapter(self, client: int, adapter: Adapter) -> None:
+        """A released adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it."""
+        folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / f"client-{client}"
+        save_adapter(adapter, self.cell.scenario.client.generator, folder)
+
+    def count_bytes(self, direction: str, client: int, count: int) -> None:
+        """Bytes of a message's payload."""
+        self.sent[direction, client] = self.sent.get((direction, client), 0) + count
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """One line for whoever watches."""
+        line = {"event": "progress", "arm": self.cell.arm, "seed": self.cell.seed, "round": self.round}
+        append_event(self.events, {**line, "phase": phase, "done": done, "total": total})
+
+    def close(self) -> None:
+        """Adds what is known at the end of the cell."""
+        for (direction, client), count in sorted(self.sent.items()):
+            self.metric(client, f"bytes/{direction}", count)
+        self.metric(SERVER, "seconds/cell", time.monotonic() - self.started)
+        for client, said in sorted(self.statements.items()):
+            if said.epsilon is not None:
+                self.metric(client, "privacy/epsilon", said.epsilon)
+                self.metric(client, "privacy/delta", said.delta)
+
+
+def append_event(path: Path, event: Mapping[str, Any]) -> None:
+    """One JSON object per line; the launcher reads them as they come."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(event) + "\n")
+
+
+def prepare(scenario: Scenario, out: Path) -> None:
+    """Makes the run's directory and writes what is known before the run.
+
+    Raises:
+        BadValue: If the directory holds anything: a run is never overwritten.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadValue(f"the output directory {str(out)!r} already holds something: name another one with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "scenario.toml").write_text(to_toml(scenario), encoding="utf-8")
+    facts = {
+        "fedsynth": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "public_seeds": list(scenario.seeds),
+    }
+    (out / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:
+    """The tidy metrics of all cells so far, one row per (arm, seed, round, client, metric)."""
+    frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
+    part = out / "metrics.parquet.part"
+    frame.to_parquet(part, index=False)
+    part.replace(out / "metrics.parquet")
+    return frame
+
+
+def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[Journal]) -> dict[str, Any]:
+    """Writes metrics.parquet, privacy.json and summary.json; returns the summary that `--json` prints."""
+    frame = write_metrics(out, journals)
+    arms = list(dict.fromkeys(j.cell.arm for j in journals))
+    tuned_on = set(scenario.data.tuned_on)
+    summary = {
+        "scenario": scenario.name,
+        "out": str(out),
+        "seconds": round(seconds, 1),
+        "arms": {arm: _arm(frame, arm, [j for j in journals if j.cell.arm == arm], tuned_on) for arm in arms},
+    }
+    privacy = {arm: _privacy([j for j in journals if j.cell.arm == arm]) for arm in arms}
+    (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: set[int]) -> dict[str, Any]:
+    own = frame[(frame["arm"] == arm) & (frame["client"] != SERVER)]
+    last = own[own["round"] == own["round"].max()]
+    metrics = {}
+    for metric, rows in last.groupby("metric"):
+        name = str(metric)
+        if name.startswith(("bytes/", "privacy/", "seconds/")):
+            continue
+        metrics[name] = _over_seeds(rows)
+        held = rows[~rows["client"].isin(tuned_on)]
+        if tuned_on and not name.startswith("yield/") and len(held):
+            metrics[f"{name}_held_out_clients"] = _over_seeds(held)
+    epsilons = [s.epsilon for j in journals for s in j.statements.values()]
+    statements = [s for j in journals for s in j.statements.values()]
+    guarantee = guarantee_of(journals)
+    moved = own[own["metric"].str.startswith("bytes/")].groupby("metric")["value"].sum()
+    return {
+        "metrics": metrics,
+        "guarantee": guarantee,
+        "epsilon": None if guarantee == "none" else max((e for e in epsilons if e is not None), default=0.0),
+        "delta": None if guarantee == "none" else max((s.delta for s in statements), default=0.0),
+        "bytes": {d: int(moved.get(f"bytes/{d}", 0)) for d in ("up", "down")},
+    }
+
+
+def _over_seeds(rows: pd.DataFrame) -> dict[str, Any]:
+    per_seed = rows.groupby("seed")["value"].mean()
+    std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
+    return {"mean": float(per_seed.mean()), "std": std, "n": len(per_seed)}
+
+
+def guarantee_of(journals: Sequence[Journal]) -> str:
+    """ "none" if one client of one seed released anything without a mechanism, or the simulator pooled raw text."""
+    pooled = any(j.cell.scenario.data.pooled for j in journals)
+    open_ = any(s.guarantee == "none" for j in journals for s in j.statements.values())
+    return "none" if pooled or open_ else "dp"
+
+
+def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
+    """The largest statement over clients and seeds, with the figures that stand beside epsilon."""
+    said = [s for j in journals for s in j.statements.values()]
+    guarantee = guarantee_of(journals)
+    head = {"guarantee": guarantee, "line": privacy_line(journals)}
+    spent = [s for s in said if s.epsilon is not None]
+    if guarantee == "none" or not spent:
+        return head
+    worst = max(spent, key=lambda s: s.epsilon or 0.0)
+    figures = worst.to_dict()
+    if worst.unit == "row" and worst.sigma and worst.sampling_rate and worst.steps:
+        figures["epsilon_rows"] = {str(n): _rows_epsilon(worst, n) for n in (2, 5, 10)}
+    return {**head, "largest_over_clients": figures}
+
+
+def _rows_epsilon(said: Statement, rows: int) -> float | str:
+    assert said.sigma and said.sampling_rate and said.steps and said.clip_norm
+    records = 10**6  # the figure depends on rate, noise and steps; a large n only lifts the cap on rows
+    plan = DPPlan(
+        records=records,
+        expected_batch=max(1, round(said.sampling_rate * records)),
+        steps=said.steps,
+        rounds=1,
+        clip_norm=said.clip_norm,
+        noise_multiplier=said.sigma,
+        delta=said.delta,
+    )
+    value = group_epsilon(plan, rows, said.delta)
+    return round(value, 2) if value < float("inf") else "inf"
+
+
+def privacy_line(journals: Sequence[Journal]) -> str:
+    """One sentence per arm: adversary, what it sees, the bound and what it covers."""
+    said = [s for j in journals for s in j.statements.values()]
+    if any(j.cell.scenario.data.pooled for j in journals):
+        return "no guarantee: the simulator pools raw private text, which no real server could see"
+    if any(s.guarantee == "none" for s in said):
+        return "no guarantee: text left without a mechanism (a control arm); print no epsilon for it"
+    spent = [s for s in said if s.epsilon is not None]
+    if not spent:
+        return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
+    worst = max(spent, key=lambda s: s.epsilon or 0.0)
+    unit = "row" if worst.unit == "row" else worst.unit
+    simulated = "; simulated: noise reproducible" if worst.simulated else ""
+    replaced = "" if worst.epsilon_replace_one is None else f", {worst.epsilon_replace_one:.2f} if replaced by another"
+    return (
+        f"an honest-but-curious server sees synthetic text, labels and the label list: ({worst.epsilon:.3f}, "
+        f"{worst.delta:g})-DP per {unit}, all rounds, zero-out{replaced}; largest over clients and seeds, each a world of "
+        f"its own{simulated}"
+    )
+
+
+def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:
+    """The scenario's TOML, the run's directory and the private one, from a run-config.
+
+    The launcher sends all three. By hand (`flwr run simulations`) the scenario is a shipped one by name, and the
+    directories lie under the user's home: the working directory of Flower's processes is not the caller's.
+
+    Raises:
+        BadValue: If a directory is relative.
+    """
+    toml = str(config.get("scenario-toml", "")) or to_toml(load(str(config.get("scenario", "hospitals"))))
+    name = from_toml(toml).name
+    out = Path(str(config.get("out-dir", "")) or Path.home() / ".fedsynth" / "runs" / f"{name}-{run_id}")
+    if not out.is_absolute():
+        raise BadValue(f"out-dir must be absolute, got {str(out)!r}")
+    return toml, out, private_of(out)
+
+
+def private_of(out: Path) -> Path:
+    """Where a simulation keeps its clients' private state: beside the directory that people share, never in it."""
+    return out.with_name(out.name + ".private")

@@ -1,0 +1,364 @@
+"""One experiment as typed, frozen, checked data, read from one TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from fedsynth.privacy.plan import Budget
+from fedsynth.typed import BadValue, build, plain
+
+
+def _positive(values: object, *names: str) -> None:
+    for name in names:
+        if not getattr(values, name) > 0:
+            raise BadValue(f"{name} must be above 0, got {getattr(values, name)}")
+
+
+@dataclass(frozen=True)
+class StrategyChoice:
+    """Which strategy runs: an importable class, and the options of its `Config`."""
+
+    use: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.use.count(":") != 1:
+            raise BadValue(f'strategy.use must read "package.module:Class", got {self.use!r}')
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Which rows of a data file are held out for testing: those whose `column` equals `equals`."""
+
+    column: str
+    equals: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled data set and how it is divided among clients.
+
+    Attributes:
+        source: `world:NAME` (a simulated world) or a CSV, JSONL or Parquet file, looked up in the working directory,
+            then in the folder that the environment variable FEDSYNTH_DATA names.
+        clients: How many; each is one hospital or bank.
+        labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
+        train_per_client: Simulated worlds: private notes per client.
+        test_per_client: Simulated worlds: test notes per client, declared public (docs/privacy.md).
+        text: Column of the text.
+        label: Column of the class name.
+        test: Rows held out for testing; without it a seeded fifth of each client's rows.
+        split: `iid`, or `natural`: by the values of `client_column`.
+        client_column: Column whose values are the natural clients.
+        unit: Column of the person; left out, rows are declared independent.
+        pooled: One home that holds all clients' text: a baseline that only a simulator can build.
+        tuned_on: Clients on which settings were tuned; results are reported without them, too.
+    """
+
+    source: str
+    clients: int = 8
+    labels: Literal["all"] | tuple[str, ...] = "all"
+    train_per_client: int = 200
+    test_per_client: int = 600
+    text: str = "text"
+    label: str = "label"
+    test: TestRows | None = None
+    split: Literal["iid", "natural"] = "iid"
+    client_column: str | None = None
+    unit: str | None = None
+    pooled: bool = False
+    tuned_on: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "train_per_client", "test_per_client"):
+            if getattr(self, name) < 1:
+                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.labels != "all" and not self.labels:
+            raise BadValue("the label list is empty: name the classes, or leave `labels` out to take all of the source")
+        if self.labels != "all" and len(set(self.labels)) < len(self.labels):
+            raise BadValue(f"labels holds a class twice: {sorted(self.labels)}")
+        if self.split == "natural" and self.client_column is None:
+            raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
+
+    @property
+    def world(self) -> str | None:
+        """Name of the simulated world, or None for a file."""
+        return self.source.removeprefix("world:") if self.source.startswith("world:") else None
+
+
+@dataclass(frozen=True)
+class GeneratorTraining:
+    """How a client fine-tunes its generator: LoRA under DP-SGD (settings tuned on simulated data only).
+
+    Attributes:
+        expected_batch: Expected size of a Poisson batch; the sampling rate is expected_batch / declared records.
+        steps: Noisy steps, all charged.
+        learning_rate: Of Adam, decayed linearly to a tenth.
+        clip_norm: Bound on the norm of one unit's gradient.
+        rank: LoRA rank.
+        alpha: LoRA scale is alpha / rank.
+        max_tokens: Longest note in tokens, label and end of text included.
+        microbatch: Examples per forward pass; bounds memory, does not change results.
+    """
+
+    expected_batch: int = 50
+    steps: int = 60
+    learning_rate: float = 2e-2
+    clip_norm: float = 0.3
+    rank: int = 8
+    alpha: float = 16.0
+    max_tokens: int = 64
+    microbatch: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(self, "expected_batch", "steps", "learning_rate", "clip_norm", "rank", "alpha", "microbatch")
+        if self.max_tokens < 4:
+            raise BadValue(f"max_tokens must be at least 4, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class TaskTraining:
+    """How a client trains its task model: on augmented text first, then on its private text (same in every arm).
+
+    Attributes:
+        batch: Examples per step.
+        augmented_epochs: Passes over the server's text.
+        private_epochs: Passes over the private text.
+        learning_rate: Of AdamW while training from the pretrained model.
+        continued_rate: Fraction of `learning_rate` on private text after augmented text.
+        token_dropout: Chance that a token is hidden during training.
+        weight_decay: Of AdamW.
+        max_tokens: Longest text in tokens.
+    """
+
+    batch: int = 16
+    augmented_epochs: int = 10
+    private_epochs: int = 20
+    learning_rate: float = 3e-3
+    continued_rate: float = 1.0
+    token_dropout: float = 0.1
+    weight_decay: float = 0.05
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens")
+        if not 0 <= self.token_dropout < 1:
+            raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a client runs. A site's own policy may be stricter, never looser.
+
+    Attributes:
+        generator: Causal language model: `assets:NAME`, a folder, or a Hugging Face name.
+        task_model: Model for sequence classification, named likewise.
+        guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
+        budget: Epsilon and delta of this run: all rounds, all releases.
+        max_noise_multiplier: A budget that needs more noise than this is refused before any training.
+        generator_training: DP-SGD settings.
+        task_training: Task model settings.
+    """
+
+    generator: str
+    task_model: str
+    guarantee: Literal["dp", "none"] = "dp"
+    budget: Budget | None = None
+    max_noise_multiplier: float = 20.0
+    generator_training: GeneratorTraining = GeneratorTraining()
+    task_training: TaskTraining = TaskTraining()
+
+    def __post_init__(self) -> None:
+        if self.guarantee == "dp" and self.budget is None:
+            raise BadValue(
+                'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
+            )
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server runs.
+
+    Attributes:
+        llm: Causal language model: `assets:NAME`, a folder, or a Hugging Face name.
+        answer_seconds: How long one exchange may take before the run ends with a reason.
+        quorum: Share of the asked clients that must answer.
+    """
+
+    llm: str
+    answer_seconds: float = 3600.0
+    quorum: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "answer_seconds")
+        if not 0 < self.quorum <= 1:
+            raise BadValue(f"quorum must lie in (0, 1], got {self.quorum}")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One experiment.
+
+    Attributes:
+        name: Names the run directory.
+        seeds: Public seeds; each is a world of its own.
+        rounds: Rounds of the strategy.
+        arms: Variants: name -> overrides of the other tables.
+        run: The arms that run unless others are asked for; left out: all.
+    """
+
+    name: str
+    strategy: StrategyChoice
+    data: Data
+    client: Client
+    server: Server
+    seeds: tuple[int, ...] = (0,)
+    rounds: int = 1
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
+        if self.rounds < 1:
+            raise BadValue(f"rounds must be at least 1, got {self.rounds}")
+        for arm in self.run:
+            if arm not in self.arms:
+                raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one seed: a hypothetical world of its own."""
+
+    arm: str
+    seed: int
+    scenario: Scenario
+
+    def public_seed(self, purpose: str, *, round: int = 0, client: int = -1) -> int:
+        """A public random stream of its own for each purpose; the arm does not enter, so that arms are paired."""
+        text = f"{self.seed}/{round}/{client}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+
+
+def from_tree(tree: Mapping[str, Any]) -> Scenario:
+    """A scenario from what a TOML parser returned; every arm is resolved once, so that its keys are checked, too."""
+    tree = dict(tree)
+    choice = tree.get("strategy")
+    if isinstance(choice, Mapping):
+        choice = dict(choice)
+        tree["strategy"] = {"use": choice.pop("use", ""), "options": choice}
+    scenario = build(Scenario, tree)
+    for arm, overrides in scenario.arms.items():
+        try:
+            _override(scenario, overrides)
+        except BadValue as problem:
+            raise BadValue(f"[arms.{arm}] {problem}") from problem
+    return scenario
+
+
+def to_toml(scenario: Scenario) -> str:
+    """The inverse of `from_toml`."""
+    return tomli_w.dumps(_tree(scenario))
+
+
+def from_toml(text: str, where: str = "scenario") -> Scenario:
+    """A scenario from TOML text.
+
+    Raises:
+        BadValue: With the place and the reason.
+    """
+    try:
+        return from_tree(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as problem:
+        raise BadValue(f"{where}: not TOML: {problem}") from problem
+    except BadValue as problem:
+        raise BadValue(f"{where}: {problem}") from problem
+
+
+def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
+    """A scenario from a file, or a shipped one by name.
+
+    Args:
+        name: Path of a TOML file, or the name of a shipped scenario such as "hospitals".
+        sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
+
+    Raises:
+        BadValue: If there is no such scenario, or it is not valid; the message names file, key and the nearest right one.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
+        if str(name) not in shipped:
+            raise BadValue(f"no scenario {str(name)!r}: give a .toml file or one of {', '.join(sorted(shipped))}")
+        path = shipped[str(name)]
+    if not path.is_file():
+        raise BadValue(f"no scenario file {str(path)!r}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        for item in sets:
+            tree = _merge(tree, _parse_set(item))
+        return from_tree(tree)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise BadValue(f"{path}: not TOML: {problem}") from problem
+    except BadValue as problem:
+        raise BadValue(f"{path}: {problem}") from problem
+
+
+def shipped_scenarios() -> Iterator[Path]:
+    """The scenario files that come with the package."""
+    folder = Path(str(resources.files("fedsynth.app"))) / "scenarios"
+    yield from sorted(folder.glob("*.toml"))
+
+
+def cells(scenario: Scenario) -> list[Cell]:
+    """Every arm that runs, under every seed, resolved. Without arms: the scenario itself, named after its strategy."""
+    if not scenario.arms:
+        arm = scenario.strategy.use.rpartition(":")[2].lower()
+        return [Cell(arm, seed, scenario) for seed in scenario.seeds]
+    arms = scenario.run or tuple(scenario.arms)
+    resolved = {arm: _override(scenario, scenario.arms[arm]) for arm in arms}
+    return [Cell(arm, seed, resolved[arm]) for seed in scenario.seeds for arm in arms]
+
+
+def _override(scenario: Scenario, overrides: Mapping[str, Any]) -> Scenario:
+    tree = _tree(scenario)
+    tree.pop("arms", None)
+    tree.pop("run", None)
+    return from_tree(_merge(tree, overrides))
+
+
+def _tree(scenario: Scenario) -> dict[str, Any]:
+    tree: dict[str, Any] = plain(scenario)
+    tree["strategy"] = {"use": scenario.strategy.use, **tree["strategy"]["options"]}
+    return tree
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """`over` on top of `base`, table by table. Another strategy brings its own options: the old one's are dropped."""
+    merged = dict(base)
+    if key == "strategy" and "use" in over and over["use"] != base.get("use"):
+        merged = {}
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = _merge(old, value, name if not key else f"{key}.{name}") if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise BadValue(f"--set needs key=value, got {item!r}")
+    try:
+        return tomllib.loads(f"{key.strip()} = {value.strip()}")
+    except tomllib.TOMLDecodeError:
+        return tomllib.loads(f"{key.strip()} = {tomli_w.dumps({'v': value.strip()}).partition('=')[2].strip()}")

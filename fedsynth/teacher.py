@@ -1,0 +1,458 @@
+"""What is asked of the server LLM, and how its answers are read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.curation import Kept, keep_rows, refuse_private
+
+if TYPE_CHECKING:
+    from fedsynth.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
+
+Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
+Judge: TypeAlias = Literal["instruction", "likelihood"]
+Groups: TypeAlias = Sequence[Sequence[int]]
+
+# --- Augmentation: plain lines of one label, for a base LLM with a small context -----------------------------------
+
+LINE = "{label}: {text}\n"
+OPEN_LINE = "{label}:"  # without a blank: byte-level tokenizers put it into the text's first token
+
+
+def one_line(text: str) -> str:
+    """A text as it stands in a prompt: line ends would look like the next example."""
+    return " ".join(text.split())
+
+
+def line_prompt(label: str, texts: Iterable[str]) -> str:
+    """Few-shot lines of one label and the label once more; no texts leave the label's name alone."""
+    return "".join(LINE.format(label=label, text=one_line(t)) for t in texts) + OPEN_LINE.format(label=label)
+
+
+def parse_line(answer: str) -> str | None:
+    """The answer's first line that is not blank, or None."""
+    lines = answer.strip().splitlines()
+    return lines[0].strip() if lines else None
+
+
+# --- Augmentation: an instruction and blocks of all labels (FDKT, METHODS.md 1.1 step 7) ---------------------------
+
+DELIMITER = "-----"
+BLOCK = DELIMITER + "\nLabel: {label}\nText: {text}\n"
+
+ALL_LABELS = """Each block below holds one text and its label. The labels are: {labels}.
+{blocks}{delimiter}
+
+Write more texts like these, one new block for each of these labels: {wanted}.
+Use the same format: a line {delimiter}, a line that begins with "Label:", a line that begins with "Text:".
+Stay in the domain of the blocks above, and do not copy them.
+"""
+
+# Not in the paper: there, a label whose examples the filter all dropped silently never returns.
+LABEL_ONLY = """The labels of some short texts are: {labels}.
+Write one new text for each of these labels: {wanted}.
+Give each as a block: a line {delimiter}, a line that begins with "Label:", a line that begins with "Text:".
+"""
+
+
+def blocks_prompt(examples: Iterable[tuple[str, str]], *, labels: Sequence[str], wanted: Sequence[str]) -> str:
+    """The instruction to write one block for each wanted label.
+
+    Args:
+        examples: (label, text); none of them asks by the labels' names alone.
+        labels: All labels of the task.
+        wanted: The labels to write for.
+    """
+    blocks = "".join(BLOCK.format(label=label, text=one_line(text)) for label, text in examples)
+    template = ALL_LABELS if blocks else LABEL_ONLY
+    return template.format(labels=", ".join(labels), blocks=blocks, wanted=", ".join(wanted), delimiter=DELIMITER)
+
+
+FIELDS = re.compile(r"\s*Label:[ \t]*(?P<label>[^\n]+?)[ \t]*\n\s*Text:\s*(?P<text>\S.*)", re.DOTALL)
+
+
+def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """The (label, text) blocks of an answer, and why the others were dropped."""
+    found: list[tuple[str, str]] = []
+    dropped: Counter[str] = Counter()
+    for block in re.split(rf"^[ \t]*{DELIMITER}-*[ \t]*$", answer, flags=re.MULTILINE):
+        if not block.strip():
+            continue
+        fields = FIELDS.match(block)
+        if fields is None:
+            dropped["unreadable block"] += 1
+        elif fields["label"] not in labels:
+            dropped["mistyped label"] += 1
+        else:
+            found.append((fields["label"], one_line(fields["text"])))
+    return found, dropped
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """What the LLM wrote for one site.
+
+    Attributes:
+        corpus: The texts and the labels they were asked for; the guarantee is that of the demonstrations.
+        dropped: Reason -> answers or blocks that gave no text.
+        prompts: How many were put to the LLM.
+        bare: Label -> texts asked for by the label's name alone, because no demonstration of it was left.
+    """
+
+    corpus: Corpus
+    dropped: Mapping[str, int]
+    prompts: int
+    bare: Mapping[str, int]
+
+
+class _Deck:
+    """Draws without replacement until all rows are drawn, then shuffles again (FDKT)."""
+
+    def __init__(self, texts: Sequence[str], rng: np.random.Generator):
+        self.texts, self.rng = texts, rng
+        self.left: list[int] = []
+
+    def draw(self, shots: int) -> list[str]:
+        hand: list[int] = []
+        while len(hand) < shots:
+            if not self.left:
+                # Those in hand go to the bottom: no prompt repeats a text while there is another.
+                self.left = sorted(self.rng.permutation(len(self.texts)).tolist(), key=lambda row: row not in hand)
+            hand.append(self.left.pop())
+        return [self.texts[row] for row in hand]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt and how its answer is read."""
+
+    site: int
+    prompt: str
+    read: Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]
+
+
+def augment(
+    llm: TextModel,
+    demonstrations: Mapping[int, Corpus],
+    *,
+    labels: Sequence[str],
+    per_site: int,
+    mode: Mode,
+    shots: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    seed: int,
+) -> dict[int, Augmented]:
+    """More texts like each site's demonstrations, all sites' prompts in one call.
+
+    Args:
+        llm: The server's.
+        demonstrations: By site; released texts and their class names.
+        labels: The public ones. Texts are asked for uniformly, in turn: a site's label counts stay with the site.
+        per_site: Texts asked for; fewer come back where an answer cannot be read.
+        mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
+            "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
+            "none": one text per prompt, after its label's name alone (an ablation).
+        shots: Demonstrations of a label in a prompt.
+        temperature: FDKT: 0.8.
+        top_p: FDKT: 0.9.
+        max_tokens: Of one answer.
+        seed: Of the demonstrations' order and of the LLM's sampling.
+
+    Raises:
+        ValueError: If demonstrations are private, or an argument is out of range.
+    """
+    for corpus in demonstrations.values():
+        refuse_private(corpus)
+    _check_labels(labels)
+    if per_site < 1 or shots < 1:
+        raise ValueError(f"per_site and shots must be at least 1, got {per_site} and {shots}")
+    if mode not in ("per_label", "all_labels", "none"):
+        raise ValueError(f'mode must be "per_label", "all_labels" or "none", got {mode!r}')
+
+    asked: list[_Asked] = []
+    bare: dict[int, Counter[str]] = {}
+    for site, corpus in sorted(demonstrations.items()):
+        # A site's prompts depend on its own demonstrations only, not on which other sites answered.
+        rng = np.random.default_rng([seed, site])
+        decks = {label: _Deck(texts, rng) for label, texts in _by_label(corpus, labels).items() if texts}
+        turns = [labels[i % len(labels)] for i in range(per_site)]
+        bare[site] = Counter()
+        if mode != "none":
+            bare[site].update(label for label in turns if label not in decks)
+        if mode == "all_labels":
+            asked += [
+                _Asked(site, prompt, _block_reader(labels)) for prompt in _block_prompts(turns, decks, labels, shots)
+            ]
+        else:
+            for label in turns:
+                deck = decks.get(label) if mode == "per_label" else None
+                texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
+                asked.append(_Asked(site, line_prompt(label, texts), _line_reader(label)))
+
+    answers = llm.complete(
+        [a.prompt for a in asked], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+
+    written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
+    dropped: dict[int, Counter[str]] = {site: Counter() for site in bare}
+    for question, answer in zip(asked, answers, strict=True):
+        examples, reasons = question.read(answer)
+        written[question.site] += examples
+        dropped[question.site].update(reasons)
+    counts = Counter(a.site for a in asked)
+    return {
+        site: Augmented(
+            corpus=_written_after(demonstrations[site] if mode != "none" else None, written[site]),
+            dropped=dict(dropped[site]),
+            prompts=counts[site],
+            bare=dict(bare[site]),
+        )
+        for site in bare
+    }
+
+
+def _block_prompts(
+    turns: Sequence[str], decks: Mapping[str, _Deck], labels: Sequence[str], shots: int
+) -> Iterable[str]:
+    for start in range(0, len(turns), len(labels)):
+        wanted = turns[start : start + len(labels)]
+        shown = [label for label in wanted if label in decks]
+        if shown:
+            examples = [(label, text) for label in labels if label in decks for text in decks[label].draw(shots)]
+            yield blocks_prompt(examples, labels=labels, wanted=shown)
+        lost = [label for label in wanted if label not in decks]
+        if lost:
+            yield blocks_prompt([], labels=labels, wanted=lost)
+
+
+def _block_reader(labels: Sequence[str]) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
+    return lambda answer: parse_blocks(answer, labels)
+
+
+def _line_reader(label: str) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
+    def read(answer: str) -> tuple[list[tuple[str, str]], Counter[str]]:
+        text = parse_line(answer)
+        return ([], Counter({"empty answer": 1})) if text is None else ([(label, text)], Counter())
+
+    return read
+
+
+def _written_after(demonstrations: Corpus | None, examples: Sequence[tuple[str, str]]) -> Corpus:
+    """The LLM's texts under the guarantee of what it had read: nothing is better than the worst of its sources."""
+    if demonstrations is None or demonstrations.provenance is Provenance.PUBLIC:
+        provenance = Provenance.PUBLIC  # the LLM and the labels' names are public
+    elif demonstrations.provenance is Provenance.SELF_GENERATED:
+        provenance = Provenance.SELF_GENERATED
+    else:
+        provenance = Provenance.LLM_WRITTEN
+    return Corpus(
+        prompts=tuple(text for _, text in examples),
+        answers=tuple(label for label, _ in examples),
+        provenance=provenance,
+        grants=() if demonstrations is None else demonstrations.grants,
+    )
+
+
+def _by_label(corpus: Corpus, labels: Sequence[str]) -> dict[str, list[str]]:
+    """Texts of each label; answers that are not labels are left out."""
+    texts: dict[str, list[str]] = {label: [] for label in labels}
+    for text, label in zip(corpus.prompts, corpus.answers, strict=True):
+        if label in texts:
+            texts[label].append(text)
+    return texts
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"labels must be distinct, and at least one, got {list(labels)}")
+    for label in labels:
+        if not label.strip() or label != one_line(label) or ":" in label:
+            raise ValueError(
+                f"label {label!r} cannot stand in a prompt's line: it is blank, or holds a colon or line end"
+            )
+
+
+# --- Selection: the best of each cluster ----------------------------------------------------------------------------
+
+LEAD_IN = "The selected texts are:"
+
+SELECT = """Below is a numbered list of texts with their labels. The labels are: {labels}.
+
+{texts}
+
+Choose the texts to keep:
+1. Drop each text that lies outside {domain}, and each text whose label does not fit.
+2. Of texts that say nearly the same, keep only the most representative one.
+3. Keep at most {keep} texts.
+Answer with one line: "{lead_in}" followed by the numbers of the texts you keep, separated by commas, or by "none".
+"""
+NUMBERED = "{number}. [{label}] {text}"
+
+
+def select_prompt(examples: Sequence[tuple[str, str]], *, labels: Sequence[str], keep: int, domain: str) -> str:
+    """The question to the judge about the (label, text) examples of one cluster, numbered from 1."""
+    texts = "\n".join(
+        NUMBERED.format(number=i, label=label, text=one_line(text)) for i, (label, text) in enumerate(examples, start=1)
+    )
+    return SELECT.format(labels=", ".join(labels), texts=texts, domain=domain, keep=keep, lead_in=LEAD_IN)
+
+
+# The list ends where its form ends: in "1, 3 (2 repeats 1)" and in a reason on the next line no number is chosen.
+SELECTED = re.compile(
+    re.escape(LEAD_IN) + r"[\"'*]*[ \t]*\[?(?P<rows>none|\d+(?:[ \t]*(?:,|;|and|,[ \t]*and)?[ \t]*\d+)*)", re.IGNORECASE
+)
+
+
+def parse_selected(answer: str, size: int) -> list[int] | None:
+    """The kept rows (from 0, in the answer's order, each once), or None where the answer has no such line."""
+    match = SELECTED.search(answer)
+    if match is None:
+        return None
+    numbers = dict.fromkeys(int(n) for n in re.findall(r"\d+", match["rows"]))
+    return [n - 1 for n in numbers if 1 <= n <= size]
+
+
+def judge_by_instruction(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    labels: Sequence[str],
+    keep: int,
+    domain: str = "the domain that most of them share",
+    max_tokens: int = 64,
+    seed: int,
+) -> dict[int, Kept]:
+    """The paper's judge: the LLM reads each cluster and names the rows to keep (METHODS.md 1.1 step 6).
+
+    Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
+    its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call.
+
+    Raises:
+        ValueError: If a corpus is private, or its groups do not hold each row once.
+    """
+    _check_groups(corpora, groups, labels, keep)
+    asked = [(site, group) for site in sorted(corpora) for group in groups[site]]
+    prompts = []
+    for site, group in asked:
+        corpus = corpora[site]
+        examples = [(corpus.answers[i], corpus.prompts[i]) for i in group]
+        prompts.append(select_prompt(examples, labels=labels, keep=keep, domain=domain))
+    answers = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+
+    reasons: dict[int, list[str | None]] = {site: [None] * len(corpus) for site, corpus in corpora.items()}
+    for (site, group), answer in zip(asked, answers, strict=True):
+        chosen = parse_selected(answer, len(group))
+        for place, row in enumerate(group):
+            if chosen is None:
+                reasons[site][row] = "unreadable judgement"
+            elif place not in chosen[:keep]:
+                reasons[site][row] = "not selected"
+    return {site: keep_rows(corpora[site], reasons[site]) for site in sorted(corpora)}
+
+
+NEAR = 0.8  # share of common words from which two texts of a cluster count as one
+
+
+def near_identical(one: str, other: str) -> bool:
+    """Whether two texts share nearly all of their words (Jaccard index, case aside)."""
+    a, b = set(one.casefold().split()), set(other.casefold().split())
+    return len(a & b) >= NEAR * len(a | b)
+
+
+def judge_by_likelihood(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    labels: Sequence[str],
+    keep: int,
+    margin: float = 0.0,
+) -> dict[int, Kept]:
+    """A judge for base LLMs: a text must be likelier after its own label's name than after any other.
+
+    Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
+    All texts of all sites are scored under all labels in one call.
+
+    Args:
+        llm: One that scores.
+        corpora: By site; released texts.
+        groups: By site; the clusters of its rows.
+        labels: The public ones.
+        keep: Texts of a cluster that stay, at most.
+        margin: Nats per token by which another label may be likelier.
+
+    Raises:
+        ValueError: If a corpus is private, or its groups do not hold each row once.
+    """
+    _check_groups(corpora, groups, labels, keep)
+    rows = [(site, row) for site in sorted(corpora) for row in range(len(corpora[site]))]
+    texts = [" " + one_line(corpora[site].prompts[row]) for site, row in rows]
+    flat = llm.score([OPEN_LINE.format(label=y) for _ in texts for y in labels], [t for t in texts for _ in labels])
+    scores = {at: dict(zip(labels, flat[i * len(labels) :], strict=False)) for i, at in enumerate(rows)}
+
+    kept: dict[int, Kept] = {}
+    for site in sorted(corpora):
+        corpus = corpora[site]
+        reasons: list[str | None] = [None] * len(corpus)
+        for group in groups[site]:
+            own = {row: scores[site, row][corpus.answers[row]] for row in group}
+            chosen: list[int] = []
+            for row in sorted(group, key=lambda row: -own[row]):
+                best_other = max((s for y, s in scores[site, row].items() if y != corpus.answers[row]), default=-np.inf)
+                if best_other > own[row] + margin:
+                    reasons[row] = "another label is likelier"
+                elif any(near_identical(corpus.prompts[row], corpus.prompts[other]) for other in chosen):
+                    reasons[row] = "near duplicate"
+                elif len(chosen) == keep:
+                    reasons[row] = "beyond the best of its cluster"
+                else:
+                    chosen.append(row)
+        kept[site] = keep_rows(corpus, reasons)
+    return kept
+
+
+def best_of(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    judge: Judge,
+    labels: Sequence[str],
+    keep: int,
+    seed: int,
+) -> dict[int, Kept]:
+    """The best of each cluster, by either judge, for all sites at once.
+
+    Raises:
+        ValueError: If a corpus is private, its groups do not hold each row once, or there is no such judge.
+    """
+    if judge == "instruction":
+        return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed)
+    if judge == "likelihood":
+        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep)
+    raise ValueError(f'judge must be "instruction" or "likelihood", got {judge!r}')
+
+
+def _check_groups(
+    corpora: Mapping[int, Corpus], groups: Mapping[int, Groups], labels: Sequence[str], keep: int
+) -> None:
+    _check_labels(labels)
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    for site, corpus in corpora.items():
+        refuse_private(corpus)
+        if sorted(row for group in groups[site] for row in group) != list(range(len(corpus))):
+            raise ValueError(f"the groups of site {site} must hold each of its {len(corpus)} rows once")
+        unknown = sorted(set(corpus.answers) - set(labels))
+        if unknown:
+            raise ValueError(f"site {site} has answers that are not labels: {unknown}; run well_formed first")

@@ -1,0 +1,159 @@
+"""Plain JSON or TOML values to typed frozen dataclasses and back; errors name the key and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class BadValue(ValueError):
+    """A value does not fit its declared type; the message names the key, the value and what fits."""
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def build(kind: type[T], value: object, key: str = "") -> T:
+    """`value` as an instance of `kind`: a frozen dataclass whose fields may nest.
+
+    Args:
+        kind: A dataclass, or any annotation made of dataclasses, tuples, mappings, literals, enums, scalars, unions.
+        value: What a JSON or TOML parser returns.
+        key: Dotted name of the place, for messages.
+
+    Raises:
+        BadValue: If a key is unknown or missing, or a value has the wrong type or is out of range.
+    """
+    return typing.cast(T, _build(kind, value, key))
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    if kind is Any or kind is object:
+        return value
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _build_union(args, value, key)
+    if origin is Literal:
+        if value not in args or isinstance(value, bool) != isinstance(args[0], bool):
+            raise BadValue(f"{key} must be one of {', '.join(map(repr, args))}, got {value!r}{_nearest(value, args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BadValue(f"{key} must be a list, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_build(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+        if len(args) != len(value):
+            raise BadValue(f"{key} must be a list of {len(args)} values, got {value!r}")
+        return tuple(_build(a, v, f"{key}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise BadValue(f"{key} must be a table, got {value!r}")
+        return {
+            _build(args[0], _from_text(args[0], k), key): _build(args[1], v, f"{key}.{k}") for k, v in value.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type, kind), value, key)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            names = [m.value for m in kind]
+            raise BadValue(f"{key} must be one of {names}, got {value!r}{_nearest(value, names)}") from None
+    return _build_scalar(kind, value, key)
+
+
+def _build_scalar(kind: Any, value: Any, key: str) -> Any:
+    if kind is type(None):
+        if value is not None:
+            raise BadValue(f"{key} must be left out, got {value!r}")
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise BadValue(f"{key} must be {_name(kind)}, got {value!r} ({_name(type(value))})")
+    return value
+
+
+def _build_union(options: tuple[Any, ...], value: Any, key: str) -> Any:
+    problems: list[BadValue] = []
+    for option in options:
+        try:
+            return _build(option, value, key)
+        except BadValue as refusal:
+            problems.append(refusal)
+    # A table was meant as the dataclass among the options: its own message says more than "fits none".
+    for option, problem in zip(options, problems, strict=True):
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            raise problem
+    raise BadValue(f"{key} must be {' or '.join(_name(o) for o in options if o is not type(None))}, got {value!r}")
+
+
+def _build_dataclass(kind: type, value: Any, key: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        raise BadValue(f"{key or kind.__name__} must be a table, got {value!r}")
+    hints = _hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    for name in value:
+        if name not in fields:
+            place = f" in [{key}]" if key else ""
+            raise BadValue(f"unknown key {name!r}{place}{_nearest(name, fields)}; known: {', '.join(sorted(fields))}")
+    given = {n: _build(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()}
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise BadValue(f"key {(key + '.' if key else '') + name!r} is missing")
+    try:
+        return kind(**given)
+    except BadValue:
+        raise
+    except ValueError as problem:
+        raise BadValue(f"[{key}] {problem}" if key else str(problem)) from problem
+
+
+def _from_text(kind: Any, key: Any) -> Any:
+    """JSON and TOML have text keys only; numbers come back as numbers."""
+    return int(key) if kind is int and isinstance(key, str) else key
+
+
+def _name(kind: Any) -> str:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        dict: "a table",
+        list: "a list",
+    }
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def _nearest(name: object, known: typing.Iterable[object]) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def plain(value: object) -> Any:
+    """The inverse of `build`: dataclasses become dicts, tuples lists, enums their values; None fields are left out."""
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
+        return {name: plain(v) for name, v in pairs if v is not None}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value

@@ -1,0 +1,140 @@
+"""Orders and answers to Flower records and back; private text stops here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any, TypeVar
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.lora import Adapter
+from fedsynth.payload import decode, encode
+from fedsynth.privacy.plan import Statement
+from fedsynth.tasks import Code, Envelope, Order, Origin, Refused
+from fedsynth.typed import BadValue, build, plain
+
+T = TypeVar("T")
+RECORD = "fedsynth"
+
+
+class WillNotLeave(RuntimeError):
+    """Something in an answer has no right to leave this client."""
+
+
+def pack_order(order: Order[Any], envelope: Envelope) -> RecordDict:
+    """An order for one home. Server text is checked, too: a server has no private text to send."""
+    for corpus in _parts(order, Corpus):
+        if corpus.provenance is Provenance.PRIVATE:
+            raise WillNotLeave(f"{type(order).__name__} holds private text")
+    fields: dict[str, Any] = {**plain(envelope), "payload": encode(order)}
+    return RecordDict({RECORD: ConfigRecord(fields)})
+
+
+def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
+    """The order, its envelope, and the digest that makes a repeated order recognisable.
+
+    Raises:
+        fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the message is not such an order.
+    """
+    record = _record(content)
+    facts = {f.name: record[f.name] for f in dataclasses.fields(Envelope)}
+    envelope = build(Envelope, facts, "envelope")
+    data = record["payload"]
+    if not isinstance(data, bytes):
+        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
+    digest = hashlib.sha256()
+    # Not the arm: `run` names one world already, and arms that ask the same of a simulated client get the same noise.
+    for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "home")), data):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return decode(data, kind), envelope, digest.hexdigest()
+
+
+def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
+    """An answer as the bytes that leave, if every field of it may.
+
+    Args:
+        answer: One of the answer classes of `fedsynth.tasks`.
+        measuring: Figures of task models may leave: a simulation, or a site whose policy says so.
+        waived: A release without guarantee was logged in this run's ledger.
+
+    Raises:
+        WillNotLeave: With the field and the rule.
+    """
+    name = type(answer).__name__
+    if not dataclasses.is_dataclass(answer):
+        raise WillNotLeave(f"{name} is not an answer class")
+    for field in dataclasses.fields(answer):
+        origin = field.metadata.get("origin")
+        value = getattr(answer, field.name)
+        if not isinstance(origin, Origin):
+            raise WillNotLeave(f"{name}.{field.name} declares no origin")
+        if origin is Origin.MEASURED and not measuring:
+            raise WillNotLeave(f"{name}.{field.name} is measured on a private model, which this site does not allow")
+        if origin is Origin.NO_GUARANTEE and not waived:
+            raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
+        for part in (*_parts(value, Corpus), *_parts(value, Adapter)):
+            _check_part(part, f"{name}.{field.name}", origin, waived)
+    for statement in _parts(answer, Statement):
+        if statement.guarantee == "dp" and any(not part.grants for part in _parts(answer, Corpus)):
+            raise WillNotLeave(f"{name} claims a guarantee for text without a grant")
+    return encode(answer)
+
+
+def _check_part(part: Corpus | Adapter, place: str, origin: Origin, waived: bool) -> None:
+    if isinstance(part, Corpus):
+        if part.provenance is Provenance.PRIVATE or part.units is not None:
+            raise WillNotLeave(f"{place} is private text")
+        if part.provenance is Provenance.DP_SYNTHETIC and not part.grants:
+            raise WillNotLeave(f"{place} calls itself synthetic under DP but names no grant")
+    if origin is Origin.RELEASED and not part.grants and not waived:
+        raise WillNotLeave(f"{place} names no grant, and no release without guarantee was logged")
+
+
+def _parts(value: object, kind: type[T]) -> list[T]:
+    if isinstance(value, kind):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter):
+        return [p for f in dataclasses.fields(value) for p in _parts(getattr(value, f.name), kind)]
+    if isinstance(value, dict):
+        return [p for v in value.values() for p in _parts(v, kind)]
+    if isinstance(value, list | tuple):
+        return [p for v in value for p in _parts(v, kind)]
+    return []
+
+
+def pack_answer(data: bytes, *, refused: bool = False) -> RecordDict:
+    """Sealed bytes as the content of a reply."""
+    return RecordDict({RECORD: ConfigRecord({"refused": refused, "payload": data})})
+
+
+def refusal(code: Code) -> RecordDict:
+    """A reply that holds a constant code and nothing else."""
+    return pack_answer(encode(Refused(code)), refused=True)
+
+
+def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:
+    """The typed answer in a reply.
+
+    Raises:
+        fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the reply is not one.
+    """
+    record = _record(content)
+    data = record["payload"]
+    if not isinstance(data, bytes):
+        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
+    return decode(data, Refused) if record["refused"] is True else decode(data, kind)
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Size of what a message carries."""
+    data = _record(content)["payload"]
+    return len(data) if isinstance(data, bytes) else 0
+
+
+def _record(content: RecordDict) -> ConfigRecord:
+    record = content.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise BadValue(f"the message has no record {RECORD!r}")
+    return record

@@ -1,0 +1,115 @@
+"""The words of a small world and what they mean, read from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib.resources import files
+from typing import Any
+
+WORLDS = ("hospitals", "banks")
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What one fact's word says.
+
+    Attributes:
+        label: Row of the label in `World.labels`; None for the facts that are common to all labels.
+        register: Column of the register in `World.registers`.
+    """
+
+    label: int | None
+    register: int
+
+
+@dataclass(frozen=True)
+class World:
+    """A lexicon: labels, their facts in several registers, and the words around them.
+
+    Attributes:
+        name: Name of the TOML file.
+        labels: The classes, one lower-case word each.
+        registers: Names of the registers; column r of every fact is written in register r.
+        facts: Words by label, fact and register; every word occurs once in the world.
+        common: Words by fact and register that say nothing about the label.
+        main_markers: Phrases that announce the label's own facts.
+        history_markers: Phrases that announce facts of another label.
+        openers: Words that a note begins with, two at a time.
+        closers: Words of the closing segment, two at a time.
+        separators: Words between segments.
+        joiners: Words between facts.
+        traits: Two lists of words about the person.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    registers: tuple[str, ...]
+    facts: tuple[tuple[tuple[str, ...], ...], ...]
+    common: tuple[tuple[str, ...], ...]
+    main_markers: tuple[str, ...]
+    history_markers: tuple[str, ...]
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
+    separators: tuple[str, ...]
+    joiners: tuple[str, ...]
+    traits: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @cached_property
+    def meanings(self) -> dict[str, Meaning]:
+        """Every fact's word, the common ones included."""
+        table = {
+            word: Meaning(label, register)
+            for label, facts in enumerate(self.facts)
+            for fact in facts
+            for register, word in enumerate(fact)
+        }
+        for fact in self.common:
+            table |= {word: Meaning(None, register) for register, word in enumerate(fact)}
+        return table
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """All words that follow a space in some note, each once."""
+        phrases = (*self.main_markers, *self.history_markers)
+        others = (*self.openers, *self.closers, *self.separators, *self.joiners, *self.traits[0], *self.traits[1])
+        return tuple(dict.fromkeys((*self.meanings, *(word for p in phrases for word in p.split()), *others)))
+
+
+@lru_cache
+def load_world(name: str) -> World:
+    """The world of that name, one of `WORLDS`.
+
+    Raises:
+        ValueError: If there is no such world.
+    """
+    if name not in WORLDS:
+        raise ValueError(f"world must be one of {', '.join(WORLDS)}, got {name!r}")
+    table = tomllib.loads((files(__package__) / f"{name}.toml").read_text(encoding="utf-8"))
+    registers = tuple(table["registers"])
+    first, second = table["traits"]
+    return World(
+        name=name,
+        labels=tuple(table["labels"]),
+        registers=registers,
+        facts=tuple(_facts(entry, table["findings"], registers) for entry in table["labels"].values()),
+        common=tuple(zip(*(table["common"][r].split() for r in registers), strict=True)),
+        main_markers=tuple(table["main_markers"]),
+        history_markers=tuple(table["history_markers"]),
+        openers=tuple(table["openers"].split()),
+        closers=tuple(table["closers"].split()),
+        separators=tuple(table["separators"].split()),
+        joiners=tuple(table["joiners"].split()),
+        traits=(tuple(first.split()), tuple(second.split())),
+    )
+
+
+def _facts(
+    entry: Mapping[str, str], findings: Mapping[str, Any], registers: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    """Every stem with every finding, in all registers."""
+    stems = zip(*(entry[r].split() for r in registers), strict=True)
+    ends = [findings[name] for name in entry["findings"].split()]
+    return tuple(tuple(stem + end for stem, end in zip(row, column, strict=True)) for row in stems for column in ends)

@@ -1,0 +1,1 @@
+"""The two halves of the Flower App: a server's and a client's."""

@@ -1,0 +1,203 @@
+"""FDKT: DP drafts from the clients, the best of them shown to the server LLM, its texts back to the clients.
+
+Federated Domain-specific Knowledge Transfer (arXiv 2405.14212). One round; privacy is spent in its first step only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedsynth.corpus import Corpus, Provenance, pool
+from fedsynth.curation import Kept, clusters, deduplicate, well_formed, yields
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.tasks import Learn, Synthesize
+from fedsynth.teacher import augment, best_of
+from fedsynth.typed import BadValue
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of FDKT; section numbers are those of docs/methods/fdkt.md.
+
+    Attributes:
+        per_label: Drafts that each client writes per label.
+        draft_temperature: Of the clients' sampling.
+        draft_top_p: Of the clients' sampling.
+        draft_tokens: Longest draft.
+        min_words: Shorter texts are dropped (10 in the paper's code, for reviews; notes are shorter).
+        judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
+        cluster_size: Drafts that the judge compares at once (4 in the paper's code).
+        keep: Drafts that survive of a cluster.
+        demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
+            `none`: the ablation in which the LLM sees label names only and clients release nothing.
+        shots: Demonstrations per label in a prompt.
+        texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
+        written: Texts the LLM writes for each client.
+        temperature: Of the LLM.
+        top_p: Of the LLM.
+        max_tokens: Longest answer of the LLM.
+        pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
+        share_adapters: Clients send their DP adapters, too (same release, no further cost).
+    """
+
+    per_label: int = 50
+    draft_temperature: float = 0.8
+    draft_top_p: float = 0.95
+    draft_tokens: int = 48
+    min_words: int = 10
+    judge: Literal["likelihood", "instruction", "none"] = "likelihood"
+    cluster_size: int = 4
+    keep: int = 2
+    demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
+    shots: int = 4
+    texts: Literal["llm", "drafts"] = "llm"
+    written: int = 800
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 48
+    pooled: bool = False
+    share_adapters: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "per_label",
+            "draft_tokens",
+            "min_words",
+            "cluster_size",
+            "keep",
+            "shots",
+            "written",
+            "max_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("draft_top_p", "top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BadValue(f"strategy.{name} must lie in (0, 1], got {getattr(self, name)}")
+        for name in ("draft_temperature", "temperature"):
+            if not getattr(self, name) > 0:
+                raise BadValue(f"strategy.{name} must be above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class State:
+    """What the method has made: round, and per client the text that it learnt from."""
+
+    round: int = 0
+    corpora: Mapping[int, Corpus] = field(default_factory=dict)
+
+
+class FDKT(RoundStrategy[State]):
+    """Federated Domain-specific Knowledge Transfer."""
+
+    Config = Config
+    config: Config
+
+    def initial(self) -> State:
+        """Nothing yet."""
+        return State()
+
+    def round(self, clients: Clients, state: State) -> State:
+        """One round of the paper's figure 2: synthesize, select, augment, learn."""
+        if self.config.demonstrations == "none":
+            corpora = self._augment({home: _nothing() for home in clients.nodes})
+        else:
+            # Privacy is spent here, on the clients; all that follows is post-processing.
+            drafts = self._drafts(clients)
+            if self.config.texts == "drafts":
+                corpora = drafts
+            else:
+                # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
+                corpora = self._augment(self._best(drafts))
+
+        # The task models stay with their clients.
+        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in corpora}
+        clients.ask_each({home: Learn(seeds[home], corpus) for home, corpus in corpora.items()})
+        return replace(state, round=state.round + 1, corpora=corpora)
+
+    def _drafts(self, clients: Clients) -> dict[int, Corpus]:
+        """Steps 1 to 4: text that each client's DP generator wrote, without what is not a text."""
+        c, journal = self.config, self.server.journal
+        orders = {
+            home: Synthesize(
+                per_label=c.per_label,
+                temperature=c.draft_temperature,
+                top_p=c.draft_top_p,
+                max_tokens=c.draft_tokens,
+                seed=self._seed("synthesize", home),
+                share_adapter=c.share_adapters,
+            )
+            for home in clients.nodes
+        }
+        drafts: dict[int, Corpus] = {}
+        for home, answer in clients.ask_each(orders).items():
+            journal.corpus(home, "drafts", answer.corpus)
+            journal.metric(home, "yield/drafts/unfinished", answer.unfinished)
+            if answer.adapter is not None:
+                journal.adapter(home, answer.adapter)
+            drafts[home] = self._curate(home, "drafts", answer.corpus)
+        return drafts
+
+    def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
+        """Steps 5 and 6: the judge's best of each cluster of like drafts."""
+        c, journal = self.config, self.server.journal
+        if c.judge == "none":
+            return drafts
+        journal.progress("select", 0, len(drafts))
+        groups = {
+            home: clusters(self.server.llm.embed(d.prompts), size=c.cluster_size, seed=self._seed("cluster", home))
+            for home, d in drafts.items()
+        }
+        seed = self._seed("judge")
+        kept = best_of(
+            self.server.llm, drafts, groups, judge=c.judge, labels=self.server.labels, keep=c.keep, seed=seed
+        )
+        for home, stage in kept.items():
+            self._note(home, [("selected", stage)])
+        return {home: stage.corpus for home, stage in kept.items()}
+
+    def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
+        """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
+        c, journal = self.config, self.server.journal
+        journal.progress("augment", 0, len(shown))
+        if c.pooled and c.demonstrations != "none":
+            everyone = pool(list(shown.values()))
+            shown = dict.fromkeys(shown, everyone)
+        written = augment(
+            self.server.llm,
+            shown,
+            labels=self.server.labels,
+            per_site=c.written,
+            mode=c.demonstrations,
+            shots=c.shots,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            max_tokens=c.max_tokens,
+            seed=self._seed("augment"),
+        )
+        corpora: dict[int, Corpus] = {}
+        for home, answer in written.items():
+            journal.metric(home, "yield/written/unreadable", sum(answer.dropped.values()))
+            journal.metric(home, "yield/written/without_demonstrations", sum(answer.bare.values()))
+            corpora[home] = self._curate(home, "written", answer.corpus)
+            journal.corpus(home, "written", corpora[home])
+        return corpora
+
+    def _curate(self, home: int, name: str, corpus: Corpus) -> Corpus:
+        formed = well_formed(corpus, labels=self.server.labels, min_words=self.config.min_words)
+        unique = deduplicate(formed.corpus)
+        self._note(home, [(name, formed), (f"{name}_unique", unique)])
+        return unique.corpus
+
+    def _note(self, home: int, steps: list[tuple[str, Kept]]) -> None:
+        for stage in yields(steps):
+            self.server.journal.stage(home, stage)
+
+    def _seed(self, purpose: str, home: int = -1) -> int:
+        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=home)
+
+
+def _nothing() -> Corpus:
+    return Corpus((), (), Provenance.PUBLIC)

@@ -1,0 +1,36 @@
+"""Local training only: the baseline in which nothing but the order to learn crosses the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.tasks import Learn
+
+
+@dataclass(frozen=True)
+class Config:
+    """No options."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Rounds done."""
+
+    round: int = 0
+
+
+class LocalOnly(RoundStrategy[State]):
+    """Each client trains its task model on its own text; also the pooled baseline, where one home holds all text."""
+
+    Config = Config
+
+    def initial(self) -> State:
+        """Nothing yet."""
+        return State()
+
+    def round(self, clients: Clients, state: State) -> State:
+        """One empty `Learn`."""
+        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.nodes}
+        clients.ask_each({home: Learn(seed=seed) for home, seed in seeds.items()})
+        return replace(state, round=state.round + 1)

@@ -1,0 +1,26 @@
+"""An LLM whose answers and scores the test writes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ScriptedLLM:
+    """A `TextModel`: `answer(prompt)` completes, `likelihood(prompt, continuation)` scores; calls are recorded."""
+
+    answer: Callable[[str], str] = lambda prompt: " a text"
+    likelihood: Callable[[str, str], float] = lambda prompt, continuation: 0.0
+    completed: list[list[str]] = field(default_factory=list)  # the prompts of each call
+    scored: list[int] = field(default_factory=list)  # how many pairs each call held
+    settings: list[dict[str, float]] = field(default_factory=list)
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        self.completed.append(list(prompts))
+        self.settings.append({"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
+        return [self.answer(prompt) for prompt in prompts]
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        self.scored.append(len(prompts))
+        return [self.likelihood(p, c) for p, c in zip(prompts, continuations, strict=True)]

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.curation import Kept, balance, clusters, deduplicate, well_formed, yields
+
+
+def notes(*rows: tuple[str, str], provenance: Provenance = Provenance.DP_SYNTHETIC) -> Corpus:
+    return Corpus(tuple(t for t, _ in rows), tuple(y for _, y in rows), provenance, grants=("g",))
+
+
+def private() -> Corpus:
+    return notes(("one two", "a"), provenance=Provenance.PRIVATE)
+
+
+# --- well_formed ---
+
+
+def test_texts_are_stripped_of_the_edges_that_fdkt_names() -> None:
+    kept = well_formed(notes((" -._~/\\*|#one, two-three.#\n", "a")), labels=["a"], min_words=2)
+    assert kept.corpus.prompts == ("one, two-three",)
+    assert kept.dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "reason"),
+    [
+        ("one two three", "z", "unknown label"),
+        ("one two\nthree", "a", "control character"),
+        ("one two\x07 three", "a", "control character"),
+        ("one two\u2028three", "a", "control character"),
+        ("one two \ufffd three", "a", "replacement character"),
+        ("one two B: three", "a", "template marker"),
+        ("one two a b : three", "a", "template marker"),
+        ("one - two", "a", None),
+        ("one two", "a", "too short"),
+        ("...... one two ......", "a", "too short"),
+        ("one two three four five six", "a", "too long"),
+        ("one lab: three", "a", None),  # "b:" is the end of another word
+        ("one two three", "a", None),
+        ("naïve zwölf 三", "a", None),
+    ],
+)
+def test_a_text_is_dropped_for_the_reason_that_is_named(text: str, label: str, reason: str | None) -> None:
+    kept = well_formed(notes((text, label)), labels=["a", "b", "a b"], min_words=3, max_words=5)
+    assert kept.dropped == ({} if reason is None else {reason: 1})
+    assert len(kept.corpus) == (reason is None)
+
+
+def test_the_kept_rows_keep_their_order_provenance_and_grants_and_lost_labels_are_named() -> None:
+    corpus = notes(("one two", "a"), ("one", "b"), ("three four", "a"), ("two", "a"), ("x", "b"))
+    kept = well_formed(corpus, labels=["a", "b"], min_words=2)
+    assert kept.corpus == notes(("one two", "a"), ("three four", "a"))
+    assert kept.dropped == {"too short": 3}
+    assert kept.lost == ("b",)
+
+
+# --- deduplicate ---
+
+
+def test_the_first_of_equal_texts_stays_whatever_case_space_and_label() -> None:
+    corpus = notes(("One  two", "a"), ("one two", "a"), ("ONE TWO ", "b"), ("one two.", "a"))
+    kept = deduplicate(corpus)
+    assert kept.corpus.prompts == ("One  two", "one two.")
+    assert kept.dropped == {"duplicate": 1, "duplicate under another label": 1}
+    assert kept.lost == ("b",)
+
+
+# --- balance ---
+
+
+def test_at_most_per_label_rows_of_each_label_stay_in_order() -> None:
+    corpus = notes(*((f"{y}{i}", y) for i in range(10) for y in "ab"), ("c0", "c"))
+    kept = balance(corpus, per_label=3, seed=0)
+    assert kept.corpus.counts() == {"a": 3, "b": 3, "c": 1}
+    assert kept.dropped == {"beyond per_label": 14}
+    rows = [corpus.prompts.index(t) for t in kept.corpus.prompts]
+    assert rows == sorted(rows)
+    assert kept == balance(corpus, per_label=3, seed=0)
+    assert any(kept != balance(corpus, per_label=3, seed=s) for s in (1, 2, 3))
+
+
+# --- clusters ---
+
+
+@pytest.mark.parametrize(("rows", "size", "count"), [(1, 4, 1), (8, 4, 2), (9, 4, 3), (41, 4, 11), (5, 1, 5)])
+def test_as_many_clusters_as_rows_over_size_rounded_up(rows: int, size: int, count: int) -> None:
+    points = np.random.default_rng(0).normal(size=(rows, 6)).astype(np.float32)
+    groups = clusters(points, size=size, seed=0)
+    assert len(groups) == count
+    assert all(groups)
+    assert sorted(row for group in groups for row in group) == list(range(rows))
+
+
+@pytest.mark.filterwarnings("error")
+def test_equal_rows_leave_no_cluster_empty() -> None:
+    points = np.array([[0.0, 0.0]] * 9 + [[5.0, 5.0]] * 3, dtype=np.float32)
+    groups = clusters(points, size=3, seed=0)
+    assert len(groups) == 4
+    assert all(groups)
+    assert sorted(row for group in groups for row in group) == list(range(12))
+    assert [9, 10, 11] in groups  # the far ones stay together
+
+
+def test_clusters_hold_what_lies_together_and_repeat_with_the_seed() -> None:
+    centres = np.repeat(np.eye(4, dtype=np.float32) * 10, 5, axis=0)
+    points = (centres + np.random.default_rng(1).normal(size=centres.shape, scale=0.1)).astype(np.float32)
+    expected = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 12, 13, 14], [15, 16, 17, 18, 19]]
+    assert clusters(points, size=5, seed=3) == expected
+    cloud = np.random.default_rng(2).normal(size=(60, 8)).astype(np.float32)
+    assert clusters(cloud, size=4, seed=0) == clusters(cloud, size=4, seed=0)
+    assert clusters(cloud, size=4, seed=0) != clusters(cloud, size=4, seed=1)
+
+
+def test_no_rows_no_clusters() -> None:
+    assert clusters(np.zeros((0, 3), dtype=np.float32), size=4, seed=0) == []
+
+
+# --- all of them ---
+
+
+def test_a_funnel_accounts_for_every_row() -> None:
+    corpus = notes(("one two", "a"), ("one two", "a"), ("x", "b"), ("three four", "a"))
+    formed = well_formed(corpus, labels=["a", "b"], min_words=2)
+    distinct = deduplicate(formed.corpus)
+    first, second = yields([("well formed", formed), ("distinct", distinct)])
+    assert (first.name, first.before, first.after, first.dropped, first.lost) == (
+        "well formed",
+        4,
+        3,
+        {"too short": 1},
+        ("b",),
+    )
+    assert (second.before, second.after) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda c: well_formed(c, labels=["a"], min_words=1),
+        deduplicate,
+        lambda c: balance(c, per_label=1, seed=0),
+    ],
+)
+def test_private_text_is_refused(step) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="private corpus"):
+        step(private())
+    assert isinstance(step(notes(("one two", "a"))), Kept)
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="size must be at least 1"):
+        clusters(np.zeros((3, 2), dtype=np.float32), size=0, seed=0)
+    with pytest.raises(ValueError, match="per_label must be at least 1"):
+        balance(notes(("x", "a")), per_label=0, seed=0)

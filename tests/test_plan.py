@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting.rdp import RdpAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from fedsynth.privacy.plan import (
+    Budget,
+    BudgetTooSmall,
+    DPPlan,
+    Statement,
+    composed_epsilon,
+    epsilon,
+    group_epsilon,
+    plan,
+    statement,
+)
+
+WORLD = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)  # WORLD.md: 400 notes per hospital
+
+
+def gaussian_epsilon(sigma: float, delta: float) -> float:
+    """Closed form of one Gaussian mechanism (Balle and Wang 2018, theorem 8)."""
+
+    def excess(eps: float) -> float:
+        upper = norm.cdf(1 / (2 * sigma) - eps * sigma)
+        return float(upper - math.exp(eps) * norm.cdf(-1 / (2 * sigma) - eps * sigma)) - delta
+
+    return float(brentq(excess, 0, 100))
+
+
+@pytest.mark.parametrize("sigma", [0.8, 2.0, 5.0])
+def test_epsilon_matches_the_closed_form_of_the_gaussian_mechanism(sigma: float) -> None:
+    whole = DPPlan(100, 100, 1, 1, 1.0, sigma, 1e-5)
+    exact = gaussian_epsilon(sigma, 1e-5)
+    assert exact <= epsilon(whole, 1e-5) <= exact + 1e-3
+    # A wrong scale fails: 10 % more noise than declared is seen.
+    assert abs(epsilon(whole, 1e-5) - gaussian_epsilon(1.1 * sigma, 1e-5)) > 1e-2
+
+
+def test_composed_steps_match_the_closed_form() -> None:
+    assert epsilon(DPPlan(100, 100, 3, 3, 1.0, 6.0, 1e-5), 1e-5) == pytest.approx(gaussian_epsilon(2.0, 1e-5), abs=2e-3)
+
+
+def test_replacing_a_record_is_the_closed_form_at_twice_the_sensitivity() -> None:
+    whole = DPPlan(100, 100, 1, 1, 1.0, 3.0, 1e-5)
+    assert epsilon(whole, 1e-5, relation="replace_one") == pytest.approx(gaussian_epsilon(1.5, 1e-5), abs=1e-3)
+
+
+def test_figures_of_both_relations() -> None:  # PRIVACY.md rule 5
+    assert epsilon(WORLD, 1e-5) == pytest.approx(7.986, abs=1e-3)
+    assert epsilon(WORLD, 1e-5, relation="replace_one") == pytest.approx(11.285, abs=1e-3)
+
+
+def test_rdp_is_an_upper_bound_and_not_far_above() -> None:
+    rdp = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    bound = rdp.compose(WORLD.event).get_epsilon(1e-5)
+    assert epsilon(WORLD, 1e-5) < bound < 1.3 * epsilon(WORLD, 1e-5)
+
+
+def test_a_thousandth_too_little_noise_is_refused() -> None:  # PRIVACY.md rule 8: .927 and 1.415 were in WORLD.md
+    assert epsilon(replace(WORLD, noise_multiplier=0.927), 1e-5) == pytest.approx(8.003, abs=5e-4)
+    assert epsilon(DPPlan(200, 50, 60, 1, 1.0, 1.415, 1e-5), 1e-5) == pytest.approx(8.002, abs=5e-4)
+    assert plan(Budget(8.0), records=400, expected_batch=50, steps=60).noise_multiplier == 0.928
+    assert plan(Budget(8.0), records=200, expected_batch=50, steps=60).noise_multiplier == 1.416
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "steps", "delta", "target", "sigma"),
+    [  # METHODS.md 1.6 point 4, rounded to the nearest thousandth there
+        (2000, 64, 312, 1e-5, 1, 2.311),
+        (2000, 64, 312, 1e-5, 3, 1.107),
+        (2000, 64, 312, 1e-5, 8, 0.715),
+        (5000, 256, 195, 1e-5, 1, 2.868),
+        (5000, 256, 195, 1e-5, 3, 1.297),
+        (5000, 256, 195, 1e-5, 8, 0.791),
+        (1000, 50, 100, 1e-4, 1, 1.859),
+        (1000, 50, 100, 1e-4, 3, 0.979),
+        (1000, 50, 100, 1e-4, 8, 0.643),
+    ],
+)
+def test_noise_is_the_least_that_meets_the_target(
+    records: int, batch: int, steps: int, delta: float, target: float, sigma: float
+) -> None:
+    made = plan(Budget(target, delta), records=records, expected_batch=batch, steps=steps)
+    assert made.noise_multiplier == pytest.approx(sigma, abs=1.1e-3)
+    assert epsilon(made, delta) <= target
+    less = replace(made, noise_multiplier=round(made.noise_multiplier - 0.001, 3))
+    assert epsilon(less, delta) > target
+
+
+@pytest.mark.parametrize("target", [0.1, 40.0])
+def test_small_and_large_targets_are_met_closely(target: float) -> None:
+    made = plan(Budget(target), records=5000, expected_batch=100, steps=20)
+    assert 0.97 * target < epsilon(made, 1e-5) <= target
+
+
+def test_rounds_are_planned_together() -> None:
+    three = plan(Budget(8.0), records=400, expected_batch=50, steps=20, rounds=3)
+    assert three.noise_multiplier == 0.928
+    assert epsilon(three, 1e-5) == epsilon(WORLD, 1e-5)
+    assert epsilon(three.round_event, 1e-5) < epsilon(three.event, 1e-5)
+    # A plan that forgot its rounds would give each the whole budget: it fails the target by far.
+    forgetful = plan(Budget(8.0), records=400, expected_batch=50, steps=20)
+    assert epsilon(replace(forgetful, rounds=3), 1e-5) > 10
+
+
+def test_runs_compose_below_the_sum() -> None:  # PRIVACY.md rule 7: 3 / 5 / 10 runs at 8 = 13.9 / 18.4 / 27.9
+    for runs, total in ((3, 13.9), (5, 18.4), (10, 27.9)):
+        assert composed_epsilon([WORLD] * runs, 1e-5) == pytest.approx(total, abs=0.1)
+    assert composed_epsilon([], 1e-5) == 0
+
+
+def test_different_plans_compose() -> None:
+    other = DPPlan(400, 100, 10, 1, 1.0, 3.0, 1e-5)
+    both = composed_epsilon([WORLD, other], 1e-5)
+    assert epsilon(WORLD, 1e-5) < both < epsilon(WORLD, 1e-5) + epsilon(other, 1e-5)
+    assert both == composed_epsilon([other, WORLD], 1e-5)
+
+
+def test_a_budget_beyond_the_allowed_noise_is_refused_with_the_noise_it_takes() -> None:
+    with pytest.raises(BudgetTooSmall, match=r"noise_multiplier about 2\.\d+, more than max_noise_multiplier 2;"):
+        plan(Budget(2.0), records=400, expected_batch=50, steps=60, max_noise_multiplier=2.0)
+    assert plan(Budget(2.0), records=400, expected_batch=50, steps=60).noise_multiplier == 2.219
+
+
+def test_several_rows_of_one_person() -> None:  # PRIVACY.md rule 6
+    rows = replace(WORLD, noise_multiplier=0.927)
+    for size, figure in ((2, 18.5), (3, 30.8), (5, 60.8)):
+        assert group_epsilon(rows, size, 1e-5) == pytest.approx(figure, abs=0.05)
+    assert group_epsilon(rows, 1, 1e-5) == epsilon(rows, 1e-5)
+
+
+def test_several_rows_in_one_whole_batch_match_the_closed_form() -> None:
+    # q = 1: all rows enter, so the sum moves by exactly 3 C.
+    assert group_epsilon(DPPlan(50, 50, 1, 1, 1.0, 6.0, 1e-5), 3, 1e-5) == pytest.approx(
+        gaussian_epsilon(2.0, 1e-5), abs=5e-3
+    )
+
+
+def test_statement_says_what_was_planned() -> None:
+    said = statement(WORLD, rows=(2,), simulated=True)
+    assert said.guarantee == "dp"
+    assert (said.epsilon, said.epsilon_replace_one) == pytest.approx((7.986, 11.285), abs=1e-3)
+    assert said.epsilon_rows[2] == pytest.approx(18.4, abs=0.1)
+    assert (said.sigma, said.sampling_rate, said.steps, said.clip_norm, said.simulated) == (0.928, 0.125, 60, 1.0, True)
+    assert Statement.from_dict(json.loads(json.dumps(said.to_dict(), allow_nan=False))) == said
+    assert statement(WORLD, unit="patient", rows_per_unit=3).epsilon_rows == {}
+
+
+def test_infinite_figures_survive_json() -> None:
+    said = replace(statement(WORLD, unit="patient"), epsilon_rows={10: math.inf})
+    assert Statement.from_dict(json.loads(json.dumps(said.to_dict(), allow_nan=False))) == said
+
+
+def test_no_plan_is_no_guarantee() -> None:
+    said = statement(None)
+    assert (said.guarantee, said.epsilon) == ("none", None)
+    with pytest.raises(ValueError, match="guarantee 'none'"):
+        Statement("none", 8.0, 1e-5)
+    with pytest.raises(ValueError, match="guarantee 'dp'"):
+        Statement("dp", math.inf, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"records": 0},
+        {"expected_batch": 0},
+        {"expected_batch": 401},
+        {"steps": 0},
+        {"steps": 1.5},
+        {"rounds": 0},
+        {"rounds": True},
+        {"clip_norm": 0.0},
+        {"clip_norm": math.inf},
+        {"clip_norm": math.nan},
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.inf},
+        {"noise_multiplier": math.nan},
+        {"delta": 0.0},
+        {"delta": 1.0},
+    ],
+)
+def test_a_plan_outside_its_ranges_is_refused(change: dict[str, float]) -> None:  # PRIVACY.md rule 14
+    with pytest.raises(ValueError, match=next(iter(change))):
+        DPPlan.from_dict(WORLD.to_dict() | change)
+
+
+@pytest.mark.parametrize(("eps", "delta"), [(0, 1e-5), (-1, 1e-5), (math.inf, 1e-5), (math.nan, 1e-5), (8, 0), (8, 1)])
+def test_a_budget_outside_its_ranges_is_refused(eps: float, delta: float) -> None:
+    with pytest.raises(ValueError):
+        Budget(eps, delta)
+
+
+def test_digest_tells_plans_apart_and_survives_json() -> None:
+    assert DPPlan.from_dict(json.loads(json.dumps(WORLD.to_dict()))) == WORLD
+    assert DPPlan.from_dict(WORLD.to_dict()).digest() == WORLD.digest()
+    assert replace(WORLD, clip_norm=1).digest() == WORLD.digest()
+    others = [replace(WORLD, **{name: value}) for name, value in
+              {"records": 401, "expected_batch": 51, "steps": 61, "rounds": 2, "clip_norm": 1.1,
+               "noise_multiplier": 0.929, "delta": 1e-6}.items()]  # fmt: skip
+    assert len({p.digest() for p in [WORLD, *others]}) == 8
+    with pytest.raises(ValueError, match="sigma"):
+        DPPlan.from_dict(WORLD.to_dict() | {"sigma": 1.0})
+
+
+def test_event_is_that_of_the_plan() -> None:
+    step = dp_event.PoissonSampledDpEvent(0.125, dp_event.GaussianDpEvent(0.928))
+    assert replace(WORLD, rounds=2).event == dp_event.SelfComposedDpEvent(step, 120)

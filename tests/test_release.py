@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import ast
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedsynth
+from fedsynth.corpus import Provenance
+from fedsynth.privacy.ledger import Binding, Grant, Ledger
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+
+PLAN = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)
+GRANT = Grant("0f" * 16, 1, PLAN, Binding("order", PLAN.digest(), "data", "model", "0.1"))
+RECEIPT = DPTrained("the model", PLAN, GRANT, steps_run=60)
+
+
+def test_released_text_carries_its_grant() -> None:
+    corpus = release(RECEIPT, ["p", "q"], ["a", "b"])
+    assert corpus.provenance is Provenance.DP_SYNTHETIC
+    assert corpus.grants == (GRANT.id,)
+    assert (corpus.prompts, corpus.answers) == (("p", "q"), ("a", "b"))
+
+
+@pytest.mark.parametrize("steps", [0, 59, 61])
+def test_other_steps_than_planned_are_not_released(steps: int) -> None:
+    with pytest.raises(NotReleasable, match=f"60 steps, {steps} ran"):
+        release(replace(RECEIPT, steps_run=steps), ["p"], ["a"])
+
+
+def test_another_plan_than_paid_for_is_not_released() -> None:
+    with pytest.raises(NotReleasable, match="paid for"):
+        release(replace(RECEIPT, plan=replace(PLAN, noise_multiplier=0.1)), ["p"], ["a"])
+
+
+def test_only_a_receipt_is_released() -> None:
+    imitation: Any = type("Imitation", (), {"plan": PLAN, "grant": GRANT, "steps_run": 60})()
+    for other in (Trained("model", "FedPIT"), imitation, None):
+        with pytest.raises(NotReleasable, match="DPTrained"):
+            release(other, ["p"], ["a"])  # type: ignore[arg-type]
+
+
+def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    trained = Trained("model", "no budget")
+    with pytest.raises(NotReleasable, match="without a privacy guarantee"):
+        release_without_guarantee(trained, ["p"], ["a"], ledger, "run", "FedPIT arm", allowed=False)
+    assert ledger.entries() == []
+    with caplog.at_level(logging.WARNING):
+        corpus = release_without_guarantee(trained, ["p"], ["a"], ledger, "run", "FedPIT arm", allowed=True)
+    assert corpus.provenance is Provenance.SELF_GENERATED
+    assert corpus.grants == ()
+    assert "FedPIT arm" in caplog.text
+    assert ledger.spent()[0] == math.inf
+    assert "FedPIT arm" in ledger.entries()[0]["reason"]
+    with pytest.raises(NotReleasable, match="Trained"):
+        release_without_guarantee(RECEIPT, ["p"], ["a"], ledger, "run", "x", allowed=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="reason"):
+        release_without_guarantee(replace(trained, reason=""), ["p"], ["a"], ledger, "run", "", allowed=True)
+
+
+def launders(source: str) -> list[int]:
+    """Lines that use the releasable provenance other than to compare with it."""
+    lines: list[int] = []
+
+    def visit(node: ast.AST, compared: bool) -> None:
+        compared = compared or isinstance(node, ast.Compare | ast.pattern)
+        named = isinstance(node, ast.Attribute) and node.attr == "DP_SYNTHETIC"
+        spelled = isinstance(node, ast.Constant) and node.value in ("dp_synthetic", "DP_SYNTHETIC")
+        if (named or spelled) and not compared:
+            lines.append(node.lineno)  # type: ignore[attr-defined]
+        for child in ast.iter_child_nodes(node):
+            # What is called inside a comparison is used, not compared.
+            visit(child, compared and not isinstance(child, ast.Call | ast.Lambda | ast.NamedExpr))
+
+    visit(ast.parse(source), False)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "c = Corpus((), (), Provenance.DP_SYNTHETIC)",
+        "kind = corpus.Provenance.DP_SYNTHETIC",
+        "c = replace(c, provenance=Provenance('dp_synthetic'))",
+        "c = replace(c, provenance=Provenance['DP_SYNTHETIC'])",
+        "c = replace(c, provenance=getattr(Provenance, 'DP_SYNTHETIC'))",
+        "ok = f(Provenance.DP_SYNTHETIC) == 1",
+        "ok = (k := Provenance.DP_SYNTHETIC) is None",
+    ],
+)
+def test_the_search_finds_laundering(bad: str) -> None:
+    assert launders(bad) == [1]
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        "ok = c.provenance is Provenance.DP_SYNTHETIC",
+        "ok = c.provenance in (Provenance.PUBLIC, Provenance.DP_SYNTHETIC)",
+        "match kind:\n    case Provenance.DP_SYNTHETIC: pass",
+    ],
+)
+def test_the_search_lets_comparisons_pass(good: str) -> None:
+    assert launders(good) == []
+
+
+def test_text_becomes_releasable_in_one_file_only() -> None:
+    root = Path(fedsynth.__file__).parent
+    allowed = {root / "privacy" / "release.py": 1, root / "corpus.py": 1}  # corpus.py: the enumeration's own value
+    folders = [root, root.parent / "strategies", root.parent / "clients", root.parent / "simulations"]
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    assert set(allowed) <= files
+    for path in sorted(files):
+        lines = launders(path.read_text())
+        assert len(lines) == allowed.get(path, 0), f"{path} sets DP_SYNTHETIC in lines {lines}: use privacy.release"
