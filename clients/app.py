@@ -9,7 +9,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -18,9 +17,10 @@ from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.firewall import Rejected, check_order
+from fedsynth.models import one_thread
 from fedsynth.payload import BadPayload
 from fedsynth.privacy.ledger import BudgetExhausted
-from fedsynth.privacy.plan import BudgetTooSmall
+from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
 from fedsynth.tasks import Code, Envelope, Evaluate, Learn, Order, Synthesize
@@ -56,7 +56,7 @@ def client_app(open_home: Opener) -> ClientApp:
     Args:
         open_home: Flower's context and the order's envelope -> the home it is for.
     """
-    torch.set_num_threads(1)  # two threads per worker on a shared machine run at half the speed of one
+    one_thread()
     app = ClientApp()
 
     @app.query("who")
@@ -86,14 +86,20 @@ def answer(kind: type[Order[Any]], content: RecordDict, context: Context, open_h
             if stored is None:
                 check_order(order, home.labels)
                 reply = FUNCTIONS[kind](home, order, digest)
-                stored = seal(reply, measuring=home.simulated, waived=home.ledger.waived(home.run))
-                home.ledger.store(digest, stored)
+                stored = seal(reply, measuring=home.simulated, waived=home.waived)
+                keep = home.ledger.store if _under_grant(reply) else home.ledger.store_answer
+                keep(digest, stored)
             home.ledger.mark_sent(digest)
             return pack_answer(stored)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
         if home is not None:
             home.log().error("%s: %s", kind.task, traceback.format_exc())
         return refusal(next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED))
+
+
+def _under_grant(reply: object) -> bool:
+    said = getattr(reply, "statement", None)
+    return isinstance(said, Statement) and said.guarantee == "dp"
 
 
 def simulation(context: Context, envelope: Envelope) -> Home:

@@ -16,7 +16,7 @@ from fedsynth.data import Site, label_list, open_site, open_sites
 from fedsynth.models import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import DPPlan, plan
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import Cell, Client, from_toml
 from fedsynth.scenario import cells as scenario_cells
 
@@ -35,7 +35,8 @@ class Home:
         run: Public id of the run, arm and seed included.
         ledger: Of this client's data set.
         open: Reads the client's text; called after the charge.
-        simulated: Noise comes from the run seed and is reproducible; measuring and releases without guarantee are allowed.
+        simulated: Noise comes from the run seed and is reproducible; measuring, and releases without guarantee, are
+            allowed.
     """
 
     index: int
@@ -70,7 +71,7 @@ class Home:
         Raises:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
         """
-        return run_plan(self.config, self.records)
+        return self.config.plan(self.records)
 
     def binding(self, order: str, planned: DPPlan) -> Binding:
         """What a grant holds for: this order, plan, data, model and version."""
@@ -81,6 +82,11 @@ class Home:
             model=weights_hash(self.config.generator),
             version=__version__,
         )
+
+    @property
+    def waived(self) -> bool:
+        """Whether a release without guarantee was logged in this run."""
+        return any(e["kind"] == "no_guarantee" and e["run"] == self.run for e in self.ledger.entries())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -99,27 +105,6 @@ class Home:
             logger.setLevel(logging.INFO)
             logger.propagate = False
         return logger
-
-
-def run_plan(config: Client, records: int, rounds: int = 1) -> DPPlan:
-    """The schedule of a client's DP training: what is charged, what is run, what is reported.
-
-    Raises:
-        fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
-        ValueError: If the run has no budget.
-    """
-    if config.budget is None:
-        raise ValueError("a run without a budget has no plan")
-    training = config.generator_training
-    return plan(
-        config.budget,
-        records=records,
-        expected_batch=min(training.expected_batch, records),
-        steps=training.steps,
-        rounds=rounds,
-        clip_norm=training.clip_norm,
-        max_noise_multiplier=config.max_noise_multiplier,
-    )
 
 
 def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from safetensors.torch import load_file, save_file
+from typing import Any
 
 from fedsynth.clients.home import Home
-from fedsynth.models import device, load_classifier, load_tokenizer
+from fedsynth.models import device, load_classifier, load_tokenizer, load_weights, save_weights
 from fedsynth.tasks import Learn, Learnt
 from fedsynth.training import fit_classifier
 
@@ -29,12 +28,11 @@ def learn(home: Home, order: Learn) -> Learnt:
         rate *= settings.continued_rate
     epochs = settings.private_epochs
     fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
-    # Kept as bfloat16-free float32: what is measured later is what was trained.
-    save_file({n: t.contiguous() for n, t in _weights(model).items()}, str(home.work / WEIGHTS))
+    save_weights(model, home.work / WEIGHTS)
     return Learnt(received=0 if order.corpus is None else len(order.corpus))
 
 
-def task_model(home: Home) -> torch.nn.Module:
+def task_model(home: Home) -> Any:
     """The task model as last trained.
 
     Raises:
@@ -43,10 +41,6 @@ def task_model(home: Home) -> torch.nn.Module:
     path = home.work / WEIGHTS
     if not path.is_file():
         raise NoTaskModel("evaluate was asked before learn")
-    model = load_classifier(home.config.task_model, len(home.labels), 0)
-    model.load_state_dict(load_file(str(path)), strict=True)
+    model = load_classifier(home.config.task_model, len(home.labels), seed=0)
+    load_weights(model, path)
     return model.to(device())
-
-
-def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
+from peft import PeftModel
 
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus
@@ -62,15 +64,13 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
     return Synthesized(corpus, statement(None, unit=home.unit, simulated=home.simulated), unfinished, adapter)
 
 
-def _fresh(home: Home, order: Synthesize) -> torch.nn.Module:
+def _fresh(home: Home, order: Synthesize) -> PeftModel:
     settings = home.config.generator_training
     base = load_causal(home.config.generator)
     return attach_lora(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed).to(device())
 
 
-def _sample(
-    model: torch.nn.Module, tokenizer: object, labels: tuple[str, ...], order: Synthesize
-) -> tuple[list[str], list[str], int]:
+def _sample(model: Any, tokenizer: Any, labels: tuple[str, ...], order: Synthesize) -> tuple[list[str], list[str], int]:
     """The same number of samples for every label of the public list, present at this client or not."""
     codes = [label for label in labels for _ in range(order.per_label)]
     writer = LocalLLM(model, tokenizer, batch_size=256, workers=1)
@@ -82,6 +82,6 @@ def _sample(
         seed=order.seed,
     )
     # A text as long as the limit was cut before its end.
-    finished = [len(tokenizer(t, add_special_tokens=False)["input_ids"]) < order.max_tokens for t in texts]  # type: ignore[operator]
+    finished = [len(tokenizer(t, add_special_tokens=False)["input_ids"]) < order.max_tokens for t in texts]
     kept = [i for i, done in enumerate(finished) if done]
     return [texts[i].strip() for i in kept], [codes[i] for i in kept], len(codes) - len(kept)

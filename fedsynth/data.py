@@ -25,7 +25,7 @@ class Site:
 
     Attributes:
         train: Private.
-        test: Held out. In a simulation it is declared public: measuring on it is the researcher's act (docs/privacy.md).
+        test: Held out. In a simulation it is declared public: measuring is the researcher's act (docs/privacy.md).
     """
 
     train: Corpus

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
 
 from fedsynth.firewall import check_answer
-from fedsynth.llm import LocalLLM
+from fedsynth.llm import TextModel
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import Journal
 from fedsynth.scenario import Cell, StrategyChoice
@@ -75,7 +77,7 @@ def _nap() -> list[int]:
 
 
 def _first_line(reply: Message) -> str:
-    return (reply.error.reason.strip().splitlines() or ["no reason given"])[0][:200]
+    return ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200]
 
 
 def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any]:
@@ -91,7 +93,7 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
         raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem})") from problem
     if not (isinstance(found, type) and issubclass(found, RoundStrategy)):
         raise BadValue(f"strategy.use: {choice.use!r} is not a RoundStrategy")
-    return found, build(found.Config, choice.options, "strategy")
+    return found, build(found.config_class, choice.options, "strategy")
 
 
 @dataclass
@@ -188,25 +190,27 @@ class ServerSide:
         cell: Arm, seed and resolved scenario; `cell.public_seed` gives every public random stream.
         labels: The public label list.
         llm: The server LLM.
+        embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
         journal: Where the strategy records what it kept and dropped.
         open_clients: Flower's grid -> the clients of this cell.
     """
 
     cell: Cell
     labels: tuple[str, ...]
-    llm: LocalLLM
+    llm: TextModel
+    embed: Callable[[Sequence[str]], NDArray[np.float32]]
     journal: Journal
     open_clients: Callable[[Grid], Clients]
 
 
 class RoundStrategy(Strategy, Generic[S]):
-    """A method: a `Config`, a first state, and one function `round(clients, state) -> state`.
+    """A method: its options (`config_class`), a first state, and one function `round(clients, state) -> state`.
 
     `start` is Flower's entry point. It is overridden because a round of these methods has several exchanges, which
     Flower's own loop (one training, one evaluation) cannot express.
     """
 
-    Config: ClassVar[type[Any]]
+    config_class: ClassVar[type[Any]]
 
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config

@@ -65,7 +65,7 @@ def launch(
         supernodes: Virtual SuperNodes, hence partitions.
         workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
         out: Absolute folder of the run.
-        logs: Absolute folder for Flower's and Ray's output, which may quote clients' data.
+        logs: Absolute folder for the output of Flower and Ray (flower.log, begun anew); it may quote clients' data.
         on_event: Called with each new event, in this thread.
         port: Port of the SuperLink on 127.0.0.1; any free one if None.
         poll: Seconds between two looks at the events.
@@ -89,16 +89,17 @@ def launch(
         port=_free_port(port),
         marker=uuid.uuid4().hex,
     )
-    supervisor = subprocess.Popen(
-        # -P and a path rather than -m: modules of this package must not be found under top-level names.
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=(logs / LOG).open("ab"),
-        env=_environment(plan.marker),
-        start_new_session=True,  # Ctrl-C reaches the launcher alone
-        text=True,
-    )
+    with (logs / LOG).open("wb") as log:
+        supervisor = subprocess.Popen(
+            # -P and a path rather than -m: modules of this package must not be found under top-level names.
+            [sys.executable, "-P", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(plan.marker),
+            start_new_session=True,  # Ctrl-C reaches the launcher alone
+            text=True,
+        )
     assert supervisor.stdin is not None
     assert supervisor.stdout is not None
     try:
@@ -181,6 +182,7 @@ def _environment(marker: str) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # the default of 1 s is half a second lost on average
         "RAY_ADDRESS": "local",  # a cluster of its own even where another one runs
+        "RAY_prestart_worker_first_driver": "0",  # those could not serve: they lack the run's environment
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         MARKER: marker,
@@ -279,10 +281,8 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
         time.sleep(0.05)
 
     federation = f"num-supernodes={plan.supernodes} client-resources-num-cpus=1 init-args-num-cpus={plan.workers}"
-    answer = _flwr(commands, ["run", plan.app, "-c", str(config), "--federation-config", federation])
-    if not answer.get("success"):
-        raise _RunFailed(f"Flower refused the app: {answer.get('error-message', answer)}")
-    _watch(plan, superlink, lambda: _flwr(commands, ["list", "--run-id", str(answer["run-id"])])["runs"][0])
+    run = _flwr(commands, ["run", plan.app, "-c", str(config), "--federation-config", federation])
+    _watch(plan, superlink, lambda: _flwr(commands, ["list", "--run-id", str(run["run-id"])])["runs"][0])
 
 
 def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Callable[[], dict[str, Any]]) -> None:
@@ -343,7 +343,10 @@ def _flwr(commands: subprocess.Popen[str], arguments: Sequence[str]) -> dict[str
     lines = list(iter(commands.stdout.readline, "\n"))  # an empty line ends an answer ...
     if not lines:
         raise _RunFailed(f"Flower's command line gave no answer to {arguments[0]}")
-    return dict(json.loads("".join(lines)))
+    answer: dict[str, Any] = json.loads("".join(lines))
+    if not answer.get("success"):
+        raise _RunFailed(f"`flwr {arguments[0]}` was refused: {answer.get('error-message', answer)}")
+    return answer
 
 
 def _commands() -> None:

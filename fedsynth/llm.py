@@ -84,10 +84,10 @@ class LocalLLM:
     """
 
     # Measured (1M-parameter Llama, vocabulary 4,096, 512 prompts of 110 tokens, 24 new, 2 cores, seconds): batch 64 in
-    # one thread 3.2, two intra-op threads 2.1-2.6 (CPU 4.1-5.2), two workers 2.0-2.1 (CPU 3.8). Two workers won at
-    # each of 32, 64, 128, 256 in CPU time, and intra-op threads spin where others use the cores (once 27 s instead of
-    # 2.4). 64 was the best batch (128: 1.0-1.1 times, 256: 1.3-1.5 times the time). The static cache gained 5-15 %, but
-    # is compiled per shape on GPUs; bfloat16 1.2 times, but then neighbours in a batch change a text. Neither used.
+    # one thread 3.2, with two intra-op threads 2.1-2.6 (CPU 4.1-5.2), two workers 2.0-2.1 (CPU 3.8). Intra-op threads
+    # spin where others use the cores: 1,600 prompts of the shipped LLM took 224 s (CPU 104), two workers 39 s (CPU 15).
+    # 64 was the best batch (128: 1.0-1.1 times, 256: 1.3-1.5 times the time). The static cache gained 5-15 %, but is
+    # compiled per shape on GPUs; bfloat16 1.2 times, but see `load`. Neither is used.
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64, workers: int | None = None):
         if batch_size < 1:
@@ -112,11 +112,18 @@ class LocalLLM:
     def load(
         cls, path: str | Path, *, batch_size: int = 64, workers: int | None = None, device: str = "cpu"
     ) -> LocalLLM:
-        """The model in a directory (nothing is fetched) or under a Hugging Face name, as precise as it was saved."""
+        """The model in a directory (nothing is fetched) or under a Hugging Face name.
+
+        On the CPU it computes in float32, however it was saved: in bfloat16 the rounding of a padded batch is coarse
+        enough for a prompt's neighbours to change its text. On a GPU it is as precise as it was saved.
+        """
         local = Path(path).is_dir()
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=local)
         model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), trust_remote_code=False, local_files_only=local, dtype="auto"
+            str(path),
+            trust_remote_code=False,
+            local_files_only=local,
+            dtype="auto" if torch.device(device).type != "cpu" else torch.float32,
         )
         return cls(model.to(device).eval(), tokenizer, batch_size=batch_size, workers=workers)
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
@@ -126,13 +126,18 @@ def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> Peft
     targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     if not targets:
         raise BadValue(f"{type(model).__name__} has no linear layer that LoRA could adapt")
-    adapted = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets))
+    adapted = get_peft_model(model, _lora_config(rank, alpha, targets))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_A" in name:
                 nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
     return adapted
+
+
+def _lora_config(rank: int, alpha: float, targets: list[str]) -> LoraConfig:
+    scale: Any = alpha  # PEFT's annotation says int; it only divides by it
+    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets)
 
 
 def weights_hash(name: str) -> str:
@@ -144,14 +149,14 @@ def weights_hash(name: str) -> str:
 @lru_cache(maxsize=8)
 def _hash_folder(folder: str) -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / "config.json"]:
+    for file in [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json"]:
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def read_adapter(model: PeftModel, base: str, grants: Sequence[str]) -> Adapter:
     """The LoRA weights of a model as named arrays."""
-    config = model.peft_config["default"]
+    config = cast(LoraConfig, model.peft_config["default"])
     arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in get_peft_model_state_dict(model).items()}
     return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base, tuple(grants))
 
@@ -160,19 +165,27 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     """Writes an adapter so that `PeftModel.from_pretrained` loads it on top of the model named `base`."""
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted({n.removeprefix("base_model.model.").partition(".lora_")[0] for n in adapter.arrays})
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=0.0,
-        target_modules=modules,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
+    config = _lora_config(adapter.rank, adapter.alpha, modules)
+    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
     config.save_pretrained(str(folder))
     tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     (folder / "grants.json").write_text(json.dumps({"grants": list(adapter.grants), "base_sha256": adapter.base}))
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """All weights of a model, in the precision they have."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, str(path))
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """What `save_weights` wrote, into a model of the same shape."""
+    model.load_state_dict(load_file(str(path)), strict=True)
+
+
+def one_thread() -> None:
+    """One thread for this process: two per worker on a shared machine run at half the speed of one."""
+    torch.set_num_threads(1)
 
 
 def device() -> torch.device:

@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -196,25 +197,24 @@ def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
         return head
     worst = max(spent, key=lambda s: s.epsilon or 0.0)
     figures = worst.to_dict()
-    if worst.unit == "row" and worst.sigma and worst.sampling_rate and worst.steps:
-        figures["epsilon_rows"] = {str(n): _rows_epsilon(worst, n) for n in (2, 5, 10)}
+    if worst.unit == "row":
+        plan = _plan_of(worst)
+        figures["epsilon_rows"] = {str(n): round(group_epsilon(plan, n, worst.delta), 2) for n in (2, 5, 10)}
     return {**head, "largest_over_clients": figures}
 
 
-def _rows_epsilon(said: Statement, rows: int) -> float | str:
-    assert said.sigma and said.sampling_rate and said.steps and said.clip_norm
-    records = 10**6  # the figure depends on rate, noise and steps; a large n only lifts the cap on rows
-    plan = DPPlan(
-        records=records,
-        expected_batch=max(1, round(said.sampling_rate * records)),
-        steps=said.steps,
+def _plan_of(said: Statement) -> DPPlan:
+    """The plan that a statement was made from, up to a factor in records and batch that no figure depends on."""
+    rate = Fraction(said.sampling_rate or 1).limit_denominator(10**7)
+    return DPPlan(
+        records=10 * rate.denominator,
+        expected_batch=10 * rate.numerator,
+        steps=said.steps or 1,
         rounds=1,
-        clip_norm=said.clip_norm,
-        noise_multiplier=said.sigma,
+        clip_norm=said.clip_norm or 1.0,
+        noise_multiplier=said.sigma or 1.0,
         delta=said.delta,
     )
-    value = group_epsilon(plan, rows, said.delta)
-    return round(value, 2) if value < float("inf") else "inf"
 
 
 def privacy_line(journals: Sequence[Journal]) -> str:
@@ -233,8 +233,8 @@ def privacy_line(journals: Sequence[Journal]) -> str:
     replaced = "" if worst.epsilon_replace_one is None else f", {worst.epsilon_replace_one:.2f} if replaced by another"
     return (
         f"an honest-but-curious server sees synthetic text, labels and the label list: ({worst.epsilon:.3f}, "
-        f"{worst.delta:g})-DP per {unit}, all rounds, zero-out{replaced}; largest over clients and seeds, each a world of "
-        f"its own{simulated}"
+        f"{worst.delta:g})-DP per {unit}, all rounds, zero-out{replaced}; largest over clients and seeds, each a "
+        f"world of its own{simulated}"
     )
 
 

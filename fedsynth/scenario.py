@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from fedsynth.privacy.plan import Budget
+from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.typed import BadValue, build, plain
 
 
@@ -182,6 +182,29 @@ class Client:
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
             )
 
+    def plan(self, records: int, rounds: int = 1) -> DPPlan:
+        """The schedule of a client's DP training: what is charged, what is run, what is reported.
+
+        Args:
+            records: Declared, public number of privacy units.
+            rounds: Rounds that train on private text.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+            BadValue: If the run has no budget.
+        """
+        if self.budget is None:
+            raise BadValue("a run without a budget has no plan")
+        return plan(
+            self.budget,
+            records=records,
+            expected_batch=min(self.generator_training.expected_batch, records),
+            steps=self.generator_training.steps,
+            rounds=rounds,
+            clip_norm=self.generator_training.clip_norm,
+            max_noise_multiplier=self.max_noise_multiplier,
+        )
+
 
 @dataclass(frozen=True)
 class Server:
@@ -246,7 +269,7 @@ class Cell:
     def public_seed(self, purpose: str, *, round: int = 0, client: int = -1) -> int:
         """A public random stream of its own for each purpose; the arm does not enter, so that arms are paired."""
         text = f"{self.seed}/{round}/{client}/{purpose}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -292,7 +315,7 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
         sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
 
     Raises:
-        BadValue: If there is no such scenario, or it is not valid; the message names file, key and the nearest right one.
+        BadValue: If there is none, or it is not valid; the message names file, key and the nearest right one.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -315,7 +338,7 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
 
 def shipped_scenarios() -> Iterator[Path]:
     """The scenario files that come with the package."""
-    folder = Path(str(resources.files("fedsynth.app"))) / "scenarios"
+    folder = Path(str(resources.files("fedsynth"))) / "app" / "scenarios"  # app is no package: a folder of data
     yield from sorted(folder.glob("*.toml"))
 
 

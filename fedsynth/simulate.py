@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.clients.home import declared_records, run_plan
+from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data import label_list, open_sites
 from fedsynth.federation import load_strategy
@@ -92,7 +92,7 @@ def check(scenario: Scenario) -> list[str]:
             homes = 1 if resolved.data.pooled else resolved.data.clients
             for records in sorted({declared_records(cell, index) for index in range(homes)}):
                 try:
-                    run_plan(resolved.client, records)
+                    resolved.client.plan(records)
                 except BudgetTooSmall as problem:
                     raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
     return list(dict.fromkeys(warnings))

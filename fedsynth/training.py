@@ -7,6 +7,7 @@ an empty batch is a noise-only step, and the noisy sum is divided by the expecte
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from fedsynth.corpus import Corpus
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining, TaskTraining
+
+# Opacus hooks layers whose input needs no gradient (the first, of a frozen base); torch remarks on each of them.
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -69,7 +73,7 @@ def encode_slots(
         longest: Longest example in tokens.
     """
     units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
-    first = list({unit: row for row, unit in reversed(list(enumerate(units)))}.values())[::-1]
+    first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
     rows: list[int | None] = [*first[:records], *[None] * (records - len(first))]
     known = set(labels)
     return [
@@ -122,7 +126,7 @@ def clipped_sum(
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     for at in range(0, len(ordered), microbatch):
         next_token_losses(model, ordered[at : at + microbatch], pad).sum().backward()
-        grads = [w.grad_sample for w in weights]
+        grads: list[Tensor] = [w.grad_sample for w in weights]  # type: ignore[attr-defined]  # Opacus puts it there
         scale = clip_factors(grads, clip_norm)
         for sum_, grad in zip(total, grads, strict=True):
             finite = torch.where(scale.view(-1, *[1] * (grad.dim() - 1)) > 0, grad, torch.zeros_like(grad))
@@ -172,7 +176,7 @@ def train_generator(
     ran = 0
     for step in range(steps):
         mask = randomness.poisson_mask(len(slots), rate)
-        drawn = [slots[i] for i in np.flatnonzero(mask)]
+        drawn = [slots[i] for i in np.flatnonzero(mask).tolist()]
         batch = [e for e in drawn if e is not None]
         sums = clipped_sum(per_example, batch, pad=pad, clip_norm=clip_norm, microbatch=settings.microbatch)
         for weight, total in zip(weights, sums, strict=True):

@@ -112,6 +112,9 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
     given = {n: _build(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()}
     for name, field in fields.items():
         if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if type(None) in typing.get_args(hints[name]):
+                given[name] = None  # `plain` leaves it out
+                continue
             raise BadValue(f"key {(key + '.' if key else '') + name!r} is missing")
     try:
         return kind(**given)
@@ -123,7 +126,7 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
 
 def _from_text(kind: Any, key: Any) -> Any:
     """JSON and TOML have text keys only; numbers come back as numbers."""
-    return int(key) if kind is int and isinstance(key, str) else key
+    return int(key) if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal() else key
 
 
 def _name(kind: Any) -> str:

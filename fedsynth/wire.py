@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -74,7 +75,8 @@ def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
             raise WillNotLeave(f"{name}.{field.name} is measured on a private model, which this site does not allow")
         if origin is Origin.NO_GUARANTEE and not waived:
             raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
-        for part in (*_parts(value, Corpus), *_parts(value, Adapter)):
+        parts: list[Corpus | Adapter] = [*_parts(value, Corpus), *_parts(value, Adapter)]
+        for part in parts:
             _check_part(part, f"{name}.{field.name}", origin, waived)
     for statement in _parts(answer, Statement):
         if statement.guarantee == "dp" and any(not part.grants for part in _parts(answer, Corpus)):
@@ -97,7 +99,7 @@ def _parts(value: object, kind: type[T]) -> list[T]:
         return [value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter):
         return [p for f in dataclasses.fields(value) for p in _parts(getattr(value, f.name), kind)]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return [p for v in value.values() for p in _parts(v, kind)]
     if isinstance(value, list | tuple):
         return [p for v in value for p in _parts(v, kind)]

@@ -92,7 +92,7 @@ class State:
 class FDKT(RoundStrategy[State]):
     """Federated Domain-specific Knowledge Transfer."""
 
-    Config = Config
+    config_class = Config
     config: Config
 
     def initial(self) -> State:
@@ -147,7 +147,7 @@ class FDKT(RoundStrategy[State]):
             return drafts
         journal.progress("select", 0, len(drafts))
         groups = {
-            home: clusters(self.server.llm.embed(d.prompts), size=c.cluster_size, seed=self._seed("cluster", home))
+            home: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self._seed("cluster", home))
             for home, d in drafts.items()
         }
         seed = self._seed("judge")

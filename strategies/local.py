@@ -23,7 +23,7 @@ class State:
 class LocalOnly(RoundStrategy[State]):
     """Each client trains its task model on its own text; also the pooled baseline, where one home holds all text."""
 
-    Config = Config
+    config_class = Config
 
     def initial(self) -> State:
         """Nothing yet."""

@@ -125,7 +125,7 @@ def test_own_status_ends_the_run_at_once(tmp_path: Path) -> None:
     started = []
     with pytest.raises(LaunchFailed, match=r"^the reason in words \(log: /.*/flower.log\)$"):
         echo(tmp_path, lambda _: started.append(time.monotonic()), behave="fail")
-    assert time.monotonic() - started[0] < 5  # while the ServerApp would have slept for a minute
+    assert time.monotonic() - started[0] < 20  # while the ServerApp would have slept for a minute
 
 
 def test_unknown_key_of_run_config_is_refused(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_death_of_flower_itself_fails_the_run(tmp_path: Path, victim: str) -> No
 
     with pytest.raises(LaunchFailed, match=r"died in mid-run"):
         echo(tmp_path, kill)
-    assert time.monotonic() - killed[0] < 5
+    assert time.monotonic() - killed[0] < 20  # Flower itself notices after a minute
 
 
 @pytest.mark.parametrize(("sent", "when"), [(signal.SIGINT, "asked"), (signal.SIGKILL, "started")])

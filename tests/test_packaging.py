@@ -130,8 +130,11 @@ def forbidden(source: str) -> list[str]:
 
 
 def test_no_module_runs_foreign_code_or_uses_the_wrong_name() -> None:
-    python = [(name, text) for name, text in tracked() if name.endswith(".py")]
-    assert [(name, found) for name, text in python if (found := forbidden(text))] == []
+    python = [(name, set(forbidden(text))) for name, text in tracked() if name.endswith(".py")]
+    # A test may show that something refuses to be pickled.
+    assert [
+        (name, did) for name, found in python if (did := found - {"pickle"} if name.startswith("tests/") else found)
+    ] == []
 
 
 @pytest.mark.parametrize(

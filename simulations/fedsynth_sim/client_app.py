@@ -1,13 +1,5 @@
-"""The ClientApp: answers with its partition."""
+"""The ClientApp of simulations: homes are made from the run's scenario."""
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
+from fedsynth.clients.app import client_app, simulation
 
-app = ClientApp()
-
-
-@app.query()
-def echo(message: Message, context: Context) -> Message:
-    """Say which partition answers."""
-    echo = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({"echo": echo}), reply_to=message)
+app = client_app(simulation)

@@ -1,27 +1,83 @@
-"""The ServerApp: asks every client once and writes how the run ended."""
+"""The ServerApp: every cell of a scenario, one after the other, in one Flower run; workers and models stay warm."""
+
+from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-app = ServerApp()
+from fedsynth.data import label_list
+from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
+from fedsynth.llm import LocalLLM
+from fedsynth.models import locate
+from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
+from fedsynth.scenario import Cell, cells, from_toml
 
-CLIENTS = 8
+app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run and leave events.jsonl and status.json in `out-dir`."""
-    out = Path(str(context.run_config["out-dir"]))
-    if not out.is_absolute():
-        raise ValueError(f"out-dir must be an absolute folder, got {str(out)!r}")
-    while len(nodes := list(grid.get_node_ids())) < CLIENTS:
-        time.sleep(0.1)
-    questions = [Message(RecordDict(), message_type="query", dst_node_id=node) for node in nodes]
-    with (out / "events.jsonl").open("a") as events:
-        for reply in grid.send_and_receive(questions, timeout=600):
-            events.write(json.dumps({"event": "answer", "partition": reply.content["echo"]["partition-id"]}) + "\n")
-    (out / "status.json").write_text(json.dumps({"status": "completed"}))
+    """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
+    toml, out, _ = places(context.run_config, context.run_id)
+    try:
+        conduct(grid, toml, out)
+    except BaseException as problem:
+        reason = " ".join(f"{problem}".split()) or type(problem).__name__
+        _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}"})
+        raise
+    _write_status(out, {"status": "completed"})
+
+
+def conduct(grid: Grid, toml: str, out: Path) -> None:
+    """All cells; the metrics are written after each, so that a run that ends early leaves what it has."""
+    started = time.monotonic()
+    scenario = from_toml(toml)
+    if not (out / "scenario.toml").exists():  # by hand; the launcher has made the directory
+        prepare(scenario, out)
+    planned = cells(scenario)
+    journals: list[Journal] = []
+    for number, cell in enumerate(planned):
+        append_event(out / "events.jsonl", {"event": "cell", "arm": cell.arm, "seed": cell.seed,
+                                            "number": number, "cells": len(planned)})  # fmt: skip
+        journals.append(_one_cell(grid, cell, out))
+        write_metrics(out, journals)
+    summarize(scenario, out, time.monotonic() - started, journals)
+
+
+def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
+    journal = Journal(cell, out, out / "events.jsonl")
+    data = cell.scenario.data
+    labels = label_list(data)
+    homes = 1 if data.pooled else data.clients
+
+    def open_clients(grid: Grid) -> Clients:
+        return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
+
+    kind, config = load_strategy(cell.scenario.strategy)
+    llm = _llm(cell.scenario.server.llm)
+    server = ServerSide(cell, labels, llm, llm.embed, journal, open_clients)
+    kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
+    journal.close()
+    return journal
+
+
+_models: dict[str, LocalLLM] = {}
+
+
+def _llm(name: str) -> LocalLLM:
+    if name not in _models:
+        # Clients wait while the LLM writes, so it may use every core, whatever the workers' environment says.
+        _models[name] = LocalLLM.load(locate(name), workers=len(os.sched_getaffinity(0)))
+    return _models[name]
+
+
+def _write_status(out: Path, status: dict[str, str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    part = out / "status.json.part"
+    part.write_text(json.dumps(status), encoding="utf-8")
+    part.replace(out / "status.json")

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from fedsynth.corpus import Corpus, Provenance, pool
+
+PUBLIC = Provenance.PUBLIC
+
+
+def test_columns_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        Corpus(("a", "b"), ("x",), PUBLIC)
+
+
+@pytest.mark.parametrize("provenance", [p for p in Provenance if p is not Provenance.PRIVATE])
+def test_units_stand_beside_private_text_only(provenance: Provenance) -> None:
+    with pytest.raises(ValueError, match=f"this one is {provenance.value}"):
+        Corpus(("a",), ("x",), provenance, units=("patient 1",))
+
+
+def test_there_is_one_unit_per_example() -> None:
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        Corpus(("a", "b"), ("x", "y"), Provenance.PRIVATE, units=(1,))
+
+
+def test_take_keeps_order_repeats_and_origin() -> None:
+    corpus = Corpus(("a", "b", "c"), ("x", "y", "z"), Provenance.LLM_WRITTEN, grants=("g",))
+    taken = corpus.take(i for i in (2, 0, 2))
+    assert (taken.prompts, taken.answers) == (("c", "a", "c"), ("z", "x", "z"))
+    assert (taken.provenance, taken.grants) == (Provenance.LLM_WRITTEN, ("g",))
+    assert len(taken) == 3
+
+
+def test_take_moves_units_with_their_rows() -> None:
+    corpus = Corpus(("a", "b", "c"), ("x", "y", "z"), Provenance.PRIVATE, units=("p", "q", "p"))
+    assert corpus.take([1, 2]).units == ("q", "p")
+    assert corpus.take([]).units == ()
+
+
+def test_counts_are_by_answer() -> None:
+    assert Corpus(("a", "b", "c"), ("x", "y", "x"), PUBLIC).counts() == {"x": 2, "y": 1}
+
+
+def test_fingerprint_is_sha256_of_length_prefixed_parts() -> None:
+    by_hand = bytes(7) + b"\x01a" + bytes(7) + b"\x02\xc3\xa4"  # "ä" has two bytes
+    assert Corpus(("a",), ("ä",), PUBLIC).fingerprint() == hashlib.sha256(by_hand).hexdigest()
+
+
+def test_fingerprint_sees_where_one_text_ends() -> None:
+    texts = [(("ab", "c"), ("", "")), (("a", "bc"), ("", "")), (("a", "c"), ("b", "")), (("c", "ab"), ("", ""))]
+    assert len({Corpus(p, a, PUBLIC).fingerprint() for p, a in texts}) == 4
+    assert len({"".join((*p, *a)) for p, a in texts}) < 4  # plain joining confuses some of them
+
+
+def test_pool_keeps_order_and_unites_grants() -> None:
+    one = Corpus(("a",), ("x",), Provenance.LLM_WRITTEN, grants=("g", "h"))
+    two = Corpus(("b",), ("y",), Provenance.LLM_WRITTEN, grants=("h", "i"))
+    assert pool([one, two]) == Corpus(("a", "b"), ("x", "y"), Provenance.LLM_WRITTEN, grants=("g", "h", "i"))
+
+
+def test_pool_refuses_mixed_provenance_and_nothing() -> None:
+    private = Corpus(("a",), ("x",), Provenance.PRIVATE)
+    with pytest.raises(ValueError, match=r"\['private', 'public'\]"):
+        pool([Corpus((), (), PUBLIC), private])
+    with pytest.raises(ValueError, match="at least one"):
+        pool([])
+
+
+def test_persons_of_two_sites_stay_two_units_in_a_pool() -> None:
+    site = Corpus(("a", "b"), ("x", "y"), Provenance.PRIVATE, units=("patient 1", "patient 2"))
+    units = pool([site, site]).units
+    assert units is not None
+    assert len(set(units)) == 4
+
+
+def test_a_pool_has_units_only_if_all_its_corpora_have() -> None:
+    with_units = Corpus(("a",), ("x",), Provenance.PRIVATE, units=("p",))
+    assert pool([with_units, Corpus(("b",), ("y",), Provenance.PRIVATE)]).units is None
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG fedsynth.corpus.pool: ungranted text beside granted text inherits the grant"
+)
+def test_a_pool_with_text_that_has_no_guarantee_has_none() -> None:
+    granted = Corpus(("a",), ("x",), Provenance.LLM_WRITTEN, grants=("g",))
+    ungranted = Corpus(("b",), ("y",), Provenance.LLM_WRITTEN)
+    assert pool([granted, ungranted]).grants == ()

@@ -1,0 +1,398 @@
+"""FDKT in process: the real client app, tiny models, a scripted LLM (METHODS of docs/methods/fdkt.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from flwr.app import ArrayRecord, Error, Message
+from local import LocalGrid
+from scripted import ScriptedLLM
+
+import fedsynth.clients.home
+from fedsynth.clients.app import client_app, simulation
+from fedsynth.clients.home import Home, cell_of
+from fedsynth.corpus import Provenance, pool
+from fedsynth.curation import well_formed
+from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.payload import decode
+from fedsynth.runs import Journal, guarantee_of, private_of
+from fedsynth.scenario import Cell, cells, from_toml, to_toml
+from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
+from fedsynth.teacher import one_line
+
+LABELS = ("heart", "skin")
+CLIENTS, ROWS = 3, 12
+
+SCENARIO = """
+name = "tiny"
+seeds = [0]
+[strategy]
+use = "fedsynth.strategies.fdkt:FDKT"
+per_label = 6
+min_words = 1
+written = 8
+shots = 2
+draft_tokens = 24
+judge = "likelihood"
+cluster_size = 4
+[data]
+source = "{file}"
+labels = ["heart", "skin"]
+clients = 3
+[client]
+generator = "{model}"
+task_model = "{model}"
+budget = {{ epsilon = 8.0 }}
+generator_training = {{ expected_batch = 5, steps = 3 }}
+task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
+[server]
+llm = "scripted"
+[arms.fdkt]
+[arms.no_demonstrations]
+strategy.demonstrations = "none"
+[arms.dp_only]
+strategy.texts = "drafts"
+[arms.no_filter]
+strategy.judge = "none"
+[arms.no_dp]
+client.guarantee = "none"
+[arms.local]
+strategy.use = "fedsynth.strategies.local:LocalOnly"
+[arms.pooled]
+strategy.use = "fedsynth.strategies.local:LocalOnly"
+data.pooled = true
+"""
+
+
+def canary(row: int) -> str:
+    """Each private record's own high-entropy token: one shared by all would be a fact about the population."""
+    return f"zq{row * 7919 + 104729:08x}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model that likes letters and ends: a draft of control characters, or without end, is dropped."""
+    made = tiny.model()
+    liked = [tiny.EOS, *tiny.tokenizer()("abcdefghij", add_special_tokens=False)["input_ids"]]
+    with torch.no_grad():
+        made.get_input_embeddings().weight[liked] *= 6
+    folder = tmp_path_factory.mktemp("model")
+    made.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def toml(tmp_path: Path, model: str) -> str:
+    rows = CLIENTS * ROWS * 2
+    frame = pd.DataFrame(
+        {
+            "text": [f"note {canary(i)} about a thing" for i in range(rows)],
+            "label": [LABELS[i % 2] for i in range(rows)],
+        }
+    )
+    frame.to_csv(tmp_path / "notes.csv", index=False)
+    return SCENARIO.format(file=tmp_path / "notes.csv", model=model)
+
+
+@dataclass
+class World:
+    """One cell, run in process."""
+
+    cell: Cell
+    grid: LocalGrid
+    llm: ScriptedLLM
+    journal: Journal
+    out: Path
+    state: Any = None
+    homes: list[Home] = field(default_factory=list)
+
+    def run(self) -> None:
+        data = self.cell.scenario.data
+        homes = 1 if data.pooled else data.clients
+
+        def open_clients(grid: Any) -> Clients:
+            return Clients(grid, nodes_by_home(grid, homes), self.cell, "simulated", LABELS, self.journal)
+
+        kind, config = load_strategy(self.cell.scenario.strategy)
+        server = ServerSide(self.cell, LABELS, self.llm, embed, self.journal, open_clients)
+        kind(config, server).start(self.grid, ArrayRecord())
+        self.journal.close()
+
+    def answers(self, kind: type[Any]) -> list[Any]:
+        order_kind = {Synthesized: Synthesize, Evaluated: Evaluate}[kind]
+        payloads = [
+            reply.content["fedsynth"]["payload"]
+            for order, reply in zip(self.sent(), self.grid.replies_in_order(), strict=True)
+            if order.metadata.message_type == order_kind.task
+        ]
+        return [decode(p, kind) for p in payloads]
+
+    def sent(self) -> list[Message]:
+        return self.grid.orders
+
+
+def embed(texts: Any) -> Any:
+    return np.array([[len(t), sum(map(ord, t)) % 97] for t in texts], np.float32)
+
+
+def world(toml: str, arm: str, tmp_path: Path, nodes: int = CLIENTS, **more: Any) -> World:
+    cell = cell_of(to_toml(from_toml(toml)), arm, 0)
+    out = tmp_path / "run"
+    out.mkdir(exist_ok=True, parents=True)
+    grid = LocalGrid(
+        client_app(simulation), nodes, {"scenario-toml": to_toml(from_toml(toml)), "out-dir": str(out)}, **more
+    )
+    llm = ScriptedLLM(answer=lambda prompt: f" written after {len(prompt)} characters")
+    return World(cell, grid, llm, Journal(cell, out, out / "events.jsonl"), out)
+
+
+@pytest.fixture
+def fdkt(toml: str, tmp_path: Path) -> Iterator[World]:
+    made = world(toml, "fdkt", tmp_path)
+    made.run()
+    yield made
+
+
+def test_only_synthetic_text_and_labels_go_up(fdkt: World) -> None:
+    drafts = [a.corpus for a in fdkt.answers(Synthesized)]
+    assert len(drafts) == CLIENTS
+    assert all(c.provenance is Provenance.DP_SYNTHETIC and len(c.grants) == 1 for c in drafts)
+    assert all(a.adapter is None for a in fdkt.answers(Synthesized))
+    assert len({c.grants for c in drafts}) == CLIENTS  # a grant of its own for each
+    assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in fdkt.answers(Evaluated))
+
+
+def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> None:
+    def decoded(message: Message) -> str:
+        kinds = {Synthesize.task: (Synthesize, Synthesized), Learn.task: (Learn, Learn.reply),
+                 Evaluate.task: (Evaluate, Evaluated)}  # fmt: skip
+        record = message.content.get("fedsynth")
+        if record is None:
+            return ""
+        own, reply = kinds[message.metadata.message_type]
+        found = decode(record["payload"], reply if "refused" in record else own)
+        return repr(found) + repr(dict(record))
+
+    texts = " ".join(decoded(m) for m in [*fdkt.grid.orders, *fdkt.grid.replies])
+    assert len(texts) > 1000
+    assert not [i for i in range(CLIENTS * ROWS * 2) if canary(i) in texts]
+    planted = fdkt.grid.orders[-1]
+    home = fedsynth.clients.home.simulated_home(fdkt.cell, 0, private_of(fdkt.out), "simulated")
+    assert any(canary(i) in repr(home.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
+    assert planted.content["fedsynth"]["home"] in range(CLIENTS)
+
+
+def test_labels_are_drawn_uniformly_whatever_the_client_holds(fdkt: World) -> None:
+    for answer in fdkt.answers(Synthesized):
+        assert max(answer.corpus.counts().values()) <= 6
+        assert len(answer.corpus) + answer.unfinished == 6 * len(LABELS)
+
+
+def test_demonstrations_are_drafts_that_were_selected(fdkt: World) -> None:
+    prompts = fdkt.llm.completed[-1]
+    assert len(prompts) == CLIENTS * 8
+    drafts = pool([a.corpus for a in fdkt.answers(Synthesized)])
+    released = {one_line(t) for t in well_formed(drafts, labels=LABELS, min_words=1).corpus.prompts}
+    shown = {line.partition(": ")[2] for p in prompts for line in p.split("\n")[:-1]}
+    assert shown
+    assert shown <= released
+
+
+def test_each_client_learns_from_its_own_texts(fdkt: World) -> None:
+    learnt = [
+        decode(m.content["fedsynth"]["payload"], Learn)
+        for m in fdkt.grid.orders
+        if m.metadata.message_type == Learn.task
+    ]
+    grants = [o.corpus.grants for o in learnt]
+    assert grants == [a.corpus.grants for a in fdkt.answers(Synthesized)]
+    assert all(o.corpus.provenance is Provenance.LLM_WRITTEN for o in learnt)
+
+
+def test_clusters_follow_the_papers_formula(
+    fdkt: World, monkeypatch: pytest.MonkeyPatch, toml: str, tmp_path: Path
+) -> None:
+    import fedsynth.strategies.fdkt as module
+
+    seen: list[tuple[int, int]] = []
+    real = module.clusters
+
+    def spy(embeddings: Any, *, size: int, seed: int) -> Any:
+        groups = real(embeddings, size=size, seed=seed)
+        seen.append((len(embeddings), len(groups)))
+        return groups
+
+    monkeypatch.setattr(module, "clusters", spy)
+    world(toml, "fdkt", tmp_path / "again").run()
+    assert len(seen) == CLIENTS
+    assert all(groups == -(-rows // 4) for rows, groups in seen)
+
+
+def test_deleting_private_text_after_training_changes_no_released_byte(
+    fdkt: World, toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedsynth.clients.synthesize as module
+
+    real = module.fit_private
+
+    def fit_then_delete(model: Any, slots: Any, *rest: Any, **more: Any) -> int:
+        steps = real(model, slots, *rest, **more)
+        slots.clear()
+        monkeypatch.setattr(Home, "train", property(lambda _: pytest.fail("private text was read after the release")))
+        return steps
+
+    monkeypatch.setattr(module, "fit_private", fit_then_delete)
+    again = world(toml, "fdkt", tmp_path / "again")
+    [home] = [0]
+    clients = Clients(again.grid, nodes_by_home(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
+    order = decode(fdkt.grid.orders_of(Synthesize.task)[home].content["fedsynth"]["payload"], Synthesize)
+    answer = clients.ask_each({home: order})[home]
+    assert answer.corpus.fingerprint() == fdkt.answers(Synthesized)[home].corpus.fingerprint()
+
+
+def test_charged_steps_are_the_steps_that_ran(fdkt: World) -> None:
+    for index in range(CLIENTS):
+        home = fedsynth.clients.home.simulated_home(fdkt.cell, index, private_of(fdkt.out), "simulated")
+        [reserved] = [e for e in home.ledger.entries() if e["kind"] == "reservation"]
+        assert reserved["plan"]["steps"] == 3
+        assert reserved["drawn"] == 1
+        [grant] = [e for e in home.ledger.entries() if e["kind"] == "grant"]
+        assert grant["state"] == "sent"
+        epsilon, delta = home.ledger.spent()
+        assert epsilon <= 8.0
+        assert delta == 1e-5
+        assert fdkt.journal.statements[index].epsilon == pytest.approx(epsilon, abs=1e-2)
+
+
+def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, tmp_path: Path) -> None:
+    again = world(toml, "fdkt", tmp_path / "again", nodes=1)  # another number of SuperNodes, too
+    again.run()
+
+    def untimed(w: World) -> list[Any]:
+        return [r for r in w.journal.rows if not r[4].startswith("seconds/")]
+
+    assert untimed(again) == untimed(fdkt)
+
+
+def test_a_repeated_order_gets_the_same_bytes_and_one_training(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedsynth.clients.synthesize as module
+
+    fits: list[int] = []
+    real = module.fit_private
+    monkeypatch.setattr(module, "fit_private", lambda *a, **k: fits.append(1) or real(*a, **k))
+    made = world(toml, "fdkt", tmp_path)
+    order = Synthesize(2, 1.0, 1.0, 8, seed=1)
+    for _ in range(2):
+        clients = Clients(made.grid, nodes_by_home(made.grid, 1), made.cell, "simulated", LABELS, made.journal)
+        clients.ask(order)
+    first, second = (r.content["fedsynth"]["payload"] for r in made.grid.replies if "fedsynth" in r.content)
+    assert first == second
+    assert len(fits) == 1
+
+
+@pytest.mark.parametrize(
+    ("arm", "guarantee", "asked"),
+    [
+        ("local", "dp", {Learn.task, Evaluate.task}),
+        ("no_demonstrations", "dp", {Learn.task, Evaluate.task}),
+        ("dp_only", "dp", {Synthesize.task, Learn.task, Evaluate.task}),
+        ("no_filter", "dp", {Synthesize.task, Learn.task, Evaluate.task}),
+        ("no_dp", "none", {Synthesize.task, Learn.task, Evaluate.task}),
+        ("pooled", "none", {Learn.task, Evaluate.task}),
+    ],
+)
+def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: str, asked: set[str]) -> None:
+    made = world(toml, arm, tmp_path)
+    made.run()
+    assert {m.metadata.message_type for m in made.grid.orders} - {"query.who"} == asked
+    assert guarantee_of([made.journal]) == guarantee
+    assert bool(made.llm.completed) == (arm in ("no_demonstrations", "no_filter", "no_dp"))
+    if arm == "no_dp":
+        assert all(
+            a.corpus.grants == () and a.corpus.provenance is Provenance.SELF_GENERATED
+            for a in made.answers(Synthesized)
+        )
+        home = fedsynth.clients.home.simulated_home(made.cell, 0, private_of(made.out), "simulated")
+        assert home.ledger.spent()[0] == float("inf")
+    if arm == "no_demonstrations":
+        assert all(p in ("heart:", "skin:") for p in made.llm.completed[0])
+
+
+def test_a_client_that_raises_ends_the_run_with_a_code_and_no_private_word(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedsynth.clients.learn as module
+
+    def explode(*_: Any, **__: Any) -> None:
+        raise ValueError(f"cannot train on {canary(3)}")
+
+    monkeypatch.setattr(module, "fit_classifier", explode)
+    made = world(toml, "local", tmp_path)
+    with pytest.raises(TooFewReplies, match="refused: failed") as caught:
+        made.run()
+    assert canary(3) not in str(caught.value)
+    assert not any(canary(3) in repr(r.content) for r in made.grid.replies)
+    logs = list(private_of(made.out).rglob("site.log"))
+    assert any(canary(3) in log.read_text() for log in logs)  # the site's own log says what happened
+
+
+def test_a_worker_that_dies_ends_the_run_with_the_clients_number(toml: str, tmp_path: Path) -> None:
+    def die(message: Message) -> Message | None:
+        if message.metadata.message_type == Learn.task and message.content["fedsynth"]["home"] == 1:
+            return Message(Error(code=0, reason="The actor died"), reply_to=message)
+        return None
+
+    made = world(toml, "local", tmp_path, spoil=die)
+    with pytest.raises(TooFewReplies, match="client 1 its worker failed: The actor died"):
+        made.run()
+
+
+def test_a_quorum_lets_a_run_go_on_without_a_client(toml: str, tmp_path: Path) -> None:
+    def die(message: Message) -> Message | None:
+        if "fedsynth" in message.content and message.content["fedsynth"]["home"] == 1:
+            return Message(Error(code=0, reason="gone"), reply_to=message)
+        return None
+
+    made = world(toml.replace('llm = "scripted"', 'llm = "scripted"\nquorum = 0.5'), "fdkt", tmp_path, spoil=die)
+    made.run()
+    assert {r[3] for r in made.journal.rows if r[4] == "accuracy"} == {0, 2}
+
+
+def test_nothing_in_the_run_directory_is_private(fdkt: World) -> None:
+    for path in fdkt.out.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not [i for i in range(CLIENTS * ROWS * 2) if canary(i).encode() in data], path
+    names = {p.relative_to(fdkt.out).parts[0] for p in fdkt.out.rglob("*") if p.is_file()}
+    assert names <= {"events.jsonl", "corpora"}  # each with a declared origin; summary and versions come at the end
+
+
+def test_shared_adapters_cost_nothing_more_and_load_with_peft(toml: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    made = world(
+        toml.replace('judge = "likelihood"', 'judge = "likelihood"\nshare_adapters = true'), "dp_only", tmp_path
+    )
+    made.run()
+    folder = made.out / "adapters" / "dp_only" / "seed-0" / "client-0"
+    loaded = PeftModel.from_pretrained(tiny.model(), str(folder))
+    assert any("lora_B" in n and float(p.abs().sum()) > 0 for n, p in loaded.named_parameters())
+    home = fedsynth.clients.home.simulated_home(made.cell, 0, private_of(made.out), "simulated")
+    assert home.ledger.spent()[0] <= 8.0
+
+
+def test_cells_pair_arms_by_public_seed(toml: str) -> None:
+    by_arm = {c.arm: c for c in cells(from_toml(toml))}
+    assert by_arm["local"].public_seed("learn", client=2) == by_arm["fdkt"].public_seed("learn", client=2)
+    assert by_arm["fdkt"].public_seed("learn", client=1) != by_arm["fdkt"].public_seed("learn", client=2)

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsynth import tasks
+from fedsynth.clients import app as client
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.firewall import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
+from fedsynth.lora import Adapter
+from fedsynth.payload import BadPayload, decode, encode
+from fedsynth.privacy.ledger import BudgetExhausted
+from fedsynth.privacy.plan import BudgetTooSmall, Statement
+from fedsynth.privacy.release import NotReleasable
+from fedsynth.tasks import (
+    ORDERS,
+    Code,
+    Envelope,
+    Evaluate,
+    Evaluated,
+    Learn,
+    Learnt,
+    Order,
+    Origin,
+    Refused,
+    Synthesize,
+    Synthesized,
+)
+from fedsynth.typed import BadValue
+from fedsynth.wire import (
+    WillNotLeave,
+    pack_answer,
+    pack_order,
+    payload_bytes,
+    refusal,
+    seal,
+    unpack_answer,
+    unpack_order,
+)
+
+LABELS = ("flu", "asthma")
+PRIVATE = Corpus(("text of a patient",), ("flu",), Provenance.PRIVATE)
+GRANTED = Corpus(("written under a grant",), ("flu",), Provenance.DP_SYNTHETIC, grants=("g",))
+UNGRANTED = Corpus(("written without a mechanism",), ("flu",), Provenance.SELF_GENERATED)
+ADAPTER = Adapter({"w.lora_A.weight": np.ones((1, 2), np.float32)}, 1, 2.0, "base", ("g",))
+DP = Statement("dp", 7.99, 1e-5)
+NONE = Statement("none", None, 1e-5)
+ANSWERS = (Synthesized(GRANTED, DP, 1, ADAPTER), Learnt(4), Evaluated({"accuracy": 0.5}, 600), Refused(Code.FAILED))
+ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
+ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, home=3)
+FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]  # type: ignore[arg-type]
+
+
+def with_field(answer: Any, name: str, value: object) -> Any:
+    return replace(answer, **{name: value})
+
+
+def sealed(answer: object, measuring: bool = True, waived: bool = False) -> bytes:
+    return seal(answer, measuring=measuring, waived=waived)
+
+
+# Declared origins
+
+
+def undeclared(answers: list[type[Any]]) -> list[str]:
+    return [
+        f"{kind.__name__}.{field.name}"
+        for kind in answers
+        for field in dataclasses.fields(kind)
+        if not isinstance(field.metadata.get("origin"), Origin)
+    ]
+
+
+def test_every_field_of_every_answer_declares_its_origin() -> None:
+    answers = [*(order.reply for order in ORDERS), Refused]
+    assert undeclared(answers) == []
+    assert {type(a) for a in ANSWERS} == set(answers)
+
+
+def test_the_search_for_undeclared_fields_finds_one() -> None:
+    @dataclass(frozen=True)
+    class Careless(Learnt):
+        loss: float = 0.0
+
+    assert undeclared([Learnt, Careless]) == ["Careless.loss"]
+
+
+def test_every_order_class_is_listed_and_has_a_handler() -> None:
+    classes = [c for _, c in inspect.getmembers(tasks, inspect.isclass) if issubclass(c, Order) and c is not Order]
+    assert set(classes) == set(ORDERS) == set(client.FUNCTIONS)
+    assert len({order.task for order in ORDERS}) == len(ORDERS)
+
+
+def test_a_field_without_an_origin_does_not_pack() -> None:
+    @dataclass(frozen=True)
+    class Careless(Learnt):
+        loss: float = 0.0
+
+    with pytest.raises(WillNotLeave, match=r"Careless\.loss declares no origin"):
+        sealed(Careless(1), waived=True)
+
+
+@pytest.mark.parametrize("value", [PRIVATE, "text", {"loss": 0.1}, None, [GRANTED]])
+def test_what_is_no_answer_does_not_pack(value: object) -> None:
+    with pytest.raises(WillNotLeave):
+        sealed(value, waived=True)
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda a: type(a).__name__)
+def test_every_answer_that_keeps_to_the_rules_packs(answer: object) -> None:
+    assert encode(answer) == sealed(answer)
+
+
+# Private text
+
+
+@pytest.mark.parametrize(("answer", "name"), FIELDS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda c: c,
+        lambda c: [c],
+        lambda c: {"deep": (c,)},
+        lambda c: MappingProxyType({"deep": c}),
+        lambda c: Learn(1, c),
+    ],
+    ids=["plain", "list", "dict", "mapping", "order"],
+)
+def test_private_text_does_not_pack_wherever_it_is_planted(answer: Any, name: str, wrap: Any) -> None:
+    for waived in (False, True):
+        with pytest.raises(WillNotLeave, match=rf"{type(answer).__name__}\.{name} is private text"):
+            sealed(with_field(answer, name, wrap(PRIVATE)), waived=waived)
+
+
+def test_text_with_units_does_not_pack() -> None:
+    with_units = Corpus(("a",), ("flu",), Provenance.PRIVATE, grants=("g",), units=("patient 1",))
+    with pytest.raises(WillNotLeave, match="private text"):
+        sealed(Synthesized(with_units, NONE, 0), waived=True)
+
+
+def test_an_order_with_private_text_does_not_pack() -> None:
+    with pytest.raises(WillNotLeave, match="private text"):
+        pack_order(Learn(1, PRIVATE), ENVELOPE)
+
+
+# Guarantees
+
+
+def test_text_that_calls_itself_synthetic_under_dp_needs_a_grant_even_when_waived() -> None:
+    for waived in (False, True):
+        with pytest.raises(WillNotLeave, match="names no grant"):
+            sealed(Synthesized(replace(GRANTED, grants=()), NONE, 0), waived=waived)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Synthesized(UNGRANTED, NONE, 0),
+        Synthesized(replace(UNGRANTED, provenance=Provenance.LLM_WRITTEN), NONE, 0),
+        Synthesized(GRANTED, NONE, 0, replace(ADAPTER, grants=())),
+    ],
+    ids=["self-generated", "llm-written", "adapter"],
+)
+def test_released_material_without_a_grant_packs_only_when_waived(answer: Synthesized) -> None:
+    with pytest.raises(WillNotLeave, match="names no grant"):
+        sealed(answer)
+    assert comparable(decode(sealed(answer, waived=True), Synthesized)) == comparable(answer)
+
+
+def comparable(answer: Synthesized) -> object:
+    arrays = {} if answer.adapter is None else {n: a.tolist() for n, a in answer.adapter.arrays.items()}
+    return answer.corpus, answer.statement, answer.unfinished, arrays
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An answer that no order asks for."""
+
+    values: tuple[float, ...] = dataclasses.field(metadata={"origin": Origin.NO_GUARANTEE})
+
+
+def test_a_field_without_guarantee_packs_only_when_waived() -> None:
+    with pytest.raises(WillNotLeave, match=r"Scores\.values has no guarantee"):
+        sealed(Scores((0.5,)))
+    assert decode(sealed(Scores((0.5,)), waived=True), Scores) == Scores((0.5,))
+
+
+@dataclass(frozen=True)
+class PublicText:
+    corpus: Corpus = dataclasses.field(metadata={"origin": Origin.PUBLIC})
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    corpus: Corpus = dataclasses.field(metadata={"origin": Origin.MEASURED})
+
+
+@pytest.mark.parametrize("answer", [PublicText(UNGRANTED), MeasuredText(UNGRANTED)])
+@pytest.mark.xfail(strict=True, reason="BUG fedsynth.wire._check_part: only RELEASED fields are asked for a grant")
+def test_text_without_a_guarantee_packs_only_when_waived_in_fields_of_any_origin(answer: object) -> None:
+    with pytest.raises(WillNotLeave):
+        sealed(answer)
+
+
+def test_measured_figures_pack_only_where_measuring_is_allowed() -> None:
+    answer = Evaluated({"accuracy": 0.5}, 600)
+    with pytest.raises(WillNotLeave, match=r"Evaluated\.metrics is measured on a private model"):
+        sealed(answer, measuring=False, waived=True)
+    assert decode(sealed(answer), Evaluated) == answer
+
+
+def test_a_statement_of_dp_beside_ungranted_text_is_refused_even_when_waived() -> None:
+    with pytest.raises(WillNotLeave, match="claims a guarantee for text without a grant"):
+        sealed(Synthesized(UNGRANTED, DP, 0), waived=True)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG fedsynth.wire.seal: the statement is compared with corpora, not adapters")
+def test_a_statement_of_dp_beside_an_ungranted_adapter_is_refused() -> None:
+    with pytest.raises(WillNotLeave, match="claims a guarantee"):
+        sealed(Synthesized(GRANTED, DP, 0, replace(ADAPTER, grants=())), waived=True)
+
+
+# Orders and replies as Flower records
+
+
+def test_an_order_comes_back_with_its_envelope() -> None:
+    order, envelope, digest = unpack_order(pack_order(ORDER, ENVELOPE), Synthesize)
+    assert (order, envelope) == (ORDER, ENVELOPE)
+    assert len(bytes.fromhex(digest)) == 32
+
+
+def digest_of(order: Order[Any] = ORDER, **envelope: Any) -> str:
+    return unpack_order(pack_order(order, replace(ENVELOPE, **envelope)), type(order))[2]
+
+
+@pytest.mark.parametrize("change", [{"run": "s"}, {"seed": 1}, {"exchange": 2}, {"home": 4}])
+def test_the_digest_changes_with_run_seed_exchange_and_home(change: dict[str, Any]) -> None:
+    assert digest_of(**change) != digest_of() == digest_of()
+
+
+@pytest.mark.parametrize(
+    "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_tokens": 47}, {"seed": 2},
+               {"share_adapter": True}]
+)  # fmt: skip
+def test_the_digest_changes_with_every_field_of_the_order(change: dict[str, Any]) -> None:
+    assert digest_of(replace(ORDER, **change)) != digest_of()
+
+
+def test_the_digest_of_learn_changes_with_its_text() -> None:
+    texts = [Learn(1), Learn(1, GRANTED), Learn(1, replace(GRANTED, prompts=("other",)))]
+    assert len({digest_of(order) for order in texts}) == 3
+
+
+def test_the_digest_does_not_change_with_the_arm() -> None:
+    assert digest_of(arm="no_filter") == digest_of()
+
+
+def test_the_digest_sees_where_one_number_ends() -> None:
+    assert digest_of(seed=1, exchange=23) != digest_of(seed=12, exchange=3)
+
+
+def test_replies_come_back_typed() -> None:
+    answer = Learnt(4)
+    content = pack_answer(sealed(answer))
+    assert unpack_answer(content, Learnt) == answer
+    assert payload_bytes(content) == len(encode(answer))
+    with pytest.raises(BadPayload, match="expected a Evaluated"):
+        unpack_answer(content, Evaluated)
+
+
+@pytest.mark.parametrize("code", list(Code))
+def test_a_refusal_carries_a_constant_code_and_nothing_else(code: Code) -> None:
+    content = refusal(code)
+    assert unpack_answer(content, Synthesized) == Refused(code)
+    assert texts_in(content) == {"fedsynth", "refused", "payload", "schema", "type", "Refused", "value", "code", code.value, "value.json"}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["code", "reason"])
+def test_a_refusal_outside_the_closed_list_is_not_read(field: str) -> None:
+    with zipfile.ZipFile(io.BytesIO(encode(Refused(Code.FAILED)))) as zipped:
+        head = json.loads(zipped.read("value.json"))
+    head["value"][field] = "the patient's name"
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as zipped:
+        zipped.writestr("value.json", json.dumps(head))
+    with pytest.raises(BadValue, match=field):
+        unpack_answer(pack_answer(out.getvalue(), refused=True), Learnt)
+
+
+@pytest.mark.parametrize(
+    "content", [RecordDict({}), RecordDict({"fedsynth": ConfigRecord({"payload": "text", "refused": False})})]
+)
+def test_a_message_that_is_no_reply_is_a_bad_value(content: RecordDict) -> None:
+    with pytest.raises(BadValue):
+        unpack_answer(content, Learnt)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG fedsynth.wire: a record without a key raises KeyError")
+@pytest.mark.parametrize("way", ["order", "answer"])
+def test_a_record_without_its_keys_is_a_bad_value(way: str) -> None:
+    content = RecordDict({"fedsynth": ConfigRecord({"run": "r"})})
+    with pytest.raises(BadValue):
+        unpack_order(content, Learn) if way == "order" else unpack_answer(content, Learnt)
+
+
+# Canaries: searched in decoded content, because a format may hide them from a search of bytes
+
+
+def texts_in(content: RecordDict) -> set[str]:
+    """Every text that a message holds: names, values, and what is inside its payloads."""
+    found: set[str] = set()
+    for name, record in content.items():
+        found.add(name)
+        for key, value in record.items():
+            found.add(key)
+            found |= texts_of_bytes(value) if isinstance(value, bytes) else {value} & {str(value)}
+    return found
+
+
+def texts_of_bytes(data: bytes) -> set[str]:
+    found: set[str] = set()
+    with zipfile.ZipFile(io.BytesIO(data)) as zipped:
+        for name in zipped.namelist():
+            found.add(name)
+            inside = zipped.read(name)
+            if name.endswith(".json"):
+                found |= texts_of_tree(json.loads(inside))
+            elif name.endswith(".parquet"):
+                table = pq.read_table(io.BytesIO(inside))
+                found |= {t for column in table.columns for t in column.to_pylist()}
+                facts = (v.decode() for pair in (table.schema.metadata or {}).items() for v in pair)
+                found |= {t for fact in facts for t in (texts_of_tree(json.loads(fact)) if fact[:1] == "[" else {fact})}
+            else:
+                found.add(inside.decode("latin-1"))
+    return found
+
+
+def texts_of_tree(tree: Any) -> set[str]:
+    if isinstance(tree, dict):
+        return {t for k, v in tree.items() for t in ({k} | texts_of_tree(v))}
+    if isinstance(tree, list):
+        return {t for v in tree for t in texts_of_tree(v)}
+    return {tree} if isinstance(tree, str) else set()
+
+
+CANARY = "Zürich-7f3a91"
+
+
+def holds(content: RecordDict, canary: str = CANARY) -> bool:
+    return any(canary in text for text in texts_in(content))
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        replace(GRANTED, prompts=(f"lives in {CANARY}",)),
+        replace(GRANTED, answers=(CANARY,)),
+        replace(GRANTED, grants=(CANARY,)),
+    ],
+    ids=["prompt", "answer", "grant"],
+)
+def test_the_search_finds_a_planted_canary_in_a_parquet_part(planted: Corpus) -> None:
+    assert holds(pack_answer(encode(Synthesized(planted, DP, 0))))
+    assert not holds(pack_answer(encode(Synthesized(GRANTED, DP, 0))))
+
+
+def test_the_search_finds_canaries_that_bytes_hide() -> None:
+    content = pack_answer(encode(Evaluated({CANARY: 1.0}, 1)))
+    assert CANARY.encode() not in content["fedsynth"]["payload"]  # JSON escapes it
+    assert holds(content)
+    assert holds(pack_order(Learn(1, replace(GRANTED, prompts=(CANARY,))), ENVELOPE))
+    assert holds(pack_order(ORDER, replace(ENVELOPE, run=CANARY)))
+
+
+RAISED = [
+    (RuntimeError, Code.FAILED),
+    (KeyError, Code.FAILED),
+    (UnicodeDecodeError, Code.FAILED),
+    (BudgetExhausted, Code.BUDGET_EXHAUSTED),
+    (BudgetTooSmall, Code.BUDGET_TOO_SMALL),
+    (WillNotLeave, Code.NOT_ALLOWED),
+    (NotReleasable, Code.NOT_ALLOWED),
+    (Rejected, Code.BAD_ORDER),
+    (BadValue, Code.BAD_ORDER),
+]
+
+
+@pytest.mark.parametrize(("kind", "code"), RAISED)
+def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], code: Code) -> None:
+    def open_home(context: Any, envelope: Envelope) -> Any:
+        if kind is UnicodeDecodeError:
+            raise UnicodeDecodeError("utf-8", CANARY.encode("latin-1"), 1, 2, CANARY)
+        raise kind(f"malformed date in the record of {CANARY}")
+
+    context: Any = None
+    content = client.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_home)
+    assert unpack_answer(content, Learnt) == Refused(code)
+    assert not holds(content)
+
+
+@pytest.mark.parametrize("content", [RecordDict({}), pack_order(ORDER, ENVELOPE), pack_answer(b"no zip")])
+def test_an_order_that_cannot_be_read_is_refused_before_a_home_is_opened(content: RecordDict) -> None:
+    def open_home(context: Any, envelope: Envelope) -> Any:
+        raise AssertionError("opened")
+
+    context: Any = None
+    reply = unpack_answer(client.answer(Learn, content, context, open_home), Learnt)
+    assert isinstance(reply, Refused)
+    assert reply.code in (Code.BAD_ORDER, Code.FAILED)
+
+
+# Firewall
+
+
+@pytest.mark.parametrize(
+    ("name", "fits", "does_not"),
+    [
+        ("per_label", [1, MAX_SAMPLES], [0, -1, MAX_SAMPLES + 1]),
+        ("max_tokens", [1, MAX_TOKENS], [0, MAX_TOKENS + 1]),
+        ("temperature", [0.01, 10.0], [0.0, -1.0, 10.1, float("inf"), float("nan")]),
+        ("top_p", [0.01, 1.0], [0.0, 1.01, float("nan")]),
+    ],
+)
+def test_a_client_checks_the_ranges_of_an_order(name: str, fits: list[Any], does_not: list[Any]) -> None:
+    for value in fits:
+        check_order(with_field(ORDER, name, value), LABELS)
+    for value in does_not:
+        with pytest.raises(Rejected, match=f"{name} must lie in"):
+            check_order(with_field(ORDER, name, value), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        (replace(GRANTED, answers=("measles",)), "labels outside the public list: 1"),
+        (replace(GRANTED, prompts=("a" * (MAX_TEXT + 1),)), f"more than {MAX_TEXT} characters"),
+        (PRIVATE, "marked private"),
+    ],
+)
+def test_a_client_checks_the_text_of_an_order(corpus: Corpus, said: str) -> None:
+    check_order(Learn(1, replace(GRANTED, prompts=("a" * MAX_TEXT,))), LABELS)
+    check_order(Learn(1), LABELS)
+    with pytest.raises(Rejected, match=said):
+        check_order(Learn(1, corpus), LABELS)
+
+
+def answered(*labels: str, **more: Any) -> Synthesized:
+    corpus = Corpus(("text",) * len(labels), labels, Provenance.DP_SYNTHETIC, grants=("g",))
+    return Synthesized(**{"corpus": corpus, "statement": DP, "unfinished": 0, **more})
+
+
+def test_a_server_accepts_what_it_asked_for() -> None:
+    for labels in [(), ("flu",), ("flu", "flu", "asthma", "asthma")]:  # two per label were asked
+        check_answer(ORDER, answered(*labels), LABELS)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (answered("flu", "flu", "flu"), r"of one label must lie in 0\.\.2, got 3"),
+        (answered("flu", "flu", "asthma", "asthma", "asthma"), r"number of texts must lie in 0\.\.4, got 5"),
+        (answered("measles"), "labels outside the public list: 1"),
+        (answered("flu", statement=NONE), "guarantee 'none' with grants"),
+        (answered(corpus=UNGRANTED), "guarantee 'dp' with grants"),
+        (answered(corpus=replace(GRANTED, prompts=("a" * (MAX_TEXT + 1),))), "characters"),
+        *[
+            (answered("flu", adapter=replace(ADAPTER, arrays={"w": np.array([[1.0, v]], np.float32)})), "not finite")
+            for v in (np.nan, np.inf, -np.inf)
+        ],
+        *[(Evaluated({"accuracy": v}, 1), "must be finite") for v in (float("nan"), float("inf"), -float("inf"))],
+    ],
+)
+def test_a_server_rejects_an_answer_that_does_not_keep_to_the_order(answer: object, said: str) -> None:
+    with pytest.raises(Rejected, match=said):
+        check_answer(ORDER if isinstance(answer, Synthesized) else Evaluate(), answer, LABELS)
+
+
+def test_a_rejection_does_not_repeat_strange_labels() -> None:
+    with pytest.raises(Rejected) as caught:
+        check_answer(ORDER, answered(CANARY), LABELS)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG fedsynth.firewall.check_answer: a server uses text that is marked private")
+def test_a_server_rejects_text_that_is_marked_private() -> None:
+    corpus = replace(GRANTED, provenance=Provenance.PRIVATE)
+    with pytest.raises(Rejected):
+        check_answer(ORDER, answered(corpus=corpus), LABELS)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG fedsynth.firewall.check_answer: counts and figures have no range")
+@pytest.mark.parametrize("answer", [answered("flu", unfinished=-1), answered("flu", unfinished=5)])
+def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
+    with pytest.raises(Rejected):
+        check_answer(ORDER, answer, LABELS)
+
+
+def test_private_text_is_stopped_in_one_place_only() -> None:
+    """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
+    packers = [p for p in Path(client.__file__).parent.glob("*.py") if "pack_answer(" in p.read_text()]
+    assert [p.name for p in packers] == ["app.py"]
