@@ -356,6 +356,8 @@ def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> 
     Raises:
         SelfCheckFailed: With what is wrong.
     """
+    if not trainable(model):
+        raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     rng = np.random.default_rng(0)
     lengths = (5, 9, 9, 14)
     batch = [Example(tuple(int(t) for t in rng.integers(0, vocabulary, n)), start=2) for n in lengths]

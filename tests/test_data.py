@@ -83,7 +83,7 @@ def test_named_test_rows_are_held_out(tmp_path: Path) -> None:
 
 def test_numbers_as_the_mark_of_test_rows(tmp_path: Path) -> None:
     frame = table(fold=[i % 4 for i in range(20)])
-    data = replace(save(frame, tmp_path / "folds.csv"), test=TestRows("fold", "3"))
+    data = replace(save(frame, tmp_path / "folds.csv"), test=TestRows("fold", "3"), clients=1)
     assert sorted(texts(*(s.test for s in open_sites(data, 1)))) == sorted(frame["text"][3::4])
 
 

@@ -13,17 +13,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsynth import tasks
 from fedsynth.clients import app as client
+from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data import Site
 from fedsynth.firewall import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
 from fedsynth.lora import Adapter
 from fedsynth.payload import BadPayload, decode, encode
-from fedsynth.privacy.ledger import BudgetExhausted
+from fedsynth.privacy.ledger import BudgetExhausted, Ledger
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
+from fedsynth.scenario import Client, TaskTraining
 from fedsynth.tasks import (
     ORDERS,
     Code,
@@ -284,7 +288,8 @@ def test_replies_come_back_typed() -> None:
 def test_a_refusal_carries_a_constant_code_and_nothing_else(code: Code) -> None:
     content = refusal(code)
     assert unpack_answer(content, Synthesized) == Refused(code)
-    assert texts_in(content) == {"fedsynth", "refused", "payload", "schema", "type", "Refused", "value", "code", code.value, "value.json"}  # fmt: skip
+    names = {"fedsynth", "refused", "payload", "value.json", "schema", "type", "value", "Refused", "code"}
+    assert texts_in(content) == {*names, code.value}
 
 
 @pytest.mark.parametrize("field", ["code", "reason"])
@@ -408,6 +413,37 @@ def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], cod
     content = client.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_home)
     assert unpack_answer(content, Learnt) == Refused(code)
     assert not holds(content)
+
+
+def home(folder: Path, train: Corpus) -> Home:
+    task = TaskTraining(batch=2, private_epochs=1, max_tokens=8)
+    config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
+    ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
+    return Home(0, config, LABELS, 3, "row", folder, "run", ledger, lambda: Site(train, train), simulated=True)
+
+
+@pytest.mark.parametrize("crash", ["none", "tokenizer"])
+def test_no_reply_and_no_server_log_holds_private_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, crash: str
+) -> None:
+    train = Corpus(("one", f"{CANARY} two", "three"), ("flu", CANARY, "asthma"), Provenance.PRIVATE, units=(1, 2, 3))
+
+    def tokenizer(name: str) -> Any:
+        raise ValueError(f"cannot encode {train.prompts}")
+
+    if crash == "tokenizer":
+        monkeypatch.setattr("fedsynth.clients.learn.load_tokenizer", tokenizer)
+    context: Any = None
+    replies = [
+        client.answer(kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: home(tmp_path, train))
+        for i, (kind, order) in enumerate([(Learn, Learn(1)), (Evaluate, Evaluate())])
+    ]
+    first = unpack_answer(replies[0], Learnt)
+    assert first == (Learnt(0) if crash == "none" else Refused(Code.FAILED))
+    assert not any(holds(reply) for reply in replies)
+    assert CANARY not in caplog.text
+    if crash == "tokenizer":
+        assert CANARY in (tmp_path / "site.log").read_text()  # the site itself learns what happened
 
 
 @pytest.mark.parametrize("content", [RecordDict({}), pack_order(ORDER, ENVELOPE), pack_answer(b"no zip")])

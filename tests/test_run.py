@@ -1,0 +1,241 @@
+"""The command, with real processes: results, bad input, repeatability, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+import fedsynth
+from fedsynth.launch import MARKER
+from fedsynth.runs import private_of
+
+ROOT = Path(__file__).parent.parent
+FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]
+QUICK = ["client.generator_training.steps=3", "client.task_training.augmented_epochs=1", "data.test_per_client=40",
+         "client.task_training.private_epochs=1", "strategy.written=16", "strategy.per_label=3",
+         "data.train_per_client=60"]  # fmt: skip
+
+
+def command(*more: str) -> list[str]:
+    sets = [part for item in QUICK for part in ("--set", item)]
+    return [*FEDSYNTH, "run", "hospitals", *sets, *more]
+
+
+def run(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, cwd=cwd, env={**os.environ, **more}, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """One quick run of three arms with one worker, from outside the repository."""
+    place = tmp_path_factory.mktemp("run")
+    done = run(*command("--clients", "3", "--arms", "local,fdkt,no_dp", "--out", "first", "--workers", "1", "--json"), cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "first", done
+
+
+def test_json_is_the_last_line_and_has_the_promised_shape(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, done = ended
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert set(said) == {"scenario", "out", "seconds", "arms"}
+    assert said["scenario"] == "hospitals"
+    assert said["out"] == str(out)
+    assert set(said["arms"]) == {"local", "fdkt", "no_dp"}
+    for arm in said["arms"].values():
+        assert set(arm) == {"metrics", "guarantee", "epsilon", "delta", "bytes"}
+        assert set(arm["metrics"]["accuracy"]) == {"mean", "std", "n"}
+        assert arm["metrics"]["accuracy"]["std"] is None  # one seed
+        assert set(arm["bytes"]) == {"up", "down"}
+    assert said["arms"]["fdkt"]["guarantee"] == "dp"
+    assert 7.9 < said["arms"]["fdkt"]["epsilon"] <= 8.0
+    assert said["arms"]["no_dp"]["guarantee"] == "none"
+    assert said["arms"]["no_dp"]["epsilon"] is None
+    frame = pd.read_parquet(out / "metrics.parquet")
+    local = frame[(frame["arm"] == "local") & (frame["metric"] == "accuracy")]["value"]
+    assert said["arms"]["local"]["metrics"]["accuracy"]["mean"] == pytest.approx(local.mean())
+
+
+def test_each_arm_has_a_sentence_on_privacy(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = ended
+    assert "local: nothing derived from private text leaves a client" in done.stderr
+    assert re.search(r"fdkt: an honest-but-curious server sees .* \(7\.9\d\d, 1e-05\)-DP per row, all rounds", done.stderr)
+    assert "no_dp: no guarantee" in done.stderr
+
+
+def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    out, _ = ended
+    names = {p.name for p in out.iterdir()}
+    assert names == {"scenario.toml", "summary.json", "metrics.parquet", "privacy.json", "corpora", "versions.json",
+                     "events.jsonl", "status.json"}  # fmt: skip
+    frame = pd.read_parquet(out / "metrics.parquet")
+    assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
+    assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()
+    from fedsynth.simulate import read
+
+    drafts = read(out).corpora("fdkt", 0, "drafts")
+    assert set(drafts) == {0, 1, 2}
+    assert all(len(c.grants) == 1 for c in drafts.values())
+    keys = {p.read_bytes() for p in private_of(out).rglob("ledger.sqlite")}
+    assert len(keys) == 9  # three arms, three clients
+    privacy = json.loads((out / "privacy.json").read_text())["fdkt"]["largest_over_clients"]
+    assert privacy["epsilon"] < privacy["epsilon_replace_one"] < privacy["epsilon_rows"]["2"]
+
+
+def test_the_same_seed_repeats_with_another_number_of_workers(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = ended
+    done = run(*command("--clients", "3", "--arms", "fdkt,local,no_dp", "--out", "second", "--workers", "2"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def frame(place: Path) -> pd.DataFrame:
+        found = pd.read_parquet(place / "metrics.parquet")
+        found = found[~found["metric"].str.startswith("seconds/")]
+        return found.sort_values(["arm", "seed", "round", "client", "metric"]).reset_index(drop=True)
+
+    pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "second"), check_exact=True)
+    for path in (out / "corpora").rglob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "second" / path.relative_to(out)).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "strategy.per_labl=3"], "did you mean 'per_label'"),
+        (["--set", "client.bugdet.epsilon=3"], "did you mean 'budget'"),
+        (["--set", 'strategy.per_label="many"'], "strategy.per_label must be a whole number"),
+        (["--set", "data.labels=[]"], "the label list is empty"),
+        (["--set", "client.budget.epsilon=0.001"], "max_noise_multiplier"),
+        (["--set", "client.generator=/no/such/model"], "does not exist"),
+        (["--set", "client.generator=assets:tiny"], "assets:tiny-slm"),
+        (["--set", "strategy.use=fedsynth.strategies.fdkt:FDK"], "no strategy"),
+        (["--arms", "fdtk"], "no [arms.fdtk]"),
+        (["--seeds", "1,1"], "seeds"),
+        (["--clients", "0"], "clients must be at least 1"),
+        (["--set", "data.source=nowhere.csv"], "no data file 'nowhere.csv'"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
+    done = run(*FEDSYNTH, "run", "hospitals", *arguments, "--out", "never", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    last = [line for line in done.stderr.splitlines() if line.startswith("fedsynth: bad input")]
+    assert len(last) == 1
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        ("text,label\na b c,x\n", "clients = 2", "2 clients for 1 examples"),
+        ("words,label\na b c,x\n", "clients = 1", "no column 'text'; it has words, label"),
+        ("text,label\na b c,x\nd e f,y\n", "clients = 2", "client 0 has no"),
+    ],
+)
+def test_bad_data_is_one_line_before_any_work(rows: str, more: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text(rows)
+    (tmp_path / "own.toml").write_text(
+        f'name = "own"\n[strategy]\nuse = "fedsynth.strategies.fdkt:FDKT"\n[data]\nsource = "notes.csv"\n{more}\n'
+        '[client]\ngenerator = "assets:tiny-slm"\ntask_model = "assets:tiny-slm"\nbudget = { epsilon = 8.0 }\n'
+        '[server]\nllm = "assets:tiny-llm"\n'
+    )
+    done = run(*FEDSYNTH, "run", "own.toml", "--out", "never", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr.replace("\n", " ")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.json").write_text("mine")
+    done = run(*command("--out", "old"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "already holds something" in done.stderr
+    assert (tmp_path / "old" / "summary.json").read_text() == "mine"
+    assert sorted(p.name for p in (tmp_path / "old").iterdir()) == ["summary.json"]
+
+
+def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None:
+    before = marked()
+    child = subprocess.Popen(
+        command("--clients", "2", "--out", "broken"), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: (tmp_path / "broken" / "events.jsonl").exists())
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert said.splitlines()[-1] == "fedsynth: interrupted; nothing of the run is left running"
+    wait_for(lambda: marked() <= before, seconds=20)
+
+
+def test_a_worker_killed_in_round_1_ends_the_run_with_a_reason(tmp_path: Path) -> None:
+    before = marked()
+    slow = ["--set", "client.task_training.private_epochs=200"]
+    child = subprocess.Popen(
+        command("--clients", "2", "--arms", "local", "--out", "killed", *slow), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: "learn" in _text(tmp_path / "killed" / "events.jsonl"))
+    time.sleep(3)
+    workers = [p for p in psutil.process_iter() if _is_worker(p, before)]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    _, said = child.communicate(timeout=120)
+    assert child.returncode == 1
+    assert "fedsynth: the run failed:" in said.splitlines()[-1]
+    assert "worker failed" in said.splitlines()[-1]
+    wait_for(lambda: marked() <= before, seconds=20)
+
+
+def test_run_from_python(tmp_path: Path) -> None:
+    from fedsynth.scenario import load
+
+    scenario = load("hospitals", [*QUICK, "data.clients=2", 'run=["no_demonstrations"]'])
+    events: list[dict[str, object]] = []
+    result = fedsynth.run(scenario, out=tmp_path / "own", on_event=events.append)
+    assert list(result.table.index) == ["no_demonstrations"]
+    assert 0 <= result.table.loc["no_demonstrations", "accuracy"] <= 1
+    assert {e.get("phase") for e in events} >= {"augment", "learn", "evaluate"}
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: object, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def marked() -> set[int]:
+    """Processes of any run: they carry the marker in their environment."""
+    return {p.pid for p in psutil.process_iter() if _carries_marker(p)}
+
+
+def _carries_marker(process: psutil.Process) -> bool:
+    try:
+        return MARKER in process.environ()
+    except psutil.Error:
+        return False
+
+
+def _is_worker(process: psutil.Process, before: set[int]) -> bool:
+    try:
+        return process.pid not in before and "ray::" in " ".join(process.cmdline()) and _carries_marker(process)
+    except psutil.Error:
+        return False
