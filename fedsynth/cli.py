@@ -57,11 +57,11 @@ def run_command(
     """Run a scenario as a simulation on this machine."""
     from fedsynth.simulate import run  # torch and Flower take seconds to import: --help should not wait for them
 
-    console = Console(stderr=True, highlight=False)
+    console = _console(error=True)
     asked = _asked(scenario, set_, arms, clients, seeds)
     with _Watch(console, asked) as watch:
         result = run(asked, out=out, workers=workers, on_event=watch.event, on_warning=watch.warn)
-    _print_table(console if as_json else Console(highlight=False), result)
+    _print_table(console if as_json else _console(error=False), result)
     if as_json:
         print(json.dumps(result.summary))
 
@@ -125,23 +125,23 @@ class _Watch:
             self.last = (cell, phase)
 
 
+COLUMNS = {"accuracy": "accuracy", "accuracy_held_out_clients": "held-out clients", "macro_f1": "macro F1"}
+
+
+def _console(*, error: bool) -> Console:
+    """Wide enough for the table where nobody looks at a terminal (a file, a pipe)."""
+    found = Console(stderr=error, highlight=False)
+    return found if found.is_terminal else Console(stderr=error, highlight=False, width=120)
+
+
 def _print_table(console: Console, result: Any) -> None:
     """The result table, and one privacy line per arm."""
     arms = result.summary["arms"]
-    names = [
-        m
-        for m in ("accuracy", "accuracy_held_out_clients", "macro_f1")
-        if any(m in a["metrics"] for a in arms.values())
-    ]
-    table = Table(
-        "arm",
-        *(n.replace("_", " ") for n in names),
-        "guarantee",
-        "epsilon",
-        "up",
-        "down",
-        title=result.summary["scenario"],
-    )
+    names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
+    heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
+    table = Table(title=result.summary["scenario"])
+    for head in heads:
+        table.add_column(head, no_wrap=True)
     for arm, found in arms.items():
         figures = [_figure(found["metrics"].get(n)) for n in names]
         epsilon = "-" if found["epsilon"] is None else f"{found['epsilon']:.3f}"

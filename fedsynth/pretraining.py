@@ -30,8 +30,8 @@ ROW_TOKENS, BATCH_ROWS = 128, 16
 WARM_UP_STEPS = 60
 SAVE_EVERY = 500  # steps; an interrupted run leaves a usable model
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
-# Deviation of the embeddings' start. Blocks write at a scale near 1; with embeddings six times shorter (a deviation of .09), the
-# model copied templates and labels but never the register of a demonstration (3,500 steps).
+# Deviation of the embeddings' start. Blocks write at a scale near 1; with embeddings six times shorter the server's
+# model learnt to copy templates and labels in 3,500 steps, but not the register of its demonstrations.
 EMBEDDING_SCALE = 0.5
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +98,7 @@ def toml(tmp_path: Path, model: str) -> str:
             "label": [LABELS[i % 2] for i in range(rows)],
         }
     )
+    frame.loc[[1, rows - 2], "label"] = [canary(rows + 1), canary(rows + 2)]  # labels that are on nobody's list
     frame.to_csv(tmp_path / "notes.csv", index=False)
     return SCENARIO.format(file=tmp_path / "notes.csv", model=model)
 
@@ -156,10 +156,10 @@ def world(toml: str, arm: str, tmp_path: Path, nodes: int = CLIENTS, **more: Any
 
 
 @pytest.fixture
-def fdkt(toml: str, tmp_path: Path) -> Iterator[World]:
+def fdkt(toml: str, tmp_path: Path) -> World:
     made = world(toml, "fdkt", tmp_path)
     made.run()
-    yield made
+    return made
 
 
 def test_only_synthetic_text_and_labels_go_up(fdkt: World) -> None:
@@ -184,7 +184,7 @@ def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> 
 
     texts = " ".join(decoded(m) for m in [*fdkt.grid.orders, *fdkt.grid.replies])
     assert len(texts) > 1000
-    assert not [i for i in range(CLIENTS * ROWS * 2) if canary(i) in texts]
+    assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i) in texts]
     planted = fdkt.grid.orders[-1]
     home = fedsynth.clients.home.simulated_home(fdkt.cell, 0, private_of(fdkt.out), "simulated")
     assert any(canary(i) in repr(home.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
@@ -373,7 +373,7 @@ def test_nothing_in_the_run_directory_is_private(fdkt: World) -> None:
     for path in fdkt.out.rglob("*"):
         if path.is_file():
             data = path.read_bytes()
-            assert not [i for i in range(CLIENTS * ROWS * 2) if canary(i).encode() in data], path
+            assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i).encode() in data], path
     names = {p.relative_to(fdkt.out).parts[0] for p in fdkt.out.rglob("*") if p.is_file()}
     assert names <= {"events.jsonl", "corpora"}  # each with a declared origin; summary and versions come at the end
 

@@ -41,7 +41,10 @@ def run(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[
 def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """One quick run of three arms with one worker, from outside the repository."""
     place = tmp_path_factory.mktemp("run")
-    done = run(*command("--clients", "3", "--arms", "local,fdkt,no_dp", "--out", "first", "--workers", "1", "--json"), cwd=place)
+    done = run(
+        *command("--clients", "3", "--arms", "local,fdkt,no_dp", "--out", "first", "--workers", "1", "--json"),
+        cwd=place,
+    )
     assert done.returncode == 0, done.stderr
     return place / "first", done
 
@@ -70,7 +73,9 @@ def test_json_is_the_last_line_and_has_the_promised_shape(ended: tuple[Path, sub
 def test_each_arm_has_a_sentence_on_privacy(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     _, done = ended
     assert "local: nothing derived from private text leaves a client" in done.stderr
-    assert re.search(r"fdkt: an honest-but-curious server sees .* \(7\.9\d\d, 1e-05\)-DP per row, all rounds", done.stderr)
+    assert re.search(
+        r"fdkt: an honest-but-curious server sees .* \(7\.9\d\d, 1e-05\)-DP per row, all rounds", done.stderr
+    )
     assert "no_dp: no guarantee" in done.stderr
 
 
@@ -97,7 +102,9 @@ def test_the_same_seed_repeats_with_another_number_of_workers(
     ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     out, _ = ended
-    done = run(*command("--clients", "3", "--arms", "fdkt,local,no_dp", "--out", "second", "--workers", "2"), cwd=tmp_path)
+    done = run(
+        *command("--clients", "3", "--arms", "fdkt,local,no_dp", "--out", "second", "--workers", "2"), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
     def frame(place: Path) -> pd.DataFrame:
@@ -171,7 +178,11 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
 def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     before = marked()
     child = subprocess.Popen(
-        command("--clients", "2", "--out", "broken"), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command("--clients", "2", "--out", "broken"),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(lambda: (tmp_path / "broken" / "events.jsonl").exists())
     child.send_signal(signal.SIGINT)
@@ -185,7 +196,10 @@ def test_a_worker_killed_in_round_1_ends_the_run_with_a_reason(tmp_path: Path) -
     before = marked()
     slow = ["--set", "client.task_training.private_epochs=200"]
     child = subprocess.Popen(
-        command("--clients", "2", "--arms", "local", "--out", "killed", *slow), cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        command("--clients", "2", "--arms", "local", "--out", "killed", *slow),
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for(lambda: "learn" in _text(tmp_path / "killed" / "events.jsonl"))
     time.sleep(3)

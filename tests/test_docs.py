@@ -1,0 +1,79 @@
+"""What the docs tell people to type works."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_run import QUICK
+
+from fedsynth.scenario import load, shipped_scenarios
+
+ROOT = Path(__file__).parent.parent
+FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(words: list[str], place: Path) -> str:
+    done = subprocess.run(
+        words, cwd=place, capture_output=True, text=True, timeout=280, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "tutorial.md"
+    [script] = blocks(page, "python")
+    [scenario] = blocks(page, "toml")
+    [line] = blocks(page, "bash")
+    run([sys.executable, "-c", script], tmp_path)
+    (tmp_path / "tickets.toml").write_text(scenario)
+    assert len(scenario.splitlines()) <= 22
+    said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
+    assert "fdkt" in said
+    named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
+    assert {"summary.json", "metrics.parquet"} <= named
+    assert named <= {p.name for p in (tmp_path / "runs" / "tickets").iterdir()}
+
+
+def test_the_readmes_commands_exist() -> None:
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    makefile = (ROOT / "Makefile").read_text()
+    targets = [line.split()[1] for line in lines if line.startswith("make ")]
+    assert set(targets) == {"run", "test"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_the_readmes_run_works_in_small(tmp_path: Path) -> None:
+    [line] = [
+        x for b in blocks(ROOT / "README.md", "bash") for x in b.splitlines() if x.startswith("fedsynth run hospitals")
+    ]
+    words = shlex.split(line)[1:]
+    words[words.index("0,1,2")] = "0,1"
+    said = run([*FEDSYNTH, *words, "--clients", "2", *(w for q in QUICK for w in ("--set", q))], tmp_path)
+    assert "local" in said
+    assert "±" in said  # two seeds have a spread
+
+
+def test_the_readmes_list_of_scenarios() -> None:
+    assert run([*FEDSYNTH, "scenarios"], ROOT).split() == [p.stem for p in shipped_scenarios()]
+
+
+@pytest.mark.parametrize("path", list(shipped_scenarios()), ids=lambda p: p.stem)
+def test_every_shipped_scenario_loads(path: Path) -> None:
+    assert load(path).name == path.stem
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
