@@ -30,6 +30,7 @@ class Home:
         config: What the client runs.
         labels: The public label list.
         records: Declared, public number of privacy units.
+        rounds: Rounds of the run, all planned and reserved at first.
         unit: What is protected: "row", or the name of the person column.
         work: Private directory: ledger, task model, log.
         run: Public id of the run, arm and seed included.
@@ -43,6 +44,7 @@ class Home:
     config: Client
     labels: tuple[str, ...]
     records: int
+    rounds: int
     unit: str
     work: Path
     run: str
@@ -71,7 +73,7 @@ class Home:
         Raises:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
         """
-        return self.config.plan(self.records)
+        return self.config.plan(self.records, self.rounds)
 
     def binding(self, order: str, planned: DPPlan) -> Binding:
         """What a grant holds for: this order, plan, data, model and version."""
@@ -129,6 +131,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         config=scenario.client,
         labels=label_list(scenario.data),
         records=declared_records(cell, index),
+        rounds=scenario.rounds,
         unit=scenario.data.unit or "row",
         work=work,
         run=f"{run}/{cell.arm}/{cell.seed}",

@@ -101,6 +101,7 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
         prompts=tuple(p for c in corpora for p in c.prompts),
         answers=tuple(a for c in corpora for a in c.answers),
         provenance=corpora[0].provenance,
-        grants=tuple(dict.fromkeys(g for c in corpora for g in c.grants)),
+        # One corpus without a guarantee makes the whole one without.
+        grants=tuple(dict.fromkeys(g for c in corpora for g in c.grants)) if all(c.grants for c in corpora) else (),
         units=united,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from fedsynth.scenario import Data
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes
 
-TEST_SHARE = 0.2  # of a client's rows, where the file names no test rows
+TEST_SHARE = 0.2  # of a client's units, where the file names no test rows
+UNIT = "\0unit"  # column that holds the privacy unit; no file has a column of this name
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def label_list(data: Data) -> tuple[str, ...]:
         return tuple(data.labels)
     if data.world is not None:
         return tuple(load_world(data.world).labels)
-    return tuple(sorted(set(_read(data)[data.label])))
+    return tuple(sorted(set(_read(data, find(data.source))[data.label])))
 
 
 def open_sites(data: Data, seed: int) -> list[Site]:
@@ -72,31 +74,48 @@ def open_site(data: Data, index: int, seed: int) -> Site:
     return _split(data, seed)[index]
 
 
-@lru_cache(maxsize=4)
 def _split(data: Data, seed: int) -> list[Site]:
-    table = _read(data)
+    path = find(data.source)
+    return _split_file(data, seed, path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _split_file(data: Data, seed: int, path: Path, _: int) -> list[Site]:
+    table = _read(data, path)
     rng = np.random.default_rng([seed, 0xDA7A])
-    rows = rng.permutation(len(table))
     if data.split == "natural":
-        names = table[data.client_column].to_numpy()
+        names = table[data.client_column]
         clients = sorted(set(names))
         if len(clients) < data.clients:
             raise BadValue(
                 f"{data.source}: {data.clients} clients asked, column {data.client_column!r} has {len(clients)}"
             )
-        parts = [rows[names[rows] == name] for name in clients[: data.clients]]
+        parts = [table[names == name] for name in clients[: data.clients]]
+        _refuse_shared_units(data, parts)
     else:
-        if data.clients > len(table):
-            raise BadValue(f"{data.source}: {data.clients} clients for {len(table)} examples: ask for fewer clients")
-        parts = np.array_split(rows, data.clients)
-    return [_site(data, table.iloc[part], index) for index, part in enumerate(parts)]
+        # Whole units are dealt: a person is at one client.
+        units = rng.permutation(sorted(set(table[UNIT]), key=str))
+        if data.clients > len(units):
+            raise BadValue(f"{data.source}: {data.clients} clients for {len(units)} examples: ask for fewer clients")
+        parts = [table[table[UNIT].isin(set(own))] for own in np.array_split(units, data.clients)]
+    return [_site(data, part, index, rng) for index, part in enumerate(parts)]
 
 
-def _site(data: Data, table: pd.DataFrame, index: int) -> Site:
+def _refuse_shared_units(data: Data, parts: list[pd.DataFrame]) -> None:
+    """Parallel composition needs each person at one client (docs/privacy.md)."""
+    if data.unit is None:
+        return
+    seen = pd.concat([part[[UNIT]].drop_duplicates() for part in parts])
+    if shared := int(seen[UNIT].duplicated().sum()):
+        raise BadValue(f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client")
+
+
+def _site(data: Data, table: pd.DataFrame, index: int, rng: np.random.Generator) -> Site:
     if data.test is None:
-        held = np.arange(len(table)) < int(len(table) * TEST_SHARE)
+        units = rng.permutation(sorted(set(table[UNIT]), key=str))
+        held = table[UNIT].isin(set(units[: math.ceil(len(units) * TEST_SHARE)]))
     else:
-        held = (table[data.test.column].astype(str) == data.test.equals).to_numpy()
+        held = table[data.test.column].astype(str) == data.test.equals
     train, test = table[~held], table[held]
     for name, part in (("training", train), ("test", test)):
         if part.empty:
@@ -105,30 +124,49 @@ def _site(data: Data, table: pd.DataFrame, index: int) -> Site:
 
 
 def _corpus(data: Data, table: pd.DataFrame) -> Corpus:
-    units: tuple[Hashable, ...] = tuple(table[data.unit] if data.unit else (int(i) for i in table.index))
+    units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
     return Corpus(tuple(table[data.text]), tuple(table[data.label]), Provenance.PRIVATE, units=units)
 
 
-@lru_cache(maxsize=4)
-def _read(data: Data) -> pd.DataFrame:
-    path = find(data.source)
-    readers = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": lambda p: pd.read_json(p, lines=True)}
-    if path.suffix not in readers:
-        raise BadValue(f"{data.source}: expected a .csv, .jsonl or .parquet file")
+def _read(data: Data, path: Path) -> pd.DataFrame:
+    """The rows that have a text and a label, both as text, and a privacy unit each: a person, or the row itself."""
     try:
-        table: pd.DataFrame = readers[path.suffix](path)  # type: ignore[operator]
+        table = _table(path)
     except Exception as problem:
-        raise BadValue(f"{data.source}: cannot be read: {str(problem).splitlines()[0]}") from problem
+        raise BadValue(f"{data.source}: cannot be read: {(str(problem).splitlines() or ['no reason'])[0]}") from problem
     asked = [data.text, data.label, data.client_column, data.unit, data.test.column if data.test else None]
     for column in asked:
         if column is not None and column not in table.columns:
             raise BadValue(f"{data.source}: no column {column!r}; it has {', '.join(map(str, table.columns))}")
+    for column in (data.text, data.label):
+        table[column] = table[column].map(_as_text, na_action="ignore").replace("", None)
     table = table.dropna(subset=[data.text, data.label]).reset_index(drop=True)
     if table.empty:
         raise BadValue(f"{data.source}: no row has both {data.text!r} and {data.label!r}")
-    table[data.text] = table[data.text].astype(str)
-    table[data.label] = table[data.label].astype(str)
+    for column in (data.client_column, data.unit):
+        if column is None:
+            continue
+        table[column] = table[column].map(_as_text, na_action="ignore").replace("", None)
+        if missing := int(table[column].isna().sum()):
+            raise BadValue(f"{data.source}: {missing} rows have no value in column {column!r}")
+    table[UNIT] = table[data.unit] if data.unit else table.index
     return table
+
+
+def _table(path: Path) -> pd.DataFrame:
+    """Text as it stands in the file: "01" and "None" are labels like any other."""
+    if path.suffix == ".csv":
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    if path.suffix == ".jsonl":
+        return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)
+    raise ValueError("expected a .csv, .jsonl or .parquet file")
+
+
+def _as_text(value: object) -> str:
+    # A whole number beside a missing one is read as a float.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def find(source: str) -> Path:

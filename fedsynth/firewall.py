@@ -12,6 +12,7 @@ from fedsynth.tasks import Evaluated, Learn, Order, Synthesize, Synthesized
 MAX_TEXT = 20_000  # characters of one text
 MAX_SAMPLES = 100_000  # of one label
 MAX_TOKENS = 8_192
+MAX_EPSILON = 1e6  # more than any budget that means something
 
 
 class Rejected(ValueError):
@@ -43,6 +44,12 @@ def check_answer(order: Order[Any], answer: object, labels: Sequence[str]) -> No
     """
     if isinstance(answer, Synthesized) and isinstance(order, Synthesize):
         _check_corpus(answer.corpus, labels)
+        if answer.corpus.provenance is Provenance.PRIVATE:
+            raise Rejected("a client sent text that is marked private")
+        _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
+        _within("delta", answer.statement.delta, 0.0, 1.0)
+        if answer.statement.epsilon is not None:
+            _within("epsilon", answer.statement.epsilon, 0.0, MAX_EPSILON)
         _within("number of texts", len(answer.corpus), 0, order.per_label * len(labels))
         most = max(answer.corpus.counts().values(), default=0)
         _within("number of texts of one label", most, 0, order.per_label)

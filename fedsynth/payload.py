@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import load as load_tensors
@@ -63,11 +64,19 @@ def decode(data: bytes, kind: type[T]) -> T:
         head = json.loads(files["value.json"])
     except (zipfile.BadZipFile, KeyError, ValueError) as problem:
         raise BadPayload(f"not a payload: {problem}") from problem
+    if not isinstance(head, dict):
+        raise BadPayload("not a payload: its head is no table")
     if head.get("schema") != SCHEMA or head.get("type") != kind.__name__:
         raise BadPayload(
             f"expected a {kind.__name__} of schema {SCHEMA}, got {head.get('type')!r} of schema {head.get('schema')!r}"
         )
-    return build(kind, _put_parts(head["value"], files), kind.__name__)
+    try:
+        tree = _put_parts(head["value"], files)
+    except BadPayload:
+        raise
+    except Exception as problem:  # Arrow and safetensors have exceptions of their own for bad bytes
+        raise BadPayload(f"a part of the payload cannot be read: {type(problem).__name__}") from problem
+    return build(kind, tree, kind.__name__)
 
 
 def corpus_to_parquet(corpus: Corpus, **more: str) -> bytes:
@@ -85,7 +94,16 @@ def corpus_to_parquet(corpus: Corpus, **more: str) -> bytes:
 
 def corpus_from_parquet(data: bytes) -> Corpus:
     """The corpus that `corpus_to_parquet` wrote."""
-    table = pq.read_table(io.BytesIO(data))
+    file = pq.ParquetFile(io.BytesIO(data))
+    if sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)) > MAX_BYTES:
+        raise BadPayload(f"a corpus may unpack to {MAX_BYTES} bytes at most")
+    groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+    if any(g.column(c).compression != "UNCOMPRESSED" for g in groups for c in range(g.num_columns)):
+        raise BadPayload("a corpus must not be compressed")
+    table = file.read()
+    for name in ("prompt", "answer"):
+        if table.schema.field(name).type != pa.string() or table[name].null_count:
+            raise BadPayload(f"the column {name!r} of a corpus must hold text in every row")
     facts = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
     return Corpus(
         prompts=tuple(table["prompt"].to_pylist()),
@@ -109,7 +127,7 @@ def _take_parts(value: object, parts: list[tuple[str, bytes]]) -> Any:
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
         return {name: _take_parts(v, parts) for name, v in pairs if v is not None}
     if isinstance(value, Mapping):
-        return {str(k): _take_parts(v, parts) for k, v in value.items()}
+        return {str(k): _take_parts(value[k], parts) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
         return [_take_parts(v, parts) for v in value]
     return plain(value)
@@ -120,9 +138,18 @@ def _put_parts(tree: Any, files: Mapping[str, bytes]) -> Any:
         if "$corpus" in tree:
             return corpus_from_parquet(files[tree["$corpus"]])
         if "$adapter" in tree:
-            arrays = load_tensors(files[tree["$adapter"]])
-            return Adapter(arrays, tree["rank"], tree["alpha"], tree["base"], tuple(tree["grants"]))
+            return _adapter(load_tensors(files[tree["$adapter"]]), tree)
         return {k: _put_parts(v, files) for k, v in tree.items()}
     if isinstance(tree, list):
         return [_put_parts(v, files) for v in tree]
     return tree
+
+
+def _adapter(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Adapter:
+    if any(array.dtype != np.float32 for array in arrays.values()):
+        raise BadPayload("the tensors of an adapter must be float32")
+    rank, alpha = build(int, facts["rank"], "rank"), build(float, facts["alpha"], "alpha")
+    if rank < 1 or not 0 < alpha < float("inf"):
+        raise BadPayload(f"an adapter needs a rank of at least 1 and a finite alpha above 0, got {rank} and {alpha}")
+    grants = build(tuple[str, ...], facts["grants"], "grants")
+    return Adapter(arrays, rank, alpha, build(str, facts["base"], "base"), grants)

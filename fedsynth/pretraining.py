@@ -207,6 +207,7 @@ def save_asset(
     halved: Any = copy.deepcopy(model)
     halved.to(torch.bfloat16).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
+    (unfinished / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode
     saved: Any = LlamaForCausalLM.from_pretrained(unfinished, dtype=torch.float32)
     card = card | {
         "sha256": hashlib.sha256((unfinished / "model.safetensors").read_bytes()).hexdigest(),

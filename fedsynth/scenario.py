@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from fedsynth.typed import BadValue, build, plain
 
 def _positive(values: object, *names: str) -> None:
     for name in names:
-        if not getattr(values, name) > 0:
-            raise BadValue(f"{name} must be above 0, got {getattr(values, name)}")
+        if not (getattr(values, name) > 0 and math.isfinite(getattr(values, name))):
+            raise BadValue(f"{name} must be finite and above 0, got {getattr(values, name)}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Data:
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
         pooled: One home that holds all clients' text: a baseline that only a simulator can build.
-        tuned_on: Clients on which settings were tuned; results are reported without them, too.
+        tuned_on: Clients on which settings were tuned; results are reported without them, too. May name more clients
+            than a smaller run has.
     """
 
     source: str
@@ -85,6 +87,8 @@ class Data:
             raise BadValue("the label list is empty: name the classes, or leave `labels` out to take all of the source")
         if self.labels != "all" and len(set(self.labels)) < len(self.labels):
             raise BadValue(f"labels holds a class twice: {sorted(self.labels)}")
+        if min(self.tuned_on, default=0) < 0 or len(set(self.tuned_on)) < len(self.tuned_on):
+            raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
 
@@ -136,6 +140,7 @@ class TaskTraining:
         continued_rate: Fraction of `learning_rate` on private text after augmented text.
         token_dropout: Chance that a token is hidden during training.
         weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
         max_tokens: Longest text in tokens.
     """
 
@@ -146,12 +151,15 @@ class TaskTraining:
     continued_rate: float = 1.0
     token_dropout: float = 0.1
     weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _positive(self, "batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens")
+        _positive(self, "batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens", "max_grad_norm")
         if not 0 <= self.token_dropout < 1:
             raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise BadValue(f"weight_decay must be finite and not negative, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ class Client:
     task_training: TaskTraining = TaskTraining()
 
     def __post_init__(self) -> None:
+        _positive(self, "max_noise_multiplier")
         if self.guarantee == "dp" and self.budget is None:
             raise BadValue(
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
@@ -353,6 +362,9 @@ def cells(scenario: Scenario) -> list[Cell]:
 
 
 def _override(scenario: Scenario, overrides: Mapping[str, Any]) -> Scenario:
+    for key in ("name", "seeds", "arms", "run"):
+        if key in overrides:
+            raise BadValue(f"{key!r} belongs to the whole scenario, an arm cannot override it")
     tree = _tree(scenario)
     tree.pop("arms", None)
     tree.pop("run", None)

@@ -92,7 +92,7 @@ def check(scenario: Scenario) -> list[str]:
             homes = 1 if resolved.data.pooled else resolved.data.clients
             for records in sorted({declared_records(cell, index) for index in range(homes)}):
                 try:
-                    resolved.client.plan(records)
+                    resolved.client.plan(records, resolved.rounds)
                 except BudgetTooSmall as problem:
                     raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
     return list(dict.fromkeys(warnings))

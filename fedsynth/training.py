@@ -250,8 +250,8 @@ def fit_without_guarantee(
         slots,
         settings,
         pad=pad,
-        rate=min(1.0, settings.expected_batch / len(slots)),
-        expected_batch=settings.expected_batch,
+        rate=min(settings.expected_batch, len(slots)) / len(slots),
+        expected_batch=min(settings.expected_batch, len(slots)),
         steps=settings.steps,
         clip_norm=math.inf,
         noise_multiplier=0.0,
@@ -284,6 +284,8 @@ def fit_classifier(
     """
     number = {label: i for i, label in enumerate(labels)}
     rows = [i for i, answer in enumerate(corpus.answers) if answer in number]
+    if not rows:
+        return  # nothing to learn from is no reason to fail: a client may hold other classes only
     texts = _token_rows(tokenizer, [corpus.prompts[i] for i in rows], settings.max_tokens)
     targets = torch.tensor([number[corpus.answers[i]] for i in rows])
     generator = torch.Generator().manual_seed(seed)
@@ -300,6 +302,7 @@ def fit_classifier(
         loss = F.cross_entropy(_logits(model, tokens, present), targets[chosen].to(next(model.parameters()).device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
     model.eval()
 

@@ -40,11 +40,9 @@ def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
         fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the message is not such an order.
     """
     record = _record(content)
-    facts = {f.name: record[f.name] for f in dataclasses.fields(Envelope)}
+    facts = {f.name: _value(record, f.name) for f in dataclasses.fields(Envelope)}
     envelope = build(Envelope, facts, "envelope")
-    data = record["payload"]
-    if not isinstance(data, bytes):
-        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
+    data = _payload(record)
     digest = hashlib.sha256()
     # Not the arm: `run` names one world already, and arms that ask the same of a simulated client get the same noise.
     for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "home")), data):
@@ -77,20 +75,23 @@ def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
             raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
         parts: list[Corpus | Adapter] = [*_parts(value, Corpus), *_parts(value, Adapter)]
         for part in parts:
-            _check_part(part, f"{name}.{field.name}", origin, waived)
+            _check_part(part, f"{name}.{field.name}", waived)
     for statement in _parts(answer, Statement):
-        if statement.guarantee == "dp" and any(not part.grants for part in _parts(answer, Corpus)):
-            raise WillNotLeave(f"{name} claims a guarantee for text without a grant")
+        derived: list[Corpus | Adapter] = [*_parts(answer, Corpus), *_parts(answer, Adapter)]
+        if statement.guarantee == "dp" and any(not part.grants for part in derived):
+            raise WillNotLeave(f"{name} claims a guarantee for text or weights without a grant")
     return encode(answer)
 
 
-def _check_part(part: Corpus | Adapter, place: str, origin: Origin, waived: bool) -> None:
+def _check_part(part: Corpus | Adapter, place: str, waived: bool) -> None:
+    public = False
     if isinstance(part, Corpus):
         if part.provenance is Provenance.PRIVATE or part.units is not None:
             raise WillNotLeave(f"{place} is private text")
         if part.provenance is Provenance.DP_SYNTHETIC and not part.grants:
             raise WillNotLeave(f"{place} calls itself synthetic under DP but names no grant")
-    if origin is Origin.RELEASED and not part.grants and not waived:
+        public = part.provenance is Provenance.PUBLIC
+    if not public and not part.grants and not waived:
         raise WillNotLeave(f"{place} names no grant, and no release without guarantee was logged")
 
 
@@ -123,16 +124,13 @@ def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:
         fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the reply is not one.
     """
     record = _record(content)
-    data = record["payload"]
-    if not isinstance(data, bytes):
-        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
-    return decode(data, Refused) if record["refused"] is True else decode(data, kind)
+    data = _payload(record)
+    return decode(data, Refused) if _value(record, "refused") is True else decode(data, kind)
 
 
 def payload_bytes(content: RecordDict) -> int:
     """Size of what a message carries."""
-    data = _record(content)["payload"]
-    return len(data) if isinstance(data, bytes) else 0
+    return len(_payload(_record(content)))
 
 
 def _record(content: RecordDict) -> ConfigRecord:
@@ -140,3 +138,16 @@ def _record(content: RecordDict) -> ConfigRecord:
     if not isinstance(record, ConfigRecord):
         raise BadValue(f"the message has no record {RECORD!r}")
     return record
+
+
+def _value(record: ConfigRecord, key: str) -> Any:
+    if key not in record:
+        raise BadValue(f"the message's record {RECORD!r} has no {key!r}")
+    return record[key]
+
+
+def _payload(record: ConfigRecord) -> bytes:
+    data = _value(record, "payload")
+    if not isinstance(data, bytes):
+        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
+    return data

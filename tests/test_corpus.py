@@ -80,9 +80,6 @@ def test_a_pool_has_units_only_if_all_its_corpora_have() -> None:
     assert pool([with_units, Corpus(("b",), ("y",), Provenance.PRIVATE)]).units is None
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG fedsynth.corpus.pool: ungranted text beside granted text inherits the grant"
-)
 def test_a_pool_with_text_that_has_no_guarantee_has_none() -> None:
     granted = Corpus(("a",), ("x",), Provenance.LLM_WRITTEN, grants=("g",))
     ungranted = Corpus(("b",), ("y",), Provenance.LLM_WRITTEN)

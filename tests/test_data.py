@@ -210,16 +210,12 @@ def test_a_world_gives_the_declared_number_of_examples_per_client() -> None:
     assert {a for s in sites for a in s.train.answers} <= set(label_list(data))
 
 
-@pytest.mark.xfail(
-    strict=True, reason='BUG fedsynth.data._read: pandas reads "None", "NA" or "null" as a missing value'
-)
 @pytest.mark.parametrize("word", ["None", "NA", "null"])
 def test_a_class_whose_name_pandas_takes_for_missing_is_kept(tmp_path: Path, word: str) -> None:
     data = save(table(label=["flu", word] * 10), tmp_path / f"{word}.csv")
     assert set(label_list(data)) == {"flu", word}
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.data._read: pandas parses columns; texts and labels change")
 def test_labels_and_texts_are_read_as_they_are_written(tmp_path: Path) -> None:
     frame = table(text=[f"{i:03}" for i in range(20)], label=["01", "02"] * 10)
     data = save(frame, tmp_path / "digits.csv")
@@ -227,13 +223,11 @@ def test_labels_and_texts_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert sorted(everything(open_sites(data, 1))) == sorted(frame["text"])
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.data._read: one missing label turns '1' into '1.0' in all others")
 def test_a_missing_label_does_not_change_the_others(tmp_path: Path) -> None:
     data = save(table(label=[1, 2, 1, None] * 5), tmp_path / "floats.csv")
     assert label_list(data) == ("1", "2")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.data._split: a missing client name raises TypeError in sorted()")
 def test_a_row_without_its_client_is_left_out_or_refused_by_name(tmp_path: Path) -> None:
     frame = table(ward=[*["north", "south"] * 9, "north", None])
     data = replace(save(frame, tmp_path / "no_ward.csv"), split="natural", client_column="ward")
@@ -244,7 +238,6 @@ def test_a_row_without_its_client_is_left_out_or_refused_by_name(tmp_path: Path)
     assert len(everything(sites)) == 19
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.data._split: persons are divided row by row (PRIVACY.md rule 6)")
 @pytest.mark.parametrize("places", ["clients", "train and test"])
 def test_a_person_is_in_one_place_only(tmp_path: Path, places: str) -> None:
     frame = table(40, patient=[f"p{i // 4}" for i in range(40)])
@@ -254,9 +247,6 @@ def test_a_person_is_in_one_place_only(tmp_path: Path, places: str) -> None:
     assert not set(one.units or ()) & set(other.units or ())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG fedsynth.data._read: remembers by scenario; a changed file is not read again"
-)
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     data = save(table(), tmp_path / "changing.csv")
     assert label_list(data) == ("asthma", "flu")

@@ -89,7 +89,6 @@ def test_corpora_in_a_table_come_back_under_their_numbers() -> None:
     assert decode(encode(kept), Kept) == kept
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.payload._take_parts: parts are numbered in a table's order")
 def test_equal_tables_of_corpora_give_equal_bytes() -> None:
     kept = Kept({3: CORPUS, 11: CORPUS.take([1])})
     turned = Kept(dict(reversed(kept.corpora.items())))
@@ -184,9 +183,6 @@ UNREADABLE: dict[str, bytes] = {
 }
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG fedsynth.payload.decode: parts are read outside its try, errors are not BadPayload"
-)
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_payload_with_unreadable_parts_is_a_bad_payload(name: str) -> None:
     with pytest.raises((BadPayload, BadValue)):
@@ -205,16 +201,12 @@ def test_a_corpus_written_by_hand_is_read() -> None:
     assert decoded.corpus == Corpus(("a",), ("b",), Provenance.PUBLIC)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.payload.corpus_from_parquet: nulls and numbers become 'texts'")
 @pytest.mark.parametrize("texts", [[None], [7]])
 def test_a_corpus_of_what_is_no_text_is_refused(texts: list[Any]) -> None:
     with pytest.raises((BadPayload, BadValue)):
         decode(learn_with({"prompt": texts, "answer": ["b"]}), Learn)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG fedsynth.payload.decode: Parquet may be compressed inside: 1 GiB limit does not bind"
-)
 def test_a_compressed_corpus_is_refused() -> None:
     bomb = learn_with({"prompt": ["a" * 1_000_000], "answer": ["b"]}, compression="zstd")
     assert len(bomb) < 10_000
@@ -222,7 +214,6 @@ def test_a_compressed_corpus_is_refused() -> None:
         decode(bomb, Learn)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.payload._put_parts: an adapter's facts and dtypes are not checked")
 @pytest.mark.parametrize(
     ("facts", "dtype"), [({"rank": "many"}, np.float32), ({"alpha": None}, np.float32), ({}, np.int8)]
 )

@@ -249,7 +249,6 @@ def test_the_edges_of_the_ranges_are_inside(value: Any, name: str, edge: Any) ->
     assert getattr(replace(value, **{name: edge}), name) == edge
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.scenario: values that no plan or data set can have are accepted")
 @pytest.mark.parametrize(
     ("value", "name", "bad"),
     [
@@ -267,7 +266,6 @@ def test_values_that_fail_later_are_refused_at_the_door(value: Any, name: str, b
         replace(value, **{name: bad})
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.scenario.cells: seeds of an arm are accepted and have no effect")
 def test_an_arm_cannot_say_what_has_no_effect() -> None:
     text = TEXT + "seeds = [7]\n"  # of [arms.all]
     try:

@@ -575,9 +575,6 @@ def test_training_lowers_the_loss() -> None:
     assert next_token_losses(model, text, tiny.PAD).mean().item() < before - 0.5
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG fedsynth.training.fit_without_guarantee: divides by more than the plan would"
-)
 def test_training_without_guarantee_of_a_small_site_divides_like_a_plan() -> None:
     slots = examples(2)  # Client.plan: expected_batch = min(4, 2)
     with steps_taken() as seen:
@@ -763,7 +760,6 @@ def test_a_fresh_model_does_not_depend_on_the_global_random_state(make: Callable
     assert torch.initial_seed() == 2  # it may draw from the global generator, but never seeds it
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.training.fit_classifier: no row with a known label is a crash")
 def test_no_row_with_a_known_label_leaves_the_task_model_as_it_was() -> None:
     fresh = weights(load_classifier(tiny.folder(), 2, 0))
     assert torch.equal(weights(learnt(text=Corpus(("a",), ("measles",), Provenance.PUBLIC))), fresh)

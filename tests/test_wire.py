@@ -212,7 +212,6 @@ class MeasuredText:
 
 
 @pytest.mark.parametrize("answer", [PublicText(UNGRANTED), MeasuredText(UNGRANTED)])
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.wire._check_part: only RELEASED fields are asked for a grant")
 def test_text_without_a_guarantee_packs_only_when_waived_in_fields_of_any_origin(answer: object) -> None:
     with pytest.raises(WillNotLeave):
         sealed(answer)
@@ -230,7 +229,6 @@ def test_a_statement_of_dp_beside_ungranted_text_is_refused_even_when_waived() -
         sealed(Synthesized(UNGRANTED, DP, 0), waived=True)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.wire.seal: the statement is compared with corpora, not adapters")
 def test_a_statement_of_dp_beside_an_ungranted_adapter_is_refused() -> None:
     with pytest.raises(WillNotLeave, match="claims a guarantee"):
         sealed(Synthesized(GRANTED, DP, 0, replace(ADAPTER, grants=())), waived=True)
@@ -312,7 +310,6 @@ def test_a_message_that_is_no_reply_is_a_bad_value(content: RecordDict) -> None:
         unpack_answer(content, Learnt)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG fedsynth.wire: a record without a key raises KeyError")
 @pytest.mark.parametrize("way", ["order", "answer"])
 def test_a_record_without_its_keys_is_a_bad_value(way: str) -> None:
     content = RecordDict({"fedsynth": ConfigRecord({"run": "r"})})
@@ -529,14 +526,12 @@ def test_a_rejection_does_not_repeat_strange_labels() -> None:
     assert CANARY not in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.firewall.check_answer: a server uses text that is marked private")
 def test_a_server_rejects_text_that_is_marked_private() -> None:
     corpus = replace(GRANTED, provenance=Provenance.PRIVATE)
     with pytest.raises(Rejected):
         check_answer(ORDER, answered(corpus=corpus), LABELS)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG fedsynth.firewall.check_answer: counts and figures have no range")
 @pytest.mark.parametrize("answer", [answered("flu", unfinished=-1), answered("flu", unfinished=5)])
 def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
     with pytest.raises(Rejected):
