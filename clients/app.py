@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 from collections.abc import Callable
@@ -37,14 +38,17 @@ FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
     Evaluate: lambda home, _, __: evaluate(home),
 }
 
+
+class BadOrder(ValueError):
+    """The server sent something that is not an order, or not one within range."""
+
+
 CODES: dict[type[Exception], Code] = {
     BudgetExhausted: Code.BUDGET_EXHAUSTED,
     BudgetTooSmall: Code.BUDGET_TOO_SMALL,
     WillNotLeave: Code.NOT_ALLOWED,
     NotReleasable: Code.NOT_ALLOWED,
-    Rejected: Code.BAD_ORDER,
-    BadPayload: Code.BAD_ORDER,
-    BadValue: Code.BAD_ORDER,
+    BadOrder: Code.BAD_ORDER,
     NoTaskModel: Code.NO_TASK_MODEL,
     SelfCheckFailed: Code.SELF_CHECK_FAILED,
 }
@@ -79,12 +83,15 @@ def answer(kind: type[Order[Any]], content: RecordDict, context: Context, open_h
     """The reply to one order: sealed bytes, or a constant code. No text of an exception leaves."""
     home: Home | None = None
     try:
-        order, envelope, digest = unpack_order(content, kind)
+        try:
+            order, envelope, digest = unpack_order(content, kind)
+        except (BadPayload, BadValue) as problem:
+            raise BadOrder(str(problem)) from problem
         home = open_home(context, envelope)
         with home.locked():
             stored = home.ledger.answered(digest)
             if stored is None:
-                check_order(order, home.labels)
+                _check(order, home)
                 reply = FUNCTIONS[kind](home, order, digest)
                 stored = seal(reply, measuring=home.simulated, waived=home.waived)
                 keep = home.ledger.store if _under_grant(reply) else home.ledger.store_answer
@@ -92,9 +99,25 @@ def answer(kind: type[Order[Any]], content: RecordDict, context: Context, open_h
             home.ledger.mark_sent(digest)
             return pack_answer(stored)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
-        if home is not None:
-            home.log().error("%s: %s", kind.task, traceback.format_exc())
+        _write_down(home, kind.task, traceback.format_exc())
         return refusal(next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED))
+
+
+def _check(order: Order[Any], home: Home) -> None:
+    try:
+        check_order(order, home.labels)
+    except Rejected as problem:
+        raise BadOrder(str(problem)) from problem
+
+
+def _write_down(home: Home | None, task: str, what: str) -> None:
+    """To the site's own log; before a home is known, or if that log cannot be written, to this process's own output."""
+    try:
+        if home is not None:
+            return home.log().error("%s: %s", task, what)
+    except OSError:
+        pass
+    return logging.getLogger(__name__).error("%s: %s", task, what)
 
 
 def _under_grant(reply: object) -> bool:

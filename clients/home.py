@@ -35,7 +35,7 @@ class Home:
         work: Private directory: ledger, task model, log.
         run: Public id of the run, arm and seed included.
         ledger: Of this client's data set.
-        open: Reads the client's text; called after the charge.
+        open: Reads the client's text; before the charge for its keyed MAC only.
         simulated: Noise comes from the run seed and is reproducible; measuring, and releases without guarantee, are
             allowed.
     """
@@ -119,6 +119,9 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         run: Public id of the run.
     """
     scenario = cell.scenario
+    homes = 1 if scenario.data.pooled else scenario.data.clients
+    if not 0 <= index < homes:
+        raise ValueError(f"home must lie in 0..{homes - 1}, got {index}")
     work = private / cell.arm / f"seed-{cell.seed}" / f"client-{index}"
     work.mkdir(parents=True, exist_ok=True, mode=0o700)
     dataset = f"{scenario.data.source}#{index}"

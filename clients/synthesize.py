@@ -12,9 +12,9 @@ from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import attach_lora, device, load_causal, load_tokenizer, read_adapter, weights_hash
 from fedsynth.privacy.plan import statement
-from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
+from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized
-from fedsynth.training import control_code, encode_slots, fit_private, fit_without_guarantee, self_check
+from fedsynth.training import check_room, control_code, encode_slots, fit_private, fit_without_guarantee, self_check
 
 
 def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
@@ -29,6 +29,9 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     tokenizer = load_tokenizer(home.config.generator)
     model = _fresh(home, order)
     plan = home.plan()
+    # Whatever can fail fails here, before anything is spent.
+    longest_code = max(len(tokenizer(control_code(label))["input_ids"]) for label in home.labels)
+    check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest_code + 1 + order.max_tokens))
     self_check(model, plan, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run)
@@ -39,9 +42,9 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `trained`.
     texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
-    adapter = (
-        read_adapter(trained.model, weights_hash(home.config.generator), (grant.id,)) if order.share_adapter else None
-    )
+    adapter: Adapter | None = None
+    if order.share_adapter:
+        adapter = release_adapter(trained, read_adapter(trained.model, weights_hash(home.config.generator)))
     said = statement(plan, unit=home.unit, rows=(), simulated=home.simulated)
     return Synthesized(release(trained, texts, labels), said, unfinished, adapter)
 
@@ -58,9 +61,7 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
     corpus: Corpus = release_without_guarantee(
         trained, texts, labels, home.ledger, home.run, trained.reason, allowed=home.simulated
     )
-    adapter: Adapter | None = None
-    if order.share_adapter:
-        adapter = read_adapter(model, weights_hash(home.config.generator), ())
+    adapter = read_adapter(model, weights_hash(home.config.generator)) if order.share_adapter else None
     return Synthesized(corpus, statement(None, unit=home.unit, simulated=home.simulated), unfinished, adapter)
 
 

@@ -136,6 +136,8 @@ def _console(*, error: bool) -> Console:
 
 def _print_table(console: Console, result: Any) -> None:
     """The result table, and one privacy line per arm."""
+    from fedsynth.runs import up
+
     arms = result.summary["arms"]
     names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
     heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
@@ -144,7 +146,7 @@ def _print_table(console: Console, result: Any) -> None:
         table.add_column(head, no_wrap=True)
     for arm, found in arms.items():
         figures = [_figure(found["metrics"].get(n)) for n in names]
-        epsilon = "-" if found["epsilon"] is None else f"{found['epsilon']:.3f}"
+        epsilon = "-" if found["epsilon"] is None else f"{up(found['epsilon'], 3):.3f}"
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
         table.add_row(arm, *figures, found["guarantee"], epsilon, *moved)
     console.print(table)

@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -16,8 +16,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
-from fedsynth.firewall import check_answer
+from fedsynth.firewall import Rejected, check_answer
 from fedsynth.llm import TextModel
+from fedsynth.payload import BadPayload
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import Journal
 from fedsynth.scenario import Cell, StrategyChoice
@@ -31,12 +32,8 @@ WHO = "query.who"
 POLL_SECONDS = 0.1
 
 
-class ExchangeFailed(RuntimeError):
-    """An exchange that cannot be used: the message names the order, the clients and what they said."""
-
-
-class TooFewReplies(ExchangeFailed):
-    """Fewer clients answered than the quorum asks for."""
+class TooFewReplies(RuntimeError):
+    """Fewer clients gave a usable answer than the quorum asks for; the message names them and what they said."""
 
 
 def nodes_by_home(grid: Grid, homes: int, *, seconds: float = 120.0) -> dict[int, int]:
@@ -58,22 +55,21 @@ def nodes_by_home(grid: Grid, homes: int, *, seconds: float = 120.0) -> dict[int
     while len(places) < partitions:
         if time.monotonic() > end:
             raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold")
-        for node in [n for n in grid.get_node_ids() if n not in places.values()] or _nap():
-            ask = Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node)
-            for reply in grid.send_and_receive([ask], timeout=max(1.0, end - time.monotonic())):
-                if reply.has_error():
-                    raise TooFewReplies(f"a SuperNode could not run the client app: {_first_line(reply)}")
-                facts = reply.content["who"]
-                assert isinstance(facts, ConfigRecord)
-                places[int(str(facts["partition-id"]))] = node
-                partitions = int(str(facts["num-partitions"]))
+        new = [node for node in grid.get_node_ids() if node not in places.values()]
+        asked = [Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node) for node in new]
+        if not asked:
+            time.sleep(POLL_SECONDS)
+            continue
+        for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())):
+            if reply.has_error():
+                raise TooFewReplies(f"a SuperNode could not run the client app: {_first_line(reply)}")
+            facts = reply.content["who"]
+            if not isinstance(facts, ConfigRecord):
+                raise TooFewReplies("a SuperNode's client app does not say which partition it holds")
+            places[int(str(facts["partition-id"]))] = reply.metadata.src_node_id
+            partitions = int(str(facts["num-partitions"]))
     ordered = [places[p] for p in sorted(places)]
     return {home: ordered[home % len(ordered)] for home in range(homes)}
-
-
-def _nap() -> list[int]:
-    time.sleep(POLL_SECONDS)
-    return []
 
 
 def _first_line(reply: Message) -> str:
@@ -127,8 +123,7 @@ class Clients:
         """One order per home, together; typed answers by home, in order of homes.
 
         Raises:
-            TooFewReplies: If fewer homes than the quorum answer in time.
-            ExchangeFailed: If a home's answer does not keep to the order.
+            TooFewReplies: If fewer homes than the quorum give a usable answer in time.
         """
         self.exchange += 1
         name = next(iter(orders.values())).task.rpartition(".")[2]
@@ -144,17 +139,12 @@ class Clients:
         needed = math.ceil(self.cell.scenario.server.quorum * len(orders))
         self.journal.progress(name, 0, len(orders))
         for home, reply in self._replies(waiting):
-            if reply.has_error():
-                reasons[home] = f"its worker failed: {_first_line(reply)}"
+            found = self._read(reply, home, orders[home])
+            if isinstance(found, str):
+                reasons[home] = found
             else:
-                self.journal.count_bytes("up", home, payload_bytes(reply.content))
-                answer = unpack_answer(reply.content, orders[home].reply)
-                if isinstance(answer, Refused):
-                    reasons[home] = f"refused: {answer.code.value}"
-                else:
-                    check_answer(orders[home], answer, self.labels)
-                    answers[home] = answer
-                    self._note_statement(home, answer)
+                answers[home] = found
+                self._note_statement(home, found)
             if len(orders) - len(reasons) < needed:
                 break  # the quorum is out of reach: waiting for the others would only cost time
             self.journal.progress(name, len(answers), len(orders))
@@ -175,6 +165,20 @@ class Clients:
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
             if waiting:
                 time.sleep(POLL_SECONDS)
+
+    def _read(self, reply: Message, home: int, order: Order[R]) -> R | str:
+        """The checked answer, or why there is none: one bad client must not end what a quorum allows."""
+        if reply.has_error():
+            return f"its worker failed: {_first_line(reply)}"
+        try:
+            self.journal.count_bytes("up", home, payload_bytes(reply.content))
+            answer: Any = unpack_answer(reply.content, order.reply)
+            if isinstance(answer, Refused):
+                return f"refused: {answer.code.value}"
+            check_answer(order, answer, self.labels)
+        except (BadPayload, BadValue, Rejected) as problem:
+            return f"sent an unusable answer: {problem}"
+        return cast(R, answer)
 
     def _note_statement(self, home: int, answer: object) -> None:
         statement = getattr(answer, "statement", None)

@@ -30,6 +30,8 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
         _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
         _within("temperature", order.temperature, 0.01, 10.0)
         _within("top_p", order.top_p, 0.01, 1.0)
+    if isinstance(order, Synthesize | Learn):
+        _within("seed", order.seed, 0, 2**32 - 2)
     if isinstance(order, Learn) and order.corpus is not None:
         _check_corpus(order.corpus, labels)
         if order.corpus.provenance is Provenance.PRIVATE:
@@ -46,13 +48,13 @@ def check_answer(order: Order[Any], answer: object, labels: Sequence[str]) -> No
         _check_corpus(answer.corpus, labels)
         if answer.corpus.provenance is Provenance.PRIVATE:
             raise Rejected("a client sent text that is marked private")
-        _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
         _within("delta", answer.statement.delta, 0.0, 1.0)
         if answer.statement.epsilon is not None:
             _within("epsilon", answer.statement.epsilon, 0.0, MAX_EPSILON)
         _within("number of texts", len(answer.corpus), 0, order.per_label * len(labels))
         most = max(answer.corpus.counts().values(), default=0)
         _within("number of texts of one label", most, 0, order.per_label)
+        _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
         if (answer.statement.guarantee == "dp") != bool(answer.corpus.grants):
             raise Rejected(f"guarantee {answer.statement.guarantee!r} with grants {list(answer.corpus.grants)}")
         if answer.adapter is not None and not all(

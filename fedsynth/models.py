@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import warnings
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
 logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
 
 
 def locate(name: str) -> str:
@@ -154,11 +155,11 @@ def _hash_folder(folder: str) -> str:
     return digest.hexdigest()
 
 
-def read_adapter(model: PeftModel, base: str, grants: Sequence[str]) -> Adapter:
-    """The LoRA weights of a model as named arrays."""
+def read_adapter(model: PeftModel, base: str) -> Adapter:
+    """The LoRA weights of a model as named arrays, without a guarantee: `privacy.release` gives one."""
     config = cast(LoraConfig, model.peft_config["default"])
     arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in get_peft_model_state_dict(model).items()}
-    return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base, tuple(grants))
+    return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base)
 
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsynth.world.gates import GATES, measure_gates
+from fedsynth.gates import GATES, measure_gates
 from fedsynth.world.grammar import public_blocks
 from fedsynth.world.lexicon import WORLDS, World, load_world
 from fedsynth.world.vocabulary import single_token_share, world_tokenizer

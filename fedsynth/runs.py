@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from fedsynth.curation import Stage
 from fedsynth.lora import Adapter
 from fedsynth.models import save_adapter
 from fedsynth.payload import corpus_to_parquet
-from fedsynth.privacy.plan import DPPlan, Statement, group_epsilon
+from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml
 from fedsynth.typed import BadValue
 
@@ -38,6 +39,7 @@ class Journal:
         folder: The run's directory.
         events: The file that progress lines are appended to.
         round: Of the metrics that follow.
+        adapters: How many were released.
         rows: Tidy metrics so far.
         statements: What each home said of its privacy, set when the cell is done.
     """
@@ -46,6 +48,7 @@ class Journal:
     folder: Path
     events: Path
     round: int = 0
+    adapters: int = 0
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     statements: dict[int, Statement] = field(default_factory=dict)
     sent: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -74,7 +77,9 @@ class Journal:
 
     def adapter(self, client: int, adapter: Adapter) -> None:
         """A released adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it."""
-        folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / f"client-{client}"
+        place = f"round-{self.round}-client-{client}"
+        folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / place
+        self.adapters += 1
         save_adapter(adapter, self.cell.scenario.client.generator, folder)
 
     def count_bytes(self, direction: str, client: int, count: int) -> None:
@@ -107,10 +112,12 @@ def prepare(scenario: Scenario, out: Path) -> None:
     """Makes the run's directory and writes what is known before the run.
 
     Raises:
-        BadValue: If the directory holds anything: a run is never overwritten.
+        BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadValue(f"the output directory {str(out)!r} already holds something: name another one with --out")
+    for place in (out, private_of(out)):
+        # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / "scenario.toml").write_text(to_toml(scenario), encoding="utf-8")
     facts = {
@@ -187,20 +194,40 @@ def guarantee_of(journals: Sequence[Journal]) -> str:
     return "none" if pooled or open_ else "dp"
 
 
+NOT_COVERED = (
+    "test figures: measured on task models that learnt private text and stay at their clients",
+    "tuning: settings come from public or simulated data; tuning on private text would cost more",
+    "a server that does not run the published bundle: Flower clients execute the code that it sends",
+    "what the base models had read before",
+)
+
+
 def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
-    """The largest statement over clients and seeds, with the figures that stand beside epsilon."""
-    said = [s for j in journals for s in j.statements.values()]
+    """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(journals)
-    head = {"guarantee": guarantee, "line": privacy_line(journals)}
-    spent = [s for s in said if s.epsilon is not None]
+    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": list(NOT_COVERED)}
+    spent = _spent(journals)
     if guarantee == "none" or not spent:
         return head
     worst = max(spent, key=lambda s: s.epsilon or 0.0)
     figures = worst.to_dict()
+    figures["delta"] = max(s.delta for s in spent)
+    figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
     if worst.unit == "row":
-        plan = _plan_of(worst)
-        figures["epsilon_rows"] = {str(n): round(group_epsilon(plan, n, worst.delta), 2) for n in (2, 5, 10)}
+        plans = {_plan_of(s) for s in spent}
+        figures["epsilon_rows"] = {
+            str(rows): up(max(group_epsilon(plan, rows, plan.delta) for plan in plans), 2) for rows in ROWS_OF_A_PERSON
+        }
     return {**head, "largest_over_clients": figures}
+
+
+def _spent(journals: Sequence[Journal]) -> list[Statement]:
+    return [s for j in journals for s in j.statements.values() if s.epsilon is not None]
+
+
+def up(value: float, digits: int) -> float:
+    """Rounded to `digits` places, never below the value: a bound that is printed must hold."""
+    return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
 
 
 def _plan_of(said: Statement) -> DPPlan:
@@ -219,23 +246,30 @@ def _plan_of(said: Statement) -> DPPlan:
 
 def privacy_line(journals: Sequence[Journal]) -> str:
     """One sentence per arm: adversary, what it sees, the bound and what it covers."""
-    said = [s for j in journals for s in j.statements.values()]
     if any(j.cell.scenario.data.pooled for j in journals):
         return "no guarantee: the simulator pools raw private text, which no real server could see"
-    if any(s.guarantee == "none" for s in said):
-        return "no guarantee: text left without a mechanism (a control arm); print no epsilon for it"
-    spent = [s for s in said if s.epsilon is not None]
+    if guarantee_of(journals) == "none":
+        return "no guarantee: text left without a mechanism (a control arm); no epsilon holds for it"
+    spent = _spent(journals)
     if not spent:
         return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
-    worst = max(spent, key=lambda s: s.epsilon or 0.0)
-    unit = "row" if worst.unit == "row" else worst.unit
-    simulated = "; simulated: noise reproducible" if worst.simulated else ""
-    replaced = "" if worst.epsilon_replace_one is None else f", {worst.epsilon_replace_one:.2f} if replaced by another"
+    epsilon, delta = up(max(s.epsilon or 0.0 for s in spent), 3), max(s.delta for s in spent)
+    replaced = up(max(s.epsilon_replace_one or 0.0 for s in spent), 2)
+    unit = spent[0].unit
+    seen = "synthetic text, labels, adapters" if any(j.adapters for j in journals) else "synthetic text and labels"
     return (
-        f"an honest-but-curious server sees synthetic text, labels and the label list: ({worst.epsilon:.3f}, "
-        f"{worst.delta:g})-DP per {unit}, all rounds, zero-out{replaced}; largest over clients and seeds, each a "
-        f"world of its own{simulated}"
+        f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
+        f"({replaced:.2f} if replaced by another {unit}); largest over clients and seeds, each a world of its own"
+        + ("; simulated: noise reproducible" if any(s.simulated for s in spent) else "")
+        + _assumptions(journals)
     )
+
+
+def _assumptions(journals: Sequence[Journal]) -> str:
+    """What a simulator took from private rows where a site would declare it."""
+    data = journals[0].cell.scenario.data
+    taken = [] if data.world else (["label list"] if data.labels == "all" else []) + ["number of records"]
+    return f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them" if taken else ""
 
 
 def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:

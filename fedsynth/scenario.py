@@ -89,6 +89,8 @@ class Data:
             raise BadValue(f"labels holds a class twice: {sorted(self.labels)}")
         if min(self.tuned_on, default=0) < 0 or len(set(self.tuned_on)) < len(self.tuned_on):
             raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
+        if self.world is not None and (self.unit or self.test or self.client_column or self.split != "iid"):
+            raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
 
@@ -137,6 +139,7 @@ class TaskTraining:
         augmented_epochs: Passes over the server's text.
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
+        head_rate: The new head learns so many times as fast as the pretrained layers.
         continued_rate: Fraction of `learning_rate` on private text after augmented text.
         token_dropout: Chance that a token is hidden during training.
         weight_decay: Of AdamW.
@@ -145,9 +148,10 @@ class TaskTraining:
     """
 
     batch: int = 16
-    augmented_epochs: int = 10
-    private_epochs: int = 20
-    learning_rate: float = 3e-3
+    augmented_epochs: int = 6
+    private_epochs: int = 15
+    learning_rate: float = 1e-3
+    head_rate: float = 50.0
     continued_rate: float = 1.0
     token_dropout: float = 0.1
     weight_decay: float = 0.05
@@ -155,7 +159,17 @@ class TaskTraining:
     max_tokens: int = 64
 
     def __post_init__(self) -> None:
-        _positive(self, "batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens", "max_grad_norm")
+        _positive(
+            self,
+            "batch",
+            "augmented_epochs",
+            "private_epochs",
+            "learning_rate",
+            "head_rate",
+            "continued_rate",
+            "max_tokens",
+            "max_grad_norm",
+        )
         if not 0 <= self.token_dropout < 1:
             raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
@@ -190,6 +204,9 @@ class Client:
             raise BadValue(
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
             )
+
+        if self.budget is not None and self.budget.delta > Budget.delta:
+            raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
 
     def plan(self, records: int, rounds: int = 1) -> DPPlan:
         """The schedule of a client's DP training: what is charged, what is run, what is reported.

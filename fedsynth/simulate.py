@@ -17,11 +17,14 @@ from fedsynth.corpus import Corpus
 from fedsynth.data import label_list, open_sites
 from fedsynth.federation import load_strategy
 from fedsynth.launch import APP, launch
+from fedsynth.models import attach_lora, load_causal, load_tokenizer
 from fedsynth.models import check as check_model
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
-from fedsynth.scenario import Scenario, cells, load, to_toml
+from fedsynth.scenario import Cell, Data, Scenario, cells, load, to_toml
+from fedsynth.teacher import check_labels
+from fedsynth.training import SelfCheckFailed, check_room, self_check
 from fedsynth.typed import BadValue
 
 
@@ -56,7 +59,8 @@ class Result:
     def corpora(self, arm: str, seed: int, kind: str = "written") -> dict[int, Corpus]:
         """Texts by client: `drafts` (what clients released) or `written` (what the LLM wrote from them)."""
         folder = self.out / "corpora" / arm / f"seed-{seed}"
-        found = {int(p.stem.rpartition("client")[2]): p for p in folder.glob(f"{kind}-*.parquet")}
+        files = sorted(folder.glob(f"{kind}-*.parquet"), key=lambda p: int(p.stem.split("-round")[1].split("-")[0]))
+        found = {int(p.stem.rpartition("client")[2]): p for p in files}  # of the last round
         return {client: corpus_from_parquet(found[client].read_bytes()) for client in sorted(found)}
 
 
@@ -84,27 +88,49 @@ def check(scenario: Scenario) -> list[str]:
             continue
         seen.add(key)
         labels = label_list(resolved.data)
-        if not labels:
-            raise BadValue("the label list is empty")
+        try:
+            check_labels(labels)
+        except ValueError as problem:
+            raise BadValue(str(problem)) from problem
         if resolved.data.world is None:
             warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
         if resolved.client.guarantee == "dp":
-            homes = 1 if resolved.data.pooled else resolved.data.clients
-            for records in sorted({declared_records(cell, index) for index in range(homes)}):
-                try:
-                    resolved.client.plan(records, resolved.rounds)
-                except BudgetTooSmall as problem:
-                    raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
+            _check_budget(scenario, cell, labels)
     return list(dict.fromkeys(warnings))
 
 
-def _check_sites(scenario: Scenario, arm: str, data: Any, labels: Sequence[str]) -> list[str]:
+def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None:
+    """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens."""
+    client, data = cell.scenario.client, cell.scenario.data
+    homes = 1 if data.pooled else data.clients
+    worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
+    records = min(declared_records(world, index) for world in worlds for index in range(homes))
+    try:
+        planned = client.plan(records, cell.scenario.rounds)
+    except BudgetTooSmall as problem:
+        raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
+    tokenizer, model = load_tokenizer(client.generator), load_causal(client.generator)
+    settings = client.generator_training
+    try:
+        check_room(tokenizer, model, labels, settings.max_tokens)
+        adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)
+        self_check(adapted, planned, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
+    except (SelfCheckFailed, ValueError) as problem:
+        raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
+
+
+def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]) -> list[str]:
     warnings = []
+    if data.labels == "all":
+        warnings.append(
+            "the label list is read from the data; a real site must list it: a rare class can reveal a person"
+        )
     for seed in scenario.seeds:
         for index, site in enumerate(open_sites(data, seed)):
-            present = [label for label in labels if label in site.train.counts()]
-            if not present:
-                raise BadValue(f"arm {arm!r}: client {index} has no example with a label of the list {list(labels)}")
+            for name, corpus in (("training", site.train), ("test", site.test)):
+                if not set(labels) & set(corpus.answers):
+                    raise BadValue(f"arm {arm!r}: client {index} has no {name} example with a label of {list(labels)}")
+            present = sorted(set(labels) & set(site.train.answers))
             if len(present) == 1:
                 warnings.append(f"client {index} has a single label, {present[0]!r} (seed {seed})")
     return warnings

@@ -172,7 +172,7 @@ def augment(
     """
     for corpus in demonstrations.values():
         refuse_private(corpus)
-    _check_labels(labels)
+    check_labels(labels)
     if per_site < 1 or shots < 1:
         raise ValueError(f"per_site and shots must be at least 1, got {per_site} and {shots}")
     if mode not in ("per_label", "all_labels", "none"):
@@ -271,7 +271,12 @@ def _by_label(corpus: Corpus, labels: Sequence[str]) -> dict[str, list[str]]:
     return texts
 
 
-def _check_labels(labels: Sequence[str]) -> None:
+def check_labels(labels: Sequence[str]) -> None:
+    """Labels stand in prompts and control codes.
+
+    Raises:
+        ValueError: If there is none, one stands there twice, or one cannot stand in a line.
+    """
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(f"labels must be distinct, and at least one, got {list(labels)}")
     for label in labels:
@@ -446,7 +451,7 @@ def best_of(
 def _check_groups(
     corpora: Mapping[int, Corpus], groups: Mapping[int, Groups], labels: Sequence[str], keep: int
 ) -> None:
-    _check_labels(labels)
+    check_labels(labels)
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     for site, corpus in corpora.items():

@@ -42,6 +42,10 @@ class Example:
     start: int
 
 
+class SelfCheckFailed(RuntimeError):
+    """The training would not be what the plan says; found on random public tokens, before any charge."""
+
+
 class Randomness(Protocol):
     """Noise and Poisson draws: a grant's own (fedsynth.privacy.noise), or a public one where nothing is protected."""
 
@@ -63,7 +67,9 @@ def encode_slots(
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
     A unit is a person where the corpus names persons; its first row is used. A row with an unknown label, a slot beyond
-    the real count, and a unit beyond the declared count are empty, so neither content nor count of other units shows.
+    the real count, and a text that the tokenizer cannot read are empty: no record of one unit changes another's slot,
+    or whether there is an answer. Declare at least as many units as there are: of more, only the first `records` are
+    used, and taking one of them away would let the next one in (then the replace-one figure holds).
 
     Args:
         tokenizer: Public.
@@ -77,9 +83,16 @@ def encode_slots(
     rows: list[int | None] = [*first[:records], *[None] * (records - len(first))]
     known = set(labels)
     return [
-        None if row is None or corpus.answers[row] not in known else _encode(tokenizer, corpus, row, longest)
+        None if row is None or corpus.answers[row] not in known else _encode_or_none(tokenizer, corpus, row, longest)
         for row in rows
     ]
+
+
+def _encode_or_none(tokenizer: Any, corpus: Corpus, row: int, longest: int) -> Example | None:
+    try:
+        return _encode(tokenizer, corpus, row, longest)
+    except Exception:  # a record that fails the whole answer would show in the answer
+        return None
 
 
 def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int) -> Example:
@@ -94,6 +107,23 @@ def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int) -> Example:
 def _ids(tokenizer: Any, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int) -> None:
+    """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
+
+    Raises:
+        ValueError: If a control code leaves no room for a text, or the model's context is too short.
+    """
+    codes = {label: len(_ids(tokenizer, control_code(label))) + 1 for label in labels}
+    code, tokens = max(codes.items(), key=lambda item: item[1])
+    if tokens + 2 > longest:
+        raise ValueError(f"the control code of label {code!r} has {tokens} tokens, which leaves no text of {longest}")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_tokens"
+        )
 
 
 def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
@@ -126,6 +156,11 @@ def clipped_sum(
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     for at in range(0, len(ordered), microbatch):
         next_token_losses(model, ordered[at : at + microbatch], pad).sum().backward()
+        if any(getattr(w, "grad_sample", None) is None or len(w.grad_sample) != len(ordered[at : at + microbatch])  # type: ignore[attr-defined]
+               for w in weights):  # fmt: skip
+            raise SelfCheckFailed(
+                "a layer gives no gradient per example: LoRA on this architecture is not supported yet"
+            )
         grads: list[Tensor] = [w.grad_sample for w in weights]  # type: ignore[attr-defined]  # Opacus puts it there
         scale = clip_factors(grads, clip_norm)
         for sum_, grad in zip(total, grads, strict=True):
@@ -291,14 +326,19 @@ def fit_classifier(
     generator = torch.Generator().manual_seed(seed)
     hidden = tokenizer.mask_token_id or tokenizer.bos_token_id or tokenizer.eos_token_id
     total = epochs * math.ceil(len(rows) / settings.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True)
+    pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+    groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
+    )
     model.train()
     for step, chosen in enumerate(_shuffled(len(rows), settings.batch, epochs, generator)):
         tokens, present = _pad([texts[i] for i in chosen.tolist()], tokenizer.pad_token_id)
         drop = (torch.rand(tokens.shape, generator=generator) < settings.token_dropout) & present.bool()
         tokens = torch.where(drop, torch.tensor(hidden), tokens)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / total)
+        share = min(1.0, (step + 1) / 10) * (1 - step / total)
+        for group, speed in zip(optimizer.param_groups, (1.0, settings.head_rate), strict=True):
+            group["lr"] = rate * speed * share
         loss = F.cross_entropy(_logits(model, tokens, present), targets[chosen].to(next(model.parameters()).device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -344,10 +384,6 @@ def _pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
 def _shuffled(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
     for _ in range(epochs):
         yield from torch.randperm(count, generator=generator).split(batch)
-
-
-class SelfCheckFailed(RuntimeError):
-    """The training would not be what the plan says; found on random public tokens, before any charge."""
 
 
 def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> None:

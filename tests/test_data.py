@@ -155,9 +155,10 @@ def test_more_clients_than_examples_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_client_without_test_or_training_examples_is_refused(tmp_path: Path) -> None:
+    thin = replace(save(table(2), tmp_path / "two.csv"), clients=2)
+    with pytest.raises(BadValue, match="client 0 has no training example"):  # its one example is held out
+        open_sites(thin, 1)
     data = save(table(8), tmp_path / "thin.csv")
-    with pytest.raises(BadValue, match="client 0 has no test example"):  # a fifth of four is none
-        open_sites(data, 1)
     alone = replace(data, test=TestRows("label", "flu"), split="natural", client_column="label")
     with pytest.raises(BadValue, match="client 0 has no test example"):  # asthma comes first
         open_sites(alone, 1)
@@ -224,7 +225,7 @@ def test_labels_and_texts_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_missing_label_does_not_change_the_others(tmp_path: Path) -> None:
-    data = save(table(label=[1, 2, 1, None] * 5), tmp_path / "floats.csv")
+    data = save(table(label=[1, 2, 1, None] * 5), tmp_path / "floats.parquet")
     assert label_list(data) == ("1", "2")
 
 

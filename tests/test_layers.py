@@ -15,13 +15,13 @@ strategies clients
 federation runs wire firewall tasks
 teacher llm training generation curation evaluation
 models dpsgd
-scenario privacy lora data world payload pretraining
+scenario privacy lora data world payload pretraining gates
 corpus typed assets
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
     "flwr": {"wire", "federation", "clients.app", "clients.home", "launch", "fedsynth_sim"},
-    "torch": {"models", "dpsgd", "training", "generation", "llm", "evaluation", "pretraining"},
+    "torch": {"models", "dpsgd", "training", "generation", "llm", "evaluation", "pretraining", "gates"},
 }
 FOLDERS = {"fedsynth": "fedsynth", "strategies": "fedsynth.strategies", "clients": "fedsynth.clients"}
 FOLDERS["simulations/fedsynth_sim"] = "fedsynth_sim"
@@ -55,7 +55,7 @@ def violations(sources: Mapping[str, str]) -> list[str]:
     for name, source in sources.items():
         own = name.removeprefix("fedsynth.").split(".")
         if name == "fedsynth":
-            own = ["corpus"]  # the package itself is below everything
+            own = ["cli"]  # the public face: `fedsynth.run` is imported on first use
         if own[0] not in LAYER:
             wrong.append(f"{name} stands in no layer: add it to LAYERS")
             continue

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ def trained() -> PeftModel:
 
 
 def test_lora_adapts_every_linear_layer_but_the_head() -> None:
-    arrays = read_adapter(fresh(), "base", ()).arrays
+    arrays = read_adapter(fresh(), "base").arrays
     assert {name: a.shape for name, a in arrays.items()} == EXPECTED
     assert all(a.dtype == np.float32 for a in arrays.values())
 
 
 def test_the_head_is_left_out_when_it_is_not_tied_either(tmp_path: Path) -> None:
     model = attach_lora(tiny.model(tie_word_embeddings=False), rank=3, alpha=6.0, seed=0)
-    assert set(read_adapter(model, "base", ()).arrays) == set(EXPECTED)
+    assert set(read_adapter(model, "base").arrays) == set(EXPECTED)
 
 
 def test_only_the_adapter_is_trainable() -> None:
@@ -85,13 +86,13 @@ def test_only_the_adapter_is_trainable() -> None:
 
 def test_the_model_starts_as_its_base() -> None:
     assert torch.equal(logits(fresh()), logits(load_causal(tiny.folder())))
-    arrays = read_adapter(fresh(), "base", ()).arrays
+    arrays = read_adapter(fresh(), "base").arrays
     assert all((a == 0).all() == only_b(name) for name, a in arrays.items())
 
 
 def test_a_depends_on_the_public_seed_only() -> None:
     def factor(seed: int) -> Any:
-        return read_adapter(fresh(seed), "base", ()).arrays[next(iter(sorted(EXPECTED)))]
+        return read_adapter(fresh(seed), "base").arrays[next(iter(sorted(EXPECTED)))]
 
     one = factor(1)
     torch.manual_seed(123)
@@ -111,14 +112,14 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
 
 def test_an_adapter_knows_where_it_belongs() -> None:
-    adapter = read_adapter(fresh(), "base", ["g1", "g2"])
+    adapter = replace(read_adapter(fresh(), "base"), grants=("g1", "g2"))
     assert (adapter.rank, adapter.alpha, adapter.base, adapter.grants) == (3, 6.0, "base", ("g1", "g2"))
     assert list(adapter.arrays) == sorted(adapter.arrays)
 
 
 def test_arrays_read_from_a_model_do_not_follow_its_training() -> None:
     model = fresh()
-    adapter = read_adapter(model, "base", ())
+    adapter = read_adapter(model, "base")
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(1.0)
@@ -127,7 +128,7 @@ def test_arrays_read_from_a_model_do_not_follow_its_training() -> None:
 
 def test_the_arrays_are_the_update_of_the_layer() -> None:
     model = trained()
-    arrays = read_adapter(model, "base", ()).arrays
+    arrays = read_adapter(model, "base").arrays
     name = "base_model.model.model.layers.1.mlp.up_proj"
     update = 6.0 / 3 * arrays[f"{name}.lora_B.weight"] @ arrays[f"{name}.lora_A.weight"]
     base = load_causal(tiny.folder()).get_submodule("model.layers.1.mlp.up_proj").weight.detach().numpy()
@@ -137,12 +138,12 @@ def test_the_arrays_are_the_update_of_the_layer() -> None:
 
 def test_a_saved_adapter_loads_in_peft_and_gives_the_same_logits(tmp_path: Path) -> None:
     model = trained()
-    save_adapter(read_adapter(model, "the hash", ["g"]), tiny.folder(), tmp_path / "deep" / "adapter")
+    save_adapter(replace(read_adapter(model, "the hash"), grants=("g",)), tiny.folder(), tmp_path / "deep" / "adapter")
     loaded = PeftModel.from_pretrained(load_causal(tiny.folder()), str(tmp_path / "deep" / "adapter"))
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
     assert not torch.allclose(logits(loaded), logits(load_causal(tiny.folder())), atol=0.1)
-    again = read_adapter(loaded, "the hash", ["g"])
-    assert all(np.array_equal(a, again.arrays[n]) for n, a in read_adapter(model, "", ()).arrays.items())
+    again = replace(read_adapter(loaded, "the hash"), grants=("g",))
+    assert all(np.array_equal(a, again.arrays[n]) for n, a in read_adapter(model, "").arrays.items())
     facts = json.loads((tmp_path / "deep" / "adapter" / "grants.json").read_text())
     assert facts == {"grants": ["g"], "base_sha256": "the hash"}
     config = json.loads((tmp_path / "deep" / "adapter" / "adapter_config.json").read_text())
@@ -150,8 +151,10 @@ def test_a_saved_adapter_loads_in_peft_and_gives_the_same_logits(tmp_path: Path)
 
 
 def test_averaged_adapters_load_too(tmp_path: Path) -> None:
-    adapter = read_adapter(trained(), "base", ["g"])
-    save_adapter(average([adapter, read_adapter(fresh(), "base", ["h"])], [1, 0]), tiny.folder(), tmp_path)
+    adapter = replace(read_adapter(trained(), "base"), grants=("g",))
+    save_adapter(
+        average([adapter, replace(read_adapter(fresh(), "base"), grants=("h",))], [1, 0]), tiny.folder(), tmp_path
+    )
     loaded = PeftModel.from_pretrained(load_causal(tiny.folder()), str(tmp_path))
     assert torch.allclose(logits(loaded), logits(trained()), atol=1e-5)
 

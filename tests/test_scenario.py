@@ -257,7 +257,7 @@ def test_the_edges_of_the_ranges_are_inside(value: Any, name: str, edge: Any) ->
         (TaskTraining(), "weight_decay", -1.0),
         (CLIENT, "max_noise_multiplier", 0.0),
         (CLIENT, "max_noise_multiplier", math.nan),
-        (DATA, "tuned_on", (8,)),  # of 8 clients: 0..7
+        (DATA, "tuned_on", (-1,)),  # above the clients is allowed: --clients makes a run smaller
         (DATA, "tuned_on", (0, 0)),
     ],
 )

@@ -536,7 +536,7 @@ def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Pa
         config = Client(tiny.folder(), tiny.folder(), budget=Budget(2.0), generator_training=SETTINGS)
         work = tmp_path / str(rows)
         ledger = Ledger(work / "ledger.sqlite", dataset="d", cap=None)
-        return Home(0, config, LABELS, 12, "row", work, "run", ledger, read, True)
+        return Home(0, config, LABELS, 12, 1, "row", work, "run", ledger, read, True)
 
     one, two = (home(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
     assert one == two

@@ -225,7 +225,7 @@ def test_measured_figures_pack_only_where_measuring_is_allowed() -> None:
 
 
 def test_a_statement_of_dp_beside_ungranted_text_is_refused_even_when_waived() -> None:
-    with pytest.raises(WillNotLeave, match="claims a guarantee for text without a grant"):
+    with pytest.raises(WillNotLeave, match="claims a guarantee for text or weights without a grant"):
         sealed(Synthesized(UNGRANTED, DP, 0), waived=True)
 
 
@@ -394,8 +394,8 @@ RAISED = [
     (BudgetTooSmall, Code.BUDGET_TOO_SMALL),
     (WillNotLeave, Code.NOT_ALLOWED),
     (NotReleasable, Code.NOT_ALLOWED),
-    (Rejected, Code.BAD_ORDER),
-    (BadValue, Code.BAD_ORDER),
+    (client.BadOrder, Code.BAD_ORDER),
+    (BadValue, Code.FAILED),
 ]
 
 
@@ -416,7 +416,7 @@ def home(folder: Path, train: Corpus) -> Home:
     task = TaskTraining(batch=2, private_epochs=1, max_tokens=8)
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
     ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
-    return Home(0, config, LABELS, 3, "row", folder, "run", ledger, lambda: Site(train, train), simulated=True)
+    return Home(0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: Site(train, train), simulated=True)
 
 
 @pytest.mark.parametrize("crash", ["none", "tokenizer"])

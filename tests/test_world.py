@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fedsynth.corpus import Provenance
+from fedsynth.gates import GATES, sample_lines
 from fedsynth.world import (
     WORLDS,
     Style,
@@ -26,7 +27,6 @@ from fedsynth.world import (
     site,
     write_note,
 )
-from fedsynth.world.gates import GATES, sample_lines
 
 ASSETS = Path(__file__).parents[1] / "fedsynth" / "assets"
 ROLES = ("llm", "slm")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
 
@@ -56,13 +57,27 @@ def release(trained: DPTrained[M], prompts: Sequence[str], answers: Sequence[str
     Raises:
         NotReleasable: If the receipt is none, or says something else ran than was planned and paid for.
     """
+    _check_receipt(trained)
+    return Corpus(tuple(prompts), tuple(answers), Provenance.DP_SYNTHETIC, grants=(trained.grant.id,))
+
+
+def release_adapter(trained: DPTrained[M], adapter: Adapter) -> Adapter:
+    """The weights of a model trained under a grant, now free to leave: the release that its text is made from.
+
+    Raises:
+        NotReleasable: As `release`.
+    """
+    _check_receipt(trained)
+    return replace(adapter, grants=(trained.grant.id,))
+
+
+def _check_receipt(trained: DPTrained[M]) -> None:
     if not isinstance(trained, DPTrained):
         raise NotReleasable(f"only text of a DPTrained model is released, got {type(trained).__name__}")
     if trained.grant.plan != trained.plan:
         raise NotReleasable(f"grant {trained.grant.id} paid for {trained.grant.plan}, the training ran {trained.plan}")
     if trained.steps_run != trained.plan.steps:
         raise NotReleasable(f"grant {trained.grant.id} is for {trained.plan.steps} steps, {trained.steps_run} ran")
-    return Corpus(tuple(prompts), tuple(answers), Provenance.DP_SYNTHETIC, grants=(trained.grant.id,))
 
 
 def release_without_guarantee(

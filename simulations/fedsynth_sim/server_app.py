@@ -16,6 +16,7 @@ from fedsynth.llm import LocalLLM
 from fedsynth.models import locate
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, cells, from_toml
+from fedsynth.typed import BadValue
 
 app = ServerApp()
 
@@ -39,6 +40,8 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
     scenario = from_toml(toml)
     if not (out / "scenario.toml").exists():  # by hand; the launcher has made the directory
         prepare(scenario, out)
+    elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:
+        raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
     journals: list[Journal] = []
     for number, cell in enumerate(planned):
@@ -72,7 +75,7 @@ _models: dict[str, LocalLLM] = {}
 def _llm(name: str) -> LocalLLM:
     if name not in _models:
         # Clients wait while the LLM writes, so it may use every core, whatever the workers' environment says.
-        _models[name] = LocalLLM.load(locate(name), workers=len(os.sched_getaffinity(0)))
+        _models[name] = LocalLLM.load(locate(name), batch_size=256, workers=len(os.sched_getaffinity(0)))
     return _models[name]
 
 
