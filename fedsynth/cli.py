@@ -66,6 +66,27 @@ def run_command(
         print(json.dumps(result.summary))
 
 
+@app.command()
+def pretrain(
+    world: Annotated[str, typer.Option(help="hospitals or banks.")],
+    role: Annotated[str, typer.Option(help="llm: the server's model. slm: the clients'.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model: new or empty.")],
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's number by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the corpus.")] = 0,
+) -> None:
+    """Pretrain one of the demonstration's models from the public part of a simulated world (minutes on one core)."""
+    from fedsynth.pretraining import RECIPES, pretrain_asset
+    from fedsynth.world import WORLDS, load_world
+
+    if world not in WORLDS or role not in RECIPES:
+        raise BadValue(f"--world must be one of {', '.join(WORLDS)} and --role one of {', '.join(RECIPES)}")
+    if steps is not None and steps < 1:
+        raise BadValue(f"--steps must be at least 1, got {steps}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadValue(f"the folder {str(out)!r} already holds something: name another one with --out")
+    print(json.dumps(pretrain_asset(load_world(world), role, out, steps, seed), indent=2))
+
+
 def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
     more = list(sets)
     if clients is not None:

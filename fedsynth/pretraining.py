@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import itertools
@@ -10,7 +9,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsynth.gates import GATES, measure_gates
 from fedsynth.world.grammar import public_blocks
-from fedsynth.world.lexicon import WORLDS, World, load_world
+from fedsynth.world.lexicon import World
 from fedsynth.world.vocabulary import single_token_share, world_tokenizer
 
 Role = Literal["llm", "slm"]
@@ -174,7 +173,7 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
             print(f"{role} {done}/{steps} loss {np.mean(losses[-100:]):.3f} {seconds:.0f} CPU s", flush=True)
         if done % SAVE_EVERY == 0 or done == steps:
             card = {
-                "command": f"python -m fedsynth.pretraining {options}",
+                "command": f"fedsynth pretrain {options}",
                 "world": world.name,
                 "role": role,
                 "recipe": asdict(recipe),
@@ -231,20 +230,3 @@ class _Counted(Iterator[str]):
         block = next(self.blocks)
         self.count += 1
         return block
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line of `python -m fedsynth.pretraining`."""
-    parser = argparse.ArgumentParser(description="Pretrain one of the demo's models.")
-    parser.add_argument("--world", required=True, choices=WORLDS)
-    parser.add_argument("--role", required=True, choices=tuple(RECIPES))
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args(arguments)
-    card = pretrain_asset(load_world(chosen.world), chosen.role, chosen.out, chosen.steps, chosen.seed)
-    print(json.dumps(card, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -20,6 +20,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedsynth.corpus import Corpus
+from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining, TaskTraining
 
@@ -387,7 +388,7 @@ def _shuffled(count: int, batch: int, epochs: int, generator: torch.Generator) -
 
 
 def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> None:
-    """Checks clipping and independence of examples on random public tokens (docs/privacy.md).
+    """Checks sampler, noise, clipping and independence of examples on random public tokens (docs/privacy.md).
 
     Finds layers that mix the examples of a batch (BatchNorm, packing, batch-mean losses), a missing clip and a model
     that does not learn at all. Leaves the model as it was. Costs some hundredths of a second for a tiny model.
@@ -397,6 +398,7 @@ def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> 
     """
     if not trainable(model):
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
+    _check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 9, 14)
     batch = [Example(tuple(int(t) for t in rng.integers(0, vocabulary, n)), start=2) for n in lengths]
@@ -417,3 +419,14 @@ def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> 
     )
     if gap > 1e-3 * plan.clip_norm:
         raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
+
+
+def _check_streams(rate: float, count: int = 20_000) -> None:
+    """Draws of a public key, never used for anything else, have the planned rate and unit deviation (5 sigma)."""
+    randomness = GrantRandomness(bytes(32))
+    drawn = float(randomness.poisson_mask(count, rate).mean())
+    if abs(drawn - rate) > 5 * math.sqrt(rate * (1 - rate) / count):
+        raise SelfCheckFailed(f"the sampler draws at rate {drawn:.4f}, planned is {rate:.4f}")
+    deviation = float(np.std(randomness.normals(count)))
+    if abs(deviation - 1) > 5 / math.sqrt(2 * count):
+        raise SelfCheckFailed(f"the noise has deviation {deviation:.4f} in units of sigma C, planned is 1")

@@ -763,3 +763,22 @@ def test_a_fresh_model_does_not_depend_on_the_global_random_state(make: Callable
 def test_no_row_with_a_known_label_leaves_the_task_model_as_it_was() -> None:
     fresh = weights(load_classifier(tiny.folder(), 2, 0))
     assert torch.equal(weights(learnt(text=Corpus(("a",), ("measles",), Provenance.PUBLIC))), fresh)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "said"),
+    [
+        ("poisson_mask", lambda self, count, rate: np.arange(count) < count * rate * 0.9, "sampler draws at rate"),
+        ("normals", lambda self, count: np.linspace(-1.0, 1.0, count), "noise has deviation"),
+    ],
+)
+def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
+    monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, said: str
+) -> None:
+    from fedsynth.privacy.noise import GrantRandomness
+    from fedsynth.training import _check_streams
+
+    _check_streams(0.25)
+    monkeypatch.setattr(GrantRandomness, name, broken)
+    with pytest.raises(SelfCheckFailed, match=said):
+        _check_streams(0.25)
