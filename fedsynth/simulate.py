@@ -15,6 +15,7 @@ import pandas as pd
 from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data import label_list, open_sites
+from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation import load_strategy
 from fedsynth.launch import APP, launch
 from fedsynth.models import attach_lora, load_causal, load_tokenizer
@@ -55,6 +56,10 @@ class Result:
                     row[metric], row[f"{metric}_std"] = value["mean"], value["std"]
             rows.append({**row, "bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]})
         return pd.DataFrame(rows).set_index("arm")
+
+    def difference(self, arm: str, baseline: str, metric: str = "accuracy") -> Difference:
+        """Mean paired difference of two arms over (seed, client), with its bootstrap interval."""
+        return paired_difference(self.metrics, arm, baseline, metric=metric)
 
     def corpora(self, arm: str, seed: int, kind: str = "written") -> dict[int, Corpus]:
         """Texts by client: `drafts` (what clients released) or `written` (what the LLM wrote from them)."""

@@ -1,0 +1,48 @@
+"""Figures by hand."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedsynth.evaluation.utility import paired_difference, scores
+
+
+def test_scores_by_hand() -> None:
+    found = scores(["a", "a", "b", "b"], ["a", "b", "b", "b"], ["a", "b", "c"])
+    assert found["accuracy"] == 0.75
+    # F1 of a: precision 1, recall 1/2 -> 2/3; of b: precision 2/3, recall 1 -> 4/5; c does not occur.
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+
+
+def test_no_known_label_in_the_truth_is_zero_not_nan() -> None:
+    assert scores(["z"], ["a"], ["a"]) == {"accuracy": 0.0, "macro_f1": 0.0}
+
+
+def frame(gap: float, spread: float) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(5):
+        for client in range(8):
+            base = float(rng.uniform(0.4, 0.9))  # clients differ much more than arms do: pairing takes that out
+            rows += [("local", seed, 1, client, "accuracy", base)]
+            rows += [("fdkt", seed, 1, client, "accuracy", base + gap + spread * float(rng.normal()))]
+    return pd.DataFrame(rows, columns=["arm", "seed", "round", "client", "metric", "value"])
+
+
+def test_a_constant_gain_has_an_interval_of_width_zero() -> None:
+    found = paired_difference(frame(0.1, 0.0), "fdkt", "local")
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert (found.better, found.pairs) == (1.0, 40)
+
+
+def test_the_interval_of_pure_noise_holds_zero_and_that_of_a_gain_does_not() -> None:
+    nothing = paired_difference(frame(0.0, 0.05), "fdkt", "local")
+    assert nothing.low < 0 < nothing.high
+    assert paired_difference(frame(0.1, 0.05), "fdkt", "local").low > 0
+    # 40 independent pairs: the standard error is .05 / sqrt(40), the interval about four of them wide.
+    assert nothing.high - nothing.low == pytest.approx(4 * 0.05 / 40**0.5, rel=0.4)
+
+
+def test_arms_without_common_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="no pairs of arms 'fdkt' and 'pooled'"):
+        paired_difference(frame(0.1, 0.0), "fdkt", "pooled")
