@@ -55,10 +55,10 @@ def run_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
     """Run a scenario as a simulation on this machine."""
-    from fedsynth.simulate import run  # torch and Flower take seconds to import: --help should not wait for them
-
     console = _console(error=True)
     asked = _asked(scenario, set_, arms, clients, seeds)
+    from fedsynth.simulate import run  # torch and Flower take seconds to import: help and misspelt keys need neither
+
     with _Watch(console, asked) as watch:
         result = run(asked, out=out, workers=workers, on_event=watch.event, on_warning=watch.warn)
     _print_table(console if as_json else _console(error=False), result)

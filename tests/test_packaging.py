@@ -18,10 +18,8 @@ LINKS = {"fedsynth/app": "simulations", "fedsynth/clients": "clients", "fedsynth
 NOT_SHIPPED = {"fedsynth.app.benchmarks"}
 
 
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel that was built from a copy of the tree, without its links."""
-    tree = tmp_path_factory.mktemp("tree")
+def build_wheel(tree: Path) -> Path:
+    """A wheel that is built in `tree` from a copy of the project, without its links."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, tree)
@@ -38,7 +36,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     code = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(tree / "dist")], cwd=tree, check=True, capture_output=True)
     (path,) = (tree / "dist").glob("*.whl")
-    return zipfile.ZipFile(path).namelist()
+    return path
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in a wheel."""
+    return zipfile.ZipFile(build_wheel(tmp_path_factory.mktemp("tree"))).namelist()
 
 
 def tracked() -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-import fedsynth
+import fedsynth.cli
 from fedsynth.launch import MARKER
 from fedsynth.runs import private_of
 
@@ -134,14 +134,34 @@ def test_the_same_seed_repeats_with_another_number_of_workers(
         (["--set", "data.source=nowhere.csv"], "no data file 'nowhere.csv'"),
     ],
 )
-def test_bad_input_is_one_line_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
-    done = run(*FEDSYNTH, "run", "hospitals", *arguments, "--out", "never", cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr
-    last = [line for line in done.stderr.splitlines() if line.startswith("fedsynth: bad input")]
-    assert len(last) == 1
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line_before_any_work(
+    arguments: list[str], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, error = typed(["run", "hospitals", *arguments, "--out", "never"], tmp_path, capfd, monkeypatch)
+    assert code == 2
+    assert said in error
+    assert len([line for line in error.splitlines() if line.startswith("fedsynth: bad input")]) == 1
+    assert "Traceback" not in error
     assert not list(tmp_path.iterdir())
+
+
+def typed(
+    words: list[str], place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[object, str]:
+    """Exit code and standard error of the command, in this process: imports of seconds are paid once."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["fedsynth", *words])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    return ended.value.code, capfd.readouterr().err
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run(*FEDSYNTH, "run", "hospitals", "--set", "strategy.per_labl=3", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fedsynth: bad input: ")
+    assert "did you mean 'per_label'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -152,33 +172,40 @@ def test_bad_input_is_one_line_before_any_work(arguments: list[str], said: str, 
         ("text,label\na b c,x\nd e f,y\n", "clients = 2", "client 0 has no"),
     ],
 )
-def test_bad_data_is_one_line_before_any_work(rows: str, more: str, said: str, tmp_path: Path) -> None:
+def test_bad_data_is_one_line_before_any_work(
+    rows: str, more: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "notes.csv").write_text(rows)
     (tmp_path / "own.toml").write_text(
         f'name = "own"\n[strategy]\nuse = "fedsynth.strategies.fdkt:FDKT"\n[data]\nsource = "notes.csv"\n{more}\n'
         '[client]\ngenerator = "assets:tiny-slm"\ntask_model = "assets:tiny-slm"\nbudget = { epsilon = 8.0 }\n'
         '[server]\nllm = "assets:tiny-llm"\n'
     )
-    done = run(*FEDSYNTH, "run", "own.toml", "--out", "never", cwd=tmp_path)
-    assert done.returncode == 2
-    assert said in done.stderr.replace("\n", " ")
+    code, error = typed(["run", "own.toml", "--out", "never"], tmp_path, capfd, monkeypatch)
+    assert code == 2
+    assert said in " ".join(error.split())
     assert not (tmp_path / "never").exists()
 
 
-def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "summary.json").write_text("mine")
-    done = run(*command("--out", "old"), cwd=tmp_path)
-    assert done.returncode == 2
-    assert "already holds something" in done.stderr
-    assert (tmp_path / "old" / "summary.json").read_text() == "mine"
-    assert sorted(p.name for p in (tmp_path / "old").iterdir()) == ["summary.json"]
+@pytest.mark.parametrize("name", ["old", "old.private"])
+def test_a_run_is_never_overwritten(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "summary.json").write_text("mine")
+    code, error = typed(["run", "hospitals", "--out", "old"], tmp_path, capfd, monkeypatch)
+    assert code == 2
+    assert f"{name}' already holds something" in error
+    assert (tmp_path / name / "summary.json").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [name, "summary.json"]
 
 
 def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     before = marked()
+    # A shell starts what stands in the background with SIGINT ignored, and children inherit that.
     child = subprocess.Popen(
         command("--clients", "2", "--out", "broken"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
