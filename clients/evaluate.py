@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from fedsynth.classifier import classify
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.utility import scores
 from fedsynth.models import load_tokenizer
 from fedsynth.tasks import Evaluated
-from fedsynth.training import classify
 
 
 def evaluate(home: Home) -> Evaluated:

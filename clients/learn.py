@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsynth.classifier import fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.models import device, load_classifier, load_tokenizer, load_weights, save_weights
 from fedsynth.tasks import Learn, Learnt
-from fedsynth.training import fit_classifier
 
 WEIGHTS = "task_model.safetensors"
 

@@ -13,6 +13,7 @@ simulate
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
+classifier
 teacher llm training generation curation evaluation
 models dpsgd
 scenario privacy lora data world payload pretraining gates
@@ -21,7 +22,7 @@ corpus typed assets
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
     "flwr": {"wire", "federation", "clients.app", "clients.home", "launch", "fedsynth_sim"},
-    "torch": {"models", "dpsgd", "training", "generation", "llm", "evaluation", "pretraining", "gates"},
+    "torch": {"models", "dpsgd", "training", "classifier", "generation", "llm", "evaluation", "pretraining", "gates"},
 }
 FOLDERS = {"fedsynth": "fedsynth", "strategies": "fedsynth.strategies", "clients": "fedsynth.clients"}
 FOLDERS["simulations/fedsynth_sim"] = "fedsynth_sim"

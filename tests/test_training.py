@@ -17,6 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fedsynth.classifier import classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models import attach_lora, load_causal, load_classifier, load_tokenizer
@@ -28,12 +29,10 @@ from fedsynth.training import (
     Example,
     PublicRandomness,
     SelfCheckFailed,
-    classify,
     clip_factors,
     clipped_sum,
     control_code,
     encode_slots,
-    fit_classifier,
     fit_private,
     fit_without_guarantee,
     next_token_losses,
