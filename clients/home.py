@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import Cell, Client, from_toml
 from fedsynth.scenario import cells as scenario_cells
+from fedsynth.typed import plain
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,19 @@ class Home:
         return self.config.plan(self.records, self.rounds)
 
     def binding(self, order: str, planned: DPPlan) -> Binding:
-        """What a grant holds for: this order, plan, data, model and version."""
+        """What a grant holds for: this order, plan, data, model, and the version and settings of the training."""
         return Binding(
             order=order,
             plan=planned.digest(),
             data=data_mac(self.ledger.mac_key, self.train),
             model=weights_hash(self.config.generator),
-            version=__version__,
+            version=f"{__version__} {self._settings_digest()}",
         )
+
+    def _settings_digest(self) -> str:
+        """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
+        settings = {"training": plain(self.config.generator_training), "labels": list(self.labels), "unit": self.unit}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property
     def waived(self) -> bool:

@@ -34,7 +34,7 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest_code + 1 + order.max_tokens))
     self_check(model, plan, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
 
-    grant = home.ledger.charge(plan, home.binding(digest, plan), home.run)
+    grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
     slots = encode_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens)
     steps = fit_private(model, slots, plan, settings, pad=tokenizer.pad_token_id, randomness=randomness)

@@ -148,6 +148,7 @@ class Clients:
             if len(orders) - len(reasons) < needed:
                 break  # the quorum is out of reach: waiting for the others would only cost time
             self.journal.progress(name, len(answers), len(orders))
+        self.journal.silent.update(set(orders) - set(answers))
         if len(answers) < needed:
             silent = sorted(set(orders) - set(answers) - set(reasons))
             said = [f"client {home} {why}" for home, why in sorted(reasons.items())]

@@ -40,6 +40,7 @@ class Journal:
         events: The file that progress lines are appended to.
         round: Of the metrics that follow.
         adapters: How many were released.
+        silent: Clients that gave no usable answer to an exchange that a quorum let pass.
         rows: Tidy metrics so far.
         statements: What each home said of its privacy, set when the cell is done.
     """
@@ -49,6 +50,7 @@ class Journal:
     events: Path
     round: int = 0
     adapters: int = 0
+    silent: set[int] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     statements: dict[int, Statement] = field(default_factory=dict)
     sent: dict[tuple[str, int], int] = field(default_factory=dict)
@@ -268,8 +270,16 @@ def privacy_line(journals: Sequence[Journal]) -> str:
 def _assumptions(journals: Sequence[Journal]) -> str:
     """What a simulator took from private rows where a site would declare it."""
     data = journals[0].cell.scenario.data
+    silent = len({(j.cell.seed, home) for j in journals for home in j.silent})
+    missing = (
+        f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
+    )
     taken = [] if data.world else (["label list"] if data.labels == "all" else []) + ["number of records"]
-    return f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them" if taken else ""
+    return (
+        f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{missing}"
+        if taken
+        else missing
+    )
 
 
 def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:

@@ -18,7 +18,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.privacy import ledger as ledger_module
 from fedsynth.privacy.ledger import Binding, BudgetExhausted, Grant, GrantUsed, Ledger, LedgerUnusable
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import Budget, DPPlan, epsilon
+from fedsynth.privacy.plan import Budget, DPPlan, epsilon, plan
 
 PLAN = DPPlan(100, 100, 4, 1, 1.0, 4.0, 1e-5)  # full batches: epsilon takes milliseconds
 COST = epsilon(PLAN, 1e-5)
@@ -488,3 +488,19 @@ def test_a_ledger_that_vanishes_is_not_begun_anew(tmp_path: Path) -> None:
     with pytest.raises(LedgerUnusable):
         charge(ledger, "order 2")
     assert not ledger.path.exists()
+
+
+def test_an_order_too_many_passes_the_run_s_budget_even_under_a_wide_cap(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=Budget(30.0))
+    budget = Budget(8.0)
+    planned = plan(budget, records=200, expected_batch=50, steps=10, clip_norm=0.3)
+
+    def bound(order: str) -> Binding:
+        return Binding(order=order, plan=planned.digest(), data="mac", model="m", version="v")
+
+    ledger.charge(planned, bound("a" * 64), "run", budget=budget)
+    before = ledger.entries()
+    with pytest.raises(BudgetExhausted, match="run 'run' has a budget of epsilon 8"):
+        ledger.charge(planned, bound("b" * 64), "run", budget=budget)
+    assert ledger.entries() == before
+    ledger.charge(planned, bound("c" * 64), "another run", budget=budget)  # the cap allows it

@@ -161,15 +161,21 @@ class Ledger:
             row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (order,)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def charge(self, plan: DPPlan, binding: Binding, run: str) -> Grant:
+    def charge(self, plan: DPPlan, binding: Binding, run: str, *, budget: Budget | None = None) -> Grant:
         """Pays for one round of a plan before any private text is opened.
 
         The first charge of (run, plan) reserves all its rounds; later rounds draw from that. A round beyond them,
         and a retry of an order of which anything bound has changed, reserve one more round. An unfinished grant of
         the same order and binding (a crash before "stored") is handed out again, and costs nothing.
 
+        Args:
+            plan: Of the run.
+            binding: What the grant holds for.
+            run: Public id of the run.
+            budget: Of the run, which an order too many would pass even where the lifetime cap would not be.
+
         Raises:
-            BudgetExhausted: If the lifetime cap would be passed; nothing is written then.
+            BudgetExhausted: If the lifetime cap or the run's budget would be passed; nothing is written then.
             GrantUsed: If the order has an answer already: send that.
             ValueError: If the binding is another plan's.
         """
@@ -188,7 +194,7 @@ class Ledger:
                     db.execute("UPDATE grants SET state = 'reserved' WHERE counter = ?", (counter,))
                     return Grant(id, counter, plan, binding)
                 db.execute("UPDATE grants SET state = 'abandoned', key = NULL WHERE counter = ?", (counter,))
-            spent = self._draw(db, plan, run, retry=unfinished is not None)
+            spent = self._draw(db, plan, run, budget, retry=unfinished is not None)
             counter = db.execute("SELECT COALESCE(MAX(counter), 0) + 1 FROM grants").fetchone()[0]
             key = self._keys(counter, binding.digest())
             # A public name from a secret: random where keys are, and the same again where a simulation is repeated.
@@ -309,7 +315,7 @@ class Ledger:
             ]
         return rows
 
-    def _draw(self, db: sqlite3.Connection, plan: DPPlan, run: str, *, retry: bool) -> int:
+    def _draw(self, db: sqlite3.Connection, plan: DPPlan, run: str, budget: Budget | None, *, retry: bool) -> int:
         """The reservation that pays for one round, made if need be."""
         rows = db.execute(
             "SELECT id, rounds - drawn FROM spent WHERE run = ? AND plan_digest = ? ORDER BY id", (run, plan.digest())
@@ -320,7 +326,15 @@ class Ledger:
             db.execute("UPDATE spent SET drawn = drawn + 1 WHERE id = ?", (left[0],))
             return int(left[0])
         rounds = 1 if rows else plan.rounds
-        self._check_cap(db, replace(plan, rounds=rounds))
+        asked = replace(plan, rounds=rounds)
+        self._check_cap(db, asked)
+        if budget is not None:
+            cost = composed_epsilon([*self._reserved(db, run)[0], asked], budget.delta)
+            if cost > budget.epsilon:
+                raise BudgetExhausted(
+                    f"run {run!r} has a budget of epsilon {budget.epsilon:g}; with {rounds} more round(s) it would cost "
+                    f"{cost:.4g}"
+                )
         reserved = db.execute(
             "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, 1, ?)",
             (run, _canonical(plan.to_dict()), plan.digest(), rounds, _now()),
