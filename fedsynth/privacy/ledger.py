@@ -332,8 +332,8 @@ class Ledger:
             cost = composed_epsilon([*self._reserved(db, run)[0], asked], budget.delta)
             if cost > budget.epsilon:
                 raise BudgetExhausted(
-                    f"run {run!r} has a budget of epsilon {budget.epsilon:g}; with {rounds} more round(s) it would cost "
-                    f"{cost:.4g}"
+                    f"run {run!r} has a budget of epsilon {budget.epsilon:g}; with {rounds} more round(s) it would "
+                    f"cost {cost:.4g}"
                 )
         reserved = db.execute(
             "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, 1, ?)",
