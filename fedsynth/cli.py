@@ -52,6 +52,7 @@ def run_command(
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
     out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
     """Run a scenario as a simulation on this machine."""
@@ -60,7 +61,7 @@ def run_command(
     from fedsynth.simulate import run  # torch and Flower take seconds to import: help and misspelt keys need neither
 
     with _Watch(console, asked) as watch:
-        result = run(asked, out=out, workers=workers, on_event=watch.event, on_warning=watch.warn)
+        result = run(asked, out=out, workers=workers, port=port, on_event=watch.event, on_warning=watch.warn)
     _print_table(console if as_json else _console(error=False), result)
     if as_json:
         print(json.dumps(result.summary))

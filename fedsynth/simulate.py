@@ -146,6 +146,7 @@ def run(
     *,
     out: Path | str | None = None,
     workers: int | None = None,
+    port: int | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
@@ -155,6 +156,7 @@ def run(
         scenario: A `Scenario`, the path of a TOML file, or the name of a shipped scenario.
         out: The run's directory; must be new or empty. Left out: `runs/NAME-DATE` in the working directory.
         workers: Client processes; left out: one per core.
+        port: Of the run's SuperLink on this machine; left out: any free one.
         on_event: Called with each progress event: arm, seed, round, phase, done, total.
         on_warning: Called with each warning of the check.
 
@@ -178,5 +180,6 @@ def run(
         out=place,
         logs=private / "logs",
         on_event=on_event,
+        port=port,
     )
     return read(place)

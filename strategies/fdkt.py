@@ -100,7 +100,7 @@ class FDKT(RoundStrategy[State]):
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
-        """One round of the paper's figure 2: synthesize, select, augment, learn."""
+        """One round, in the order of the paper: synthesize, select, augment, learn."""
         if self.config.demonstrations == "none":
             corpora = self._augment({home: _nothing() for home in clients.nodes})
         else:

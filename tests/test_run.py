@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -280,3 +281,16 @@ def _is_worker(process: psutil.Process, before: set[int]) -> bool:
         return process.pid not in before and "ray::" in " ".join(process.cmdline()) and _carries_marker(process)
     except psutil.Error:
         return False
+
+
+def test_a_taken_port_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, error = typed(["run", "hospitals", "--out", "run", "--port", str(port)], tmp_path, capfd, monkeypatch)
+    assert code == 1
+    assert str(port) in error.splitlines()[-1]
+    assert error.splitlines()[-1].startswith("fedsynth: the run failed: ")
