@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,8 +49,8 @@ class Data:
     """A labelled data set and how it is divided among clients.
 
     Attributes:
-        source: `world:NAME` (a simulated world) or a CSV, JSONL or Parquet file, looked up in the working directory,
-            then in the folder that the environment variable FEDSYNTH_DATA names.
+        source: `world:NAME` (a simulated world) or a CSV, JSONL or Parquet file, looked up beside the scenario, in the
+            working directory, then in the folder that the environment variable FEDSYNTH_DATA names.
         clients: How many; each is one hospital or bank.
         labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
         train_per_client: Simulated worlds: private notes per client.
@@ -355,11 +356,41 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
         for item in sets:
             tree = _merge(tree, _parse_set(item))
-        return from_tree(tree)
+        tree = _with_absolute_paths(tree, path.parent)
+        arms = {name: _with_absolute_paths(over, path.parent) for name, over in _table(tree, "arms").items()}
+        return from_tree({**tree, "arms": arms} if arms else tree)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise BadValue(f"{path}: not TOML: {problem}") from problem
     except BadValue as problem:
         raise BadValue(f"{path}: {problem}") from problem
+
+
+def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = tree.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+PATHS = (("data", "source"), ("client", "generator"), ("client", "task_model"), ("server", "llm"))
+
+
+def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Files and folders that stand beside the scenario, in the working directory, or (data) in FEDSYNTH_DATA.
+
+    Flower's processes have working directories of their own, so relative paths would lead elsewhere there. A name that
+    is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of `fedsynth.simulate.check`.
+    """
+    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    for table, key in PATHS:
+        name = _table(found, table).get(key)
+        if not isinstance(name, str) or not name or ":" in name:
+            continue
+        places = [folder / name, Path(name)]
+        if table == "data" and (shared := os.environ.get("FEDSYNTH_DATA")):
+            places.append(Path(shared) / name)
+        there = [p for p in places if (p.is_file() if table == "data" else p.is_dir())]
+        if there:
+            found[table][key] = str(there[0].absolute())
+    return found
 
 
 def shipped_scenarios() -> Iterator[Path]:

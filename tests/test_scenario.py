@@ -312,3 +312,27 @@ def test_every_shipped_scenario_resolves_and_comes_back(name: str) -> None:
         found, config = load_strategy(cell.scenario.strategy)
         assert isinstance(config, found.config_class)
         assert set(cell.scenario.data.tuned_on) <= set(range(cell.scenario.data.clients))
+
+
+def test_paths_become_absolute_wherever_they_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("beside", "here", "shared", "here/model"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for place in ("beside/a.csv", "here/a.csv", "here/b.csv", "shared/c.csv"):
+        (tmp_path / place).write_text("text,label\n")
+    text = (
+        'name = "own"\n[strategy]\nuse = "fedsynth.strategies.local:LocalOnly"\n[data]\nsource = "a.csv"\n'
+        '[client]\ngenerator = "model"\ntask_model = "assets:tiny-slm"\nbudget = { epsilon = 8.0 }\n'
+        '[server]\nllm = "someone/else"\n[arms.b]\ndata.source = "b.csv"\n[arms.c]\ndata.source = "c.csv"\n'
+        '[arms.nowhere]\ndata.source = "d.csv"\n'
+    )
+    (tmp_path / "beside" / "own.toml").write_text(text)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("FEDSYNTH_DATA", str(tmp_path / "shared"))
+    found = load("../beside/own.toml")
+    by_arm = {cell.arm: cell.scenario.data.source for cell in cells(found)}
+    assert Path(found.data.source).resolve() == tmp_path / "beside" / "a.csv"
+    assert by_arm["b"] == str(tmp_path / "here" / "b.csv")
+    assert by_arm["c"] == str(tmp_path / "shared" / "c.csv")
+    assert by_arm["nowhere"] == "d.csv"
+    assert found.client.generator == str(tmp_path / "here" / "model")
+    assert (found.client.task_model, found.server.llm) == ("assets:tiny-slm", "someone/else")
