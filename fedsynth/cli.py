@@ -192,9 +192,11 @@ def _figure(value: dict[str, Any] | None) -> str:
 def main() -> None:
     """Entry point: one line and a non-zero exit for whatever goes wrong."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as ending:
-        sys.exit(ending.exit_code)
+        # Typer turns Ctrl-C into an exit code, and hands codes back instead of exiting where it does not stand alone.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except BadValue as problem:
         _end(f"bad input: {problem}", BAD_INPUT)
     except LaunchFailed as problem:
