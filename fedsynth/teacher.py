@@ -42,7 +42,7 @@ def parse_line(answer: str) -> str | None:
     return lines[0].strip() if lines else None
 
 
-# --- Augmentation: an instruction and blocks of all labels (FDKT, METHODS.md 1.1 step 7) ---------------------------
+# --- Augmentation: an instruction and blocks of all labels (docs/methods/fdkt.md, step 7) ---------------------------
 
 DELIMITER = "-----"
 BLOCK = DELIMITER + "\nLabel: {label}\nText: {text}\n"
@@ -337,7 +337,7 @@ def judge_by_instruction(
     max_tokens: int = 64,
     seed: int,
 ) -> dict[int, Kept]:
-    """The paper's judge: the LLM reads each cluster and names the rows to keep (METHODS.md 1.1 step 6).
+    """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
     Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
     its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call.

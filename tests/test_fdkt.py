@@ -1,4 +1,4 @@
-"""FDKT in process: the real client app, tiny models, a scripted LLM (METHODS of docs/methods/fdkt.md)."""
+"""FDKT in process: the real client app, tiny models, a scripted LLM."""
 
 from __future__ import annotations
 

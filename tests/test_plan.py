@@ -22,7 +22,7 @@ from fedsynth.privacy.plan import (
     statement,
 )
 
-WORLD = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)  # WORLD.md: 400 notes per hospital
+WORLD = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)  # 400 notes per hospital
 
 
 def gaussian_epsilon(sigma: float, delta: float) -> float:
@@ -53,7 +53,7 @@ def test_replacing_a_record_is_the_closed_form_at_twice_the_sensitivity() -> Non
     assert epsilon(whole, 1e-5, relation="replace_one") == pytest.approx(gaussian_epsilon(1.5, 1e-5), abs=1e-3)
 
 
-def test_figures_of_both_relations() -> None:  # PRIVACY.md rule 5
+def test_figures_of_both_relations() -> None:
     assert epsilon(WORLD, 1e-5) == pytest.approx(7.986, abs=1e-3)
     assert epsilon(WORLD, 1e-5, relation="replace_one") == pytest.approx(11.285, abs=1e-3)
 
@@ -64,7 +64,7 @@ def test_rdp_is_an_upper_bound_and_not_far_above() -> None:
     assert epsilon(WORLD, 1e-5) < bound < 1.3 * epsilon(WORLD, 1e-5)
 
 
-def test_a_thousandth_too_little_noise_is_refused() -> None:  # PRIVACY.md rule 8: .927 and 1.415 were in WORLD.md
+def test_a_thousandth_too_little_noise_is_refused() -> None:  # .927 and 1.415 look right to two places
     assert epsilon(replace(WORLD, noise_multiplier=0.927), 1e-5) == pytest.approx(8.003, abs=5e-4)
     assert epsilon(DPPlan(200, 50, 60, 1, 1.0, 1.415, 1e-5), 1e-5) == pytest.approx(8.002, abs=5e-4)
     assert plan(Budget(8.0), records=400, expected_batch=50, steps=60).noise_multiplier == 0.928
@@ -73,7 +73,7 @@ def test_a_thousandth_too_little_noise_is_refused() -> None:  # PRIVACY.md rule 
 
 @pytest.mark.parametrize(
     ("records", "batch", "steps", "delta", "target", "sigma"),
-    [  # METHODS.md 1.6 point 4, rounded to the nearest thousandth there
+    [  # computed elsewhere, rounded to the nearest thousandth there
         (2000, 64, 312, 1e-5, 1, 2.311),
         (2000, 64, 312, 1e-5, 3, 1.107),
         (2000, 64, 312, 1e-5, 8, 0.715),
@@ -112,7 +112,7 @@ def test_rounds_are_planned_together() -> None:
     assert epsilon(replace(forgetful, rounds=3), 1e-5, grid=1e-3) > 10
 
 
-def test_runs_compose_below_the_sum() -> None:  # PRIVACY.md rule 7: 3 / 5 / 10 runs at 8 = 13.9 / 18.4 / 27.9
+def test_runs_compose_below_the_sum() -> None:  # 3 / 5 / 10 runs at 8 = 13.9 / 18.4 / 27.9
     run = replace(WORLD, noise_multiplier=0.927)
     for runs, total in ((3, 13.9), (5, 18.4), (10, 27.9)):
         assert composed_epsilon([run] * runs, 1e-5, grid=1e-3) == pytest.approx(total, abs=0.06)
@@ -132,7 +132,7 @@ def test_a_budget_beyond_the_allowed_noise_is_refused_with_the_noise_it_takes() 
     assert plan(Budget(2.0), records=400, expected_batch=50, steps=60).noise_multiplier == 2.219
 
 
-def test_several_rows_of_one_person() -> None:  # PRIVACY.md rule 6
+def test_several_rows_of_one_person() -> None:
     rows = replace(WORLD, noise_multiplier=0.927)
     for size, figure in ((2, 18.5), (3, 30.8), (5, 60.8)):
         assert group_epsilon(rows, size, 1e-5) == pytest.approx(figure, abs=0.05)
@@ -191,7 +191,7 @@ def test_no_plan_is_no_guarantee() -> None:
         {"delta": 1.0},
     ],
 )
-def test_a_plan_outside_its_ranges_is_refused(change: dict[str, float]) -> None:  # PRIVACY.md rule 14
+def test_a_plan_outside_its_ranges_is_refused(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         DPPlan.from_dict(WORLD.to_dict() | change)
 

@@ -62,7 +62,7 @@ def test_every_placeholder_is_filled_and_no_domain_is_named(render: Callable[[],
     prompt = render()
     for sentinel in sentinels:
         assert sentinel in prompt
-    assert not re.search(r"[{}]", prompt)  # as in FDKT's published AG News template: METHODS.md 1.3 point 5
+    assert not re.search(r"[{}]", prompt)  # as in FDKT's published AG News template
     assert not re.search(r"(?i)health|hospital|patient|bank|product|review|news|note", prompt)
 
 

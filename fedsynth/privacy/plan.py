@@ -41,7 +41,7 @@ class Budget:
     """
 
     epsilon: float
-    delta: float = 1e-5  # PRIVACY.md rule 5: n^-1.1 of a small n is no delta to print
+    delta: float = 1e-5  # docs/privacy.md: n^-1.1 of a small n is no delta to print
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -283,7 +283,7 @@ class Statement:
         return cls(**{**values, "epsilon_rows": rows, "epsilon_replace_one": replace_one})
 
 
-ROWS_OF_A_PERSON = (2, 5, 10)  # PRIVACY.md rule 6
+ROWS_OF_A_PERSON = (2, 5, 10)  # docs/privacy.md
 
 
 def statement(
