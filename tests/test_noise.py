@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -156,10 +155,3 @@ def test_data_mac_changes_with_every_part() -> None:
     assert len(macs) == 8
     assert data_mac(OTHER, base) not in macs
     assert data_mac(KEY, corpus(("ab", "c"), ("x", "y"))) == data_mac(KEY, base)
-
-
-def test_a_training_s_noise_takes_about_a_second() -> None:
-    randomness = GrantRandomness(KEY)
-    start = time.process_time()
-    randomness.normals(2_100_000)  # a tenth of 60 steps of 350k parameters
-    assert time.process_time() - start < 0.6
