@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
