@@ -43,9 +43,7 @@ def scenarios() -> None:
 
 @app.command("run")
 def run_command(
-    scenario: Annotated[
-        str, typer.Argument(help="A scenario file, or the name of a shipped one (fedsynth scenarios).")
-    ],
+    scenario: str,
     set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
@@ -55,7 +53,7 @@ def run_command(
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
-    """Run a scenario as a simulation on this machine."""
+    """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine."""
     console = _console(error=True)
     asked = _asked(scenario, set_, arms, clients, seeds)
     from fedsynth.simulate import run  # torch and Flower take seconds to import: help and misspelt keys need neither
