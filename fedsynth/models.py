@@ -142,7 +142,7 @@ def _lora_config(rank: int, alpha: float, targets: list[str]) -> LoraConfig:
 
 
 def weights_hash(name: str) -> str:
-    """SHA-256 over the files of a local model; the name and revision of one from the hub."""
+    """SHA-256 over configuration and safetensors of a local model; over the name alone of one from the hub."""
     where = locate(name)
     return _hash_folder(where) if Path(where).is_dir() else hashlib.sha256(where.encode()).hexdigest()
 

@@ -259,7 +259,7 @@ class Ledger:
             db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
 
     def mark_sent(self, order: str) -> None:
-        """Notes that the answer has left (stored -> sent); again changes nothing.
+        """Notes that the answer is handed over to be sent (stored -> sent); again changes nothing.
 
         Raises:
             GrantUsed: If the order has no stored answer.
