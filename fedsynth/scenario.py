@@ -146,6 +146,8 @@ class TaskTraining:
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
         max_tokens: Longest text in tokens.
+        trains: `all` of the model, or its `head` alone, on the mean of a frozen model's hidden states: for pretrained
+            encoders where training all of them would take too long.
     """
 
     batch: int = 16
@@ -158,6 +160,7 @@ class TaskTraining:
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     max_tokens: int = 64
+    trains: Literal["all", "head"] = "all"
 
     def __post_init__(self) -> None:
         _positive(
@@ -238,12 +241,14 @@ class Server:
     """What the server runs.
 
     Attributes:
-        llm: Causal language model: `assets:NAME`, a folder, or a Hugging Face name.
+        llm: Language model: `assets:NAME`, a folder, or a Hugging Face name.
+        embedder: Model whose sentence embeddings put like drafts together, named likewise; left out: the LLM itself.
         answer_seconds: How long one exchange may take before the run ends with a reason.
         quorum: Share of the asked clients that must answer.
     """
 
     llm: str
+    embedder: str | None = None
     answer_seconds: float = 3600.0
     quorum: float = 1.0
 
@@ -370,7 +375,13 @@ def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-PATHS = (("data", "source"), ("client", "generator"), ("client", "task_model"), ("server", "llm"))
+PATHS = (
+    ("data", "source"),
+    ("client", "generator"),
+    ("client", "task_model"),
+    ("server", "llm"),
+    ("server", "embedder"),
+)
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
