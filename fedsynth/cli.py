@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,20 +68,63 @@ def run_command(
 
 @app.command()
 def pretrain(
-    world: Annotated[str, typer.Option(help="hospitals or banks.")],
-    role: Annotated[str, typer.Option(help="llm: the server's model. slm: the clients'.")],
     out: Annotated[Path, typer.Option(help="Folder of the model: new or empty.")],
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; the recipe's number by default.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the start and of the corpus.")] = 0,
+    corpus: Annotated[str, typer.Option(help="Public text: CSV, JSONL, Parquet, or .txt with a text per line.")] = "",
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    topic: Annotated[str, typer.Option(help="Column of intent or topic: its lines form few-shot blocks.")] = "",
+    held_out: Annotated[str, typer.Option(help="COLUMN=VALUE of the rows to measure on; 2 % by default.")] = "",
+    width: Annotated[int, typer.Option(help="Hidden size, a multiple of 32.")] = 192,
+    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of the new tokenizer.")] = 4096,
+    tokenizer: Annotated[str, typer.Option(help="Folder whose tokenizer is shared; a new one by default.")] = "",
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of passes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")] = None,
+    world: Annotated[str, typer.Option(help="Instead of a corpus: hospitals or banks, the simulated worlds.")] = "",
+    role: Annotated[str, typer.Option(help="With --world. llm: the server's model. slm: the clients'.")] = "llm",
+    seed: Annotated[int, typer.Option(help="Of the start and of the order of the text.")] = 0,
 ) -> None:
-    """Pretrain one of the demonstration's models from the public part of a simulated world (minutes on one core)."""
-    from fedsynth.pretraining import RECIPES, pretrain_asset
+    """Pretrain a small language model from scratch on public text, with its tokenizer."""
+    if bool(corpus) == bool(world):
+        raise BadValue("name the text with --corpus FILE, or a simulated world with --world NAME, not both")
+    if steps is not None and steps < 1:
+        raise BadValue(f"--steps must be at least 1, got {steps}")
+    if threads is not None and threads < 1:
+        raise BadValue(f"--threads must be at least 1, got {threads}")
+    if world:
+        _pretrain_world(world, role, out, steps, seed)
+        return
+    import torch
+
+    from fedsynth.publictext import PublicText, Wanted, pretrain_from_text
+
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise BadValue(f"--device must be auto, cpu or (where there is one) cuda, got {device!r}")
+    column, equals, value = held_out.partition("=")
+    if held_out and not (column and equals and value):
+        raise BadValue(f"--held-out needs COLUMN=VALUE, got {held_out!r}")
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    card = pretrain_from_text(
+        PublicText(corpus, text, topic or None, (column, value) if held_out else None),
+        Wanted(width, layers, vocabulary, epochs, steps, seed=seed, tokenizer=tokenizer or None),
+        out,
+        command=" ".join(["fedsynth", *(a for a in sys.argv[1:] if a != "--resume")]),
+        resume=resume,
+        device="cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu",
+        tell=lambda line: print(line, flush=True),
+    )
+    print(json.dumps(card, indent=2, ensure_ascii=False))
+
+
+def _pretrain_world(world: str, role: str, out: Path, steps: int | None, seed: int) -> None:
+    """The demonstration's models: minutes on one core."""
     from fedsynth.world import WORLDS, load_world
+    from fedsynth.world_models import RECIPES, pretrain_asset
 
     if world not in WORLDS or role not in RECIPES:
         raise BadValue(f"--world must be one of {', '.join(WORLDS)} and --role one of {', '.join(RECIPES)}")
-    if steps is not None and steps < 1:
-        raise BadValue(f"--steps must be at least 1, got {steps}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadValue(f"the folder {str(out)!r} already holds something: name another one with --out")
     print(json.dumps(pretrain_asset(load_world(world), role, out, steps, seed), indent=2))
@@ -130,6 +174,8 @@ class _Watch:
         if event.get("event") == "cell":
             self.at = int(event["number"])
             self._show(f"{event['arm']} seed {event['seed']}", "", 0, 1)
+        elif event.get("event") == "data":
+            self.console.print(event["line"], markup=False, soft_wrap=True)
         elif event.get("event") == "progress":
             self._show(f"{event['arm']} seed {event['seed']}", event["phase"], event["done"], event["total"])
 

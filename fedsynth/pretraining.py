@@ -1,75 +1,80 @@
-"""Pretraining of the small models that the offline demo ships."""
+"""A small causal language model from scratch: its start, its steps, its checkpoints, its held-out loss.
+
+For a server LLM where none can be had, and for the models of the offline demonstration. Optimizers: Muon for the hidden
+matrices (torch.optim.Muon), AdamW for embeddings and gains.
+"""
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import itertools
 import json
-import shutil
-import sys
-import time
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsynth.gates import GATES, measure_gates
-from fedsynth.world.grammar import public_blocks
-from fedsynth.world.lexicon import World
-from fedsynth.world.vocabulary import single_token_share, world_tokenizer
+from fedsynth.typed import BadValue, build
 
-Role = Literal["llm", "slm"]
-ROW_TOKENS, BATCH_ROWS = 128, 16
 WARM_UP_STEPS = 60
-SAVE_EVERY = 500  # steps; an interrupted run leaves a usable model
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
 # Deviation of the embeddings' start. Blocks write at a scale near 1; with embeddings six times shorter the server's
 # model learnt to copy templates and labels in 3,500 steps, but not the register of its demonstrations.
 EMBEDDING_SCALE = 0.5
+CONTEXT = 512
+CHECKPOINT = "checkpoint.safetensors"
+HEAD_WIDTH = 32
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Size of a model and what it reads.
+class Shape:
+    """Size of a Llama.
 
     Attributes:
         width: Hidden size.
         layers: Number of blocks.
         feed_forward: Inner size of the feed-forward layers.
-        weak: Whether it reads the corpus in which most facts are rare.
-        steps: Default number of optimizer steps.
+        heads: Attention heads.
     """
 
     width: int
     layers: int
     feed_forward: int
-    weak: bool
-    steps: int
+    heads: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "feed_forward", "heads"):
+            if getattr(self, name) < 1:
+                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % (2 * self.heads):
+            raise BadValue(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
 
 
-RECIPES: dict[Role, Recipe] = {
-    "llm": Recipe(width=128, layers=4, feed_forward=344, weak=False, steps=3500),
-    "slm": Recipe(width=96, layers=3, feed_forward=256, weak=True, steps=2000),
-}
+def shape_of(width: int, layers: int) -> Shape:
+    """A Llama of usual proportions: heads of 32, feed-forward of 8/3 the width, rounded up to a multiple of 8."""
+    if width % HEAD_WIDTH:
+        raise BadValue(f"width must be a multiple of {HEAD_WIDTH}, got {width}")
+    return Shape(width, layers, feed_forward=math.ceil(width / 3) * 8, heads=max(1, width // HEAD_WIDTH))
 
 
-def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama at its random start."""
+def new_model(shape: Shape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings at its random start."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=recipe.width,
-            intermediate_size=recipe.feed_forward,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
+            hidden_size=shape.width,
+            intermediate_size=shape.feed_forward,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.heads,
+            max_position_embeddings=CONTEXT,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
@@ -84,8 +89,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
                 last = "o_proj" in name or "down_proj" in name
                 weight.normal_(std=0.0 if last else weight.shape[1] ** -0.5, generator=generator)
         # Longer embeddings, and a last gain that keeps the first logits of the tied head near 1.
-        model.model.embed_tokens.weight.mul_(EMBEDDING_SCALE * recipe.width**0.5)
-        model.model.norm.weight.fill_(1 / (EMBEDDING_SCALE * recipe.width**0.5))
+        model.model.embed_tokens.weight.mul_(EMBEDDING_SCALE * shape.width**0.5)
+        model.model.norm.weight.fill_(1 / (EMBEDDING_SCALE * shape.width**0.5))
     return model
 
 
@@ -104,129 +109,172 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     ]
 
 
-def rows_of(blocks: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
-    """Rows of `ROW_TOKENS` tokens: whole blocks, each after a BOS, the last one cut."""
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads; what a checkpoint must share with the run that goes on from it.
+
+    Attributes:
+        steps: Optimizer steps in all; the rate warms up, stays, and falls linearly over the second half.
+        batch_rows: Rows per step.
+        row_tokens: Tokens per row.
+        seed: Of the model's start and of the text's order.
+        text: Digest of the text that is read.
+        vocabulary: Tokens that the tokenizer knows.
+        shape: Of the model.
+    """
+
+    steps: int
+    batch_rows: int
+    row_tokens: int
+    seed: int
+    text: str
+    vocabulary: int
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_rows", "row_tokens"):
+            if getattr(self, name) < 1:
+                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 8 <= self.row_tokens <= CONTEXT:
+            raise BadValue(f"row_tokens must lie in 8..{CONTEXT} (the model's context), got {self.row_tokens}")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch_rows * self.row_tokens
+
+
+def rows_of(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Iterator[list[int]]:
+    """Rows of `row_tokens` tokens: whole blocks of token ids, each after a BOS, the last one cut."""
     row: list[int] = []
     for block in blocks:
-        row += [tokenizer.bos_token_id, *tokenizer.encode(block, add_special_tokens=False)]
-        if len(row) >= ROW_TOKENS:
-            yield row[:ROW_TOKENS]
+        row += [bos, *block]
+        if len(row) >= row_tokens:
+            yield row[:row_tokens]
             row = []
 
 
-def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, blocks: Iterable[str], steps: int
-) -> Iterator[tuple[int, float]]:
-    """Trains in place; yields (steps done, loss in nats per token) after each step.
-
-    The rate warms up, stays, and falls linearly over the second half.
-    """
-    model.train()
-    trained = optimizers(model)
-    groups = [group for optimizer in trained for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-    rows = rows_of(blocks, tokenizer)
-    for step in range(steps):
-        share = min(1.0, (step + 1) / WARM_UP_STEPS, max(0.02, 2 * (steps - step) / steps))
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * share
-        ids = torch.tensor([*itertools.islice(rows, BATCH_ROWS)])
-        with torch.autocast("cpu", torch.bfloat16):
-            logits: Tensor = model(input_ids=ids[:, :-1]).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
-        model.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in trained:
-            optimizer.step()
-        yield step + 1, loss.item()
-    model.train(False)
-
-
-def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Pretrains one shipped model on one thread, measures its gates and saves it with its card.
+class Pretraining:
+    """A model in training: it advances step by step, and can be stored and taken up again between two steps.
 
     Args:
-        world: What it reads.
-        role: "llm" for the server's model, "slm" for the clients'.
-        out: Folder to write; replaced as a whole at every save.
-        steps: Optimizer steps; the recipe's number if None.
-        seed: Of the start and of the corpus.
-
-    Returns:
-        The card, as saved in `card.json`.
+        model: At its start.
+        rows: Token ids, `reading.row_tokens` each; always the same ones, in the same order.
+        reading: The run's settings.
+        device: CPU or CUDA; computes in bfloat16 under autocast where the hardware has it, else in float32.
     """
-    torch.set_num_threads(1)  # small matrices: more threads cost more than they give
-    recipe = RECIPES[role]
-    steps = steps or recipe.steps
-    options = f"--world {world.name} --role {role} --steps {steps} --seed {seed}"
-    started = time.process_time()
-    tokenizer = world_tokenizer(world)
-    model = new_model(recipe, tokenizer, seed)
-    read = _Counted(public_blocks(world, sys.maxsize, seed, weak=recipe.weak))
-    losses: list[float] = []
-    card: dict[str, Any] = {}
-    for done, loss in pretrain(model, tokenizer, read, steps):
-        losses.append(loss)
-        if done % 100 == 0:
-            seconds = time.process_time() - started
-            print(f"{role} {done}/{steps} loss {np.mean(losses[-100:]):.3f} {seconds:.0f} CPU s", flush=True)
-        if done % SAVE_EVERY == 0 or done == steps:
-            card = {
-                "command": f"fedsynth pretrain {options}",
-                "world": world.name,
-                "role": role,
-                "recipe": asdict(recipe),
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "vocabulary": len(tokenizer),
-                "single_token_share": single_token_share(world, tokenizer),
-                "seed": seed,
-                "steps": done,
-                "corpus_blocks": read.count,
-                "corpus_tokens": done * BATCH_ROWS * ROW_TOKENS,
-                "cpu_seconds": round(time.process_time() - started),
-                "loss": round(float(np.mean(losses[-100:])), 4),
-            }
-            card = save_asset(world, role, model, tokenizer, card, out)
-            print(f"{role} {done}/{steps} {card['gates']}", flush=True)
-    return card
+
+    def __init__(self, model: LlamaForCausalLM, rows: Iterator[list[int]], reading: Reading, device: str = "cpu"):
+        self.model, self.rows, self.reading, self.device = model, rows, reading, torch.device(device)
+        self.model.to(self.device).train()  # type: ignore[arg-type]
+        self.optimizers = optimizers(model)
+        self.done = 0
+        self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+
+    def step(self) -> float:
+        """One optimizer step; returns the loss in nats per token."""
+        steps = self.reading.steps
+        share = min(1.0, (self.done + 1) / WARM_UP_STEPS, max(0.02, 2 * (steps - self.done) / steps))
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * share
+        ids = torch.tensor([*itertools.islice(self.rows, self.reading.batch_rows)], device=self.device)
+        with half_precision(self.device):
+            logits: Tensor = self.model(input_ids=ids[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        self.model.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.done += 1
+        return loss.item()
+
+    def store(self, path: Path) -> None:
+        """Weights, optimizer state and place in the text, as one safetensors file; replaced as a whole."""
+        tensors = {f"model/{name}": w.detach().cpu().contiguous() for name, w in self.model.named_parameters()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                for name, value in values.items():
+                    tensors[f"optimizer{number}/{index}/{name}"] = value.detach().cpu().contiguous()
+        part = path.with_name(path.name + ".part")
+        facts = {"done": str(self.done), "reading": json.dumps(asdict(self.reading), sort_keys=True)}
+        save_file(tensors, str(part), metadata=facts)
+        part.replace(path)
+
+    def take_up(self, path: Path) -> None:
+        """Goes on where `store` left off; the next steps are those of a run that never stopped.
+
+        Raises:
+            BadValue: If the checkpoint is of another run.
+        """
+        facts = _metadata(path)
+        stored = build(Reading, json.loads(facts["reading"]))
+        if stored != self.reading:
+            other = [n for n in asdict(stored) if getattr(stored, n) != getattr(self.reading, n)]
+            raise BadValue(
+                f"the checkpoint {str(path)!r} is of a run with another {', '.join(other)}: ask for the same"
+            )
+        tensors = load_file(str(path), device=str(self.device))
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(tensors[f"model/{name}"])
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                place, _, name = key.partition("/")
+                if place == f"optimizer{number}":
+                    index, _, name = name.partition("/")
+                    state.setdefault(int(index), {})[name] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        self.done = int(facts["done"])
+        skipped = self.done * self.reading.batch_rows
+        next(itertools.islice(self.rows, skipped, skipped), None)
 
 
-def save_asset(
-    world: World,
-    role: Role,
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    card: dict[str, Any],
-    out: Path,
-) -> dict[str, Any]:
-    """Saves model (bfloat16), tokenizer and card; the gates are measured on the model as saved."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    halved: Any = copy.deepcopy(model)
-    halved.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode
-    saved: Any = LlamaForCausalLM.from_pretrained(unfinished, dtype=torch.float32)
-    card = card | {
-        "sha256": hashlib.sha256((unfinished / "model.safetensors").read_bytes()).hexdigest(),
-        "gates_required": GATES[role],
-        "gates": measure_gates(world, saved.eval(), tokenizer, role),
-    }
-    (unfinished / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
-    return card
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            found: Mapping[str, str] = json.loads(file.read(length))["__metadata__"]
+    except (OSError, ValueError, KeyError) as problem:
+        raise BadValue(f"no checkpoint can be read in {str(path)!r}: {problem}") from problem
+    return found
 
 
-class _Counted(Iterator[str]):
-    """Blocks, counted as they are read."""
+def half_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where that is fast; a CPU without its instructions would be slower with it."""
+    fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
-    def __init__(self, blocks: Iterator[str]) -> None:
-        self.blocks = blocks
-        self.count = 0
 
-    def __next__(self) -> str:
-        block = next(self.blocks)
-        self.count += 1
-        return block
+@torch.no_grad()
+def held_out_loss(model: Any, tokenizer: Any, lines: Sequence[Sequence[int]], batch: int = 64) -> float:
+    """Mean negative log-likelihood in nats per token of token rows, each after a BOS.
+
+    Args:
+        model: In any mode; it is evaluated without dropout and without gradient.
+        tokenizer: Its BOS stands before each row and is not counted.
+        lines: Token ids, the end mark included; cut where the model's context ends.
+        batch: Rows at once.
+    """
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
+    for at in range(0, len(order), batch):
+        rows = [[tokenizer.bos_token_id, *lines[i]][:CONTEXT] for i in order[at : at + batch]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[*r, *[tokenizer.pad_token_id] * (width - len(r))] for r in rows], device=model.device)
+        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=model.device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        total += float((losses * mask[:, 1:]).sum())
+        count += int(mask[:, 1:].sum())
+    model.train(was_training)
+    return total / max(count, 1)
+
+
+def mean_loss(losses: Sequence[float]) -> float:
+    """Mean of the last hundred."""
+    return round(float(np.mean(losses[-100:])), 4)

@@ -382,11 +382,13 @@ def judge_by_likelihood(
     labels: Sequence[str],
     keep: int,
     margin: float = 0.0,
+    rivals: int = 16,
+    seed: int = 0,
 ) -> dict[int, Kept]:
-    """A judge for base LLMs: a text must be likelier after its own label's name than after any other.
+    """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
     Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
-    All texts of all sites are scored under all labels in one call.
+    All texts of all sites are scored in one call.
 
     Args:
         llm: One that scores.
@@ -395,15 +397,27 @@ def judge_by_likelihood(
         labels: The public ones.
         keep: Texts of a cluster that stay, at most.
         margin: Nats per token by which another label may be likelier.
+        rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
+        seed: Of that draw.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
     """
     _check_groups(corpora, groups, labels, keep)
     rows = [(site, row) for site in sorted(corpora) for row in range(len(corpora[site]))]
-    texts = [" " + one_line(corpora[site].prompts[row]) for site, row in rows]
-    flat = llm.score([OPEN_LINE.format(label=y) for _ in texts for y in labels], [t for t in texts for _ in labels])
-    scores = {at: dict(zip(labels, flat[i * len(labels) :], strict=False)) for i, at in enumerate(rows)}
+    asked: list[tuple[tuple[int, int], str, str]] = []
+    for site, row in rows:
+        corpus = corpora[site]
+        text = " " + one_line(corpus.prompts[row])
+        others = [y for y in labels if y != corpus.answers[row]]
+        if len(others) > rivals:
+            drawn = np.random.default_rng([seed, site, row]).permutation(len(others))[:rivals]
+            others = [others[i] for i in sorted(drawn.tolist())]
+        asked += [((site, row), y, text) for y in [corpus.answers[row], *others]]
+    flat = llm.score([OPEN_LINE.format(label=y) for _, y, _ in asked], [text for _, _, text in asked])
+    scores: dict[tuple[int, int], dict[str, float]] = {at: {} for at in rows}
+    for (at, y, _), score in zip(asked, flat, strict=True):
+        scores[at][y] = score
 
     kept: dict[int, Kept] = {}
     for site in sorted(corpora):
@@ -434,6 +448,7 @@ def best_of(
     judge: Judge,
     labels: Sequence[str],
     keep: int,
+    rivals: int = 16,
     seed: int,
 ) -> dict[int, Kept]:
     """The best of each cluster, by either judge, for all sites at once.
@@ -444,7 +459,7 @@ def best_of(
     if judge == "instruction":
         return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed)
     if judge == "likelihood":
-        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep)
+        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep, rivals=rivals, seed=seed)
     raise ValueError(f'judge must be "instruction" or "likelihood", got {judge!r}')
 
 

@@ -28,6 +28,7 @@ class Config:
         draft_tokens: Longest draft.
         min_words: Shorter texts are dropped (10 in the paper's code, for reviews; notes are shorter).
         judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
+        judge_rivals: Other labels that the likelihood judge compares a draft's own with.
         cluster_size: Drafts that the judge compares at once (4 in the paper's code).
         keep: Drafts that survive of a cluster.
         demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
@@ -48,6 +49,7 @@ class Config:
     draft_tokens: int = 48
     min_words: int = 10
     judge: Literal["likelihood", "instruction", "none"] = "likelihood"
+    judge_rivals: int = 16
     cluster_size: int = 4
     keep: int = 2
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
@@ -65,6 +67,7 @@ class Config:
             "per_label",
             "draft_tokens",
             "min_words",
+            "judge_rivals",
             "cluster_size",
             "keep",
             "shots",
@@ -152,7 +155,14 @@ class FDKT(RoundStrategy[State]):
         }
         seed = self._seed("judge")
         kept = best_of(
-            self.server.llm, drafts, groups, judge=c.judge, labels=self.server.labels, keep=c.keep, seed=seed
+            self.server.llm,
+            drafts,
+            groups,
+            judge=c.judge,
+            labels=self.server.labels,
+            keep=c.keep,
+            rivals=c.judge_rivals,
+            seed=seed,
         )
         for home, stage in kept.items():
             self._note(home, [("selected", stage)])

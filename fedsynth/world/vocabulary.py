@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fedsynth.tokenizer import train_tokenizer
 from fedsynth.world.grammar import public_blocks
 from fedsynth.world.lexicon import World
 
 VOCABULARY_SIZES = (2048, 2560, 3072, 3584, 4096)  # upper limits: training stops when no pair is left to merge
 # A hyphenated word such as " chest-pain" is one piece, so that a fact can be one token.
 _PIECES = r" ?[A-Za-z0-9]+(?:[-/'][A-Za-z0-9]+)*| ?[^\sA-Za-z0-9]+|\s+"
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which the newline is the end-of-sequence token; adds no special tokens by itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<bos>", "\n"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    build: Any = PreTrainedTokenizerFast  # untyped in transformers
-    fast: PreTrainedTokenizerFast = build(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="\n",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
-    return fast
 
 
 def world_tokenizer(world: World, seed: int = 0) -> PreTrainedTokenizerFast:
@@ -54,7 +24,7 @@ def world_tokenizer(world: World, seed: int = 0) -> PreTrainedTokenizerFast:
     """
     texts = [*public_blocks(world, 20_000, seed, weak=False)]
     for size in VOCABULARY_SIZES:
-        tokenizer = train_tokenizer(texts, size)
+        tokenizer = train_tokenizer(texts, size, _PIECES)
         if single_token_share(world, tokenizer) >= 0.95:
             return tokenizer
     raise RuntimeError(f"{world.name}: no vocabulary up to {VOCABULARY_SIZES[-1]} has 95 % of the words as one token")
