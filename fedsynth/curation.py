@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedsynth.corpus import Corpus, Provenance
@@ -137,14 +137,19 @@ def balance(corpus: Corpus, *, per_label: int, seed: int) -> Kept:
         raise ValueError(f"per_label must be at least 1, got {per_label}")
     rng = np.random.default_rng(seed)
     chosen: set[int] = set()
-    for label in dict.fromkeys(corpus.answers):
-        rows = [i for i, answer in enumerate(corpus.answers) if answer == label]
+    rows_of: dict[str, list[int]] = {}
+    for i, answer in enumerate(corpus.answers):
+        rows_of.setdefault(answer, []).append(i)
+    for rows in rows_of.values():
         chosen.update(rng.permutation(rows)[:per_label].tolist())
     return keep_rows(corpus, [None if i in chosen else "beyond per_label" for i in range(len(corpus))])
 
 
 def clusters(embeddings: NDArray[np.float32], *, size: int, seed: int) -> list[list[int]]:
     """Rows of like meaning: seeded k-means with ceil(rows / size) clusters, none of them empty (FDKT).
+
+    Above `WHOLE` rows in two levels: a k-means into parts of some hundred rows first, then each part into its share of
+    the clusters. The cost of one level grows with the square of the rows: 100,000 would take days.
 
     Args:
         embeddings: Shape (rows, width).
@@ -163,17 +168,57 @@ def clusters(embeddings: NDArray[np.float32], *, size: int, seed: int) -> list[l
     if rows == 0:
         return []
     wanted = math.ceil(rows / size)
-    distinct = len(np.unique(embeddings, axis=0))
     # One thread: sums in the same order give the same clusters on every machine with as many cores or fewer.
     with threadpool_limits(limits=1):
-        means = KMeans(n_clusters=min(wanted, distinct), n_init=3, random_state=seed).fit(embeddings)
-    groups = [np.flatnonzero(means.labels_ == k).tolist() for k in range(means.n_clusters)]
-    groups = [group for group in groups if group]
+        if rows <= WHOLE:
+            return sorted(_means(embeddings, wanted, seed, starts=3))
+        parts = _means(embeddings, min(wanted, math.ceil(rows / PART)), seed, starts=1, fast=True)
+        groups: list[list[int]] = []
+        for part, share in zip(parts, _shares([len(p) for p in parts], wanted), strict=True):
+            groups += [[part[i] for i in group] for group in _means(embeddings[part], share, seed, starts=1)]
+    return sorted(groups)
+
+
+WHOLE = 4000  # rows that one k-means takes at most
+PART = 500  # rows of a part of the first level, in the mean
+
+
+def _means(
+    embeddings: NDArray[np.float32], wanted: int, seed: int, *, starts: int, fast: bool = False
+) -> list[list[int]]:
+    """Exactly `wanted` clusters, at most one per row; `fast` reads a sample of the rows in each step."""
+    distinct = min(wanted, len(np.unique(embeddings, axis=0)))
+    if fast:
+        means = MiniBatchKMeans(n_clusters=distinct, n_init=starts, batch_size=4096, random_state=seed).fit(embeddings)
+    else:
+        means = KMeans(n_clusters=distinct, n_init=starts, random_state=seed).fit(embeddings)
+    order = np.argsort(means.labels_, kind="stable")
+    ends = np.cumsum(np.bincount(means.labels_, minlength=distinct))[:-1]
+    groups = [group.tolist() for group in np.split(order, ends) if len(group)]
     while len(groups) < wanted:  # equal rows leave clusters empty; halving the largest gives back their number
         largest = max(groups, key=len)
         groups.remove(largest)
         groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    return sorted(groups)
+    return groups
+
+
+def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
+    """`wanted` clusters divided by size: at least one for each part, at most one per row (largest remainders first)."""
+    exact = [wanted * size / sum(sizes) for size in sizes]
+    shares = [min(size, max(1, math.floor(share))) for size, share in zip(sizes, exact, strict=True)]
+    by_need = sorted(range(len(sizes)), key=lambda i: exact[i] - math.floor(exact[i]), reverse=True)
+    while sum(shares) != wanted:
+        missing = wanted - sum(shares)
+        for i in by_need if missing > 0 else reversed(by_need):
+            if missing > 0 and shares[i] < sizes[i]:
+                shares[i] += 1
+                missing -= 1
+            elif missing < 0 and shares[i] > 1:
+                shares[i] -= 1
+                missing += 1
+            if missing == 0:
+                break
+    return shares
 
 
 def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fedsynth import curation
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept, balance, clusters, deduplicate, well_formed, yields
 
@@ -153,3 +154,41 @@ def test_sizes_below_one_are_refused() -> None:
         clusters(np.zeros((3, 2), dtype=np.float32), size=0, seed=0)
     with pytest.raises(ValueError, match="per_label must be at least 1"):
         balance(notes(("x", "a")), per_label=0, seed=0)
+
+
+def planted(groups: int, each: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows around well separated centres, shuffled; row i lies around centre `owner[i]`."""
+    rng = np.random.default_rng(seed)
+    owner = rng.permutation(np.repeat(np.arange(groups), each))
+    centres = 20 * rng.normal(size=(groups, 8))
+    return owner, (centres[owner] + 0.1 * rng.normal(size=(len(owner), 8))).astype(np.float32)
+
+
+def test_many_rows_are_clustered_in_two_levels_with_the_same_promises(monkeypatch):
+    monkeypatch.setattr(curation, "WHOLE", 100)
+    monkeypatch.setattr(curation, "PART", 60)
+    owner, rows = planted(groups=100, each=4)
+    found = clusters(rows, size=4, seed=0)
+    assert len(found) == 100
+    assert sorted(row for group in found for row in group) == list(range(400))
+    assert found == clusters(rows, size=4, seed=0) == sorted(found)
+    assert all(group == sorted(group) for group in found)
+    # Most of what lies together stays together: a share by chance would be below 2 %.
+    pure = sum(len(group) for group in found if len({owner[row] for row in group}) == 1)
+    assert pure > 0.6 * 400
+
+
+def test_two_levels_give_every_equal_row_a_place(monkeypatch):
+    monkeypatch.setattr(curation, "WHOLE", 10)
+    monkeypatch.setattr(curation, "PART", 5)
+    found = clusters(np.ones((30, 3), np.float32), size=4, seed=0)
+    assert len(found) == 8
+    assert sorted(row for group in found for row in group) == list(range(30))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "shares"),
+    [([10, 10], 5, [3, 2]), ([1, 99], 25, [1, 24]), ([2, 2, 2], 6, [2, 2, 2]), ([1, 1, 8], 3, [1, 1, 1])],
+)
+def test_clusters_are_shared_out_by_size(sizes, wanted, shares):
+    assert curation._shares(sizes, wanted) == shares

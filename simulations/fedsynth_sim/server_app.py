@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsynth.data import label_list
+from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
 from fedsynth.llm import LocalLLM
-from fedsynth.models import locate
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, cells, from_toml
 from fedsynth.typed import BadValue
@@ -62,21 +63,25 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
         return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
-    llm = _llm(cell.scenario.server.llm)
-    server = ServerSide(cell, labels, llm, llm.embed, journal, open_clients)
+    llm, embedder = _llm(cell.scenario.server.llm), cell.scenario.server.embedder
+    embed = llm.embed if embedder is None else _embedder(embedder).embed
+    server = ServerSide(cell, labels, llm, embed, journal, open_clients)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     journal.close()
     return journal
 
 
-_models: dict[str, LocalLLM] = {}
+# Clients wait while these work, so they may use every core, whatever the workers' environment says.
 
 
+@cache
 def _llm(name: str) -> LocalLLM:
-    if name not in _models:
-        # Clients wait while the LLM writes, so it may use every core, whatever the workers' environment says.
-        _models[name] = LocalLLM.load(locate(name), batch_size=256, workers=len(os.sched_getaffinity(0)))
-    return _models[name]
+    return LocalLLM.load(name, batch_size=256, workers=len(os.sched_getaffinity(0)))
+
+
+@cache
+def _embedder(name: str) -> Embedder:
+    return Embedder.load(name, workers=len(os.sched_getaffinity(0)))
 
 
 def _write_status(out: Path, status: dict[str, str]) -> None:
