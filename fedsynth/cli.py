@@ -96,23 +96,19 @@ def pretrain(
     if world:
         _pretrain_world(world, role, out, steps, seed)
         return
-    import torch
-
     from fedsynth.publictext import PublicText, Wanted, pretrain_from_text
 
-    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise BadValue(f"--device must be auto, cpu or (where there is one) cuda, got {device!r}")
     column, equals, value = held_out.partition("=")
     if held_out and not (column and equals and value):
         raise BadValue(f"--held-out needs COLUMN=VALUE, got {held_out!r}")
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     card = pretrain_from_text(
         PublicText(corpus, text, topic or None, (column, value) if held_out else None),
         Wanted(width, layers, vocabulary, epochs, steps, seed=seed, tokenizer=tokenizer or None),
         out,
         command=" ".join(["fedsynth", *(a for a in sys.argv[1:] if a != "--resume")]),
         resume=resume,
-        device="cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu",
+        device=device,
+        threads=threads or len(os.sched_getaffinity(0)),
         tell=lambda line: print(line, flush=True),
     )
     print(json.dumps(card, indent=2, ensure_ascii=False))

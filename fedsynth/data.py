@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-import os
-from collections.abc import Hashable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.scenario import Data
+from fedsynth.tables import CLIENT, HELD, LABEL, TEXT, UNIT, Rows, find, read_rows, refuse_alike
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes
 
-TEST_SHARE = 0.2  # of a client's units, where the file names no test rows
-UNIT = "\0unit"  # column that holds the privacy unit; no file has a column of this name
+__all__ = [
+    "Division",
+    "LeftOut",
+    "Site",
+    "divide",
+    "find",
+    "label_list",
+    "misfits",
+    "open_site",
+    "open_sites",
+    "overlaps",
+    "unified",
+]
+
+TEST_SHARE = 0.2  # of a client's units, where the source names no test rows
+SMALLEST = 2  # units of a client where a Dirichlet draw is repeated otherwise: one to learn from, one to test on
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,31 @@ class Site:
     test: Corpus
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a source that no client has, by reason.
+
+    Attributes:
+        incomplete: Without text or label.
+        duplicates: Dropped for `data.duplicates = "drop"`.
+        not_dealt: Of natural clients beyond those asked, or of classes that no client drew.
+        over_limit: Training rows beyond `data.limit`.
+    """
+
+    incomplete: int = 0
+    duplicates: int = 0
+    not_dealt: int = 0
+    over_limit: int = 0
+
+
+@dataclass(frozen=True)
+class Division:
+    """Every client's text, in the order of clients, and what was left out."""
+
+    sites: tuple[Site, ...]
+    left_out: LeftOut = LeftOut()
+
+
 def label_list(data: Data) -> tuple[str, ...]:
     """The public list of classes.
 
@@ -44,7 +86,39 @@ def label_list(data: Data) -> tuple[str, ...]:
         return tuple(data.labels)
     if data.world is not None:
         return tuple(load_world(data.world).labels)
-    return tuple(sorted(set(_read(data, find(data.source))[data.label])))
+    return tuple(sorted(set(read_rows(data).table[LABEL])))
+
+
+def misfits(data: Data, labels: Sequence[str]) -> list[str]:
+    """Warnings: rows that are left out, rows whose label is not listed, listed labels that no row has.
+
+    Args:
+        data: A source of one's own, no world.
+        labels: The public label list.
+
+    Raises:
+        BadValue: If a listed label and one of the source differ only in case or blanks.
+    """
+    rows, found = read_rows(data), []
+    if rows.incomplete:
+        total = rows.incomplete + len(rows.table)
+        found.append(f"{data.source}: {rows.incomplete} of {total} rows have no text or no label: they are left out")
+    counts = rows.table[LABEL].value_counts()
+    try:
+        refuse_alike([*labels, *counts.index])
+    except BadValue as problem:
+        raise BadValue(f"data.labels and {data.source}: {problem}") from problem
+    unknown = counts[~counts.index.isin(labels)]
+    if len(unknown):
+        named = ", ".join(f"{label!r} {count}" for label, count in unknown.head(5).items())
+        named += ", ..." if len(unknown) > 5 else ""
+        found.append(
+            f"{int(unknown.sum())} rows have a label that data.labels lacks ({named}): they count as records, and "
+            "nothing is learnt from them"
+        )
+    if absent := [label for label in labels if label not in counts.index]:
+        found.append(f"no row has the label {', '.join(map(repr, absent))} of data.labels")
+    return found
 
 
 def open_sites(data: Data, seed: int) -> list[Site]:
@@ -52,15 +126,13 @@ def open_sites(data: Data, seed: int) -> list[Site]:
 
     Args:
         data: What is divided, and how.
-        seed: Public seed of the draw (worlds) or the split (files).
+        seed: Public seed of the draw (worlds) or the split (sources of one's own).
 
     Raises:
-        BadValue: If the file or a column is missing, or a client would have no example.
+        BadValue: If the source or a column is missing or cannot be used, a client would have no example, or a text
+            would be in two places.
     """
-    sites = [open_site(data, index, seed) for index in range(data.clients)]
-    if data.pooled:
-        return [Site(pool([s.train for s in sites]), pool([s.test for s in sites]))]
-    return sites
+    return list(divide(data, seed).sites)
 
 
 def open_site(data: Data, index: int, seed: int) -> Site:
@@ -71,114 +143,171 @@ def open_site(data: Data, index: int, seed: int) -> Site:
             train=private_notes(world, index, data.train_per_client, seed, split="train"),
             test=private_notes(world, index, data.test_per_client, seed, split="test"),
         )
-    return _split(data, seed)[index]
+    return divide(replace(data, pooled=False), seed).sites[index]
 
 
-def _split(data: Data, seed: int) -> list[Site]:
-    path = find(data.source)
-    return _split_file(data, seed, path, path.stat().st_mtime_ns)
+def divide(data: Data, seed: int) -> Division:
+    """`open_sites` with the count of what was left out."""
+    if data.world is not None:
+        found = Division(tuple(open_site(data, index, seed) for index in range(data.clients)))
+    else:
+        # Neither labels nor pooling change who holds what.
+        found = _divide(replace(data, pooled=False, labels="all", tuned_on=()), seed, read_rows(data))
+    if data.pooled:
+        return replace(found, sites=(Site(pool([s.train for s in found.sites]), pool([s.test for s in found.sites])),))
+    return found
 
 
-@lru_cache(maxsize=4)
-def _split_file(data: Data, seed: int, path: Path, _: int) -> list[Site]:
-    table = _read(data, path)
-    rng = np.random.default_rng([seed, 0xDA7A])
+def overlaps(sites: Sequence[Site]) -> tuple[int, int]:
+    """Texts in the training text of more than one client, and texts in both training and test text of any clients.
+
+    Texts are the same that differ only in case or white space.
+    """
+    train = pd.DataFrame(
+        [(index, same) for index, site in enumerate(sites) for same in unified(site.train.prompts)],
+        columns=["client", "text"],
+    ).drop_duplicates()
+    test = {same for site in sites for same in unified(site.test.prompts)}
+    known = train["text"].drop_duplicates()
+    between = train["text"][train["text"].duplicated()].nunique()
+    return int(between), int(known.isin(test).sum())
+
+
+def unified(texts: Sequence[str]) -> list[str]:
+    """Texts without the differences that do not make a text another one: case and white space."""
+    return [" ".join(text.casefold().split()) for text in texts]
+
+
+@lru_cache(maxsize=8)
+def _divide(data: Data, seed: int, rows: Rows) -> Division:
+    table = rows.table
     if data.split == "natural":
-        names = table[data.client_column]
-        clients = sorted(set(names))
-        if len(clients) < data.clients:
-            raise BadValue(
-                f"{data.source}: {data.clients} clients asked, column {data.client_column!r} has {len(clients)}"
-            )
-        parts = [table[names == name] for name in clients[: data.clients]]
-        _refuse_shared_units(data, parts)
-    else:
-        # Whole units are dealt: a person is at one client.
-        units = rng.permutation(sorted(set(table[UNIT]), key=str))
-        if data.clients > len(units):
-            raise BadValue(f"{data.source}: {data.clients} clients for {len(units)} examples: ask for fewer clients")
-        parts = [table[table[UNIT].isin(set(own))] for own in np.array_split(units, data.clients)]
-    return [_site(data, part, index, rng) for index, part in enumerate(parts)]
+        table = _of_first_clients(data, table)
+    unique = table[~_duplicated(table)] if data.duplicates == "drop" else table
+    owner = _owners(data, unique, seed)
+    sites = tuple(_site(data, unique[owner == index], index, seed) for index in range(data.clients))
+    if any(found := overlaps(sites)):
+        raise BadValue(
+            f"{data.source}: {found[0]} texts are in the training text of more than one client, {found[1]} in training "
+            'and test text: mend the source, or say data.duplicates = "drop" to keep one of each'
+        )
+    held = sum(len(site.train) + len(site.test) for site in sites)
+    dealt = int((owner >= 0).sum())
+    dropped = len(table) - len(unique)
+    return Division(
+        sites, LeftOut(rows.incomplete, dropped, len(rows.table) - dropped - dealt, over_limit=dealt - held)
+    )
 
 
-def _refuse_shared_units(data: Data, parts: list[pd.DataFrame]) -> None:
-    """Parallel composition needs each person at one client (docs/privacy.md)."""
-    if data.unit is None:
-        return
-    seen = pd.concat([part[[UNIT]].drop_duplicates() for part in parts])
-    if shared := int(seen[UNIT].duplicated().sum()):
+def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
+    names = sorted(set(table[CLIENT]))
+    if len(names) < data.clients:
+        raise BadValue(f"{data.source}: {data.clients} clients asked, column {data.client_column!r} has {len(names)}")
+    table = table[table[CLIENT].isin(names[: data.clients])]
+    # Parallel composition needs each person at one client (docs/privacy.md).
+    shared = int(table[[UNIT, CLIENT]].drop_duplicates()[UNIT].duplicated().sum())
+    if shared:
         raise BadValue(f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client")
-
-
-def _site(data: Data, table: pd.DataFrame, index: int, rng: np.random.Generator) -> Site:
-    if data.test is None:
-        units = rng.permutation(sorted(set(table[UNIT]), key=str))
-        held = table[UNIT].isin(set(units[: math.ceil(len(units) * TEST_SHARE)]))
-    else:
-        held = table[data.test.column].astype(str) == data.test.equals
-    train, test = table[~held], table[held]
-    for name, part in (("training", train), ("test", test)):
-        if part.empty:
-            raise BadValue(f"{data.source}: client {index} has no {name} example: ask for fewer clients or more data")
-    return Site(_corpus(data, train), _corpus(data, test))
-
-
-def _corpus(data: Data, table: pd.DataFrame) -> Corpus:
-    units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
-    return Corpus(tuple(table[data.text]), tuple(table[data.label]), Provenance.PRIVATE, units=units)
-
-
-def _read(data: Data, path: Path) -> pd.DataFrame:
-    """The rows that have a text and a label, both as text, and a privacy unit each: a person, or the row itself."""
-    try:
-        table = _table(path)
-    except Exception as problem:
-        raise BadValue(f"{data.source}: cannot be read: {(str(problem).splitlines() or ['no reason'])[0]}") from problem
-    asked = [data.text, data.label, data.client_column, data.unit, data.test.column if data.test else None]
-    for column in asked:
-        if column is not None and column not in table.columns:
-            raise BadValue(f"{data.source}: no column {column!r}; it has {', '.join(map(str, table.columns))}")
-    for column in (data.text, data.label):
-        table[column] = table[column].map(_as_text, na_action="ignore").replace("", None)
-    table = table.dropna(subset=[data.text, data.label]).reset_index(drop=True)
-    if table.empty:
-        raise BadValue(f"{data.source}: no row has both {data.text!r} and {data.label!r}")
-    for column in (data.client_column, data.unit):
-        if column is None:
-            continue
-        table[column] = table[column].map(_as_text, na_action="ignore").replace("", None)
-        if missing := int(table[column].isna().sum()):
-            raise BadValue(f"{data.source}: {missing} rows have no value in column {column!r}")
-    table[UNIT] = table[data.unit] if data.unit else table.index
     return table
 
 
-def _table(path: Path) -> pd.DataFrame:
-    """Text as it stands in the file: "01" and "None" are labels like any other."""
-    if path.suffix == ".csv":
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    if path.suffix == ".jsonl":
-        return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)
-    raise ValueError("expected a .csv, .jsonl or .parquet file")
+def _duplicated(table: pd.DataFrame) -> pd.Series[bool]:
+    """Marks all of equal texts but one: a test row before training rows, else the first."""
+    texts = pd.Series(unified(table[TEXT].tolist()), index=table.index, dtype=object)
+    test_first = table[HELD].sort_values(ascending=False, kind="stable").index
+    return texts.loc[test_first].duplicated().loc[table.index]
 
 
-def _as_text(value: object) -> str:
-    # A whole number beside a missing one is read as a float.
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+def _owners(data: Data, table: pd.DataFrame, seed: int) -> np.ndarray[Any, Any]:
+    """The client of each row, -1 for none. Whole units are dealt, each by its first row: a person is at one client."""
+    units = table.drop_duplicates(UNIT)
+    if data.clients > len(units):
+        raise BadValue(f"{data.source}: {data.clients} clients for {len(units)} examples: ask for fewer clients")
+    units = units.iloc[np.random.default_rng([seed, 0xDA7A]).permutation(len(units))]
+    if data.split in ("dirichlet", "pathological"):
+        # Clients get consecutive units of a class: spread evenly, its test rows are dealt as its training rows are.
+        kinds = units.groupby([LABEL, HELD])
+        place = (kinds.cumcount() + 0.5) / kinds[TEXT].transform("size")
+        units = units.iloc[np.argsort(place.to_numpy(), kind="stable")]
+    by = CLIENT if data.split == "natural" else LABEL
+    codes = pd.factorize(units[by], sort=True)[0]
+    client = pd.Series(-1, index=units[UNIT])
+    for index, members in enumerate(_partitions(data, codes, seed)):
+        client.iloc[members] = index
+    return table[UNIT].map(client).to_numpy()
 
 
-def find(source: str) -> Path:
-    """The file that a scenario names: as it stands, or in the folder named by FEDSYNTH_DATA.
+def _partitions(data: Data, codes: np.ndarray[Any, Any], seed: int) -> list[list[int]]:
+    """Which units each client gets, by flwr-datasets.
 
-    Raises:
-        BadValue: If it is in neither place.
+    Args:
+        data: How it is divided.
+        codes: Number of each unit's label, or of its client where the split is natural: 0, 1, ... [units].
+        seed: Public.
     """
-    places = [Path(source)]
-    if folder := os.environ.get("FEDSYNTH_DATA"):
-        places.append(Path(folder) / source)
-    for place in places:
-        if place.is_file():
-            return place
-    raise BadValue(f"no data file {source!r} (looked in {', '.join(str(p.parent.absolute()) for p in places)})")
+    # flwr-datasets takes seconds to import, and draws progress bars.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from datasets import Dataset
+        from flwr_datasets import partitioner as partitioners
+
+        classes = int(codes.max()) + 1
+        if data.split == "natural":
+            partitioner = partitioners.NaturalIdPartitioner("code")
+        elif data.split == "dirichlet":
+            partitioner = partitioners.DirichletPartitioner(
+                data.clients, "code", data.alpha, min_partition_size=SMALLEST, seed=seed
+            )
+        elif data.split == "pathological":
+            # The mode of the paper: as far as there are clients enough, each class is at one at least.
+            asked = data.classes_per_client or 0
+            if asked > classes:
+                raise BadValue(
+                    f"{data.source}: classes_per_client must lie in 1..{classes} (the number of classes), got {asked}"
+                )
+            partitioner = partitioners.PathologicalPartitioner(
+                data.clients, "code", asked, class_assignment_mode="first-deterministic", seed=seed
+            )
+        else:
+            partitioner = partitioners.IidPartitioner(data.clients)
+        partitioner.dataset = Dataset.from_dict({"unit": np.arange(len(codes)), "code": codes})
+        partitioner.dataset.set_format("pandas")  # of the formats, a column as an array in one step
+        try:
+            return [partitioner.load_partition(index)["unit"][:].tolist() for index in range(data.clients)]
+        except ValueError as problem:
+            raise BadValue(f"{data.source}: {_undealt(data)}") from problem
+
+
+def _undealt(data: Data) -> str:
+    if data.split == "dirichlet":
+        return (
+            f"no draw with alpha = {data.alpha:g} left each of {data.clients} clients {SMALLEST} examples: "
+            "ask for a larger alpha or fewer clients"
+        )
+    return (
+        f"a class has fewer examples than clients that draw it ({data.clients} clients, classes_per_client = "
+        f"{data.classes_per_client}): ask for fewer clients or classes per client"
+    )
+
+
+def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
+    rng = np.random.default_rng([seed, 0xDA7A, index])
+    held = table[HELD]
+    if data.test is None:
+        units = rng.permutation(table[UNIT].unique())
+        held = table[UNIT].isin(units[: math.ceil(len(units) * TEST_SHARE)])
+    train, test = table[~held], table[held]
+    for name, part in (("training", train), ("test", test)):
+        if part.empty:
+            way_out = {"dirichlet": "a larger alpha, ", "pathological": "more classes per client, "}.get(data.split, "")
+            raise BadValue(
+                f"{data.source}: client {index} has no {name} example: ask for {way_out}fewer clients or more data"
+            )
+    if data.limit is not None:
+        train = train[train[UNIT].isin(rng.permutation(train[UNIT].unique())[: data.limit])]
+    return Site(_corpus(train), _corpus(test))
+
+
+def _corpus(table: pd.DataFrame) -> Corpus:
+    units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
+    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, units=units)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -169,7 +170,13 @@ class Pretraining:
         self.model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizers = optimizers(model)
         self.done = 0
+        self.earlier, self.started = 0.0, time.monotonic()
         self.peaks = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+
+    @property
+    def seconds(self) -> float:
+        """Time since the start, that of earlier processes included."""
+        return self.earlier + time.monotonic() - self.started
 
     def step(self) -> float:
         """One optimizer step; returns the loss in nats per token."""
@@ -198,7 +205,11 @@ class Pretraining:
                 for name, value in values.items():
                     tensors[f"optimizer{number}/{index}/{name}"] = value.detach().cpu().contiguous()
         part = path.with_name(path.name + ".part")
-        facts = {"done": str(self.done), "reading": json.dumps(asdict(self.reading), sort_keys=True)}
+        facts = {
+            "done": str(self.done),
+            "seconds": str(self.seconds),
+            "reading": json.dumps(asdict(self.reading), sort_keys=True),
+        }
         save_file(tensors, str(part), metadata=facts)
         part.replace(path)
 
@@ -227,7 +238,7 @@ class Pretraining:
                     index, _, name = name.partition("/")
                     state.setdefault(int(index), {})[name] = tensor
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        self.done = int(facts["done"])
+        self.done, self.earlier = int(facts["done"]), float(facts["seconds"])
         skipped = self.done * self.reading.batch_rows
         next(itertools.islice(self.rows, skipped, skipped), None)
 

@@ -30,7 +30,7 @@ from fedsynth.pretraining import (
     rows_of,
     shape_of,
 )
-from fedsynth.tables import _loader, find
+from fedsynth.tables import find, load_columns
 from fedsynth.tokenizer import train_tokenizer
 from fedsynth.typed import BadValue
 
@@ -89,7 +89,10 @@ def read(public: PublicText, seed: int) -> tuple[Lines, Lines]:
     else:
         asked = [public.text, public.topic, public.held_out[0] if public.held_out else None]
         names = list(dict.fromkeys(c for c in asked if c is not None))
-        table = _loader(path)(path, names)
+        try:
+            table = load_columns(path, names)
+        except BadValue as problem:
+            raise BadValue(f"{public.source}: {problem}") from problem
         columns = {c: table[c].fillna("").astype(str).tolist() for c in names}
     texts = [" ".join(t.split()) for t in columns[public.text]]
     topics = [topic_name(t) for t in columns[public.topic]] if public.topic else [""] * len(texts)
@@ -195,7 +198,8 @@ def pretrain_from_text(
     *,
     command: str,
     resume: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
+    threads: int = 1,
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains tokenizer and model, measures the held-out loss and saves both so that the Auto classes load them.
@@ -206,16 +210,21 @@ def pretrain_from_text(
         out: Folder; holds checkpoint and tokenizer while the run lasts.
         command: For the card: how it was made.
         resume: Go on from the checkpoint in `out`.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
+        threads: Of the CPU.
         tell: Called with lines of progress.
 
     Returns:
         The card, as saved in `card.json`.
 
     Raises:
-        BadValue: If the text, the folder or the checkpoint does not fit.
+        BadValue: If the text, the folder, the checkpoint or the device does not fit.
     """
-    started, before = time.monotonic(), 0.0
+    if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise BadValue(f"device must be auto, cpu or (where there is one) cuda, got {device!r}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads)
     learn, held = read(public, wanted.seed)
     checkpoint = out / CHECKPOINT
     if resume and not checkpoint.is_file():
@@ -242,7 +251,8 @@ def pretrain_from_text(
     trained = Pretraining(new_model(shape, tokenizer, wanted.seed), rows, reading, device)
     if resume:
         trained.take_up(checkpoint)
-        before = json.loads((out / "progress.json").read_text())["seconds"]
+    else:
+        trained.store(checkpoint)  # so that the folder of a run that ends early is known for what it is
     parameters = sum(p.numel() for p in trained.model.parameters())
     tell(
         f"{len(learn.texts):,} texts, {tokens:,} tokens of {len(tokenizer):,}; {parameters:,} parameters; "
@@ -262,9 +272,8 @@ def pretrain_from_text(
             )
         if trained.done % SAVE_EVERY == 0 and trained.done < steps:
             trained.store(checkpoint)
-            seconds = before + time.monotonic() - started
-            (out / "progress.json").write_text(json.dumps({"seconds": seconds, "done": trained.done}))
-            tell(f"step {trained.done:,}/{steps:,}  held-out {held_out_loss(trained.model, tokenizer, glance):.3f}")
+            loss = held_out_loss(trained.model, tokenizer, glance)
+            tell(f"step {trained.done:,}/{steps:,}  held-out {loss:.3f}  kept: --resume goes on from here")
     card = {
         "command": command,
         "corpus": {
@@ -285,7 +294,7 @@ def pretrain_from_text(
             "nats_per_token": round(held_out_loss(trained.model, tokenizer, measured), 4),
         },
         "samples": _samples(trained.model.to("cpu").eval(), tokenizer, learn, wanted.seed),  # type: ignore[arg-type]
-        "seconds": round(before + time.monotonic() - started),
+        "seconds": round(trained.seconds),
     }
     _save(trained.model, tokenizer, card, out)
     return card

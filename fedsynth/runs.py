@@ -18,8 +18,9 @@ import pandas as pd
 from fedsynth import __version__
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
+from fedsynth.datacard import data_cards
 from fedsynth.lora import Adapter
-from fedsynth.models import save_adapter
+from fedsynth.models import models_of, save_adapter, version_of
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml
@@ -110,8 +111,11 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
         out.write(json.dumps(event) + "\n")
 
 
-def prepare(scenario: Scenario, out: Path) -> None:
+def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """Makes the run's directory and writes what is known before the run.
+
+    Returns:
+        The data cards that `data.json` holds.
 
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
@@ -120,6 +124,7 @@ def prepare(scenario: Scenario, out: Path) -> None:
         # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out")
+    cards = data_cards(scenario)
     out.mkdir(parents=True, exist_ok=True)
     (out / "scenario.toml").write_text(to_toml(scenario), encoding="utf-8")
     facts = {
@@ -128,8 +133,11 @@ def prepare(scenario: Scenario, out: Path) -> None:
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
         "public_seeds": list(scenario.seeds),
+        "models": {name: version_of(name) for name, _ in models_of(scenario)},
     }
     (out / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (out / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")
+    return cards
 
 
 def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:
@@ -275,8 +283,9 @@ def _assumptions(journals: Sequence[Journal]) -> str:
         f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
     )
     taken = [] if data.world else (["label list"] if data.labels == "all" else []) + ["number of records"]
+    dropped = "; duplicates dropped across clients by the simulator, no site could" if data.duplicates == "drop" else ""
     return (
-        f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{missing}"
+        f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{dropped}{missing}"
         if taken
         else missing
     )

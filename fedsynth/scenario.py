@@ -49,8 +49,10 @@ class Data:
     """A labelled data set and how it is divided among clients.
 
     Attributes:
-        source: `world:NAME` (a simulated world) or a CSV, JSONL or Parquet file, looked up beside the scenario, in the
-            working directory, then in the folder that the environment variable FEDSYNTH_DATA names.
+        source: `world:NAME` (a simulated world), `hf:NAME` (a Hugging Face data set), or a CSV, JSONL or Parquet file
+            or a folder written by `datasets.save_to_disk`, looked up beside the scenario, in the working directory,
+            then in the folder that the environment variable FEDSYNTH_DATA names. Splits of a data set stand in a column
+            `split`.
         clients: How many; each is one hospital or bank.
         labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
         train_per_client: Simulated worlds: private notes per client.
@@ -58,9 +60,17 @@ class Data:
         text: Column of the text.
         label: Column of the class name.
         test: Rows held out for testing; without it a seeded fifth of each client's rows.
-        split: `iid`, or `natural`: by the values of `client_column`.
+        split: `iid`; `dirichlet` or `pathological`: by label; `natural`: by the values of `client_column`, the first
+            `clients` of them in sorted order.
+        alpha: `dirichlet`: concentration; the smaller, the more the clients differ.
+        classes_per_client: `pathological`: how many classes each client holds.
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
+        limit: At most so many private units per client, drawn after the split.
+        duplicates: Equal texts (but for case and white space) at two clients, or in training and test text, are
+            refused, or all but one are dropped by the simulator before it divides the source.
+        revision: `hf:`: branch, tag or commit.
+        subset: `hf:`: configuration of the data set.
         pooled: One home that holds all clients' text: a baseline that only a simulator can build.
         tuned_on: Clients on which settings were tuned; results are reported without them, too. May name more clients
             than a smaller run has.
@@ -74,9 +84,15 @@ class Data:
     text: str = "text"
     label: str = "label"
     test: TestRows | None = None
-    split: Literal["iid", "natural"] = "iid"
+    split: Literal["iid", "dirichlet", "pathological", "natural"] = "iid"
+    alpha: float = 0.5
+    classes_per_client: int | None = None
     client_column: str | None = None
     unit: str | None = None
+    limit: int | None = None
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    revision: str | None = None
+    subset: str | None = None
     pooled: bool = False
     tuned_on: tuple[int, ...] = ()
 
@@ -92,13 +108,32 @@ class Data:
             raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
         if self.world is not None and (self.unit or self.test or self.client_column or self.split != "iid"):
             raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
+        if self.world is not None and (self.limit is not None or self.duplicates != "refuse"):
+            raise BadValue("limit and duplicates belong to data files; a simulated world has train_per_client")
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
+        _positive(self, "alpha")
+        if self.alpha != Data.alpha and self.split != "dirichlet":
+            raise BadValue(f'alpha belongs to split = "dirichlet", not to {self.split!r}')
+        if (self.classes_per_client is not None) != (self.split == "pathological"):
+            raise BadValue('classes_per_client and split = "pathological" need each other')
+        for name in ("classes_per_client", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.source == "hf:":
+            raise BadValue('source = "hf:" names no data set: write hf:NAME')
+        if self.hub_name is None and (self.revision or self.subset):
+            raise BadValue(f"revision and subset belong to a source hf:NAME, not to {self.source!r}")
 
     @property
     def world(self) -> str | None:
-        """Name of the simulated world, or None for a file."""
+        """Name of the simulated world, or None for a source of one's own."""
         return self.source.removeprefix("world:") if self.source.startswith("world:") else None
+
+    @property
+    def hub_name(self) -> str | None:
+        """Name of the Hugging Face data set, or None for another source."""
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else None
 
 
 @dataclass(frozen=True)
@@ -398,7 +433,8 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         places = [folder / name, Path(name)]
         if table == "data" and (shared := os.environ.get("FEDSYNTH_DATA")):
             places.append(Path(shared) / name)
-        there = [p for p in places if (p.is_file() if table == "data" else p.is_dir())]
+        # Data may be a file or a saved data set; a file goes first.
+        there = [p for p in places if table == "data" and p.is_file()] or [p for p in places if p.is_dir()]
         if there:
             found[table][key] = str(there[0].absolute())
     return found

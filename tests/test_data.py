@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import Site, find, label_list, open_site, open_sites
+from fedsynth.data import LeftOut, Site, divide, find, label_list, open_site, open_sites
 from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
 
@@ -218,7 +221,7 @@ def test_a_class_whose_name_pandas_takes_for_missing_is_kept(tmp_path: Path, wor
 
 
 def test_labels_and_texts_are_read_as_they_are_written(tmp_path: Path) -> None:
-    frame = table(text=[f"{i:03}" for i in range(20)], label=["01", "02"] * 10)
+    frame = table(text=[f"0{i} NA" for i in range(20)], label=["01", "02"] * 10)
     data = save(frame, tmp_path / "digits.csv")
     assert label_list(data) == ("01", "02")
     assert sorted(everything(open_sites(data, 1))) == sorted(frame["text"])
@@ -253,3 +256,224 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert label_list(data) == ("asthma", "flu")
     save(table(label=["measles"] * 20), tmp_path / "changing.csv")
     assert label_list(data) == ("measles",)
+
+
+# --- Splits by label --------------------------------------------------------------------------------------------------
+
+
+def many(path: Path, **more: Any) -> Data:
+    """Two classes of 80 rows each; the last quarter of the file is for testing, as in data sets of two splits."""
+    frame = table(160, part=["train"] * 120 + ["test"] * 40)
+    return replace(save(frame, path), clients=4, test=TestRows("part", "test"), **more)
+
+
+def counted(corpus: Corpus) -> tuple[int, int]:
+    return corpus.counts()["flu"], corpus.counts()["asthma"]
+
+
+DIRICHLET: dict[str, Any] = {"split": "dirichlet", "alpha": 1.0}
+PATHOLOGICAL: dict[str, Any] = {"split": "pathological", "classes_per_client": 1}
+
+
+@pytest.mark.parametrize("split", [{}, DIRICHLET, PATHOLOGICAL], ids=["iid", "dirichlet", "pathological"])
+def test_every_split_deals_each_row_once_and_repeats_with_its_seed(tmp_path: Path, split: dict[str, Any]) -> None:
+    data, again = many(tmp_path / "a.csv", **split), many(tmp_path / "b.csv", **split)
+    before = str(np.random.get_state()), random.getstate()  # noqa: NPY002  # the hidden generator stays as it is
+    sites = open_sites(data, 3)
+    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
+    assert sorted(everything(sites)) == sorted(table(160)["text"])
+    assert open_sites(again, 3) == sites
+    assert open_sites(data, 4) != sites
+
+
+def test_a_large_alpha_deals_alike_and_a_small_one_does_not(tmp_path: Path) -> None:
+    alike = open_sites(many(tmp_path / "a.csv", split="dirichlet", alpha=1e6), 0)
+    for site in alike:  # 60 training and 20 test rows of each class for four clients
+        assert all(abs(n - 15) <= 1 for n in counted(site.train))
+        assert all(abs(n - 5) <= 1 for n in counted(site.test))
+    apart = open_sites(many(tmp_path / "a.csv", split="dirichlet", alpha=0.3), 0)
+    shares = [counted(s.train)[0] / len(s.train) for s in apart]
+    assert max(shares) - min(shares) > 0.3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_clients_test_rows_have_the_labels_of_its_training_rows(tmp_path: Path, seed: int) -> None:
+    for split in (DIRICHLET, PATHOLOGICAL):
+        for site in open_sites(many(tmp_path / "a.csv", **split), seed):
+            for learnt, tested in zip(counted(site.train), counted(site.test), strict=True):
+                assert abs(tested - learnt / 3) <= 1  # of every class three rows to learn from to one to test on
+
+
+def test_a_pathological_client_holds_so_many_classes(tmp_path: Path) -> None:
+    frame = table(120, label=[f"c{i % 6}" for i in range(120)])
+    data = replace(save(frame, tmp_path / "six.csv"), clients=6, split="pathological", classes_per_client=2)
+    division = divide(data, 1)
+    held = [{*s.train.answers, *s.test.answers} for s in division.sites]
+    assert [len(h) for h in held] == [2] * 6
+    assert set.union(*held) == {f"c{i}" for i in range(6)}
+    fewer = divide(replace(data, clients=2), 1)
+    held = [{*s.train.answers, *s.test.answers} for s in fewer.sites]
+    assert fewer.left_out.not_dealt == 120 - 20 * len(set.union(*held)) > 0
+
+
+@pytest.mark.parametrize("split", [DIRICHLET, PATHOLOGICAL])
+def test_persons_are_dealt_whole_by_their_first_label(tmp_path: Path, split: dict[str, Any]) -> None:
+    frame = table(
+        160, patient=[f"p{i // 4}" for i in range(160)], label=[("flu", "asthma")[i // 4 % 2] for i in range(160)]
+    )
+    frame.loc[3::4, "label"] = "cough"  # each person's last row
+    data = replace(save(frame, tmp_path / "persons.csv"), clients=3, unit="patient", **split)
+    sites = open_sites(data, 0)
+    at = [{*(s.train.units or ()), *(s.test.units or ())} for s in sites]
+    assert sum(map(len, at)) == len(set.union(*at)) == 40
+    assert sorted(everything(sites)) == sorted(frame["text"])
+    for site in sites:
+        assert not set(site.train.units or ()) & set(site.test.units or ())
+
+
+@pytest.mark.parametrize(
+    ("split", "clients", "said"),
+    [
+        ({"split": "dirichlet", "alpha": 0.001}, 8, "no draw with alpha = 0.001 left each of 8 clients 2 examples: ask "
+         "for a larger alpha or fewer clients"),
+        ({"split": "pathological", "classes_per_client": 3}, 4, "classes_per_client must lie in 1..2 .*, got 3"),
+        ({"split": "pathological", "classes_per_client": 2}, 12, "a class has fewer examples than clients that draw"),
+        ({"split": "pathological", "classes_per_client": 1}, 20, "client 0 has no training example: ask for more cl"),
+    ],
+)  # fmt: skip
+def test_a_split_that_leaves_a_client_without_examples_says_the_way_out(
+    tmp_path: Path, split: dict[str, Any], clients: int, said: str
+) -> None:
+    with pytest.raises(BadValue, match=said):
+        open_sites(replace(save(table(20), tmp_path / "a.csv"), clients=clients, **split), 0)
+
+
+def test_a_client_without_test_rows_is_named_with_the_way_out(tmp_path: Path) -> None:
+    frame = table(40, part=["test", *["train"] * 39])
+    data = replace(save(frame, tmp_path / "a.csv"), clients=2, test=TestRows("part", "test"), **DIRICHLET)
+    with pytest.raises(
+        BadValue, match=r"client [01] has no test example: ask for a larger alpha, fewer clients or more"
+    ):
+        open_sites(data, 0)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"alpha": 0.0, "split": "dirichlet"}, "alpha must be finite and above 0, got 0.0"),
+        ({"alpha": float("inf"), "split": "dirichlet"}, "alpha must be finite"),
+        ({"alpha": float("nan"), "split": "dirichlet"}, "alpha must be finite"),
+        ({"alpha": 0.1}, "alpha belongs to split = \"dirichlet\", not to 'iid'"),
+        ({"classes_per_client": 2}, "need each other"),
+        ({"split": "pathological"}, "need each other"),
+        ({"classes_per_client": 0, "split": "pathological"}, "classes_per_client must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"source": "world:hospitals", "split": "dirichlet"}, "split belong to data files"),
+        ({"source": "world:hospitals", "limit": 3}, "limit and duplicates belong to data files"),
+        ({"source": "world:hospitals", "duplicates": "drop"}, "limit and duplicates belong to data files"),
+        ({"source": "world:hospitals", "alpha": 2.0}, "alpha belongs to"),
+    ],
+)
+def test_settings_of_a_split_belong_to_it(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadValue, match=said):
+        Data(**{"source": "a.csv", **more})
+
+
+def test_the_partitioners_are_silent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    frame = table(120, label=[f"c{i % 6}" for i in range(120)], ward=["north", "south"] * 60)
+    data = save(frame, tmp_path / "six.csv")
+    open_sites(replace(data, split="natural", client_column="ward"), 1)
+    open_sites(replace(data, split="pathological", classes_per_client=1), 1)  # classes that nobody draws
+    assert (capfd.readouterr(), list(recwarn)) == (("", ""), [])
+
+
+# --- Limit ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_keeps_so_many_training_units_and_every_test_row(tmp_path: Path) -> None:
+    data = save(table(40, patient=[f"p{i // 2}" for i in range(40)]), tmp_path / "a.csv")
+    whole, three = divide(data, 5), divide(replace(data, limit=3), 5)
+    for before, after in zip(whole.sites, three.sites, strict=True):
+        assert after.test == before.test
+        assert len(after.train) == 3
+        assert set(after.train.prompts) < set(before.train.prompts)
+    assert three.left_out == LeftOut(over_limit=2 * (16 - 3))
+    assert divide(replace(data, limit=100), 5) == whole
+    persons = divide(replace(data, limit=3, unit="patient"), 5)
+    assert [(len(set(s.train.units or ())), len(s.train)) for s in persons.sites] == [(3, 6), (3, 6)]
+
+
+# --- Duplicates -------------------------------------------------------------------------------------------------------
+
+TWICE = pd.DataFrame(
+    [  # text, label, ward, part
+        ("same text", "flu", "north", "train"),
+        ("Same  text ", "flu", "south", "train"),
+        ("in both", "asthma", "north", "train"),
+        ("in BOTH", "asthma", "north", "test"),
+        ("twice here", "flu", "south", "train"),
+        ("twice here", "flu", "south", "train"),
+        ("north only", "flu", "north", "train"),
+        ("south only", "flu", "south", "train"),
+        ("south test", "asthma", "south", "test"),
+        ("elsewhere", "flu", "west", "train"),
+        ("ELSEWHERE", "flu", "west", "test"),
+    ],
+    columns=["text", "label", "ward", "part"],
+)
+
+
+def wards(path: Path, frame: pd.DataFrame = TWICE, **more: Any) -> Data:
+    data = save(frame, path)
+    return replace(data, split="natural", client_column="ward", test=TestRows("part", "test"), **more)
+
+
+def test_duplicates_between_clients_and_with_test_text_are_refused_and_counted(tmp_path: Path) -> None:
+    with pytest.raises(BadValue) as caught:
+        open_sites(wards(tmp_path / "a.csv"), 0)
+    assert "1 texts are in the training text of more than one client, 1 in training and test text: " in str(
+        caught.value
+    )
+    assert 'data.duplicates = "drop"' in str(caught.value)
+    only_between = TWICE[~TWICE["text"].str.contains("both", case=False)]
+    only_between = pd.concat([only_between, TWICE.iloc[[3]]])
+    with pytest.raises(BadValue, match=r"1 texts are in .* client, 0 in training and test text"):
+        open_sites(wards(tmp_path / "b.csv", only_between), 0)
+
+
+def test_duplicates_within_one_clients_training_text_are_allowed(tmp_path: Path) -> None:
+    sites = open_sites(wards(tmp_path / "a.csv", TWICE.drop([1, 2])), 0)
+    assert sorted(sites[1].train.prompts) == ["south only", "twice here", "twice here"]
+
+
+def test_of_dropped_duplicates_a_test_row_stays_else_the_first(tmp_path: Path) -> None:
+    division = divide(wards(tmp_path / "a.csv", duplicates="drop"), 0)
+    north, south = division.sites
+    assert north.train.prompts == ("same text", "north only")
+    assert north.test.prompts == ("in BOTH",)
+    assert south.train.prompts == ("twice here", "south only")
+    assert south.test.prompts == ("south test",)
+    assert division.left_out == LeftOut(duplicates=3, not_dealt=2)  # of the third ward, two rows
+
+
+def test_a_seeded_test_split_follows_the_same_rule(tmp_path: Path) -> None:
+    frame = table(40)
+    frame.loc[20:, "text"] = frame["text"][:20].to_numpy()
+    data = save(frame, tmp_path / "a.csv")
+    with pytest.raises(BadValue, match="texts are in the training text of more than one client"):
+        open_sites(data, 0)
+    division = divide(replace(data, duplicates="drop"), 0)
+    assert sorted(everything(list(division.sites))) == sorted(frame["text"][:20])
+    assert division.left_out == LeftOut(duplicates=20)
+
+
+def test_100_000_rows_take_seconds(tmp_path: Path) -> None:
+    frame = table(100_000)
+    frame.loc[99_990:, "text"] = "note 0"
+    data = replace(save(frame, tmp_path / "a.parquet"), clients=10, duplicates="drop", **DIRICHLET)
+    started = time.monotonic()
+    division = divide(data, 0)
+    assert division.left_out == LeftOut(duplicates=10)
+    assert time.monotonic() - started < 20  # two on a free core

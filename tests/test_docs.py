@@ -37,7 +37,7 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
     [line] = blocks(page, "bash")
     run([sys.executable, "-c", script], tmp_path)
     (tmp_path / "tickets.toml").write_text(scenario)
-    assert len(scenario.splitlines()) <= 22
+    assert len(scenario.splitlines()) <= 20
     said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
     assert "fdkt" in said
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}

@@ -13,16 +13,31 @@ simulate
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
-classifier
-teacher llm training generation curation evaluation
+classifier publictext
+teacher llm training generation curation evaluation embedding
+batches
 models dpsgd
-scenario privacy lora data world payload pretraining gates
+scenario privacy lora data datacard tables world payload pretraining world_models tokenizer gates
 corpus typed assets
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
     "flwr": {"wire", "federation", "clients.app", "clients.home", "launch", "fedsynth_sim"},
-    "torch": {"models", "dpsgd", "training", "classifier", "generation", "llm", "evaluation", "pretraining", "gates"},
+    "torch": {
+        "models",
+        "dpsgd",
+        "training",
+        "classifier",
+        "generation",
+        "llm",
+        "evaluation",
+        "pretraining",
+        "publictext",
+        "world_models",
+        "gates",
+        "embedding",
+        "batches",
+    },
 }
 FOLDERS = {"fedsynth": "fedsynth", "strategies": "fedsynth.strategies", "clients": "fedsynth.clients"}
 FOLDERS["simulations/fedsynth_sim"] = "fedsynth_sim"

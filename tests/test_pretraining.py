@@ -220,7 +220,7 @@ def test_sizes_that_cannot_be_are_refused(corpus, tmp_path):
         ({}, "--corpus FILE"),
         ({"corpus": "a.csv", "world": "hospitals"}, "not both"),
         ({"corpus": "a.csv", "held_out": "split"}, "COLUMN=VALUE"),
-        ({"corpus": "a.csv", "device": "tpu"}, "--device"),
+        ({"corpus": "a.csv", "device": "tpu"}, "device must"),
         ({"corpus": "a.csv", "steps": 0}, "--steps"),
         ({"corpus": "nowhere.csv"}, "no data file 'nowhere.csv'"),
     ],

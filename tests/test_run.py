@@ -81,10 +81,11 @@ def test_each_arm_has_a_sentence_on_privacy(ended: tuple[Path, subprocess.Comple
 
 
 def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    out, _ = ended
+    out, done = ended
+    assert "data: 3 clients, 60 training and 40 test texts, " in done.stderr
     names = {p.name for p in out.iterdir()}
     assert names == {"scenario.toml", "summary.json", "metrics.parquet", "privacy.json", "corpora", "versions.json",
-                     "events.jsonl", "status.json"}  # fmt: skip
+                     "data.json", "events.jsonl", "status.json"}  # fmt: skip
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()

@@ -1,0 +1,367 @@
+"""The rows of a labelled data source: a file, a saved data set or a Hugging Face name; what is no text is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import numbers
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from fedsynth.scenario import Data
+from fedsynth.typed import BadValue
+
+TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table
+MAX_CHARACTERS = 1_000_000  # of a cell; a longer one is a quote that never closes, or no text
+SAVED = ("dataset_dict.json", "dataset_info.json")  # what datasets.save_to_disk leaves in a folder
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a source holds.
+
+    Attributes:
+        table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
+            the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
+            (none without `data.test`). Never changed in place: it is remembered.
+        incomplete: Rows left out because they have no text or no label.
+    """
+
+    table: pd.DataFrame
+    incomplete: int
+
+
+def read_rows(data: Data) -> Rows:
+    """The rows that have a text and a label. Read once per process, and again when the source changes.
+
+    Raises:
+        BadValue: If the source or a column is missing or cannot be used, two labels differ only in case or blanks, or
+            a person has both training and test rows.
+    """
+    path = None if data.hub_name is not None else find(data.source)
+    # Arms that divide one source in different ways share what was read.
+    asked = Data(
+        data.source,
+        text=data.text,
+        label=data.label,
+        test=data.test,
+        client_column=data.client_column,
+        unit=data.unit,
+        revision=data.revision,
+        subset=data.subset,
+    )
+    return _read(asked, path, _stamp(path))
+
+
+def find(source: str) -> Path:
+    """The file or saved data set that a scenario names: as it stands, or in the folder named by FEDSYNTH_DATA.
+
+    Raises:
+        BadValue: If it is in neither place.
+    """
+    places = [Path(source)]
+    if folder := os.environ.get("FEDSYNTH_DATA"):
+        places.append(Path(folder) / source)
+    for place in places:
+        if place.is_file() or _is_saved(place):
+            return place
+    if any(place.is_dir() for place in places):
+        raise BadValue(f"{source}: is a folder, but none that datasets.save_to_disk wrote: name a file in it")
+    raise BadValue(f"no data file {source!r} (looked in {', '.join(str(p.parent.absolute()) for p in places)})")
+
+
+def refuse_alike(labels: Iterable[str]) -> None:
+    """Two spellings of one class would be two classes.
+
+    Raises:
+        BadValue: If labels differ only in case or surrounding blanks; they are named.
+    """
+    spellings: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        spellings.setdefault(label.strip().casefold(), []).append(label)
+    if alike := [" and ".join(map(repr, same)) for same in spellings.values() if len(same) > 1]:
+        more = f", and {len(alike) - 5} more" if len(alike) > 5 else ""
+        raise BadValue(
+            f"labels differ only in case or surrounding blanks: {', '.join(alike[:5])}{more}; write each class one way"
+        )
+
+
+def _is_saved(place: Path) -> bool:
+    return any((place / name).is_file() for name in SAVED)
+
+
+def _stamp(path: Path | None) -> tuple[int, ...]:
+    """Changes when the source does; a data set of the Hub is read once per process."""
+    if path is None:
+        return ()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return tuple(p.stat().st_mtime_ns for p in files)
+
+
+@lru_cache(maxsize=4)
+def _read(data: Data, path: Path | None, _: tuple[int, ...]) -> Rows:
+    try:
+        return _rows(data, _raw(data, path))
+    except BadValue as problem:
+        raise BadValue(f"{data.source}: {problem}") from problem
+
+
+def _rows(data: Data, raw: pd.DataFrame) -> Rows:
+    for column in raw.columns:
+        _check_cells(raw[column], column)
+    _refuse_numbers(raw[data.text], data.text)
+    found = pd.DataFrame({TEXT: _as_texts(raw[data.text]), LABEL: _as_texts(raw[data.label])}, dtype=object)
+    whole = found.notna().all(axis=1)
+    if not whole.any():
+        raise BadValue(f"no row has both {data.text!r} and {data.label!r} (it has {len(raw)} rows)")
+    found, raw = found[whole].reset_index(drop=True), raw[whole.to_numpy()].reset_index(drop=True)
+    found[UNIT] = found.index if data.unit is None else _names(raw, data.unit)
+    found[CLIENT] = "" if data.client_column is None else _names(raw, data.client_column)
+    found[HELD] = False if data.test is None else _held(raw[data.test.column], data.test.column, data.test.equals)
+    refuse_alike(found[LABEL])
+    if data.unit is not None and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
+        raise BadValue(
+            f"{both} values of the unit column {data.unit!r} have training and test rows: a person belongs in one of "
+            "the two, mend the test rows"
+        )
+    return Rows(found, int((~whole).sum()))
+
+
+def _names(raw: pd.DataFrame, column: str) -> list[str]:
+    names = _as_texts(raw[column])
+    if missing := names.count(None):
+        raise BadValue(f"{missing} rows have no value in column {column!r}")
+    return [name for name in names if name is not None]
+
+
+def _held(column: pd.Series[Any], name: str, equals: str) -> list[bool]:
+    values = _as_texts(column)
+    if equals not in values:
+        known = ", ".join(repr(v) for v in list(dict.fromkeys(values))[:5])
+        raise BadValue(f"no row has {equals!r} in the test column {name!r}; it has {known}")
+    return [value == equals for value in values]
+
+
+def _as_texts(column: pd.Series[Any]) -> list[str | None]:
+    """Each cell as text; None for a missing or blank one."""
+    texts = [None if gone else _as_text(value) for value, gone in zip(column, column.isna(), strict=True)]
+    return [text if text and text.strip() else None for text in texts]
+
+
+def _as_text(value: object) -> str:
+    # A whole number beside a missing one is read as a float.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _check_cells(column: pd.Series[Any], name: str) -> None:
+    """Refuses what no text column holds; row numbers count from 1, a header is not counted."""
+    for row, value in enumerate(column, start=1):
+        if isinstance(value, bytes | bytearray | list | tuple | set | dict | np.ndarray):
+            raise BadValue(f"row {row} of column {name!r} holds {type(value).__name__} values, not text")
+        if not isinstance(value, str):
+            continue
+        if len(value) > MAX_CHARACTERS:
+            raise BadValue(
+                f"row {row} of column {name!r} has {len(value)} characters, at most {MAX_CHARACTERS} are read: "
+                "look for a quote that never closes, or cut the text"
+            )
+        if "\0" in value or not _encodes(value):
+            raise BadValue(f"row {row} of column {name!r} holds a character that is no text (NUL or half a pair)")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_numbers(column: pd.Series[Any], name: str) -> None:
+    values = column[column.notna() & (column != "")]
+    if len(values) and all(map(_is_number, values)):
+        raise BadValue(f"column {name!r} holds numbers, such as {values.iloc[0]!s}, not text: name the text's column")
+    if len(values) and not any(isinstance(value, str) for value in values):
+        raise BadValue(
+            f"column {name!r} holds {type(values.iloc[0]).__name__} values, not text: name the text's column"
+        )
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, numbers.Number):
+        return not isinstance(value, bool)
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+# --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
+
+
+def _raw(data: Data, path: Path | None) -> pd.DataFrame:
+    named = [data.text, data.label, data.client_column, data.unit, data.test.column if data.test else None]
+    asked = list(dict.fromkeys(column for column in named if column is not None))
+    return _from_hub(data, asked) if path is None else load_columns(path, asked)
+
+
+def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
+    """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
+
+    Raises:
+        BadValue: If it cannot be read, or has no such column; the message does not name the file.
+    """
+    try:
+        frame = _loader(path)(path, asked)
+    except BadValue:
+        raise
+    except Exception as problem:
+        raise BadValue(f"cannot be read: {_reason(problem)}") from problem
+    return _as_objects(frame)
+
+
+def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = frame.astype(object)
+    return frame.where(frame.notna(), None)
+
+
+def _reason(problem: Exception) -> str:
+    """One line of what went wrong."""
+    return " ".join(str(problem).split())[:300] or type(problem).__name__
+
+
+Loader = Callable[[Path, Sequence[str] | None], pd.DataFrame]
+
+
+def _loader(path: Path) -> Loader:
+    loaders: dict[str, Loader] = {".csv": _from_csv, ".jsonl": _from_jsonl, ".parquet": _from_parquet}
+    if path.is_dir():
+        return _from_disk
+    if path.suffix.lower() not in loaders:
+        raise ValueError("expected a .csv, .jsonl or .parquet file, or a folder that datasets.save_to_disk wrote")
+    return loaders[path.suffix.lower()]
+
+
+def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """The columns that are asked for, or all."""
+    for column in asked or ():
+        if column not in names:
+            raise BadValue(f"no column {column!r}; it has {', '.join(names)}")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
+    return list(names if asked is None else asked)
+
+
+def _decoded(path: Path) -> str:
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("its encoding is UTF-16: save it as UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")  # without the mark that some programs put first
+    except UnicodeDecodeError as problem:
+        line = raw.count(b"\n", 0, problem.start) + 1
+        raise ValueError(f"byte 0x{raw[problem.start]:02x} in line {line} is not UTF-8: save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"a NUL byte in line {text.count(chr(10), 0, text.index(chr(0))) + 1}: save it as UTF-8 text")
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    """Text as it stands in the file: "01" and "None" are labels like any other."""
+    text = _decoded(path)
+    head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
+    chosen = _chosen([str(name) for name in head.iloc[0]], asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
+    return frame[chosen]
+
+
+def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"line {number} is not JSON: {problem}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} is no JSON object: each line must read {{"column": "value", ...}}')
+        rows.append(row)
+    chosen = _chosen(list(dict.fromkeys(name for row in rows for name in row)), asked)
+    return pd.DataFrame({column: [row.get(column) for row in rows] for column in chosen}, dtype=object)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        _chosen([name for name, _ in pairs], None)
+    return dict(pairs)
+
+
+def _from_parquet(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    try:
+        file = pq.ParquetFile(path)
+    except Exception as problem:
+        raise ValueError(f"it is not a Parquet file: {_reason(problem)}") from problem
+    with file:
+        table = file.read(columns=_chosen(list(file.schema_arrow.names), asked))
+    frame: pd.DataFrame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    return frame
+
+
+def _from_disk(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    import datasets  # takes a second to import
+
+    return _from_dataset(datasets.load_from_disk(str(path)), asked)
+
+
+def _from_hub(data: Data, asked: Sequence[str]) -> pd.DataFrame:
+    """A data set by name; the library runs no code of the data set's author."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(data.hub_name, data.subset, revision=data.revision)
+    except Exception as problem:
+        raise BadValue(
+            f"cannot be loaded: {_reason(problem)}; check data.source, data.subset and data.revision, log in with "
+            "`hf auth login` if it is gated, or download it and name the folder or file"
+        ) from problem
+    return _as_objects(_from_dataset(found, asked))
+
+
+def _from_dataset(found: Any, asked: Sequence[str] | None) -> pd.DataFrame:
+    """All splits below each other, with the split's name in a column `split`; numbers of classes as their names."""
+    import datasets
+
+    parts = dict(found) if isinstance(found, datasets.DatasetDict) else {None: found}
+    names = list(dict.fromkeys(column for part in parts.values() for column in part.column_names))
+    add_split = None not in parts and "split" not in names
+    chosen = _chosen([*names, "split"] if add_split else names, asked)
+    frames = []
+    for split, part in parts.items():
+        own = [column for column in chosen if column in part.column_names]
+        frame = part.select_columns(own).to_pandas()
+        for column in own:
+            if isinstance(part.features[column], datasets.ClassLabel):
+                frame[column] = _class_names(frame[column], part.features[column].names)
+        frames.append(frame.astype(object).assign(split=split) if add_split else frame.astype(object))
+    together: pd.DataFrame = pd.concat(frames, ignore_index=True)[chosen]
+    return together
+
+
+def _class_names(numbers: pd.Series[Any], names: Sequence[str]) -> list[str | None]:
+    # -1 stands for a hidden label.
+    return [None if gone or n < 0 else names[int(n)] for n, gone in zip(numbers, numbers.isna(), strict=True)]

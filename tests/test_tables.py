@@ -1,0 +1,255 @@
+"""What is read of a source, and what is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import pytest
+
+from fedsynth.data import label_list, misfits, open_sites
+from fedsynth.scenario import Data, TestRows, load
+from fedsynth.tables import find, read_rows
+from fedsynth.typed import BadValue
+
+TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def rows(path: Path, **more: Any) -> list[tuple[str, str]]:
+    table = read_rows(Data(str(path), **more)).table
+    return list(zip(table["text"], table["label"], strict=True))
+
+
+def refused(path: Path, **more: Any) -> str:
+    with pytest.raises(BadValue) as caught:
+        read_rows(Data(str(path), **more))
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert len(said.splitlines()) == 1
+    return said.removeprefix(f"{path}: ")
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def saved() -> datasets.DatasetDict:
+    classes = datasets.ClassLabel(names=["flu", "asthma"])
+    parts = {"train": (["a b", "c d", "e f"], [0, 1, 1]), "test": (["g h", "i j"], [1, -1])}
+    return datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_dict({"text": t, "label": n}).cast_column("label", classes)
+            for name, (t, n) in parts.items()
+        }
+    )
+
+
+# --- Saved data sets and the Hub --------------------------------------------------------------------------------------
+
+
+def test_splits_become_a_column_and_numbers_become_class_names(tmp_path: Path) -> None:
+    saved().save_to_disk(tmp_path / "notes")
+    found = read_rows(Data(str(tmp_path / "notes"), test=TestRows("split", "test")))
+    assert found.table[["text", "label", "held"]].to_numpy().tolist() == [
+        ["a b", "flu", False], ["c d", "asthma", False], ["e f", "asthma", False], ["g h", "asthma", True],
+    ]  # fmt: skip
+    assert found.incomplete == 1  # -1 hides a label
+
+
+def test_a_column_split_of_the_data_itself_is_kept(tmp_path: Path) -> None:
+    own = saved().map(lambda row: {"split": "test" if row["text"] == "a b" else "other"})
+    own.save_to_disk(tmp_path / "own")
+    table = read_rows(Data(str(tmp_path / "own"), test=TestRows("split", "test"))).table
+    assert table["text"][table["held"]].tolist() == ["a b"]
+
+
+def test_a_saved_data_set_without_splits(tmp_path: Path) -> None:
+    saved()["train"].save_to_disk(tmp_path / "plain")
+    assert rows(tmp_path / "plain") == [("a b", "flu"), ("c d", "asthma"), ("e f", "asthma")]
+    assert "no column 'split'; it has text, label" in refused(tmp_path / "plain", test=TestRows("split", "test"))
+
+
+def test_a_changed_saved_data_set_is_read_again(tmp_path: Path) -> None:
+    saved()["train"].save_to_disk(tmp_path / "notes")
+    assert len(rows(tmp_path / "notes")) == 3
+    time.sleep(0.01)
+    saved()["train"].select([0]).save_to_disk(tmp_path / "notes")
+    assert len(rows(tmp_path / "notes")) == 1
+
+
+def test_a_data_set_of_the_hub_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load_dataset(*words: Any, **more: Any) -> datasets.DatasetDict:
+        calls.append((words, more))
+        return saved()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = Data("hf:someone/notes", subset="small", revision="v2", test=TestRows("split", "test"), clients=1)
+    assert len(read_rows(data).table) == 4
+    assert label_list(data) == ("asthma", "flu")
+    assert [len(c) for s in open_sites(data, 0) for c in (s.train, s.test)] == [3, 1]
+    assert calls == [(("someone/notes", "small"), {"revision": "v2"})]  # loaded once, no foreign code
+
+
+def test_a_name_that_cannot_be_reached_says_what_to_do() -> None:
+    with pytest.raises(BadValue) as caught:
+        read_rows(Data("hf:nobody/nothing"))
+    said = str(caught.value)
+    assert said.startswith("hf:nobody/nothing: cannot be loaded: Couldn't reach 'nobody/nothing'")
+    for way_out in ("check data.source", "`hf auth login`", "download it and name the folder"):
+        assert way_out in said
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"source": "hf:"}, "names no data set"),
+        ({"source": "a.csv", "revision": "v1"}, "revision and subset belong to a source hf:NAME, not to 'a.csv'"),
+        ({"source": "world:hospitals", "subset": "x"}, "revision and subset belong to"),
+    ],
+)
+def test_settings_of_the_hub_belong_to_the_hub(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadValue, match=re.escape(said)):
+        Data(**more)
+
+
+def test_a_folder_beside_the_scenario_is_found(tmp_path: Path) -> None:
+    saved().save_to_disk(tmp_path / "notes")
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\n[strategy]\nuse = "a:B"\n[data]\nsource = "notes"\n[client]\ngenerator = "a/b"\n'
+        'task_model = "a/b"\nguarantee = "none"\n[server]\nllm = "a/b"\n'
+    )
+    assert load(tmp_path / "own.toml").data.source == str(tmp_path / "notes")
+
+
+def test_a_saved_data_set_in_the_shared_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved().save_to_disk(tmp_path / "shared" / "notes")
+    monkeypatch.setenv("FEDSYNTH_DATA", str(tmp_path / "shared"))
+    assert find("notes") == tmp_path / "shared" / "notes"
+
+
+# --- What cannot be read ----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
+    write(tmp_path / "notes.csv", "text,label\na,b\n")
+    assert refused(tmp_path) == "is a folder, but none that datasets.save_to_disk wrote: name a file in it"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", "text,label\na,b\n", "expected a .csv, .jsonl or .parquet file, or a folder that"),
+        ("a.csv", "", "it is empty"),
+        ("a.csv", "text,label\n", "no row has both 'text' and 'label' (it has 0 rows)"),
+        ("a.csv", "text,label\n,x\n ,y\na b,\n", "no row has both 'text' and 'label' (it has 3 rows)"),
+        ("a.csv", "text,label\na b,x\ncaf\xe9,y\n".encode("latin-1"), "byte 0xe9 in line 3 is not UTF-8: save it as"),
+        ("a.csv", "text,label\na b,x\n".encode("utf-16"), "its encoding is UTF-16: save it as UTF-8"),
+        ("a.csv", "text,label\na b,x\n".encode("utf-16-le"), "a NUL byte in line 1: save it as UTF-8"),
+        ("a.csv", "text,label\na b,x\nc\0d,x\n", "a NUL byte in line 3"),
+        ("a.csv", "text,label,text\na b,x,c\n", "the column 'text' stands there twice"),
+        ("a.csv", "text,label\na b,x,y,z\n", "cannot be read: "),
+        ("a.csv", 'text,label\n"a b,x\n', "cannot be read: "),
+        ("a.jsonl", '{"text": "a b", "label": "x"}\n{"text": \n', "line 2 is not JSON: Expecting value"),
+        ("a.jsonl", '{"text": "a b", "label": "x"}\n[1]\n', "line 2 is no JSON object"),
+        ("a.jsonl", '{"text": "a b", "label": "x", "text": "c"}\n', "the column 'text' stands there twice"),
+        ("a.jsonl", '{"text": ["a", "b"], "label": "x"}\n', "row 1 of column 'text' holds list values, not text"),
+        ("a.jsonl", '{"text": {"a": 1}, "label": "x"}\n', "row 1 of column 'text' holds dict values, not text"),
+        ("a.jsonl", '{"text": "a\\u0000", "label": "x"}\n', "row 1 of column 'text' holds a character that is no text"),
+        ("a.jsonl", '{"text": "a", "label": "\\ud800"}\n', "row 1 of column 'label' holds a character that is no"),
+        ("a.parquet", "text,label\n", "it is not a Parquet file: "),
+        ("a.csv", "text,label\n1.5,x\n002,y\n", "column 'text' holds numbers, such as 1.5, not text: name the text's"),
+        ("a.jsonl", '{"text": 3, "label": "x"}\n', "column 'text' holds numbers, such as 3, not text"),
+        ("a.jsonl", '{"text": true, "label": "x"}\n', "column 'text' holds bool values, not text"),
+        ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case or surrounding blanks: 'Billing' "
+         "and 'billing '; write each class one way"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
+    assert said in refused(write(tmp_path / name, content))
+
+
+def test_bytes_and_numbers_of_parquet_are_no_text(tmp_path: Path) -> None:
+    pd.DataFrame({"text": [b"a", b"b"], "label": ["x", "y"]}).to_parquet(tmp_path / "bytes.parquet")
+    assert "row 1 of column 'text' holds bytes values" in refused(tmp_path / "bytes.parquet")
+    pd.DataFrame({"text": [1.5, None], "label": ["x", "y"]}).to_parquet(tmp_path / "numbers.parquet")
+    assert "column 'text' holds numbers, such as 1.5" in refused(tmp_path / "numbers.parquet")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_cell_of_50_mb_is_refused_in_seconds(tmp_path: Path, ending: str) -> None:
+    long = "ab cd " * (50_000_000 // 6)
+    if ending == "csv":
+        path = write(tmp_path / "long.csv", f"text,label\nshort one,x\n{long},y\n")
+    else:
+        path = write(
+            tmp_path / "long.jsonl", "".join(json.dumps({"text": t, "label": "x"}) + "\n" for t in ("a", long))
+        )
+    said = refused(path)
+    assert said.startswith(f"row 2 of column 'text' has {len(long)} characters, at most 1000000 are read")
+
+
+def test_some_numbers_among_texts_are_texts(tmp_path: Path) -> None:
+    assert rows(write(tmp_path / "a.csv", "text,label\n12,x\nnot 12,y\n")) == [("12", "x"), ("not 12", "y")]
+
+
+def test_the_mark_of_utf_8_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\ncafé,x\n".encode("utf-8-sig"))
+    assert rows(path) == [("café", "x")]
+    marked = write(tmp_path / "a.jsonl", '{"text": "café", "label": "x"}\n'.encode("utf-8-sig"))
+    assert rows(marked) == [("café", "x")]
+
+
+def test_line_ends_and_commas_within_quotes(tmp_path: Path) -> None:
+    assert rows(write(tmp_path / "a.csv", 'text,label\r\n"a,\nb",x\r\n')) == [("a,\nb", "x")]
+
+
+def test_an_unnamed_or_unused_column_does_no_harm(tmp_path: Path) -> None:
+    assert rows(write(tmp_path / "a.csv", ",text,label,raw\n0,a b,x,\n1,c d,y,3\n")) == [("a b", "x"), ("c d", "y")]
+    pd.DataFrame({"text": ["a"], "label": ["x"], "raw": [b"1"]}).to_parquet(tmp_path / "a.parquet")
+    assert rows(tmp_path / "a.parquet") == [("a", "x")]
+
+
+def test_a_test_value_that_no_row_has_is_named_beside_those_that_exist(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,part\na,x,train\nb,y,Test\n")
+    said = refused(path, test=TestRows("part", "test"))
+    assert said == "no row has 'test' in the test column 'part'; it has 'train', 'Test'"
+
+
+def test_a_person_on_both_sides_of_the_test_split_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,part,who\na,x,train,p\nb,y,test,p\nc,y,test,q\nd,y,train,r\n")
+    said = refused(path, test=TestRows("part", "test"), unit="who")
+    assert said.startswith("1 values of the unit column 'who' have training and test rows")
+
+
+# --- What fits badly --------------------------------------------------------------------------------------------------
+
+
+def test_left_out_rows_unknown_labels_and_absent_ones_are_warned_about(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n,x\nd,\n")
+    assert misfits(Data(str(path)), ("x", "y")) == [f"{path}: 2 of 5 rows have no text or no label: they are left out"]
+    assert misfits(Data(str(path)), ("y", "z"))[1:] == [
+        "2 rows have a label that data.labels lacks ('x' 2): they count as records, and nothing is learnt from them",
+        "no row has the label 'z' of data.labels",
+    ]
+
+
+def test_a_listed_label_in_another_spelling_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,billing\nb,login\n")
+    with pytest.raises(BadValue, match=r"data.labels and .*: labels differ only in case .*: 'Billing' and 'billing'"):
+        misfits(Data(str(path)), ("Billing", "login"))
