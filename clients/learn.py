@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsynth.classifier import fit_classifier
+from fedsynth.classifier import fit_classifier, new_task_model
 from fedsynth.clients.home import Home
-from fedsynth.models import device, load_classifier, load_tokenizer, load_weights, save_weights
+from fedsynth.models import device, load_tokenizer, load_weights, save_weights
 from fedsynth.tasks import Learn, Learnt
 
 WEIGHTS = "task_model.safetensors"
@@ -20,7 +20,7 @@ def learn(home: Home, order: Learn) -> Learnt:
     """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
     settings = home.config.task_training
     tokenizer = load_tokenizer(home.config.task_model)
-    model = load_classifier(home.config.task_model, len(home.labels), order.seed).to(device())
+    model = _new(home, order.seed)
     rate = settings.learning_rate
     if order.corpus is not None and len(order.corpus) > 0:
         epochs = settings.augmented_epochs
@@ -41,6 +41,11 @@ def task_model(home: Home) -> Any:
     path = home.work / WEIGHTS
     if not path.is_file():
         raise NoTaskModel("evaluate was asked before learn")
-    model = load_classifier(home.config.task_model, len(home.labels), seed=0)
+    model = _new(home, seed=0)
     load_weights(model, path)
-    return model.to(device())
+    return model
+
+
+def _new(home: Home, seed: int) -> Any:
+    config = home.config
+    return new_task_model(config.task_model, len(home.labels), config.task_training.trains, seed).to(device())

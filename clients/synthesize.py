@@ -10,7 +10,7 @@ from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import attach_lora, device, load_causal, load_tokenizer, read_adapter, weights_hash
+from fedsynth.models import attach_lora, device, kind_of, load_generator, load_tokenizer, read_adapter, weights_hash
 from fedsynth.privacy.plan import statement
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized
@@ -32,11 +32,11 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     # Whatever can fail fails here, before anything is spent.
     longest_code = max(len(tokenizer(control_code(label))["input_ids"]) for label in home.labels)
     check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest_code + 1 + order.max_tokens))
-    self_check(model, plan, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
+    self_check(model, plan, pad=tokenizer.pad_token_id)
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
-    slots = encode_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens)
+    slots = encode_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens, kind_of(model.config))
     steps = fit_private(model, slots, plan, settings, pad=tokenizer.pad_token_id, randomness=randomness)
     trained = DPTrained(model, plan, grant, steps)
 
@@ -54,7 +54,7 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
     settings = home.config.generator_training
     tokenizer = load_tokenizer(home.config.generator)
     model = _fresh(home, order)
-    slots = encode_slots(tokenizer, home.train, home.labels, home.records, settings.max_tokens)
+    slots = encode_slots(tokenizer, home.train, home.labels, home.records, settings.max_tokens, kind_of(model.config))
     fit_without_guarantee(model, slots, settings, pad=tokenizer.pad_token_id, seed=order.seed)
     trained = Trained(model, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
@@ -67,7 +67,7 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
 
 def _fresh(home: Home, order: Synthesize) -> PeftModel:
     settings = home.config.generator_training
-    base = load_causal(home.config.generator)
+    base = load_generator(home.config.generator)
     return attach_lora(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed).to(device())
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,60 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsynth.batches import padded, token_rows
 from fedsynth.corpus import Corpus
+from fedsynth.embedding import Embedder
+from fedsynth.models import Kind, context_of, device, kind_of, load_classifier
 from fedsynth.scenario import TaskTraining
 from fedsynth.training import token_ids
+
+
+class Probe(nn.Module):
+    """A task model whose head alone is trained, on the embeddings of a frozen model.
+
+    Embeddings are scaled to the length sqrt(width), a fixed map of one text: nothing is fitted to the data, and a
+    coordinate is about 1, as the head's learning rate wants it. The head starts at zero: its loss is convex, so that a
+    random start would only add noise. Its state is the head; the frozen model is not saved with it.
+
+    Args:
+        embedder: Stays as it is.
+        classes: Number of labels.
+    """
+
+    def __init__(self, embedder: Embedder, classes: int):
+        super().__init__()
+        self.embedder = embedder  # no module: not trained, not saved
+        self.head = nn.Linear(embedder.width, classes, device="cpu")
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, texts: Sequence[str], longest: int) -> Tensor:
+        """One row per text, float32 on the head's device, shape (texts, width)."""
+        # After a space, as a classifier reads a text: so that an empty one holds a token, too.
+        found = torch.from_numpy(self.embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
+        return F.normalize(found, dim=1).to(self.head.weight.device) * math.sqrt(self.embedder.width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits, shape (texts, classes)."""
+        logits: Tensor = self.head(features)
+        return logits
+
+
+@lru_cache(maxsize=2)
+def _embedder(name: str) -> Embedder:
+    return Embedder.load(name, device=device())
+
+
+def new_task_model(name: str, classes: int, trains: str, seed: int) -> nn.Module:
+    """A task model before its training.
+
+    Args:
+        name: The pretrained model.
+        classes: Number of labels.
+        trains: `all` or `head`, as in `TaskTraining`.
+        seed: Public seed of the head; a `Probe` needs none.
+    """
+    return Probe(_embedder(name), classes) if trains == "head" else load_classifier(name, classes, seed)
 
 
 def fit_classifier(
@@ -31,7 +83,8 @@ def fit_classifier(
     """Trains a task model in place on labelled text; rows with unknown labels are left out.
 
     Args:
-        model: For sequence classification, `len(labels)` classes.
+        model: For sequence classification, `len(labels)` classes; or a `Probe`, for which `head_rate` and
+            `token_dropout` do not apply: its head is all that learns, from embeddings computed once per text.
         tokenizer: Its tokenizer.
         corpus: Texts and class names.
         labels: The public label list; a class's number is its place.
@@ -44,25 +97,37 @@ def fit_classifier(
     rows = [i for i, answer in enumerate(corpus.answers) if answer in number]
     if not rows:
         return  # nothing to learn from is no reason to fail: a client may hold other classes only
-    texts = _token_rows(tokenizer, [corpus.prompts[i] for i in rows], settings.max_tokens)
+    prompts = [corpus.prompts[i] for i in rows]
     targets = torch.tensor([number[corpus.answers[i]] for i in rows])
     generator = torch.Generator().manual_seed(seed)
-    hidden = tokenizer.mask_token_id or tokenizer.bos_token_id or tokenizer.eos_token_id
+    if isinstance(model, Probe):
+        groups, speeds = [list(model.parameters())], [1.0]
+        features = model.features(prompts, settings.max_tokens)
+
+        def logits(chosen: Tensor) -> Tensor:
+            found: Tensor = model(features[chosen.to(features.device)])
+            return found
+    else:
+        pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+        groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
+        speeds = [1.0, settings.head_rate]
+        texts = _token_rows(tokenizer, prompts, settings.max_tokens, model.config)
+        hide = _hider(tokenizer, kind_of(model.config), settings.token_dropout, generator)
+
+        def logits(chosen: Tensor) -> Tensor:
+            tokens, present = padded([texts[i] for i in chosen.tolist()], tokenizer.pad_token_id)
+            return _logits(model, hide(tokens, present), present)
+
+    model.train()
     total = epochs * math.ceil(len(rows) / settings.batch)
-    pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
-    groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
     optimizer = torch.optim.AdamW(
         [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
     )
-    model.train()
     for step, chosen in enumerate(_shuffled(len(rows), settings.batch, epochs, generator)):
-        tokens, present = _pad([texts[i] for i in chosen.tolist()], tokenizer.pad_token_id)
-        drop = (torch.rand(tokens.shape, generator=generator) < settings.token_dropout) & present.bool()
-        tokens = torch.where(drop, torch.tensor(hidden), tokens)
         share = min(1.0, (step + 1) / 10) * (1 - step / total)
-        for group, speed in zip(optimizer.param_groups, (1.0, settings.head_rate), strict=True):
+        for group, speed in zip(optimizer.param_groups, speeds, strict=True):
             group["lr"] = rate * speed * share
-        loss = F.cross_entropy(_logits(model, tokens, present), targets[chosen].to(next(model.parameters()).device))
+        loss = F.cross_entropy(logits(chosen), targets[chosen].to(next(model.parameters()).device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -70,17 +135,45 @@ def fit_classifier(
     model.eval()
 
 
+def _hider(tokenizer: Any, kind: Kind, share: float, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """Token dropout: a share of a text's tokens, drawn anew each time, is replaced by one that says nothing.
+
+    That is the mask token of a model that has one; for T5 padding that is attended to; for a causal model its BOS.
+    What an encoder or T5 puts around a text stays: their heads read it.
+    """
+    stands_for = (tokenizer.pad_token_id,) if kind == "seq2seq" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    hidden = torch.tensor(next(t for t in (tokenizer.mask_token_id, *stands_for) if t is not None))
+    around = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id) if kind != "causal" else ()
+    kept = torch.tensor([token for token in around if token is not None], dtype=torch.long)
+
+    def hide(tokens: Tensor, present: Tensor) -> Tensor:
+        drop = (torch.rand(tokens.shape, generator=generator) < share) & present.bool()
+        return torch.where(drop & ~torch.isin(tokens, kept), hidden, tokens)
+
+    return hide
+
+
 @torch.no_grad()
 def classify(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int = 128
 ) -> NDArray[np.int64]:
-    """The class number that the task model gives to each text, shape (len(texts),)."""
-    rows = _token_rows(tokenizer, texts, longest)
+    """The class number that the task model gives to each text, shape (len(texts),).
+
+    Args:
+        model: As `fit_classifier` trains it.
+        tokenizer: Its tokenizer.
+        texts: Any number.
+        longest: Longer texts are cut after so many tokens.
+        batch: Texts at once.
+    """
+    if isinstance(model, Probe):
+        return model(model.features(texts, longest)).argmax(-1).cpu().numpy().astype(np.int64)  # type: ignore[no-any-return]
+    rows = _token_rows(tokenizer, texts, longest, model.config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found = np.empty(len(rows), np.int64)
     for at in range(0, len(order), batch):
         chosen = order[at : at + batch]
-        tokens, present = _pad([rows[i] for i in chosen], tokenizer.pad_token_id)
+        tokens, present = padded([rows[i] for i in chosen], tokenizer.pad_token_id)
         found[chosen] = _logits(model, tokens, present).argmax(-1).cpu().numpy()
     return found
 
@@ -91,17 +184,22 @@ def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:
     return logits.float()
 
 
-def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int) -> list[list[int]]:
-    """Texts as a generator would write them after a control code: with a leading space, after the BOS."""
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [[*head, *token_ids(tokenizer, f" {text.strip()}")][:longest] for text in texts]
+def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any) -> list[list[int]]:
+    """Texts as the model is used to them.
 
-
-def _pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(r) for r in rows)
-    tokens = torch.tensor([[*r, *[pad] * (width - len(r))] for r in rows])
-    present = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
-    return tokens, present
+    A causal model reads them as a generator would write them after a control code: with a leading space, after the BOS.
+    The others read what their tokenizer puts around a text; T5 exactly one EOS, at the end: its head looks for it.
+    """
+    kind, context = kind_of(config), context_of(config)
+    longest = longest if context is None else min(longest, context)
+    if kind == "causal":
+        head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return [[*head, *token_ids(tokenizer, f" {text.strip()}")][:longest] for text in texts]
+    rows = token_rows(tokenizer, [text.strip() for text in texts], kind, longest)
+    if kind == "encoder":
+        return rows
+    end = tokenizer.eos_token_id
+    return [[*[t for t in row if t != end][: longest - 1], end] for row in rows]
 
 
 def _shuffled(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from fedsynth.batches import by_length, padded, token_rows
+from fedsynth.embedding import Embedder
+from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
 
 T = TypeVar("T")
 
@@ -39,7 +42,7 @@ class Draw(LogitsProcessor):
 
     Args:
         uniforms: In [0, 1), shape (rows, new tokens), double precision.
-        prompt_length: Width of the prompts, padding included.
+        prompt_length: Width of what is generated from, padding included: the prompts', or 1 (a decoder's start).
         temperature: Above 0.
         top_p: Only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
     """
@@ -71,14 +74,16 @@ class Draw(LogitsProcessor):
 
 
 class LocalLLM:
-    """A Hugging Face causal LM in process.
+    """A Hugging Face causal or seq2seq LM in process.
 
+    A causal LM goes on after the prompt; a seq2seq LM reads the prompt with its encoder, and its decoder writes.
     Batches of like length run in `workers` threads. How many never changes a result: batches are formed before.
 
     Args:
-        model: In evaluation mode. Its generation config is replaced: what is asked for in a call is all that shapes
-            the sampled distribution (some published configs bring a repetition penalty).
-        tokenizer: Its BOS is put before every prompt, once; its EOS, and the model's, end a continuation.
+        model: In evaluation mode, with or without an adapter. Its generation config is replaced: what is asked for in a
+            call is all that shapes the sampled distribution (some published configs bring a repetition penalty).
+        tokenizer: Of a causal LM: its BOS is put before every prompt, once. Of a seq2seq LM: what it puts around a text
+            (the EOS of T5) stands around every prompt. Its EOS, and the model's, end a continuation.
         batch_size: Sequences at once.
         workers: Threads; the default is as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
     """
@@ -94,6 +99,7 @@ class LocalLLM:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if workers is not None and workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}")
+        self.kind = kind_of(model.config)
         stops = model.generation_config.eos_token_id
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         self.stops = sorted({*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
@@ -101,31 +107,36 @@ class LocalLLM:
         # Padding is masked wherever it stands, so that any token will do for a tokenizer that has neither.
         self.pad = pad if pad is not None else 0
         plain: Any = GenerationConfig
-        model.generation_config = plain(eos_token_id=self.stops or None, pad_token_id=self.pad)
+        # PEFT hands `generate` to the model within, which reads its own configuration.
+        within = model.get_base_model() if hasattr(model, "get_base_model") else model
+        starts = (getattr(c, "decoder_start_token_id", None) for c in (model.generation_config, model.config))
+        within.generation_config = plain(
+            eos_token_id=self.stops or None,
+            pad_token_id=self.pad,
+            decoder_start_token_id=next((s for s in starts if s is not None), None),
+        )
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         if workers is None:
             workers = torch.get_num_threads() if torch.device(model.device).type == "cpu" else 1
         self.workers = workers
-        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.context = context_of(model.config)
 
     @classmethod
     def load(
         cls, path: str | Path, *, batch_size: int = 64, workers: int | None = None, device: str = "cpu"
     ) -> LocalLLM:
-        """The model in a directory (nothing is fetched) or under a Hugging Face name.
+        """A shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
 
         On the CPU it computes in float32, however it was saved: in bfloat16 the rounding of a padded batch is coarse
         enough for a prompt's neighbours to change its text. On a GPU it is as precise as it was saved.
+
+        Raises:
+            BadValue: If it cannot be loaded, or writes no text; the message names the way out.
         """
-        local = Path(path).is_dir()
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=local)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            trust_remote_code=False,
-            local_files_only=local,
-            dtype="auto" if torch.device(device).type != "cpu" else torch.float32,
-        )
-        return cls(model.to(device).eval(), tokenizer, batch_size=batch_size, workers=workers)
+        name = str(path)
+        precision = "auto" if torch.device(device).type != "cpu" else torch.float32
+        model = load_model(name, "llm", dtype=precision).to(device)
+        return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
@@ -152,14 +163,15 @@ class LocalLLM:
         self._check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
 
         def continuations(rows: Sequence[int]) -> list[str]:
-            ids, mask = self._padded([tokens[i] for i in rows], left=True)
+            ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
+            begin = ids.shape[1] if self.kind == "causal" else 1  # a decoder begins with its start token alone
             sampler = LogitsProcessorList()
             if temperature > 0:
                 uniforms = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in rows])
-                sampler.append(Draw(torch.from_numpy(uniforms).to(ids.device), ids.shape[1], temperature, top_p))
+                sampler.append(Draw(torch.from_numpy(uniforms).to(ids.device), begin, temperature, top_p))
             new = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, logits_processor=sampler
-            )[:, ids.shape[1] :]
+            )[:, begin:]
             texts: list[str] = self.tokenizer.batch_decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -171,14 +183,16 @@ class LocalLLM:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
 
         A continuation's tokens are those that prompt + continuation has beyond the prompt's own. Where the tokenizer
-        merges across the border, the two are tokenised apart, so that the prompt's tokens are always conditioned on
-        and never scored.
+        merges across the border, and for a seq2seq LM, the two are tokenised apart, so that the prompt's tokens are
+        always conditioned on and never scored.
 
         Raises:
             ValueError: If the lists differ in length, a continuation is empty, or a pair exceeds the context.
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
+        if self.kind == "seq2seq":
+            return self._score_seq2seq(prompts, continuations)
         starts = self._tokens(prompts)
         whole = self._tokens([p + c for p, c in zip(prompts, continuations, strict=True)])
         for i, (start, both) in enumerate(zip(starts, whole, strict=True)):
@@ -207,37 +221,37 @@ class LocalLLM:
 
         return self._by_length([len(t) for t in whole], likelihoods)
 
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Mean of the last hidden states over each text's own tokens, shape (texts, width); long texts are cut.
+    def _score_seq2seq(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        starts = self._tokens(prompts)
+        wanted = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+        for i, row in enumerate(wanted):
+            if not row:
+                raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
+        both = [len(s) + len(w) for s, w in zip(starts, wanted, strict=True)]
+        self._check_room(both, 0, way_out="shorter texts")
 
-        BOS is read but left out of the mean: its state is the same for all texts and much larger than the others.
+        def likelihoods(rows: Sequence[int]) -> list[float]:
+            ids, mask = self._padded([starts[i] for i in rows], left=False)
+            ahead, scored = self._padded([wanted[i] for i in rows], left=False)
+            given = self.model.prepare_decoder_input_ids_from_labels(ahead)
+            seen = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=given, use_cache=False)
+            logits = seen.logits.float()
+            logs = logits.gather(2, ahead[:, :, None]).squeeze(2) - logits.logsumexp(dim=2)
+            means: list[float] = (logs.where(scored.bool(), 0.0).sum(dim=1) / scored.sum(dim=1)).tolist()
+            return means
+
+        return self._by_length(both, likelihoods)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The LLM as an `Embedder`: mean of its last hidden states, shape (texts, width); long texts are cut.
 
         Raises:
             ValueError: If a text holds no token.
         """
-        tokens = [t[: self.context] for t in self._tokens(texts)]
-        lead = 0 if self.tokenizer.bos_token_id is None else 1
-        for i, row in enumerate(tokens):
-            if len(row) <= lead:
-                raise ValueError(f"text {i} holds no token: {texts[i]!r}; leave empty texts out")
-
-        def means(rows: Sequence[int]) -> list[NDArray[np.float32]]:
-            ids, mask = self._padded([tokens[i] for i in rows], left=False)
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            own = mask[:, lead:, None].to(torch.float32)
-            mean = (hidden[:, lead:].float() * own).sum(dim=1) / own.sum(dim=1)
-            return list(mean.cpu().numpy())
-
-        found = self._by_length([len(t) for t in tokens], means)
-        return np.stack(found) if found else np.zeros((0, self.model.config.hidden_size), dtype=np.float32)
+        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, beginning with exactly one BOS where the tokenizer has one."""
-        if not texts:
-            return []
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return rows if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in rows]
+        return token_rows(self.tokenizer, texts, self.kind)
 
     def _check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
         longest = max(lengths, default=0)
@@ -248,34 +262,8 @@ class LocalLLM:
             )
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        width = max(len(row) for row in rows)
-        ids, mask = torch.full((len(rows), width), self.pad), torch.zeros((len(rows), width), dtype=torch.long)
-        for i, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[i, place], mask[i, place] = torch.tensor(row), 1
+        ids, mask = padded(rows, self.pad, left=left)
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def _by_length(self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]]) -> list[T]:
-        """`work` on batches of like length, longest first (if memory fails, at once); results in input order."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-
-        def run(rows: Sequence[int]) -> list[T]:
-            with torch.inference_mode():  # per thread, hence here
-                return work(rows)
-
-        workers = min(self.workers, len(batches))
-        if workers <= 1:
-            done = [run(rows) for rows in batches]
-        else:
-            threads = torch.get_num_threads()
-            try:
-                with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                    done = list(pool.map(run, batches))
-            finally:
-                torch.set_num_threads(threads)
-        results: list[T | None] = [None] * len(order)
-        for rows, values in zip(batches, done, strict=True):
-            for row, value in zip(rows, values, strict=True):
-                results[row] = value
-        return results  # type: ignore[return-value]  # every row stands in one batch
+        return by_length(work, lengths, batch_size=self.batch_size, workers=self.workers)

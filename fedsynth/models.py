@@ -1,25 +1,47 @@
-"""Load a model and tokenizer, attach LoRA, read and write an adapter."""
+"""Models by name: find, pin and load them for a role, attach LoRA, read and write adapters and weights."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+import re
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
+import httpx
 import numpy as np
 import torch
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
+from transformers.utils.hub import cached_file, extract_commit_hash, has_file
 
 from fedsynth.lora import Adapter
+from fedsynth.scenario import Scenario, cells
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
@@ -27,8 +49,32 @@ logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
 
 
+Kind = Literal["causal", "seq2seq", "encoder"]
+Role = Literal["generator", "llm", "task_model", "embedder"]
+
+_LM = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
+# Which models fit a role, and the class that loads them.
+LOADERS: dict[Role, dict[str, Any]] = {
+    "generator": _LM,
+    "llm": _LM,
+    "task_model": dict.fromkeys(get_args(Kind), AutoModelForSequenceClassification),
+    "embedder": dict.fromkeys(get_args(Kind), AutoModel),
+}
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "vocab.json",
+    "vocab.txt",
+)
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 def locate(name: str) -> str:
-    """What `from_pretrained` is given: the folder of a shipped model, a folder, or a Hugging Face name.
+    """What is loaded: the folder of a shipped model, a folder, or a Hugging Face name, with `@revision` if it has one.
 
     Raises:
         BadValue: If it is neither a shipped model nor a folder, and cannot be a Hugging Face name.
@@ -42,56 +88,249 @@ def locate(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadValue(f"the model folder {name!r} holds no config.json")
+            raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
         return str(path.absolute())
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
         raise BadValue(f"the model path {name!r} does not exist")
     return name
 
 
-def check(name: str) -> None:
-    """Refuses a model that cannot be loaded, before any work is spent.
+def _place(name: str) -> dict[str, Any]:
+    """What every `from_pretrained` is given: where, and which revision. Code that comes with a model never runs."""
+    where = locate(name)
+    repository, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
+    return {
+        "pretrained_model_name_or_path": repository,
+        "revision": revision or "main",
+        "local_files_only": Path(where).is_dir(),
+        "trust_remote_code": False,
+    }
+
+
+def _fetch(what: Any, name: str, **more: Any) -> Any:
+    """`what.from_pretrained`, with one line on what is wrong and the way out.
+
+    Raises:
+        BadValue: If it cannot be loaded.
+    """
+    try:
+        return what.from_pretrained(**_place(name), **more)
+    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as problem:
+        raise BadValue(_why(name, problem)) from problem
+
+
+def _why(name: str, problem: BaseException) -> str:
+    """One line; transformers wraps what the hub said, so that the causes are looked at, too."""
+    place = _place(name)
+    repository = place["pretrained_model_name_or_path"]
+    causes: list[BaseException] = [problem]
+    while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
+        causes.append(deeper)
+
+    def said(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if place["local_files_only"]:
+        causes.clear()  # a folder: the hub has no part in it
+    if said(GatedRepoError):
+        return (
+            f"the model {name!r} is gated: accept its licence at https://huggingface.co/{repository} "
+            "and log in with `hf auth login`"
+        )
+    if said(RepositoryNotFoundError):
+        return f"no model {name!r} on the hub: check the name; a private one needs `hf auth login`"
+    if said(RevisionNotFoundError):
+        return f"the model {repository!r} has no revision {place['revision']!r}: name a branch, a tag or a commit of it"
+    if said(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
+        return (
+            f"the model {name!r} is not on this machine, and the hub cannot be reached: download it beforehand with "
+            f"`{_download(place)}` and set HF_HUB_OFFLINE=1, or name a folder"
+        )
+    first = next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(".: ")
+    return (
+        f"the model {name!r} cannot be loaded: {first}. Give a folder with a saved model, or a Hugging Face name that "
+        f"this machine can reach (looked for {repository!r})"
+    )
+
+
+def _download(place: Mapping[str, Any]) -> str:
+    revision = "" if place["revision"] == "main" else f" --revision {place['revision']}"
+    return f"hf download {place['pretrained_model_name_or_path']}{revision}"
+
+
+@lru_cache(maxsize=16)
+def _config(name: str) -> Any:
+    return _fetch(AutoConfig, name)
+
+
+def kind_of(config: Any) -> Kind:
+    """What a model with this configuration is.
+
+    Raises:
+        BadValue: If it is none of the three.
+    """
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    # BERT and its like could be built as decoders, too; their checkpoints are encoders.
+    if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
+        return "encoder"
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return "causal"
+    raise BadValue(f"a model of type {config.model_type!r} is no causal LM, seq2seq LM or encoder of text")
+
+
+def fits(name: str, role: Role) -> Kind:
+    """The kind of a model, if it fits the role.
+
+    Raises:
+        BadValue: If it does not, with the roles that it fits; or if its configuration cannot be loaded.
+    """
+    config = _config(name)
+    kind = kind_of(config)
+    able = [r for r, kinds in LOADERS.items() if kind in kinds and type(config) in kinds[kind]._model_mapping]
+    if role not in able:
+        raise BadValue(
+            f"the model {name!r} ({config.model_type}: {kind}) cannot be the {role}; it fits as {' or '.join(able)}"
+        )
+    return kind
+
+
+def check(name: str, role: Role) -> None:
+    """Refuses a model that cannot be loaded or does not fit its role, before any work is spent.
+
+    What a hub model lacks on this machine is downloaded here, once, instead of by every client.
 
     Raises:
         BadValue: With the way out.
     """
-    where = locate(name)
+    fits(name, role)
+    tokenizer, known = load_tokenizer(name), getattr(_config(name).get_text_config(), "vocab_size", None)
+    if known is not None and len(tokenizer) > known:
+        raise BadValue(f"the model {name!r} knows {known} tokens, its tokenizer {len(tokenizer)}: they do not belong "
+                       "together")  # fmt: skip
+    _check_weights(name)
+
+
+def _file(name: str, file: str) -> str | None:
+    """Where a file of a model lies, downloaded if need be; None if it has none or cannot be asked."""
+    place = _place(name)
+    place.pop("trust_remote_code")
+    path_or_name = place.pop("pretrained_model_name_or_path")
     try:
-        load_tokenizer(name)
-    except (OSError, ValueError) as problem:
+        found: str | None = cached_file(path_or_name, file, _raise_exceptions_for_missing_entries=False, **place)
+    except (OSError, httpx.HTTPError) as problem:
+        raise BadValue(_why(name, problem)) from problem
+    return found
+
+
+def _check_weights(name: str) -> None:
+    """Whether there are safetensors: other formats can run code when they are read."""
+    parts = ["model.safetensors"]
+    if index := _file(name, "model.safetensors.index.json"):
+        parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    missing = [part for part in parts if not _file(name, part)]
+    if not missing:
+        return
+    place = _place(name)
+    where, revision, local = (place[k] for k in ("pretrained_model_name_or_path", "revision", "local_files_only"))
+    if any(has_file(where, f"pytorch_model.bin{end}", revision=revision) for end in ("", ".index.json")):
         raise BadValue(
-            f"the model {name!r} cannot be loaded: {str(problem).splitlines()[0]} Give a folder with a saved model, "
-            f"or a Hugging Face name that this machine can reach (looked for {where!r})"
-        ) from problem
+            f"the model {name!r} has weights as pickle (.bin) only, which can run code when they are read: where "
+            "you trust it, load it once with `transformers`, write it with `save_pretrained(FOLDER)`, name FOLDER"
+        )
+    if local:
+        raise BadValue(f"the model folder {name!r} holds no {missing[0]}: save the model into it, too")
+    raise BadValue(
+        f"the weights of the model {name!r} ({missing[0]}) are not on this machine: download them beforehand "
+        f"with `{_download(place)}`, or name a folder"
+    )
 
 
 @lru_cache(maxsize=8)
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer; padding falls back to the end-of-text token."""
-    tokenizer = AutoTokenizer.from_pretrained(locate(name))
+    """The tokenizer; padding falls back to the end-of-text token.
+
+    Raises:
+        BadValue: If there is none.
+    """
+    tokenizer = _fetch(AutoTokenizer, name)
+    if not any(_file(name, file) for file in VOCABULARIES):  # transformers would make do with an empty vocabulary
+        raise BadValue(f"the model {name!r} has no tokenizer beside its weights: save its tokenizer into the folder, "
+                       f"as one of {', '.join(VOCABULARIES)}")  # fmt: skip
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def load_model(name: str, role: Role, *, dtype: Any = torch.float32) -> Any:
+    """A model in evaluation mode, as its role asks for it.
+
+    Dropout is off in training, too: an example's gradient must not depend on its batch, or a fit on torch's global
+    random state. A task model has token dropout instead.
+
+    Raises:
+        BadValue: If it cannot be loaded, has no safetensors, does not fit the role, or lacks weights that it needs.
+    """
+    return _load(name, role, dtype=dtype)[0]
+
+
+def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2) -> tuple[Any, set[str]]:
+    """The model, and the names of its parameters that no file gave it: those of a new head."""
+    loader = LOADERS[role][fits(name, role)]
+    _check_weights(name)
+    config = copy.deepcopy(_config(name))
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key, value in vars(part).items():
+            if "drop" in key and isinstance(value, float | int) and not isinstance(value, bool):
+                setattr(part, key, type(value)(0))
+    more: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    if role == "task_model":
+        config.num_labels = classes
+        more["ignore_mismatched_sizes"] = True  # a checkpoint's own head for another task is replaced
+    model, info = _fetch(loader, name, **more)
+    new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+    lacking = sorted(key for key in new if not _may_be_new(key, role, model.base_model_prefix))
+    if lacking:
+        raise BadValue(
+            f"the weights of the model {name!r} are not those of a {type(model).__name__}: {len(lacking)} are missing "
+            f"or of another shape, such as {lacking[0]!r}; it cannot be the {role}"
+        )
+    return model, new
+
+
+def _may_be_new(key: str, role: Role, body: str) -> bool:
+    """Whether a role can do without a pretrained parameter: a task model's head, what an embedder does not read."""
+    if role == "task_model":
+        return not key.startswith(f"{body}.") or "pooler" in key
+    return role == "embedder" and ("pooler" in key or key.startswith("decoder."))
+
+
 @lru_cache(maxsize=4)
-def _causal(name: str) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(locate(name), dtype=torch.float32)
-    return model.eval()
+def _generator(name: str) -> nn.Module:
+    model: nn.Module = load_model(name, "generator")
+    return model
 
 
-def load_causal(name: str) -> nn.Module:
-    """A causal language model of one's own to train, in float32 (read from disk once per process)."""
-    return copy.deepcopy(_causal(name))
+def load_generator(name: str) -> nn.Module:
+    """A causal or seq2seq language model of one's own to train, in float32 (read from disk once per process).
+
+    Raises:
+        BadValue: As `load_model`.
+    """
+    return copy.deepcopy(_generator(name))
+
+
+def context_of(config: Any) -> int | None:
+    """Longest text in tokens; None for a model without a limit of its own (the relative positions of T5)."""
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    return longest
 
 
 @lru_cache(maxsize=4)
 def _classifier(name: str, classes: int) -> tuple[nn.Module, tuple[str, ...]]:
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        locate(name), num_labels=classes, dtype=torch.float32, output_loading_info=True
-    )
+    model, new = _load(name, "task_model", classes=classes)
     model.config.pad_token_id = load_tokenizer(name).pad_token_id
-    return model.eval(), tuple(sorted(info["missing_keys"]))
+    return model, tuple(sorted(new))
 
 
 def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
@@ -108,26 +347,28 @@ def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
     weights = dict(model.named_parameters())
     with torch.no_grad():
         for key in new:
+            if key not in weights:
+                continue  # a buffer
             if weights[key].dim() > 1:
                 weights[key].normal_(std=0.02, generator=generator)
             else:
-                weights[key].zero_()
+                weights[key].fill_(0.0 if key.endswith("bias") else 1.0)  # a gain of a norm starts at 1
     return model
 
 
 def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:
-    """LoRA on every linear layer but the output head (Hu et al. 2021; all-linear as in QLoRA, section 4).
+    """LoRA on every linear layer but the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
 
     A starts at Kaiming-uniform from `seed` (public), B at zero, so the model starts as its base.
 
     Raises:
         BadValue: If the model has no linear layer to adapt.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    targets = _linear_layers(model)
     if not targets:
         raise BadValue(f"{type(model).__name__} has no linear layer that LoRA could adapt")
-    adapted = get_peft_model(model, _lora_config(rank, alpha, targets))
+    turned = all(isinstance(layer, Conv1D) for layer in targets.values())  # GPT-2 keeps its weights transposed
+    adapted = get_peft_model(model, _lora_config(rank, alpha, list(targets), fan_in_fan_out=turned))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
@@ -136,21 +377,77 @@ def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> Peft
     return adapted
 
 
-def _lora_config(rank: int, alpha: float, targets: list[str]) -> LoraConfig:
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
+    body: Any = getattr(model, "base_model", model)
+    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]
+    heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
+    inside = {id(m) for m in body.modules()}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer) in inside and id(layer) not in heads
+    }
+
+
+def _lora_config(rank: int, alpha: float, targets: list[str], **more: Any) -> LoraConfig:
     scale: Any = alpha  # PEFT's annotation says int; it only divides by it
-    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets)
+    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, **more)
+
+
+def pin(name: str) -> str:
+    """A name that means the same model for ever: `org/name@<commit>` for one from the hub; others stay as they are.
+
+    The commit is that of the copy on this machine where the hub cannot be reached.
+
+    Raises:
+        BadValue: If the model is not found.
+    """
+    where = locate(name)
+    repository, _, revision = where.partition("@")
+    if Path(where).is_dir() or COMMIT.fullmatch(revision):
+        return name
+    _config(name)  # says what is wrong where there is none
+    commit = extract_commit_hash(_file(name, "config.json"), None)
+    if commit is None:
+        raise BadValue(f"the hub gives no commit for the model {name!r}: name one, as {repository}@COMMIT")
+    return f"{repository}@{commit}"
+
+
+def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
+    """Every model that the arms of a scenario name, with what it is for, each pair once."""
+    found: dict[tuple[str, Role], None] = {}
+    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
+        client, server = cell.scenario.client, cell.scenario.server
+        task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
+        found |= {(client.generator, "generator"): None, (client.task_model, task): None, (server.llm, "llm"): None}
+        if server.embedder is not None:
+            found |= {(server.embedder, "embedder"): None}
+    return list(found)
+
+
+def version_of(name: str) -> dict[str, str]:
+    """What a run records of a model: the revision of one from the hub, else the hash of its files."""
+    if Path(locate(name)).is_dir():
+        return {"sha256": weights_hash(name)}
+    return {"revision": pin(name).partition("@")[2]}
 
 
 def weights_hash(name: str) -> str:
-    """SHA-256 over configuration and safetensors of a local model; over the name alone of one from the hub."""
+    """SHA-256 over configuration, tokenizer and safetensors of a local model; over the pinned name of one from the hub.
+
+    Raises:
+        BadValue: If a model from the hub without a commit in its name is not found.
+    """
     where = locate(name)
-    return _hash_folder(where) if Path(where).is_dir() else hashlib.sha256(where.encode()).hexdigest()
+    return _hash_folder(where) if Path(where).is_dir() else hashlib.sha256(pin(where).encode()).hexdigest()
 
 
 @lru_cache(maxsize=8)
 def _hash_folder(folder: str) -> str:
     digest = hashlib.sha256()
-    for file in [*sorted(Path(folder).glob("*.safetensors")), Path(folder) / "config.json"]:
+    files = {file for pattern in ("*.safetensors", *TOKENIZER_FILES) for file in Path(folder).glob(pattern)}
+    for file in [*sorted(f for f in files if f.is_file()), Path(folder) / "config.json"]:
         digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -158,8 +455,14 @@ def _hash_folder(folder: str) -> str:
 def read_adapter(model: PeftModel, base: str) -> Adapter:
     """The LoRA weights of a model as named arrays, without a guarantee: `privacy.release` gives one."""
     config = cast(LoraConfig, model.peft_config["default"])
-    arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in get_peft_model_state_dict(model).items()}
+    arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in _adapter_weights(model).items()}
     return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base)
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    # Never embeddings: PEFT would ask the hub whether they were resized.
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
 
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
@@ -167,7 +470,11 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted({n.removeprefix("base_model.model.").partition(".lora_")[0] for n in adapter.arrays})
     config = _lora_config(adapter.rank, adapter.alpha, modules)
-    config.task_type, config.base_model_name_or_path, config.inference_mode = "CAUSAL_LM", base, True
+    # Told from the layers: who saves a client's adapter need not have the client's model.
+    sides = {side for module in modules for side in ("encoder", "decoder") if side in module.split(".")}
+    repository, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    config.task_type = "SEQ_2_SEQ_LM" if len(sides) == 2 else "CAUSAL_LM"
+    config.base_model_name_or_path, config.revision, config.inference_mode = repository, revision or None, True
     config.save_pretrained(str(folder))
     tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})

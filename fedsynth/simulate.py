@@ -14,11 +14,12 @@ import pandas as pd
 
 from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
-from fedsynth.data import label_list, open_sites
+from fedsynth.data import divide, label_list, misfits
+from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation import load_strategy
 from fedsynth.launch import APP, launch
-from fedsynth.models import attach_lora, load_causal, load_tokenizer
+from fedsynth.models import attach_lora, load_generator, load_tokenizer, models_of, pin
 from fedsynth.models import check as check_model
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
@@ -27,6 +28,8 @@ from fedsynth.scenario import Cell, Data, Scenario, cells, load, to_toml
 from fedsynth.teacher import check_labels
 from fedsynth.training import SelfCheckFailed, check_room, self_check
 from fedsynth.typed import BadValue
+
+MODELS = (("client", "generator"), ("client", "task_model"), ("server", "llm"), ("server", "embedder"))
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def check(scenario: Scenario) -> list[str]:
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         resolved = cell.scenario
         load_strategy(resolved.strategy)
-        for name in (resolved.client.generator, resolved.client.task_model, resolved.server.llm):
-            check_model(name)
+        for name, role in models_of(resolved):
+            check_model(name, role)
         key = (resolved.data, resolved.client)
         if key in seen:
             continue
@@ -104,6 +107,29 @@ def check(scenario: Scenario) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
+def pinned(scenario: Scenario) -> Scenario:
+    """The scenario with the commit in the name of every model from the hub, those of its arms included.
+
+    Raises:
+        BadValue: If a model of an arm that runs is not found.
+    """
+    pins: dict[Any, str] = {name: pin(name) for name, _ in models_of(scenario)}
+
+    def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: pins.get(value, value) if (table, key) in MODELS else value for key, value in values.items()}
+
+    def here(table: str) -> dict[str, Any]:
+        values = getattr(scenario, table)
+        return renamed(table, {key: getattr(values, key) for t, key in MODELS if t == table})
+
+    arms = {
+        arm: {key: renamed(key, value) if isinstance(value, Mapping) else value for key, value in overrides.items()}
+        for arm, overrides in scenario.arms.items()
+    }
+    client, server = replace(scenario.client, **here("client")), replace(scenario.server, **here("server"))
+    return replace(scenario, client=client, server=server, arms=arms)
+
+
 def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None:
     """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens."""
     client, data = cell.scenario.client, cell.scenario.data
@@ -114,12 +140,12 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
         planned = client.plan(records, cell.scenario.rounds)
     except BudgetTooSmall as problem:
         raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
-    tokenizer, model = load_tokenizer(client.generator), load_causal(client.generator)
+    tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator)
     settings = client.generator_training
     try:
         check_room(tokenizer, model, labels, settings.max_tokens)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)
-        self_check(adapted, planned, vocabulary=len(tokenizer), pad=tokenizer.pad_token_id)
+        self_check(adapted, planned, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
 
@@ -130,8 +156,15 @@ def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]
         warnings.append(
             "the label list is read from the data; a real site must list it: a rare class can reveal a person"
         )
+    warnings += misfits(data, labels)
     for seed in scenario.seeds:
-        for index, site in enumerate(open_sites(data, seed)):
+        division = divide(data, seed)
+        if data.split == "pathological" and division.left_out.not_dealt:
+            warnings.append(
+                f"{division.left_out.not_dealt} rows are of classes that no client holds (seed {seed}): "
+                "ask for more clients, or more classes per client"
+            )
+        for index, site in enumerate(division.sites):
             for name, corpus in (("training", site.train), ("test", site.test)):
                 if not set(labels) & set(corpus.answers):
                     raise BadValue(f"arm {arm!r}: client {index} has no {name} example with a label of {list(labels)}")
@@ -157,7 +190,8 @@ def run(
         out: The run's directory; must be new or empty. Left out: `runs/NAME-DATE` in the working directory.
         workers: Client processes; left out: one per core.
         port: Of the run's SuperLink on this machine; left out: any free one.
-        on_event: Called with each progress event: arm, seed, round, phase, done, total.
+        on_event: Called with each progress event: arm, seed, round, phase, done, total. The first is "data", with a
+            line on what the clients hold.
         on_warning: Called with each warning of the check.
 
     Raises:
@@ -169,7 +203,10 @@ def run(
     for warning in check(asked):
         if on_warning is not None:
             on_warning(warning)
-    prepare(asked, place)
+    asked = pinned(asked)
+    cards = prepare(asked, place)
+    if on_event is not None:
+        on_event({"event": "data", "line": card_line(cards)})
     private = private_of(place)
     private.mkdir(mode=0o700, exist_ok=True)
     launch(

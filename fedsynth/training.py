@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from fedsynth.batches import padded, token_rows
 from fedsynth.corpus import Corpus
+from fedsynth.models import Kind, context_of
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
@@ -36,7 +38,8 @@ class Example:
 
     Attributes:
         tokens: Token ids.
-        start: Position of the first token that is learnt; what stands before it (BOS, control code) is given.
+        start: Position of the first token that is learnt; what stands before it (BOS, control code) is given. A seq2seq
+            model reads what is given with its encoder, and its decoder learns the rest.
     """
 
     tokens: tuple[int, ...]
@@ -63,7 +66,7 @@ def control_code(label: str) -> str:
 
 
 def encode_slots(
-    tokenizer: Any, corpus: Corpus, labels: Sequence[str], records: int, longest: int
+    tokenizer: Any, corpus: Corpus, labels: Sequence[str], records: int, longest: int, kind: Kind = "causal"
 ) -> list[Example | None]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
@@ -78,25 +81,32 @@ def encode_slots(
         labels: The public label list.
         records: Declared number of units; the plan's, whatever the real count is.
         longest: Longest example in tokens.
+        kind: Of the generator.
     """
     units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
     first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
     rows: list[int | None] = [*first[:records], *[None] * (records - len(first))]
     known = set(labels)
     return [
-        None if row is None or corpus.answers[row] not in known else _encode_or_none(tokenizer, corpus, row, longest)
+        None
+        if row is None or corpus.answers[row] not in known
+        else _encode_or_none(tokenizer, corpus, row, longest, kind)
         for row in rows
     ]
 
 
-def _encode_or_none(tokenizer: Any, corpus: Corpus, row: int, longest: int) -> Example | None:
+def _encode_or_none(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind) -> Example | None:
     try:
-        return _encode(tokenizer, corpus, row, longest)
+        return _encode(tokenizer, corpus, row, longest, kind)
     except Exception:  # a record that fails the whole answer would show in the answer
         return None
 
 
-def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int) -> Example:
+def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind) -> Example:
+    if kind == "seq2seq":
+        [head] = token_rows(tokenizer, [control_code(corpus.answers[row])], kind)
+        body = [*token_ids(tokenizer, corpus.prompts[row].strip()), tokenizer.eos_token_id]
+        return Example(tuple([*head, *body][:longest]), len(head))
     head = token_ids(tokenizer, control_code(corpus.answers[row]))
     if tokenizer.bos_token_id is not None:
         head = [tokenizer.bos_token_id, *head]
@@ -115,33 +125,47 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
     """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
 
     Raises:
-        ValueError: If a control code leaves no room for a text, or the model's context is too short.
+        ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
+            no end of text or tokens that the model does not know.
     """
     codes = {label: len(token_ids(tokenizer, control_code(label))) + 1 for label in labels}
     code, tokens = max(codes.items(), key=lambda item: item[1])
     if tokens + 2 > longest:
         raise ValueError(f"the control code of label {code!r} has {tokens} tokens, which leaves no text of {longest}")
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_of(model.config)
     if context is not None and longest > context:
         raise ValueError(
             f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_tokens"
         )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token): a text that never ends cannot be learnt")
+    if len(tokenizer) > vocabulary_of(model):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary_of(model)}: "
+                         "save the model with the tokenizer that it was trained with")  # fmt: skip
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Tokens that the model embeds: often more than its tokenizer writes."""
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.num_embeddings
 
 
 def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
     """Each example's mean negative log-likelihood over its own learnt tokens: no example enters another's loss."""
     where = next(model.parameters()).device
-    width = max(len(e.tokens) for e in examples)
-    tokens = torch.full((len(examples), width), pad, dtype=torch.long)
-    targets = torch.full((len(examples), width), IGNORED, dtype=torch.long)
-    present = torch.zeros((len(examples), width), dtype=torch.long)
-    for row, e in enumerate(examples):
-        tokens[row, : len(e.tokens)] = torch.tensor(e.tokens)
-        targets[row, e.start : len(e.tokens)] = torch.tensor(e.tokens[e.start :], dtype=torch.long)
-        present[row, : len(e.tokens)] = 1
-    tokens, targets, present = tokens.to(where), targets.to(where), present.to(where)
-    logits = model(input_ids=tokens, attention_mask=present).logits[:, :-1].float()
-    wanted = targets[:, 1:]
+    within: Any = model._module if isinstance(model, GradSampleModule) else model
+    if getattr(getattr(within, "config", None), "is_encoder_decoder", False):
+        given, present = padded([e.tokens[: e.start] for e in examples], pad)
+        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
+        # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
+        before = within.prepare_decoder_input_ids_from_labels(wanted)
+        read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
+        logits = model(**read, use_cache=False).logits.float()
+    else:
+        tokens, present = padded([e.tokens for e in examples], pad)
+        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
+        logits = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits[:, :-1].float()
+        wanted = targets[:, 1 : tokens.shape[1]].to(where)
     losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
     return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
 
@@ -296,7 +320,7 @@ def fit_without_guarantee(
     )
 
 
-def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> None:
+def self_check(model: nn.Module, plan: DPPlan, *, pad: int) -> None:
     """Checks sampler, noise, clipping and independence of examples on random public tokens (docs/privacy.md).
 
     Finds layers that mix the examples of a batch (BatchNorm, packing, batch-mean losses), a missing clip and a model
@@ -310,7 +334,7 @@ def self_check(model: nn.Module, plan: DPPlan, *, vocabulary: int, pad: int) -> 
     _check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 9, 14)
-    batch = [Example(tuple(int(t) for t in rng.integers(0, vocabulary, n)), start=2) for n in lengths]
+    batch = [Example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n)), start=2) for n in lengths]
     per_example = GradSampleModule(model.train(), loss_reduction="sum")
     settings: dict[str, Any] = {"pad": pad, "clip_norm": plan.clip_norm, "microbatch": len(batch)}
     together = clipped_sum(per_example, batch, **settings)

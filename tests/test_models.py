@@ -2,29 +2,40 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
+import httpx
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import errors
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fedsynth import models
 from fedsynth.lora import average, only_b
 from fedsynth.models import (
     attach_lora,
     check,
-    load_causal,
     load_classifier,
+    load_generator,
     load_tokenizer,
     locate,
+    models_of,
+    pin,
     read_adapter,
     save_adapter,
+    version_of,
     weights_hash,
 )
+from fedsynth.scenario import TaskTraining, from_toml, to_toml
+from fedsynth.simulate import pinned
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -51,7 +62,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def fresh(seed: int = 0) -> PeftModel:
-    return attach_lora(load_causal(tiny.folder()), rank=3, alpha=6.0, seed=seed)
+    return attach_lora(load_generator(tiny.folder()), rank=3, alpha=6.0, seed=seed)
 
 
 def trained() -> PeftModel:
@@ -85,7 +96,7 @@ def test_only_the_adapter_is_trainable() -> None:
 
 
 def test_the_model_starts_as_its_base() -> None:
-    assert torch.equal(logits(fresh()), logits(load_causal(tiny.folder())))
+    assert torch.equal(logits(fresh()), logits(load_generator(tiny.folder())))
     arrays = read_adapter(fresh(), "base").arrays
     assert all((a == 0).all() == only_b(name) for name, a in arrays.items())
 
@@ -131,7 +142,7 @@ def test_the_arrays_are_the_update_of_the_layer() -> None:
     arrays = read_adapter(model, "base").arrays
     name = "base_model.model.model.layers.1.mlp.up_proj"
     update = 6.0 / 3 * arrays[f"{name}.lora_B.weight"] @ arrays[f"{name}.lora_A.weight"]
-    base = load_causal(tiny.folder()).get_submodule("model.layers.1.mlp.up_proj").weight.detach().numpy()
+    base = load_generator(tiny.folder()).get_submodule("model.layers.1.mlp.up_proj").weight.detach().numpy()
     merged = model.merge_and_unload().get_submodule("model.layers.1.mlp.up_proj").weight.detach().numpy()
     assert np.allclose(merged - base, update, atol=1e-5)
 
@@ -139,9 +150,9 @@ def test_the_arrays_are_the_update_of_the_layer() -> None:
 def test_a_saved_adapter_loads_in_peft_and_gives_the_same_logits(tmp_path: Path) -> None:
     model = trained()
     save_adapter(replace(read_adapter(model, "the hash"), grants=("g",)), tiny.folder(), tmp_path / "deep" / "adapter")
-    loaded = PeftModel.from_pretrained(load_causal(tiny.folder()), str(tmp_path / "deep" / "adapter"))
+    loaded = PeftModel.from_pretrained(load_generator(tiny.folder()), str(tmp_path / "deep" / "adapter"))
     assert torch.allclose(logits(loaded), logits(model), atol=1e-5)
-    assert not torch.allclose(logits(loaded), logits(load_causal(tiny.folder())), atol=0.1)
+    assert not torch.allclose(logits(loaded), logits(load_generator(tiny.folder())), atol=0.1)
     again = replace(read_adapter(loaded, "the hash"), grants=("g",))
     assert all(np.array_equal(a, again.arrays[n]) for n, a in read_adapter(model, "").arrays.items())
     facts = json.loads((tmp_path / "deep" / "adapter" / "grants.json").read_text())
@@ -155,7 +166,7 @@ def test_averaged_adapters_load_too(tmp_path: Path) -> None:
     save_adapter(
         average([adapter, replace(read_adapter(fresh(), "base"), grants=("h",))], [1, 0]), tiny.folder(), tmp_path
     )
-    loaded = PeftModel.from_pretrained(load_causal(tiny.folder()), str(tmp_path))
+    loaded = PeftModel.from_pretrained(load_generator(tiny.folder()), str(tmp_path))
     assert torch.allclose(logits(loaded), logits(trained()), atol=1e-5)
 
 
@@ -163,7 +174,7 @@ def test_averaged_adapters_load_too(tmp_path: Path) -> None:
 
 
 def test_every_caller_gets_a_model_of_its_own() -> None:
-    one, other = load_causal(tiny.folder()), load_causal(tiny.folder())
+    one, other = load_generator(tiny.folder()), load_generator(tiny.folder())
     with torch.no_grad():
         for weight in one.parameters():
             weight.zero_()
@@ -193,20 +204,25 @@ def test_padding_falls_back_to_the_end_of_text(tmp_path: Path) -> None:
     assert load_tokenizer(tiny.folder()).pad_token_id == tiny.PAD
 
 
-def test_the_hash_changes_with_weights_and_config(tmp_path: Path) -> None:
+def test_the_hash_changes_with_weights_config_and_tokenizer_and_with_nothing_else(tmp_path: Path) -> None:
     hashes = [weights_hash(tiny.folder())]
-    for number, change in enumerate(("copy", "weights", "config")):
-        folder = tmp_path / str(number)
+    for change in ("copy", "notes", "weights", "config", "tokenizer"):
+        folder = tmp_path / change
         shutil.copytree(tiny.folder(), folder)
+        if change == "notes":
+            (folder / "README.md").write_text("a model")
         if change == "weights":
             tiny.model(seed=1).save_pretrained(folder)
         if change == "config":
             config = json.loads((folder / "config.json").read_text())
             (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+        if change == "tokenizer":
+            text = (folder / "tokenizer.json").read_text()
+            (folder / "tokenizer.json").write_text(text + "\n")
         hashes.append(weights_hash(str(folder)))
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-    assert weights_hash("owner/model") != weights_hash("owner/other")
+    assert hashes[0] == hashes[1] == hashes[2]
+    assert len(set(hashes)) == 4
+    assert weights_hash(f"owner/model@{'a' * 40}") != weights_hash(f"owner/model@{'b' * 40}")
 
 
 # Names
@@ -243,7 +259,151 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_check_says_how_to_name_a_model_that_can_be_loaded(tmp_path: Path) -> None:
-    check(tiny.folder())
+    check(tiny.folder(), "generator")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadValue, match=r"cannot be loaded.*Give a folder with a saved model"):
-        check(str(tmp_path))
+        check(str(tmp_path), "generator")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    families.model("gpt2").save_pretrained(tmp_path)  # transformers would make one up that knows a single token
+    with pytest.raises(BadValue, match=r"has no tokenizer beside its weights: save .* tokenizer\.json"):
+        check(str(tmp_path), "generator")
+
+
+# The hub, as a folder of downloads
+
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Two revisions of a model in a cache as the hub's client keeps it; there is no network."""
+    place = tmp_path / "models--org--tiny"
+    for number, (revision, commit) in enumerate(COMMITS.items()):
+        (place / "refs").mkdir(parents=True, exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+        shutil.copytree(tiny.folder(), place / "snapshots" / commit)
+        tiny.model(seed=number).save_pretrained(place / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    forget()
+    yield "org/tiny"
+    forget()
+
+
+def forget() -> None:
+    for cache in (models._config, models._generator, models._classifier, models.load_tokenizer):
+        cache.cache_clear()
+
+
+def test_a_name_is_pinned_to_the_commit_that_it_means_today(hub: str) -> None:
+    assert pin(hub) == f"{hub}@{COMMITS['main']}"
+    assert pin(f"{hub}@v1") == f"{hub}@{COMMITS['v1']}"
+    assert pin(pin(hub)) == pin(hub)
+    assert pin("assets:tiny-slm") == "assets:tiny-slm"
+    assert pin(tiny.folder()) == tiny.folder()
+    assert pin(f"no/such@{'c' * 40}") == f"no/such@{'c' * 40}"  # means one thing for ever: nothing to look up
+
+
+def test_a_pinned_name_loads_its_own_revision(hub: str) -> None:
+    for number, commit in enumerate(COMMITS.values()):
+        check(f"{hub}@{commit}", "generator")
+        assert torch.equal(logits(load_generator(f"{hub}@{commit}")), logits(tiny.model(seed=number)))
+    assert torch.equal(logits(load_generator(f"{hub}@v1")), logits(tiny.model(seed=1)))
+    body = load_classifier(f"{hub}@v1", 2, 0).get_submodule("model")
+    assert all(torch.equal(w, body.get_parameter(n)) for n, w in tiny.model(seed=1).model.named_parameters())
+    assert weights_hash(hub) == weights_hash(pin(hub)) != weights_hash(f"{hub}@v1")
+
+
+def test_a_run_writes_down_which_models_it_read(hub: str) -> None:
+    assert version_of(hub) == {"revision": COMMITS["main"]}
+    assert version_of(tiny.folder()) == {"sha256": weights_hash(tiny.folder())}
+
+
+def test_a_scenario_is_pinned_with_its_arms(hub: str) -> None:
+    scenario = from_toml(
+        f"""
+        name = "x"
+        run = ["a", "b"]
+        [strategy]
+        use = "fedsynth.strategies.local:Local"
+        [data]
+        source = "world:hospitals"
+        [client]
+        generator = "{hub}"
+        task_model = "assets:tiny-slm"
+        budget = {{ epsilon = 8.0 }}
+        [server]
+        llm = "{hub}@v1"
+        [arms.a]
+        [arms.b.server]
+        embedder = "{hub}"
+        llm = "assets:tiny-llm"
+        [arms.c.client]
+        generator = "org/unknown"
+        """
+    )
+    found = pinned(scenario)
+    assert found.client == replace(scenario.client, generator=f"{hub}@{COMMITS['main']}")
+    assert found.server == replace(scenario.server, llm=f"{hub}@{COMMITS['v1']}")
+    assert found.arms["b"] == {"server": {"embedder": f"{hub}@{COMMITS['main']}", "llm": "assets:tiny-llm"}}
+    assert found.arms["c"] == scenario.arms["c"]  # does not run
+    assert from_toml(to_toml(found)) == found
+    roles = dict(models_of(replace(scenario, arms={}, run=())))
+    assert roles == {hub: "generator", f"{hub}@v1": "llm", "assets:tiny-slm": "task_model"}
+    head = replace(scenario.client, task_training=TaskTraining(trains="head"))
+    assert dict(models_of(replace(scenario, client=head, arms={}, run=())))["assets:tiny-slm"] == "embedder"
+    assert {name for name, _ in models_of(found)} == {
+        f"{hub}@{COMMITS['main']}", f"{hub}@{COMMITS['v1']}", "assets:tiny-slm", "assets:tiny-llm"
+    }  # fmt: skip
+
+
+def test_a_saved_adapter_names_the_base_and_its_revision(hub: str, tmp_path: Path) -> None:
+    save_adapter(replace(read_adapter(trained(), "hash"), grants=("g",)), f"{hub}@{COMMITS['v1']}", tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (hub, COMMITS["v1"])
+
+
+def test_what_was_not_downloaded_is_said_with_the_command_that_does(hub: str, tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match=r"'org/other' is not on this machine.*`hf download org/other` and set HF_HUB_"):
+        check("org/other", "llm")
+    with pytest.raises(BadValue, match=r"'org/tiny@v9' is not on this machine.*`hf download org/tiny --revision v9`"):
+        check("org/tiny@v9", "llm")
+    (tmp_path / "models--org--tiny" / "snapshots" / COMMITS["v1"] / "model.safetensors").unlink()
+    with pytest.raises(BadValue, match=r"weights of the model 'org/tiny@v1'.*`hf download org/tiny --revision v1`"):
+        check("org/tiny@v1", "llm")
+
+
+def http(status: int) -> httpx.Response:
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid"))
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (errors.GatedRepoError("no", response=http(403)), r"is gated: accept its licence .*org/model.*`hf auth login`"),
+        (
+            errors.RepositoryNotFoundError("no", response=http(404)),
+            r"no model 'org/model@v1' on the hub: check",
+        ),
+        (errors.RevisionNotFoundError("no", response=http(404)), r"'org/model' has no revision 'v1': name a branch"),
+        (errors.LocalEntryNotFoundError("no"), r"hub cannot be reached: .*`hf download org/model --revision v1`"),
+        (errors.OfflineModeIsEnabled("no"), r"hub cannot be reached: download it beforehand"),
+        (httpx.ConnectError("no"), r"hub cannot be reached: download it beforehand"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_the_hub_says_is_one_line_with_the_way_out(
+    problem: Exception, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: Any, **more: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", refuse)
+    for asked in (lambda: check("org/model@v1", "llm"), lambda: pin("org/model@v1")):
+        with pytest.raises(BadValue, match=said) as caught:
+            asked()
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,78 @@
+"""Texts as batches of token ids: what each kind of model reads, padding, batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsynth.models import Kind
+
+T = TypeVar("T")
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | None = None) -> list[list[int]]:
+    """Token ids of each text as a model of this kind reads them.
+
+    A causal model reads exactly one BOS, where its tokenizer has one, and then the text. The others read what their
+    tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a text that is cut keeps that.
+    """
+    if not texts:
+        return []
+    if kind != "causal":
+        cut: dict[str, Any] = {} if longest is None else {"truncation": True, "max_length": longest}
+        found: list[list[int]] = tokenizer(list(texts), **cut)["input_ids"]
+        return found
+    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    rows = rows if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in rows]
+    return [row[:longest] for row in rows]
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, and 1 where a row's own tokens stand; each of shape (rows, longest row), on the CPU."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    present = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, place], present[i, place] = torch.tensor(row, dtype=torch.long), 1
+    return tokens, present
+
+
+def by_length(
+    work: Callable[[Sequence[int]], list[T]], lengths: Sequence[int], *, batch_size: int, workers: int
+) -> list[T]:
+    """`work` on batches of like length, longest first (if memory fails, at once); results in input order.
+
+    Args:
+        work: Row numbers of one batch -> one result per row.
+        lengths: Of all rows.
+        batch_size: Rows at once.
+        workers: Threads. How many never changes a result: batches are formed before.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def run(rows: Sequence[int]) -> list[T]:
+        with torch.inference_mode():  # per thread, hence here
+            return work(rows)
+
+    workers = min(workers, len(batches))
+    if workers <= 1:
+        done = [run(rows) for rows in batches]
+    else:
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                done = list(pool.map(run, batches))
+        finally:
+            torch.set_num_threads(threads)
+    results: list[T | None] = [None] * len(order)
+    for rows, values in zip(batches, done, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            results[row] = value
+    return results  # type: ignore[return-value]  # every row stands in one batch
