@@ -42,14 +42,21 @@ class Probe(nn.Module):
 
     def features(self, texts: Sequence[str], longest: int) -> Tensor:
         """One row per text, float32 on the head's device, shape (texts, width)."""
-        # After a space, as a classifier reads a text: so that an empty one holds a token, too.
-        found = torch.from_numpy(self.embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
-        return F.normalize(found, dim=1).to(self.head.weight.device) * math.sqrt(self.embedder.width)
+        return _features(self.embedder, tuple(texts), longest).to(self.head.weight.device)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits, shape (texts, classes)."""
         logits: Tensor = self.head(features)
         return logits
+
+
+@lru_cache(maxsize=64)
+def _features(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tensor:
+    """Remembered: every arm of a seed reads the same private and test texts. Whole lists, so that a text always has the
+    same neighbours in its batch, and the same result to the last bit."""
+    # After a space, as a classifier reads a text: so that an empty one holds a token, too.
+    found = torch.from_numpy(embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
+    return F.normalize(found, dim=1) * math.sqrt(embedder.width)
 
 
 @lru_cache(maxsize=2)
@@ -103,6 +110,7 @@ def fit_classifier(
     if isinstance(model, Probe):
         groups, speeds = [list(model.parameters())], [1.0]
         features = model.features(prompts, settings.max_tokens)
+        lengths = [1] * len(rows)
 
         def logits(chosen: Tensor) -> Tensor:
             found: Tensor = model(features[chosen.to(features.device)])
@@ -112,6 +120,7 @@ def fit_classifier(
         groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
         speeds = [1.0, settings.head_rate]
         texts = _token_rows(tokenizer, prompts, settings.max_tokens, model.config)
+        lengths = [len(text) for text in texts]
         hide = _hider(tokenizer, kind_of(model.config), settings.token_dropout, generator)
 
         def logits(chosen: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ def fit_classifier(
     optimizer = torch.optim.AdamW(
         [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
     )
-    for step, chosen in enumerate(_shuffled(len(rows), settings.batch, epochs, generator)):
+    for step, chosen in enumerate(_batches(lengths, settings.batch, epochs, generator)):
         share = min(1.0, (step + 1) / 10) * (1 - step / total)
         for group, speed in zip(optimizer.param_groups, speeds, strict=True):
             group["lr"] = rate * speed * share
@@ -202,6 +211,11 @@ def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any)
     return [[*[t for t in row if t != end][: longest - 1], end] for row in rows]
 
 
-def _shuffled(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+def _batches(lengths: Sequence[int], batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Every row once per epoch, in random batches of like length: of eight batches drawn at random, the rows are dealt
+    by length, and the batches shuffled. Without it half of a batch of questions was padding."""
+    width = torch.tensor(lengths)
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(batch)
+        for window in torch.randperm(len(lengths), generator=generator).split(8 * batch):
+            dealt = window[width[window].argsort(stable=True)].split(batch)
+            yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())

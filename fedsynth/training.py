@@ -105,14 +105,15 @@ def _encode_or_none(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind
 def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind) -> Example:
     if kind == "seq2seq":
         [head] = token_rows(tokenizer, [control_code(corpus.answers[row])], kind)
-        body = [*token_ids(tokenizer, corpus.prompts[row].strip()), tokenizer.eos_token_id]
-        return Example(tuple([*head, *body][:longest]), len(head))
-    head = token_ids(tokenizer, control_code(corpus.answers[row]))
-    if tokenizer.bos_token_id is not None:
-        head = [tokenizer.bos_token_id, *head]
-    # The end of text is learnt: a generator that never ends writes noise up to the limit.
-    body = [*token_ids(tokenizer, f" {corpus.prompts[row].strip()}"), tokenizer.eos_token_id]
-    return Example(tuple([*head, *body][:longest]), len(head))
+        text = corpus.prompts[row].strip()
+    else:
+        head = token_ids(tokenizer, control_code(corpus.answers[row]))
+        head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
+        text = f" {corpus.prompts[row].strip()}"
+    # The end of text is learnt, also where a long text was cut: a generator that never ends writes noise up to the
+    # limit, and drafts without an end are not used.
+    body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
+    return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:

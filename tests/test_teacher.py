@@ -434,3 +434,38 @@ def test_the_instructed_judge_can_be_told_the_domain() -> None:
     llm = ScriptedLLM(lambda prompt: "The selected texts are: 1")
     judge_by_instruction(llm, {0: SIX}, {0: [[0, 1, 2, 3, 4, 5]]}, labels=LABELS, keep=1, domain="QQ", seed=0)
     assert "outside QQ," in llm.completed[0][0]
+
+
+def test_a_text_is_compared_with_so_many_other_labels_and_its_own_always() -> None:
+    labels = [f"label{i}" for i in range(20)]
+    text = Corpus(("one two", "three four"), ("label0", "label7"), Provenance.DP_SYNTHETIC, grants=("g",))
+    asked: list[tuple[str, str]] = []
+
+    def likelihood(prompt: str, continuation: str) -> float:
+        asked.append((prompt.rstrip(":"), continuation.strip()))
+        return 0.0
+
+    llm = ScriptedLLM(likelihood=likelihood)
+    judge_by_likelihood(llm, {0: text}, {0: [[0], [1]]}, labels=labels, keep=1, rivals=5, seed=3)
+    for words, own in (("one two", "label0"), ("three four", "label7")):
+        compared = [label for label, t in asked if t == words]
+        assert compared[0] == own
+        assert len(set(compared)) == len(compared) == 6
+    first = list(asked)
+    asked.clear()
+    judge_by_likelihood(llm, {0: text}, {0: [[0], [1]]}, labels=labels, keep=1, rivals=5, seed=3)
+    assert asked == first
+    asked.clear()
+    judge_by_likelihood(llm, {0: text}, {0: [[0], [1]]}, labels=labels, keep=1, rivals=19)
+    assert len(asked) == 40  # every label
+
+
+def test_a_rival_that_is_likelier_drops_a_text_whichever_was_drawn() -> None:
+    labels = [f"label{i}" for i in range(20)]
+    text = Corpus(tuple(f"text {i}" for i in range(30)), ("label0",) * 30, Provenance.DP_SYNTHETIC, grants=("g",))
+    llm = ScriptedLLM(likelihood=lambda prompt, _: 1.0 if prompt == "label9:" else 0.0)
+    [kept] = judge_by_likelihood(
+        llm, {0: text}, {0: [[i] for i in range(30)]}, labels=labels, keep=1, rivals=10
+    ).values()
+    # Label 9 is drawn for about 10 in 19 of the texts; five deviations are 14.
+    assert 2 <= kept.dropped["another label is likelier"] <= 29

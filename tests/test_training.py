@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedsynth.classifier import classify, fit_classifier
+from fedsynth.classifier import _batches, classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models import attach_lora, load_classifier, load_generator, load_tokenizer
@@ -781,3 +781,25 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
     monkeypatch.setattr(GrantRandomness, name, broken)
     with pytest.raises(SelfCheckFailed, match=said):
         _check_streams(0.25)
+
+
+def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:
+    long = Corpus(("abcdefghij" * 5,), ("x",), Provenance.PRIVATE)
+    [example] = encode_slots(tiny.tokenizer(), long, ["x"], 1, 20)
+    assert example is not None
+    assert len(example.tokens) == 20
+    assert example.tokens[-1] == tiny.EOS
+    assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " " + ("abcdefghij" * 5)[:15]
+
+
+def test_task_training_sees_every_row_once_per_epoch_among_rows_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(5, 50, 200).tolist()
+    drawn = [batch.tolist() for batch in _batches(lengths, 10, 2, torch.Generator().manual_seed(0))]
+    assert [len(batch) for batch in drawn] == [10] * 40
+    for epoch in (drawn[:20], drawn[20:]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(200))
+    assert drawn[:20] != drawn[20:]
+    padding = 1 - sum(lengths) * 2 / sum(10 * max(lengths[row] for row in batch) for batch in drawn)
+    assert padding < 0.2  # random batches of ten: a third and more
+    again = [batch.tolist() for batch in _batches(lengths, 10, 2, torch.Generator().manual_seed(0))]
+    assert drawn == again
