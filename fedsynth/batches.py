@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fedsynth.models import Kind
+from fedsynth.models import Kind, context_of, kind_of
 
 T = TypeVar("T")
 
@@ -30,6 +30,15 @@ def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | 
     bos = tokenizer.bos_token_id
     rows = rows if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in rows]
     return [row[:longest] for row in rows]
+
+
+def longest_of(config: Any, tokenizer: Any, longest: int | None = None) -> int | None:
+    """Tokens that a model can read of one text, and no more than `longest`; None for no limit.
+
+    Some encoders number their positions from 2 on: their tokenizer knows how many a text may use.
+    """
+    limits = [longest, context_of(config), None if kind_of(config) == "causal" else tokenizer.model_max_length]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsynth.batches import padded, token_rows
+from fedsynth.batches import longest_of, padded, token_rows
 from fedsynth.corpus import Corpus
 from fedsynth.embedding import Embedder
-from fedsynth.models import Kind, context_of, device, kind_of, load_classifier
+from fedsynth.models import Kind, device, kind_of, load_classifier
 from fedsynth.scenario import TaskTraining
 from fedsynth.training import token_ids
 
@@ -50,10 +50,10 @@ class Probe(nn.Module):
         return logits
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=32)
 def _features(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tensor:
-    """Remembered: every arm of a seed reads the same private and test texts. Whole lists, so that a text always has the
-    same neighbours in its batch, and the same result to the last bit."""
+    """Remembered while the process lives: every arm of a seed reads the same private and test texts. Whole lists, so
+    that a text always has the same neighbours in its batch, and the same result to the last bit."""
     # After a space, as a classifier reads a text: so that an empty one holds a token, too.
     found = torch.from_numpy(embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
     return F.normalize(found, dim=1) * math.sqrt(embedder.width)
@@ -199,8 +199,7 @@ def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any)
     A causal model reads them as a generator would write them after a control code: with a leading space, after the BOS.
     The others read what their tokenizer puts around a text; T5 exactly one EOS, at the end: its head looks for it.
     """
-    kind, context = kind_of(config), context_of(config)
-    longest = longest if context is None else min(longest, context)
+    kind, longest = kind_of(config), longest_of(config, tokenizer, longest) or longest
     if kind == "causal":
         head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return [[*head, *token_ids(tokenizer, f" {text.strip()}")][:longest] for text in texts]

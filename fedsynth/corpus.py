@@ -22,6 +22,11 @@ class Provenance(StrEnum):
     """Written from private demonstrations: no guarantee."""
 
 
+def same(text: str) -> str:
+    """A text without the differences that do not make it another one: case and white space."""
+    return " ".join(text.casefold().split())
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Examples in columns.

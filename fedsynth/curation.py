@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, same
 
 EDGES = " -._~/\\*|#" + "\t\r\n"  # what FDKT strips at both ends of a text; the line's end is ours
 BROKEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, line ends, halves of pairs
@@ -117,7 +117,7 @@ def deduplicate(corpus: Corpus) -> Kept:
     seen: dict[str, str] = {}
     reasons: list[str | None] = []
     for text, label in zip(corpus.prompts, corpus.answers, strict=True):
-        key = " ".join(text.casefold().split())
+        key = same(text)
         if key not in seen:
             seen[key] = label
             reasons.append(None)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsynth.corpus import Corpus, Provenance, pool
+from fedsynth.corpus import Corpus, Provenance, pool, same
 from fedsynth.scenario import Data
 from fedsynth.tables import CLIENT, HELD, LABEL, TEXT, UNIT, Rows, find, read_rows, refuse_alike
 from fedsynth.typed import BadValue
@@ -174,8 +174,8 @@ def overlaps(sites: Sequence[Site]) -> tuple[int, int]:
 
 
 def unified(texts: Sequence[str]) -> list[str]:
-    """Texts without the differences that do not make a text another one: case and white space."""
-    return [" ".join(text.casefold().split()) for text in texts]
+    """What is the same in equal texts."""
+    return [same(text) for text in texts]
 
 
 @lru_cache(maxsize=8)
@@ -184,6 +184,10 @@ def _divide(data: Data, seed: int, rows: Rows) -> Division:
     if data.split == "natural":
         table = _of_first_clients(data, table)
     unique = table[~_duplicated(table)] if data.duplicates == "drop" else table
+    if data.split == "natural" and (bare := sorted(set(table[CLIENT]) - set(unique[CLIENT]))):
+        raise BadValue(
+            f"{data.source}: all texts of client {bare[0]!r} are at another one, too, and were dropped: mend the source"
+        )
     owner = _owners(data, unique, seed)
     sites = tuple(_site(data, unique[owner == index], index, seed) for index in range(data.clients))
     if any(found := overlaps(sites)):

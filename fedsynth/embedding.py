@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsynth.batches import by_length, padded, token_rows
-from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
+from fedsynth.batches import by_length, longest_of, padded, token_rows
+from fedsynth.models import kind_of, load_model, load_tokenizer
 
 
 class Embedder:
@@ -35,9 +35,7 @@ class Embedder:
             workers = torch.get_num_threads() if torch.device(model.device).type == "cpu" else 1
         self.workers = workers
         self.width: int = model.config.hidden_size
-        # Some encoders number their positions from 2 on: their tokenizer knows how many texts may use.
-        limits = [context_of(model.config), None if self.kind == "causal" else tokenizer.model_max_length]
-        self.longest = min((limit for limit in limits if limit is not None), default=None)
+        self.config = model.config
         self.pad = next((p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id) if p is not None), 0)
 
     @classmethod
@@ -62,8 +60,7 @@ class Embedder:
         Raises:
             ValueError: If a text holds no token.
         """
-        longest = min((limit for limit in (longest, self.longest) if limit is not None), default=None)
-        tokens = token_rows(self.tokenizer, texts, self.kind, longest)
+        tokens = token_rows(self.tokenizer, texts, self.kind, longest_of(self.config, self.tokenizer, longest))
         lead = 1 if self.kind == "causal" and self.tokenizer.bos_token_id is not None else 0
         for i, row in enumerate(tokens):
             if len(row) <= lead:

@@ -6,11 +6,14 @@ matrices (torch.optim.Muon), AdamW for embeddings and gains.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +123,7 @@ class Reading:
         row_tokens: Tokens per row.
         seed: Of the model's start and of the text's order.
         text: Digest of the text that is read.
-        vocabulary: Tokens that the tokenizer knows.
+        tokenizer: Digest of the tokenizer.
         shape: Of the model.
     """
 
@@ -129,7 +132,7 @@ class Reading:
     row_tokens: int
     seed: int
     text: str
-    vocabulary: int
+    tokenizer: str
     shape: Shape
 
     def __post_init__(self) -> None:
@@ -146,13 +149,13 @@ class Reading:
 
 
 def rows_of(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Iterator[list[int]]:
-    """Rows of `row_tokens` tokens: whole blocks of token ids, each after a BOS, the last one cut."""
+    """Rows of `row_tokens` tokens: blocks of token ids, each after a BOS; what does not fit is in the next row."""
     row: list[int] = []
     for block in blocks:
         row += [bos, *block]
-        if len(row) >= row_tokens:
+        while len(row) >= row_tokens:
             yield row[:row_tokens]
-            row = []
+            row = row[row_tokens:]
 
 
 class Pretraining:
@@ -216,6 +219,8 @@ class Pretraining:
     def take_up(self, path: Path) -> None:
         """Goes on where `store` left off; the next steps are those of a run that never stopped.
 
+        To the last bit on the same device with as many threads.
+
         Raises:
             BadValue: If the checkpoint is of another run.
         """
@@ -241,6 +246,32 @@ class Pretraining:
         self.done, self.earlier = int(facts["done"]), float(facts["seconds"])
         skipped = self.done * self.reading.batch_rows
         next(itertools.islice(self.rows, skipped, skipped), None)
+
+
+def digest_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides which tokens a text has."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def save_model(model: Any, tokenizer: Any, out: Path, card_of: Callable[[Path], Mapping[str, Any]]) -> None:
+    """Model (bfloat16), tokenizer and `card.json` as one folder that replaces what was there at once.
+
+    Args:
+        model: Stays as it is.
+        tokenizer: Its tokenizer.
+        out: The folder.
+        card_of: Makes the card, given the unfinished folder; the hash of the weights is added here.
+    """
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    weights = unfinished / "model.safetensors"
+    weights.chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode
+    card = {**card_of(unfinished), "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    (unfinished / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    unfinished.rename(out)
 
 
 def _metadata(path: Path) -> Mapping[str, str]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +16,22 @@ import torch
 from numpy.random import Generator
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedsynth.corpus import same
 from fedsynth.llm import LocalLLM
-from fedsynth.models import locate
+from fedsynth.models import load_tokenizer
 from fedsynth.pretraining import (
     CHECKPOINT,
     Pretraining,
     Reading,
+    digest_of,
     held_out_loss,
     mean_loss,
     new_model,
     rows_of,
+    save_model,
     shape_of,
 )
-from fedsynth.tables import find, load_columns
+from fedsynth.tables import decoded, find, load_columns
 from fedsynth.tokenizer import train_tokenizer
 from fedsynth.typed import BadValue
 
@@ -84,10 +85,13 @@ def read(public: PublicText, seed: int) -> tuple[Lines, Lines]:
     """
     path = find(public.source)
     if path.suffix == ".txt":
-        rows = path.read_text(encoding="utf-8").splitlines()
+        try:
+            rows = decoded(path).splitlines()
+        except ValueError as problem:
+            raise BadValue(f"{public.source}: cannot be read: {problem}") from problem
         columns: dict[str, list[str]] = {public.text: rows}
     else:
-        asked = [public.text, public.topic, public.held_out[0] if public.held_out else None]
+        asked = [public.text, public.topic or None, public.held_out[0] if public.held_out else None]
         names = list(dict.fromkeys(c for c in asked if c is not None))
         try:
             table = load_columns(path, names)
@@ -101,8 +105,8 @@ def read(public: PublicText, seed: int) -> tuple[Lines, Lines]:
         held = np.array([cell == value for cell in columns[column]])
     else:
         held = np.random.default_rng([seed, 0x4E1D]).random(len(texts)) < HELD_OUT_SHARE
-    measured = {t.casefold() for t, h in zip(texts, held.tolist(), strict=True) if h}
-    learn = [i for i, t in enumerate(texts) if t and not held[i] and t.casefold() not in measured]
+    measured = {same(t) for t, h in zip(texts, held.tolist(), strict=True) if h}
+    learn = [i for i, t in enumerate(texts) if t and not held[i] and same(t) not in measured]
     hold = [i for i, t in enumerate(texts) if t and held[i]]
     for name, part in (("to learn from", learn), ("held out", hold)):
         if not part:
@@ -117,11 +121,11 @@ def topic_name(topic: str) -> str:
     return "_".join(re.findall(r"[^\W_]+", spaced)).lower()
 
 
-def blocks(lines: Lines, tokenizer: PreTrainedTokenizerFast, longest: int, seed: int) -> Iterator[list[int]]:
+def blocks(lines: Lines, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
     """Token ids of few-shot blocks for ever; every line stands in one block of each pass.
 
     A block holds lines `topic: text` of one topic, or (a share of them, and all lines without a topic) lines of bare
-    text. Longer lines than `longest` tokens are cut into pieces.
+    text.
     """
     bare = _encode(tokenizer, [f" {t}\n" for t in lines.texts])
     named = _encode(
@@ -137,8 +141,7 @@ def blocks(lines: Lines, tokenizer: PreTrainedTokenizerFast, longest: int, seed:
             shown += [(bool(topic) and rng.random() >= BARE_SHARE, block) for block in _dealt(rows, bool(topic), rng)]
         for place in rng.permutation(len(shown)).tolist():
             with_topic, block = shown[place]
-            ids = [i for row in block for i in (named if with_topic else bare)[row]]
-            yield from (ids[at : at + longest] for at in range(0, len(ids), longest)) if len(block) == 1 else [ids]
+            yield [i for row in block for i in (named if with_topic else bare)[row]]
 
 
 def _dealt(rows: Sequence[int], together: bool, rng: Generator) -> Iterator[list[int]]:
@@ -226,6 +229,9 @@ def pretrain_from_text(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads)
     learn, held = read(public, wanted.seed)
+    out = out.resolve()  # so that the working directory and links can be replaced, too
+    if wanted.tokenizer is not None:
+        load_tokenizer(wanted.tokenizer)  # what cannot be loaded is said before anything is written
     checkpoint = out / CHECKPOINT
     if resume and not checkpoint.is_file():
         raise BadValue(f"there is no checkpoint in {str(out)!r} to resume from: run without --resume")
@@ -235,7 +241,6 @@ def pretrain_from_text(
     shape = shape_of(wanted.width, wanted.layers)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(wanted, learn, out)
-    longest = wanted.row_tokens - 1
     tokens = sum(map(len, _encode(tokenizer, [f" {t}\n" for t in learn.texts])))
     steps = wanted.steps or math.ceil(wanted.epochs * tokens / (wanted.batch_rows * wanted.row_tokens))
     reading = Reading(
@@ -244,10 +249,10 @@ def pretrain_from_text(
         row_tokens=wanted.row_tokens,
         seed=wanted.seed,
         text=learn.digest(),
-        vocabulary=len(tokenizer),
+        tokenizer=digest_of(tokenizer),
         shape=shape,
     )
-    rows = rows_of(blocks(learn, tokenizer, longest, wanted.seed), tokenizer.bos_token_id, wanted.row_tokens)
+    rows = rows_of(blocks(learn, tokenizer, wanted.seed), tokenizer.bos_token_id, wanted.row_tokens)
     trained = Pretraining(new_model(shape, tokenizer, wanted.seed), rows, reading, device)
     if resume:
         trained.take_up(checkpoint)
@@ -296,13 +301,13 @@ def pretrain_from_text(
         "samples": _samples(trained.model.to("cpu").eval(), tokenizer, learn, wanted.seed),  # type: ignore[arg-type]
         "seconds": round(trained.seconds),
     }
-    _save(trained.model, tokenizer, card, out)
+    save_model(trained.model, tokenizer, out, lambda _: card)
     return card
 
 
 def _tokenizer(wanted: Wanted, learn: Lines, out: Path) -> Any:
     if wanted.tokenizer is not None:
-        found: Any = AutoTokenizer.from_pretrained(locate(wanted.tokenizer))
+        found = load_tokenizer(wanted.tokenizer)
         newline = found.encode("\n", add_special_tokens=False)
         if found.bos_token_id is None or found.pad_token_id is None or newline != [found.eos_token_id]:
             raise BadValue(f"the tokenizer {wanted.tokenizer!r} needs BOS, padding, and the line end as its EOS token")
@@ -324,17 +329,3 @@ def _samples(model: Any, tokenizer: Any, learn: Lines, seed: int) -> list[str]:
         prompts, max_tokens=SAMPLED_TOKENS, temperature=0.8, top_p=0.95, seed=seed
     )
     return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def _save(model: Any, tokenizer: Any, card: dict[str, Any], out: Path) -> None:
-    """Model (bfloat16), tokenizer and card in place of the checkpoint."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    weights = unfinished / "model.safetensors"
-    weights.chmod(0o644)  # safetensors writes for the owner alone
-    card = {**card, "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
-    (unfinished / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out)
-    unfinished.rename(out)

@@ -28,7 +28,8 @@ from fedsynth.typed import BadValue
 
 SERVER = -1  # in the client column: a figure of the server
 COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
-PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas")
+PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas",
+            "flwr-datasets", "datasets")  # fmt: skip
 
 
 @dataclass
@@ -115,7 +116,7 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """Makes the run's directory and writes what is known before the run.
 
     Returns:
-        The data cards that `data.json` holds.
+        The data cards. What they count is private text, so that `data.json` lies in the private directory.
 
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
@@ -136,7 +137,9 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
         "models": {name: version_of(name) for name, _ in models_of(scenario)},
     }
     (out / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    (out / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")
+    private = private_of(out)
+    private.mkdir(mode=0o700, exist_ok=True)
+    (private / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")
     return cards
 
 

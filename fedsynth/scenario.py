@@ -68,7 +68,7 @@ class Data:
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
         duplicates: Equal texts (but for case and white space) at two clients, or in training and test text, are
-            refused, or all but one are dropped by the simulator before it divides the source.
+            refused; or of all equal texts, those of one client too, one is kept, before the source is divided.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
         pooled: One home that holds all clients' text: a baseline that only a simulator can build.
@@ -175,9 +175,9 @@ class TaskTraining:
         augmented_epochs: Passes over the server's text.
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
-        head_rate: The new head learns so many times as fast as the pretrained layers.
+        head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
         continued_rate: Fraction of `learning_rate` on private text after augmented text.
-        token_dropout: Chance that a token is hidden during training.
+        token_dropout: Chance that a token is hidden during training (where all of the model is trained).
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
         max_tokens: Longest text in tokens.
@@ -220,8 +220,8 @@ class Client:
     """What a client runs. A site's own policy may be stricter, never looser.
 
     Attributes:
-        generator: Causal language model: `assets:NAME`, a folder, or a Hugging Face name.
-        task_model: Model for sequence classification, named likewise.
+        generator: Causal or seq2seq model: `assets:NAME`, a folder, or a Hugging Face name, also `org/name@revision`.
+        task_model: Model of any kind that becomes a classifier, named likewise.
         guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
         budget: Epsilon and delta of this run: all rounds, all releases.
         max_noise_multiplier: A budget that needs more noise than this is refused before any training.
@@ -276,7 +276,7 @@ class Server:
     """What the server runs.
 
     Attributes:
-        llm: Language model: `assets:NAME`, a folder, or a Hugging Face name.
+        llm: Causal or seq2seq model, named as a client's.
         embedder: Model whose sentence embeddings put like drafts together, named likewise; left out: the LLM itself.
         answer_seconds: How long one exchange may take before the run ends with a reason.
         quorum: Share of the asked clients that must answer.
@@ -473,8 +473,10 @@ def _tree(scenario: Scenario) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
-    """`over` on top of `base`, table by table. Another strategy brings its own options: the old one's are dropped."""
+    """`over` on top of `base`, table by table. What belongs to a strategy or a split is dropped where `over` names another."""
     merged = dict(base)
+    if key == "data" and "split" in over and over["split"] != base.get("split"):
+        merged = {name: value for name, value in merged.items() if name not in ("alpha", "classes_per_client")}
     if key == "strategy" and "use" in over and over["use"] != base.get("use"):
         merged = {}
     for name, value in over.items():

@@ -25,6 +25,7 @@ from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
 from fedsynth.scenario import Cell, Data, Scenario, cells, load, to_toml
+from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
 from fedsynth.training import SelfCheckFailed, check_room, self_check
 from fedsynth.typed import BadValue
@@ -108,7 +109,7 @@ def check(scenario: Scenario) -> list[str]:
 
 
 def pinned(scenario: Scenario) -> Scenario:
-    """The scenario with the commit in the name of every model from the hub, those of its arms included.
+    """The scenario with the commits of all models and data from the hub, models of its arms included.
 
     Raises:
         BadValue: If a model of an arm that runs is not found.
@@ -127,7 +128,7 @@ def pinned(scenario: Scenario) -> Scenario:
         for arm, overrides in scenario.arms.items()
     }
     client, server = replace(scenario.client, **here("client")), replace(scenario.server, **here("server"))
-    return replace(scenario, client=client, server=server, arms=arms)
+    return replace(scenario, client=client, server=server, arms=arms, data=pinned_data(scenario.data))
 
 
 def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ import io
 import json
 import numbers
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def _encodes(text: str) -> bool:
 def _refuse_numbers(column: pd.Series[Any], name: str) -> None:
     values = column[column.notna() & (column != "")]
     if len(values) and all(map(_is_number, values)):
-        raise BadValue(f"column {name!r} holds numbers, such as {values.iloc[0]!s}, not text: name the text's column")
+        raise BadValue(f"column {name!r} holds numbers, not text: name the text's column")
     if len(values) and not any(isinstance(value, str) for value in values):
         raise BadValue(
             f"column {name!r} holds {type(values.iloc[0]).__name__} values, not text: name the text's column"
@@ -262,7 +263,12 @@ def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
     return list(names if asked is None else asked)
 
 
-def _decoded(path: Path) -> str:
+def decoded(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: If it is empty or not UTF-8.
+    """
     raw = path.read_bytes()
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("its encoding is UTF-16: save it as UTF-8")
@@ -280,7 +286,7 @@ def _decoded(path: Path) -> str:
 
 def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     """Text as it stands in the file: "01" and "None" are labels like any other."""
-    text = _decoded(path)
+    text = decoded(path)
     head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
     chosen = _chosen([str(name) for name in head.iloc[0]], asked)
     with warnings.catch_warnings():
@@ -291,7 +297,7 @@ def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
 
 def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -340,6 +346,20 @@ def _from_hub(data: Data, asked: Sequence[str]) -> pd.DataFrame:
             "`hf auth login` if it is gated, or download it and name the folder or file"
         ) from problem
     return _as_objects(_from_dataset(found, asked))
+
+
+def pinned(data: Data) -> Data:
+    """With the commit of a data set of the hub, so that every process reads the same; where the hub cannot be reached,
+    as it is: then the local cache serves all."""
+    if data.hub_name is None or re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+        return data
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(data.hub_name, revision=data.revision).sha
+    except Exception:
+        return data
+    return replace(data, revision=commit)
 
 
 def _from_dataset(found: Any, asked: Sequence[str] | None) -> pd.DataFrame:

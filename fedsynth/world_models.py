@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsynth.gates import GATES, measure_gates
-from fedsynth.pretraining import Pretraining, Reading, Shape, mean_loss, new_model, rows_of
+from fedsynth.pretraining import Pretraining, Reading, Shape, digest_of, mean_loss, new_model, save_model
 from fedsynth.world.grammar import public_blocks
 from fedsynth.world.lexicon import World
 from fedsynth.world.vocabulary import single_token_share, world_tokenizer
@@ -70,8 +67,8 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
     model = new_model(recipe.shape, tokenizer, seed)
     read = _Counted(public_blocks(world, sys.maxsize, seed, weak=recipe.weak))
     blocks = (tokenizer.encode(block, add_special_tokens=False) for block in read)
-    reading = Reading(steps, BATCH_ROWS, ROW_TOKENS, seed, world.name, len(tokenizer), recipe.shape)
-    trained = Pretraining(model, rows_of(blocks, tokenizer.bos_token_id, ROW_TOKENS), reading)
+    reading = Reading(steps, BATCH_ROWS, ROW_TOKENS, seed, world.name, digest_of(tokenizer), recipe.shape)
+    trained = Pretraining(model, _rows(blocks, tokenizer.bos_token_id), reading)
     losses: list[float] = []
     card: dict[str, Any] = {}
     for done in range(1, steps + 1):
@@ -108,23 +105,26 @@ def save_asset(
     card: dict[str, Any],
     out: Path,
 ) -> dict[str, Any]:
-    """Saves model (bfloat16), tokenizer and card; the gates are measured on the model as saved."""
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    halved: Any = copy.deepcopy(model)
-    halved.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    (unfinished / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode
-    saved: Any = LlamaForCausalLM.from_pretrained(unfinished, dtype=torch.float32)
-    card = card | {
-        "sha256": hashlib.sha256((unfinished / "model.safetensors").read_bytes()).hexdigest(),
-        "gates_required": GATES[role],
-        "gates": measure_gates(world, saved.eval(), tokenizer, role),
-    }
-    (unfinished / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    unfinished.rename(out)
-    return card
+    """Saves model, tokenizer and card; the gates are measured on the model as saved."""
+
+    def measured(folder: Path) -> dict[str, Any]:
+        saved: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return card | {"gates_required": GATES[role], "gates": measure_gates(world, saved.eval(), tokenizer, role)}
+
+    save_model(model, tokenizer, out, measured)
+    whole: dict[str, Any] = json.loads((out / "card.json").read_text(encoding="utf-8"))
+    return whole
+
+
+def _rows(blocks: Iterable[Sequence[int]], bos: int) -> Iterator[list[int]]:
+    """Rows of `ROW_TOKENS` tokens: whole blocks, each after a BOS, the last one cut: what follows a cut would have lost
+    the style of its block."""
+    row: list[int] = []
+    for block in blocks:
+        row += [bos, *block]
+        if len(row) >= ROW_TOKENS:
+            yield row[:ROW_TOKENS]
+            row = []
 
 
 class _Counted(Iterator[str]):

@@ -94,11 +94,11 @@ def test_a_simulated_world_says_so() -> None:
     assert [(c["total"]["train"], c["total"]["test"]) for c in cards["cards"]] == [(5, 4), (5, 4)]
 
 
-def test_a_run_directory_holds_the_cards(tmp_path: Path) -> None:
+def test_the_cards_lie_beside_the_directory_that_people_share(tmp_path: Path) -> None:
     asked = scenario('source = "world:hospitals"\nclients = 1\ntrain_per_client = 5\ntest_per_client = 4')
     asked = replace(asked, client=replace(asked.client, generator="assets:tiny-slm", task_model="assets:tiny-slm"))
     cards = prepare(replace(asked, server=replace(asked.server, llm="assets:tiny-slm")), tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "data.json").read_text()) == cards == data_cards(asked)
+    assert json.loads((tmp_path / "run.private" / "data.json").read_text()) == cards == data_cards(asked)
 
 
 def test_the_privacy_line_names_dropped_duplicates(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -21,9 +22,17 @@ from families import ALL, CAUSAL, ENCODERS, KINDS, LAYERS, WRITERS
 from opacus.grad_sample import GradSampleModule
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, CLIPConfig, T5EncoderModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CLIPConfig,
+    RobertaConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
-from fedsynth.batches import token_rows
+from fedsynth.batches import longest_of, token_rows
 from fedsynth.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.home import Home
@@ -649,3 +658,12 @@ def test_the_tied_head_of_a_family_is_saved_once_and_still_there() -> None:
         assert config.get("tie_word_embeddings", True)
         model: Any = load_generator(families.folder(family))
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_no_more_tokens_are_read_than_an_encoder_has_positions_for() -> None:
+    """RoBERTa numbers positions from 2 on: 514 of them hold 512 tokens, as its tokenizer says."""
+    config = RobertaConfig(max_position_embeddings=514)
+    tokenizer = SimpleNamespace(model_max_length=512)
+    assert longest_of(config, tokenizer) == longest_of(config, tokenizer, 600) == 512
+    assert longest_of(config, tokenizer, 100) == 100
+    assert longest_of(T5Config(), SimpleNamespace(model_max_length=int(1e30)), 600) == 600

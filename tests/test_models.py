@@ -18,7 +18,7 @@ from huggingface_hub import errors
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedsynth import models
+from fedsynth import models, simulate
 from fedsynth.lora import average, only_b
 from fedsynth.models import (
     attach_lora,
@@ -320,6 +320,25 @@ def test_a_pinned_name_loads_its_own_revision(hub: str) -> None:
 def test_a_run_writes_down_which_models_it_read(hub: str) -> None:
     assert version_of(hub) == {"revision": COMMITS["main"]}
     assert version_of(tiny.folder()) == {"sha256": weights_hash(tiny.folder())}
+
+
+def test_a_run_sends_pinned_names_only(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[str] = []
+    monkeypatch.setattr(simulate, "launch", lambda app, run_config, **more: sent.append(run_config["scenario-toml"]))
+    monkeypatch.setattr(simulate, "read", lambda place: None)
+    monkeypatch.setattr(simulate, "check", lambda scenario: [])
+    toml = f"""
+        name = "x"
+        strategy.use = "fedsynth.strategies.fdkt:FDKT"
+        data = {{ source = "world:hospitals", clients = 1, train_per_client = 5, test_per_client = 5 }}
+        client = {{ generator = "{hub}", task_model = "{hub}", guarantee = "none" }}
+        server.llm = "{hub}@v1"
+        """
+    simulate.run(from_toml(toml), out=tmp_path / "run")
+    [asked] = [from_toml(text) for text in sent]
+    assert asked.client.generator == asked.client.task_model == f"{hub}@{COMMITS['main']}"
+    assert asked.server.llm == f"{hub}@{COMMITS['v1']}"
+    assert from_toml((tmp_path / "run" / "scenario.toml").read_text()) == asked
 
 
 def test_a_scenario_is_pinned_with_its_arms(hub: str) -> None:

@@ -1,6 +1,5 @@
 """Pretraining from a public corpus file: what is read, that it can be interrupted, that others can load it."""
 
-import itertools
 import json
 import math
 from collections import Counter
@@ -87,7 +86,7 @@ def test_blocks_hold_one_topic_and_each_line_once_in_a_pass():
     lines = Lines(tuple(f"t{i}" for i in range(60)), tuple("ab"[i % 2] for i in range(60)))
     tokenizer = tiny.tokenizer()
     seen, labelled, sizes = Counter(), 0, Counter()
-    for ids in blocks(lines, tokenizer, 500, seed=0):
+    for ids in blocks(lines, tokenizer, seed=0):
         text = tokenizer.decode(ids)
         shown = [line for line in text.split("\n") if line]
         topics = {line.partition(":")[0] for line in shown if ":" in line}
@@ -103,15 +102,22 @@ def test_blocks_hold_one_topic_and_each_line_once_in_a_pass():
     assert labelled >= 0.6 * sum(sizes.values())
 
 
-def test_long_texts_are_cut_into_pieces_and_nothing_of_them_is_lost():
+def test_rows_hold_every_token_of_every_block_each_after_a_bos():
+    assert list(rows_of([[5, 6], [7], [8, 9, 9]], 1, 3)) == [[1, 5, 6], [1, 7, 1], [8, 9, 9]]
+    assert list(rows_of([list(range(10, 19))], 1, 4)) == [[1, 10, 11, 12], [13, 14, 15, 16]]
+
+
+@pytest.mark.parametrize("topic", ["", "card"])
+def test_nothing_of_long_texts_is_lost(topic):
     tokenizer = tiny.tokenizer()
-    pieces = list(itertools.islice(blocks(Lines(("x" * 50,), ("",)), tokenizer, 20, seed=0), 3))
-    assert [len(p) for p in pieces] == [20, 20, 12]
-    assert tokenizer.decode([i for p in pieces for i in p]) == " " + "x" * 50 + "\n"
-
-
-def test_rows_hold_whole_blocks_after_a_bos_and_cut_the_last():
-    assert list(rows_of([[5, 6], [7], [8, 9, 9]], 1, 4)) == [[1, 5, 6, 1], [1, 8, 9, 9]]
+    lines = Lines(tuple(f"{i:03d}" + "x" * 100 for i in range(40)), (topic,) * 40)
+    pass_ = []
+    for block in blocks(lines, tokenizer, seed=0):
+        pass_.append(block)
+        if sum(tokenizer.decode(b).count("\n") for b in pass_) == 40:
+            break
+    read = "".join(tokenizer.decode(row) for row in rows_of([*pass_, [0] * 200], tiny.BOS, 64)).replace("<bos>", "")
+    assert all(f"{i:03d}" + "x" * 100 + "\n" in read for i in range(40))
 
 
 def test_the_held_out_loss_of_a_model_that_knows_nothing_is_the_logarithm_of_the_vocabulary():
@@ -181,6 +187,40 @@ def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path, monkeypatch):
         pretrain_from_text(public(corpus), WANTED, tmp_path / "part", command="test", tell=stop)
     with pytest.raises(BadValue, match="another steps"):
         run(corpus, tmp_path / "part", Wanted(**{**vars(WANTED), "steps": 8}), resume=True)
+
+
+def test_a_checkpoint_is_not_gone_on_from_with_another_tokenizer(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(publictext, "SAVE_EVERY", 2)
+    run(corpus, tmp_path / "other", Wanted(**{**vars(WANTED), "vocabulary": 310}))
+    shared = Wanted(**{**vars(WANTED), "tokenizer": str(tmp_path / "other")})
+
+    def stop(line: str) -> None:
+        if "held-out" in line:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        pretrain_from_text(public(corpus), shared, tmp_path / "part", command="test", tell=stop)
+    with pytest.raises(BadValue, match="another tokenizer"):
+        run(corpus, tmp_path / "part", resume=True)
+
+
+def test_plain_text_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("caf\xe9 au lait\n".encode("latin-1"))
+    with pytest.raises(BadValue, match=r"latin.txt.*UTF-8"):
+        read(PublicText(str(tmp_path / "latin.txt")), seed=0)
+
+
+def test_a_tokenizer_that_is_not_there_leaves_nothing_behind(corpus, tmp_path):
+    with pytest.raises(BadValue, match="nowhere"):
+        run(corpus, tmp_path / "model", Wanted(**{**vars(WANTED), "tokenizer": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_link_is_written_through(corpus, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run(corpus, tmp_path / "link")
+    assert (tmp_path / "real" / "model.safetensors").is_file()
 
 
 def test_a_second_model_can_share_the_tokenizer(corpus, tmp_path):

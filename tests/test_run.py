@@ -85,7 +85,7 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     assert "data: 3 clients, 60 training and 40 test texts, " in done.stderr
     names = {p.name for p in out.iterdir()}
     assert names == {"scenario.toml", "summary.json", "metrics.parquet", "privacy.json", "corpora", "versions.json",
-                     "data.json", "events.jsonl", "status.json"}  # fmt: skip
+                     "events.jsonl", "status.json"}  # fmt: skip
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()

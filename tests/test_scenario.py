@@ -336,3 +336,14 @@ def test_paths_become_absolute_wherever_they_are_found(tmp_path: Path, monkeypat
     assert by_arm["nowhere"] == "d.csv"
     assert found.client.generator == str(tmp_path / "here" / "model")
     assert (found.client.task_model, found.server.llm) == ("assets:tiny-slm", "someone/else")
+
+
+def test_an_arm_with_another_split_leaves_what_belongs_to_the_old_one() -> None:
+    unlike = TEXT.replace("clients = 2", 'clients = 2\nsplit = "pathological"\nclasses_per_client = 1')
+    [iid] = [c.scenario.data for c in cells(from_toml(unlike + '[arms.iid]\ndata.split = "iid"\n')) if c.arm == "iid"][
+        :1
+    ]
+    assert (iid.split, iid.classes_per_client) == ("iid", None)
+    skewed = TEXT.replace("clients = 2", 'clients = 2\nsplit = "dirichlet"\nalpha = 0.1')
+    found = {c.arm: c.scenario.data.alpha for c in cells(from_toml(skewed + '[arms.iid]\ndata.split = "iid"\n'))}
+    assert found == {"local": 0.1, "few": 0.1, "all": 0.1, "iid": Data.alpha}

