@@ -473,7 +473,7 @@ def _tree(scenario: Scenario) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
-    """`over` on top of `base`, table by table. What belongs to a strategy or a split is dropped where `over` names another."""
+    """`over` on top of `base`, table by table; what belongs to a strategy or split goes where `over` names another."""
     merged = dict(base)
     if key == "data" and "split" in over and over["split"] != base.get("split"):
         merged = {name: value for name, value in merged.items() if name not in ("alpha", "classes_per_client")}

@@ -390,7 +390,7 @@ def test_an_embedding_is_the_mean_over_a_texts_own_tokens_whatever_stands_beside
 @pytest.mark.parametrize("family", ["llama", "t5", "bert"])
 def test_long_texts_are_cut_and_keep_what_stands_around_them(family: str) -> None:
     embedder = Embedder.load(families.folder(family), workers=1)
-    assert embedder.longest == {"llama": 128, "t5": 96, "bert": 96}[family]
+    assert longest_of(embedder.config, embedder.tokenizer) == {"llama": 128, "t5": 96, "bert": 96}[family]
     embedder.embed(["a" * 300])
     np.testing.assert_allclose(
         embedder.embed(["abcdefgh"], longest=6), embedder.embed([{"llama": "abcde", "t5": "abcde"}.get(family, "abcd")])
