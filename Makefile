@@ -9,7 +9,7 @@ run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
 
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .
