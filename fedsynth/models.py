@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
 logging.disable_progress_bar()
+hub_logging.set_verbosity_error()  # its retries would stand before our own line on what to do
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
 
 
@@ -91,7 +93,10 @@ def locate(name: str) -> str:
             raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
         return str(path.absolute())
     if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
-        raise BadValue(f"the model path {name!r} does not exist")
+        raise BadValue(
+            f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario says "
+            "how in its first lines), or name a folder or a Hugging Face model"
+        )
     return name
 
 
