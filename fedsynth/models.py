@@ -47,7 +47,7 @@ from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
 logging.disable_progress_bar()
-hub_logging.set_verbosity_error()  # its retries would stand before our own line on what to do
+hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries would stand before our own line on what to do
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
 
 
@@ -94,8 +94,8 @@ def locate(name: str) -> str:
         return str(path.absolute())
     if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
         raise BadValue(
-            f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario says "
-            "how in its first lines), or name a folder or a Hugging Face model"
+            f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario "
+            "says how in its first lines), or name a folder or a Hugging Face model"
         )
     return name
 
