@@ -15,7 +15,7 @@ from pathlib import Path
 from fedsynth import __version__
 from fedsynth.corpus import Corpus
 from fedsynth.data import Site, label_list, open_site, open_sites
-from fedsynth.models import weights_hash
+from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan

@@ -8,9 +8,10 @@ from peft import PeftModel
 
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus
+from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import attach_lora, device, kind_of, load_generator, load_tokenizer, read_adapter, weights_hash
+from fedsynth.models import attach_lora, device, kind_of, load_generator, load_tokenizer, read_adapter
 from fedsynth.privacy.plan import statement
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized

@@ -1,35 +1,21 @@
-"""Models by name: find, pin and load them for a role, attach LoRA, read and write adapters and weights."""
+"""Models by role: load one, attach LoRA, read and write adapters and weights."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import httpx
 import numpy as np
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -39,15 +25,15 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
-from transformers.utils.hub import cached_file, extract_commit_hash, has_file
+from transformers.utils.hub import has_file
 
+from fedsynth.hub import config_of, download_command, fetch, file_of, place_of
 from fedsynth.lora import Adapter
 from fedsynth.scenario import Scenario, cells
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
 logging.disable_progress_bar()
-hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries would stand before our own line on what to do
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
 
 
@@ -71,101 +57,6 @@ VOCABULARIES = (
     "vocab.json",
     "vocab.txt",
 )
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
-COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def locate(name: str) -> str:
-    """What is loaded: the folder of a shipped model, a folder, or a Hugging Face name, with `@revision` if it has one.
-
-    Raises:
-        BadValue: If it is neither a shipped model nor a folder, and cannot be a Hugging Face name.
-    """
-    if name.startswith("assets:"):
-        folder = Path(str(resources.files("fedsynth.assets"))) / name.removeprefix("assets:")
-        if not (folder / "config.json").is_file():
-            known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
-            raise BadValue(f"no shipped model {name!r}; there are {', '.join('assets:' + k for k in known)}")
-        return str(folder)
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
-        return str(path.absolute())
-    if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
-        raise BadValue(
-            f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario "
-            "says how in its first lines), or name a folder or a Hugging Face model"
-        )
-    return name
-
-
-def _place(name: str) -> dict[str, Any]:
-    """What every `from_pretrained` is given: where, and which revision. Code that comes with a model never runs."""
-    where = locate(name)
-    repository, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
-    return {
-        "pretrained_model_name_or_path": repository,
-        "revision": revision or "main",
-        "local_files_only": Path(where).is_dir(),
-        "trust_remote_code": False,
-    }
-
-
-def _fetch(what: Any, name: str, **more: Any) -> Any:
-    """`what.from_pretrained`, with one line on what is wrong and the way out.
-
-    Raises:
-        BadValue: If it cannot be loaded.
-    """
-    try:
-        return what.from_pretrained(**_place(name), **more)
-    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as problem:
-        raise BadValue(_why(name, problem)) from problem
-
-
-def _why(name: str, problem: BaseException) -> str:
-    """One line; transformers wraps what the hub said, so that the causes are looked at, too."""
-    place = _place(name)
-    repository = place["pretrained_model_name_or_path"]
-    causes: list[BaseException] = [problem]
-    while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
-        causes.append(deeper)
-
-    def said(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(cause, kinds) for cause in causes)
-
-    if place["local_files_only"]:
-        causes.clear()  # a folder: the hub has no part in it
-    if said(GatedRepoError):
-        return (
-            f"the model {name!r} is gated: accept its licence at https://huggingface.co/{repository} "
-            "and log in with `hf auth login`"
-        )
-    if said(RepositoryNotFoundError):
-        return f"no model {name!r} on the hub: check the name; a private one needs `hf auth login`"
-    if said(RevisionNotFoundError):
-        return f"the model {repository!r} has no revision {place['revision']!r}: name a branch, a tag or a commit of it"
-    if said(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
-        return (
-            f"the model {name!r} is not on this machine, and the hub cannot be reached: download it beforehand with "
-            f"`{_download(place)}` and set HF_HUB_OFFLINE=1, or name a folder"
-        )
-    first = next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(".: ")
-    return (
-        f"the model {name!r} cannot be loaded: {first}. Give a folder with a saved model, or a Hugging Face name that "
-        f"this machine can reach (looked for {repository!r})"
-    )
-
-
-def _download(place: Mapping[str, Any]) -> str:
-    revision = "" if place["revision"] == "main" else f" --revision {place['revision']}"
-    return f"hf download {place['pretrained_model_name_or_path']}{revision}"
-
-
-@lru_cache(maxsize=16)
-def _config(name: str) -> Any:
-    return _fetch(AutoConfig, name)
 
 
 def kind_of(config: Any) -> Kind:
@@ -190,7 +81,7 @@ def fits(name: str, role: Role) -> Kind:
     Raises:
         BadValue: If it does not, with the roles that it fits; or if its configuration cannot be loaded.
     """
-    config = _config(name)
+    config = config_of(name)
     kind = kind_of(config)
     able = [r for r, kinds in LOADERS.items() if kind in kinds and type(config) in kinds[kind]._model_mapping]
     if role not in able:
@@ -209,34 +100,22 @@ def check(name: str, role: Role) -> None:
         BadValue: With the way out.
     """
     fits(name, role)
-    tokenizer, known = load_tokenizer(name), getattr(_config(name).get_text_config(), "vocab_size", None)
+    tokenizer, known = load_tokenizer(name), getattr(config_of(name).get_text_config(), "vocab_size", None)
     if known is not None and len(tokenizer) > known:
         raise BadValue(f"the model {name!r} knows {known} tokens, its tokenizer {len(tokenizer)}: they do not belong "
                        "together")  # fmt: skip
     _check_weights(name)
 
 
-def _file(name: str, file: str) -> str | None:
-    """Where a file of a model lies, downloaded if need be; None if it has none or cannot be asked."""
-    place = _place(name)
-    place.pop("trust_remote_code")
-    path_or_name = place.pop("pretrained_model_name_or_path")
-    try:
-        found: str | None = cached_file(path_or_name, file, _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, httpx.HTTPError) as problem:
-        raise BadValue(_why(name, problem)) from problem
-    return found
-
-
 def _check_weights(name: str) -> None:
     """Whether there are safetensors: other formats can run code when they are read."""
     parts = ["model.safetensors"]
-    if index := _file(name, "model.safetensors.index.json"):
+    if index := file_of(name, "model.safetensors.index.json"):
         parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    missing = [part for part in parts if not _file(name, part)]
+    missing = [part for part in parts if not file_of(name, part)]
     if not missing:
         return
-    place = _place(name)
+    place = place_of(name)
     where, revision, local = (place[k] for k in ("pretrained_model_name_or_path", "revision", "local_files_only"))
     if any(has_file(where, f"pytorch_model.bin{end}", revision=revision) for end in ("", ".index.json")):
         raise BadValue(
@@ -247,7 +126,7 @@ def _check_weights(name: str) -> None:
         raise BadValue(f"the model folder {name!r} holds no {missing[0]}: save the model into it, too")
     raise BadValue(
         f"the weights of the model {name!r} ({missing[0]}) are not on this machine: download them beforehand "
-        f"with `{_download(place)}`, or name a folder"
+        f"with `{download_command(place)}`, or name a folder"
     )
 
 
@@ -258,8 +137,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         BadValue: If there is none.
     """
-    tokenizer = _fetch(AutoTokenizer, name)
-    if not any(_file(name, file) for file in VOCABULARIES):  # transformers would make do with an empty vocabulary
+    tokenizer = fetch(AutoTokenizer, name)
+    if not any(file_of(name, file) for file in VOCABULARIES):  # transformers would make do with an empty vocabulary
         raise BadValue(f"the model {name!r} has no tokenizer beside its weights: save its tokenizer into the folder, "
                        f"as one of {', '.join(VOCABULARIES)}")  # fmt: skip
     if tokenizer.pad_token is None:
@@ -283,7 +162,7 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
     """The model, and the names of its parameters that no file gave it: those of a new head."""
     loader = LOADERS[role][fits(name, role)]
     _check_weights(name)
-    config = copy.deepcopy(_config(name))
+    config = copy.deepcopy(config_of(name))
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float | int) and not isinstance(value, bool):
@@ -292,7 +171,7 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
     if role == "task_model":
         config.num_labels = classes
         more["ignore_mismatched_sizes"] = True  # a checkpoint's own head for another task is replaced
-    model, info = _fetch(loader, name, **more)
+    model, info = fetch(loader, name, **more)
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     lacking = sorted(key for key in new if not _may_be_new(key, role, model.base_model_prefix))
     if lacking:
@@ -400,25 +279,6 @@ def _lora_config(rank: int, alpha: float, targets: list[str], **more: Any) -> Lo
     return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, **more)
 
 
-def pin(name: str) -> str:
-    """A name that means the same model for ever: `org/name@<commit>` for one from the hub; others stay as they are.
-
-    The commit is that of the copy on this machine where the hub cannot be reached.
-
-    Raises:
-        BadValue: If the model is not found.
-    """
-    where = locate(name)
-    repository, _, revision = where.partition("@")
-    if Path(where).is_dir() or COMMIT.fullmatch(revision):
-        return name
-    _config(name)  # says what is wrong where there is none
-    commit = extract_commit_hash(_file(name, "config.json"), None)
-    if commit is None:
-        raise BadValue(f"the hub gives no commit for the model {name!r}: name one, as {repository}@COMMIT")
-    return f"{repository}@{commit}"
-
-
 def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
     """Every model that the arms of a scenario name, with what it is for, each pair once."""
     found: dict[tuple[str, Role], None] = {}
@@ -429,32 +289,6 @@ def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
         if server.embedder is not None:
             found |= {(server.embedder, "embedder"): None}
     return list(found)
-
-
-def version_of(name: str) -> dict[str, str]:
-    """What a run records of a model: the revision of one from the hub, else the hash of its files."""
-    if Path(locate(name)).is_dir():
-        return {"sha256": weights_hash(name)}
-    return {"revision": pin(name).partition("@")[2]}
-
-
-def weights_hash(name: str) -> str:
-    """SHA-256 over configuration, tokenizer and safetensors of a local model; over the pinned name of one from the hub.
-
-    Raises:
-        BadValue: If a model from the hub without a commit in its name is not found.
-    """
-    where = locate(name)
-    return _hash_folder(where) if Path(where).is_dir() else hashlib.sha256(pin(where).encode()).hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _hash_folder(folder: str) -> str:
-    digest = hashlib.sha256()
-    files = {file for pattern in ("*.safetensors", *TOKENIZER_FILES) for file in Path(folder).glob(pattern)}
-    for file in [*sorted(f for f in files if f.is_file()), Path(folder) / "config.json"]:
-        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def read_adapter(model: PeftModel, base: str) -> Adapter:

@@ -19,8 +19,9 @@ from fedsynth import __version__
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
+from fedsynth.hub import version_of
 from fedsynth.lora import Adapter
-from fedsynth.models import models_of, save_adapter, version_of
+from fedsynth.models import models_of, save_adapter
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml

@@ -18,8 +18,9 @@ from fedsynth.data import divide, label_list, misfits
 from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation import load_strategy
+from fedsynth.hub import pin
 from fedsynth.launch import APP, launch
-from fedsynth.models import attach_lora, load_generator, load_tokenizer, models_of, pin
+from fedsynth.models import attach_lora, load_generator, load_tokenizer, models_of
 from fedsynth.models import check as check_model
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall

@@ -41,6 +41,7 @@ from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site
 from fedsynth.embedding import Embedder
+from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.models import (
     attach_lora,
@@ -53,7 +54,6 @@ from fedsynth.models import (
     load_tokenizer,
     read_adapter,
     save_adapter,
-    weights_hash,
 )
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness

@@ -17,6 +17,7 @@ classifier publictext
 teacher llm training generation curation evaluation embedding
 batches
 models dpsgd
+hub
 scenario privacy lora data datacard tables world payload pretraining world_models tokenizer gates
 corpus typed assets
 """

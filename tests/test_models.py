@@ -18,7 +18,9 @@ from huggingface_hub import errors
 from peft import PeftModel
 from torch import Tensor, nn
 
+from fedsynth import hub as hub_module
 from fedsynth import models, simulate
+from fedsynth.hub import locate, pin, version_of, weights_hash
 from fedsynth.lora import average, only_b
 from fedsynth.models import (
     attach_lora,
@@ -26,13 +28,9 @@ from fedsynth.models import (
     load_classifier,
     load_generator,
     load_tokenizer,
-    locate,
     models_of,
-    pin,
     read_adapter,
     save_adapter,
-    version_of,
-    weights_hash,
 )
 from fedsynth.scenario import TaskTraining, from_toml, to_toml
 from fedsynth.simulate import pinned
@@ -294,7 +292,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def forget() -> None:
-    for cache in (models._config, models._generator, models._classifier, models.load_tokenizer):
+    for cache in (hub_module.config_of, models._generator, models._classifier, models.load_tokenizer):
         cache.cache_clear()
 
 

@@ -14,8 +14,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
+from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
-from fedsynth.models import models_of, pin
+from fedsynth.models import models_of
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, cells, from_toml
 from fedsynth.typed import BadValue
