@@ -71,7 +71,7 @@ class Memory(threading.Thread):
     """The largest resident set of each kind of process below this one."""
 
     KINDS = (("ray::", "workers, each"), ("raylet", "ray"), ("gcs_server", "ray"), ("flwr-serverapp", "server app"),
-             ("superlink", "SuperLink"), ("flwr-simulation", "SuperLink"))  # fmt: skip
+             ("superlink", "SuperLink"), ("flwr-simulation", "driver"))  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
