@@ -182,7 +182,12 @@ def test_signal_to_the_launcher_takes_everything_down(
     command = [sys.executable, "-c", code, str(tmp_path)]
     pids = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parent,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as child:
         assert child.stdout is not None
         for line in child.stdout:

@@ -39,7 +39,7 @@ def corpora(rows: int, width: int = 192) -> None:
     rng = np.random.default_rng(0)
     texts = tuple(" ".join(row) for row in WORDS[rng.integers(0, len(WORDS), (rows, 12))])
     answers = tuple(LABELS[i % len(LABELS)] for i in range(rows))
-    corpus = Corpus(texts, answers, Provenance.DP_SYNTHETIC, grants=("g",))
+    corpus = Corpus(texts, answers, Provenance.LLM_WRITTEN, grants=("g",))
     centres = rng.normal(size=(5000, width))
     places = centres[rng.integers(0, len(centres), rows)] + 0.5 * rng.normal(size=(rows, width))
     said = statement(plan(Budget(8.0), records=1000, expected_batch=50, steps=60), unit="row", simulated=True)
