@@ -96,7 +96,8 @@ def pretrain(
     if world:
         _pretrain_world(world, role, out, steps, seed)
         return
-    from fedsynth.publictext import PublicText, Wanted, pretrain_from_text
+    from fedsynth.public_models import Wanted, pretrain_from_text
+    from fedsynth.publictext import PublicText
 
     column, equals, value = held_out.partition("=")
     if held_out and not (column and equals and value):

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedsynth.batches import padded
 from fedsynth.typed import BadValue, build
 
 WARM_UP_STEPS = 60
@@ -262,6 +263,7 @@ def save_model(model: Any, tokenizer: Any, out: Path, card_of: Callable[[Path], 
         out: The folder.
         card_of: Makes the card, given the unfinished folder; the hash of the weights is added here.
     """
+    out = out.resolve()  # so that the working directory and links can be replaced, too
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(unfinished)
@@ -306,9 +308,7 @@ def held_out_loss(model: Any, tokenizer: Any, lines: Sequence[Sequence[int]], ba
     order = sorted(range(len(lines)), key=lambda i: len(lines[i]))
     for at in range(0, len(order), batch):
         rows = [[tokenizer.bos_token_id, *lines[i]][:CONTEXT] for i in order[at : at + batch]]
-        width = max(map(len, rows))
-        ids = torch.tensor([[*r, *[tokenizer.pad_token_id] * (width - len(r))] for r in rows], device=model.device)
-        mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows], device=model.device)
+        ids, mask = (t.to(model.device) for t in padded(rows, tokenizer.pad_token_id))
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         total += float((losses * mask[:, 1:]).sum())

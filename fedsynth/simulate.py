@@ -210,7 +210,6 @@ def run(
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
     private = private_of(place)
-    private.mkdir(mode=0o700, exist_ok=True)
     launch(
         APP,
         run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},

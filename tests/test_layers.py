@@ -13,12 +13,12 @@ simulate
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
-classifier publictext
-teacher llm training generation curation evaluation embedding
+classifier public_models world_models
+teacher publictext pretraining gates llm training generation curation evaluation embedding
 batches
 models dpsgd
 hub
-scenario privacy lora data datacard tables world payload pretraining world_models tokenizer gates
+scenario privacy lora data datacard tables world payload tokenizer
 corpus typed assets
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "llm",
         "evaluation",
         "pretraining",
-        "publictext",
+        "public_models",
         "world_models",
         "gates",
         "embedding",

@@ -11,10 +11,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsynth import publictext
+from fedsynth import public_models
 from fedsynth.cli import pretrain as pretrain_command
 from fedsynth.pretraining import CHECKPOINT, held_out_loss, rows_of, shape_of
-from fedsynth.publictext import Lines, PublicText, Wanted, blocks, pretrain_from_text, read, topic_name
+from fedsynth.public_models import Wanted, pretrain_from_text
+from fedsynth.publictext import Lines, PublicText, blocks, read, topic_name
 from fedsynth.typed import BadValue
 
 WORDS = {
@@ -157,7 +158,7 @@ class Stopped(Exception):
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(publictext, "SAVE_EVERY", 2)
+    monkeypatch.setattr(public_models, "SAVE_EVERY", 2)
     whole = run(corpus, tmp_path / "whole")
 
     def stop(line: str) -> None:
@@ -177,7 +178,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(corpus, tmp_path, m
 
 
 def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(publictext, "SAVE_EVERY", 2)
+    monkeypatch.setattr(public_models, "SAVE_EVERY", 2)
 
     def stop(line: str) -> None:
         if "held-out" in line:
@@ -190,7 +191,7 @@ def test_a_checkpoint_of_another_run_is_refused(corpus, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_not_gone_on_from_with_another_tokenizer(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(publictext, "SAVE_EVERY", 2)
+    monkeypatch.setattr(public_models, "SAVE_EVERY", 2)
     run(corpus, tmp_path / "other", Wanted(**{**vars(WANTED), "vocabulary": 310}))
     shared = Wanted(**{**vars(WANTED), "tokenizer": str(tmp_path / "other")})
 
