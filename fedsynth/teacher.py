@@ -12,6 +12,7 @@ import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept, keep_rows, refuse_private
+from fedsynth.instructions import one_line
 
 if TYPE_CHECKING:
     from fedsynth.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
@@ -24,11 +25,6 @@ Groups: TypeAlias = Sequence[Sequence[int]]
 
 LINE = "{label}: {text}\n"
 OPEN_LINE = "{label}:"  # without a blank: byte-level tokenizers put it into the text's first token
-
-
-def one_line(text: str) -> str:
-    """A text as it stands in a prompt: line ends would look like the next example."""
-    return " ".join(text.split())
 
 
 def line_prompt(label: str, texts: Iterable[str]) -> str:

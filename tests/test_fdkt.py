@@ -25,7 +25,7 @@ from fedsynth.payload import decode
 from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell, cells, from_toml, to_toml
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
-from fedsynth.teacher import one_line
+from fedsynth.instructions import one_line
 from fedsynth.training import encode_slots, next_token_losses
 
 LABELS = ("heart", "skin")

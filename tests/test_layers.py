@@ -14,12 +14,12 @@ fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
 classifier public_models world_models
-teacher publictext pretraining gates llm training generation curation evaluation embedding
+teacher publictext pretraining gates llm remote training generation curation evaluation embedding
 batches
 models dpsgd
 hub
 scenario privacy lora data datacard tables world payload tokenizer
-corpus typed assets
+corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
