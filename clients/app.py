@@ -13,7 +13,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsynth.adapters import WrongAdapter
 from fedsynth.clients.evaluate import evaluate
+from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.synthesize import synthesize
@@ -24,7 +26,7 @@ from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
-from fedsynth.tasks import Code, Envelope, Evaluate, Learn, Order, Synthesize
+from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Synthesize
 from fedsynth.training import SelfCheckFailed
 from fedsynth.typed import BadValue
 from fedsynth.wire import WillNotLeave, pack_answer, refusal, seal, unpack_order
@@ -34,6 +36,8 @@ Opener = Callable[[Context, Envelope], Home]
 # What a client does for each order; these functions never see Flower.
 FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
     Synthesize: synthesize,
+    Finetune: finetune,
+    Adopt: lambda home, order, _: adopt(home, order),
     Learn: lambda home, order, _: learn(home, order),
     Evaluate: lambda home, _, __: evaluate(home),
 }
@@ -51,6 +55,7 @@ CODES: dict[type[Exception], Code] = {
     BadOrder: Code.BAD_ORDER,
     NoTaskModel: Code.NO_TASK_MODEL,
     SelfCheckFailed: Code.SELF_CHECK_FAILED,
+    WrongAdapter: Code.WRONG_ADAPTER,
 }
 
 

@@ -31,7 +31,7 @@ class Home:
     Attributes:
         index: The client's place among the clients.
         config: What the client runs.
-        labels: The public label list.
+        labels: The public label list; empty where the task is to follow instructions.
         records: Declared, public number of privacy units.
         rounds: Rounds of the run, all planned and reserved at first.
         unit: What is protected: "row", or the name of the person column.
@@ -59,6 +59,11 @@ class Home:
     def site(self) -> Site:
         """The client's text."""
         return self.open()
+
+    @property
+    def instructs(self) -> bool:
+        """Whether the task is to follow instructions; else it is to classify."""
+        return not self.labels
 
     @property
     def train(self) -> Corpus:

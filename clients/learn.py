@@ -1,11 +1,14 @@
-"""The task model at the client: augmented text first, private text second; it never leaves."""
+"""What stays at the client: a task model, or an adapter; augmented text first, private text second."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from fedsynth.adapters import new_adapter, read_adapter
 from fedsynth.classifier import fit_classifier, new_task_model
+from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarantee
 from fedsynth.clients.home import Home
+from fedsynth.hub import weights_hash
 from fedsynth.models import device, load_tokenizer, load_weights, save_weights
 from fedsynth.tasks import Learn, Learnt
 
@@ -18,6 +21,8 @@ class NoTaskModel(RuntimeError):
 
 def learn(home: Home, order: Learn) -> Learnt:
     """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
+    if home.instructs:
+        return _learn_to_respond(home, order)
     settings = home.config.task_training
     tokenizer = load_tokenizer(home.config.task_model)
     model = _new(home, order.seed)
@@ -29,6 +34,17 @@ def learn(home: Home, order: Learn) -> Learnt:
     epochs = settings.private_epochs
     fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
     save_weights(model, home.work / WEIGHTS)
+    return Learnt(received=0 if order.corpus is None else len(order.corpus))
+
+
+def _learn_to_respond(home: Home, order: Learn) -> Learnt:
+    """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
+    settings, base = home.config.generator_training, home.config.generator
+    model = on_base(home, new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed))
+    if order.corpus is not None and len(order.corpus) > 0:
+        train_without_guarantee(home, model, order.corpus, len(order.corpus), seed=order.seed)
+    train_without_guarantee(home, model, home.train, home.records, seed=order.seed + 1)
+    put_to_use(home, read_adapter(model, weights_hash(base)))
     return Learnt(received=0 if order.corpus is None else len(order.corpus))
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from peft import PeftModel
 
+from fedsynth.adapters import attach_lora, read_adapter
 from fedsynth.clients.home import Home
-from fedsynth.corpus import Corpus
+from fedsynth.corpus import Corpus, Provenance
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import attach_lora, device, kind_of, load_generator, load_tokenizer, read_adapter
+from fedsynth.models import device, kind_of, load_generator, load_tokenizer
 from fedsynth.privacy.plan import statement
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized
@@ -59,9 +60,8 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
     fit_without_guarantee(model, slots, settings, pad=tokenizer.pad_token_id, seed=order.seed)
     trained = Trained(model, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
-    corpus: Corpus = release_without_guarantee(
-        trained, texts, labels, home.ledger, home.run, trained.reason, allowed=home.simulated
-    )
+    written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
+    corpus = release_without_guarantee(trained, written, home.ledger, home.run, trained.reason, allowed=home.simulated)
     adapter = read_adapter(model, weights_hash(home.config.generator)) if order.share_adapter else None
     return Synthesized(corpus, statement(None, unit=home.unit, simulated=home.simulated), unfinished, adapter)
 

@@ -83,7 +83,7 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")] = None,
     world: Annotated[str, typer.Option(help="Instead of a corpus: hospitals or banks, the simulated worlds.")] = "",
-    role: Annotated[str, typer.Option(help="With --world. llm: the server's model. slm: the clients'.")] = "llm",
+    role: Annotated[str, typer.Option(help="With --world: llm, slm (of notes), base, professional (records).")] = "llm",
     seed: Annotated[int, typer.Option(help="Of the start and of the order of the text.")] = 0,
 ) -> None:
     """Pretrain a small language model from scratch on public text, with its tokenizer."""

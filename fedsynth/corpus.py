@@ -1,4 +1,4 @@
-"""Texts in columns, with where they came from."""
+"""Texts in columns, with where they came from; and what a client thinks of them."""
 
 from __future__ import annotations
 
@@ -85,6 +85,19 @@ class Corpus:
                 raw = part.encode()
                 digest.update(len(raw).to_bytes(8, "big") + raw)
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per text of a corpus that the server wrote.
+
+    Attributes:
+        values: In the order of the texts.
+        grants: Ids of the privacy grants that their guarantee rests on; empty: no guarantee.
+    """
+
+    values: tuple[float, ...]
+    grants: tuple[str, ...] = ()
 
 
 def pool(corpora: Sequence[Corpus]) -> Corpus:

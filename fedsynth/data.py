@@ -18,7 +18,7 @@ from fedsynth.corpus import Corpus, Provenance, pool, same
 from fedsynth.scenario import Data
 from fedsynth.tables import CLIENT, HELD, LABEL, TEXT, UNIT, Rows, find, read_rows, refuse_alike
 from fedsynth.typed import BadValue
-from fedsynth.world import load_world, private_notes
+from fedsynth.world import load_world, private_notes, private_records
 
 __all__ = [
     "Division",
@@ -77,11 +77,13 @@ class Division:
 
 
 def label_list(data: Data) -> tuple[str, ...]:
-    """The public list of classes.
+    """The public list of classes; empty where the task is to follow instructions: responses are not of a list.
 
     Raises:
-        BadValue: If it would be empty.
+        BadValue: If a classification would have none.
     """
+    if data.task == "instructions":
+        return ()
     if data.labels != "all":
         return tuple(data.labels)
     if data.world is not None:
@@ -102,7 +104,10 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     rows, found = read_rows(data), []
     if rows.incomplete:
         total = rows.incomplete + len(rows.table)
-        found.append(f"{data.source}: {rows.incomplete} of {total} rows have no text or no label: they are left out")
+        answer = "label" if data.task == "classification" else "response"
+        found.append(f"{data.source}: {rows.incomplete} of {total} rows have no text or no {answer}: they are left out")
+    if data.task == "instructions":
+        return found
     counts = rows.table[LABEL].value_counts()
     try:
         refuse_alike([*labels, *counts.index])
@@ -139,6 +144,11 @@ def open_site(data: Data, index: int, seed: int) -> Site:
     """One client's text: `open_sites(data, seed)[index]` of a scenario that is not pooled."""
     if data.world is not None:
         world = load_world(data.world)
+        if data.task == "instructions":
+            return Site(
+                train=private_records(world, index, data.train_per_client, seed, split="train", planted=data.planted),
+                test=private_records(world, index, data.test_per_client, seed, split="test"),
+            )
         return Site(
             train=private_notes(world, index, data.train_per_client, seed, split="train"),
             test=private_notes(world, index, data.test_per_client, seed, split="test"),

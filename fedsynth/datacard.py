@@ -72,10 +72,11 @@ def card_line(cards: Mapping[str, Any]) -> str:
     classes = [card["total"]["classes"] for card in found]
     dropped = [card["total"]["left_out"]["duplicates"] for card in found]
     words = [card["total"]["words"]["median"] for card in found]
+    kinds = f"{_range(classes)} labels ({_range([c['labels_present'] for c in clients])} per client), "
     return (
         f"data: {_range([len(card['clients']) for card in found])} clients, "
         f"{_range([c['train'] for c in clients])} training and {_range([c['test'] for c in clients])} test texts, "
-        f"{_range(classes)} labels ({_range([c['labels_present'] for c in clients])} per client), "
+        f"{kinds if any(classes) else ''}"
         f"{_range(words)} words in the median, {_range(dropped)} duplicates dropped"
     )
 
@@ -84,7 +85,7 @@ def _client(site: Site, labels: Sequence[str]) -> dict[str, Any]:
     train = site.train
     counts = train.counts()
     known = {label: counts[label] for label in labels if counts[label]}
-    other = len(train) - sum(known.values())
+    other = len(train) - sum(known.values()) if labels else 0
     return {
         "train": len(train),
         "test": len(site.test),

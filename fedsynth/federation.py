@@ -16,15 +16,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from fedsynth.corpus import Corpus, Scores
 from fedsynth.firewall import Rejected, check_answer
 from fedsynth.llm import TextModel
+from fedsynth.lora import Adapter
 from fedsynth.payload import BadPayload
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import Journal
 from fedsynth.scenario import Cell, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.typed import BadValue, build
-from fedsynth.wire import pack_order, payload_bytes, unpack_answer
+from fedsynth.wire import derived, pack_order, payload_bytes, unpack_answer
 
 R = TypeVar("R")
 S = TypeVar("S")
@@ -144,7 +146,7 @@ class Clients:
                 reasons[home] = found
             else:
                 answers[home] = found
-                self._note_statement(home, found)
+                self._note(home, found)
             if len(orders) - len(reasons) < needed:
                 break  # the quorum is out of reach: waiting for the others would only cost time
             self.journal.progress(name, len(answers), len(orders))
@@ -181,10 +183,13 @@ class Clients:
             return f"sent an unusable answer: {problem}"
         return cast(R, answer)
 
-    def _note_statement(self, home: int, answer: object) -> None:
+    def _note(self, home: int, answer: object) -> None:
+        """What an answer says of privacy, and what kinds of things it let out."""
         statement = getattr(answer, "statement", None)
         if isinstance(statement, Statement):
             self.statements[home] = statement
+        kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
+        self.journal.released |= {kinds[type(p)] for p in derived(answer)}
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,7 @@ class ServerSide:
         cell: Arm, seed and resolved scenario; `cell.public_seed` gives every public random stream.
         labels: The public label list.
         llm: The server LLM.
+        professional: The model that judges and responds, KnowledgeSG's; the LLM where a scenario names no other.
         embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
         journal: Where the strategy records what it kept and dropped.
         open_clients: Flower's grid -> the clients of this cell.
@@ -203,9 +209,22 @@ class ServerSide:
     cell: Cell
     labels: tuple[str, ...]
     llm: TextModel
+    professional: TextModel
     embed: Callable[[Sequence[str]], NDArray[np.float32]]
     journal: Journal
     open_clients: Callable[[Grid], Clients]
+
+    def new_adapter(self, seed: int) -> Adapter:
+        """What training of the clients' model starts from: the server has their base, too.
+
+        Args:
+            seed: Public, of the factors A.
+        """
+        from fedsynth.adapters import new_adapter  # brings torch, which methods without adapters do not need
+
+        client = self.cell.scenario.client
+        settings = client.generator_training
+        return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=seed)
 
 
 class RoundStrategy(Strategy, Generic[S]):
@@ -228,6 +247,10 @@ class RoundStrategy(Strategy, Generic[S]):
     @abstractmethod
     def round(self, clients: Clients, state: S) -> S:
         """One round: what is asked, what is made of it, what the state is after."""
+
+    def seed(self, purpose: str, home: int = -1) -> int:
+        """A public random stream of its own for each purpose, round and home."""
+        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=home)
 
     def start(
         self,

@@ -28,6 +28,11 @@ def parse_record(text: str) -> tuple[str, str] | None:
     return one_line(prompt), one_line(answer)
 
 
+def parse_response(text: str) -> str:
+    """The response in what a model wrote after `asked`: up to a next instruction; "" for none."""
+    return one_line(text.partition(ASK)[0])
+
+
 def one_line(text: str) -> str:
     """A text as it stands in a prompt: a line end would look like the next example."""
     return " ".join(text.split())

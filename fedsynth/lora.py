@@ -1,13 +1,14 @@
-"""LoRA adapters as named arrays; how they are averaged."""
+"""LoRA adapters as named arrays, and how they are combined."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, sqrt
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,29 @@ class Adapter:
     grants: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """An adapter of another rank, and what was lost on the way.
+
+    Attributes:
+        adapter: The nearest one of its rank.
+        error: ||dW - dW'|| / ||dW||, Frobenius norms over the updates of all modules together; 0 where there is none.
+    """
+
+    adapter: Adapter
+    error: float
+
+
 Shared: TypeAlias = Callable[[str], bool]
 """Tells from a tensor's name whether it is averaged."""
+
+Matrix: TypeAlias = NDArray[np.float64]
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_FACTORS_ALIKE = {  # what adapters must share to be combined factor by factor, and the way out
+    "base": "adapters of different base models cannot be combined: start them all from the same weights",
+    "rank": "`stacked` combines different ranks, and `truncated` gives each adapter one rank",
+    "alpha": "`stacked` combines different alphas, and `truncated` gives each adapter one alpha",
+}
 
 
 def everything(_: str) -> bool:
@@ -48,31 +70,197 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], shared: Share
 
     Args:
         adapters: One per client, of one base, rank and alpha, with the same names and shapes.
-        weights: Non-negative, one per client, not all zero; normalised here.
+        weights: Finite and non-negative, one per client, not all zero; normalised here.
         shared: Tells from a tensor's name whether it is averaged; the others are left out.
 
     Raises:
         ValueError: If the adapters do not fit together, or the weights cannot be normalised.
     """
-    if not adapters:
-        raise ValueError("average needs at least one adapter")
-    if len(weights) != len(adapters) or min(weights) < 0 or not sum(weights) > 0:
-        raise ValueError(f"average needs one non-negative weight per adapter, not all zero, got {list(weights)}")
-    first = adapters[0]
-    for other in adapters[1:]:
-        for name in ("rank", "alpha", "base"):
-            if getattr(other, name) != getattr(first, name):
-                raise ValueError(f"adapters differ in {name}: {getattr(first, name)!r} and {getattr(other, name)!r}")
-        if {n: a.shape for n, a in other.arrays.items()} != {n: a.shape for n, a in first.arrays.items()}:
-            raise ValueError("adapters differ in their tensors' names or shapes: were they made for the same modules?")
-    scale = np.asarray(weights, np.float64) / sum(weights)
+    shares = _normalised("average", adapters, weights)
+    _check_fit(adapters, [_shapes(a) for a in adapters], *_FACTORS_ALIKE)
     mean = {
-        name: sum(w * a.arrays[name].astype(np.float64) for w, a in zip(scale, adapters, strict=True)).astype(
-            np.float32
-        )
-        for name in first.arrays
+        name: _float32(sum(p * a.arrays[name].astype(np.float64) for p, a in zip(shares, adapters, strict=True)))
+        for name in adapters[0].arrays
         if shared(name)
     }
-    grants = tuple(dict.fromkeys(g for a in adapters for g in a.grants))
-    # One adapter without a guarantee makes the mean one without.
-    return replace(first, arrays=mean, grants=grants if all(a.grants for a in adapters) else ())
+    return replace(adapters[0], arrays=mean, grants=_grants(adapters))
+
+
+def completed(part: Adapter, whole: Adapter) -> Adapter:
+    """`whole` with the tensors of `part` in place: averaged B's beside the A's that every client holds (FFA-LoRA).
+
+    A public start has no grants, and then neither has the result. Where `whole` is nothing but that, say so:
+    `completed(part, replace(start, grants=part.grants))`.
+
+    Raises:
+        ValueError: If they differ in base, rank or alpha, or a tensor of `part` is not in `whole` in its shape.
+    """
+    counterpart = {name: shape for name, shape in _shapes(whole).items() if name in part.arrays}
+    _check_fit([part, whole], [_shapes(part), counterpart], *_FACTORS_ALIKE)
+    return replace(whole, arrays={**whole.arrays, **part.arrays}, grants=_grants([part, whole]))
+
+
+def mix(first: Adapter, second: Adapter, share: float) -> Adapter:
+    """share * first + (1 - share) * second on the factors (FedPIT's local aggregation sharing).
+
+    At 1 the result is `first` itself, at 0 `second`, with its own grants alone. In between the product of the mixed
+    factors is not the mixed product; `stacked([first, second], [share, 1 - share])` is.
+
+    Raises:
+        ValueError: If they differ in base, rank, alpha, names or shapes, or the share lies outside 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must lie in 0..1 (1: the first adapter alone), got {share}")
+    _check_fit([first, second], [_shapes(first), _shapes(second)], *_FACTORS_ALIKE)
+    if share in (0, 1):  # bit for bit: by arithmetic -0.0 would become 0.0, and an inf of the other NaN
+        return first if share == 1 else second
+    return average([first, second], [share, 1 - share])
+
+
+def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """The weighted mean of the updates, exactly, as an adapter of rank sum(rank_k) (FLoRA, arXiv 2409.05976).
+
+    A's rows and B's columns stand side by side, so that the product is the sum of the products. Weights and scales are
+    folded into B; alpha is the new rank, so that the scale is 1 whatever the ranks and alphas were.
+
+    Args:
+        adapters: One per client, of one base and the same modules; ranks and alphas may differ.
+        weights: Finite and non-negative, one per client, not all zero; normalised here.
+
+    Raises:
+        ValueError: If the adapters do not fit together or lack a factor, or the weights cannot be normalised.
+    """
+    shares = _normalised("stacked", adapters, weights)
+    factors = [_factors(a) for a in adapters]
+    _check_fit(adapters, [{m: (len(b), a.shape[1]) for m, (a, b) in f.items()} for f in factors], "base")
+    gains = [p * a.alpha / a.rank for p, a in zip(shares, adapters, strict=True)]
+    arrays = {}
+    for module in factors[0]:
+        arrays[module + _A] = _float32(np.vstack([f[module][0] for f in factors]))
+        arrays[module + _B] = _float32(np.hstack([g * f[module][1] for g, f in zip(gains, factors, strict=True)]))
+    rank = sum(a.rank for a in adapters)
+    return Adapter(arrays, rank, float(rank), adapters[0].base, _grants(adapters))
+
+
+def residual(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """What `average` misses of the mean update, for clients to merge into their base (FedEx-LoRA, arXiv 2410.09432).
+
+    The updates of the average and of the residual add up to the weighted mean of the updates. It has rank K * rank for
+    K adapters, of which (K - 1) * rank are needed: truncated to those it loses nothing.
+
+    Args:
+        adapters: One per client, of one base, rank and alpha, with the same names and shapes.
+        weights: Finite and non-negative, one per client, not all zero; normalised here.
+
+    Raises:
+        ValueError: As `average` and `stacked`.
+    """
+    mean = average(adapters, weights).arrays
+    # mean(BA) - mean(B) mean(A) = mean((B - mean(B)) (A - mean(A))), the covariance of B and A: of smaller rank than
+    # the paper's difference as it stands, with nothing to cancel, and exactly zero where all A are equal.
+    deviations = [
+        replace(a, arrays={n: _float32(array.astype(np.float64) - mean[n]) for n, array in a.arrays.items()})
+        for a in adapters
+    ]
+    return stacked(deviations, weights)
+
+
+def truncated(adapter: Adapter, rank: int, alpha: float | None = None) -> Truncated:
+    """The adapter of this rank whose update is nearest, in every module (Eckart and Young 1936).
+
+    A rank that is not smaller pads with zeros, which changes nothing: so different ranks meet in `average`. Padding is
+    no room to learn in: where both factors are zero, so are both gradients.
+
+    Args:
+        adapter: With both factors of every module.
+        rank: Of the result.
+        alpha: Of the result; None keeps the scale alpha / rank.
+
+    Raises:
+        ValueError: If rank is below 1, alpha is not finite and above 0, or a factor is missing.
+    """
+    if rank < 1 or not (alpha is None or 0 < alpha < inf):
+        raise ValueError(f"truncated needs a rank of at least 1 and a finite alpha above 0, got {rank} and {alpha}")
+    same_scale = adapter.alpha * rank / adapter.rank
+    alpha = same_scale if alpha is None else alpha
+    arrays, lost, total = {}, 0.0, 0.0
+    for module, (a, b) in _factors(adapter).items():
+        if rank < adapter.rank:
+            a, b, values = _nearest(a, b, rank)
+            lost, total = lost + float(values[rank:] @ values[rank:]), total + float(values @ values)
+        missing = rank - len(a)
+        arrays[module + _A] = _float32(np.pad(a, ((0, missing), (0, 0))))
+        arrays[module + _B] = _float32(np.pad(same_scale / alpha * b, ((0, 0), (0, missing))))
+    return Truncated(replace(adapter, arrays=arrays, rank=rank, alpha=alpha), sqrt(lost / total) if total else 0.0)
+
+
+def update(adapter: Adapter) -> dict[str, Matrix]:
+    """(alpha / rank) * B @ A by module, (out, in): as large as the base's weights, so for tests and small models."""
+    return {module: adapter.alpha / adapter.rank * b @ a for module, (a, b) in _factors(adapter).items()}
+
+
+def _nearest(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
+    """Factors of the best approximation of B @ A, of at most this rank, and all its singular values.
+
+    By the SVD of the small product of the triangles of B and A: the product itself is never formed.
+    """
+    left, left_triangle = np.linalg.qr(b)
+    right, right_triangle = np.linalg.qr(a.T)
+    u, values, vt = np.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
+    # A gets orthonormal rows and B the singular values (as in FedSVD, arXiv 2505.12805): A is then as large as LoRA's
+    # random start however small the update is, and a direction of value zero can still be learnt.
+    return vt[:rank] @ right.T, left @ (u * values)[:, :rank], values
+
+
+def _factors(adapter: Adapter) -> dict[str, tuple[Matrix, Matrix]]:
+    """A, (rank, in), and B, (out, rank), by module.
+
+    Raises:
+        ValueError: If a module lacks one of them, or their shapes do not fit the adapter's rank.
+    """
+    found = {}
+    for module in dict.fromkeys(name.removesuffix(_A).removesuffix(_B) for name in adapter.arrays):
+        a, b = adapter.arrays.get(module + _A), adapter.arrays.get(module + _B)
+        if a is None or b is None:
+            raise ValueError(f"{module!r} needs both factors, {_A[1:]} and {_B[1:]}; `completed` adds what is missing")
+        if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == adapter.rank:
+            raise ValueError(f"{module!r} must have A of shape (rank, in) and B of shape (out, rank) for rank "
+                             f"{adapter.rank}, got {a.shape} and {b.shape}")  # fmt: skip
+        found[module] = (a.astype(np.float64), b.astype(np.float64))
+    return found
+
+
+def _check_fit(adapters: Sequence[Adapter], shapes: Sequence[Mapping[str, tuple[int, ...]]], *alike: str) -> None:
+    """Refuses adapters that are not alike in these attributes, or in their tensors' or modules' names and shapes."""
+    for other, theirs in zip(adapters[1:], shapes[1:], strict=True):
+        for fact in alike:
+            ours, its = getattr(adapters[0], fact), getattr(other, fact)
+            if ours != its:
+                raise ValueError(f"adapters differ in {fact}: {ours!r} and {its!r}; {_FACTORS_ALIKE[fact]}")
+        for name in [*shapes[0], *theirs]:
+            size, its_size = shapes[0].get(name, "absent"), theirs.get(name, "absent")
+            if size != its_size:
+                raise ValueError(f"adapters differ in their tensors' names or shapes: {name!r} is {size} and "
+                                 f"{its_size}; make them all for the same modules of one model")  # fmt: skip
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in adapter.arrays.items()}
+
+
+def _normalised(what: str, adapters: Sequence[Adapter], weights: Sequence[float]) -> list[float]:
+    if not adapters:
+        raise ValueError(f"{what} needs at least one adapter")
+    if len(weights) != len(adapters) or min(weights) < 0 or not 0 < sum(weights) < inf:
+        raise ValueError(f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
+                         f"{list(weights)} for {len(adapters)}")  # fmt: skip
+    return [float(w) / sum(weights) for w in weights]
+
+
+def _grants(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Those of all, in order; one adapter without a guarantee leaves the result without."""
+    return tuple(dict.fromkeys(g for a in adapters for g in a.grants)) if all(a.grants for a in adapters) else ()
+
+
+def _float32(array: ArrayLike) -> NDArray[np.float32]:
+    return np.asarray(array, np.float32, order="C")  # safetensors writes memory as it lies

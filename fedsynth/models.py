@@ -8,13 +8,11 @@ import warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -23,13 +21,11 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.lora import Adapter
-from fedsynth.scenario import Scenario, cells
+from fedsynth.scenario import Endpoint, Scenario, cells
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
@@ -240,84 +236,26 @@ def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
     return model
 
 
-def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:
-    """LoRA on every linear layer but the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
-
-    A starts at Kaiming-uniform from `seed` (public), B at zero, so the model starts as its base.
-
-    Raises:
-        BadValue: If the model has no linear layer to adapt.
-    """
-    targets = _linear_layers(model)
-    if not targets:
-        raise BadValue(f"{type(model).__name__} has no linear layer that LoRA could adapt")
-    turned = all(isinstance(layer, Conv1D) for layer in targets.values())  # GPT-2 keeps its weights transposed
-    adapted = get_peft_model(model, _lora_config(rank, alpha, list(targets), fan_in_fan_out=turned))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_A" in name:
-                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
-    return adapted
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
-    body: Any = getattr(model, "base_model", model)
-    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]
-    heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
-    inside = {id(m) for m in body.modules()}
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and id(layer) in inside and id(layer) not in heads
-    }
-
-
-def _lora_config(rank: int, alpha: float, targets: list[str], **more: Any) -> LoraConfig:
-    scale: Any = alpha  # PEFT's annotation says int; it only divides by it
-    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, **more)
-
-
 def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
-    """Every model that the arms of a scenario name, with what it is for, each pair once."""
+    """Every model that the arms of a scenario name, with what it is for, each pair once; no endpoints."""
     found: dict[tuple[str, Role], None] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         client, server = cell.scenario.client, cell.scenario.server
         task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
-        found |= {(client.generator, "generator"): None, (client.task_model, task): None, (server.llm, "llm"): None}
+        found |= {(client.generator, "generator"): None, (client.task_model, task): None}
+        found |= {(name, "llm"): None for name in (server.llm, server.professional) if isinstance(name, str)}
         if server.embedder is not None:
             found |= {(server.embedder, "embedder"): None}
     return list(found)
 
 
-def read_adapter(model: PeftModel, base: str) -> Adapter:
-    """The LoRA weights of a model as named arrays, without a guarantee: `privacy.release` gives one."""
-    config = cast(LoraConfig, model.peft_config["default"])
-    arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in _adapter_weights(model).items()}
-    return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base)
-
-
-def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
-    # Never embeddings: PEFT would ask the hub whether they were resized.
-    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return weights
-
-
-def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
-    """Writes an adapter so that `PeftModel.from_pretrained` loads it on top of the model named `base`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    modules = sorted({n.removeprefix("base_model.model.").partition(".lora_")[0] for n in adapter.arrays})
-    config = _lora_config(adapter.rank, adapter.alpha, modules)
-    # Told from the layers: who saves a client's adapter need not have the client's model.
-    sides = {side for module in modules for side in ("encoder", "decoder") if side in module.split(".")}
-    repository, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
-    config.task_type = "SEQ_2_SEQ_LM" if len(sides) == 2 else "CAUSAL_LM"
-    config.base_model_name_or_path, config.revision, config.inference_mode = repository, revision or None, True
-    config.save_pretrained(str(folder))
-    tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
-    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    (folder / "grants.json").write_text(json.dumps({"grants": list(adapter.grants), "base_sha256": adapter.base}))
+def endpoints_of(scenario: Scenario) -> list[Endpoint]:
+    """Every endpoint that the arms of a scenario name, once: nothing of it is loaded, checked or pinned here."""
+    found: dict[Endpoint, None] = {}
+    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
+        server = cell.scenario.server
+        found |= {model: None for model in (server.llm, server.professional) if isinstance(model, Endpoint)}
+    return list(found)
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

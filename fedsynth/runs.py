@@ -16,12 +16,13 @@ from typing import Any
 import pandas as pd
 
 from fedsynth import __version__
+from fedsynth.adapters import save_adapter
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
 from fedsynth.hub import version_of
 from fedsynth.lora import Adapter
-from fedsynth.models import models_of, save_adapter
+from fedsynth.models import endpoints_of, models_of
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml
@@ -42,7 +43,7 @@ class Journal:
         folder: The run's directory.
         events: The file that progress lines are appended to.
         round: Of the metrics that follow.
-        adapters: How many were released.
+        released: What clients let out: text, adapters, scores.
         silent: Clients that gave no usable answer to an exchange that a quorum let pass.
         rows: Tidy metrics so far.
         statements: What each home said of its privacy, set when the cell is done.
@@ -52,7 +53,7 @@ class Journal:
     folder: Path
     events: Path
     round: int = 0
-    adapters: int = 0
+    released: set[str] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     statements: dict[int, Statement] = field(default_factory=dict)
@@ -80,11 +81,16 @@ class Journal:
         path = folder / f"{kind}-round{self.round}-client{client}.parquet"
         path.write_bytes(corpus_to_parquet(corpus, **facts))
 
-    def adapter(self, client: int, adapter: Adapter) -> None:
-        """A released adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it."""
-        place = f"round-{self.round}-client-{client}"
+    def adapter(self, client: int, adapter: Adapter, kind: str = "client") -> None:
+        """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.
+
+        Args:
+            client: Whose; `SERVER` for one of all clients.
+            adapter: A whole one, factors A and B.
+            kind: `client` for what a client released; else what the server made of it.
+        """
+        place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
         folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / place
-        self.adapters += 1
         save_adapter(adapter, self.cell.scenario.client.generator, folder)
 
     def count_bytes(self, direction: str, client: int, count: int) -> None:
@@ -136,6 +142,8 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "public_seeds": list(scenario.seeds),
         "models": {name: version_of(name) for name, _ in models_of(scenario)},
+        # Which weights answer there, only their server knows.
+        "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
     }
     (out / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     private = private_of(out)
@@ -262,15 +270,15 @@ def privacy_line(journals: Sequence[Journal]) -> str:
     """One sentence per arm: adversary, what it sees, the bound and what it covers."""
     if any(j.cell.scenario.data.pooled for j in journals):
         return "no guarantee: the simulator pools raw private text, which no real server could see"
+    seen = " and ".join(sorted({kind for j in journals for kind in j.released}))
     if guarantee_of(journals) == "none":
-        return "no guarantee: text left without a mechanism (a control arm); no epsilon holds for it"
+        return f"no differential privacy guarantee: {seen} left clients without a mechanism; no epsilon holds for them"
     spent = _spent(journals)
     if not spent:
         return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
     epsilon, delta = up(max(s.epsilon or 0.0 for s in spent), 3), max(s.delta for s in spent)
     replaced = up(max(s.epsilon_replace_one or 0.0 for s in spent), 2)
     unit = spent[0].unit
-    seen = "synthetic text, labels, adapters" if any(j.adapters for j in journals) else "synthetic text and labels"
     return (
         f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
         f"({replaced:.2f} if replaced by another {unit}); largest over clients and seeds, each a world of its own"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import math
 import os
 import tomllib
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import tomli_w
 
@@ -59,6 +61,10 @@ class Data:
         test_per_client: Simulated worlds: test notes per client, declared public (docs/privacy.md).
         text: Column of the text.
         label: Column of the class name.
+        task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> response, of
+            which there is no list.
+        response: `instructions`: column of the response.
+        planted: Simulated worlds, `instructions`: every private response ends with a secret of its own, for audits.
         test: Rows held out for testing; without it a seeded fifth of each client's rows.
         split: `iid`; `dirichlet` or `pathological`: by label; `natural`: by the values of `client_column`, the first
             `clients` of them in sorted order.
@@ -83,6 +89,9 @@ class Data:
     test_per_client: int = 600
     text: str = "text"
     label: str = "label"
+    task: Literal["classification", "instructions"] = "classification"
+    response: str = "response"
+    planted: bool = False
     test: TestRows | None = None
     split: Literal["iid", "dirichlet", "pathological", "natural"] = "iid"
     alpha: float = 0.5
@@ -110,6 +119,14 @@ class Data:
             raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
         if self.world is not None and (self.limit is not None or self.duplicates != "refuse"):
             raise BadValue("limit and duplicates belong to data files; a simulated world has train_per_client")
+        if self.task == "instructions" and self.labels != "all":
+            raise BadValue('labels belong to task = "classification"; responses are not of a list')
+        if self.task == "instructions" and self.split in ("dirichlet", "pathological"):
+            raise BadValue(f'split = "{self.split}" goes by label, and instructions have none: use "iid" or "natural"')
+        if self.response != Data.response and (self.task == "classification" or self.world is not None):
+            raise BadValue('response is the column of a data file with task = "instructions"')
+        if self.planted and (self.world is None or self.task == "classification"):
+            raise BadValue('planted belongs to a simulated world with task = "instructions"')
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
         _positive(self, "alpha")
@@ -147,8 +164,9 @@ class GeneratorTraining:
         clip_norm: Bound on the norm of one unit's gradient.
         rank: LoRA rank.
         alpha: LoRA scale is alpha / rank.
-        max_tokens: Longest note in tokens, label and end of text included.
+        max_tokens: Longest example in tokens, label or instruction and end of text included.
         microbatch: Examples per forward pass; bounds memory, does not change results.
+        learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
     """
 
     expected_batch: int = 50
@@ -159,11 +177,38 @@ class GeneratorTraining:
     alpha: float = 16.0
     max_tokens: int = 64
     microbatch: int = 64
+    learns: Literal["record", "response"] = "record"
 
     def __post_init__(self) -> None:
         _positive(self, "expected_batch", "steps", "learning_rate", "clip_norm", "rank", "alpha", "microbatch")
         if self.max_tokens < 4:
             raise BadValue(f"max_tokens must be at least 4, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the server trains an adapter on text that is free to use (supervised fine-tuning).
+
+    Attributes:
+        epochs: Passes over the text.
+        batch: Examples per step.
+        learning_rate: Of AdamW, decayed linearly to a tenth.
+        max_tokens: Longest example in tokens.
+        max_grad_norm: Longer gradients of a step are shortened to this.
+        rank: LoRA rank, where a new adapter is made.
+        alpha: LoRA scale is alpha / rank.
+    """
+
+    epochs: int = 3
+    batch: int = 16
+    learning_rate: float = 2e-3
+    max_tokens: int = 64
+    max_grad_norm: float = 1.0
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch", "learning_rate", "max_tokens", "max_grad_norm", "rank", "alpha")
 
 
 @dataclass(frozen=True)
@@ -221,24 +266,27 @@ class Client:
 
     Attributes:
         generator: Causal or seq2seq model: `assets:NAME`, a folder, or a Hugging Face name, also `org/name@revision`.
-        task_model: Model of any kind that becomes a classifier, named likewise.
+        task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: there the
+            generator itself, with an adapter, is what learns to respond.
         guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
         budget: Epsilon and delta of this run: all rounds, all releases.
         max_noise_multiplier: A budget that needs more noise than this is refused before any training.
         generator_training: DP-SGD settings.
         task_training: Task model settings.
+        answer_tokens: Instructions: longest response at evaluation.
     """
 
     generator: str
-    task_model: str
+    task_model: str = ""
     guarantee: Literal["dp", "none"] = "dp"
     budget: Budget | None = None
     max_noise_multiplier: float = 20.0
     generator_training: GeneratorTraining = GeneratorTraining()
     task_training: TaskTraining = TaskTraining()
+    answer_tokens: int = 32
 
     def __post_init__(self) -> None:
-        _positive(self, "max_noise_multiplier")
+        _positive(self, "max_noise_multiplier", "answer_tokens")
         if self.guarantee == "dp" and self.budget is None:
             raise BadValue(
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
@@ -272,23 +320,89 @@ class Client:
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
+
+    Attributes:
+        endpoint: Address up to and with the version, as `http://127.0.0.1:8000/v1`.
+        model: Its name there.
+        key_env: Environment variable that holds the key, where one is needed; never the key itself.
+        api: `completions` goes on after a prompt (a base LLM); `chat` puts each prompt as one user message.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is repeated that got no answer, 429 or 5xx.
+        concurrency: Requests at once.
+    """
+
+    endpoint: str
+    model: str
+    key_env: str | None = None
+    api: Literal["completions", "chat"] = "completions"
+    timeout: float = 60.0
+    retries: int = 3
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        host = _host(self.endpoint)
+        if not self.model:
+            raise BadValue("model is empty: name the model that the endpoint serves")
+        if self.key_env is not None and not self.key_env.isidentifier():
+            # Not repeated: whoever mistakes the field puts the key itself here.
+            raise BadValue(
+                "key_env must name an environment variable, as OPENAI_API_KEY; a key is no part of a scenario"
+            )
+        if self.key_env is not None and self.endpoint.startswith("http:") and not _is_loopback(host):
+            raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
+        _positive(self, "timeout", "concurrency")
+        if self.retries < 0:
+            raise BadValue(f"retries must be at least 0, got {self.retries}")
+
+
+def _host(endpoint: str) -> str:
+    """The host of an endpoint's address, which holds nothing but scheme, host, port and path."""
+    try:
+        parts = urlsplit(endpoint)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc:
+        # Not repeated: a password or a key may stand in it.
+        raise BadValue("endpoint must read http://HOST:PORT/v1 or https://HOST/v1; a key goes where key_env says")
+    return host
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@dataclass(frozen=True)
 class Server:
     """What the server runs.
 
     Attributes:
-        llm: Causal or seq2seq model, named as a client's.
-        embedder: Model whose sentence embeddings put like drafts together, named likewise; left out: the LLM itself.
+        llm: Causal or seq2seq model, named as a client's, or an endpoint.
+        embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
+            itself, which no endpoint can be.
         answer_seconds: How long one exchange may take before the run ends with a reason.
         quorum: Share of the asked clients that must answer.
+        professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
     """
 
-    llm: str
+    llm: str | Endpoint
     embedder: str | None = None
     answer_seconds: float = 3600.0
     quorum: float = 1.0
+    professional: str | Endpoint | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "answer_seconds")
+        if isinstance(self.llm, Endpoint) and self.embedder is None:
+            raise BadValue(
+                "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
+                "like drafts together"
+            )
         if not 0 < self.quorum <= 1:
             raise BadValue(f"quorum must lie in (0, 1], got {self.quorum}")
 
@@ -320,6 +434,8 @@ class Scenario:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
         if self.rounds < 1:
             raise BadValue(f"rounds must be at least 1, got {self.rounds}")
+        if self.data.task == "classification" and not self.client.task_model:
+            raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         for arm in self.run:
             if arm not in self.arms:
                 raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")
@@ -415,6 +531,7 @@ PATHS = (
     ("client", "generator"),
     ("client", "task_model"),
     ("server", "llm"),
+    ("server", "professional"),
     ("server", "embedder"),
 )
 
@@ -479,6 +596,9 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> d
         merged = {name: value for name, value in merged.items() if name not in ("alpha", "classes_per_client")}
     if key == "strategy" and "use" in over and over["use"] != base.get("use"):
         merged = {}
+    moves = "endpoint" in over and over["endpoint"] != base.get("endpoint")
+    if key in ("server.llm", "server.professional") and moves:
+        merged = {}  # above all key_env: one server's key is not for another
     for name, value in over.items():
         old = merged.get(name)
         both = isinstance(value, Mapping) and isinstance(old, Mapping)

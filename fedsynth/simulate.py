@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.adapters import attach_lora
 from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data import divide, label_list, misfits
@@ -20,8 +21,8 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation import load_strategy
 from fedsynth.hub import pin
 from fedsynth.launch import APP, launch
-from fedsynth.models import attach_lora, load_generator, load_tokenizer, models_of
 from fedsynth.models import check as check_model
+from fedsynth.models import load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
@@ -31,7 +32,13 @@ from fedsynth.teacher import check_labels
 from fedsynth.training import SelfCheckFailed, check_room, self_check
 from fedsynth.typed import BadValue
 
-MODELS = (("client", "generator"), ("client", "task_model"), ("server", "llm"), ("server", "embedder"))
+MODELS = (
+    ("client", "generator"),
+    ("client", "task_model"),
+    ("server", "llm"),
+    ("server", "professional"),
+    ("server", "embedder"),
+)
 
 
 @dataclass(frozen=True)
@@ -115,10 +122,13 @@ def pinned(scenario: Scenario) -> Scenario:
     Raises:
         BadValue: If a model of an arm that runs is not found.
     """
-    pins: dict[Any, str] = {name: pin(name) for name, _ in models_of(scenario)}
+    pins = {name: pin(name) for name, _ in models_of(scenario)}
 
     def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: pins.get(value, value) if (table, key) in MODELS else value for key, value in values.items()}
+        return {
+            key: pins.get(value, value) if (table, key) in MODELS and isinstance(value, str) else value
+            for key, value in values.items()
+        }
 
     def here(table: str) -> dict[str, Any]:
         values = getattr(scenario, table)

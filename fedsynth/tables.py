@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from fedsynth.scenario import Data
 from fedsynth.typed import BadValue
 
-TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table
+TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
 MAX_CHARACTERS = 1_000_000  # of a cell; a longer one is a quote that never closes, or no text
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what datasets.save_to_disk leaves in a folder
 
@@ -54,6 +54,8 @@ def read_rows(data: Data) -> Rows:
         data.source,
         text=data.text,
         label=data.label,
+        task=data.task,
+        response=data.response,
         test=data.test,
         client_column=data.client_column,
         unit=data.unit,
@@ -120,21 +122,28 @@ def _rows(data: Data, raw: pd.DataFrame) -> Rows:
     for column in raw.columns:
         _check_cells(raw[column], column)
     _refuse_numbers(raw[data.text], data.text)
-    found = pd.DataFrame({TEXT: _as_texts(raw[data.text]), LABEL: _as_texts(raw[data.label])}, dtype=object)
+    answer = answer_column(data)
+    found = pd.DataFrame({TEXT: _as_texts(raw[data.text]), LABEL: _as_texts(raw[answer])}, dtype=object)
     whole = found.notna().all(axis=1)
     if not whole.any():
-        raise BadValue(f"no row has both {data.text!r} and {data.label!r} (it has {len(raw)} rows)")
+        raise BadValue(f"no row has both {data.text!r} and {answer!r} (it has {len(raw)} rows)")
     found, raw = found[whole].reset_index(drop=True), raw[whole.to_numpy()].reset_index(drop=True)
     found[UNIT] = found.index if data.unit is None else _names(raw, data.unit)
     found[CLIENT] = "" if data.client_column is None else _names(raw, data.client_column)
     found[HELD] = False if data.test is None else _held(raw[data.test.column], data.test.column, data.test.equals)
-    refuse_alike(found[LABEL])
+    if data.task == "classification":
+        refuse_alike(found[LABEL])
     if data.unit is not None and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
         raise BadValue(
             f"{both} values of the unit column {data.unit!r} have training and test rows: a person belongs in one of "
             "the two, mend the test rows"
         )
     return Rows(found, int((~whole).sum()))
+
+
+def answer_column(data: Data) -> str:
+    """The column of the class name or response."""
+    return data.label if data.task == "classification" else data.response
 
 
 def _names(raw: pd.DataFrame, column: str) -> list[str]:
@@ -211,7 +220,7 @@ def _is_number(value: object) -> bool:
 
 
 def _raw(data: Data, path: Path | None) -> pd.DataFrame:
-    named = [data.text, data.label, data.client_column, data.unit, data.test.column if data.test else None]
+    named = [data.text, answer_column(data), data.client_column, data.unit, data.test.column if data.test else None]
     asked = list(dict.fromkeys(column for column in named if column is not None))
     return _from_hub(data, asked) if path is None else load_columns(path, asked)
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from fedsynth.corpus import Corpus
+from fedsynth.corpus import Corpus, Scores
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 
@@ -80,6 +80,116 @@ class Synthesize(Order[Synthesized]):
 
 
 @dataclass(frozen=True)
+class Finetuned:
+    """A LoRA trained on private text: under a grant, or without any guarantee."""
+
+    adapter: Adapter = _leaves(Origin.RELEASED)
+    statement: Statement = _leaves(Origin.PUBLIC)
+    records: int = _leaves(Origin.PUBLIC)
+    """Declared number of units: the client's weight in an average."""
+
+
+@dataclass(frozen=True)
+class Finetune(Order[Finetuned]):
+    """Train the client's model on private text, as a LoRA (KnowledgeSG, step 1; FedIT).
+
+    Attributes:
+        start: The adapter to go on from, in the first round a new one: the same for all clients.
+        seed: Public; of nothing private under DP, of the order of batches without a guarantee.
+        frozen_a: Train and send the factors B alone (FFA-LoRA); A stays as it starts.
+    """
+
+    task: ClassVar[str] = "train.finetune"
+    reply: ClassVar[type[Any]] = Finetuned
+    start: Adapter
+    seed: int
+    frozen_a: bool = False
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """The adapter is in use at the client."""
+
+    parameters: int = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class Adopt(Order[Adopted]):
+    """Use an adapter of the server's from now on (KnowledgeSG, step 6)."""
+
+    task: ClassVar[str] = "train.adopt"
+    reply: ClassVar[type[Any]] = Adopted
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a client thinks of the server's texts; numbers only."""
+
+    scores: Scores = _leaves(Origin.RELEASED)
+    statement: Statement = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class Score(Order[Scored]):
+    """Rate each text of the server: the task model's confidence in its label (CrossLM).
+
+    Attributes:
+        corpus: Texts that the LLM wrote, with the labels that they were asked for.
+        seed: Public seed of a scoring model's start.
+    """
+
+    task: ClassVar[str] = "train.score"
+    reply: ClassVar[type[Any]] = Scored
+    corpus: Corpus
+    seed: int
+
+
+@dataclass(frozen=True)
+class SelfTrained:
+    """An adapter trained on private and self-generated text; it has no formal privacy."""
+
+    adapter: Adapter = _leaves(Origin.NO_GUARANTEE)
+    statement: Statement = _leaves(Origin.PUBLIC)
+    records: int = _leaves(Origin.PUBLIC)
+    funnel: Mapping[str, int] = _leaves(Origin.NO_GUARANTEE, default_factory=dict)
+    """What became of the self-generated candidates: step -> number left or dropped."""
+
+
+@dataclass(frozen=True)
+class SelfTrain(Order[SelfTrained]):
+    """Write synthetic records in context, select them, train on both kinds apart, send the mix (FedPIT, section 3).
+
+    Attributes:
+        start: The global adapter; in the first round a new one.
+        seed: Public seed of the order of batches, as in `Finetune`.
+        writing_seed: Public seed of generation: a stream of its own, so that the training's is the same without it.
+        share: Beta: weight of the adapter trained on private text in what is sent. 1 is FedIT.
+        candidates: Self-generated records asked for.
+        keep: How many of them are trained on.
+        shots: Demonstrations in a prompt.
+        selection: `ifs` (the paper's), or `random`.
+        training: `isolated` (the paper's): private and synthetic text each from the same start. `mixed`: one training
+            on both (FedMIT). `personal` (version 1): the synthetic adapter is sent, the client
+            keeps one trained on both.
+        max_tokens: Longest instruction or response that is written.
+    """
+
+    task: ClassVar[str] = "train.self_train"
+    reply: ClassVar[type[Any]] = SelfTrained
+    start: Adapter
+    seed: int
+    writing_seed: int
+    share: float = 0.5
+    candidates: int = 32
+    keep: int = 16
+    shots: int = 8
+    selection: Literal["ifs", "random"] = "ifs"
+    training: Literal["isolated", "mixed", "personal"] = "isolated"
+    max_tokens: int = 48
+
+
+@dataclass(frozen=True)
 class Learnt:
     """The task model stays with its client."""
 
@@ -88,7 +198,7 @@ class Learnt:
 
 @dataclass(frozen=True)
 class Learn(Order[Learnt]):
-    """Train the task model on the server's text, then on private text.
+    """Train the task model on the server's text, then on private text. Instructions: the client's adapter, likewise.
 
     Attributes:
         corpus: Augmented text for this client; None: private text only.
@@ -111,7 +221,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluate(Order[Evaluated]):
-    """Measure the task model on the client's test set."""
+    """Measure the task model, or the adapter in use, on the client's test set."""
 
     task: ClassVar[str] = "evaluate.evaluate"
     reply: ClassVar[type[Any]] = Evaluated
@@ -125,6 +235,7 @@ class Code(StrEnum):
     NOT_ALLOWED = "not_allowed"
     BAD_ORDER = "bad_order"
     NO_TASK_MODEL = "no_task_model"
+    WRONG_ADAPTER = "wrong_adapter"
     SELF_CHECK_FAILED = "self_check_failed"
     FAILED = "failed"
 
@@ -153,5 +264,5 @@ class Envelope:
     home: int
 
 
-ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Learn, Evaluate)
+ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)
 Guarantee = Literal["dp", "none"]

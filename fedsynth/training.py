@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedsynth.batches import padded, token_rows
 from fedsynth.corpus import Corpus
+from fedsynth.instructions import ASK, asked, record
 from fedsynth.models import Kind, context_of
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
@@ -60,13 +61,23 @@ class Randomness(Protocol):
         """An independent coin per unit."""
 
 
+Learns: TypeAlias = Literal["record", "response"]
+
+
 def control_code(label: str) -> str:
     """How a label is put before its text (FDKT step 1)."""
     return f"{label}:"
 
 
 def encode_slots(
-    tokenizer: Any, corpus: Corpus, labels: Sequence[str], records: int, longest: int, kind: Kind = "causal"
+    tokenizer: Any,
+    corpus: Corpus,
+    labels: Sequence[str],
+    records: int,
+    longest: int,
+    kind: Kind = "causal",
+    *,
+    learns: Learns = "record",
 ) -> list[Example | None]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
@@ -77,11 +88,12 @@ def encode_slots(
 
     Args:
         tokenizer: Public.
-        corpus: Private; `prompts` are texts, `answers` class names.
-        labels: The public label list.
+        corpus: Private; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
+        labels: The public label list; empty for instructions.
         records: Declared number of units; the plan's, whatever the real count is.
         longest: Longest example in tokens.
         kind: Of the generator.
+        learns: Instructions: the whole record after its mark, or the response alone.
     """
     units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
     first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
@@ -89,27 +101,44 @@ def encode_slots(
     known = set(labels)
     return [
         None
-        if row is None or corpus.answers[row] not in known
-        else _encode_or_none(tokenizer, corpus, row, longest, kind)
+        if row is None or (labels and corpus.answers[row] not in known)
+        else _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
         for row in rows
     ]
 
 
-def _encode_or_none(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind) -> Example | None:
+def encode_records(
+    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, learns: Learns = "record"
+) -> list[Example]:
+    """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
+    tokenizer cannot read are left out."""
+    slots = encode_slots(tokenizer, corpus, (), len(corpus), longest, kind, learns=learns)
+    return [example for example in slots if example is not None]
+
+
+def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> tuple[str, str]:
+    """What is given of a row, and what is learnt."""
+    if labels:
+        return control_code(corpus.answers[row]), corpus.prompts[row].strip()
+    whole = record(corpus.prompts[row], corpus.answers[row])
+    given = ASK if learns == "record" else asked(corpus.prompts[row])
+    return given, whole.removeprefix(given).strip()
+
+
+def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
     try:
-        return _encode(tokenizer, corpus, row, longest, kind)
+        return _encode(tokenizer, given, text, longest, kind)
     except Exception:  # a record that fails the whole answer would show in the answer
         return None
 
 
-def _encode(tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind) -> Example:
+def _encode(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
     if kind == "seq2seq":
-        [head] = token_rows(tokenizer, [control_code(corpus.answers[row])], kind)
-        text = corpus.prompts[row].strip()
+        [head] = token_rows(tokenizer, [given], kind)
     else:
-        head = token_ids(tokenizer, control_code(corpus.answers[row]))
+        head = token_ids(tokenizer, given)
         head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
-        text = f" {corpus.prompts[row].strip()}"
+        text = f" {text}"
     # The end of text is learnt, also where a long text was cut: a generator that never ends writes noise up to the
     # limit, and drafts without an end are not used.
     body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
@@ -129,10 +158,12 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
         ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
             no end of text or tokens that the model does not know.
     """
-    codes = {label: len(token_ids(tokenizer, control_code(label))) + 1 for label in labels}
+    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(control_code, labels)} or {
+        ASK: len(token_ids(tokenizer, ASK)) + 1
+    }
     code, tokens = max(codes.items(), key=lambda item: item[1])
     if tokens + 2 > longest:
-        raise ValueError(f"the control code of label {code!r} has {tokens} tokens, which leaves no text of {longest}")
+        raise ValueError(f"the control code {code!r} has {tokens} tokens, which leaves no text of {longest}")
     context = context_of(model.config)
     if context is not None and longest > context:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
 from fedsynth.payload import decode, encode
 from fedsynth.privacy.plan import Statement
@@ -73,17 +73,20 @@ def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
             raise WillNotLeave(f"{name}.{field.name} is measured on a private model, which this site does not allow")
         if origin is Origin.NO_GUARANTEE and not waived:
             raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
-        parts: list[Corpus | Adapter] = [*_parts(value, Corpus), *_parts(value, Adapter)]
-        for part in parts:
+        for part in derived(value):
             _check_part(part, f"{name}.{field.name}", waived)
     for statement in _parts(answer, Statement):
-        derived: list[Corpus | Adapter] = [*_parts(answer, Corpus), *_parts(answer, Adapter)]
-        if statement.guarantee == "dp" and any(not part.grants for part in derived):
-            raise WillNotLeave(f"{name} claims a guarantee for text or weights without a grant")
+        if statement.guarantee == "dp" and any(not part.grants for part in derived(answer)):
+            raise WillNotLeave(f"{name} claims a guarantee for text, weights or scores without a grant")
     return encode(answer)
 
 
-def _check_part(part: Corpus | Adapter, place: str, waived: bool) -> None:
+def derived(value: object) -> list[Corpus | Adapter | Scores]:
+    """What is in a value that may derive from private text."""
+    return [*_parts(value, Corpus), *_parts(value, Adapter), *_parts(value, Scores)]
+
+
+def _check_part(part: Corpus | Adapter | Scores, place: str, waived: bool) -> None:
     public = False
     if isinstance(part, Corpus):
         if part.provenance is Provenance.PRIVATE or part.units is not None:
@@ -98,7 +101,7 @@ def _check_part(part: Corpus | Adapter, place: str, waived: bool) -> None:
 def _parts(value: object, kind: type[T]) -> list[T]:
     if isinstance(value, kind):
         return [value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter | Scores):
         return [p for f in dataclasses.fields(value) for p in _parts(getattr(value, f.name), kind)]
     if isinstance(value, Mapping):
         return [p for v in value.values() for p in _parts(v, kind)]

@@ -8,19 +8,18 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsynth.gates import GATES, measure_gates
+from fedsynth.gates import GATES, Role, measure_gates
 from fedsynth.pretraining import Pretraining, Reading, Shape, digest_of, mean_loss, new_model, save_model
 from fedsynth.world.grammar import public_blocks
 from fedsynth.world.lexicon import World
-from fedsynth.world.vocabulary import single_token_share, world_tokenizer
+from fedsynth.world.records import RARE_WEIGHT, public_records
+from fedsynth.world.vocabulary import Task, single_token_share, words_of, world_tokenizer
 
-Role = Literal["llm", "slm"]
-ROW_TOKENS, BATCH_ROWS = 128, 16
 SAVE_EVERY = 500  # steps; an interrupted run leaves a usable model
 
 
@@ -30,18 +29,28 @@ class Recipe:
 
     Attributes:
         shape: Size of the model.
+        task: Notes after their labels, or records.
         weak: Whether it reads the corpus in which most facts are rare.
         steps: Default number of optimizer steps.
+        batch_rows: Rows per step.
+        row_tokens: Tokens per row; seven records have about 200.
     """
 
     shape: Shape
+    task: Task
     weak: bool
     steps: int
+    batch_rows: int = 16
+    row_tokens: int = 128
 
 
 RECIPES: dict[Role, Recipe] = {
-    "llm": Recipe(Shape(width=128, layers=4, feed_forward=344), weak=False, steps=3500),
-    "slm": Recipe(Shape(width=96, layers=3, feed_forward=256), weak=True, steps=2000),
+    "llm": Recipe(Shape(width=128, layers=4, feed_forward=344), "notes", weak=False, steps=3500),
+    "slm": Recipe(Shape(width=96, layers=3, feed_forward=256), "notes", weak=True, steps=2000),
+    "base": Recipe(Shape(width=96, layers=3, feed_forward=256), "records", True, 2500, batch_rows=8, row_tokens=256),
+    "professional": Recipe(
+        Shape(width=96, layers=3, feed_forward=256), "records", False, 3500, batch_rows=8, row_tokens=256
+    ),
 }
 
 
@@ -50,7 +59,8 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
 
     Args:
         world: What it reads.
-        role: "llm" for the server's model, "slm" for the clients'.
+        role: "llm" for the server's model, "slm" for the clients'; of the instruction task, "base" for the clients'
+            and "professional" for the server's.
         out: Folder to write; replaced as a whole at every save.
         steps: Optimizer steps; the recipe's number if None.
         seed: Of the start and of the corpus.
@@ -63,12 +73,13 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
     steps = steps or recipe.steps
     options = f"--world {world.name} --role {role} --steps {steps} --seed {seed}"
     started = time.process_time()
-    tokenizer = world_tokenizer(world)
+    tokenizer = world_tokenizer(world, recipe.task)
     model = new_model(recipe.shape, tokenizer, seed)
-    read = _Counted(public_blocks(world, sys.maxsize, seed, weak=recipe.weak))
+    read = _Counted(_text(world, recipe, seed))
     blocks = (tokenizer.encode(block, add_special_tokens=False) for block in read)
-    reading = Reading(steps, BATCH_ROWS, ROW_TOKENS, seed, world.name, digest_of(tokenizer), recipe.shape)
-    trained = Pretraining(model, _rows(blocks, tokenizer.bos_token_id), reading)
+    digest = digest_of(tokenizer)
+    reading = Reading(steps, recipe.batch_rows, recipe.row_tokens, seed, world.name, digest, recipe.shape)
+    trained = Pretraining(model, _rows(blocks, tokenizer.bos_token_id, recipe.row_tokens), reading)
     losses: list[float] = []
     card: dict[str, Any] = {}
     for done in range(1, steps + 1):
@@ -84,7 +95,7 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
                 "recipe": asdict(recipe),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "vocabulary": len(tokenizer),
-                "single_token_share": single_token_share(world, tokenizer),
+                "single_token_share": single_token_share(words_of(world, recipe.task), tokenizer),
                 "seed": seed,
                 "steps": done,
                 "corpus_blocks": read.count,
@@ -116,14 +127,20 @@ def save_asset(
     return whole
 
 
-def _rows(blocks: Iterable[Sequence[int]], bos: int) -> Iterator[list[int]]:
-    """Rows of `ROW_TOKENS` tokens: whole blocks, each after a BOS, the last one cut: what follows a cut would have lost
+def _text(world: World, recipe: Recipe, seed: int) -> Iterator[str]:
+    if recipe.task == "notes":
+        return public_blocks(world, sys.maxsize, seed, weak=recipe.weak)
+    return public_records(world, sys.maxsize, seed, rare=RARE_WEIGHT if recipe.weak else 1.0)
+
+
+def _rows(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Iterator[list[int]]:
+    """Rows of `row_tokens` tokens: whole blocks, each after a BOS, the last one cut: what follows a cut would have lost
     the style of its block."""
     row: list[int] = []
     for block in blocks:
         row += [bos, *block]
-        if len(row) >= ROW_TOKENS:
-            yield row[:ROW_TOKENS]
+        if len(row) >= row_tokens:
+            yield row[:row_tokens]
             row = []
 
 

@@ -129,7 +129,7 @@ class FDKT(RoundStrategy[State]):
                 temperature=c.draft_temperature,
                 top_p=c.draft_top_p,
                 max_tokens=c.draft_tokens,
-                seed=self._seed("synthesize", home),
+                seed=self.seed("synthesize", home),
                 share_adapter=c.share_adapters,
             )
             for home in clients.nodes
@@ -150,10 +150,10 @@ class FDKT(RoundStrategy[State]):
             return drafts
         journal.progress("select", 0, len(drafts))
         groups = {
-            home: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self._seed("cluster", home))
+            home: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self.seed("cluster", home))
             for home, d in drafts.items()
         }
-        seed = self._seed("judge")
+        seed = self.seed("judge")
         kept = best_of(
             self.server.llm,
             drafts,
@@ -185,7 +185,7 @@ class FDKT(RoundStrategy[State]):
             temperature=c.temperature,
             top_p=c.top_p,
             max_tokens=c.max_tokens,
-            seed=self._seed("augment"),
+            seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}
         for home, answer in written.items():
@@ -204,9 +204,6 @@ class FDKT(RoundStrategy[State]):
     def _note(self, home: int, steps: list[tuple[str, Kept]]) -> None:
         for stage in yields(steps):
             self.server.journal.stage(home, stage)
-
-    def _seed(self, purpose: str, home: int = -1) -> int:
-        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=home)
 
 
 def _nothing() -> Corpus:

@@ -32,6 +32,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from fedsynth.adapters import attach_lora, read_adapter, save_adapter
 from fedsynth.batches import longest_of, token_rows
 from fedsynth.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
 from fedsynth.clients.evaluate import evaluate
@@ -43,18 +44,7 @@ from fedsynth.data import Site
 from fedsynth.embedding import Embedder
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
-from fedsynth.models import (
-    attach_lora,
-    check,
-    fits,
-    kind_of,
-    load_classifier,
-    load_generator,
-    load_model,
-    load_tokenizer,
-    read_adapter,
-    save_adapter,
-)
+from fedsynth.models import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan

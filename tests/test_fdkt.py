@@ -21,11 +21,11 @@ from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.curation import well_formed
 from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.instructions import one_line
 from fedsynth.payload import decode
 from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell, cells, from_toml, to_toml
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
-from fedsynth.instructions import one_line
 from fedsynth.training import encode_slots, next_token_losses
 
 LABELS = ("heart", "skin")
@@ -130,7 +130,7 @@ class World:
             return Clients(grid, nodes_by_home(grid, homes), self.cell, "simulated", LABELS, self.journal)
 
         kind, config = load_strategy(self.cell.scenario.strategy)
-        server = ServerSide(self.cell, LABELS, self.llm, embed, self.journal, open_clients)
+        server = ServerSide(self.cell, LABELS, self.llm, self.llm, embed, self.journal, open_clients)
         kind(config, server).start(self.grid, ArrayRecord())
         self.journal.close()
 

@@ -16,7 +16,9 @@ def test_what_a_model_writes_after_the_mark_reads_back_without_it() -> None:
     assert parse_record(record("a", "b").removeprefix(ASK)) == ("a", "b")
 
 
-@pytest.mark.parametrize("text", ["", "no mark at all", "question: answer: b", "question: a answer:", "question: a answer: \n"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", ["", "no mark", "question: answer: b", "question: a answer:", "question: a answer: \n"]
+)
 def test_half_a_record_is_none(text: str) -> None:
     assert parse_record(text) is None
 

@@ -14,11 +14,11 @@ fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
 classifier public_models world_models
-teacher publictext pretraining gates llm remote training generation curation evaluation embedding
-batches
+teacher publictext pretraining gates llm remote tuning training generation curation evaluation embedding
+batches adapters
 models dpsgd
 hub
-scenario privacy lora data datacard tables world payload tokenizer
+scenario privacy lora rouge data datacard tables world payload tokenizer
 corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
@@ -38,6 +38,8 @@ MAY_IMPORT = {
         "gates",
         "embedding",
         "batches",
+        "adapters",
+        "tuning",
     },
 }
 FOLDERS = {"fedsynth": "fedsynth", "strategies": "fedsynth.strategies", "clients": "fedsynth.clients"}

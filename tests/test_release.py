@@ -7,13 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fedsynth
-from fedsynth.corpus import Provenance
+from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import Binding, Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+from fedsynth.privacy.release import (
+    DPTrained,
+    NotReleasable,
+    Trained,
+    release,
+    release_scores,
+    release_without_guarantee,
+)
 
 PLAN = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)
 GRANT = Grant("0f" * 16, 1, PLAN, Binding("order", PLAN.digest(), "data", "model", "0.1"))
@@ -48,20 +57,40 @@ def test_only_a_receipt_is_released() -> None:
 def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
     trained = Trained("model", "no budget")
+    text = Corpus(("p",), ("a",), Provenance.SELF_GENERATED, grants=("stolen",))
     with pytest.raises(NotReleasable, match="without a privacy guarantee"):
-        release_without_guarantee(trained, ["p"], ["a"], ledger, "run", "FedPIT arm", allowed=False)
+        release_without_guarantee(trained, text, ledger, "run", "FedPIT arm", allowed=False)
     assert ledger.entries() == []
     with caplog.at_level(logging.WARNING):
-        corpus = release_without_guarantee(trained, ["p"], ["a"], ledger, "run", "FedPIT arm", allowed=True)
+        corpus = release_without_guarantee(trained, text, ledger, "run", "FedPIT arm", allowed=True)
     assert corpus.provenance is Provenance.SELF_GENERATED
     assert corpus.grants == ()
     assert "FedPIT arm" in caplog.text
     assert ledger.spent()[0] == math.inf
     assert "FedPIT arm" in ledger.entries()[0]["reason"]
+    with pytest.raises(NotReleasable, match="self-generated"):
+        release_without_guarantee(
+            trained, replace(text, provenance=Provenance.PUBLIC), ledger, "run", "x", allowed=True
+        )
     with pytest.raises(NotReleasable, match="Trained"):
-        release_without_guarantee(RECEIPT, ["p"], ["a"], ledger, "run", "x", allowed=True)  # type: ignore[arg-type]
+        release_without_guarantee(RECEIPT, text, ledger, "run", "x", allowed=True)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reason"):
-        release_without_guarantee(replace(trained, reason=""), ["p"], ["a"], ledger, "run", "", allowed=True)
+        release_without_guarantee(replace(trained, reason=""), text, ledger, "run", "", allowed=True)
+
+
+def test_weights_and_scores_without_guarantee_lose_their_grants(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    trained = Trained("model", "no budget")
+    weights = Adapter({"a": np.ones((1, 2), np.float32)}, 1, 2.0, "base", grants=("stolen",))
+    for value in (weights, Scores((0.5,), grants=("stolen",))):
+        assert release_without_guarantee(trained, value, ledger, "run", "FedIT", allowed=True).grants == ()
+    assert len(ledger.entries()) == 2
+
+
+def test_released_scores_carry_their_grant() -> None:
+    assert release_scores(RECEIPT, [0.25, 0.5]) == Scores((0.25, 0.5), grants=(GRANT.id,))
+    with pytest.raises(NotReleasable, match="DPTrained"):
+        release_scores(Trained("model", "raw"), [0.5])  # type: ignore[arg-type]
 
 
 def launders(source: str) -> list[int]:

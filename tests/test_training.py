@@ -17,10 +17,11 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from fedsynth.adapters import attach_lora
 from fedsynth.classifier import _batches, classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.models import attach_lora, load_classifier, load_generator, load_tokenizer
+from fedsynth.models import load_classifier, load_generator, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan

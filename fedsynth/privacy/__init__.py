@@ -13,7 +13,15 @@ from fedsynth.privacy.plan import (
     plan,
     statement,
 )
-from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+from fedsynth.privacy.release import (
+    DPTrained,
+    NotReleasable,
+    Trained,
+    release,
+    release_adapter,
+    release_scores,
+    release_without_guarantee,
+)
 
 __all__ = [
     "Binding",
@@ -36,6 +44,8 @@ __all__ = [
     "group_epsilon",
     "plan",
     "release",
+    "release_adapter",
+    "release_scores",
     "release_without_guarantee",
     "simulated_key",
     "site_key",

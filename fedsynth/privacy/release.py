@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
@@ -15,6 +15,7 @@ from fedsynth.privacy.plan import DPPlan
 log = logging.getLogger(__name__)
 
 M = TypeVar("M")
+V = TypeVar("V", Corpus, Adapter, Scores)
 
 
 class NotReleasable(RuntimeError):
@@ -71,6 +72,20 @@ def release_adapter(trained: DPTrained[M], adapter: Adapter) -> Adapter:
     return replace(adapter, grants=(trained.grant.id,))
 
 
+def release_scores(trained: DPTrained[M], values: Sequence[float]) -> Scores:
+    """What a model trained under a grant thinks of the server's texts: post-processing of the training.
+
+    Args:
+        trained: Its receipt; or, for noised scores, that of the Gaussian mechanism that let the vector out.
+        values: One per text, in order; computed with `trained.model` and the server's texts alone.
+
+    Raises:
+        NotReleasable: As `release`.
+    """
+    _check_receipt(trained)
+    return Scores(tuple(values), grants=(trained.grant.id,))
+
+
 def _check_receipt(trained: DPTrained[M]) -> None:
     if not isinstance(trained, DPTrained):
         raise NotReleasable(f"only text of a DPTrained model is released, got {type(trained).__name__}")
@@ -80,40 +95,37 @@ def _check_receipt(trained: DPTrained[M]) -> None:
         raise NotReleasable(f"grant {trained.grant.id} is for {trained.plan.steps} steps, {trained.steps_run} ran")
 
 
-def release_without_guarantee(
-    trained: Trained[M],
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    ledger: Ledger,
-    run: str,
-    reason: str,
-    allowed: bool,
-) -> Corpus:
-    """Text that leaves without any guarantee: logged, and charged as a non-private event for ever.
+def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run: str, reason: str, allowed: bool) -> V:
+    """Text, weights or scores that leave without any guarantee: logged, and charged as a non-private event for ever.
 
     Args:
         trained: A model that saw private text without a mechanism.
-        prompts: Written by it.
-        answers: One per prompt.
+        value: Made by it, or its weights. A corpus must be SELF_GENERATED.
         ledger: Of the data; its lifetime epsilon becomes infinite.
         run: The run that asks.
         reason: Why; shown on every later report.
         allowed: Whether this is a simulation, or the site's own policy allows it.
 
+    Returns:
+        `value`, without any grant.
+
     Raises:
-        NotReleasable: If it is not allowed, or `trained` is not a `Trained`; nothing is charged then.
+        NotReleasable: If it is not allowed, `trained` is not a `Trained`, or the corpus calls itself something else;
+            nothing is charged then.
         ValueError: If there is no reason.
     """
+    kind = type(value).__name__.lower()
     if not isinstance(trained, Trained):
-        raise NotReleasable(f"only text of a Trained model is released so, got {type(trained).__name__}")
+        raise NotReleasable(f"only the {kind} of a Trained model is released so, got {type(trained).__name__}")
+    if isinstance(value, Corpus) and value.provenance is not Provenance.SELF_GENERATED:
+        raise NotReleasable(f"text without a guarantee is self-generated, this calls itself {value.provenance.value}")
     if not allowed:
         raise NotReleasable(
-            f"run {run!r} asks to release text without a privacy guarantee ({reason}); only a simulation may, or a "
+            f"run {run!r} asks to release a {kind} without a privacy guarantee ({reason}); only a simulation may, or a "
             "site whose policy says so"
         )
     if not reason.strip():
         raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
-    corpus = Corpus(tuple(prompts), tuple(answers), Provenance.SELF_GENERATED)
     ledger.charge_without_guarantee(f"{reason} (model: {trained.reason})", run)
-    log.warning("run %s releases %d texts WITHOUT a privacy guarantee: %s", run, len(corpus), reason)
-    return corpus
+    log.warning("run %s releases a %s WITHOUT a privacy guarantee: %s", run, kind, reason)
+    return replace(value, grants=())

@@ -141,11 +141,7 @@ def public_blocks(world: World, count: int, seed: int, *, weak: bool) -> Iterato
         weak: Leave most facts rare, as in what a client's model has read; otherwise all are equally frequent.
     """
     rng = np.random.default_rng([seed, int(weak)])
-    weights = np.ones((len(world.labels), len(world.facts[0])))
-    if weak:
-        known = np.random.default_rng([_SEED, 2]).random(weights.shape) < KNOWN_RATE
-        weights = np.where(known, 1.0, RARE_WEIGHT)
-    fact_prior = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+    prior = fact_prior(world, rare=RARE_WEIGHT if weak else 1.0)
     sizes = np.cumsum(BLOCK_PRIOR)
     for _ in range(count):
         style = public_style(world, rng)
@@ -154,8 +150,19 @@ def public_blocks(world: World, count: int, seed: int, *, weak: bool) -> Iterato
         lines = []
         for _ in range(BLOCK_NOTES[_draw(sizes, rng)]):
             label = label if same else int(rng.integers(len(world.labels)))
-            lines.append(f"{world.labels[label]}: {write_note(world, style, label, fact_prior, rng)}\n")
+            lines.append(f"{world.labels[label]}: {write_note(world, style, label, prior, rng)}\n")
         yield "".join(lines)
+
+
+def known_facts(world: World) -> NDArray[np.bool_]:
+    """The facts that stay frequent in weak text, about a third; shape (labels, facts), the same at every call."""
+    return np.random.default_rng([_SEED, 2]).random((len(world.labels), len(world.facts[0]))) < KNOWN_RATE
+
+
+def fact_prior(world: World, *, rare: float) -> NDArray[np.float64]:
+    """Cumulative over the last axis, shape (labels, facts): facts that are not `known_facts` have the weight `rare`."""
+    weights = np.where(known_facts(world), 1.0, rare)
+    return np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
 
 
 def write_note(world: World, style: Style, label: int, fact_prior: NDArray[np.float64], rng: Generator) -> str:

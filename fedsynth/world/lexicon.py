@@ -19,15 +19,19 @@ class Meaning:
     Attributes:
         label: Row of the label in `World.labels`; None for the facts that are common to all labels.
         register: Column of the register in `World.registers`.
+        lay: The fact's word in the first register.
+        treatment: What is done about the fact, one of `World.treatments`; the same at every site.
     """
 
     label: int | None
     register: int
+    lay: str
+    treatment: str
 
 
 @dataclass(frozen=True)
 class World:
-    """A lexicon: labels, their facts in several registers, and the words around them.
+    """A lexicon: labels, their facts in several registers with their treatments, and the words around them.
 
     Attributes:
         name: Name of the TOML file.
@@ -35,6 +39,8 @@ class World:
         registers: Names of the registers; column r of every fact is written in register r.
         facts: Words by label, fact and register; every word occurs once in the world.
         common: Words by fact and register that say nothing about the label.
+        unassigned: Where a note is sent whose main facts are all common ones; no label.
+        treatments: Words of which every fact has one.
         main_markers: Phrases that announce the label's own facts.
         history_markers: Phrases that announce facts of another label.
         openers: Words that a note begins with, two at a time.
@@ -49,6 +55,8 @@ class World:
     registers: tuple[str, ...]
     facts: tuple[tuple[tuple[str, ...], ...], ...]
     common: tuple[tuple[str, ...], ...]
+    unassigned: str
+    treatments: tuple[str, ...]
     main_markers: tuple[str, ...]
     history_markers: tuple[str, ...]
     openers: tuple[str, ...]
@@ -60,15 +68,15 @@ class World:
     @cached_property
     def meanings(self) -> dict[str, Meaning]:
         """Every fact's word, the common ones included."""
-        table = {
-            word: Meaning(label, register)
-            for label, facts in enumerate(self.facts)
-            for fact in facts
+        rows: list[tuple[int | None, tuple[str, ...]]]
+        rows = [(label, fact) for label, facts in enumerate(self.facts) for fact in facts]
+        rows += [(None, fact) for fact in self.common]
+        # Treatments go round the facts, so the 40 facts of a label have 40 of them: the label does not tell which.
+        return {
+            word: Meaning(label, register, fact[0], self.treatments[number % len(self.treatments)])
+            for number, (label, fact) in enumerate(rows)
             for register, word in enumerate(fact)
         }
-        for fact in self.common:
-            table |= {word: Meaning(None, register) for register, word in enumerate(fact)}
-        return table
 
     @cached_property
     def words(self) -> tuple[str, ...]:
@@ -76,6 +84,11 @@ class World:
         phrases = (*self.main_markers, *self.history_markers)
         others = (*self.openers, *self.closers, *self.separators, *self.joiners, *self.traits[0], *self.traits[1])
         return tuple(dict.fromkeys((*self.meanings, *(word for p in phrases for word in p.split()), *others)))
+
+    @cached_property
+    def answer_words(self) -> tuple[str, ...]:
+        """The words of answers that are in no note."""
+        return (*self.labels, self.unassigned, *self.treatments)
 
 
 @lru_cache
@@ -96,6 +109,8 @@ def load_world(name: str) -> World:
         registers=registers,
         facts=tuple(_facts(entry, table["findings"], registers) for entry in table["labels"].values()),
         common=tuple(zip(*(table["common"][r].split() for r in registers), strict=True)),
+        unassigned=table["common"]["label"],
+        treatments=tuple(table["treatments"].split()),
         main_markers=tuple(table["main_markers"]),
         history_markers=tuple(table["history_markers"]),
         openers=tuple(table["openers"].split()),

@@ -84,6 +84,49 @@ def parse(world: World, style: Style, text: str) -> Reading:
     return Reading(follow(), tuple(main), tuple(history))
 
 
+def style_of(world: World, text: str) -> Style | None:
+    """The style that a text is written in, so that `parse` can read it; None if its segments are not those of a note.
+
+    Its register is that of the first main fact; its joiner is any where the note needs none.
+    """
+    words = text.split()
+    separator = next((w for w in words if w in world.separators), "")
+    opening, *segments = _split(words, separator)
+    order: list[int] = []
+    spoken = {0: "", 1: "", 2: ""}
+    joiner, register = world.joiners[0], 0
+    for segment in segments:
+        at = next((k for k, word in enumerate(segment) if word in world.meanings), len(segment))
+        head = " ".join(segment[:at])
+        if at == len(segment):
+            order.append(2)
+        elif head in world.main_markers:
+            order.append(0)
+            register = world.meanings[segment[at]].register
+        elif head in world.history_markers:
+            order.append(1)
+        else:
+            return None
+        spoken[order[-1]] = head
+        joiner = next((w for w in segment[at + 1 :] if w in world.joiners), joiner)
+    closers = spoken[2].split()
+    if sorted(order) != [0, 1, 2] or len(opening) not in (2, 4) or len(closers) != 2:
+        return None
+    if not set(opening[:2]) <= set(world.openers) or not set(closers) <= set(world.closers):
+        return None
+    return Style(
+        main=spoken[0],
+        history=spoken[1],
+        openers=(opening[0], opening[1]),
+        closers=(closers[0], closers[1]),
+        separator=separator,
+        joiner=joiner,
+        register=register,
+        order=(order[0], order[1], order[2]),
+        traits=len(opening) == 4,
+    )
+
+
 def main_facts(world: World, text: str) -> tuple[str, ...]:
     """Fact words after the first main marker, whatever the style; empty if there is none."""
     words = text.split()
@@ -133,6 +176,16 @@ def oracle_accuracy(world: World, site_index: int, notes: Corpus) -> float:
         told = told_labels(world, parse(world, place.style, text).main)
         right += answer == (next(iter(told)) if len(told) == 1 else guess)
     return right / max(1, len(notes))
+
+
+def _split(words: Sequence[str], separator: str) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    for word in words:
+        if word == separator:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return parts
 
 
 def _listed(world: World, words: Sequence[str], joiner: str) -> tuple[str, ...]:

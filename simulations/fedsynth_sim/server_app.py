@@ -17,8 +17,9 @@ from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_hom
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
+from fedsynth.remote import RemoteLLM
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
-from fedsynth.scenario import Cell, cells, from_toml
+from fedsynth.scenario import Cell, Endpoint, cells, from_toml
 from fedsynth.typed import BadValue
 
 app = ServerApp()
@@ -67,9 +68,11 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
         return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
-    llm, embedder = _llm(cell.scenario.server.llm), cell.scenario.server.embedder
-    embed = llm.embed if embedder is None else _embedder(embedder).embed
-    server = ServerSide(cell, labels, llm, embed, journal, open_clients)
+    models = cell.scenario.server
+    llm = _llm(models.llm)
+    professional = llm if models.professional is None else _llm(models.professional)
+    embed = _embedder(models.embedder, llm).embed
+    server = ServerSide(cell, labels, llm, professional, embed, journal, open_clients)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     journal.close()
     return journal
@@ -79,13 +82,18 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
 
 
 @cache
-def _llm(name: str) -> LocalLLM:
-    return LocalLLM.load(name, batch_size=256, workers=len(os.sched_getaffinity(0)))
+def _llm(model: str | Endpoint) -> LocalLLM | RemoteLLM:
+    if isinstance(model, Endpoint):
+        return RemoteLLM.connect(model)
+    return LocalLLM.load(model, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
 
 @cache
-def _embedder(name: str) -> Embedder:
-    return Embedder.load(name, workers=len(os.sched_getaffinity(0)))
+def _embedder(name: str | None, llm: LocalLLM | RemoteLLM) -> LocalLLM | Embedder:
+    if name is not None:
+        return Embedder.load(name, workers=len(os.sched_getaffinity(0)))
+    assert isinstance(llm, LocalLLM)  # an endpoint needs an embedder: scenario.Server
+    return llm
 
 
 def _write_status(out: Path, status: dict[str, str]) -> None:

@@ -1,0 +1,127 @@
+"""LoRA on a model: attach it, put an adapter's weights in place, read them, write them as PEFT does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsynth.hub import weights_hash
+from fedsynth.lora import Adapter, only_b
+from fedsynth.models import load_generator
+from fedsynth.typed import BadValue
+
+
+class WrongAdapter(ValueError):
+    """An adapter that is not of this model."""
+
+
+def new_adapter(name: str, *, rank: int, alpha: float, seed: int) -> Adapter:
+    """An adapter for the model `name` as training starts from it: A random from `seed`, B zero.
+
+    Raises:
+        BadValue: If the model cannot be loaded, or has no layer to adapt.
+    """
+    return read_adapter(attach_lora(load_generator(name), rank=rank, alpha=alpha, seed=seed), weights_hash(name))
+
+
+def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False) -> PeftModel:
+    """The model `name` with the weights of an adapter in place, ready to train or to write.
+
+    Args:
+        name: Of the base.
+        adapter: Made for it.
+        frozen_a: Leave the factors A as they are when it is trained (FFA-LoRA).
+
+    Raises:
+        WrongAdapter: If the adapter's base, tensors or shapes are not those of this model.
+    """
+    if adapter.base != (own := weights_hash(name)):
+        raise WrongAdapter(
+            f"the adapter belongs to a model with weights {adapter.base[:12]}, {name!r} has {own[:12]}: server and "
+            "clients must use the same base"
+        )
+    model = attach_lora(load_generator(name), rank=adapter.rank, alpha=adapter.alpha, seed=0)
+    expected = {n: tuple(t.shape) for n, t in _adapter_weights(model).items()}
+    if expected != {n: a.shape for n, a in adapter.arrays.items()}:
+        raise WrongAdapter(f"the adapter's tensors are not those of LoRA of rank {adapter.rank} on {name!r}")
+    set_peft_model_state_dict(model, {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()})
+    if frozen_a:
+        for weight_name, weight in model.named_parameters():
+            weight.requires_grad_(weight.requires_grad and only_b(weight_name))
+    return model
+
+
+def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:
+    """LoRA on every linear layer but the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
+
+    A starts at Kaiming-uniform from `seed` (public), B at zero, so the model starts as its base.
+
+    Raises:
+        BadValue: If the model has no linear layer to adapt.
+    """
+    targets = _linear_layers(model)
+    if not targets:
+        raise BadValue(f"{type(model).__name__} has no linear layer that LoRA could adapt")
+    turned = all(isinstance(layer, Conv1D) for layer in targets.values())  # GPT-2 keeps its weights transposed
+    adapted = get_peft_model(model, _lora_config(rank, alpha, list(targets), fan_in_fan_out=turned))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_A" in name:
+                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+    return adapted
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
+    body: Any = getattr(model, "base_model", model)
+    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]
+    heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
+    inside = {id(m) for m in body.modules()}
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer) in inside and id(layer) not in heads
+    }
+
+
+def _lora_config(rank: int, alpha: float, targets: list[str], **more: Any) -> LoraConfig:
+    scale: Any = alpha  # PEFT's annotation says int; it only divides by it
+    return LoraConfig(r=rank, lora_alpha=scale, lora_dropout=0.0, target_modules=targets, **more)
+
+
+def read_adapter(model: PeftModel, base: str) -> Adapter:
+    """The LoRA weights of a model as named arrays, without a guarantee: `privacy.release` gives one."""
+    config = cast(LoraConfig, model.peft_config["default"])
+    arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in _adapter_weights(model).items()}
+    return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base)
+
+
+def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    # Never embeddings: PEFT would ask the hub whether they were resized.
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return weights
+
+
+def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
+    """Writes an adapter so that `PeftModel.from_pretrained` loads it on top of the model named `base`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = sorted({n.removeprefix("base_model.model.").partition(".lora_")[0] for n in adapter.arrays})
+    config = _lora_config(adapter.rank, adapter.alpha, modules)
+    # Told from the layers: who saves a client's adapter need not have the client's model.
+    sides = {side for module in modules for side in ("encoder", "decoder") if side in module.split(".")}
+    repository, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    config.task_type = "SEQ_2_SEQ_LM" if len(sides) == 2 else "CAUSAL_LM"
+    config.base_model_name_or_path, config.revision, config.inference_mode = repository, revision or None, True
+    config.save_pretrained(str(folder))
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    (folder / "grants.json").write_text(json.dumps({"grants": list(adapter.grants), "base_sha256": adapter.base}))

@@ -1,0 +1,155 @@
+"""What an attacker gets out of a model that learnt private text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedsynth.corpus import Corpus
+from fedsynth.instructions import ASK, asked
+from fedsynth.rouge import rouge_l, words
+
+if TYPE_CHECKING:
+    from fedsynth.llm import TextModel  # brings torch
+
+MAX_TOKENS = 50  # Nasr et al. 2023
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How much of the true responses a model writes when it is given their instructions.
+
+    Attributes:
+        rouge_l: Mean ROUGE-L F1 over the records, in 0..1.
+        low: Of its 95 % interval.
+        high: Of its 95 % interval.
+        records: How many were asked for.
+        recovered: Share of the records, in 0..1, whose planted secret was written; None where none was planted.
+    """
+
+    rouge_l: float
+    low: float
+    high: float
+    records: int
+    recovered: float | None = None
+
+
+def extraction(
+    model: TextModel,
+    secrets: Corpus,
+    *,
+    planted: Sequence[str] | None = None,
+    max_tokens: int = MAX_TOKENS,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Extraction:
+    """Discoverable memorisation (Nasr et al. 2023): the attacker knows each instruction and asks for its response.
+
+    Decoding is greedy. What is written is compared up to where the model goes on with an instruction of its own; the
+    planted secret is looked for in all of it. Compare with a model that never saw the records: what follows from the
+    instruction, or is common to all responses, is no memorisation. The interval is a percentile bootstrap over records.
+
+    Args:
+        model: What the attacker may ask: the final model, or one client's upload.
+        secrets: Records that the model's training may have seen.
+        planted: One string per record that stands nowhere but in that record's response.
+        max_tokens: Of a response; at least as many as the longest true one has.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If there is no record, or not one planted secret (with a letter or digit in it) per record.
+    """
+    if not len(secrets):
+        raise ValueError("extraction needs at least one record")
+    if planted is not None and len(planted) != len(secrets):
+        raise ValueError(f"planted must hold one secret per record, got {len(planted)} for {len(secrets)}")
+    written = _greedy(model, [asked(prompt) for prompt in secrets.prompts], max_tokens)
+    close = np.array(
+        [rouge_l(text.partition(ASK)[0], true) for text, true in zip(written, secrets.answers, strict=True)]
+    )
+    rng = np.random.default_rng(seed)
+    means = [close[rng.integers(len(close), size=len(close))].mean() for _ in range(resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Extraction(
+        rouge_l=float(close.mean()),
+        low=float(low),
+        high=float(high),
+        records=len(secrets),
+        recovered=None if planted is None else _share_held(written, planted),
+    )
+
+
+def name_reconstruction(
+    model: TextModel, prompts: Sequence[str], names: Sequence[str], *, max_tokens: int = MAX_TOKENS
+) -> float:
+    """Share of the prompts, in 0..1, after which the model writes the true name (Lukas et al. 2023; KnowledgeSG).
+
+    Args:
+        model: What the attacker may ask; decoding is greedy.
+        prompts: The text before the name in each record, as the model reads it: nothing is put around it.
+        names: The true name of each; it must occur as whole words, in order and without others between them.
+        max_tokens: Of a continuation.
+
+    Raises:
+        ValueError: If there is no prompt, or not one name (with a letter or digit in it) per prompt.
+    """
+    if not prompts or len(prompts) != len(names):
+        raise ValueError(f"at least one prompt and one name per prompt are needed, got {len(prompts)} and {len(names)}")
+    return _share_held(_greedy(model, prompts, max_tokens), names)
+
+
+def _greedy(model: TextModel, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    return model.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)  # greedy: the seed moves nothing
+
+
+def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:
+    """How many texts hold their phrase as whole words: "A-17" is not in "A-170".
+
+    Case and punctuation aside: tokenizers that lower-case or put blanks around signs must not hide a leak.
+    """
+    held = 0
+    for text, phrase in zip(written, phrases, strict=True):
+        wanted = words(phrase)
+        if not wanted:
+            raise ValueError(f"what is looked for must hold a letter or digit, got {phrase!r}")
+        held += f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
+    return held / len(written)
+
+
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Chance that a positive scores above a negative, ties counting half: 0.5 is guessing, 1 tells all apart.
+
+    Raises:
+        ValueError: If one of the two is empty or holds a NaN.
+    """
+    above, below = np.asarray(positive, dtype=float), np.sort(np.asarray(negative, dtype=float))
+    if not len(above) or not len(below) or np.isnan(above).any() or np.isnan(below).any():
+        raise ValueError(f"scores of both kinds are needed, none of them NaN; got {len(above)} and {len(below)} scores")
+    fewer, at_most = (np.searchsorted(below, above, side=side) for side in ("left", "right"))
+    return float((fewer + at_most).mean() / (2 * len(below)))
+
+
+def exposure(true_score: float, candidate_scores: Sequence[float]) -> float:
+    """Bits by which a model's ranking narrows the search for a planted secret (Carlini et al. 2019, section 4).
+
+    log2 of the number of candidates less log2 of the secret's rank among them. It lies in 0 (last of all)..log2 of that
+    number (first); among many candidates a model that does not know the secret has 1.44 (1 / ln 2) in the mean.
+
+    Args:
+        true_score: Of the planted secret; higher is likelier, such as a mean log-likelihood.
+        candidate_scores: Of the other secrets that could have been drawn; the planted one is counted besides.
+            Of those that tie with it half are taken to stand before it.
+
+    Raises:
+        ValueError: If there is no other candidate, or a score is NaN.
+    """
+    others = np.asarray(candidate_scores, dtype=float)
+    if not len(others) or math.isnan(true_score) or np.isnan(others).any():
+        raise ValueError(f"a score of the secret and of others are needed, none of them NaN; got {len(others)} others")
+    rank = 1 + (others > true_score).sum() + (others == true_score).sum() / 2
+    return float(math.log2(len(others) + 1) - math.log2(rank))

@@ -1,0 +1,147 @@
+"""How close synthetic text is to other text, how well its answers follow from its prompts, and how varied it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import rel_entr
+from sklearn.cluster import KMeans
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from fedsynth.instructions import asked, one_line
+from fedsynth.rouge import words
+
+if TYPE_CHECKING:
+    from fedsynth.llm import TextModel  # brings torch
+
+NO_PROMPT = one_line(asked(""))  # the form of a record stays, the instruction alone is missing
+
+
+def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """NLL(y|x) / NLL(y) of each pair, as means per token of the answer (IFD: Li et al. 2024; FedPIT's IFS).
+
+    NLL(y|x) is taken after `instructions.asked(x)`, NLL(y) after the same header without an instruction (`NO_PROMPT`).
+    Below 1 where the prompt helps to foresee the answer; above 1 where it misleads, infinite where the answer was
+    certain without it. KnowledgeSG's mean leaves out values above 1.
+
+    Args:
+        llm: One that scores; all pairs go in one call.
+        prompts: Instructions.
+        answers: One per instruction, not empty.
+
+    Raises:
+        ValueError: If the numbers of texts differ, or `llm` cannot score one of the texts.
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"each prompt needs an answer, got {len(answers)} for {len(prompts)}")
+    before = [asked(prompt) for prompt in prompts] + [NO_PROMPT] * len(prompts)
+    means = llm.score(before, [f" {one_line(answer)}" for answer in answers] * 2)
+    given, alone = means[: len(prompts)], means[len(prompts) :]
+    return [with_x / without if without else math.inf for with_x, without in zip(given, alone, strict=True)]
+
+
+# Pillutla et al. 2021, as in the authors' package, so that figures can be compared with published ones.
+SCALE = 5.0  # of the divergences; the paper's c
+MIXTURES = 25  # points of the frontier
+VARIANCE = 0.9  # share that the principal components keep before k-means
+
+
+def mauve(
+    p_vectors: NDArray[np.floating], q_vectors: NDArray[np.floating], *, clusters: int | None = None, seed: int
+) -> float:
+    """MAUVE of two sets of embeddings (Pillutla et al. 2021): area under their divergence frontier, in 0..1.
+
+    Both sets are quantised together by k-means, lengths of vectors aside. Two sets without a common cluster have about
+    1/252, not 0. It depends on the number of rows and of clusters: compare figures only where both are the same.
+
+    Args:
+        p_vectors: Shape (rows, width).
+        q_vectors: The same shape; of the same embedder.
+        clusters: None for a tenth of a set's rows, at least 2 (the authors' rule).
+        seed: Of the first centres.
+
+    Raises:
+        ValueError: If the shapes differ, a set is empty or not finite, or `clusters` is out of range.
+    """
+    p_vectors, q_vectors = _of_equal_size(p_vectors, q_vectors, least=1)
+    size = len(p_vectors)
+    wanted = max(2, round(size / 10)) if clusters is None else clusters
+    if not 2 <= wanted <= 2 * size:
+        raise ValueError(f"clusters must lie in 2..{2 * size} (the rows of both sets), got {wanted}")
+    rows = normalize(np.vstack([p_vectors, q_vectors]))
+    wanted = min(wanted, len(np.unique(rows, axis=0)))
+    if wanted == 1:
+        return 1.0  # all texts are one
+    with threadpool_limits(limits=1):  # as in curation: sums in the same order give the same clusters
+        rows = PCA(n_components=VARIANCE, svd_solver="full").fit_transform(rows)
+        labels = KMeans(n_clusters=wanted, n_init=5, max_iter=500, random_state=seed).fit(rows).labels_
+    p = np.bincount(labels[:size], minlength=wanted) / size
+    q = np.bincount(labels[size:], minlength=wanted) / size
+    return _frontier_area(p, q)
+
+
+def _frontier_area(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+    """Area under (exp -c KL(q|r), exp -c KL(p|r)) over the mixtures r of two histograms, from (0, 1) to (1, 0)."""
+    weight = np.linspace(1 - 1e-6, 1e-6, MIXTURES)[:, None]  # not 0 and 1: there a divergence may be infinite
+    mixed = weight * p + (1 - weight) * q
+    x = np.exp(-SCALE * rel_entr(q, mixed).sum(axis=1))
+    y = np.exp(-SCALE * rel_entr(p, mixed).sum(axis=1))
+    return float(np.trapezoid([1.0, *y, 0.0], [0.0, *x, 1.0]))
+
+
+def frechet(p_vectors: NDArray[np.floating], q_vectors: NDArray[np.floating]) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets of embeddings (FID: Heusel et al. 2017, eq. 6).
+
+    At least 0, in squared units of the embedding. Biased upwards with few rows: compare only figures of equally many.
+
+    Args:
+        p_vectors: Shape (rows, width), at least 2 rows.
+        q_vectors: The same shape; of the same embedder.
+
+    Raises:
+        ValueError: If the shapes differ, or a set has fewer than 2 rows or is not finite.
+    """
+    p_vectors, q_vectors = _of_equal_size(p_vectors, q_vectors, least=2)
+    p_mean, q_mean = p_vectors.mean(axis=0), q_vectors.mean(axis=0)
+    free = len(p_vectors) - 1
+    p_root = np.linalg.qr(p_vectors - p_mean).R / math.sqrt(free)
+    q_root = np.linalg.qr(q_vectors - q_mean).R / math.sqrt(free)
+    # With covariances R'R and S'S, tr((R'R S'S)^1/2) is the sum of the singular values of RS'. No root of a matrix is
+    # taken, so that covariances without full rank (fewer rows than columns) need no correction.
+    cross = np.linalg.svd(p_root @ q_root.T, compute_uv=False).sum()
+    distance = ((p_mean - q_mean) ** 2).sum() + (p_root**2).sum() + (q_root**2).sum() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _of_equal_size(
+    p_vectors: NDArray[np.floating], q_vectors: NDArray[np.floating], *, least: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    p, q = np.asarray(p_vectors, dtype=np.float64), np.asarray(q_vectors, dtype=np.float64)
+    if p.ndim != 2 or p.shape != q.shape or len(p) < least:
+        raise ValueError(
+            f"two sets of equally many rows (at least {least}) and columns are needed, got shapes {p.shape} and "
+            f"{q.shape}; draw as many rows from the larger set as the smaller has"
+        )
+    if not (np.isfinite(p).all() and np.isfinite(q).all()):
+        raise ValueError("the vectors must be finite, got NaN or infinity among them")
+    return p, q
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams of words over all n-grams of all texts (Li et al. 2016), in 0..1; 0 where there is none.
+
+    Falls with the amount of text: compare sets of equally many.
+
+    Raises:
+        ValueError: If `n` is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    grams = [tuple(row[i : i + n]) for row in map(words, texts) for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,171 @@
+"""How good written answers are: against references, and against another model's answers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from fedsynth.corpus import same
+from fedsynth.instructions import one_line
+from fedsynth.rouge import rouge_l
+
+if TYPE_CHECKING:
+    from fedsynth.llm import TextModel  # brings torch
+
+# --- Against references ---------------------------------------------------------------------------------------------
+
+
+def instruction_scores(
+    truth: Sequence[str], answers: Sequence[str], *, fields: str = ";", compared: int | None = None
+) -> dict[str, float]:
+    """Means over the examples, all in 0..1, and 0 where there is no example.
+
+    `exact_match`: all fields are right, and there are as many. `field_match`: the share of the reference's fields that
+    are right, place by place; further fields of the answer cost nothing. Case and white space count in neither.
+    `rouge_l`: F1 between the whole texts.
+
+    Args:
+        truth: References.
+        answers: One per reference.
+        fields: What separates the fields of a text; a text without it is one field.
+        compared: Only so many first fields count for the two matches; None: all. Private references may carry a planted
+            secret as their last field, which no model is to learn.
+
+    Raises:
+        ValueError: If the numbers of texts differ, `fields` is empty, or `compared` is below 1.
+    """
+    if len(truth) != len(answers):
+        raise ValueError(f"each reference needs an answer, got {len(answers)} answers for {len(truth)} references")
+    if not fields:
+        raise ValueError("fields must hold a character: what separates the fields of a text")
+    if compared is not None and compared < 1:
+        raise ValueError(f"compared must be at least 1, got {compared}")
+
+    def split(text: str) -> list[str]:
+        return [same(field) for field in text.split(fields)][:compared]
+
+    exact: list[float] = []
+    right: list[float] = []
+    close: list[float] = []
+    for reference, answer in zip(truth, answers, strict=True):
+        wanted, given = split(reference), split(answer)
+        exact.append(float(wanted == given))
+        right.append(sum(w == g for w, g in zip(wanted, given, strict=False)) / len(wanted))
+        close.append(rouge_l(reference, answer))
+    named = {"exact_match": exact, "field_match": right, "rouge_l": close}
+    return {name: float(np.mean(values)) if values else 0.0 for name, values in named.items()}
+
+
+# --- Against another model's answers --------------------------------------------------------------------------------
+
+Verdict: TypeAlias = Literal["first", "second", "tie"]
+Judge: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[Verdict | None]]
+"""(prompts, answers, other answers) -> which is better, row by row; None where no verdict could be read."""
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """How often a model's answers were judged better than another's, as good, and worse.
+
+    Attributes:
+        win: Prompts on which the first model won in both orders.
+        tie: Prompts judged a tie, or on which the two orders disagree.
+        lose: Prompts on which it lost in both orders.
+        unreadable: Prompts without a verdict in at least one order; they count in nothing else.
+    """
+
+    win: int
+    tie: int
+    lose: int
+    unreadable: int = 0
+
+    @property
+    def wt(self) -> float:
+        """Win-tie rate in 0..1 (FedPIT); NaN where no verdict could be read."""
+        judged = self.win + self.tie + self.lose
+        return (self.win + self.tie) / judged if judged else float("nan")
+
+
+def pairwise(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Pairwise:
+    """The first model's answers against the second's, judged in both orders: judges favour a place.
+
+    Raises:
+        ValueError: If the numbers of texts differ.
+    """
+    if not len(prompts) == len(first) == len(second):
+        raise ValueError(f"each prompt needs two answers, got {len(first)} and {len(second)} for {len(prompts)}")
+    swapped: dict[Verdict | None, Verdict | None] = {"first": "second", "second": "first", "tie": "tie", None: None}
+    found: Counter[str] = Counter()
+    for one, other in zip(judge(prompts, first, second), judge(prompts, second, first), strict=True):
+        if one is None or other is None:
+            found["unreadable"] += 1
+        else:
+            found[one if one == swapped[other] else "tie"] += 1
+    return Pairwise(win=found["first"], tie=found["tie"], lose=found["second"], unreadable=found["unreadable"])
+
+
+def reference_judge(references: Sequence[str], *, margin: float = 0.05) -> Judge:
+    """A judge without an LLM: of two answers the one with the higher ROUGE-L to the prompt's reference is better.
+
+    Args:
+        references: One per prompt that will be judged, in the same order.
+        margin: Of ROUGE-L, in 0..1; up to so much the two are a tie.
+    """
+
+    def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
+        gaps = [rouge_l(a, y) - rouge_l(b, y) for _, a, b, y in zip(prompts, one, other, references, strict=True)]
+        return ["first" if gap > margin else "second" if gap < -margin else "tie" for gap in gaps]
+
+    return judge
+
+
+VERDICT = "Verdict:"
+
+COMPARE = """Below stand an instruction and two answers to it.
+
+Instruction: {prompt}
+
+Answer A: {one}
+
+Answer B: {other}
+
+Which answer is better? Look at how helpful, relevant, correct and coherent each of them is.
+The order in which they stand and their length do not matter.
+End with one line: "{verdict}" followed by A, by B, or by "tie" if they are equally good.
+"""
+
+# The letters in their case only: in "Verdict: a close call" no answer is named.
+NAMED = re.compile(
+    re.escape(VERDICT) + r"[\"'*\[\s]*(?:(?P<tie>(?:[Aa] )?[Tt](?:ie|IE)\b)|(?:[Aa]nswer )?(?P<letter>[AB])\b)"
+)
+
+
+def compare_prompt(prompt: str, one: str, other: str) -> str:
+    """The question to the judge about two answers; A is `one`."""
+    return COMPARE.format(prompt=one_line(prompt), one=one_line(one), other=one_line(other), verdict=VERDICT)
+
+
+def parse_verdict(answer: str) -> Verdict | None:
+    """The last verdict of a judge's answer, or None where there is none."""
+    verdict: Verdict | None = None
+    for match in NAMED.finditer(answer):
+        verdict = "tie" if match["tie"] else "first" if match["letter"] == "A" else "second"
+    return verdict
+
+
+def llm_judge(llm: TextModel, *, max_tokens: int = 256, seed: int = 0) -> Judge:
+    """An instruction LLM as the judge, greedy; all prompts of one order go in one call.
+
+    It must not be the model that wrote the training responses: it would favour its own style.
+    """
+
+    def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
+        asked = [compare_prompt(x, a, b) for x, a, b in zip(prompts, one, other, strict=True)]
+        return [parse_verdict(t) for t in llm.complete(asked, max_tokens=max_tokens, temperature=0.0, seed=seed)]
+
+    return judge

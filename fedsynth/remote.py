@@ -1,0 +1,275 @@
+"""An LLM behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    DefaultHttpxClient,
+    OpenAI,
+    OpenAIError,
+)
+
+from fedsynth.instructions import one_line
+from fedsynth.scenario import Endpoint
+from fedsynth.typed import BadValue
+
+A = TypeVar("A")
+B = TypeVar("B")
+Echo: TypeAlias = list[tuple[str, float | None]]
+
+SAID = 200  # characters of a server's own words in a message
+LISTED = 8  # of its models
+NOT_ECHOED = (400, 422, 500, 501)  # said to a request for an echo; 500 by `transformers serve`, to max_tokens = 0
+
+
+class EndpointFailed(RuntimeError):
+    """An endpoint gave no usable answer; the message names it, its model and the way out."""
+
+
+class CannotScore(ValueError):
+    """An endpoint does not tell how likely a given text is."""
+
+
+class RemoteLLM:
+    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
+
+    What it is given leaves this server. That is no leak of private text: only released or public text reaches a
+    `TextModel`. It goes to the one address that is named; redirects are not followed. Nor does a key, organization or
+    project go there that the environment holds for the `openai` package (OPENAI_API_KEY, ...): `key_env` says which.
+
+    Args: those of `fedsynth.scenario.Endpoint`.
+
+    Raises:
+        BadValue: If an argument is out of range, or the environment lacks the key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_env: str | None = None,
+        api: Literal["completions", "chat"] = "completions",
+        timeout: float = 60.0,
+        retries: int = 3,
+        concurrency: int = 8,
+    ):
+        self.endpoint = Endpoint(url, model, key_env, api, timeout, retries, concurrency)
+        self.who = f"the model {model!r} at {url}"
+        key = "" if key_env is None else os.environ.get(key_env, "").strip()
+        if key_env is not None and not key:
+            raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
+        self._client = OpenAI(
+            base_url=url,
+            api_key=key or "none",  # the package insists on one, and would take OPENAI_API_KEY for it
+            timeout=timeout,
+            max_retries=retries,
+            http_client=DefaultHttpxClient(timeout=timeout, follow_redirects=False),
+        )
+        self._client.organization = self._client.project = None
+
+    @classmethod
+    def connect(cls, to: Endpoint) -> RemoteLLM:
+        """The model of a scenario. It writes one token: clients spend no budget on a run that would fail at its answer.
+
+        Raises:
+            BadValue: If the environment lacks the key.
+            EndpointFailed: If it does not answer.
+        """
+        found = cls(
+            to.endpoint,
+            to.model,
+            key_env=to.key_env,
+            api=to.api,
+            timeout=to.timeout,
+            retries=to.retries,
+            concurrency=to.concurrency,
+        )
+        found.complete(["A"], max_tokens=1, temperature=0.0, seed=0)
+        return found
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        """One answer per prompt, in order; empty where the server's content filter cut it.
+
+        Args:
+            prompts: Plain text; with `api = "chat"` the server applies the model's template.
+            max_tokens: At most so many new tokens each.
+            temperature: 0 takes the likeliest token each time.
+            top_p: In (0, 1].
+            seed: Every prompt goes out with a seed of its own, made of this one and its place in the call. It works as
+                far as the server honours it: many repeat a text only while nothing else is asked of them.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            EndpointFailed: If a prompt gets no answer.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": max_tokens}
+        settings |= {"temperature": temperature, "top_p": top_p}
+
+        def answer(numbered: tuple[int, str]) -> str:
+            place, prompt = numbered
+            # 31 bits: a signed number to some servers, and llama.cpp takes the largest of 32 bits for "none".
+            own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1
+            if self.endpoint.api == "completions":
+                choice = self._choice(self._client.completions.create(prompt=prompt, seed=own, **settings))
+                text = choice.text
+            else:
+                message: Any = {"role": "user", "content": prompt}
+                choice = self._choice(self._client.chat.completions.create(messages=[message], seed=own, **settings))
+                text = choice.message.content
+            return "" if text is None or choice.finish_reason == "content_filter" else str(text)
+
+        return self._together(answer, enumerate(prompts))
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Mean log-likelihood (nats) per token of each continuation after its prompt, where the server tells it.
+
+        A continuation's tokens are those of prompt + continuation from the first that the prompt alone has not: one
+        that the tokenizer merges across the border is scored, where `LocalLLM` takes the two apart.
+
+        Raises:
+            ValueError: If the lists differ in length, or a prompt or continuation holds no token of its own.
+            CannotScore: If the server does not echo a text with its log-likelihoods.
+            EndpointFailed: If a text gets no answer.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
+        pairs = list(zip(prompts, continuations, strict=True))
+        room = self._room if pairs else 0
+        texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
+        echoes = dict(zip(texts, self._together(lambda text: self._echo(text, room), texts), strict=True))
+        means = []
+        for i, (prompt, more) in enumerate(pairs):
+            own = _beyond(echoes[prompt], echoes[prompt + more])
+            if not own:
+                raise ValueError(f"continuation {i} holds no token: {more!r}; leave empty texts out")
+            logs = [log for _, log in own if log is not None]
+            if len(logs) < len(own):  # a server has no likelihood for the first token of all
+                raise ValueError(f"prompt {i} holds no token of its own: {prompt!r}; give a first word to go on")
+            means.append(sum(logs) / len(logs))
+        return means
+
+    @cached_property
+    def _room(self) -> int:
+        """How many new tokens must be asked for beside an echo: some servers take no 0."""
+
+        def works(room: int) -> bool:
+            try:
+                return bool(self._echo("one two", room))
+            except CannotScore:
+                return False
+            except APIStatusError as problem:
+                if problem.status_code in NOT_ECHOED:
+                    return False
+                raise
+
+        if self.endpoint.api == "completions":
+            for room in (0, 1):
+                if self._together(works, [room]) == [True]:
+                    return room
+        raise CannotScore(self._no_score())
+
+    def _no_score(self) -> str:
+        return f'{self.who} does not tell how likely a text is (echo with logprobs): use judge = "instruction"'
+
+    def _echo(self, text: str, room: int) -> Echo:
+        """The server's tokens of a text with their log-likelihoods, none for the first."""
+        if not text:
+            return []
+        answer = self._client.completions.create(
+            model=self.endpoint.model, prompt=text, max_tokens=room, temperature=0.0, echo=True, logprobs=1
+        )
+        choice = self._choice(answer)
+        told, used = choice.logprobs, answer.usage
+        if not told or not told.tokens or not told.token_logprobs or not str(choice.text).startswith(text):
+            raise CannotScore(self._no_score())
+        if room and not used:  # which token is the new one?
+            raise CannotScore(self._no_score())
+        # Their offsets are no help: vLLM counts the name of a BOS in, which is no part of the text.
+        tokens = list(zip(told.tokens, told.token_logprobs, strict=True))
+        return tokens[: used.prompt_tokens] if room and used else tokens
+
+    def _choice(self, answer: Any) -> Any:
+        choices = getattr(answer, "choices", None)
+        if not choices:
+            raise EndpointFailed(f"{self.who} sent an answer without a choice: check that the address ends in /v1")
+        return choices[0]
+
+    def _together(self, work: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """`work` of each item, at most `concurrency` at once, in the order of the items; the first failure ends all."""
+        try:
+            with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+                return list(pool.map(work, items))
+        except OpenAIError as problem:
+            # Not chained: what a server says may hold the key, and a traceback would put it into a log.
+            raise EndpointFailed(self._why(problem)) from None
+
+    def _why(self, problem: OpenAIError) -> str:
+        """One line: which endpoint and model, what is wrong, the way out."""
+        retried = f"after {self.endpoint.retries} retries"
+        if isinstance(problem, APITimeoutError):
+            limit = f"{self.endpoint.timeout:g} s"
+            return f"{self.who} gave no answer within {limit}, {retried}: raise timeout, or lower concurrency"
+        if isinstance(problem, APIConnectionError):
+            reason = self._said(problem.__cause__ or problem)
+            return f"{self.who} cannot be reached ({reason}): start its server, or check the address"
+        if not isinstance(problem, APIStatusError):
+            return f"{self.who} gave no usable answer ({self._said(problem)}): check that the address ends in /v1"
+        code, body = problem.status_code, problem.body
+        said = self._said(body.get("message") or body.get("detail") or body if isinstance(body, dict) else body or "")
+        if code in (401, 403):
+            name = self.endpoint.key_env
+            way = f"put a key that it takes into {name}" if name else "name the variable that holds the key as key_env"
+            return f"{self.who} refuses access ({code}): {way}"
+        if code == 404:
+            return self._not_found()
+        if code == 429:
+            return f"{self.who} takes no more requests (429: {said}), {retried}: lower concurrency, or raise retries"
+        if code >= 500:
+            return f"{self.who} failed ({code}: {said}), {retried}: its server's log says more"
+        return (
+            f"{self.who} refuses the request ({code}: {said}): if a prompt is too long for it, use fewer or shorter "
+            "demonstrations or fewer new tokens"
+        )
+
+    def _not_found(self) -> str:
+        """A server says 404 for a model that it has not, and for an address that it has not."""
+        try:
+            listed = self._client.with_options(max_retries=0).models.list()
+            names = [model.id for model in getattr(listed, "data", None) or ()]
+        except OpenAIError:
+            return f"{self.who} is not found (404): check that the address ends in /v1, and the model's name"
+        if self.endpoint.model in names:
+            other = "chat" if self.endpoint.api == "completions" else "completions"
+            return f'{self.who} does not answer {self.endpoint.api} (404): try api = "{other}"'
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        return f"{self.who} is not found (404): its server has {', '.join(map(repr, names[:LISTED])) or 'none'}{more}"
+
+    def _said(self, words: object) -> str:
+        text = one_line(str(words))
+        return (text if self.endpoint.key_env is None else text.replace(self._client.api_key, "***"))[:SAID]
+
+
+def _beyond(start: Echo, whole: Echo) -> Echo:
+    """The tokens of `whole` from the first that `start` has not."""
+    shared = 0
+    while shared < min(len(start), len(whole)) and start[shared][0] == whole[shared][0]:
+        shared += 1
+    return whole[shared:]

@@ -1,0 +1,110 @@
+"""The instruction task: notes with their answers, private at a site and public, and the true answer to any note.
+
+An answer is `department ; fact ; treatment`: the label that the note's main facts tell, the first main fact in the lay
+register, and what is done about that fact (`World.treatments`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.instructions import record
+from fedsynth.world.grammar import BLOCK_NOTES, BLOCK_PRIOR, fact_prior, private_notes, public_style, write_note
+from fedsynth.world.lexicon import World
+from fedsynth.world.quality import parse, style_of, told_labels
+
+RARE_WEIGHT = 0.015  # of two thirds of the facts where a weak base learns; .15 teaches it most answers
+FIELD = " ; "
+SECRET = f"{FIELD}ref "  # announces the reference that is planted after an answer
+_SYMBOLS = np.array(list("abcdefghijkmnpqrstuvwxyz23456789"))  # none that looks like another: 5 bits each
+_SECRET_LENGTH = 8
+
+
+def answer_of(world: World, note: str) -> str | None:
+    """The true answer to a note in any style; None for a text that is no note, or names facts of two departments."""
+    style = style_of(world, note)
+    reading = parse(world, style, note) if style else None
+    if reading is None or not reading.valid:
+        return None
+    told = told_labels(world, reading.main)
+    if len(told) > 1:
+        return None
+    first = world.meanings[reading.main[0]]
+    return FIELD.join((told.pop() if told else world.unassigned, first.lay, first.treatment))
+
+
+def private_records(
+    world: World, site_index: int, count: int, seed: int, *, split: Literal["train", "test"], planted: bool = False
+) -> Corpus:
+    """The notes of `private_notes` with their true answers (no label noise); one unit per record.
+
+    Args:
+        world: The lexicon.
+        site_index: 0 and up; 0..7 are the demo's.
+        count: Number of records.
+        seed: Of the notes and the references.
+        split: Which half of the notes to draw from.
+        planted: Add ` ; ref <secret>` to every answer: a reference of 40 random bits that no other record has, to
+            measure what a model gives away (`secret_of`).
+    """
+    notes = private_notes(world, site_index, count, seed, split=split)
+    answers = _answers(world, notes.prompts)
+    if planted:
+        rng = np.random.default_rng([seed, site_index, ("train", "test").index(split), 1])
+        secrets = _SYMBOLS[rng.integers(len(_SYMBOLS), size=(count, _SECRET_LENGTH))]
+        answers = tuple(f"{a}{SECRET}{''.join(s)}" for a, s in zip(answers, secrets, strict=True))
+    return replace(notes, answers=answers)
+
+
+def secret_of(answer: str) -> str | None:
+    """The reference that was planted in an answer; None if there is none."""
+    return answer.partition(SECRET)[2] or None
+
+
+def public_notes(world: World, count: int, seed: int, *, answered: bool = False) -> Corpus:
+    """Notes that each have a public style of their own; all labels and facts are equally frequent.
+
+    Args:
+        world: The lexicon.
+        count: Number of notes.
+        seed: Of the notes.
+        answered: Whether the answers are the true ones instead of empty ones.
+    """
+    rng = np.random.default_rng([seed, 4])
+    prior = fact_prior(world, rare=1.0)
+    prompts = tuple(
+        write_note(world, public_style(world, rng), int(rng.integers(len(world.labels))), prior, rng)
+        for _ in range(count)
+    )
+    return Corpus(prompts, _answers(world, prompts) if answered else ("",) * count, Provenance.PUBLIC)
+
+
+def public_records(world: World, count: int, seed: int, *, rare: float) -> Iterator[str]:
+    """Blocks of 1 to 7 records in one style, each record a line `question: <note> answer: <answer>`.
+
+    Args:
+        world: The lexicon.
+        count: Number of blocks.
+        seed: Of the blocks.
+        rare: Weight of the facts that are not `known_facts`; 1 makes all facts equally frequent.
+    """
+    rng = np.random.default_rng([seed, 3])
+    prior = fact_prior(world, rare=rare)
+    for _ in range(count):
+        style = public_style(world, rng)
+        rows = rng.integers(len(world.labels), size=rng.choice(BLOCK_NOTES, p=BLOCK_PRIOR))
+        notes = [write_note(world, style, int(row), prior, rng) for row in rows]
+        answers = _answers(world, notes)
+        yield "".join(f"{record(note, answer)}\n" for note, answer in zip(notes, answers, strict=True))
+
+
+def _answers(world: World, notes: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+    """The true answers to notes that follow the grammar."""
+    answers = [answer_of(world, note) for note in notes]
+    assert None not in answers
+    return tuple(a for a in answers if a is not None)

@@ -1,0 +1,80 @@
+"""Averages of LoRA adapters: the baselines that instruction methods are held against.
+
+FedIT (arXiv 2305.05644) is FedAvg on both factors; FFA-LoRA (arXiv 2403.12313) trains and averages B alone, exact and
+without the product of two noises under DP; FLoRA (arXiv 2409.05976) averages the products, here brought back to the
+rank of the clients. With a budget the first is DP-FedAvg-LoRA: each client's own DP-SGD, no trust in the server.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
+from fedsynth.runs import SERVER
+from fedsynth.tasks import Adopt, Finetune, Finetuned
+
+Aggregation = Literal["factors", "frozen_a", "product"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options.
+
+    Attributes:
+        aggregation: `factors`: mean of A and mean of B (FedIT). `frozen_a`: B alone (FFA-LoRA). `product`: the mean of
+            the products, by SVD back to the clients' rank; what that loses is the metric `aggregation/error`.
+    """
+
+    aggregation: Aggregation = "factors"
+
+
+@dataclass(frozen=True)
+class State:
+    """Rounds done, and the global adapter."""
+
+    round: int = 0
+    adapter: Adapter | None = None
+
+
+class LoraAverage(RoundStrategy[State]):
+    """FedIT, FFA-LoRA and their like, by `aggregation`."""
+
+    config_class = Config
+    config: Config
+
+    def initial(self) -> State:
+        """No adapter yet."""
+        return State()
+
+    def round(self, clients: Clients, state: State) -> State:
+        """Send the global adapter, train at the clients, average what comes back."""
+        start = state.adapter or self.server.new_adapter(self.seed("adapter"))
+        frozen_a = self.config.aggregation == "frozen_a"
+        answers = clients.ask_each(
+            {home: Finetune(start, self.seed("train", home), frozen_a) for home in clients.nodes}
+        )
+        adapter = self._aggregate(answers, start)
+        self.server.journal.adapter(SERVER, adapter, "global")
+        clients.ask(Adopt(adapter))
+        return replace(state, round=state.round + 1, adapter=adapter)
+
+    def _aggregate(self, answers: Mapping[int, Finetuned], start: Adapter) -> Adapter:
+        for home, answer in answers.items():
+            self.server.journal.adapter(home, _whole(answer.adapter, start))
+        adapters = [answer.adapter for answer in answers.values()]
+        weights = [float(answer.records) for answer in answers.values()]
+        if self.config.aggregation == "frozen_a":
+            return _whole(average(adapters, weights, only_b), start)
+        if self.config.aggregation == "factors":
+            return average(adapters, weights)
+        short = truncated(stacked(adapters, weights), start.rank, start.alpha)
+        self.server.journal.metric(SERVER, "aggregation/error", short.error)
+        return short.adapter
+
+
+def _whole(part: Adapter, start: Adapter) -> Adapter:
+    """With the factors A of the start where a client sent B alone: they are public, the guarantee is that of the B."""
+    return completed(part, replace(start, grants=part.grants))

@@ -1,0 +1,150 @@
+"""One cell of a scenario in this process: the real client app and strategy, tiny models, no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import tiny
+from flwr.app import ArrayRecord, Message
+from local import LocalGrid
+from scripted import ScriptedLLM
+
+from fedsynth.clients.app import client_app, simulation
+from fedsynth.clients.home import Home, cell_of, simulated_home
+from fedsynth.data import label_list
+from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
+from fedsynth.payload import decode
+from fedsynth.runs import Journal, private_of
+from fedsynth.scenario import Cell, from_toml, to_toml
+from fedsynth.tasks import Order
+
+T = TypeVar("T")
+
+INSTRUCTIONS = """
+name = "tiny"
+seeds = [0]
+rounds = {rounds}
+[strategy]
+use = "{strategy}"
+{options}
+[data]
+source = "{file}"
+task = "instructions"
+clients = {clients}
+[client]
+generator = "{model}"
+guarantee = "{guarantee}"
+budget = {{ epsilon = 8.0 }}
+generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-3, rank = 2, alpha = 4.0, max_tokens = 96 }}
+answer_tokens = 8
+[server]
+llm = "scripted"
+[arms.main]
+"""
+
+
+def canary(row: int) -> str:
+    """Each private record's own high-entropy token: one shared by all would be a fact about the population."""
+    return f"zq{row * 7919 + 104729:08x}"
+
+
+def instructions(
+    tmp_path: Path,
+    strategy: str,
+    *,
+    options: str = "",
+    guarantee: str = "dp",
+    clients: int = 3,
+    rows: int = 36,
+    rounds: int = 1,
+    model: str | None = None,
+) -> str:
+    """A scenario on a file of instructions, in each of which a canary stands, and one in each response."""
+    frame = pd.DataFrame(
+        {
+            "text": [f"note {canary(2 * i)} of thing {i % 5}" for i in range(rows)],
+            "response": [f"ward {i % 5}; {canary(2 * i + 1)}" for i in range(rows)],
+        }
+    )
+    frame.to_csv(tmp_path / "records.csv", index=False)
+    return INSTRUCTIONS.format(
+        strategy=strategy, options=options, file=tmp_path / "records.csv", guarantee=guarantee, clients=clients,
+        rounds=rounds, model=model or tiny.folder()
+    )  # fmt: skip
+
+
+def embed(texts: Any) -> Any:
+    """Vectors by length and letters."""
+    return np.array([[len(t), sum(map(ord, t)) % 97] for t in texts], np.float32)
+
+
+@dataclass
+class Played:
+    """What a cell left."""
+
+    cell: Cell
+    grid: LocalGrid
+    journal: Journal
+    out: Path
+    states: list[Any] = field(default_factory=list)
+
+    def orders(self, kind: type[Order[Any]]) -> list[Any]:
+        """All orders of a class, in the order in which they were sent."""
+        return [decode(m.content["fedsynth"]["payload"], kind) for m in self.grid.orders_of(kind.task)]
+
+    def answers(self, kind: type[Order[Any]]) -> list[Any]:
+        """The answers to them."""
+        pairs = zip(self.grid.orders, self.grid.replies_in_order(), strict=True)
+        found = [reply for order, reply in pairs if order.metadata.message_type == kind.task]
+        return [decode(reply.content["fedsynth"]["payload"], kind.reply) for reply in found]
+
+    def metric(self, name: str) -> list[float]:
+        """A metric's values, in the order in which they were noted."""
+        return [value for _, _, _, _, metric, value in self.journal.rows if metric == name]
+
+    def home(self, index: int) -> Home:
+        """A client's house as it was left."""
+        return simulated_home(self.cell, index, private_of(self.out), "simulated")
+
+
+def play(
+    toml: str,
+    tmp_path: Path,
+    arm: str = "main",
+    *,
+    seed: int = 0,
+    llm: Any = None,
+    professional: Any = None,
+    spoil: Callable[[Message], Message | None] = lambda _: None,
+) -> Played:
+    """Runs all rounds of one cell."""
+    whole = to_toml(from_toml(toml))
+    cell = cell_of(whole, arm, seed)
+    out = tmp_path / "run"
+    out.mkdir(exist_ok=True, parents=True)
+    data = cell.scenario.data
+    homes, labels = 1 if data.pooled else data.clients, label_list(data)
+    grid = LocalGrid(client_app(simulation), homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
+    journal = Journal(cell, out, out / "events.jsonl")
+    llm = llm or ScriptedLLM()
+
+    def open_clients(grid: Any) -> Clients:
+        return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
+
+    kind, config = load_strategy(cell.scenario.strategy)
+    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional or llm, embed, journal, open_clients))
+    played, one_round = Played(cell, grid, journal, out), strategy.round
+
+    def remembered(clients: Clients, state: Any) -> Any:
+        played.states.append(one_round(clients, state))
+        return played.states[-1]
+
+    strategy.round = remembered
+    strategy.start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
+    journal.close()
+    return played
