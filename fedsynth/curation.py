@@ -14,6 +14,8 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.instructions import ASK, REPLY
+from fedsynth.rouge import nearest, words
 
 EDGES = " -._~/\\*|#" + "\t\r\n"  # what FDKT strips at both ends of a text; the line's end is ours
 BROKEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, line ends, halves of pairs
@@ -219,6 +221,68 @@ def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
             if missing == 0:
                 break
     return shares
+
+
+def well_formed_instructions(corpus: Corpus, *, min_words: int = 1, answered: bool = False) -> Kept:
+    """Instructions, and the responses that some have, that can stand in a record (fedsynth.instructions).
+
+    Args:
+        corpus: Instructions and responses, "" for none.
+        min_words: Of an instruction, as `fedsynth.rouge.words` counts them; one without a word is always dropped.
+        answered: Drop instructions without a response.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(corpus)
+
+    def reason(prompt: str, answer: str) -> str | None:
+        count, both = len(words(prompt)), f" {prompt} {answer}"
+        if BROKEN.search(both):
+            return "control character"
+        if "\ufffd" in both:
+            return "replacement character"
+        if ASK in both or REPLY in both:
+            return "template marker"
+        if count < max(1, min_words):
+            return "too short"
+        return "no response" if answered and not answer.strip() else None
+
+    return _regardless_of_labels(corpus, [reason(x, y) for x, y in zip(corpus.prompts, corpus.answers, strict=True)])
+
+
+COMPARED = 64  # instructions that are compared with all kept ones at once
+
+
+def novel(corpus: Corpus, threshold: float = 0.7) -> Kept:
+    """Instructions whose ROUGE-L F1 with every one kept before them is below the threshold.
+
+    Args:
+        corpus: Instructions; the order decides which of two alike stays.
+        threshold: In (0, 1]; Self-Instruct (arXiv 2212.10560, section 2.2): 0.7. At 1 only the same words are alike.
+
+    Raises:
+        ValueError: If the corpus is private, or the threshold lies outside its range.
+    """
+    refuse_private(corpus)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
+    kept: list[str] = []
+    reasons: list[str | None] = []
+    # In blocks, as each call splits the kept ones into words; the outcome is that of one text after the other.
+    for at in range(0, len(corpus), COMPARED):
+        block, fresh = corpus.prompts[at : at + COMPARED], list[str]()
+        for text, before in zip(block, nearest(block, kept), strict=True):
+            closest = max(before, *nearest([text], fresh))
+            reasons.append(None if closest < threshold else "duplicate" if closest == 1 else "like an earlier one")
+            fresh += [] if reasons[-1] else [text]
+        kept += fresh
+    return _regardless_of_labels(corpus, reasons)
+
+
+def _regardless_of_labels(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
+    """Responses are not of a list: none of them is lost."""
+    return replace(keep_rows(corpus, reasons), lost=())
 
 
 def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:

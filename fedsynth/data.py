@@ -59,7 +59,7 @@ class LeftOut:
         incomplete: Without text or label.
         duplicates: Dropped for `data.duplicates = "drop"`.
         not_dealt: Of natural clients beyond those asked, or of classes that no client drew.
-        over_limit: Training rows beyond `data.limit`.
+        over_limit: Rows beyond `data.limit` and `data.test_limit`.
     """
 
     incomplete: int = 0
@@ -319,6 +319,8 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
             )
     if data.limit is not None:
         train = train[train[UNIT].isin(rng.permutation(train[UNIT].unique())[: data.limit])]
+    if data.test_limit is not None:
+        test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
     return Site(_corpus(train), _corpus(test))
 
 

@@ -23,7 +23,7 @@ from fedsynth.lora import Adapter
 from fedsynth.payload import BadPayload
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import Journal
-from fedsynth.scenario import Cell, StrategyChoice
+from fedsynth.scenario import Cell, Scenario, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.typed import BadValue, build
 from fedsynth.wire import derived, pack_order, payload_bytes, unpack_answer
@@ -235,6 +235,22 @@ class RoundStrategy(Strategy, Generic[S]):
     """
 
     config_class: ClassVar[type[Any]]
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+
+    @classmethod
+    def check(cls, config: Any, scenario: Scenario) -> None:  # noqa: ARG003 - for methods that ask for more
+        """Whether the method can run a scenario; before any work is spent.
+
+        Args:
+            config: The method's options.
+            scenario: Resolved.
+
+        Raises:
+            BadValue: If not, with the way out.
+        """
+        if scenario.data.task not in cls.tasks:
+            raise BadValue(f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
+                           f"this scenario has {scenario.data.task!r}")  # fmt: skip
 
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerFast
 
-from fedsynth.corpus import same
+from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.tables import decoded, find, load_columns
 from fedsynth.typed import BadValue
+from fedsynth.world import load_world, public_notes
 
 # Lines of one topic in a block, and how often: as the blocks of the simulated worlds, so that a model learns to go on
 # after any number of demonstrations, none included.
@@ -135,3 +136,22 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens around it."""
     found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return found
+
+
+def sample(source: str, count: int, seed: int) -> Corpus:
+    """Public texts at random, without answers, for a method or control that reads some.
+
+    Args:
+        source: `world:NAME`: notes in public styles; else a file as `PublicText.source`, column `text`.
+        count: At most so many; a file may hold fewer.
+        seed: Of the draw.
+
+    Raises:
+        BadValue: If there is no such world, file or column.
+    """
+    if source.startswith("world:"):
+        return public_notes(load_world(source.removeprefix("world:")), count, seed)
+    lines, _ = read(PublicText(source), seed)
+    rows = np.random.default_rng(seed).permutation(len(lines.texts))[:count]
+    texts = tuple(lines.texts[row] for row in rows.tolist())
+    return Corpus(texts, ("",) * len(texts), Provenance.PUBLIC)

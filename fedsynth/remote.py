@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -13,9 +13,11 @@ from openai import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
+    BadRequestError,
     DefaultHttpxClient,
     OpenAI,
     OpenAIError,
+    UnprocessableEntityError,
 )
 
 from fedsynth.instructions import one_line
@@ -28,7 +30,6 @@ Echo: TypeAlias = list[tuple[str, float | None]]
 
 SAID = 200  # characters of a server's own words in a message
 LISTED = 8  # of its models
-NOT_ECHOED = (400, 422, 500, 501)  # said to a request for an echo; 500 by `transformers serve`, to max_tokens = 0
 
 
 class EndpointFailed(RuntimeError):
@@ -152,9 +153,10 @@ class RemoteLLM:
         if len(prompts) != len(continuations):
             raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
         pairs = list(zip(prompts, continuations, strict=True))
-        room = self._room if pairs else 0
+        if pairs and self.endpoint.api == "chat":
+            raise CannotScore(self._no_score('api = "chat"'))
         texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
-        echoes = dict(zip(texts, self._together(lambda text: self._echo(text, room), texts), strict=True))
+        echoes = dict(zip(texts, self._together(self._echo, texts), strict=True))
         means = []
         for i, (prompt, more) in enumerate(pairs):
             own = _beyond(echoes[prompt], echoes[prompt + more])
@@ -166,45 +168,29 @@ class RemoteLLM:
             means.append(sum(logs) / len(logs))
         return means
 
-    @cached_property
-    def _room(self) -> int:
-        """How many new tokens must be asked for beside an echo: some servers take no 0."""
-
-        def works(room: int) -> bool:
-            try:
-                return bool(self._echo("one two", room))
-            except CannotScore:
-                return False
-            except APIStatusError as problem:
-                if problem.status_code in NOT_ECHOED:
-                    return False
-                raise
-
-        if self.endpoint.api == "completions":
-            for room in (0, 1):
-                if self._together(works, [room]) == [True]:
-                    return room
-        raise CannotScore(self._no_score())
-
-    def _no_score(self) -> str:
-        return f'{self.who} does not tell how likely a text is (echo with logprobs): use judge = "instruction"'
-
-    def _echo(self, text: str, room: int) -> Echo:
+    def _echo(self, text: str) -> Echo:
         """The server's tokens of a text with their log-likelihoods, none for the first."""
         if not text:
             return []
-        answer = self._client.completions.create(
-            model=self.endpoint.model, prompt=text, max_tokens=room, temperature=0.0, echo=True, logprobs=1
+        try:
+            # One new token, as not all servers take 0.
+            answer = self._client.completions.create(
+                model=self.endpoint.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1
+            )
+        except (BadRequestError, UnprocessableEntityError) as problem:
+            raise CannotScore(self._no_score(self._words(problem))) from None
+        choice, used = self._choice(answer), answer.usage
+        told = choice.logprobs
+        if not told or not told.tokens or not told.token_logprobs or not used or not str(choice.text).startswith(text):
+            raise CannotScore(self._no_score("no echo with logprobs and usage"))
+        # Its offsets are no help: vLLM counts the name of a BOS in, which is no part of the text.
+        return list(zip(told.tokens, told.token_logprobs, strict=False))[: used.prompt_tokens]
+
+    def _no_score(self, reason: str) -> str:
+        return (
+            f'{self.who} does not tell how likely a text is ({reason}): use judge = "instruction", or a server and an '
+            "api that do"
         )
-        choice = self._choice(answer)
-        told, used = choice.logprobs, answer.usage
-        if not told or not told.tokens or not told.token_logprobs or not str(choice.text).startswith(text):
-            raise CannotScore(self._no_score())
-        if room and not used:  # which token is the new one?
-            raise CannotScore(self._no_score())
-        # Their offsets are no help: vLLM counts the name of a BOS in, which is no part of the text.
-        tokens = list(zip(told.tokens, told.token_logprobs, strict=True))
-        return tokens[: used.prompt_tokens] if room and used else tokens
 
     def _choice(self, answer: Any) -> Any:
         choices = getattr(answer, "choices", None)
@@ -217,11 +203,11 @@ class RemoteLLM:
         try:
             with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
                 return list(pool.map(work, items))
-        except OpenAIError as problem:
+        except (OpenAIError, json.JSONDecodeError) as problem:
             # Not chained: what a server says may hold the key, and a traceback would put it into a log.
             raise EndpointFailed(self._why(problem)) from None
 
-    def _why(self, problem: OpenAIError) -> str:
+    def _why(self, problem: Exception) -> str:
         """One line: which endpoint and model, what is wrong, the way out."""
         retried = f"after {self.endpoint.retries} retries"
         if isinstance(problem, APITimeoutError):
@@ -232,8 +218,7 @@ class RemoteLLM:
             return f"{self.who} cannot be reached ({reason}): start its server, or check the address"
         if not isinstance(problem, APIStatusError):
             return f"{self.who} gave no usable answer ({self._said(problem)}): check that the address ends in /v1"
-        code, body = problem.status_code, problem.body
-        said = self._said(body.get("message") or body.get("detail") or body if isinstance(body, dict) else body or "")
+        code, words = problem.status_code, self._words(problem)
         if code in (401, 403):
             name = self.endpoint.key_env
             way = f"put a key that it takes into {name}" if name else "name the variable that holds the key as key_env"
@@ -241,11 +226,11 @@ class RemoteLLM:
         if code == 404:
             return self._not_found()
         if code == 429:
-            return f"{self.who} takes no more requests (429: {said}), {retried}: lower concurrency, or raise retries"
+            return f"{self.who} takes no more requests ({words}), {retried}: lower concurrency, or raise retries"
         if code >= 500:
-            return f"{self.who} failed ({code}: {said}), {retried}: its server's log says more"
+            return f"{self.who} failed ({words}), {retried}: its server's log says more"
         return (
-            f"{self.who} refuses the request ({code}: {said}): if a prompt is too long for it, use fewer or shorter "
+            f"{self.who} refuses the request ({words}): if a prompt is too long for it, use fewer or shorter "
             "demonstrations or fewer new tokens"
         )
 
@@ -254,13 +239,19 @@ class RemoteLLM:
         try:
             listed = self._client.with_options(max_retries=0).models.list()
             names = [model.id for model in getattr(listed, "data", None) or ()]
-        except OpenAIError:
+        except (OpenAIError, json.JSONDecodeError):
             return f"{self.who} is not found (404): check that the address ends in /v1, and the model's name"
         if self.endpoint.model in names:
             other = "chat" if self.endpoint.api == "completions" else "completions"
             return f'{self.who} does not answer {self.endpoint.api} (404): try api = "{other}"'
         more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
         return f"{self.who} is not found (404): its server has {', '.join(map(repr, names[:LISTED])) or 'none'}{more}"
+
+    def _words(self, problem: APIStatusError) -> str:
+        """The status and what the server says to it."""
+        body = problem.body
+        said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+        return f"{problem.status_code}: {self._said(said or 'no reason given')}"
 
     def _said(self, words: object) -> str:
         text = one_line(str(words))

@@ -294,7 +294,8 @@ def _assumptions(journals: Sequence[Journal]) -> str:
     missing = (
         f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
     )
-    taken = [] if data.world else (["label list"] if data.labels == "all" else []) + ["number of records"]
+    listed = data.labels == "all" and data.task == "classification"
+    taken = [] if data.world else (["label list"] if listed else []) + ["number of records"]
     dropped = "; duplicates dropped across clients by the simulator, no site could" if data.duplicates == "drop" else ""
     return (
         f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{dropped}{missing}"

@@ -73,6 +73,7 @@ class Data:
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
+        test_limit: At most so many test units per client, likewise.
         duplicates: Equal texts (but for case and white space) at two clients, or in training and test text, are
             refused; or of all equal texts, those of one client too, one is kept, before the source is divided.
         revision: `hf:`: branch, tag or commit.
@@ -99,6 +100,7 @@ class Data:
     client_column: str | None = None
     unit: str | None = None
     limit: int | None = None
+    test_limit: int | None = None
     duplicates: Literal["refuse", "drop"] = "refuse"
     revision: str | None = None
     subset: str | None = None
@@ -117,8 +119,10 @@ class Data:
             raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
         if self.world is not None and (self.unit or self.test or self.client_column or self.split != "iid"):
             raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
-        if self.world is not None and (self.limit is not None or self.duplicates != "refuse"):
-            raise BadValue("limit and duplicates belong to data files; a simulated world has train_per_client")
+        if self.world is not None and (self.limit or self.test_limit or self.duplicates != "refuse"):
+            raise BadValue(
+                "limit, test_limit and duplicates belong to data files; a simulated world has train_per_client"
+            )
         if self.task == "instructions" and self.labels != "all":
             raise BadValue('labels belong to task = "classification"; responses are not of a list')
         if self.task == "instructions" and self.split in ("dirichlet", "pathological"):
@@ -134,7 +138,7 @@ class Data:
             raise BadValue(f'alpha belongs to split = "dirichlet", not to {self.split!r}')
         if (self.classes_per_client is not None) != (self.split == "pathological"):
             raise BadValue('classes_per_client and split = "pathological" need each other')
-        for name in ("classes_per_client", "limit"):
+        for name in ("classes_per_client", "limit", "test_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.source == "hf:":
@@ -388,6 +392,8 @@ class Server:
         answer_seconds: How long one exchange may take before the run ends with a reason.
         quorum: Share of the asked clients that must answer.
         professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
+        public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
+            a .txt with one per line).
     """
 
     llm: str | Endpoint
@@ -395,6 +401,7 @@ class Server:
     answer_seconds: float = 3600.0
     quorum: float = 1.0
     professional: str | Endpoint | None = None
+    public: str | None = None
 
     def __post_init__(self) -> None:
         _positive(self, "answer_seconds")
@@ -533,7 +540,9 @@ PATHS = (
     ("server", "llm"),
     ("server", "professional"),
     ("server", "embedder"),
+    ("server", "public"),
 )
+TEXTS = (("data", "source"), ("server", "public"))
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -548,10 +557,11 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         if not isinstance(name, str) or not name or ":" in name:
             continue
         places = [folder / name, Path(name)]
-        if table == "data" and (shared := os.environ.get("FEDSYNTH_DATA")):
+        text = (table, key) in TEXTS
+        if text and (shared := os.environ.get("FEDSYNTH_DATA")):
             places.append(Path(shared) / name)
-        # Data may be a file or a saved data set; a file goes first.
-        there = [p for p in places if table == "data" and p.is_file()] or [p for p in places if p.is_dir()]
+        # Text may be a file or a saved data set; a file goes first.
+        there = [p for p in places if text and p.is_file()] or [p for p in places if p.is_dir()]
         if there:
             found[table][key] = str(there[0].absolute())
     return found

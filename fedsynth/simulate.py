@@ -97,7 +97,11 @@ def check(scenario: Scenario) -> list[str]:
     seen: set[tuple[Any, ...]] = set()
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         resolved = cell.scenario
-        load_strategy(resolved.strategy)
+        try:
+            kind, options = load_strategy(resolved.strategy)
+            kind.check(options, resolved)
+        except BadValue as problem:
+            raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
         for name, role in models_of(resolved):
             check_model(name, role)
         key = (resolved.data, resolved.client)
@@ -105,10 +109,11 @@ def check(scenario: Scenario) -> list[str]:
             continue
         seen.add(key)
         labels = label_list(resolved.data)
-        try:
-            check_labels(labels)
-        except ValueError as problem:
-            raise BadValue(str(problem)) from problem
+        if resolved.data.task == "classification":
+            try:
+                check_labels(labels)
+            except ValueError as problem:
+                raise BadValue(str(problem)) from problem
         if resolved.data.world is None:
             warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
         if resolved.client.guarantee == "dp":
@@ -164,7 +169,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
 
 def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]) -> list[str]:
     warnings = []
-    if data.labels == "all":
+    if data.labels == "all" and data.task == "classification":
         warnings.append(
             "the label list is read from the data; a real site must list it: a rare class can reveal a person"
         )
@@ -176,7 +181,7 @@ def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]
                 f"{division.left_out.not_dealt} rows are of classes that no client holds (seed {seed}): "
                 "ask for more clients, or more classes per client"
             )
-        for index, site in enumerate(division.sites):
+        for index, site in enumerate(division.sites if labels else ()):
             for name, corpus in (("training", site.train), ("test", site.test)):
                 if not set(labels) & set(corpus.answers):
                     raise BadValue(f"arm {arm!r}: client {index} has no {name} example with a label of {list(labels)}")

@@ -56,7 +56,7 @@ def tune(
         factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
         loss = (factor * each).sum() / factor.sum()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(trainable(model), settings.max_grad_norm)
         optimizer.step()
         losses.append(float(loss.detach()))

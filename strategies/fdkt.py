@@ -99,7 +99,9 @@ class FDKT(RoundStrategy[State]):
     config: Config
 
     def initial(self) -> State:
-        """Nothing yet."""
+        """Nothing yet; an LLM that cannot do what the judge needs says so here, before clients spend anything."""
+        if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":
+            self.server.llm.score(["a"], [" text"])
         return State()
 
     def round(self, clients: Clients, state: State) -> State:

@@ -24,6 +24,7 @@ class LocalOnly(RoundStrategy[State]):
     """Each client trains its task model on its own text; also the pooled baseline, where one home holds all text."""
 
     config_class = Config
+    tasks = ("classification", "instructions")
 
     def initial(self) -> State:
         """Nothing yet."""

@@ -13,7 +13,7 @@ from typing import Literal
 
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
-from fedsynth.runs import SERVER
+from fedsynth.runs import SERVER, Journal
 from fedsynth.tasks import Adopt, Finetune, Finetuned
 
 Aggregation = Literal["factors", "frozen_a", "product"]
@@ -43,6 +43,7 @@ class LoraAverage(RoundStrategy[State]):
     """FedIT, FFA-LoRA and their like, by `aggregation`."""
 
     config_class = Config
+    tasks = ("instructions",)
     config: Config
 
     def initial(self) -> State:
@@ -56,23 +57,32 @@ class LoraAverage(RoundStrategy[State]):
         answers = clients.ask_each(
             {home: Finetune(start, self.seed("train", home), frozen_a) for home in clients.nodes}
         )
-        adapter = self._aggregate(answers, start)
+        adapter = aggregate(answers, start, self.config.aggregation, self.server.journal)
         self.server.journal.adapter(SERVER, adapter, "global")
         clients.ask(Adopt(adapter))
         return replace(state, round=state.round + 1, adapter=adapter)
 
-    def _aggregate(self, answers: Mapping[int, Finetuned], start: Adapter) -> Adapter:
-        for home, answer in answers.items():
-            self.server.journal.adapter(home, _whole(answer.adapter, start))
-        adapters = [answer.adapter for answer in answers.values()]
-        weights = [float(answer.records) for answer in answers.values()]
-        if self.config.aggregation == "frozen_a":
-            return _whole(average(adapters, weights, only_b), start)
-        if self.config.aggregation == "factors":
-            return average(adapters, weights)
-        short = truncated(stacked(adapters, weights), start.rank, start.alpha)
-        self.server.journal.metric(SERVER, "aggregation/error", short.error)
-        return short.adapter
+
+def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: Journal) -> Adapter:
+    """The mean of the clients' adapters, weighted by their records; each of them is noted, too.
+
+    Args:
+        answers: By client; of orders with `frozen_a` where that is the aggregation.
+        start: What all of them were trained from.
+        aggregation: See `Config`.
+        journal: Gets the clients' adapters and the error.
+    """
+    for home, answer in answers.items():
+        journal.adapter(home, _whole(answer.adapter, start))
+    adapters = [answer.adapter for answer in answers.values()]
+    weights = [float(answer.records) for answer in answers.values()]
+    if aggregation == "frozen_a":
+        return _whole(average(adapters, weights, only_b), start)
+    if aggregation == "factors":
+        return average(adapters, weights)
+    short = truncated(stacked(adapters, weights), start.rank, start.alpha)
+    journal.metric(SERVER, "aggregation/error", short.error)
+    return short.adapter
 
 
 def _whole(part: Adapter, start: Adapter) -> Adapter:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import LeftOut, Site, divide, find, label_list, open_site, open_sites
+from fedsynth.corpus import Corpus, Provenance, pool
+from fedsynth.data import LeftOut, Site, divide, find, label_list, misfits, open_site, open_sites
 from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
 
@@ -404,6 +404,16 @@ def test_a_limit_keeps_so_many_training_units_and_every_test_row(tmp_path: Path)
     assert [(len(set(s.train.units or ())), len(s.train)) for s in persons.sites] == [(3, 6), (3, 6)]
 
 
+def test_a_test_limit_keeps_so_many_test_units_and_every_training_row(tmp_path: Path) -> None:
+    data = save(table(40), tmp_path / "a.csv")
+    whole, two = divide(data, 5), divide(replace(data, test_limit=2), 5)
+    for before, after in zip(whole.sites, two.sites, strict=True):
+        assert after.train == before.train
+        assert len(after.test) == 2
+        assert set(after.test.prompts) < set(before.test.prompts)
+    assert two.left_out == LeftOut(over_limit=sum(len(s.test) - 2 for s in whole.sites))
+
+
 # --- Duplicates -------------------------------------------------------------------------------------------------------
 
 TWICE = pd.DataFrame(
@@ -488,3 +498,41 @@ def test_a_client_whose_texts_are_all_at_another_one_is_named(tmp_path: Path) ->
     data = replace(save(frame, tmp_path / "a.csv"), split="natural", client_column="ward", duplicates="drop", clients=3)
     with pytest.raises(BadValue, match="all texts of client 'h2' are at another one, too"):
         open_sites(data, 0)
+
+
+def test_instructions_of_a_file_are_prompts_and_responses(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {
+            "source": ["b", "a", "a", "b", "a", "b"],
+            "question": [f"what is thing {i} ?" for i in range(6)],
+            "answer": ["Same", "same", "a long response", "1.5", "an answer", None],
+        }
+    )
+    frame.to_csv(tmp_path / "q.csv", index=False)
+    data = Data(
+        str(tmp_path / "q.csv"), clients=2, task="instructions", text="question", response="answer",
+        split="natural", client_column="source",
+    )  # fmt: skip
+    assert label_list(data) == ()
+    division = divide(data, 0)
+    assert division.left_out.incomplete == 1
+    assert [len(s.train) + len(s.test) for s in division.sites] == [3, 2]
+    held = pool([division.sites[0].train, division.sites[0].test])
+    assert set(zip(held.prompts, held.answers, strict=True)) == {
+        ("what is thing 1 ?", "same"), ("what is thing 2 ?", "a long response"), ("what is thing 4 ?", "an answer")
+    }  # fmt: skip
+    assert "no response" in misfits(data, ())[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"task": "instructions", "labels": ("a",)}, "responses are not of a list"),
+        ({"task": "instructions", "split": "dirichlet"}, "have none"),
+        ({"response": "answer"}, 'task = "instructions"'),
+        ({"planted": True}, "simulated world"),
+    ],
+)
+def test_settings_of_another_task_are_refused(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadValue, match=said):
+        Data("some.csv", **more)
