@@ -150,7 +150,8 @@ class _Watch:
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task = self.live.add_task("starting", total=1000 * self.cells)
-        self.at = 0
+        self.at = self.furthest = 0
+        self.rounds = scenario.rounds  # an arm with fewer fills its part of the bar at once
         self.last = ("", "")
         console.print(
             f"[bold]{scenario.name}[/]: {scenario.data.clients} clients, {self.cells} cells "
@@ -174,21 +175,33 @@ class _Watch:
         elif event.get("event") == "data":
             self.console.print(event["line"], markup=False, soft_wrap=True)
         elif event.get("event") == "progress":
-            self._show(f"{event['arm']} seed {event['seed']}", event["phase"], event["done"], event["total"])
+            cell = f"{event['arm']} seed {event['seed']}"
+            self._show(cell, event["phase"], event["done"], event["total"], event["round"])
 
-    PHASES = ("synthesize", "select", "augment", "learn", "evaluate")
+    # In the order in which methods pass through them; the bar never goes back where one passes twice.
+    PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "respond", "augment", "score", "tune",
+              "adopt", "learn", "evaluate")  # fmt: skip
 
-    def _show(self, cell: str, phase: str, done: int, total: int) -> None:
+    def _show(self, cell: str, phase: str, done: int, total: int, number: int = 1) -> None:
         place = self.PHASES.index(phase) if phase in self.PHASES else 0
-        share = (place + done / max(total, 1)) / len(self.PHASES)
+        share = (max(number, 1) - 1 + (place + done / max(total, 1)) / len(self.PHASES)) / self.rounds
+        self.furthest = max(self.furthest, int(1000 * (self.at + min(share, 1.0))))
         text = f"[{self.at + 1}/{self.cells}] {cell}: {phase or 'start'} {done}/{total}"
-        self.live.update(self.task, completed=int(1000 * (self.at + share)), description=text)
+        self.live.update(self.task, completed=self.furthest, description=text)
         if not self.console.is_terminal and (cell, phase) != self.last and phase:
             self.console.print(f"[{self.at + 1}/{self.cells}] {cell}: {phase}", markup=False)
             self.last = (cell, phase)
 
 
-COLUMNS = {"accuracy": "accuracy", "accuracy_held_out_clients": "held-out clients", "macro_f1": "macro F1"}
+COLUMNS = {
+    "accuracy": "accuracy",
+    "accuracy_held_out_clients": "held-out clients",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "exact_match_held_out_clients": "held-out clients",
+    "field_match": "field match",
+    "rouge_l": "ROUGE-L",
+}
 
 
 def _console(*, error: bool) -> Console:
@@ -217,8 +230,8 @@ def _print_table(console: Console, result: Any) -> None:
     for arm, said in result.privacy.items():
         console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
     console.print(
-        "  Test figures are measured on test sets declared public, on task models that learnt private text and stay at "
-        "their clients: epsilon does not cover these figures, and real sites do not answer them by default.",
+        "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt private "
+        "text there: epsilon does not cover these figures, and real sites do not answer them by default.",
         soft_wrap=True,
     )
     console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)

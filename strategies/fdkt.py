@@ -12,8 +12,9 @@ from typing import Literal
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.curation import Kept, clusters, deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.judges import best_of
 from fedsynth.tasks import Learn, Synthesize
-from fedsynth.teacher import augment, best_of
+from fedsynth.teacher import augment
 from fedsynth.typed import BadValue
 
 

@@ -14,7 +14,7 @@ fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
 classifier public_models world_models
-teacher publictext pretraining gates llm remote tuning training generation curation evaluation embedding
+teacher judges mentor apprentice selfgen publictext pretraining gates llm remote tuning training generation curation evaluation embedding
 batches adapters
 models dpsgd
 hub
@@ -23,7 +23,7 @@ corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
-    "flwr": {"wire", "federation", "clients.app", "clients.home", "launch", "fedsynth_sim"},
+    "flwr": {"wire", "federation", "clients.app", "clients.home", "clients.stock", "launch", "fedsynth_sim"},
     "torch": {
         "models",
         "dpsgd",

@@ -15,11 +15,28 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save
 
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
 from fedsynth.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
 from fedsynth.privacy.plan import Statement
-from fedsynth.tasks import Code, Evaluate, Evaluated, Learn, Learnt, Refused, Synthesize, Synthesized
+from fedsynth.tasks import (
+    Adopt,
+    Adopted,
+    Code,
+    Evaluate,
+    Evaluated,
+    Finetune,
+    Finetuned,
+    Learn,
+    Learnt,
+    Refused,
+    Score,
+    Scored,
+    SelfTrain,
+    SelfTrained,
+    Synthesize,
+    Synthesized,
+)
 from fedsynth.typed import BadValue
 
 TEXTS = ("naïve café", "漢字 🩺", "", "a\nb\tc\x00", '"quoted", \\ and {$corpus}', "e\u0301 is not \u00e9")
@@ -35,6 +52,14 @@ VALUES = [
     Evaluate(),
     Synthesized(CORPUS, STATEMENT, unfinished=2),
     Synthesized(Corpus((), (), Provenance.SELF_GENERATED), Statement("none", None, 1e-5), 0, ADAPTER),
+    Finetune(ADAPTER, seed=1, frozen_a=True),
+    Finetuned(ADAPTER, STATEMENT, records=200),
+    Adopt(ADAPTER),
+    Adopted(parameters=7),
+    Score(CORPUS, seed=4),
+    Scored(Scores((0.1, 1 / 3, 0.0), ("g1",)), STATEMENT),
+    SelfTrain(ADAPTER, seed=1, writing_seed=2, share=0.25, selection="random", training="mixed"),
+    SelfTrained(ADAPTER, Statement("none", None, 1e-5), records=30),
     Learnt(received=5),
     Evaluated({"accuracy": 0.1 + 0.2, "macro_f1": 1 / 3}, examples=600),
     *[Refused(code) for code in Code],

@@ -7,22 +7,17 @@ import numpy as np
 import pytest
 from scripted import ScriptedLLM
 
-from fedsynth import teacher
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept, clusters
+from fedsynth.judges import LEAD_IN, best_of, judge_by_instruction, judge_by_likelihood, parse_selected, select_prompt
 from fedsynth.teacher import (
     Augmented,
     Mode,
     augment,
-    best_of,
     blocks_prompt,
-    judge_by_instruction,
-    judge_by_likelihood,
     line_prompt,
     parse_blocks,
     parse_line,
-    parse_selected,
-    select_prompt,
 )
 
 LABELS = ("fever", "cough", "injury")
@@ -54,7 +49,7 @@ def ask(llm: ScriptedLLM, demonstrations: dict[int, Corpus], mode: Mode = "per_l
         (lambda: blocks_prompt([], labels=["QQ1", "QQ2"], wanted=["QQ3"]), ["QQ1", "QQ2", "QQ3"]),
         (
             lambda: select_prompt([("QQ1", "QQ2"), ("QQ3", "QQ4")], labels=["QQ5"], keep=99, domain="QQ6"),
-            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "QQ6", "99", "1.", "2.", teacher.LEAD_IN],
+            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "QQ6", "99", "1.", "2.", LEAD_IN],
         ),
     ],
 )

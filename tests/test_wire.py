@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedsynth import tasks
 from fedsynth.clients import app as client
 from fedsynth.clients.home import Home
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.data import Site
 from fedsynth.firewall import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
 from fedsynth.lora import Adapter
@@ -30,15 +30,23 @@ from fedsynth.privacy.release import NotReleasable
 from fedsynth.scenario import Client, TaskTraining
 from fedsynth.tasks import (
     ORDERS,
+    Adopt,
+    Adopted,
     Code,
     Envelope,
     Evaluate,
     Evaluated,
+    Finetune,
+    Finetuned,
     Learn,
     Learnt,
     Order,
     Origin,
     Refused,
+    Score,
+    Scored,
+    SelfTrain,
+    SelfTrained,
     Synthesize,
     Synthesized,
 )
@@ -61,7 +69,18 @@ UNGRANTED = Corpus(("written without a mechanism",), ("flu",), Provenance.SELF_G
 ADAPTER = Adapter({"w.lora_A.weight": np.ones((1, 2), np.float32)}, 1, 2.0, "base", ("g",))
 DP = Statement("dp", 7.99, 1e-5)
 NONE = Statement("none", None, 1e-5)
-ANSWERS = (Synthesized(GRANTED, DP, 1, ADAPTER), Learnt(4), Evaluated({"accuracy": 0.5}, 600), Refused(Code.FAILED))
+SCORES = Scores((0.5, 0.25), ("g",))
+UNDER_A_GRANT = (
+    Synthesized(GRANTED, DP, 1, ADAPTER),
+    Finetuned(ADAPTER, DP, 200),
+    Scored(SCORES, DP),
+    Adopted(2),
+    Learnt(4),
+    Evaluated({"accuracy": 0.5}, 600),
+    Refused(Code.FAILED),
+)
+OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
+ANSWERS = (*UNDER_A_GRANT, OPEN)
 ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
 ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, home=3)
 FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]  # type: ignore[arg-type]
@@ -122,9 +141,34 @@ def test_what_is_no_answer_does_not_pack(value: object) -> None:
         sealed(value, waived=True)
 
 
-@pytest.mark.parametrize("answer", ANSWERS, ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("answer", UNDER_A_GRANT, ids=lambda a: type(a).__name__)
 def test_every_answer_that_keeps_to_the_rules_packs(answer: object) -> None:
     assert encode(answer) == sealed(answer)
+
+
+def test_what_has_no_guarantee_packs_once_that_is_logged() -> None:
+    with pytest.raises(WillNotLeave, match="no release without guarantee was logged"):
+        sealed(OPEN)
+    assert encode(OPEN) == sealed(OPEN, waived=True)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Finetuned(replace(ADAPTER, grants=()), DP, 200),
+        Finetuned(replace(ADAPTER, grants=()), NONE, 200),
+        Scored(replace(SCORES, grants=()), DP),
+        Scored(replace(SCORES, grants=()), NONE),
+    ],
+)
+def test_weights_and_scores_without_a_grant_do_not_pack(answer: Finetuned | Scored) -> None:
+    with pytest.raises(WillNotLeave, match="grant"):
+        sealed(answer)
+    if answer.statement == NONE:
+        assert encode(answer) == sealed(answer, waived=True)
+    else:  # a waiver is no guarantee
+        with pytest.raises(WillNotLeave, match="claims a guarantee"):
+            sealed(answer, waived=True)
 
 
 # Private text
@@ -143,7 +187,7 @@ def test_every_answer_that_keeps_to_the_rules_packs(answer: object) -> None:
     ids=["plain", "list", "dict", "mapping", "order"],
 )
 def test_private_text_does_not_pack_wherever_it_is_planted(answer: Any, name: str, wrap: Any) -> None:
-    for waived in (False, True):
+    for waived in (True,) if isinstance(answer, SelfTrained) else (False, True):
         with pytest.raises(WillNotLeave, match=rf"{type(answer).__name__}\.{name} is private text"):
             sealed(with_field(answer, name, wrap(PRIVATE)), waived=waived)
 
@@ -189,16 +233,16 @@ def comparable(answer: Synthesized) -> object:
 
 
 @dataclass(frozen=True)
-class Scores:
+class Opinions:
     """An answer that no order asks for."""
 
     values: tuple[float, ...] = dataclasses.field(metadata={"origin": Origin.NO_GUARANTEE})
 
 
 def test_a_field_without_guarantee_packs_only_when_waived() -> None:
-    with pytest.raises(WillNotLeave, match=r"Scores\.values has no guarantee"):
-        sealed(Scores((0.5,)))
-    assert decode(sealed(Scores((0.5,)), waived=True), Scores) == Scores((0.5,))
+    with pytest.raises(WillNotLeave, match=r"Opinions\.values has no guarantee"):
+        sealed(Opinions((0.5,)))
+    assert decode(sealed(Opinions((0.5,)), waived=True), Opinions) == Opinions((0.5,))
 
 
 @dataclass(frozen=True)
@@ -225,7 +269,7 @@ def test_measured_figures_pack_only_where_measuring_is_allowed() -> None:
 
 
 def test_a_statement_of_dp_beside_ungranted_text_is_refused_even_when_waived() -> None:
-    with pytest.raises(WillNotLeave, match="claims a guarantee for text or weights without a grant"):
+    with pytest.raises(WillNotLeave, match="claims a guarantee for text, weights or scores without a grant"):
         sealed(Synthesized(UNGRANTED, DP, 0), waived=True)
 
 
@@ -542,3 +586,71 @@ def test_private_text_is_stopped_in_one_place_only() -> None:
     """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
     packers = [p for p in Path(client.__file__).parent.glob("*.py") if "pack_answer(" in p.read_text()]
     assert [p.name for p in packers] == ["app.py"]
+
+
+# Adapters and scores at the firewall
+
+FACTORS = {"w.lora_A.weight": np.ones((1, 2), np.float32), "w.lora_B.weight": np.zeros((3, 1), np.float32)}
+START = Adapter(FACTORS, 1, 2.0, "base")
+TRAINED = replace(START, grants=("g",))
+ONLY_B = replace(TRAINED, arrays={"w.lora_B.weight": np.ones((3, 1), np.float32)})
+BROKEN = {"w.lora_A.weight": np.full((1, 2), np.nan, np.float32), "w.lora_B.weight": np.zeros((3, 1), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (replace(TRAINED, arrays={**START.arrays, "text": np.zeros(9, np.float32)}), "other tensors"),
+        (replace(TRAINED, arrays={"w.lora_A.weight": START.arrays["w.lora_A.weight"]}), "other tensors"),
+        (replace(TRAINED, arrays={n: a.T for n, a in START.arrays.items()}), "other tensors"),
+        (replace(TRAINED, base="another"), "another base"),
+        (replace(TRAINED, rank=2), "another rank"),
+        (replace(TRAINED, alpha=4.0), "another alpha"),
+        (replace(TRAINED, arrays=BROKEN), "not finite"),
+        (START, "with grants"),
+    ],
+)
+def test_an_adapter_may_only_be_one_of_those_that_were_sent(adapter: Adapter, said: str) -> None:
+    order = Finetune(START, seed=0)
+    check_answer(order, Finetuned(TRAINED, DP, 200), ())
+    with pytest.raises(Rejected, match=said):
+        check_answer(order, Finetuned(adapter, DP, 200), ())
+
+
+def test_with_frozen_a_the_factors_b_come_back_alone() -> None:
+    order = Finetune(START, seed=0, frozen_a=True)
+    check_answer(order, Finetuned(ONLY_B, DP, 200), ())
+    with pytest.raises(Rejected, match="other tensors"):
+        check_answer(order, Finetuned(TRAINED, DP, 200), ())
+    with pytest.raises(Rejected, match="other tensors"):
+        check_answer(replace(order, frozen_a=False), Finetuned(ONLY_B, DP, 200), ())
+
+
+def test_scores_are_one_finite_number_per_text() -> None:
+    order = Score(GRANTED, seed=0)
+    one = Scores((0.5,) * len(GRANTED), ("g",))
+    check_answer(order, Scored(one, DP), LABELS)
+    for values in [(0.5,) * (len(GRANTED) + 1), (), (float("nan"),) * len(GRANTED), (float("inf"),) * len(GRANTED)]:
+        with pytest.raises(Rejected, match="score"):
+            check_answer(order, Scored(replace(one, values=values), DP), LABELS)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        Finetune(replace(START, arrays=BROKEN), seed=0),
+        Finetune(START, seed=-1),
+        Adopt(replace(START, arrays=BROKEN)),
+        Score(replace(GRANTED, prompts=(), answers=()), seed=0),
+        Score(PRIVATE, seed=0),
+        SelfTrain(START, seed=0, writing_seed=2**40),
+        SelfTrain(START, seed=0, writing_seed=0, share=1.1),
+        SelfTrain(START, seed=0, writing_seed=0, share=float("nan")),
+        SelfTrain(START, seed=0, writing_seed=0, candidates=2, keep=3),
+        SelfTrain(START, seed=0, writing_seed=0, shots=0),
+        SelfTrain(START, seed=0, writing_seed=0, max_tokens=MAX_TOKENS + 1),
+    ],
+)
+def test_a_client_refuses_an_order_beyond_its_ranges(order: Order[Any]) -> None:
+    with pytest.raises(Rejected):
+        check_order(order, LABELS)
