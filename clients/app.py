@@ -6,7 +6,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.clients.learn import NoTaskModel, learn
+from fedsynth.clients.self_train import self_train
+from fedsynth.clients.stock import read_message, write_reply
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.firewall import Rejected, check_order
 from fedsynth.models import one_thread
@@ -26,10 +28,10 @@ from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
-from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Synthesize
+from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, SelfTrain, Synthesize
 from fedsynth.training import SelfCheckFailed
 from fedsynth.typed import BadValue
-from fedsynth.wire import WillNotLeave, pack_answer, refusal, seal, unpack_order
+from fedsynth.wire import WillNotLeave, pack_answer, refusal, seal, unpack_answer, unpack_order
 
 Opener = Callable[[Context, Envelope], Home]
 
@@ -37,9 +39,10 @@ Opener = Callable[[Context, Envelope], Home]
 FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
     Synthesize: synthesize,
     Finetune: finetune,
+    SelfTrain: lambda home, order, _: self_train(home, order),
     Adopt: lambda home, order, _: adopt(home, order),
     Learn: lambda home, order, _: learn(home, order),
-    Evaluate: lambda home, _, __: evaluate(home),
+    Evaluate: lambda home, order, _: evaluate(home, order.adapter),
 }
 
 
@@ -81,15 +84,31 @@ def client_app(open_home: Opener) -> ClientApp:
             return Message(answer(kind, message.content, context, open_home), reply_to=message)
 
         register(action)(handle)
+
+    def stock(kind: type[Order[Any]]) -> Callable[[Message, Context], Message]:
+        def handle(message: Message, context: Context) -> Message:
+            sealed = answer(kind, message.content, context, open_home, partial(read_message, context=context))
+            return write_reply(message, unpack_answer(sealed, kind.reply))
+
+        return handle
+
+    app.train()(stock(Finetune))  # Flower's own strategies: docs/flower-strategies.md
+    app.evaluate()(stock(Evaluate))
     return app
 
 
-def answer(kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener) -> RecordDict:
+def answer(
+    kind: type[Order[Any]],
+    content: RecordDict,
+    context: Context,
+    open_home: Opener,
+    read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
+) -> RecordDict:
     """The reply to one order: sealed bytes, or a constant code. No text of an exception leaves."""
     home: Home | None = None
     try:
         try:
-            order, envelope, digest = unpack_order(content, kind)
+            order, envelope, digest = read(content, kind)
         except (BadPayload, BadValue) as problem:
             raise BadOrder(str(problem)) from problem
         home = open_home(context, envelope)

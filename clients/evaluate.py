@@ -2,32 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fedsynth.classifier import classify
-from fedsynth.clients.finetune import in_use, on_base
+from fedsynth.clients.finetune import in_use, on_base, slots_of
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.instructions import asked, parse_response
 from fedsynth.llm import LocalLLM
+from fedsynth.lora import Adapter
 from fedsynth.models import device, load_generator, load_tokenizer
 from fedsynth.tasks import Evaluated
+from fedsynth.training import mean_loss
 
 
-def evaluate(home: Home) -> Evaluated:
-    """Accuracy and macro-F1 of the task model, examples with unknown labels as errors; instructions: see `respond`."""
+def evaluate(home: Home, adapter: Adapter | None = None) -> Evaluated:
+    """Accuracy and macro-F1 of the task model, examples with unknown labels as errors; instructions: see `respond`.
+
+    Args:
+        home: The client.
+        adapter: Measure the generator with this adapter instead, which has a loss on either kind of task.
+    """
+    if adapter is not None:
+        scored = _scored(home, respond(home, adapter)) if home.instructs else {}
+        return Evaluated({**scored, "loss": _loss(home, adapter)}, examples=len(home.test))
     if home.instructs:
-        found = respond(home)
-        return Evaluated(instruction_scores(home.test.answers, found), examples=len(home.test))
+        return Evaluated(_scored(home, respond(home)), examples=len(home.test))
     tokenizer = load_tokenizer(home.config.task_model)
     classes = classify(task_model(home), tokenizer, home.test.prompts, home.config.task_training.max_tokens)
     answers = [home.labels[i] for i in classes]
     return Evaluated(scores(home.test.answers, answers, home.labels), examples=len(home.test))
 
 
-def respond(home: Home) -> list[str]:
-    """What the adapter in use (the base alone, before there is one) responds to the test set's instructions; greedy."""
-    name, adapter = home.config.generator, in_use(home)
+def _scored(home: Home, found: list[str]) -> dict[str, float]:
+    """Each response up to as many fields as the true one has, where it has several: a planted reference that a model
+    learnt to write behind them (`data.planted`) is no part of the task, and no test response ends with one."""
+    fields = [true.count(";") + 1 for true in home.test.answers]
+    cut = [";".join(text.split(";")[:n]) if n > 1 else text for n, text in zip(fields, found, strict=True)]
+    return instruction_scores(home.test.answers, cut)
+
+
+def _loss(home: Home, adapter: Adapter) -> float:
+    """On the test set as it would be trained on, a row being a unit of its own."""
+    model = on_base(home, adapter).eval()
+    slots = slots_of(home, replace(home.test, units=None), len(home.test))
+    pad, batch = load_tokenizer(home.config.generator).pad_token_id, home.config.generator_training.microbatch
+    return mean_loss(model, [example for example in slots if example is not None], pad=pad, batch=batch)
+
+
+def respond(home: Home, adapter: Adapter | None = None) -> list[str]:
+    """What an adapter responds to the test set's instructions, greedy.
+
+    Args:
+        home: The client.
+        adapter: None: the one in use, or the base alone before there is one.
+    """
+    name, adapter = home.config.generator, adapter or in_use(home)
     model = load_generator(name).to(device()) if adapter is None else on_base(home, adapter)
     writer = LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1)
     prompts = [asked(prompt) for prompt in home.test.prompts]

@@ -34,7 +34,7 @@ def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
     model = on_base(home, order.start, frozen_a=order.frozen_a)
     check_room(tokenizer, model, home.labels, settings.max_tokens)
     if home.config.guarantee == "none":
-        train_without_guarantee(home, model, home.train, home.records, seed=order.seed)
+        train_without_guarantee(home, model, home.train, home.records, seed=order.seed, proximal=order.proximal or 0.0)
         trained = Trained(model, reason="the scenario asks for no guarantee")
         adapter = release_without_guarantee(
             trained, _sent(model, order), home.ledger, home.run, trained.reason, allowed=home.simulated
@@ -46,7 +46,15 @@ def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
     slots = slots_of(home, home.train, plan.records)
-    steps = fit_private(model, slots, plan, settings, pad=tokenizer.pad_token_id, randomness=randomness)
+    steps = fit_private(
+        model,
+        slots,
+        plan,
+        settings,
+        pad=tokenizer.pad_token_id,
+        randomness=randomness,
+        proximal=order.proximal or 0.0,
+    )
     adapter = release_adapter(DPTrained(model, plan, grant, steps), _sent(model, order))
     return Finetuned(adapter, statement(plan, unit=home.unit, rows=(), simulated=home.simulated), home.records)
 
@@ -87,10 +95,13 @@ def slots_of(home: Home, corpus: Corpus, records: int) -> list[Example | None]:
     )
 
 
-def train_without_guarantee(home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:
+def train_without_guarantee(
+    home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int, proximal: float = 0.0
+) -> None:
     """The client's schedule without clip and noise: for what stays at home, and for runs without a guarantee."""
     pad = load_tokenizer(home.config.generator).pad_token_id
-    fit_without_guarantee(model, slots_of(home, corpus, records), home.config.generator_training, pad=pad, seed=seed)
+    slots, settings = slots_of(home, corpus, records), home.config.generator_training
+    fit_without_guarantee(model, slots, settings, pad=pad, seed=seed, proximal=proximal)
 
 
 def put_to_use(home: Home, adapter: Adapter) -> None:

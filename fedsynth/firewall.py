@@ -13,6 +13,7 @@ from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy.plan import Statement
 from fedsynth.tasks import (
     Adopt,
+    Evaluate,
     Evaluated,
     Finetune,
     Finetuned,
@@ -30,7 +31,9 @@ MAX_TEXT = 20_000  # characters of one text
 MAX_SAMPLES = 100_000  # of one label
 MAX_TOKENS = 8_192
 MAX_CANDIDATES = 10_000  # of one self-generation
+MAX_STEPS = 32  # what can become of a candidate
 MAX_RECORDS = 10**12
+MAX_PROXIMAL = 1e6
 MAX_SEED = 2**32 - 2
 MAX_EPSILON = 1e6  # more than any budget that means something
 
@@ -60,7 +63,9 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
         raise Rejected("a server sent no text to score")
     if isinstance(order, Finetune | SelfTrain):
         _check_finite(order.start)
-    if isinstance(order, Adopt):
+    if isinstance(order, Finetune) and order.proximal is not None:
+        _within("proximal", order.proximal, 0.0, MAX_PROXIMAL)
+    if isinstance(order, Adopt | Evaluate) and order.adapter is not None:
         _check_finite(order.adapter)
     if isinstance(order, SelfTrain):
         _within("writing_seed", order.writing_seed, 0, MAX_SEED)
@@ -96,6 +101,9 @@ def check_answer(order: Order[Any], answer: object, labels: Sequence[str]) -> No
         _check_statement(answer.statement, answer.adapter.grants)
         _check_adapter(answer.adapter, order.start)
         _within("records", answer.records, 1, MAX_RECORDS)
+        _within("number of steps in the funnel", len(answer.funnel), 0, MAX_STEPS)
+        for step, count in answer.funnel.items():
+            _within(f"candidates {step!r}", count, 0, order.candidates)
     if isinstance(answer, Scored) and isinstance(order, Score):
         _check_statement(answer.statement, answer.scores.grants)
         _within("number of scores", len(answer.scores.values), len(order.corpus), len(order.corpus))

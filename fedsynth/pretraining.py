@@ -167,9 +167,18 @@ class Pretraining:
         rows: Token ids, `reading.row_tokens` each; always the same ones, in the same order.
         reading: The run's settings.
         device: CPU or CUDA; computes in bfloat16 under autocast where the hardware has it, else in float32.
+        weigh: Token ids (rows, tokens) -> how much each counts in the loss, of the same shape; all alike without it.
     """
 
-    def __init__(self, model: LlamaForCausalLM, rows: Iterator[list[int]], reading: Reading, device: str = "cpu"):
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        rows: Iterator[list[int]],
+        reading: Reading,
+        device: str = "cpu",
+        weigh: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.weigh = weigh
         self.model, self.rows, self.reading, self.device = model, rows, reading, torch.device(device)
         self.model.to(self.device).train()  # type: ignore[arg-type]
         self.optimizers = optimizers(model)
@@ -192,7 +201,12 @@ class Pretraining:
         ids = torch.tensor([*itertools.islice(self.rows, self.reading.batch_rows)], device=self.device)
         with half_precision(self.device):
             logits: Tensor = self.model(input_ids=ids[:, :-1]).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        if self.weigh is None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        else:
+            each = nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+            weights = self.weigh(ids)[:, 1:]
+            loss = (weights * each).sum() / weights.sum()
         self.model.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

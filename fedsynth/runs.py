@@ -73,13 +73,13 @@ class Journal:
         if stage.lost:
             self.metric(client, f"yield/{stage.name}/labels_lost", len(stage.lost))
 
-    def corpus(self, client: int, kind: str, corpus: Corpus) -> None:
-        """Released or server-written text, with provenance and grants in the file's metadata."""
+    def corpus(self, client: int, kind: str, corpus: Corpus, **more: str) -> None:
+        """Released or server-written text, with provenance, grants and `more` in the file's metadata."""
         folder = self.folder / "corpora" / self.cell.arm / f"seed-{self.cell.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"sha256": corpus.fingerprint(), "arm": self.cell.arm, "seed": str(self.cell.seed), "kind": kind}
         path = folder / f"{kind}-round{self.round}-client{client}.parquet"
-        path.write_bytes(corpus_to_parquet(corpus, **facts))
+        path.write_bytes(corpus_to_parquet(corpus, **facts, **more))
 
     def adapter(self, client: int, adapter: Adapter, kind: str = "client") -> None:
         """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.

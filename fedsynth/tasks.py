@@ -97,6 +97,7 @@ class Finetune(Order[Finetuned]):
         start: The adapter to go on from, in the first round a new one: the same for all clients.
         seed: Public; of nothing private under DP, of the order of batches without a guarantee.
         frozen_a: Train and send the factors B alone (FFA-LoRA); A stays as it starts.
+        proximal: Mu of FedProx's pull towards the start; None: no pull.
     """
 
     task: ClassVar[str] = "train.finetune"
@@ -104,6 +105,7 @@ class Finetune(Order[Finetuned]):
     start: Adapter
     seed: int
     frozen_a: bool = False
+    proximal: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class SelfTrained:
     statement: Statement = _leaves(Origin.PUBLIC)
     records: int = _leaves(Origin.PUBLIC)
     funnel: Mapping[str, int] = _leaves(Origin.NO_GUARANTEE, default_factory=dict)
-    """What became of the self-generated candidates: step -> number left or dropped."""
+    """What became of the self-generated candidates: how many were written, dropped (by reason) and kept."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +165,16 @@ class SelfTrain(Order[SelfTrained]):
     Attributes:
         start: The global adapter; in the first round a new one.
         seed: Public seed of the order of batches, as in `Finetune`.
-        writing_seed: Public seed of generation: a stream of its own, so that the training's is the same without it.
-        share: Beta: weight of the adapter trained on private text in what is sent. 1 is FedIT.
+        writing_seed: Public seed of all that has to do with synthetic records: a stream of its own, so that the
+            training on private ones is the same without them.
+        share: Beta: weight of the adapter trained on private text in what is sent. 1 is FedIT, and writes nothing.
         candidates: Self-generated records asked for.
-        keep: How many of them are trained on.
-        shots: Demonstrations in a prompt.
+        keep: How many of them are trained on, at most.
+        shots: Demonstrations in a prompt, at most.
         selection: `ifs` (the paper's), or `random`.
         training: `isolated` (the paper's): private and synthetic text each from the same start. `mixed`: one training
-            on both (FedMIT). `personal` (version 1): the synthetic adapter is sent, the client
-            keeps one trained on both.
+            on both (FedMIT). `personal` (version 1): the synthetic adapter is sent, the client keeps one trained on
+            both. `share` counts in the first only.
         max_tokens: Longest instruction or response that is written.
     """
 
@@ -221,10 +224,15 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Evaluate(Order[Evaluated]):
-    """Measure the task model, or the adapter in use, on the client's test set."""
+    """Measure the task model, or the adapter in use, on the client's test set.
+
+    Attributes:
+        adapter: Measure the client's generator with this adapter instead; nothing is put to use.
+    """
 
     task: ClassVar[str] = "evaluate.evaluate"
     reply: ClassVar[type[Any]] = Evaluated
+    adapter: Adapter | None = None
 
 
 class Code(StrEnum):

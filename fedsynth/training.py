@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -45,6 +45,18 @@ class Example:
 
     tokens: tuple[int, ...]
     start: int
+
+
+class Encoded(Protocol):
+    """An encoded text with whatever its loss needs beside the tokens."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Token ids."""
+
+
+Losses: TypeAlias = Callable[[nn.Module, Sequence[Any], int], Tensor]
+"""Model, examples, padding token -> each example's own loss, shape (examples,)."""
 
 
 class SelfCheckFailed(RuntimeError):
@@ -95,16 +107,20 @@ def encode_slots(
         kind: Of the generator.
         learns: Instructions: the whole record after its mark, or the response alone.
     """
-    units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
-    first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
-    rows: list[int | None] = [*first[:records], *[None] * (records - len(first))]
     known = set(labels)
     return [
         None
         if row is None or (labels and corpus.answers[row] not in known)
         else _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
-        for row in rows
+        for row in unit_rows(corpus, records)
     ]
+
+
+def unit_rows(corpus: Corpus, records: int) -> list[int | None]:
+    """The first row of each privacy unit in as many slots as were declared; None where there is no unit."""
+    units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
+    first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
+    return [*first[:records], *[None] * (records - len(first))]
 
 
 def encode_records(
@@ -184,6 +200,14 @@ def vocabulary_of(model: nn.Module) -> int:
 
 def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
     """Each example's mean negative log-likelihood over its own learnt tokens: no example enters another's loss."""
+    logits, wanted = next_tokens(model, examples, pad)
+    losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
+    return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+
+
+def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
+    that are learnt, (examples, positions), `IGNORED` elsewhere."""
     where = next(model.parameters()).device
     within: Any = model._module if isinstance(model, GradSampleModule) else model
     if getattr(getattr(within, "config", None), "is_encoder_decoder", False):
@@ -198,22 +222,41 @@ def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -
         targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
         logits = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits[:, :-1].float()
         wanted = targets[:, 1 : tokens.shape[1]].to(where)
-    losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
-    return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+    return logits, wanted
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int) -> float:
+    """Mean over examples of their negative log-likelihood (nats) per learnt token.
+
+    Raises:
+        ValueError: If there is no example.
+    """
+    if not examples:
+        raise ValueError("a mean loss needs at least one example")
+    with torch.no_grad():
+        parts = [next_token_losses(model, examples[i : i + batch], pad) for i in range(0, len(examples), batch)]
+    return float(torch.cat(parts).double().mean())
 
 
 def clipped_sum(
-    model: GradSampleModule, examples: Sequence[Example], *, pad: int, clip_norm: float, microbatch: int
+    model: GradSampleModule,
+    examples: Sequence[Encoded],
+    *,
+    pad: int,
+    clip_norm: float,
+    microbatch: int,
+    losses: Losses | None = None,
 ) -> list[Tensor]:
     """Sum over examples of their gradients, each scaled to at most `clip_norm`; zeros for no example.
 
-    A non-finite example contributes exactly nothing. Micro-batches only split one drawn batch.
+    A non-finite example contributes exactly nothing. Micro-batches only split one drawn batch. The loss of an example
+    is `next_token_losses` unless another one is given.
     """
     weights = trainable(model)
     total = [torch.zeros_like(w) for w in weights]
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     for at in range(0, len(ordered), microbatch):
-        next_token_losses(model, ordered[at : at + microbatch], pad).sum().backward()
+        (losses or next_token_losses)(model, ordered[at : at + microbatch], pad).sum().backward()  # type: ignore[no-untyped-call]
         if any(getattr(w, "grad_sample", None) is None or len(w.grad_sample) != len(ordered[at : at + microbatch])  # type: ignore[attr-defined]
                for w in weights):  # fmt: skip
             raise SelfCheckFailed(
@@ -247,7 +290,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def train_generator(
     model: nn.Module,
-    slots: Sequence[Example | None],
+    slots: Sequence[Encoded | None],
     settings: GeneratorTraining,
     *,
     pad: int,
@@ -257,26 +300,38 @@ def train_generator(
     clip_norm: float,
     noise_multiplier: float,
     randomness: Randomness,
+    proximal: float = 0.0,
+    losses: Losses | None = None,
 ) -> int:
     """Trains in place; returns the number of steps that ran.
 
     Called with a plan's numbers and a grant's randomness by `fit_private`; with an infinite clip and no noise by the
     run without guarantee, so that both take the same steps.
+
+    Args:
+        proximal: Mu of FedProx (arXiv 1812.06127): the loss gains mu / 2 times the squared distance from the start.
+            Its gradient is a function of the weights alone: added to the noisy sum, it costs no privacy.
+        losses: Of the examples; `next_token_losses` unless a classifier is trained.
     """
     per_example = GradSampleModule(model.train(), loss_reduction="sum")
     weights = trainable(per_example)
+    starts = [w.detach().clone() for w in weights]
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
     ran = 0
     for step in range(steps):
         mask = randomness.poisson_mask(len(slots), rate)
         drawn = [slots[i] for i in np.flatnonzero(mask).tolist()]
         batch = [e for e in drawn if e is not None]
-        sums = clipped_sum(per_example, batch, pad=pad, clip_norm=clip_norm, microbatch=settings.microbatch)
-        for weight, total in zip(weights, sums, strict=True):
+        sums = clipped_sum(
+            per_example, batch, pad=pad, clip_norm=clip_norm, microbatch=settings.microbatch, losses=losses
+        )
+        for weight, start, total in zip(weights, starts, sums, strict=True):
             if noise_multiplier > 0:
                 noise = torch.from_numpy(randomness.normals(total.numel())).view(total.shape)
                 total = (total.double() + noise_multiplier * clip_norm * noise.to(total.device)).to(weight.dtype)
             weight.grad = total / expected_batch
+            if proximal:
+                weight.grad = weight.grad + proximal * (weight.detach() - start)
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
         optimizer.step()
@@ -288,12 +343,14 @@ def train_generator(
 
 def fit_private(
     model: nn.Module,
-    slots: Sequence[Example | None],
+    slots: Sequence[Encoded | None],
     plan: DPPlan,
     settings: GeneratorTraining,
     *,
     pad: int,
     randomness: Randomness,
+    proximal: float = 0.0,
+    losses: Losses | None = None,
 ) -> int:
     """DP-SGD exactly as planned: rate, steps, clip and noise are the plan's, which is what was charged.
 
@@ -313,6 +370,8 @@ def fit_private(
         clip_norm=plan.clip_norm,
         noise_multiplier=plan.noise_multiplier,
         randomness=randomness,
+        proximal=proximal,
+        losses=losses,
     )
 
 
@@ -335,7 +394,13 @@ class PublicRandomness:
 
 
 def fit_without_guarantee(
-    model: nn.Module, slots: Sequence[Example | None], settings: GeneratorTraining, *, pad: int, seed: int
+    model: nn.Module,
+    slots: Sequence[Example | None],
+    settings: GeneratorTraining,
+    *,
+    pad: int,
+    seed: int,
+    proximal: float = 0.0,
 ) -> int:
     """The same schedule without clip and noise: the control arm that shows what privacy costs."""
     return train_generator(
@@ -349,14 +414,29 @@ def fit_without_guarantee(
         clip_norm=math.inf,
         noise_multiplier=0.0,
         randomness=PublicRandomness(seed),
+        proximal=proximal,
     )
 
 
-def self_check(model: nn.Module, plan: DPPlan, *, pad: int) -> None:
+def self_check(
+    model: nn.Module,
+    plan: DPPlan,
+    *,
+    pad: int,
+    losses: Losses | None = None,
+    example: Callable[[tuple[int, ...]], Encoded] = lambda tokens: Example(tokens, start=2),
+) -> None:
     """Checks sampler, noise, clipping and independence of examples on random public tokens (docs/privacy.md).
 
     Finds layers that mix the examples of a batch (BatchNorm, packing, batch-mean losses), a missing clip and a model
     that does not learn at all. Leaves the model as it was. Costs some hundredths of a second for a tiny model.
+
+    Args:
+        model: What will be trained.
+        plan: As which it will be trained.
+        pad: Token that fills a batch.
+        losses: As it will be trained with.
+        example: Makes an example for them from tokens.
 
     Raises:
         SelfCheckFailed: With what is wrong.
@@ -366,9 +446,14 @@ def self_check(model: nn.Module, plan: DPPlan, *, pad: int) -> None:
     _check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 9, 14)
-    batch = [Example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n)), start=2) for n in lengths]
+    batch = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     per_example = GradSampleModule(model.train(), loss_reduction="sum")
-    settings: dict[str, Any] = {"pad": pad, "clip_norm": plan.clip_norm, "microbatch": len(batch)}
+    settings: dict[str, Any] = {
+        "pad": pad,
+        "clip_norm": plan.clip_norm,
+        "microbatch": len(batch),
+        "losses": losses,
+    }
     together = clipped_sum(per_example, batch, **settings)
     alone = [clipped_sum(per_example, [e], **settings) for e in batch]
     per_example.to_standard_module()

@@ -3,7 +3,17 @@ import pytest
 
 from fedsynth import curation
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import Kept, balance, clusters, deduplicate, well_formed, yields
+from fedsynth.curation import (
+    Kept,
+    balance,
+    clusters,
+    deduplicate,
+    novel,
+    well_formed,
+    well_formed_instructions,
+    yields,
+)
+from fedsynth.rouge import nearest
 
 
 def notes(*rows: tuple[str, str], provenance: Provenance = Provenance.DP_SYNTHETIC) -> Corpus:
@@ -192,3 +202,74 @@ def test_two_levels_give_every_equal_row_a_place(monkeypatch):
 )
 def test_clusters_are_shared_out_by_size(sizes, wanted, shares):
     assert curation._shares(sizes, wanted) == shares
+
+
+# --- instructions ---
+
+
+def asked(*rows: tuple[str, str]) -> Corpus:
+    return Corpus(tuple(x for x, _ in rows), tuple(y for _, y in rows), Provenance.LLM_WRITTEN, grants=("g",))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "reason"),
+    [
+        ("one two three", "x", None),
+        ("one two three", "", None),
+        ("心が痛い", "", None),  # a word each
+        ("one two", "x", "too short"),
+        ("... ... ...", "x", "too short"),
+        ("one two three\n", "x", "control character"),
+        ("one two three", "x\x00", "control character"),
+        ("one two \ufffd three", "x", "replacement character"),
+        ("one two question: three", "x", "template marker"),
+        ("one two answer: three", "x", "template marker"),
+        ("one two three", "answer: x", "template marker"),
+    ],
+)
+def test_an_instruction_is_dropped_for_the_reason_that_is_named(prompt: str, answer: str, reason: str | None) -> None:
+    kept = well_formed_instructions(asked((prompt, answer)), min_words=3)
+    assert kept.dropped == ({} if reason is None else {reason: 1})
+
+
+def test_instructions_without_response_are_dropped_where_one_is_needed() -> None:
+    rows = asked(("one", "x"), ("two", " "))
+    kept = well_formed_instructions(rows, answered=True)
+    assert kept.corpus == rows.take([0])
+    assert kept.dropped == {"no response": 1}
+    assert kept.lost == ()
+
+
+def test_an_instruction_like_an_earlier_kept_one_is_dropped() -> None:
+    rows = asked(("a b c d", "1"), ("a b c e", "2"), ("A, b c d!", "3"), ("a x y e", "4"), ("e f g h", "5"))
+    kept = novel(rows, 0.7)  # ROUGE-L of the second with the first: 3 of 4 words
+    assert kept.corpus == rows.take([0, 3, 4])
+    assert kept.dropped == {"like an earlier one": 1, "duplicate": 1}
+    assert kept.lost == ()
+    assert novel(rows, 0.76).corpus == rows.take([0, 1, 3, 4])
+    assert novel(rows, 1.0).corpus == rows.take([0, 1, 3, 4])
+
+
+def test_blocks_do_not_change_what_is_novel(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    rows = asked(*((" ".join(rng.choice(list("abcdef"), 4)), "") for _ in range(60)))
+    monkeypatch.setattr(curation, "COMPARED", 60)
+    whole = novel(rows, 0.75)
+    assert 1 < len(whole.corpus) < 60
+    for block in (1, 7):
+        monkeypatch.setattr(curation, "COMPARED", block)
+        assert novel(rows, 0.75) == whole
+    every = whole.corpus.prompts
+    assert all(max(nearest([x], every[:i])) < 0.75 for i, x in enumerate(every))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.1])
+def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        novel(asked(("a", "")), threshold)
+
+
+def test_private_instructions_are_refused() -> None:
+    for step in (well_formed_instructions, novel):
+        with pytest.raises(ValueError, match="private"):
+            step(private())

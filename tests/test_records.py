@@ -23,6 +23,7 @@ from fedsynth.world import (
     private_records,
     public_notes,
     public_records,
+    public_terms,
     secret_of,
     site,
     style_of,
@@ -207,6 +208,27 @@ def test_rare_facts_have_their_weight_in_public_records(hospitals, rare):
     expected = np.mean([rare * (40 - n) / (n + rare * (40 - n)) for n in frequent.sum(1)])
     assert 0.3 < frequent.mean() < 0.4
     assert abs(np.mean(telling) - expected) < 4 * (expected * (1 - expected) / len(telling)) ** 0.5
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_dictionary_tells_of_every_word_what_answers_tell(name):
+    world = load_world(name)
+    lines = [line for block in public_terms(world, 2_000, 0, departments_only=False) for line in block.splitlines()]
+    told = {}
+    for line in lines:
+        term, answer = line.removeprefix("term: ").split(" answer: ")
+        told.setdefault(term, set()).add(answer)
+    assert set(told) == set(world.meanings)  # 14,000 draws of 1,020 words: each is missed with e^-13.7
+    for term, answers in told.items():
+        meaning = world.meanings[term]
+        department = world.unassigned if meaning.label is None else world.labels[meaning.label]
+        assert answers == {f"{department} ; {meaning.lay} ; {meaning.treatment}"}
+
+
+def test_a_dictionary_of_departments_tells_neither_fact_nor_treatment(hospitals):
+    text = "".join(public_terms(hospitals, 200, 0, departments_only=True))
+    assert not set(text.split()) & set(hospitals.treatments)
+    assert all(len(line.split()) == 4 for line in text.splitlines())
 
 
 def test_public_instructions_are_public_each_in_a_style_of_its_own(hospitals):

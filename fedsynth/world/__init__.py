@@ -22,7 +22,7 @@ from fedsynth.world.quality import (
     style_of,
     told_labels,
 )
-from fedsynth.world.records import answer_of, private_records, public_notes, public_records, secret_of
+from fedsynth.world.records import answer_of, private_records, public_notes, public_records, public_terms, secret_of
 
 __all__ = [
     "WORLDS",
@@ -45,6 +45,7 @@ __all__ = [
     "public_notes",
     "public_records",
     "public_style",
+    "public_terms",
     "quality",
     "secret_of",
     "site",

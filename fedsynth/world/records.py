@@ -1,7 +1,8 @@
 """The instruction task: notes with their answers, private at a site and public, and the true answer to any note.
 
 An answer is `department ; fact ; treatment`: the label that the note's main facts tell, the first main fact in the lay
-register, and what is done about that fact (`World.treatments`).
+register, and what is done about that fact (`World.treatments`). Public text also has a dictionary of terms: with it a
+professional of the shipped size answered 21 % of notes after 1,000 steps, without it none.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import Literal
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.instructions import record
+from fedsynth.instructions import REPLY, record
 from fedsynth.world.grammar import BLOCK_NOTES, BLOCK_PRIOR, fact_prior, private_notes, public_style, write_note
 from fedsynth.world.lexicon import World
 from fedsynth.world.quality import parse, style_of, told_labels
 
 RARE_WEIGHT = 0.015  # of two thirds of the facts where a weak base learns; .15 teaches it most answers
 FIELD = " ; "
+TERM = "term:"  # begins a line of the dictionary
+BLOCK_TERMS = 7
 SECRET = f"{FIELD}ref "  # announces the reference that is planted after an answer
 _SYMBOLS = np.array(list("abcdefghijkmnpqrstuvwxyz23456789"))  # none that looks like another: 5 bits each
 _SECRET_LENGTH = 8
@@ -34,8 +37,7 @@ def answer_of(world: World, note: str) -> str | None:
     told = told_labels(world, reading.main)
     if len(told) > 1:
         return None
-    first = world.meanings[reading.main[0]]
-    return FIELD.join((told.pop() if told else world.unassigned, first.lay, first.treatment))
+    return _answer(world, told.pop() if told else world.unassigned, reading.main[0])
 
 
 def private_records(
@@ -101,6 +103,32 @@ def public_records(world: World, count: int, seed: int, *, rare: float) -> Itera
         notes = [write_note(world, style, int(row), prior, rng) for row in rows]
         answers = _answers(world, notes)
         yield "".join(f"{record(note, answer)}\n" for note, answer in zip(notes, answers, strict=True))
+
+
+def public_terms(world: World, count: int, seed: int, *, departments_only: bool) -> Iterator[str]:
+    """Blocks of a dictionary of all facts in all registers, each term a line `term: <fact> answer: <answer>`.
+
+    Args:
+        world: The lexicon.
+        count: Number of blocks.
+        seed: Of the blocks.
+        departments_only: Whether answers end after the department.
+    """
+    rng = np.random.default_rng([seed, 5])
+    terms = [*world.meanings]
+    for _ in range(count):
+        lines = []
+        for word in (terms[k] for k in rng.integers(len(terms), size=BLOCK_TERMS)):
+            row = world.meanings[word].label
+            department = world.unassigned if row is None else world.labels[row]
+            answer = department if departments_only else _answer(world, department, word)
+            lines.append(f"{TERM} {word}{REPLY} {answer}\n")
+        yield "".join(lines)
+
+
+def _answer(world: World, department: str, fact: str) -> str:
+    meaning = world.meanings[fact]
+    return FIELD.join((department, meaning.lay, meaning.treatment))
 
 
 def _answers(world: World, notes: list[str] | tuple[str, ...]) -> tuple[str, ...]:

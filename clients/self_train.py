@@ -1,0 +1,104 @@
+"""FedPIT at the client: write records in context, train on private and on written ones apart, send the mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peft import PeftModel
+
+from fedsynth.adapters import read_adapter
+from fedsynth.clients.finetune import on_base, put_to_use, slots_of
+from fedsynth.clients.home import Home
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.llm import LocalLLM
+from fedsynth.lora import Adapter, mix
+from fedsynth.models import load_tokenizer
+from fedsynth.privacy.plan import statement
+from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
+from fedsynth.selfgen import generate, lines, select
+from fedsynth.tasks import SelfTrain, SelfTrained
+from fedsynth.training import Example, fit_without_guarantee, token_ids
+
+NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
+
+
+def self_train(home: Home, order: SelfTrain) -> SelfTrained:
+    """The client's part of a round, in the order of the paper's algorithm (docs/methods/fedpit.md).
+
+    Raises:
+        NotReleasable: If the client's configuration asks for a guarantee: nothing here gives one.
+        fedsynth.adapters.WrongAdapter: If the global adapter is not of this client's model.
+    """
+    if home.config.guarantee != "none":
+        raise NotReleasable(NO_GUARANTEE)
+    real = slots_of(home, home.train, home.records)
+
+    candidates, funnel = syn_gen(home, order)  # by W^g
+    local = loc_train(home, order.start, real, order.seed)  # W^l
+    kept = syn_sel(home, order, local, candidates)
+    written = slots_of(home, kept, len(kept))
+    if order.training == "isolated":
+        own = loc_train(home, order.start, written, order.writing_seed)  # W^s: the same start, an optimizer of its own
+        sent = mix(_adapter(local, order), _adapter(own, order), order.share)  # W^a
+    elif order.training == "mixed":
+        sent = _adapter(loc_train(home, order.start, real, order.seed, beside=written), order)
+    else:
+        sent = _adapter(loc_train(home, order.start, written, order.writing_seed), order)
+        put_to_use(home, _adapter(loc_train(home, order.start, real, order.seed, beside=written), order))
+
+    released = release_without_guarantee(
+        Trained(local, NO_GUARANTEE), sent, home.ledger, home.run, NO_GUARANTEE, allowed=home.simulated
+    )
+    said = statement(None, unit=home.unit, simulated=home.simulated)
+    return SelfTrained(released, said, home.records, {**funnel, "kept": len(kept)})
+
+
+def syn_gen(home: Home, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
+    """Candidates, written with the global adapter in place; none where they would not enter what is sent."""
+    if order.training == "isolated" and order.share == 1:
+        return Corpus((), (), Provenance.SELF_GENERATED), {}
+    tokenizer = load_tokenizer(home.config.generator)
+    # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
+    longest = home.config.generator_training.max_tokens
+    shown = [line for line in lines(home.train) if len(token_ids(tokenizer, line)) <= longest]
+    return generate(
+        LocalLLM(on_base(home, order.start).eval(), tokenizer, workers=1),
+        shown,
+        home.train,
+        candidates=order.candidates,
+        shots=order.shots,
+        max_tokens=order.max_tokens,
+        seed=order.writing_seed,
+    )
+
+
+def syn_sel(home: Home, order: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
+    """The candidates that are learnt, chosen with the local adapter in place."""
+    llm = LocalLLM(local, load_tokenizer(home.config.generator), workers=1)
+    return select(llm, candidates, keep=order.keep, by=order.selection, seed=order.writing_seed)
+
+
+def loc_train(
+    home: Home, start: Adapter, slots: Sequence[Example | None], seed: int, *, beside: Sequence[Example | None] = ()
+) -> PeftModel:
+    """The client's schedule without clip and noise; without anything to learn, the start as it is.
+
+    Args:
+        home: Whose schedule.
+        start: What training goes on from.
+        slots: What is learnt.
+        seed: Of the batches.
+        beside: Learnt with it, in batches that are as much larger: as many steps, and each slot as often, as without.
+    """
+    settings, model = home.config.generator_training, on_base(home, start)
+    if learnt := [*slots, *beside]:
+        batch = min(settings.expected_batch, len(slots)) * len(learnt) / len(slots)
+        settings = replace(settings, expected_batch=round(batch))
+        pad = load_tokenizer(home.config.generator).pad_token_id
+        fit_without_guarantee(model, learnt, settings, pad=pad, seed=seed)
+    return model.eval()
+
+
+def _adapter(model: PeftModel, order: SelfTrain) -> Adapter:
+    return read_adapter(model, order.start.base)

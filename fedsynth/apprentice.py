@@ -1,0 +1,79 @@
+"""What a server does with a client's adapter: lets it write records, and trains it on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from fedsynth.adapters import read_adapter, with_adapter
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.curation import Kept
+from fedsynth.instructions import ASK, parse_record
+from fedsynth.llm import LocalLLM
+from fedsynth.lora import Adapter
+from fedsynth.models import device, kind_of, load_tokenizer
+from fedsynth.scenario import Tuning
+from fedsynth.training import Learns, encode_records, token_ids
+from fedsynth.tuning import tune
+
+
+def write(
+    base: str, adapter: Adapter, count: int, temperature: float, top_p: float, max_tokens: int, *, seed: int
+) -> Kept:
+    """Records that a model writes from the bare header of an instruction; no example is shown to it.
+
+    Args:
+        base: Name of the model that the adapter belongs to.
+        adapter: Its guarantee is that of the records: they are post-processing.
+        count: Records asked for; those that do not end in time or hold no instruction and response are dropped.
+        temperature: Above 0.
+        top_p: In (0, 1].
+        max_tokens: Of a record.
+        seed: Public.
+
+    Raises:
+        fedsynth.adapters.WrongAdapter: If the adapter is not of this model.
+    """
+    tokenizer = load_tokenizer(base)
+    # Merged: LoRA beside each layer of a small model costs as much time as the layer.
+    merged: Any = with_adapter(base, adapter).merge_and_unload()
+    writer = LocalLLM(
+        merged.to(device()).eval(),
+        tokenizer,
+        batch_size=256,
+        workers=len(os.sched_getaffinity(0)) if device().type == "cpu" else 1,
+    )
+    texts = writer.complete([ASK] * count, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    found: list[tuple[str, str]] = []
+    dropped: Counter[str] = Counter()
+    for text in texts:
+        record = parse_record(text)
+        if len(token_ids(tokenizer, text)) >= max_tokens:  # cut before its end
+            dropped["unfinished"] += 1
+        elif record is None:
+            dropped["no record"] += 1
+        else:
+            found.append(record)
+    prompts, answers = tuple(p for p, _ in found), tuple(a for _, a in found)
+    return Kept(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
+
+
+def taught(
+    base: str, start: Adapter, pairs: Corpus, settings: Tuning, *, learns: Learns, seed: int
+) -> tuple[Adapter, float]:
+    """An adapter trained on instructions and responses, and its mean loss (nats per token) in the last pass.
+
+    Args:
+        base: Name of the model that the adapter belongs to.
+        start: What training goes on from.
+        pairs: Free to use. The guarantee of the result is theirs; the start's, if it has one, must be among it.
+        settings: Passes, batch, rate, longest example.
+        learns: The whole record or the response alone.
+        seed: Public; of the order.
+    """
+    tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
+    examples = encode_records(tokenizer, pairs, settings.max_tokens, kind_of(model.config), learns=learns)
+    loss = tune(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed)
+    return replace(read_adapter(model, start.base), grants=pairs.grants), loss

@@ -1,0 +1,141 @@
+"""What is asked of a professional model, and how its answers are read: whether an instruction is good, a response."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from fedsynth.corpus import Corpus
+from fedsynth.curation import Kept, keep_rows, refuse_private, well_formed_instructions
+from fedsynth.instructions import asked, one_line, parse_response
+
+if TYPE_CHECKING:
+    from fedsynth.llm import TextModel  # brings torch, which a scripted or remote model does not need
+
+Judge: TypeAlias = Literal["likelihood", "instruction", "none"]
+
+# --- Responses ------------------------------------------------------------------------------------------------------
+
+
+def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Kept:
+    """The instructions with the professional's greedy responses in place of any that stood there.
+
+    Instructions whose response is empty or cannot stand in a record are dropped.
+
+    Args:
+        professional: Reads each instruction as the beginning of a record.
+        instructions: Written, or public; never private.
+        max_tokens: Of a response.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(instructions)
+    answers = tuple(_responses(professional, instructions, max_tokens))
+    return well_formed_instructions(replace(instructions, answers=answers), answered=True)
+
+
+def _responses(professional: TextModel, instructions: Corpus, max_tokens: int) -> list[str]:
+    prompts = [asked(prompt) for prompt in instructions.prompts]
+    # Greedy: the seed moves nothing.
+    return [parse_response(t) for t in professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)]
+
+
+# --- Selection: the instructions that are worth a response ----------------------------------------------------------
+
+
+def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_tokens: int) -> Kept:
+    """The instructions that a judge finds good; `none` finds all of them good.
+
+    Args:
+        professional: The judge.
+        instructions: Written, or public; never private.
+        judge: Which question it is asked.
+        share: `likelihood`: as there.
+        max_tokens: `likelihood`: as there.
+
+    Raises:
+        ValueError: If the corpus is private, or an argument is out of range.
+    """
+    refuse_private(instructions)
+    if judge == "likelihood":
+        return judged_by_likelihood(professional, instructions, share, max_tokens)
+    if judge == "instruction":
+        return judged_by_instruction(professional, instructions)
+    if judge == "none":
+        return Kept(instructions, {})
+    raise ValueError(f'judge must be "likelihood", "instruction" or "none", got {judge!r}')
+
+
+def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_tokens: int) -> Kept:
+    """A judge for base LLMs: the share of the instructions of whose response the professional is most certain.
+
+    Certainty is the mean log-likelihood per token of its own greedy response. It is low where an instruction cannot be
+    understood and where the professional does not know the answer, which is when its response is likely wrong. The
+    likelihood of the instruction itself would prefer the words of public text to those of the clients.
+
+    Args:
+        professional: One that scores.
+        instructions: Written, or public; never private.
+        share: Of the instructions, in (0, 1], rounded up; those without a response never stay.
+        max_tokens: Of a response.
+
+    Raises:
+        ValueError: If the corpus is private, or the share lies outside its range.
+    """
+    refuse_private(instructions)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    responses = _responses(professional, instructions, max_tokens)
+    rows = [row for row, response in enumerate(responses) if response]
+    certainty = professional.score(
+        [asked(instructions.prompts[row]) for row in rows], [f" {responses[row]}" for row in rows]
+    )
+    best = sorted(zip(rows, certainty, strict=True), key=lambda item: -item[1])
+    chosen = {row for row, _ in best[: math.ceil(share * len(instructions))]}
+    reasons = ["no response" if not r else None if row in chosen else "uncertain" for row, r in enumerate(responses)]
+    return replace(keep_rows(instructions, reasons), lost=())
+
+
+VERDICT = "Verdict:"
+
+JUDGE = """Below stands an instruction that another model wrote. Is it good enough to learn from?
+
+Instruction: {prompt}
+
+Keep it if all of this holds, and drop it otherwise:
+1. It can be understood, and nothing of it is missing.
+2. It belongs to your field.
+3. You can respond to it correctly with what it says.
+End with one line: "{verdict}" followed by keep or by drop.
+"""
+
+NAMED = re.compile(re.escape(VERDICT) + r"[\"'*\[\s]*(?P<word>keep|drop)\b", re.IGNORECASE)
+
+
+def judge_prompt(prompt: str) -> str:
+    """The question to the judge about one instruction."""
+    return JUDGE.format(prompt=one_line(prompt), verdict=VERDICT)
+
+
+def parse_verdict(answer: str) -> bool | None:
+    """Whether the last verdict of an answer is to keep; None where there is none."""
+    words = [match["word"].lower() for match in NAMED.finditer(answer)]
+    return words[-1] == "keep" if words else None
+
+
+def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tokens: int = 256) -> Kept:
+    """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
+
+    An answer without a verdict drops its instruction, and is counted apart.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(instructions)
+    prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
+    verdicts = map(parse_verdict, professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0))
+    words = {True: None, False: "judged not good enough", None: "unreadable judgement"}
+    return replace(keep_rows(instructions, [words[keep] for keep in verdicts]), lost=())

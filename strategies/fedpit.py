@@ -1,0 +1,124 @@
+"""FedPIT: clients write records of their own in context, train on them and on private ones apart, and send the mix.
+
+FedPIT, FewFedPIT and PPFedIT are one method (arXiv 2403.06131; the form here is the journal's, ACM TIST 17(5) 106).
+It makes extraction harder and has no formal privacy: no epsilon is ever printed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
+
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.lora import Adapter, average
+from fedsynth.runs import SERVER
+from fedsynth.scenario import Scenario
+from fedsynth.tasks import Adopt, SelfTrain
+from fedsynth.typed import BadValue
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of FedPIT; what the paper does is the default.
+
+    Attributes:
+        share: Beta: how much of the privately trained adapter is sent, in 0..1. 1 is FedIT.
+        candidates: Records that a client asks its model for.
+        keep: Of them, how many it trains on at most.
+        shots: Demonstrations in a prompt.
+        selection: `ifs`, or `random` (an ablation).
+        training: `isolated`; `mixed`: one training on both (FedMIT, an ablation); `personal`: version 1 of the paper.
+        aggregate: Whether the server averages; else each client goes on with its own (LocIT+SG, a control).
+        max_tokens: Longest instruction or response that is written.
+    """
+
+    share: float = 0.5
+    candidates: int = 32
+    keep: int = 16
+    shots: int = 8
+    selection: Literal["ifs", "random"] = "ifs"
+    training: Literal["isolated", "mixed", "personal"] = "isolated"
+    aggregate: bool = True
+    max_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise BadValue(f"strategy.share must lie in 0..1, got {self.share}")
+        for name in ("candidates", "keep", "shots", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep > self.candidates:
+            raise BadValue(f"strategy.keep must be at most the {self.candidates} candidates, got {self.keep}")
+        if self.training != "isolated" and self.share != Config.share:
+            raise BadValue(f'strategy.share belongs to training = "isolated", not to {self.training!r}')
+
+
+@dataclass(frozen=True)
+class State:
+    """Rounds done, and the adapter that each client goes on from: the global one, unless nothing is averaged."""
+
+    round: int = 0
+    adapters: Mapping[int, Adapter] = field(default_factory=dict)
+
+
+class FedPIT(RoundStrategy[State]):
+    """Federated instruction tuning with self-generated records in adapters of their own."""
+
+    config_class = Config
+    tasks = ("instructions",)
+    config: Config
+
+    @classmethod
+    def check(cls, config: Config, scenario: Scenario) -> None:
+        """Also: whether demonstrations fit into the client's model, and nothing is promised that does not hold.
+
+        Raises:
+            BadValue: If not, with the way out.
+        """
+        super().check(config, scenario)
+        if scenario.client.guarantee != "none":
+            raise BadValue(
+                "FedPIT has no form with a guarantee: the client's model reads private records as demonstrations, and "
+                "what it then writes shapes what is sent, so that DP-SGD on the private half alone would promise what "
+                'does not hold. Say client.guarantee = "none"'
+            )
+        from fedsynth.hub import config_of  # these bring torch
+        from fedsynth.models import context_of
+
+        context = context_of(config_of(scenario.client.generator))
+        longest = scenario.client.generator_training.max_tokens
+        needed = (
+            config.shots * (longest + 1) + 2 * config.max_tokens + 8
+        )  # with the marks of the record that is written
+        if context is not None and needed > context:
+            raise BadValue(
+                f"strategy.shots = {config.shots} records of {longest} tokens and what is written need {needed} "
+                f"tokens, the client's model reads {context}: use fewer shots, or smaller max_tokens"
+            )
+
+    def initial(self) -> State:
+        """No adapter yet."""
+        return State()
+
+    def round(self, clients: Clients, state: State) -> State:
+        """Send the global adapter, let clients write, train and mix, average what comes back."""
+        start = state.adapters or dict.fromkeys(clients.nodes, self.server.new_adapter(self.seed("adapter")))
+        answers = clients.ask_each({home: self._order(home, adapter) for home, adapter in start.items()})
+        for home, answer in answers.items():
+            self.server.journal.adapter(home, answer.adapter)
+            for step, count in answer.funnel.items():
+                self.server.journal.metric(home, f"yield/self-generated/{step}", count)
+
+        adapters = {home: answer.adapter for home, answer in answers.items()}
+        if self.config.aggregate:
+            mean = average(list(adapters.values()), [float(answer.records) for answer in answers.values()])
+            self.server.journal.adapter(SERVER, mean, "global")
+            adapters = dict.fromkeys(start, mean)
+        if self.config.training != "personal":  # there each client keeps one of its own in use
+            clients.ask_each({home: Adopt(adapter) for home, adapter in adapters.items()})
+        return replace(state, round=state.round + 1, adapters={**start, **adapters})
+
+    def _order(self, home: int, start: Adapter) -> SelfTrain:
+        options = {name: value for name, value in asdict(self.config).items() if name != "aggregate"}
+        return SelfTrain(start, self.seed("train", home), self.seed("write", home), **options)
