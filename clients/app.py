@@ -18,6 +18,7 @@ from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.clients.learn import NoTaskModel, learn
+from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.stock import read_message, write_reply
 from fedsynth.clients.synthesize import synthesize
@@ -28,10 +29,10 @@ from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
-from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, SelfTrain, Synthesize
+from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Score, SelfTrain, Synthesize
 from fedsynth.training import SelfCheckFailed
 from fedsynth.typed import BadValue
-from fedsynth.wire import WillNotLeave, pack_answer, refusal, seal, unpack_answer, unpack_order
+from fedsynth.wire import WillNotLeave, derived, pack_answer, refusal, seal, unpack_answer, unpack_order
 
 Opener = Callable[[Context, Envelope], Home]
 
@@ -39,6 +40,7 @@ Opener = Callable[[Context, Envelope], Home]
 FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
     Synthesize: synthesize,
     Finetune: finetune,
+    Score: score,
     SelfTrain: lambda home, order, _: self_train(home, order),
     Adopt: lambda home, order, _: adopt(home, order),
     Learn: lambda home, order, _: learn(home, order),
@@ -118,8 +120,10 @@ def answer(
                 _check(order, home)
                 reply = FUNCTIONS[kind](home, order, digest)
                 stored = seal(reply, measuring=home.simulated, waived=home.waived)
-                keep = home.ledger.store if _under_grant(reply) else home.ledger.store_answer
-                keep(digest, stored)
+                if _under_grant(reply):
+                    home.ledger.store(digest, stored, derived_from=_grants(reply))
+                else:
+                    home.ledger.store_answer(digest, stored)
             home.ledger.mark_sent(digest)
             return pack_answer(stored)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
@@ -147,6 +151,10 @@ def _write_down(home: Home | None, task: str, what: str) -> None:
 def _under_grant(reply: object) -> bool:
     said = getattr(reply, "statement", None)
     return isinstance(said, Statement) and said.guarantee == "dp"
+
+
+def _grants(reply: object) -> list[str]:
+    return [grant for part in derived(reply) for grant in part.grants]
 
 
 def simulation(context: Context, envelope: Envelope) -> Home:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 from fedsynth import __version__
 from fedsynth.corpus import Corpus
@@ -83,19 +84,26 @@ class Home:
         """
         return self.config.plan(self.records, self.rounds)
 
-    def binding(self, order: str, planned: DPPlan) -> Binding:
-        """What a grant holds for: this order, plan, data, model, and the version and settings of the training."""
+    def binding(self, order: str, planned: DPPlan, *, model: str | None = None, training: Any = None) -> Binding:
+        """What a grant holds for: this order, plan, data, model, and the version and settings of the training.
+
+        Args:
+            order: Digest of the order.
+            planned: What is charged.
+            model: Hash of the weights that private text is put into; left out: the generator's.
+            training: Settings beside the plan; left out: those of the generator.
+        """
         return Binding(
             order=order,
             plan=planned.digest(),
             data=data_mac(self.ledger.mac_key, self.train),
-            model=weights_hash(self.config.generator),
-            version=f"{__version__} {self._settings_digest()}",
+            model=model or weights_hash(self.config.generator),
+            version=f"{__version__} {self._settings_digest(training or self.config.generator_training)}",
         )
 
-    def _settings_digest(self) -> str:
+    def _settings_digest(self, training: Any) -> str:
         """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
-        settings = {"training": plain(self.config.generator_training), "labels": list(self.labels), "unit": self.unit}
+        settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -144,7 +152,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
 
     return Home(
         index=index,
-        config=scenario.client,
+        config=scenario.client.of(index),
         labels=label_list(scenario.data),
         records=declared_records(cell, index),
         rounds=scenario.rounds,

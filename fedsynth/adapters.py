@@ -9,11 +9,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsynth.hub import weights_hash
+from fedsynth.hub import locate_adapter, weights_hash
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models import load_generator
 from fedsynth.typed import BadValue
@@ -125,3 +126,41 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     (folder / "grants.json").write_text(json.dumps({"grants": list(adapter.grants), "base_sha256": adapter.base}))
+
+
+PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "modules_to_save": None, "bias": "none"}
+
+
+def load_adapter(name: str, base: str) -> Adapter:
+    """A plain LoRA in PEFT format for the model named `base`, without a guarantee unless its folder names grants.
+
+    Args:
+        name: `assets:NAME`, or a folder.
+        base: Of the model that it is put into.
+
+    Raises:
+        BadValue: If there is none, it is no plain LoRA, or it is not one of that model.
+    """
+    folder = locate_adapter(name)
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        arrays = load_file(folder / "adapter_model.safetensors")
+        known = folder / "grants.json"
+        facts = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except Exception as problem:  # safetensors has exceptions of its own for bad bytes
+        raise BadValue(f"the adapter {name!r} cannot be read ({problem}): name a folder in PEFT format") from problem
+    if other := {key: config[key] for key, value in PLAIN.items() if config.get(key, value) != value}:
+        raise BadValue(f"the adapter {name!r} is no plain LoRA ({other}): only weights of A and B can be put to use")
+    adapter = Adapter(
+        {n: np.asarray(a, np.float32) for n, a in sorted(arrays.items())},
+        rank,
+        alpha,
+        facts.get("base_sha256", weights_hash(base)),
+        tuple(facts.get("grants", ())),
+    )
+    try:
+        with_adapter(base, adapter)
+    except WrongAdapter as problem:
+        raise BadValue(f"the adapter {name!r}: {problem}") from problem
+    return adapter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedsynth.adapters import attach_lora
 from fedsynth.batches import longest_of, padded, token_rows
 from fedsynth.corpus import Corpus
 from fedsynth.embedding import Embedder
 from fedsynth.models import Kind, device, kind_of, load_classifier
 from fedsynth.scenario import TaskTraining
-from fedsynth.training import token_ids
+from fedsynth.training import token_ids, unit_rows
 
 
 class Probe(nn.Module):
@@ -162,7 +164,6 @@ def _hider(tokenizer: Any, kind: Kind, share: float, generator: torch.Generator)
     return hide
 
 
-@torch.no_grad()
 def classify(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int = 128
 ) -> NDArray[np.int64]:
@@ -175,16 +176,108 @@ def classify(
         longest: Longer texts are cut after so many tokens.
         batch: Texts at once.
     """
+    classes: NDArray[np.int64] = _all_logits(model, tokenizer, texts, longest, batch).argmax(-1).astype(np.int64)
+    return classes
+
+
+def confidences(
+    model: nn.Module, tokenizer: Any, corpus: Corpus, labels: Sequence[str], longest: int, batch: int = 128
+) -> list[float]:
+    """The probability, in 0..1, that the task model gives to each text's own label; 0 where that is not in the list.
+
+    Args:
+        model: As `fit_classifier` trains it, or a `new_scorer`.
+        tokenizer: Its tokenizer.
+        corpus: Texts and class names.
+        labels: The public label list.
+        longest: Longer texts are cut after so many tokens.
+        batch: Texts at once.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+    logits = torch.from_numpy(_all_logits(model, tokenizer, corpus.prompts, longest, batch))
+    found = logits.double().softmax(-1).numpy()
+    return [float(row[number[y]]) if y in number else 0.0 for row, y in zip(found, corpus.answers, strict=True)]
+
+
+@torch.no_grad()
+def _all_logits(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int
+) -> NDArray[np.float32]:
+    """Shape (texts, classes)."""
     if isinstance(model, Probe):
-        return model(model.features(texts, longest)).argmax(-1).cpu().numpy().astype(np.int64)  # type: ignore[no-any-return]
+        found: Tensor = model(model.features(texts, longest))
+        return found.cpu().numpy()
     rows = _token_rows(tokenizer, texts, longest, model.config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found = np.empty(len(rows), np.int64)
+    parts = [np.empty((0, int(model.config.num_labels)), np.float32)]  # type: ignore[union-attr, arg-type]
     for at in range(0, len(order), batch):
-        chosen = order[at : at + batch]
-        tokens, present = padded([rows[i] for i in chosen], tokenizer.pad_token_id)
-        found[chosen] = _logits(model, tokens, present).argmax(-1).cpu().numpy()
-    return found
+        tokens, present = padded([rows[i] for i in order[at : at + batch]], tokenizer.pad_token_id)
+        parts.append(_logits(model, tokens, present).cpu().numpy())
+    return np.concatenate(parts)[np.argsort(order, kind="stable")]
+
+
+# --- Under DP-SGD: a model whose opinions may leave ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One encoded text and its class number."""
+
+    tokens: tuple[int, ...]
+    label: int
+
+
+def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -> nn.Module:
+    """A classifier of which a LoRA and the new head are trained, before its training.
+
+    Args:
+        name: The pretrained model.
+        classes: Number of labels.
+        rank: Of the LoRA.
+        alpha: LoRA scale is alpha / rank.
+        seed: Public seed of head and LoRA.
+    """
+    model = load_classifier(name, classes, seed)
+    body = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+    head = [p for p in model.parameters() if id(p) not in body]
+    scorer = attach_lora(model, rank=rank, alpha=alpha, seed=seed)
+    for weight in head:
+        weight.requires_grad_(True)
+    return scorer
+
+
+def label_slots(
+    tokenizer: Any, corpus: Corpus, labels: Sequence[str], records: int, longest: int, config: Any
+) -> list[LabelledText | None]:
+    """One slot per declared record, each a map of one privacy unit to itself: as `encode_slots` for a generator.
+
+    Args:
+        tokenizer: Public.
+        corpus: Private; `prompts` are texts, `answers` class names.
+        labels: The public label list.
+        records: Declared number of units.
+        longest: Longer texts are cut after so many tokens.
+        config: Of the classifier.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+
+    def slot(row: int | None) -> LabelledText | None:
+        if row is None or corpus.answers[row] not in number:
+            return None
+        try:
+            [tokens] = _token_rows(tokenizer, [corpus.prompts[row]], longest, config)
+        except Exception:  # a record that fails the whole answer would show in the answer
+            return None
+        return LabelledText(tuple(tokens), number[corpus.answers[row]]) if tokens else None
+
+    return [slot(row) for row in unit_rows(corpus, records)]
+
+
+def label_losses(model: nn.Module, examples: Sequence[LabelledText], pad: int) -> Tensor:
+    """Each text's negative log-likelihood of its class: no text enters another's loss."""
+    tokens, present = padded([e.tokens for e in examples], pad)
+    logits = _logits(model, tokens, present)
+    return F.cross_entropy(logits, torch.tensor([e.label for e in examples]).to(logits.device), reduction="none")
 
 
 def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from fedsynth.instructions import ASK, asked, parse_record, record
-from fedsynth.world.grammar import known_facts, site, write_note
+from fedsynth.world.grammar import Style, known_facts, site, write_note
 from fedsynth.world.lexicon import World
-from fedsynth.world.quality import main_facts, parse, quality, told_labels
+from fedsynth.world.quality import main_facts, quality, style_of, told_labels
 from fedsynth.world.records import FIELD, answer_of, private_records
 
 Role = Literal["llm", "slm", "base", "professional"]
@@ -19,7 +19,7 @@ GATES: dict[Role, dict[str, float]] = {
     "llm": {"template_valid": 0.95, "label_correct": 0.98, "register_match": 0.90},
     "slm": {"label_correct": 0.95},
     "base": {"department_correct": 0.9, "record_valid": 0.9, "in_style": 0.85, "in_style_new": 0.9},
-    "professional": {"exact_match": 0.97},
+    "professional": {"exact_match": 0.95},
 }
 SITES = 8  # the demo's hospitals, whose styles no public text has
 DEMONSTRATIONS = 4
@@ -36,8 +36,8 @@ def measure_gates(
     professional: answers to notes of the sites, greedy (`exact_match`, `department_correct`; `known_exact_match` where
         the weak text says the first fact often).
     base: the same answers; records written after the bare word that begins one (`record_valid`: a note of some style
-        with an answer); records continued after demonstrations of a site (`in_style`: a note of its style with an
-        answer; `in_style_new`: the note is none of the demonstrations' ones).
+        with an answer); records continued after demonstrations of a site (`in_style`: markers, separator,
+        order and register are its own, with an answer; `in_style_new`: the note is none of the demonstrations' ones).
     """
     return _MEASURES[role](world, model, tokenizer, per_site, seed)
 
@@ -103,13 +103,22 @@ def _writes_records(world: World, model: Any, tokenizer: Any, per_site: int, see
             shown.append(some.prompts)
     notes = [_note(t) for t in sample_lines(model, tokenizer, prompts, seed=seed, max_tokens=RECORD_TOKENS)]
     styles = [site(world, index).style for index in range(SITES) for _ in range(per_site)]
-    follows = [parse(world, s, n).valid and answer_of(world, n) is not None for s, n in zip(styles, notes, strict=True)]
+    follows = [
+        answer_of(world, n) is not None and _alike(s, style_of(world, n)) for s, n in zip(styles, notes, strict=True)
+    ]
     return {
         **_answers(world, model, tokenizer, per_site, seed),
         "record_valid": float(np.mean(valid)),
         "in_style": float(np.mean(follows)),
         "in_style_new": float(np.mean([note not in old for note, old in zip(notes, shown, strict=True)])),
     }
+
+
+def _alike(style: Style, found: Style | None) -> bool:
+    """Whether markers, separator, order and register are the same; openers and closers are filling, copied last."""
+    return found is not None and all(
+        getattr(style, name) == getattr(found, name) for name in ("main", "history", "separator", "order", "register")
+    )
 
 
 def _note(text: str | None) -> str:

@@ -55,6 +55,23 @@ def locate(name: str) -> str:
     return name
 
 
+def locate_adapter(name: str) -> Path:
+    """The folder of a shipped adapter, or a folder, in PEFT format.
+
+    Raises:
+        BadValue: If there is none.
+    """
+    shipped = Path(str(resources.files("fedsynth.assets")))
+    folder = shipped / name.removeprefix("assets:") if name.startswith("assets:") else Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        known = sorted(f"assets:{p.parent.name}" for p in shipped.glob("*/adapter_config.json"))
+        raise BadValue(
+            f"no adapter {name!r}: name a folder that holds adapter_config.json and adapter_model.safetensors, or one "
+            f"of {', '.join(known)}"
+        )
+    return folder
+
+
 def place_of(name: str) -> dict[str, Any]:
     """What every `from_pretrained` is given: where, and which revision. Code that comes with a model never runs."""
     where = locate(name)

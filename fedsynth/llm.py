@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fedsynth.adapters import with_adapter
 from fedsynth.batches import by_length, padded, token_rows
 from fedsynth.embedding import Embedder
+from fedsynth.lora import Adapter
 from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
 
 T = TypeVar("T")
@@ -123,19 +125,37 @@ class LocalLLM:
 
     @classmethod
     def load(
-        cls, path: str | Path, *, batch_size: int = 64, workers: int | None = None, device: str = "cpu"
+        cls,
+        path: str | Path,
+        *,
+        adapter: Adapter | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        device: str = "cpu",
     ) -> LocalLLM:
         """A shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
 
         On the CPU it computes in float32, however it was saved: in bfloat16 the rounding of a padded batch is coarse
         enough for a prompt's neighbours to change its text. On a GPU it is as precise as it was saved.
 
+        Args:
+            path: Or name.
+            adapter: Added to its weights: LoRA beside each layer of a small model costs as much time as the layer.
+            batch_size: Sequences at once.
+            workers: Threads.
+            device: Of torch.
+
         Raises:
             BadValue: If it cannot be loaded, or writes no text; the message names the way out.
+            fedsynth.adapters.WrongAdapter: If the adapter is not of this model.
         """
         name = str(path)
-        precision = "auto" if torch.device(device).type != "cpu" else torch.float32
-        model = load_model(name, "llm", dtype=precision).to(device)
+        precision: Any = "auto" if torch.device(device).type != "cpu" else torch.float32
+        model: Any = load_model(name, "llm", dtype=precision)
+        if adapter is not None:
+            merged: Any = with_adapter(name, adapter).merge_and_unload()
+            model = merged.to(model.dtype).eval()
+        model = model.to(device)
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
     def complete(

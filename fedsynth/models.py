@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -242,7 +243,9 @@ def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         client, server = cell.scenario.client, cell.scenario.server
         task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
-        found |= {(client.generator, "generator"): None, (client.task_model, task): None}
+        found |= {(client.generator, "generator"): None}
+        # Instructions need none.
+        found |= {(name, task): None for name in client.task_models or (client.task_model,) if name}
         found |= {(name, "llm"): None for name in (server.llm, server.professional) if isinstance(name, str)}
         if server.embedder is not None:
             found |= {(server.embedder, "embedder"): None}
@@ -266,6 +269,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """What `save_weights` wrote, into a model of the same shape."""
     model.load_state_dict(load_file(str(path)), strict=True)
+
+
+def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) -> None:
+    """Some of a model's parameters, by name."""
+    wanted = {id(weight) for weight in weights}
+    named = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) in wanted}
+    save_file(named, str(path))
+
+
+@torch.no_grad()
+def load_named(model: nn.Module, path: Path) -> None:
+    """What `save_named` wrote, into a model that has parameters of those names and shapes."""
+    weights = dict(model.named_parameters())
+    for name, tensor in load_file(str(path)).items():
+        weights[name].copy_(tensor)
 
 
 def one_thread() -> None:

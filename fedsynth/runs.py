@@ -81,17 +81,18 @@ class Journal:
         path = folder / f"{kind}-round{self.round}-client{client}.parquet"
         path.write_bytes(corpus_to_parquet(corpus, **facts, **more))
 
-    def adapter(self, client: int, adapter: Adapter, kind: str = "client") -> None:
+    def adapter(self, client: int, adapter: Adapter, kind: str = "client", *, base: str | None = None) -> None:
         """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.
 
         Args:
             client: Whose; `SERVER` for one of all clients.
             adapter: A whole one, factors A and B.
             kind: `client` for what a client released; else what the server made of it.
+            base: Name of the model that it belongs to; left out: the clients' generator.
         """
         place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
         folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / place
-        save_adapter(adapter, self.cell.scenario.client.generator, folder)
+        save_adapter(adapter, base or self.cell.scenario.client.generator, folder)
 
     def count_bytes(self, direction: str, client: int, count: int) -> None:
         """Bytes of a message's payload."""

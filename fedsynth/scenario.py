@@ -8,7 +8,7 @@ import math
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -272,25 +272,37 @@ class Client:
         generator: Causal or seq2seq model: `assets:NAME`, a folder, or a Hugging Face name, also `org/name@revision`.
         task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: there the
             generator itself, with an adapter, is what learns to respond.
+        task_models: Client k has the task model k % n of these n instead: architectures and tokenizers may differ.
         guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
         budget: Epsilon and delta of this run: all rounds, all releases.
         max_noise_multiplier: A budget that needs more noise than this is refused before any training.
         generator_training: DP-SGD settings.
         task_training: Task model settings.
         answer_tokens: Instructions: longest response at evaluation.
+        scores: Under `dp`, what protects scores of the server's texts (CrossLM). `model`: a classifier of its own,
+            trained once under DP-SGD, gives those of all rounds. `noise`: the task model gives them, and each round's
+            list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
+        scorer_training: `scores = "model"`: DP-SGD settings; `learns` has no meaning there.
+        score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
     """
 
     generator: str
     task_model: str = ""
+    task_models: tuple[str, ...] = ()
     guarantee: Literal["dp", "none"] = "dp"
     budget: Budget | None = None
     max_noise_multiplier: float = 20.0
     generator_training: GeneratorTraining = GeneratorTraining()
     task_training: TaskTraining = TaskTraining()
     answer_tokens: int = 32
+    scores: Literal["model", "noise"] = "model"
+    scorer_training: GeneratorTraining = GeneratorTraining()
+    score_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "max_noise_multiplier", "answer_tokens")
+        _positive(self, "max_noise_multiplier", "answer_tokens", "score_norm")
+        if "" in self.task_models:
+            raise BadValue("task_models holds an empty name: name a model for every place, or leave task_models out")
         if self.guarantee == "dp" and self.budget is None:
             raise BadValue(
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
@@ -310,17 +322,46 @@ class Client:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
             BadValue: If the run has no budget.
         """
+        return self._plan(self.generator_training, records, rounds)
+
+    def score_plan(self, records: int, rounds: int = 1) -> DPPlan:
+        """The schedule of what protects a client's scores in all rounds.
+
+        `model`: one training; what its model says of texts in later rounds is post-processing. `noise`: one Gaussian
+        mechanism a round on the client's data as a whole. All scores may change with it, from one list within
+        `score_norm` to another, so that the plan's clip norm is twice that: two lists are no further apart.
+
+        Args:
+            records: Declared, public number of privacy units.
+            rounds: Of the run.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+            BadValue: If the run has no budget.
+        """
+        if self.scores == "model":
+            return self._plan(self.scorer_training, records, 1)
+        whole = GeneratorTraining(expected_batch=1, steps=1, clip_norm=2 * self.score_norm)
+        return self._plan(whole, 1, rounds)
+
+    def _plan(self, settings: GeneratorTraining, records: int, rounds: int) -> DPPlan:
         if self.budget is None:
             raise BadValue("a run without a budget has no plan")
         return plan(
             self.budget,
             records=records,
-            expected_batch=min(self.generator_training.expected_batch, records),
-            steps=self.generator_training.steps,
+            expected_batch=min(settings.expected_batch, records),
+            steps=settings.steps,
             rounds=rounds,
-            clip_norm=self.generator_training.clip_norm,
+            clip_norm=settings.clip_norm,
             max_noise_multiplier=self.max_noise_multiplier,
         )
+
+    def of(self, index: int) -> Client:
+        """What the client `index` runs: this, with its own one of `task_models`."""
+        if not self.task_models:
+            return self
+        return replace(self, task_model=self.task_models[index % len(self.task_models)])
 
 
 @dataclass(frozen=True)
@@ -387,6 +428,7 @@ class Server:
 
     Attributes:
         llm: Causal or seq2seq model, named as a client's, or an endpoint.
+        adapter: LoRA of the llm that it starts with: `assets:NAME`, or a folder in PEFT format.
         embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
             itself, which no endpoint can be.
         answer_seconds: How long one exchange may take before the run ends with a reason.
@@ -397,6 +439,7 @@ class Server:
     """
 
     llm: str | Endpoint
+    adapter: str | None = None
     embedder: str | None = None
     answer_seconds: float = 3600.0
     quorum: float = 1.0
@@ -405,6 +448,8 @@ class Server:
 
     def __post_init__(self) -> None:
         _positive(self, "answer_seconds")
+        if isinstance(self.llm, Endpoint) and self.adapter is not None:
+            raise BadValue("the llm is an endpoint, into which no adapter can be put: name a model as llm")
         if isinstance(self.llm, Endpoint) and self.embedder is None:
             raise BadValue(
                 "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
@@ -441,7 +486,7 @@ class Scenario:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
         if self.rounds < 1:
             raise BadValue(f"rounds must be at least 1, got {self.rounds}")
-        if self.data.task == "classification" and not self.client.task_model:
+        if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         for arm in self.run:
             if arm not in self.arms:
@@ -537,7 +582,9 @@ PATHS = (
     ("data", "source"),
     ("client", "generator"),
     ("client", "task_model"),
+    ("client", "task_models"),
     ("server", "llm"),
+    ("server", "adapter"),
     ("server", "professional"),
     ("server", "embedder"),
     ("server", "public"),
@@ -552,18 +599,23 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
     is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of `fedsynth.simulate.check`.
     """
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-    for table, key in PATHS:
-        name = _table(found, table).get(key)
+
+    def absolute(name: object, *, text: bool) -> object:
         if not isinstance(name, str) or not name or ":" in name:
-            continue
+            return name
         places = [folder / name, Path(name)]
-        text = (table, key) in TEXTS
         if text and (shared := os.environ.get("FEDSYNTH_DATA")):
             places.append(Path(shared) / name)
         # Text may be a file or a saved data set; a file goes first.
         there = [p for p in places if text and p.is_file()] or [p for p in places if p.is_dir()]
-        if there:
-            found[table][key] = str(there[0].absolute())
+        return str(there[0].absolute()) if there else name
+
+    for table, key in PATHS:
+        if key not in _table(found, table):
+            continue
+        named, text = found[table][key], (table, key) in TEXTS
+        several = isinstance(named, list)
+        found[table][key] = [absolute(n, text=text) for n in named] if several else absolute(named, text=text)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.adapters import attach_lora
+from fedsynth.adapters import attach_lora, load_adapter
 from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data import divide, label_list, misfits
@@ -35,6 +35,7 @@ from fedsynth.typed import BadValue
 MODELS = (
     ("client", "generator"),
     ("client", "task_model"),
+    ("client", "task_models"),
     ("server", "llm"),
     ("server", "professional"),
     ("server", "embedder"),
@@ -104,6 +105,8 @@ def check(scenario: Scenario) -> list[str]:
             raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
         for name, role in models_of(resolved):
             check_model(name, role)
+        if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
+            load_adapter(resolved.server.adapter, resolved.server.llm)
         key = (resolved.data, resolved.client)
         if key in seen:
             continue
@@ -130,10 +133,12 @@ def pinned(scenario: Scenario) -> Scenario:
     pins = {name: pin(name) for name, _ in models_of(scenario)}
 
     def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: pins.get(value, value) if (table, key) in MODELS and isinstance(value, str) else value
-            for key, value in values.items()
-        }
+        return {key: pinned_name(value) if (table, key) in MODELS else value for key, value in values.items()}
+
+    def pinned_name(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(pinned_name(name) for name in value)
+        return pins.get(value, value) if isinstance(value, str) else value
 
     def here(table: str) -> dict[str, Any]:
         values = getattr(scenario, table)

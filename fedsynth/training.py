@@ -143,12 +143,13 @@ def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> t
 
 def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
     try:
-        return _encode(tokenizer, given, text, longest, kind)
+        return encode_text(tokenizer, given, text, longest, kind)
     except Exception:  # a record that fails the whole answer would show in the answer
         return None
 
 
-def _encode(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
+def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
+    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long."""
     if kind == "seq2seq":
         [head] = token_rows(tokenizer, [given], kind)
     else:
@@ -252,11 +253,12 @@ def clipped_sum(
     A non-finite example contributes exactly nothing. Micro-batches only split one drawn batch. The loss of an example
     is `next_token_losses` unless another one is given.
     """
+    losses_of: Losses = losses or next_token_losses
     weights = trainable(model)
     total = [torch.zeros_like(w) for w in weights]
     ordered = sorted(examples, key=lambda e: len(e.tokens))
     for at in range(0, len(ordered), microbatch):
-        (losses or next_token_losses)(model, ordered[at : at + microbatch], pad).sum().backward()  # type: ignore[no-untyped-call]
+        losses_of(model, ordered[at : at + microbatch], pad).sum().backward()
         if any(getattr(w, "grad_sample", None) is None or len(w.grad_sample) != len(ordered[at : at + microbatch])  # type: ignore[attr-defined]
                for w in weights):  # fmt: skip
             raise SelfCheckFailed(
@@ -443,7 +445,7 @@ def self_check(
     """
     if not trainable(model):
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
-    _check_streams(plan.sampling_rate)
+    check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
     lengths = (5, 9, 9, 14)
     batch = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
@@ -471,7 +473,7 @@ def self_check(
         raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
 
 
-def _check_streams(rate: float, count: int = 20_000) -> None:
+def check_streams(rate: float, count: int = 20_000) -> None:
     """Draws of a public key, never used for anything else, have the planned rate and unit deviation (5 sigma)."""
     randomness = GrantRandomness(bytes(32))
     drawn = float(randomness.poisson_mask(count, rate).mean())

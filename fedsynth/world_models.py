@@ -36,7 +36,8 @@ class Recipe:
         steps: Default number of optimizer steps.
         batch_rows: Rows per step.
         row_tokens: Tokens per row; seven records have about 200.
-        question_weight: Records: how much a question's tokens count in the loss beside its answer's.
+        question_weight: Records: how much a question's tokens count in the loss beside its answer's, at first.
+        answers_first: Share of the steps after which all tokens count alike: what is to write questions, too.
     """
 
     shape: Shape
@@ -46,12 +47,13 @@ class Recipe:
     batch_rows: int = 16
     row_tokens: int = 128
     question_weight: float = 1.0
+    answers_first: float = 1.0
 
 
 RECIPES: dict[Role, Recipe] = {
     "llm": Recipe(Shape(width=128, layers=4, feed_forward=344), "notes", weak=False, steps=3500),
     "slm": Recipe(Shape(width=96, layers=3, feed_forward=256), "notes", weak=True, steps=2000),
-    "base": Recipe(Shape(96, 3, 256, heads=3), "records", True, 2000, 8, 256, question_weight=0.25),
+    "base": Recipe(Shape(96, 3, 256, heads=3), "records", True, 3000, 8, 256, question_weight=0.25, answers_first=0.25),
     "professional": Recipe(Shape(96, 3, 256, heads=3), "records", False, 1500, 8, 256, question_weight=0.05),
 }
 
@@ -88,6 +90,8 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
     losses: list[float] = []
     card: dict[str, Any] = {}
     for done in range(1, steps + 1):
+        if done > recipe.answers_first * steps:
+            trained.weigh = None
         losses.append(trained.step())
         if done % 100 == 0:
             seconds = time.process_time() - started

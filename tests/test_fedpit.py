@@ -195,6 +195,24 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
     assert not private & own
 
 
+def test_the_global_model_writes_and_the_local_one_selects(
+    tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def noting(name: str, function: Any) -> Any:
+        return lambda llm, *a, **k: [seen.update({name: digest(read_adapter(llm.model, ""))}), function(llm, *a, **k)][
+            1
+        ]
+
+    monkeypatch.setattr(client, "generate", noting("generate", client.generate))
+    monkeypatch.setattr(client, "select", noting("select", client.select))
+    run = played(tmp_path / "fedpit", clients=1)
+    fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
+    [order], [private] = run.orders(SelfTrain), fedit.answers(Finetune)
+    assert seen == {"generate": digest(order.start), "select": digest(private.adapter)}
+
+
 def test_the_synthetic_half_is_what_it_would_be_without_the_private_one(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
 classifier public_models world_models
-teacher judges mentor apprentice selfgen publictext pretraining gates llm remote tuning training generation curation evaluation embedding
+judges mentor apprentice selfgen feedback
+teacher publictext pretraining gates llm remote tuning training generation curation evaluation embedding
 batches adapters
 models dpsgd
 hub

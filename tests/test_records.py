@@ -158,7 +158,8 @@ def test_every_planted_reference_is_one_records_own(hospitals):
     ]  # fmt: skip
     secrets = [secret_of(answer) for corpus in planted for answer in corpus.answers]
     assert len(set(secrets)) == 8 * 500
-    assert all(re.fullmatch("[a-z2-9]{8}", secret) for secret in secrets)
+    assert all(len(secret.split()) == 4 and set(secret.split()) <= set(hospitals.words) for secret in secrets)
+    assert len(hospitals.words) ** 4 > 2**40
     assert not any(secret in note for corpus in planted for note in corpus.prompts for secret in secrets[:50])
 
 

@@ -776,12 +776,12 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
     monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, said: str
 ) -> None:
     from fedsynth.privacy.noise import GrantRandomness
-    from fedsynth.training import _check_streams
+    from fedsynth.training import check_streams
 
-    _check_streams(0.25)
+    check_streams(0.25)
     monkeypatch.setattr(GrantRandomness, name, broken)
     with pytest.raises(SelfCheckFailed, match=said):
-        _check_streams(0.25)
+        check_streams(0.25)
 
 
 def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:

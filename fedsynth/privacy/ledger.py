@@ -10,7 +10,7 @@ import math
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,17 +224,47 @@ class Ledger:
             db.execute("UPDATE grants SET state = 'running' WHERE counter = ?", (grant.counter,))
             return GrantRandomness(bytes(row[3]))
 
-    def store(self, grant_or_order: Grant | str, answer: bytes) -> None:
+    def settled(self, id: str) -> Grant | None:
+        """The grant of that id, if its answer is stored: it never runs again, what came of it may be processed further.
+
+        None for an id that is not of this ledger, and for a grant whose run may have to be repeated.
+        """
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT counter, plan, binding FROM grants JOIN spent ON spent.id = grants.spent "
+                "WHERE grants.id = ? AND state IN ('stored', 'sent')",
+                (id,),
+            ).fetchone()
+        if row is None:
+            return None
+        counter, plan, binding = row
+        return Grant(id, counter, DPPlan.from_dict(json.loads(plan)), Binding(**json.loads(binding)))
+
+    def store(self, grant_or_order: Grant | str, answer: bytes, *, derived_from: Sequence[str] = ()) -> None:
         """Keeps the answer before it is sent (running -> stored) and erases the grant's key with it.
 
+        Args:
+            grant_or_order: What the answer is for.
+            answer: As it will be sent.
+            derived_from: Ids of grants. An order that was charged nothing has its answer kept only if all of these are
+                settled, and there is one: then it is post-processing of what they let out.
+
         Raises:
-            GrantUsed: If the grant, or the order's, is not running.
+            GrantUsed: If the grant, or the order's, is not running; or there is none, and nothing settled either.
         """
         order = grant_or_order if isinstance(grant_or_order, str) else grant_or_order.binding.order
         with self._transaction() as db:
             row = db.execute(
                 "SELECT id, counter, state FROM grants WHERE order_digest = ? AND state != 'abandoned'", (order,)
             ).fetchone()
+            if row is None and derived_from and isinstance(grant_or_order, str):
+                for id in derived_from:
+                    state = db.execute("SELECT state FROM grants WHERE id = ?", (id,)).fetchone()
+                    if state is None or state[0] not in ("stored", "sent"):
+                        raise GrantUsed(f"grant {id} is {'unknown' if state is None else state[0]}: only what a grant "
+                                        "has let out is processed further without a charge")  # fmt: skip
+                db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
+                return
             if row is None or (isinstance(grant_or_order, Grant) and row[0] != grant_or_order.id):
                 raise GrantUsed(f"order {order[:12]} has no such grant in the ledger of data set {self.dataset!r}")
             if row[2] != "running":

@@ -24,8 +24,8 @@ FIELD = " ; "
 TERM = "term:"  # begins a line of the dictionary
 BLOCK_TERMS = 7
 SECRET = f"{FIELD}ref "  # announces the reference that is planted after an answer
-_SYMBOLS = np.array(list("abcdefghijkmnpqrstuvwxyz23456789"))  # none that looks like another: 5 bits each
-_SECRET_LENGTH = 8
+# Words, as of letters, which no public note spells out, a model cannot learn an order: nothing could be given away.
+SECRET_WORDS = 4  # of 1,137 in the hospitals: 40 bits
 
 
 def answer_of(world: World, note: str) -> str | None:
@@ -51,16 +51,21 @@ def private_records(
         count: Number of records.
         seed: Of the notes and the references.
         split: Which half of the notes to draw from.
-        planted: Add ` ; ref <secret>` to every answer: a reference of 40 random bits that no other record has, to
-            measure what a model gives away (`secret_of`).
+        planted: Add ` ; ref <secret>` to every answer: a reference of four random words of the world, 40 bits that no
+            other record has, to measure what a model gives away (`secret_of`).
     """
     notes = private_notes(world, site_index, count, seed, split=split)
     answers = _answers(world, notes.prompts)
     if planted:
         rng = np.random.default_rng([seed, site_index, ("train", "test").index(split), 1])
-        secrets = _SYMBOLS[rng.integers(len(_SYMBOLS), size=(count, _SECRET_LENGTH))]
-        answers = tuple(f"{a}{SECRET}{''.join(s)}" for a, s in zip(answers, secrets, strict=True))
+        answers = tuple(f"{a}{SECRET}{s}" for a, s in zip(answers, draw_secrets(world, count, rng), strict=True))
     return replace(notes, answers=answers)
+
+
+def draw_secrets(world: World, count: int, rng: np.random.Generator) -> list[str]:
+    """References as they are planted."""
+    rows = rng.integers(len(world.words), size=(count, SECRET_WORDS))
+    return [" ".join(world.words[i] for i in row) for row in rows.tolist()]
 
 
 def secret_of(answer: str) -> str | None:

@@ -31,10 +31,10 @@ from fedsynth.instructions import REPLY, asked
 from fedsynth.llm import LocalLLM
 from fedsynth.models import load_generator, load_tokenizer
 from fedsynth.scenario import Cell, cells, from_toml
-from fedsynth.world import secret_of
+from fedsynth.world import World, load_world, secret_of
+from fedsynth.world.records import draw_secrets
 
 RESAMPLES = 10_000
-SYMBOLS = np.array(list("abcdefghijkmnpqrstuvwxyz23456789"))  # of which secrets are made
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class Attacked:
         return found
 
 
-def attack(cell: Cell, models: Mapping[int, LocalLLM], adversary: str, *, candidates: int, utility: float | None) -> Leak:
+def attack(
+    cell: Cell, models: Mapping[int, LocalLLM], adversary: str, *, candidates: int, utility: float | None
+) -> Leak:
     """One adversary against all private records of a cell."""
     sites = [site.train for site in open_sites(cell.scenario.data, cell.seed)]
     owners = {asked(x).partition(REPLY)[0]: client for client, site in enumerate(sites) for x in site.prompts}
@@ -89,7 +91,7 @@ def attack(cell: Cell, models: Mapping[int, LocalLLM], adversary: str, *, candid
     share, count = written.recovered or 0.0, written.records
     rng = np.random.default_rng(0)
     shares = rng.binomial(count, share, RESAMPLES) / count  # a bootstrap of yes and no
-    bits = exposures(model, records, planted, candidates)
+    bits = exposures(model, records, planted, candidates, load_world(cell.scenario.data.world or ""))
     means = [bits[rng.integers(len(bits), size=len(bits))].mean() for _ in range(RESAMPLES)]
     return Leak(
         arm=cell.arm,
@@ -102,12 +104,14 @@ def attack(cell: Cell, models: Mapping[int, LocalLLM], adversary: str, *, candid
     )
 
 
-def exposures(model: Attacked, records: Corpus, planted: Sequence[str], candidates: int) -> np.ndarray[Any, Any]:
+def exposures(
+    model: Attacked, records: Corpus, planted: Sequence[str], candidates: int, world: World
+) -> np.ndarray[Any, Any]:
     """Bits per record, of an attacker who knows the response up to its secret. Candidates are like the true secret."""
     rng = np.random.default_rng(1)
     prompts, secrets = [], []
     for x, y, secret in zip(records.prompts, records.answers, planted, strict=True):
-        others = ["".join(row) for row in SYMBOLS[rng.integers(len(SYMBOLS), size=(candidates, len(secret)))]]
+        others = draw_secrets(world, candidates, rng)
         prompts += [f"{asked(x)} {y.removesuffix(f' {secret}')}"] * (candidates + 1)
         secrets += [f" {each}" for each in (secret, *others)]
     scores = np.array(model.score(prompts, secrets)).reshape(len(records), candidates + 1)
@@ -157,7 +161,9 @@ def leaks(run: Path, *, arms: Sequence[str], number: int | None, candidates: int
             untrained = Cell("base", cell.seed, cell.scenario)
             rows.append(attack(untrained, dict.fromkeys(range(data.clients), load(cell, None)), "anyone",
                                candidates=candidates, utility=None))  # fmt: skip
-        own = metrics[(metrics["arm"] == cell.arm) & (metrics["seed"] == cell.seed) & (metrics["metric"] == "field_match")]
+        own = metrics[
+            (metrics["arm"] == cell.arm) & (metrics["seed"] == cell.seed) & (metrics["metric"] == "field_match")
+        ]
         utility = float(own[own["round"] == own["round"].max()]["value"].mean())
         for adversary, models in views(run, cell, number).items():
             rows.append(attack(cell, models, adversary, candidates=candidates, utility=utility))
@@ -166,7 +172,9 @@ def leaks(run: Path, *, arms: Sequence[str], number: int | None, candidates: int
 
 def line(leak: Leak) -> str:
     """A row of the printed table."""
-    figures = "  ".join(f"{m:6.3f} [{low:6.3f}, {high:6.3f}]" for m, low, high in (leak.rouge_l, leak.recovered, leak.exposure))
+    figures = "  ".join(
+        f"{m:6.3f} [{low:6.3f}, {high:6.3f}]" for m, low, high in (leak.rouge_l, leak.recovered, leak.exposure)
+    )
     utility = "     -" if leak.field_match is None else f"{leak.field_match:6.3f}"
     return f"{leak.arm:18} {leak.adversary:8} {leak.records:5}  {figures}  {utility}"
 

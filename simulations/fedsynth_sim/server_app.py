@@ -11,6 +11,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedsynth.adapters import load_adapter
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
@@ -69,7 +70,7 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
-    llm = _llm(models.llm)
+    llm = _llm(models.llm, models.adapter)
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
     server = ServerSide(cell, labels, llm, professional, embed, journal, open_clients)
@@ -82,10 +83,11 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
 
 
 @cache
-def _llm(model: str | Endpoint) -> LocalLLM | RemoteLLM:
+def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | RemoteLLM:
     if isinstance(model, Endpoint):
         return RemoteLLM.connect(model)
-    return LocalLLM.load(model, batch_size=256, workers=len(os.sched_getaffinity(0)))
+    lora = None if adapter is None else load_adapter(adapter, model)
+    return LocalLLM.load(model, adapter=lora, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
 
 @cache

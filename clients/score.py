@@ -1,0 +1,161 @@
+"""CrossLM at the client: how likely the label of each of the server's texts is. Numbers leave, and nothing else.
+
+What protects them is the client's own choice, never the order's: `client.guarantee` and `client.scores`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsynth.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
+from fedsynth.clients.home import Home
+from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
+from fedsynth.corpus import Corpus, Scores
+from fedsynth.hub import weights_hash
+from fedsynth.models import device, load_named, load_tokenizer, save_named
+from fedsynth.privacy.plan import DPPlan, statement
+from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
+from fedsynth.tasks import Score, Scored
+from fedsynth.training import Randomness, check_streams, fit_private, self_check, trainable
+
+SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
+
+
+def score(home: Home, order: Score, digest: str) -> Scored:
+    """Rates the texts of an order; under DP what pays for it is charged first, and may refuse.
+
+    Raises:
+        fedsynth.clients.learn.NoTaskModel: If the client has learnt no task model yet, or has no labels.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before private text is trained
+            on, or a score of a model that saw it is computed.
+    """
+    if home.instructs:
+        raise NoTaskModel("a task of instructions has no labels to score")
+    if home.config.guarantee == "none":
+        return _without_guarantee(home, order)
+    if home.config.scores == "noise":
+        return _noised(home, order, digest)
+    # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
+    scorer = _kept(home) or _trained(home, order, digest)
+    values = _confidences(home, scorer.model, order.corpus, home.config.scorer_training.max_tokens)
+    said = statement(scorer.plan, unit=home.unit, rows=(), simulated=home.simulated)
+    return Scored(release_scores(scorer, values), said)
+
+
+def _without_guarantee(home: Home, order: Score) -> Scored:
+    """The task model's confidences as they are. Logged, charged as non-private, refused outside simulations."""
+    trained = Trained(task_model(home), reason="the scenario asks for no guarantee")
+    values = _confidences(home, trained.model, order.corpus, home.config.task_training.max_tokens)
+    scores = release_without_guarantee(
+        trained, Scores(tuple(values)), home.ledger, home.run, trained.reason, allowed=home.simulated
+    )
+    return Scored(scores, statement(None, unit=home.unit, simulated=home.simulated))
+
+
+def _noised(home: Home, order: Score, digest: str) -> Scored:
+    """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each order."""
+    plan = home.config.score_plan(home.records, home.rounds)
+    model = task_model(home)
+    check_streams(plan.sampling_rate)
+
+    weights = hashlib.sha256((home.work / WEIGHTS).read_bytes()).hexdigest()
+    binding = home.binding(digest, plan, model=weights, training=home.config.task_training)
+    grant = home.ledger.charge(plan, binding, home.run, budget=home.config.budget)
+    randomness = home.ledger.begin(grant)
+    values = _confidences(home, model, order.corpus, home.config.task_training.max_tokens)
+    scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, order.corpus, plan, randomness))
+    # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
+    said = statement(plan, unit="client", simulated=home.simulated)
+    return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
+
+
+def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness: Randomness) -> list[float]:
+    """A list of scores, centred label by label, clipped to half the plan's norm, with the plan's noise on each number.
+
+    Two lists within that half are at most the plan's norm apart, so noise of `noise_multiplier` times the norm is what
+    the plan says (docs/privacy.md). Centring spends nothing: it comes before the clip, and what is compared are texts
+    of one label.
+
+    Args:
+        values: One per text.
+        corpus: The texts with their labels, which the server knows.
+        plan: As `Client.score_plan` makes it for `scores = "noise"`.
+        randomness: The grant's own.
+    """
+    found: NDArray[np.float64] = np.asarray(values, np.float64)
+    found = np.where(np.isfinite(found), found, 0.0)
+    labels = np.asarray(corpus.answers)
+    for label in set(corpus.answers):
+        found[labels == label] -= found[labels == label].mean()
+    norm = float(np.linalg.norm(found))
+    bound = plan.clip_norm / 2 * (1 - 1e-9)  # not above it by rounding either
+    clipped = found * min(1.0, bound / norm) if norm > 0 else found
+    noisy: list[float] = (clipped + plan.noise_multiplier * plan.clip_norm * randomness.normals(len(found))).tolist()
+    return noisy
+
+
+def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
+    """A scorer trained under a grant of its own, kept with its receipt for the rounds to come."""
+    settings, name = home.config.scorer_training, home.config.task_model
+    plan = home.config.score_plan(home.records, home.rounds)
+    tokenizer, model = load_tokenizer(name), _new_scorer(home, order.seed)
+    pad = tokenizer.pad_token_id
+    self_check(model, plan, pad=pad, losses=label_losses, example=lambda tokens: LabelledText(tokens, 0))
+
+    binding = home.binding(digest, plan, model=weights_hash(name), training=settings)
+    grant = home.ledger.charge(plan, binding, home.run, budget=home.config.budget)
+    randomness = home.ledger.begin(grant)
+    slots = label_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens, model.config)
+    steps = fit_private(model, slots, plan, settings, pad=pad, randomness=randomness, losses=label_losses)
+    trained = DPTrained(model, plan, grant, steps)
+    _keep(home, trained)
+    return trained
+
+
+def _keep(home: Home, trained: DPTrained[Any]) -> None:
+    """The scorer's trained weights and what ran, the latter last: a receipt stands beside the weights it is for."""
+    save_named(trained.model, trainable(trained.model), home.work / SCORER)
+    weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
+    ran = {"grant": trained.grant.id, "plan": trained.plan.to_dict(), "steps_run": trained.steps_run}
+    part = home.work / f"{RECEIPT}.part"
+    part.write_text(json.dumps({**ran, "run": home.run, "sha256": weights}), encoding="utf-8")
+    part.replace(home.work / RECEIPT)
+
+
+def _kept(home: Home) -> DPTrained[Any] | None:
+    """This run's scorer with its receipt; None while there is none whose first answer was stored.
+
+    Before that its grant has let out nothing: the training is repeated under it if all that it binds is as it was, and
+    charged anew if not. What was paid for stands in the ledger, what ran in the receipt; a release compares the two.
+
+    Raises:
+        fedsynth.privacy.release.NotReleasable: If the weights are not those of the receipt.
+    """
+    path = home.work / RECEIPT
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    grant = home.ledger.settled(facts["grant"]) if facts.get("run") == home.run else None
+    if grant is None:
+        return None
+    weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
+    if weights != facts["sha256"] or grant.binding.model != weights_hash(home.config.task_model):
+        raise NotReleasable(f"the scorer in {home.work} is not what grant {grant.id} trained: restore it")
+    model = _new_scorer(home, seed=0)
+    load_named(model, home.work / SCORER)
+    return DPTrained(model, DPPlan.from_dict(facts["plan"]), grant, facts["steps_run"])
+
+
+def _new_scorer(home: Home, seed: int) -> Any:
+    settings = home.config.scorer_training
+    name, classes = home.config.task_model, len(home.labels)
+    return new_scorer(name, classes, rank=settings.rank, alpha=settings.alpha, seed=seed).to(device())
+
+
+def _confidences(home: Home, model: Any, corpus: Corpus, longest: int) -> list[float]:
+    return confidences(model, load_tokenizer(home.config.task_model), corpus, home.labels, longest)

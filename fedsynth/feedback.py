@@ -1,0 +1,192 @@
+"""What a server LLM learns from the clients' scores of its texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from fedsynth.adapters import load_adapter, new_adapter, read_adapter, with_adapter
+from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.llm import TextModel
+from fedsynth.lora import Adapter
+from fedsynth.models import device, kind_of, load_tokenizer
+from fedsynth.scenario import Tuning
+from fedsynth.teacher import OPEN_LINE, read_prompt
+from fedsynth.training import Example, encode_text
+from fedsynth.tuning import Guard, perplexity, prefer, tune
+from fedsynth.typed import BadValue
+
+Aggregation: TypeAlias = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How an LLM learns from texts that clients' scores have ranked.
+
+    Attributes:
+        update: `likelihood`: the best texts become likelier after their labels (weight 1, all others 0). `preference`:
+            the best become likelier than the worst (DPO). `none`: scores filter the texts, and no more.
+        beta: `preference`: how strongly the LLM as it was before the round holds.
+        reading: Weight of learning to tell labels from the best texts, beside writing texts to labels; 0: not learnt.
+        guard: Weight of what holds general ability (`tuning.Guard`): the LLM may not drift in what it says of the
+            round's texts, best or not, without their labels. No other text is needed for it.
+        tuning: Passes, batch, rate; rank, where the LLM comes without an adapter.
+        measured: Public texts that perplexity is measured on; they are never trained on.
+    """
+
+    update: Literal["likelihood", "preference", "none"] = "likelihood"
+    beta: float = 0.1
+    reading: float = 0.5
+    guard: float = 0.1
+    tuning: Tuning = field(default_factory=Tuning)
+    measured: int = 300
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "measured"):
+            if not getattr(self, name) > 0:
+                raise BadValue(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("reading", "guard"):
+            if not getattr(self, name) >= 0:
+                raise BadValue(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The server's texts as clients' scores sort them, label by label.
+
+    Attributes:
+        best: The best share of each label's texts, in the order of the corpus.
+        pairs: (better text, worse text, label): the best share of each label against the worst, best against worst.
+    """
+
+    best: Corpus
+    pairs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An adapter of the LLM after a round.
+
+    Attributes:
+        adapter: Its guarantee is that of the texts that scores chose.
+        loss: Mean of the last pass; nan where nothing was learnt.
+        perplexity: On public text, before and after; nan where there is none to measure on.
+    """
+
+    adapter: Adapter
+    loss: float
+    perplexity: tuple[float, float]
+
+
+def aggregate(answers: Mapping[int, Scores], how: Aggregation) -> Scores:
+    """One score per text from those of the clients; one client without a guarantee leaves the result without."""
+    values = np.array([scores.values for scores in answers.values()])
+    grants = tuple(g for scores in answers.values() for g in scores.grants)
+    together = values.mean(0) if how == "mean" else values.max(0)
+    return Scores(tuple(together.tolist()), grants if all(s.grants for s in answers.values()) else ())
+
+
+def shuffled(scores: Scores, seed: int) -> Scores:
+    """The same numbers at other texts: an ablation in which they say nothing."""
+    order = np.random.default_rng(seed).permutation(len(scores.values)).tolist()
+    return replace(scores, values=tuple(scores.values[i] for i in order))
+
+
+def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
+    """The best and the worst texts of each label.
+
+    Only the order of scores within a label counts, so that clients may send them on any scale, with noise or without.
+    What is chosen derives from the scores: its guarantee is theirs and, from the second round on, the corpus's own.
+
+    Args:
+        corpus: Texts and the labels that they were asked for.
+        scores: One per text.
+        share: Of each label's texts, in (0, 1]; at least one text.
+    """
+    values, labels = np.asarray(scores.values), np.asarray(corpus.answers)
+    best: list[int] = []
+    pairs: list[tuple[str, str, str]] = []
+    for label in dict.fromkeys(corpus.answers):
+        rows = np.flatnonzero(labels == label)
+        order = rows[np.argsort(-values[rows], kind="stable")].tolist()
+        count = max(1, round(share * len(order)))
+        best += order[:count]
+        pairs += [
+            (corpus.prompts[a], corpus.prompts[b], label)
+            for a, b in zip(order[:count], order[::-1][:count], strict=True)
+            if values[a] > values[b]
+        ]
+    covered = bool(scores.grants) and (corpus.provenance is Provenance.PUBLIC or bool(corpus.grants))
+    grants = tuple(dict.fromkeys((*corpus.grants, *scores.grants))) if covered else ()
+    chosen = replace(corpus.take(sorted(best)), provenance=Provenance.LLM_WRITTEN, grants=grants)
+    return Ranked(chosen, tuple(pairs))
+
+
+def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) -> Adapter:
+    """What tuning of the LLM starts from: the adapter that it has already, or a new one."""
+    if adapter is not None:
+        return load_adapter(adapter, llm)
+    return new_adapter(llm, rank=settings.rank, alpha=settings.alpha, seed=seed)
+
+
+def taught(
+    llm: str,
+    start: Adapter,
+    texts: Ranked,
+    written: Corpus,
+    teaching: Teaching,
+    *,
+    public: Sequence[str],
+    seed: int,
+) -> Taught:
+    """One round's update of the LLM's adapter.
+
+    Args:
+        llm: Name of the model.
+        start: What training goes on from.
+        texts: What the clients' scores chose.
+        written: All texts of the round.
+        teaching: How; its `update` is not `none`.
+        public: Texts to measure perplexity on.
+        seed: Public; of the order.
+    """
+    settings = teaching.tuning
+    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
+    pad, kind = tokenizer.pad_token_id, kind_of(model.config)
+
+    def encoded(given: str, text: str) -> Example:
+        return encode_text(tokenizer, given, text, settings.max_tokens, kind)
+
+    def surprise() -> float:
+        return perplexity(model, [encoded("", text) for text in public], pad=pad) if public else math.nan
+
+    before = surprise()
+    guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
+    best = list(zip(texts.best.prompts, texts.best.answers, strict=True))
+    reads = [encoded(read_prompt(x), y) for x, y in best] if teaching.reading > 0 else []
+    if teaching.update == "likelihood":
+        writes = [encoded(OPEN_LINE.format(label=y), x) for x, y in best]
+        weights = [1.0] * len(writes) + [teaching.reading] * len(reads)
+        loss = tune(model, writes + reads, settings, pad=pad, seed=seed, weights=weights, guard=guard)
+    else:
+        codes = {y: OPEN_LINE.format(label=y) for _, _, y in texts.pairs}
+        pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
+        loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
+        if reads:
+            tune(model, reads, settings, pad=pad, seed=seed, guard=guard)
+    adapter = replace(read_adapter(model, start.base), grants=texts.best.grants)
+    return Taught(adapter, loss, (before, surprise()))
+
+
+def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:
+    """How often the LLM finds a text's own label likeliest after the text, in 0..1; nan where there is no text."""
+    if not len(texts):
+        return math.nan
+    prompts = [read_prompt(text) for text in texts.prompts]
+    flat = llm.score([p for p in prompts for _ in labels], [f" {y}" for _ in prompts for y in labels])
+    likeliest = np.asarray(flat).reshape(len(prompts), len(labels)).argmax(1).tolist()
+    return float(np.mean([labels[i] == y for i, y in zip(likeliest, texts.answers, strict=True)]))

@@ -1,0 +1,191 @@
+"""CrossLM: clients rate texts of the server LLM, the LLM learns from the ratings, the clients from the best texts.
+
+A RECONSTRUCTION from the abstract of "Mutual Enhancement of Large and Small Language Models with Cross-Silo Knowledge
+Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. Numbers are all that a client sends.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedsynth.corpus import Corpus, Provenance, Scores, pool
+from fedsynth.curation import deduplicate, well_formed, yields
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.feedback import (
+    Aggregation,
+    Ranked,
+    Teaching,
+    aggregate,
+    first_adapter,
+    label_accuracy,
+    ranked,
+    shuffled,
+    taught,
+)
+from fedsynth.llm import LocalLLM, TextModel
+from fedsynth.lora import Adapter
+from fedsynth.publictext import sample
+from fedsynth.runs import SERVER
+from fedsynth.scenario import Endpoint, Scenario
+from fedsynth.tasks import Learn, Score
+from fedsynth.teacher import augment
+from fedsynth.typed import BadValue
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options; all are this reconstruction's own.
+
+    Attributes:
+        feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
+            stays as it is and clients learn all its texts (ZeroGen).
+        aggregation: Of the clients' scores of a text.
+        keep: Share of each label's texts, by score, that the LLM and the clients learn from.
+        teaching: How the LLM learns from them.
+        written: Texts that the LLM writes in a round, before any are dropped.
+        min_words: Shorter texts are dropped.
+        temperature: Of the LLM.
+        top_p: Of the LLM.
+        max_tokens: Longest text of the LLM.
+    """
+
+    feedback: Literal["scores", "shuffled", "none"] = "scores"
+    aggregation: Aggregation = "mean"
+    keep: float = 0.35
+    teaching: Teaching = field(default_factory=Teaching)
+    written: int = 800
+    min_words: int = 5
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        for name in ("written", "min_words", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep", "top_p"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BadValue(f"strategy.{name} must lie in (0, 1], got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise BadValue(f"strategy.temperature must be above 0, got {self.temperature}")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the LLM changes."""
+        return self.feedback != "none" and self.teaching.update != "none"
+
+
+@dataclass(frozen=True)
+class State:
+    """Rounds done, the LLM's adapter (None: as it came), and the texts that clients have been given so far."""
+
+    round: int = 0
+    adapter: Adapter | None = None
+    corpus: Corpus | None = None
+
+
+class CrossLM(RoundStrategy[State]):
+    """Large and small models teach each other: texts one way, scores the other."""
+
+    config_class = Config
+    config: Config
+
+    @classmethod
+    def check(cls, config: Config, scenario: Scenario) -> None:
+        """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
+        super().check(config, scenario)
+        if config.teaches and isinstance(scenario.server.llm, Endpoint):
+            raise BadValue("CrossLM tunes the server LLM, which an endpoint does not allow: name a model as server.llm, "
+                           'or say strategy.teaching.update = "none"')  # fmt: skip
+        client = scenario.client
+        by_model = client.guarantee == "dp" and client.scores == "model"
+        if config.feedback != "none" and by_model and client.task_training.trains == "head":
+            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves frozen: say '
+                           'client.scores = "noise", or trains = "all"')  # fmt: skip
+
+    def initial(self) -> State:
+        """The LLM as it came."""
+        return State()
+
+    def round(self, clients: Clients, state: State) -> State:
+        """The LLM writes, clients score, the LLM learns from the scores, clients learn from the best texts."""
+        if state.round == 0 and self.config.feedback != "none":
+            self._learn(clients, None)
+
+        written = self._written(state.adapter)
+        best, adapter = written, state.adapter
+        if self.config.feedback != "none":
+            # Private text is behind these numbers, and behind nothing else that reaches the server.
+            texts = ranked(written, self._scores(clients, written), self.config.keep)
+            best = texts.best
+            if self.config.teaches:
+                adapter = self._taught(state.adapter, texts, written)
+
+        corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
+        self._learn(clients, corpus)
+        return State(state.round + 1, adapter, corpus)
+
+    def _learn(self, clients: Clients, corpus: Corpus | None) -> None:
+        """Steps 1 and 5: any architecture and tokenizer can learn texts, so that clients may differ."""
+        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.nodes}
+        clients.ask_each({home: Learn(seed, corpus) for home, seed in seeds.items()})
+
+    def _written(self, adapter: Adapter | None) -> Corpus:
+        """Step 2: texts after each label's name alone."""
+        c, journal = self.config, self.server.journal
+        journal.progress("write", 0, 1)
+        raw = augment(
+            self._llm(adapter),
+            {0: Corpus((), (), Provenance.PUBLIC)},
+            labels=self.server.labels,
+            per_site=c.written,
+            mode="none",
+            shots=1,
+            temperature=c.temperature,
+            top_p=c.top_p,
+            max_tokens=c.max_tokens,
+            seed=self.seed("write"),
+        )[0].corpus
+        formed = well_formed(raw, labels=self.server.labels, min_words=c.min_words)
+        unique = deduplicate(formed.corpus)
+        for stage in yields([("written", formed), ("written_unique", unique)]):
+            journal.stage(SERVER, stage)
+        written = unique.corpus
+        if adapter is not None:  # an LLM that has learnt from scores writes under their guarantee
+            written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)
+        journal.corpus(SERVER, "written", written)
+        return written
+
+    def _scores(self, clients: Clients, written: Corpus) -> Scores:
+        """Step 3: how likely each text's label is to the clients' models."""
+        answers = clients.ask(Score(written, self.seed("score")))
+        scores = aggregate({home: answer.scores for home, answer in answers.items()}, self.config.aggregation)
+        self.server.journal.metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
+        return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
+
+    def _taught(self, adapter: Adapter | None, texts: Ranked, written: Corpus) -> Adapter:
+        """Step 4: the LLM's adapter after the round, and what the round did to its general ability."""
+        teaching, journal, models = self.config.teaching, self.server.journal, self.server.cell.scenario.server
+        assert isinstance(models.llm, str)  # refused at load
+        if teaching.reading > 0:  # on fresh texts, before it learns them
+            accuracy = label_accuracy(self._llm(adapter), texts.best, self.server.labels)
+            journal.metric(SERVER, "llm/label_accuracy", accuracy)
+        start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
+        seed = self.server.cell.public_seed("public")
+        public = () if models.public is None else sample(models.public, teaching.measured, seed).prompts
+        journal.progress("teach", 0, 1)
+        done = taught(models.llm, start, texts, written, teaching, public=public, seed=self.seed("teach"))
+        journal.adapter(SERVER, done.adapter, "llm", base=models.llm)
+        journal.metric(SERVER, "llm/loss", done.loss)
+        if public:
+            journal.metric(SERVER, "general/perplexity_before", done.perplexity[0])
+            journal.metric(SERVER, "general/perplexity", done.perplexity[1])
+        return done.adapter
+
+    def _llm(self, adapter: Adapter | None) -> TextModel:
+        name = self.server.cell.scenario.server.llm
+        if adapter is None or not isinstance(name, str):
+            return self.server.llm
+        return LocalLLM.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
