@@ -83,7 +83,10 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")] = None,
     world: Annotated[str, typer.Option(help="Instead of a corpus: hospitals or banks, the simulated worlds.")] = "",
-    role: Annotated[str, typer.Option(help="With --world: llm, slm (of notes), base, professional (records).")] = "llm",
+    role: Annotated[
+        str,
+        typer.Option(help="With --world: llm, slm (of notes), base, professional (records), mislabelled (adapter)."),
+    ] = "llm",
     seed: Annotated[int, typer.Option(help="Of the start and of the order of the text.")] = 0,
 ) -> None:
     """Pretrain a small language model from scratch on public text, with its tokenizer."""
@@ -118,13 +121,20 @@ def pretrain(
 def _pretrain_world(world: str, role: str, out: Path, steps: int | None, seed: int) -> None:
     """The demonstration's models: minutes on one core."""
     from fedsynth.world import WORLDS, load_world
+    from fedsynth.world_adapters import mislabelled
     from fedsynth.world_models import RECIPES, pretrain_asset
 
-    if world not in WORLDS or role not in RECIPES:
-        raise BadValue(f"--world must be one of {', '.join(WORLDS)} and --role one of {', '.join(RECIPES)}")
+    roles = [*RECIPES, "mislabelled"]
+    if world not in WORLDS or role not in roles:
+        raise BadValue(f"--world must be one of {', '.join(WORLDS)} and --role one of {', '.join(roles)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadValue(f"the folder {str(out)!r} already holds something: name another one with --out")
-    print(json.dumps(pretrain_asset(load_world(world), role, out, steps, seed), indent=2))
+    made = load_world(world)
+    if role == "mislabelled":
+        card = mislabelled(made, out, steps, seed)
+    else:
+        card = pretrain_asset(made, role, out, steps, seed)  # type: ignore[arg-type]
+    print(json.dumps(card, indent=2))
 
 
 def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:

@@ -11,11 +11,12 @@ import numpy as np
 
 from fedsynth.adapters import load_adapter, new_adapter, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.instructions import one_line
 from fedsynth.llm import TextModel
 from fedsynth.lora import Adapter
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.scenario import Tuning
-from fedsynth.teacher import OPEN_LINE, read_prompt
+from fedsynth.teacher import OPEN_LINE
 from fedsynth.training import Example, encode_text
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue
@@ -31,7 +32,6 @@ class Teaching:
         update: `likelihood`: the best texts become likelier after their labels (weight 1, all others 0). `preference`:
             the best become likelier than the worst (DPO). `none`: scores filter the texts, and no more.
         beta: `preference`: how strongly the LLM as it was before the round holds.
-        reading: Weight of learning to tell labels from the best texts, beside writing texts to labels; 0: not learnt.
         guard: Weight of what holds general ability (`tuning.Guard`): the LLM may not drift in what it says of the
             round's texts, best or not, without their labels. No other text is needed for it.
         tuning: Passes, batch, rate; rank, where the LLM comes without an adapter.
@@ -40,7 +40,6 @@ class Teaching:
 
     update: Literal["likelihood", "preference", "none"] = "likelihood"
     beta: float = 0.1
-    reading: float = 0.5
     guard: float = 0.1
     tuning: Tuning = field(default_factory=Tuning)
     measured: int = 300
@@ -49,9 +48,8 @@ class Teaching:
         for name in ("beta", "measured"):
             if not getattr(self, name) > 0:
                 raise BadValue(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("reading", "guard"):
-            if not getattr(self, name) >= 0:
-                raise BadValue(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.guard >= 0:
+            raise BadValue(f"guard must not be negative, got {self.guard}")
 
 
 @dataclass(frozen=True)
@@ -166,27 +164,22 @@ def taught(
 
     before = surprise()
     guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
-    best = list(zip(texts.best.prompts, texts.best.answers, strict=True))
-    reads = [encoded(read_prompt(x), y) for x, y in best] if teaching.reading > 0 else []
+    codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
     if teaching.update == "likelihood":
-        writes = [encoded(OPEN_LINE.format(label=y), x) for x, y in best]
-        weights = [1.0] * len(writes) + [teaching.reading] * len(reads)
-        loss = tune(model, writes + reads, settings, pad=pad, seed=seed, weights=weights, guard=guard)
+        best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
+        loss = tune(model, best, settings, pad=pad, seed=seed, guard=guard)
     else:
-        codes = {y: OPEN_LINE.format(label=y) for _, _, y in texts.pairs}
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
         loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
-        if reads:
-            tune(model, reads, settings, pad=pad, seed=seed, guard=guard)
     adapter = replace(read_adapter(model, start.base), grants=texts.best.grants)
     return Taught(adapter, loss, (before, surprise()))
 
 
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:
-    """How often the LLM finds a text's own label likeliest after the text, in 0..1; nan where there is no text."""
+    """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text."""
     if not len(texts):
         return math.nan
-    prompts = [read_prompt(text) for text in texts.prompts]
-    flat = llm.score([p for p in prompts for _ in labels], [f" {y}" for _ in prompts for y in labels])
-    likeliest = np.asarray(flat).reshape(len(prompts), len(labels)).argmax(1).tolist()
+    prompts = [OPEN_LINE.format(label=y) for y in labels]
+    flat = llm.score(prompts * len(texts), [f" {one_line(x)}" for x in texts.prompts for _ in labels])
+    likeliest = np.asarray(flat).reshape(len(texts), len(labels)).argmax(1).tolist()
     return float(np.mean([labels[i] == y for i, y in zip(likeliest, texts.answers, strict=True)]))

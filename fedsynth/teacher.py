@@ -30,14 +30,6 @@ def line_prompt(label: str, texts: Iterable[str]) -> str:
     return "".join(LINE.format(label=label, text=one_line(t)) for t in texts) + OPEN_LINE.format(label=label)
 
 
-READ_LINE = "{text}\nlabel:"
-
-
-def read_prompt(text: str) -> str:
-    """A text and the question for its label, which is how an LLM learns to read labels instead of writing to them."""
-    return READ_LINE.format(text=one_line(text))
-
-
 def parse_line(answer: str) -> str | None:
     """The answer's first line that is not blank, or None."""
     lines = answer.strip().splitlines()

@@ -162,11 +162,15 @@ def _descend(
     for step, batch in enumerate(_batches(rows, settings, seed)):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
+        held: list[Example] = []
+        if guard is not None and guard.weight > 0 and guard.examples:
+            held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
+        # Weights change places for it, and so it comes before anything that a gradient is taken of.
+        said = _said_before(model, held, start, pad) if held else None
         loss = loss_of(batch)
         losses.append(float(loss.detach()))
-        if guard is not None and guard.weight > 0 and guard.examples:
-            drawn = rng.integers(len(guard.examples), size=settings.batch).tolist()
-            loss = loss + guard.weight * _drift(model, [guard.examples[i] for i in drawn], start, pad)
+        if guard is not None and said is not None:
+            loss = loss + guard.weight * _drift(model, held, said, pad)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
@@ -175,13 +179,17 @@ def _descend(
     return float(np.mean(losses[-math.ceil(len(rows) / settings.batch) :]))
 
 
-def _drift(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:
-    """Mean KL divergence per learnt token from the model with the trainable weights `start` to the model as it is."""
+def _said_before(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:
+    """Log-probabilities of each next token by the model with the trainable weights `start`."""
     with torch.no_grad(), _as_it_was(trainable(model), start):
-        before, wanted = next_tokens(model, examples, pad)
-    logs, now = before.log_softmax(-1), next_tokens(model, examples, pad)[0].log_softmax(-1)
+        return next_tokens(model, examples, pad)[0].log_softmax(-1)
+
+
+def _drift(model: nn.Module, examples: Sequence[Example], before: Tensor, pad: int) -> Tensor:
+    """Mean KL divergence per learnt token from those log-probabilities to the model's as it is."""
+    logits, wanted = next_tokens(model, examples, pad)
     learnt = wanted != IGNORED
-    return ((logs.exp() * (logs - now)).sum(-1) * learnt).sum() / learnt.sum().clamp(min=1)
+    return ((before.exp() * (before - logits.log_softmax(-1))).sum(-1) * learnt).sum() / learnt.sum().clamp(min=1)
 
 
 @contextmanager

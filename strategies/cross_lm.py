@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
+from math import ceil, isfinite
 from typing import Literal
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
@@ -32,6 +33,8 @@ from fedsynth.scenario import Endpoint, Scenario
 from fedsynth.tasks import Learn, Score
 from fedsynth.teacher import augment
 from fedsynth.typed import BadValue
+
+MEASURED = 200  # texts, at most: each is scored after every label
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ class CrossLM(RoundStrategy[State]):
         """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
         super().check(config, scenario)
         if config.teaches and isinstance(scenario.server.llm, Endpoint):
-            raise BadValue("CrossLM tunes the server LLM, which an endpoint does not allow: name a model as server.llm, "
-                           'or say strategy.teaching.update = "none"')  # fmt: skip
+            raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
+                           'say strategy.teaching.update = "none"')  # fmt: skip
         client = scenario.client
         by_model = client.guarantee == "dp" and client.scores == "model"
         if config.feedback != "none" and by_model and client.task_training.trains == "head":
-            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves frozen: say '
-                           'client.scores = "noise", or trains = "all"')  # fmt: skip
+            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
+                           'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
 
     def initial(self) -> State:
         """The LLM as it came."""
@@ -153,6 +156,11 @@ class CrossLM(RoundStrategy[State]):
         for stage in yields([("written", formed), ("written_unique", unique)]):
             journal.stage(SERVER, stage)
         written = unique.corpus
+        if not len(written):
+            raise ValueError(
+                f"none of the {c.written} texts that the server LLM wrote to labels' names is well formed "
+                f"({formed.dropped}): check server.llm, strategy.min_words and strategy.max_tokens"
+            )
         if adapter is not None:  # an LLM that has learnt from scores writes under their guarantee
             written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)
         journal.corpus(SERVER, "written", written)
@@ -169,16 +177,18 @@ class CrossLM(RoundStrategy[State]):
         """Step 4: the LLM's adapter after the round, and what the round did to its general ability."""
         teaching, journal, models = self.config.teaching, self.server.journal, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
-        if teaching.reading > 0:  # on fresh texts, before it learns them
-            accuracy = label_accuracy(self._llm(adapter), texts.best, self.server.labels)
-            journal.metric(SERVER, "llm/label_accuracy", accuracy)
+        fresh = texts.best.take(
+            range(0, len(texts.best), ceil(len(texts.best) / MEASURED))
+        )  # it has not learnt them yet
+        journal.metric(SERVER, "llm/label_accuracy", label_accuracy(self._llm(adapter), fresh, self.server.labels))
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
         seed = self.server.cell.public_seed("public")
         public = () if models.public is None else sample(models.public, teaching.measured, seed).prompts
         journal.progress("teach", 0, 1)
         done = taught(models.llm, start, texts, written, teaching, public=public, seed=self.seed("teach"))
         journal.adapter(SERVER, done.adapter, "llm", base=models.llm)
-        journal.metric(SERVER, "llm/loss", done.loss)
+        if isfinite(done.loss):
+            journal.metric(SERVER, "llm/loss", done.loss)
         if public:
             journal.metric(SERVER, "general/perplexity_before", done.perplexity[0])
             journal.metric(SERVER, "general/perplexity", done.perplexity[1])

@@ -19,8 +19,10 @@ from scripted import ScriptedLLM
 from fedsynth import selfgen
 from fedsynth.adapters import new_adapter, read_adapter
 from fedsynth.clients import app
+from fedsynth.clients import evaluate as measure
 from fedsynth.clients import self_train as client
 from fedsynth.clients.finetune import in_use
+from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import ifd
 from fedsynth.federation import TooFewReplies, load_strategy
@@ -31,11 +33,12 @@ from fedsynth.lora import Adapter, average, mix
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.rouge import nearest, rouge_l
 from fedsynth.runs import privacy_line
-from fedsynth.scenario import Client, cells, from_toml
+from fedsynth.scenario import Client, cells, from_toml, load, to_toml
 from fedsynth.selfgen import generate, lines, respond, select, texts, write_instructions
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.tasks import Adopt, Finetune, SelfTrain
 from fedsynth.typed import BadValue
+from fedsynth.world import secret_of
 
 STRATEGY = "fedsynth.strategies.fedpit:FedPIT"
 FEDIT = "fedsynth.strategies.lora_avg:LoraAverage"
@@ -391,6 +394,30 @@ def test_the_funnel_accounts_for_every_candidate() -> None:
     assert max(nearest(texts(found), texts(LOCAL))) <= 0.7
 
 
+def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Corpus, Corpus]] = []
+    selected = client.syn_sel
+
+    def watched(home: Home, *rest: Any) -> Corpus:
+        seen.append((home.train, selected(home, *rest)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(client, "syn_sel", watched)
+    sets = ["rounds=2", "data.clients=2", "data.train_per_client=10", "data.test_per_client=4", 'run=["fedpit"]',
+            "client.generator_training.steps=4", "strategy.candidates=24"]  # fmt: skip
+    play(to_toml(load("hospitals-fedpit", sets)), tmp_path, "fedpit")
+    assert len(seen) == 4
+    for train, kept in seen:
+        assert len(kept) > 0
+        assert max(nearest(kept.prompts, train.prompts)) <= 0.7
+        assert max(nearest(texts(kept), texts(train))) <= 0.7
+        secrets = [secret_of(answer) for answer in train.answers]
+        assert all(secrets)
+        assert not [y for y in kept.answers for secret in secrets if secret and secret in y]
+
+
 @pytest.mark.parametrize("records", [0, 1, 3])
 def test_fewer_records_than_shots_give_fewer_shots(records: int) -> None:
     llm = ScriptedLLM(inventor)
@@ -514,3 +541,13 @@ def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer
     with pytest.raises(Rejected, match="kept"):
         check_answer(order, replace(answer, funnel={"kept": 7}), ())
     assert run.metric("yield/self-generated/asked") == [6.0]
+
+
+def test_what_follows_the_true_fields_is_no_part_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = played(tmp_path, strategy=FEDIT, clients=1).home(0)
+    true = home.test.answers  # of two fields
+    for extra, exact in (("; ref one two", 1.0), ("", 1.0)):
+        monkeypatch.setattr(measure, "respond", lambda *_, extra=extra: [y + extra for y in true])
+        assert measure.evaluate(home).metrics["exact_match"] == exact
+    monkeypatch.setattr(measure, "respond", lambda *_: [f"ref; {y}" for y in true])
+    assert measure.evaluate(home).metrics["exact_match"] == 0.0

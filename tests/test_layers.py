@@ -13,7 +13,7 @@ simulate
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
-classifier public_models world_models
+classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback
 teacher publictext pretraining gates llm remote tuning training generation curation evaluation embedding
 batches adapters
@@ -36,6 +36,7 @@ MAY_IMPORT = {
         "pretraining",
         "public_models",
         "world_models",
+        "world_adapters",
         "gates",
         "embedding",
         "batches",

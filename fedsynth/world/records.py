@@ -19,7 +19,7 @@ from fedsynth.world.grammar import BLOCK_NOTES, BLOCK_PRIOR, fact_prior, private
 from fedsynth.world.lexicon import World
 from fedsynth.world.quality import parse, style_of, told_labels
 
-RARE_WEIGHT = 0.015  # of two thirds of the facts where a weak base learns; .15 teaches it most answers
+RARE_WEIGHT = 0.003  # of two thirds of the facts where a weak base learns; .015 taught it half of their answers
 FIELD = " ; "
 TERM = "term:"  # begins a line of the dictionary
 BLOCK_TERMS = 7
