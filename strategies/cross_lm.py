@@ -27,6 +27,7 @@ from fedsynth.feedback import (
 )
 from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter
+from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.publictext import sample
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Endpoint, Scenario
@@ -102,11 +103,17 @@ class CrossLM(RoundStrategy[State]):
         if config.teaches and isinstance(scenario.server.llm, Endpoint):
             raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
                            'say strategy.teaching.update = "none"')  # fmt: skip
-        client = scenario.client
-        by_model = client.guarantee == "dp" and client.scores == "model"
-        if config.feedback != "none" and by_model and client.task_training.trains == "head":
+        client, data = scenario.client, scenario.data
+        if config.feedback == "none" or client.guarantee == "none":
+            return
+        if client.scores == "model" and client.task_training.trains == "head":
             raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
                            'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
+        if data.world is not None:  # a file's records are counted when it is divided, or declared by its site
+            try:
+                client.score_plan(data.train_per_client, scenario.rounds)
+            except BudgetTooSmall as problem:
+                raise BadValue(f"what protects the clients' scores does not fit the budget: {problem}") from problem
 
     def initial(self) -> State:
         """The LLM as it came."""
