@@ -20,8 +20,9 @@ from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario import Cell, Client, from_toml
-from fedsynth.scenario import cells as scenario_cells
+from fedsynth.scenario import Cell, Client
+from fedsynth.scenario_toml import cells as scenario_cells
+from fedsynth.scenario_toml import from_toml
 from fedsynth.typed import plain
 
 

@@ -16,7 +16,8 @@ from fedsynth.adapters import WrongAdapter, new_adapter
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import places
-from fedsynth.scenario import Cell, cells, from_toml
+from fedsynth.scenario import Cell
+from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Finetune, Finetuned, Order, Refused
 from fedsynth.typed import BadValue, build
 from fedsynth.wire import pack_order, unpack_order

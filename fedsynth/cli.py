@@ -17,7 +17,8 @@ from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.launch import LaunchFailed
-from fedsynth.scenario import Scenario, cells, load, shipped_scenarios
+from fedsynth.scenario import Scenario
+from fedsynth.scenario_toml import cells, load, shipped_scenarios
 from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

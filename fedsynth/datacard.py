@@ -10,7 +10,8 @@ import numpy as np
 
 from fedsynth.corpus import Corpus
 from fedsynth.data import Division, LeftOut, Site, divide, label_list, overlaps, unified
-from fedsynth.scenario import Scenario, cells
+from fedsynth.scenario import Scenario
+from fedsynth.scenario_toml import cells
 from fedsynth.typed import plain
 
 MEASURED = "measured by the simulator on private text: no guarantee covers it; a real site keeps its own"

@@ -26,7 +26,8 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario import Endpoint, Scenario, cells
+from fedsynth.scenario import Endpoint, Scenario
+from fedsynth.scenario_toml import cells
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log

@@ -25,7 +25,8 @@ from fedsynth.lora import Adapter
 from fedsynth.models import endpoints_of, models_of
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
-from fedsynth.scenario import Cell, Scenario, from_toml, load, to_toml
+from fedsynth.scenario import Cell, Scenario
+from fedsynth.scenario_toml import from_toml, load, to_toml
 from fedsynth.typed import BadValue
 
 SERVER = -1  # in the client column: a figure of the server

@@ -26,7 +26,8 @@ from fedsynth.models import load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
-from fedsynth.scenario import Cell, Data, Scenario, cells, load, to_toml
+from fedsynth.scenario import Cell, Data, Scenario
+from fedsynth.scenario_toml import cells, load, to_toml
 from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
 from fedsynth.training import SelfCheckFailed, check_room, self_check

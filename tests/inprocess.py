@@ -20,7 +20,8 @@ from fedsynth.data import label_list
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
 from fedsynth.payload import decode
 from fedsynth.runs import Journal, private_of
-from fedsynth.scenario import Cell, from_toml, to_toml
+from fedsynth.scenario import Cell
+from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.tasks import Order
 
 T = TypeVar("T")

@@ -34,7 +34,8 @@ from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
 from fedsynth.runs import Journal, guarantee_of, privacy_line
-from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning, from_toml, load
+from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
+from fedsynth.scenario_toml import from_toml, load
 from fedsynth.simulate import check
 from fedsynth.strategies.cross_lm import Config, CrossLM
 from fedsynth.tasks import Evaluate, Learn, Score, Scored
@@ -893,7 +894,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) ->
 
 
 def scenario(toml: str, arm: str = "main", **server: Any) -> Scenario:
-    from fedsynth.scenario import cells
+    from fedsynth.scenario_toml import cells
 
     [cell] = [c for c in cells(from_toml(toml)) if c.arm == arm]
     return replace(cell.scenario, server=replace(cell.scenario.server, **server), arms={}, run=())

@@ -10,7 +10,8 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import LeftOut, Site
 from fedsynth.datacard import MEASURED, SIMULATED, card_line, data_card, data_cards
 from fedsynth.runs import Journal, _assumptions, prepare
-from fedsynth.scenario import Scenario, cells, from_toml
+from fedsynth.scenario import Scenario
+from fedsynth.scenario_toml import cells, from_toml
 
 
 def corpus(*rows: tuple[str, str], units: tuple[int, ...] | None = None) -> Corpus:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_run import QUICK
 
-from fedsynth.scenario import load, shipped_scenarios
+from fedsynth.scenario_toml import load, shipped_scenarios
 
 ROOT = Path(__file__).parent.parent
 FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]

@@ -24,7 +24,8 @@ from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strateg
 from fedsynth.instructions import one_line
 from fedsynth.payload import decode
 from fedsynth.runs import Journal, guarantee_of, private_of
-from fedsynth.scenario import Cell, cells, from_toml, to_toml
+from fedsynth.scenario import Cell
+from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
 from fedsynth.training import encode_slots, next_token_losses
 

@@ -33,7 +33,8 @@ from fedsynth.lora import Adapter, average, mix
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.rouge import nearest, rouge_l
 from fedsynth.runs import privacy_line
-from fedsynth.scenario import Client, cells, from_toml, load, to_toml
+from fedsynth.scenario import Client
+from fedsynth.scenario_toml import cells, from_toml, load, to_toml
 from fedsynth.selfgen import generate, lines, respond, select, texts, write_instructions
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.tasks import Adopt, Finetune, SelfTrain

@@ -33,7 +33,8 @@ from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
 from fedsynth.runs import SERVER, guarantee_of, privacy_line, up
-from fedsynth.scenario import Tuning, cells, from_toml, to_toml
+from fedsynth.scenario import Tuning
+from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune, Finetuned
 from fedsynth.training import encode_records, next_token_losses
 from fedsynth.typed import BadValue

@@ -19,7 +19,7 @@ teacher publictext pretraining gates llm remote tuning training generation curat
 batches adapters
 models dpsgd
 hub
-scenario privacy lora rouge data datacard tables world payload tokenizer
+scenario scenario_toml privacy lora rouge data datacard tables world payload tokenizer
 corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}

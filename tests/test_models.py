@@ -24,7 +24,8 @@ from fedsynth.adapters import attach_lora, read_adapter, save_adapter
 from fedsynth.hub import locate, pin, version_of, weights_hash
 from fedsynth.lora import average, only_b
 from fedsynth.models import check, load_classifier, load_generator, load_tokenizer, models_of
-from fedsynth.scenario import TaskTraining, from_toml, to_toml
+from fedsynth.scenario import TaskTraining
+from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.simulate import pinned
 from fedsynth.typed import BadValue
 

@@ -29,7 +29,8 @@ from fedsynth.llm import LocalLLM
 from fedsynth.models import endpoints_of, models_of
 from fedsynth.remote import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.runs import prepare
-from fedsynth.scenario import Endpoint, Scenario, Server, cells, from_toml, load, to_toml
+from fedsynth.scenario import Endpoint, Scenario, Server
+from fedsynth.scenario_toml import cells, from_toml, load, to_toml
 from fedsynth.simulate import pinned
 from fedsynth.typed import BadValue
 

@@ -244,7 +244,7 @@ def test_a_worker_killed_in_round_1_ends_the_run_with_a_reason(tmp_path: Path) -
 
 
 def test_run_from_python(tmp_path: Path) -> None:
-    from fedsynth.scenario import load
+    from fedsynth.scenario_toml import load
 
     scenario = load("hospitals", [*QUICK, "data.clients=2", 'run=["no_demonstrations"]'])
     events: list[dict[str, object]] = []

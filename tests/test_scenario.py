@@ -9,21 +9,8 @@ import pytest
 
 from fedsynth.federation import load_strategy
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario import (
-    Cell,
-    Client,
-    Data,
-    GeneratorTraining,
-    Scenario,
-    Server,
-    StrategyChoice,
-    TaskTraining,
-    cells,
-    from_toml,
-    load,
-    shipped_scenarios,
-    to_toml,
-)
+from fedsynth.scenario import Cell, Client, Data, GeneratorTraining, Scenario, Server, StrategyChoice, TaskTraining
+from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios, to_toml
 from fedsynth.typed import BadValue
 
 FDKT, LOCAL = "fedsynth.strategies.fdkt:FDKT", "fedsynth.strategies.local:LocalOnly"

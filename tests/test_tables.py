@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from fedsynth.data import label_list, misfits, open_sites
-from fedsynth.scenario import Data, TestRows, load
+from fedsynth.scenario import Data, TestRows
+from fedsynth.scenario_toml import load
 from fedsynth.tables import find, read_rows
 from fedsynth.typed import BadValue
 

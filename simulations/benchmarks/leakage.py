@@ -30,7 +30,8 @@ from fedsynth.evaluation.attack import exposure, extraction
 from fedsynth.instructions import REPLY, asked
 from fedsynth.llm import LocalLLM
 from fedsynth.models import load_generator, load_tokenizer
-from fedsynth.scenario import Cell, cells, from_toml
+from fedsynth.scenario import Cell
+from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.world import World, load_world, secret_of
 from fedsynth.world.records import draw_secrets
 

@@ -25,7 +25,8 @@ from fedsynth.corpus import Corpus
 from fedsynth.data import label_list, open_sites
 from fedsynth.embedding import Embedder
 from fedsynth.evaluation.utility import paired_difference, scores
-from fedsynth.scenario import Scenario, load
+from fedsynth.scenario import Scenario
+from fedsynth.scenario_toml import load
 
 SHOTS = 5
 NEAREST = f"MiniLM, nearest of {SHOTS} shots"

@@ -28,7 +28,8 @@ from fedsynth.evaluation.attack import extraction
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import load_generator, load_tokenizer
-from fedsynth.scenario import Scenario, Tuning, load
+from fedsynth.scenario import Scenario, Tuning
+from fedsynth.scenario_toml import load
 from fedsynth.world import secret_of
 
 SETS = (

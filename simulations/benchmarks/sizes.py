@@ -25,7 +25,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import balance, clusters, deduplicate, well_formed
 from fedsynth.firewall import check_answer
 from fedsynth.privacy.plan import Budget, plan, statement
-from fedsynth.scenario import load
+from fedsynth.scenario_toml import load
 from fedsynth.tasks import Synthesize, Synthesized
 from fedsynth.wire import pack_answer, seal, unpack_answer
 

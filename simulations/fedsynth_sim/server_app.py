@@ -20,7 +20,8 @@ from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
 from fedsynth.remote import RemoteLLM
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
-from fedsynth.scenario import Cell, Endpoint, cells, from_toml
+from fedsynth.scenario import Cell, Endpoint
+from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.typed import BadValue
 
 app = ServerApp()
