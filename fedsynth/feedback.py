@@ -19,7 +19,7 @@ from fedsynth.scenario import Tuning
 from fedsynth.teacher import OPEN_LINE
 from fedsynth.training import Example, encode_text
 from fedsynth.tuning import Guard, perplexity, prefer, tune
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, Count, Positive, in_range
 
 Aggregation: TypeAlias = Literal["mean", "max"]
 
@@ -39,15 +39,13 @@ class Teaching:
     """
 
     update: Literal["likelihood", "preference", "none"] = "likelihood"
-    beta: float = 0.1
+    beta: Positive = 0.1
     guard: float = 0.1
     tuning: Tuning = field(default_factory=Tuning)
-    measured: int = 300
+    measured: Count = 300
 
     def __post_init__(self) -> None:
-        for name in ("beta", "measured"):
-            if not getattr(self, name) > 0:
-                raise BadValue(f"{name} must be above 0, got {getattr(self, name)}")
+        in_range(self, "strategy.teaching")
         if not self.guard >= 0:
             raise BadValue(f"guard must not be negative, got {self.guard}")
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsynth.batches import padded
-from fedsynth.typed import BadValue, build
+from fedsynth.typed import BadValue, Count, build, in_range
 
 WARM_UP_STEPS = 60
 MUON_RATE, ADAM_RATE = 0.02, 4e-3
@@ -49,15 +49,13 @@ class Shape:
         heads: Attention heads.
     """
 
-    width: int
-    layers: int
-    feed_forward: int
-    heads: int = 4
+    width: Count
+    layers: Count
+    feed_forward: Count
+    heads: Count = 4
 
     def __post_init__(self) -> None:
-        for name in ("width", "layers", "feed_forward", "heads"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        in_range(self)
         if self.width % (2 * self.heads):
             raise BadValue(f"width must be a multiple of twice the {self.heads} heads, got {self.width}")
 
@@ -128,18 +126,16 @@ class Reading:
         shape: Of the model.
     """
 
-    steps: int
-    batch_rows: int
-    row_tokens: int
+    steps: Count
+    batch_rows: Count
+    row_tokens: Count
     seed: int
     text: str
     tokenizer: str
     shape: Shape
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_rows", "row_tokens"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        in_range(self)
         if not 8 <= self.row_tokens <= CONTEXT:
             raise BadValue(f"row_tokens must lie in 8..{CONTEXT} (the model's context), got {self.row_tokens}")
 

@@ -28,7 +28,7 @@ from fedsynth.pretraining import (
 )
 from fedsynth.publictext import Lines, PublicText, blocks, encode, read
 from fedsynth.tokenizer import train_tokenizer
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, Positive, in_range
 
 CHECKED_LINES = 2000  # held-out lines that progress looks at; the final figure is over all
 TOKENIZER_LINES = 200_000
@@ -54,7 +54,7 @@ class Wanted:
     width: int = 192
     layers: int = 4
     vocabulary: int = 4096
-    epochs: float = 3.0
+    epochs: Positive = 3.0
     steps: int | None = None
     batch_rows: int = 16
     row_tokens: int = 128
@@ -62,8 +62,7 @@ class Wanted:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        if not (self.epochs > 0 and math.isfinite(self.epochs)):
-            raise BadValue(f"epochs must be finite and above 0, got {self.epochs}")
+        in_range(self)
         if self.vocabulary < 300:
             raise BadValue(f"vocabulary must be at least 300 (256 bytes and the special tokens), got {self.vocabulary}")
 

@@ -11,13 +11,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fedsynth.privacy.plan import Budget, DPPlan, plan
-from fedsynth.typed import BadValue
-
-
-def _positive(values: object, *names: str) -> None:
-    for name in names:
-        if not (getattr(values, name) > 0 and math.isfinite(getattr(values, name))):
-            raise BadValue(f"{name} must be finite and above 0, got {getattr(values, name)}")
+from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
 
 @dataclass(frozen=True)
@@ -78,10 +72,10 @@ class Data:
     """
 
     source: str
-    clients: int = 8
+    clients: Count = 8
     labels: Literal["all"] | tuple[str, ...] = "all"
-    train_per_client: int = 200
-    test_per_client: int = 600
+    train_per_client: Count = 200
+    test_per_client: Count = 600
     text: str = "text"
     label: str = "label"
     task: Literal["classification", "instructions"] = "classification"
@@ -89,12 +83,12 @@ class Data:
     planted: bool = False
     test: TestRows | None = None
     split: Literal["iid", "dirichlet", "pathological", "natural"] = "iid"
-    alpha: float = 0.5
-    classes_per_client: int | None = None
+    alpha: Positive = 0.5
+    classes_per_client: Count | None = None
     client_column: str | None = None
     unit: str | None = None
-    limit: int | None = None
-    test_limit: int | None = None
+    limit: Count | None = None
+    test_limit: Count | None = None
     duplicates: Literal["refuse", "drop"] = "refuse"
     revision: str | None = None
     subset: str | None = None
@@ -102,9 +96,7 @@ class Data:
     tuned_on: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("clients", "train_per_client", "test_per_client"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
+        in_range(self, "data")
         if self.labels != "all" and not self.labels:
             raise BadValue("the label list is empty: name the classes, or leave `labels` out to take all of the source")
         if self.labels != "all" and len(set(self.labels)) < len(self.labels):
@@ -127,14 +119,10 @@ class Data:
             raise BadValue('planted belongs to a simulated world with task = "instructions"')
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
-        _positive(self, "alpha")
         if self.alpha != Data.alpha and self.split != "dirichlet":
             raise BadValue(f'alpha belongs to split = "dirichlet", not to {self.split!r}')
         if (self.classes_per_client is not None) != (self.split == "pathological"):
             raise BadValue('classes_per_client and split = "pathological" need each other')
-        for name in ("classes_per_client", "limit", "test_limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise BadValue(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.source == "hf:":
             raise BadValue('source = "hf:" names no data set: write hf:NAME')
         if self.hub_name is None and (self.revision or self.subset):
@@ -167,18 +155,18 @@ class GeneratorTraining:
         learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
     """
 
-    expected_batch: int = 50
-    steps: int = 60
-    learning_rate: float = 2e-2
-    clip_norm: float = 0.3
-    rank: int = 8
-    alpha: float = 16.0
+    expected_batch: Count = 50
+    steps: Count = 60
+    learning_rate: Positive = 2e-2
+    clip_norm: Positive = 0.3
+    rank: Count = 8
+    alpha: Positive = 16.0
     max_tokens: int = 64
-    microbatch: int = 64
+    microbatch: Count = 64
     learns: Literal["record", "response"] = "record"
 
     def __post_init__(self) -> None:
-        _positive(self, "expected_batch", "steps", "learning_rate", "clip_norm", "rank", "alpha", "microbatch")
+        in_range(self)
         if self.max_tokens < 4:
             raise BadValue(f"max_tokens must be at least 4, got {self.max_tokens}")
 
@@ -197,16 +185,16 @@ class Tuning:
         alpha: LoRA scale is alpha / rank.
     """
 
-    epochs: int = 3
-    batch: int = 16
-    learning_rate: float = 2e-3
-    max_tokens: int = 64
-    max_grad_norm: float = 1.0
-    rank: int = 8
-    alpha: float = 16.0
+    epochs: Count = 3
+    batch: Count = 16
+    learning_rate: Positive = 2e-3
+    max_tokens: Count = 64
+    max_grad_norm: Positive = 1.0
+    rank: Count = 8
+    alpha: Positive = 16.0
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch", "learning_rate", "max_tokens", "max_grad_norm", "rank", "alpha")
+        in_range(self)
 
 
 @dataclass(frozen=True)
@@ -228,30 +216,20 @@ class TaskTraining:
             encoders where training all of them would take too long.
     """
 
-    batch: int = 16
-    augmented_epochs: int = 6
-    private_epochs: int = 15
-    learning_rate: float = 1e-3
-    head_rate: float = 50.0
-    continued_rate: float = 1.0
+    batch: Count = 16
+    augmented_epochs: Count = 6
+    private_epochs: Count = 15
+    learning_rate: Positive = 1e-3
+    head_rate: Positive = 50.0
+    continued_rate: Positive = 1.0
     token_dropout: float = 0.1
     weight_decay: float = 0.05
-    max_grad_norm: float = 1.0
-    max_tokens: int = 64
+    max_grad_norm: Positive = 1.0
+    max_tokens: Count = 64
     trains: Literal["all", "head"] = "all"
 
     def __post_init__(self) -> None:
-        _positive(
-            self,
-            "batch",
-            "augmented_epochs",
-            "private_epochs",
-            "learning_rate",
-            "head_rate",
-            "continued_rate",
-            "max_tokens",
-            "max_grad_norm",
-        )
+        in_range(self, "client.task_training")
         if not 0 <= self.token_dropout < 1:
             raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
@@ -285,16 +263,16 @@ class Client:
     task_models: tuple[str, ...] = ()
     guarantee: Literal["dp", "none"] = "dp"
     budget: Budget | None = None
-    max_noise_multiplier: float = 20.0
+    max_noise_multiplier: Positive = 20.0
     generator_training: GeneratorTraining = GeneratorTraining()
     task_training: TaskTraining = TaskTraining()
-    answer_tokens: int = 32
+    answer_tokens: Count = 32
     scores: Literal["model", "noise"] = "model"
     scorer_training: GeneratorTraining = GeneratorTraining()
-    score_norm: float = 1.0
+    score_norm: Positive = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "max_noise_multiplier", "answer_tokens", "score_norm")
+        in_range(self, "client")
         if "" in self.task_models:
             raise BadValue("task_models holds an empty name: name a model for every place, or leave task_models out")
         if self.guarantee == "dp" and self.budget is None:
@@ -376,9 +354,9 @@ class Endpoint:
     model: str
     key_env: str | None = None
     api: Literal["completions", "chat"] = "completions"
-    timeout: float = 60.0
+    timeout: Positive = 60.0
     retries: int = 3
-    concurrency: int = 8
+    concurrency: Count = 8
 
     def __post_init__(self) -> None:
         host = _host(self.endpoint)
@@ -391,7 +369,7 @@ class Endpoint:
             )
         if self.key_env is not None and self.endpoint.startswith("http:") and not _is_loopback(host):
             raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
-        _positive(self, "timeout", "concurrency")
+        in_range(self)
         if self.retries < 0:
             raise BadValue(f"retries must be at least 0, got {self.retries}")
 
@@ -435,13 +413,13 @@ class Server:
     llm: str | Endpoint
     adapter: str | None = None
     embedder: str | None = None
-    answer_seconds: float = 3600.0
-    quorum: float = 1.0
+    answer_seconds: Positive = 3600.0
+    quorum: Share = 1.0
     professional: str | Endpoint | None = None
     public: str | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "answer_seconds")
+        in_range(self, "server")
         if isinstance(self.llm, Endpoint) and self.adapter is not None:
             raise BadValue("the llm is an endpoint, into which no adapter can be put: name a model as llm")
         if isinstance(self.llm, Endpoint) and self.embedder is None:
@@ -449,8 +427,6 @@ class Server:
                 "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
                 "like drafts together"
             )
-        if not 0 < self.quorum <= 1:
-            raise BadValue(f"quorum must lie in (0, 1], got {self.quorum}")
 
 
 @dataclass(frozen=True)
@@ -471,15 +447,14 @@ class Scenario:
     client: Client
     server: Server
     seeds: tuple[int, ...] = (0,)
-    rounds: int = 1
+    rounds: Count = 1
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
-        if self.rounds < 1:
-            raise BadValue(f"rounds must be at least 1, got {self.rounds}")
+        in_range(self)
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         for arm in self.run:

@@ -4,18 +4,64 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 T = TypeVar("T")
 
 
 class BadValue(ValueError):
     """A value does not fit its declared type; the message names the key, the value and what fits."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, as `Annotated[int, Range(...)]`; `in_range` checks it and says it."""
+
+    says: str
+    holds: Callable[[float], bool]
+
+
+Count: TypeAlias = Annotated[int, Range("be at least 1", lambda value: value >= 1)]
+Positive: TypeAlias = Annotated[float, Range("be finite and above 0", lambda value: value > 0 and math.isfinite(value))]
+Share: TypeAlias = Annotated[float, Range("lie in (0, 1]", lambda value: 0 < value <= 1)]
+
+
+def in_range(values: Any, table: str = "") -> None:
+    """Checks every field of a dataclass whose annotation has a `Range`; None, where it is allowed, passes.
+
+    Args:
+        values: Called from its `__post_init__`.
+        table: Its name in a scenario, for messages.
+
+    Raises:
+        BadValue: For the first that is out of range.
+    """
+    kind: type = type(values)
+    for name, hint in _annotations(kind).items():
+        value = getattr(values, name)
+        for limit in _ranges(hint):
+            if value is not None and not limit.holds(value):
+                raise BadValue(f"{table}{'.' if table else ''}{name} must {limit.says}, got {value}")
+
+
+def _ranges(hint: Any) -> list[Range]:
+    """Those of an annotation, and of `... | None`."""
+    found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        found += [limit for option in typing.get_args(hint) for limit in _ranges(option)]
+    return found
+
+
+@cache
+def _annotations(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
 
 
 @cache

@@ -33,7 +33,7 @@ from fedsynth.runs import SERVER
 from fedsynth.scenario import Endpoint, Scenario
 from fedsynth.tasks import Learn, Score
 from fedsynth.teacher import augment
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
 MEASURED = 200  # texts, at most: each is scored after every label
 
@@ -57,23 +57,16 @@ class Config:
 
     feedback: Literal["scores", "shuffled", "none"] = "scores"
     aggregation: Aggregation = "mean"
-    keep: float = 0.35
+    keep: Share = 0.35
     teaching: Teaching = field(default_factory=Teaching)
-    written: int = 800
-    min_words: int = 5
-    temperature: float = 1.0
-    top_p: float = 0.95
-    max_tokens: int = 48
+    written: Count = 800
+    min_words: Count = 5
+    temperature: Positive = 1.0
+    top_p: Share = 0.95
+    max_tokens: Count = 48
 
     def __post_init__(self) -> None:
-        for name in ("written", "min_words", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("keep", "top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BadValue(f"strategy.{name} must lie in (0, 1], got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise BadValue(f"strategy.temperature must be above 0, got {self.temperature}")
+        in_range(self, "strategy")
 
     @property
     def teaches(self) -> bool:

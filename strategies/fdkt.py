@@ -15,7 +15,7 @@ from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.judges import best_of
 from fedsynth.tasks import Learn, Synthesize
 from fedsynth.teacher import augment
-from fedsynth.typed import BadValue
+from fedsynth.typed import Count, Positive, Share, in_range
 
 
 @dataclass(frozen=True)
@@ -44,45 +44,27 @@ class Config:
         share_adapters: Clients send their DP adapters, too (same release, no further cost).
     """
 
-    per_label: int = 50
-    draft_temperature: float = 0.8
-    draft_top_p: float = 0.95
-    draft_tokens: int = 48
-    min_words: int = 10
+    per_label: Count = 50
+    draft_temperature: Positive = 0.8
+    draft_top_p: Share = 0.95
+    draft_tokens: Count = 48
+    min_words: Count = 10
     judge: Literal["likelihood", "instruction", "none"] = "likelihood"
-    judge_rivals: int = 16
-    cluster_size: int = 4
-    keep: int = 2
+    judge_rivals: Count = 16
+    cluster_size: Count = 4
+    keep: Count = 2
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
-    shots: int = 4
+    shots: Count = 4
     texts: Literal["llm", "drafts"] = "llm"
-    written: int = 800
-    temperature: float = 1.0
-    top_p: float = 0.95
-    max_tokens: int = 48
+    written: Count = 800
+    temperature: Positive = 1.0
+    top_p: Share = 0.95
+    max_tokens: Count = 48
     pooled: bool = False
     share_adapters: bool = False
 
     def __post_init__(self) -> None:
-        for name in (
-            "per_label",
-            "draft_tokens",
-            "min_words",
-            "judge_rivals",
-            "cluster_size",
-            "keep",
-            "shots",
-            "written",
-            "max_tokens",
-        ):
-            if getattr(self, name) < 1:
-                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("draft_top_p", "top_p"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BadValue(f"strategy.{name} must lie in (0, 1], got {getattr(self, name)}")
-        for name in ("draft_temperature", "temperature"):
-            if not getattr(self, name) > 0:
-                raise BadValue(f"strategy.{name} must be above 0, got {getattr(self, name)}")
+        in_range(self, "strategy")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedsynth.lora import Adapter, average
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Scenario
 from fedsynth.tasks import Adopt, SelfTrain
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, Count, in_range
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,18 @@ class Config:
     """
 
     share: float = 0.5
-    candidates: int = 32
-    keep: int = 16
-    shots: int = 8
+    candidates: Count = 32
+    keep: Count = 16
+    shots: Count = 8
     selection: Literal["ifs", "random"] = "ifs"
     training: Literal["isolated", "mixed", "personal"] = "isolated"
     aggregate: bool = True
-    max_tokens: int = 48
+    max_tokens: Count = 48
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise BadValue(f"strategy.share must lie in 0..1, got {self.share}")
-        for name in ("candidates", "keep", "shots", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
+        in_range(self, "strategy")
         if self.keep > self.candidates:
             raise BadValue(f"strategy.keep must be at most the {self.candidates} candidates, got {self.keep}")
         if self.training != "isolated" and self.share != Config.share:

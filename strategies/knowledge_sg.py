@@ -23,7 +23,7 @@ from fedsynth.runs import SERVER
 from fedsynth.scenario import Endpoint, Scenario, Tuning
 from fedsynth.strategies.lora_avg import Aggregation, aggregate
 from fedsynth.tasks import Adopt, Finetune
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,22 @@ class Config:
     adopts: Literal["target", "dp", "nothing"] = "target"
     personal: bool = True
     aggregation: Aggregation = "factors"
-    written: int = 2000
-    temperature: float = 0.7  # the paper's code
-    top_p: float = 1.0
-    max_tokens: int = 64
-    min_words: int = 3
-    novelty: float = 0.7  # Self-Instruct (arXiv 2212.10560)
+    written: Count = 2000
+    temperature: Positive = 0.7  # the paper's code
+    top_p: Share = 1.0
+    max_tokens: Count = 64
+    min_words: Count = 3
+    novelty: Share = 0.7  # Self-Instruct (arXiv 2212.10560)
     judge: Judge = "likelihood"
-    judge_share: float = 0.8
-    response_tokens: int = 32
-    pairs: int = 1200
+    judge_share: Share = 0.8
+    response_tokens: Count = 32
+    pairs: Count = 1200
     start_from: Literal["dp", "base"] = "dp"
     learns: Literal["response", "record"] = "response"
     tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
-        for name in ("written", "max_tokens", "min_words", "response_tokens", "pairs"):
-            if getattr(self, name) < 1:
-                raise BadValue(f"strategy.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("top_p", "novelty", "judge_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise BadValue(f"strategy.{name} must lie in (0, 1], got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise BadValue(f"strategy.temperature must be above 0, got {self.temperature}")
+        in_range(self, "strategy")
         if self.instructions == "public" and (self.responses == "own" or self.adopts == "dp"):
             raise BadValue('strategy.instructions = "public" leaves no DP model that could respond or be adopted')
 

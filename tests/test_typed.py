@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import BadValue, Count, Positive, Share, build, in_range, plain
 
 
 class Colour(StrEnum):
@@ -184,3 +184,38 @@ def test_none_in_a_field_without_default_comes_back() -> None:
     assert build(Figure, {"delta": 1e-5}) == Figure(None, 1e-5)
     with pytest.raises(BadValue, match="'delta' is missing"):
         build(Figure, {"epsilon": 1.0})
+
+
+@dataclass(frozen=True)
+class Ranged:
+    count: Count = 1
+    rate: Positive = 0.5
+    share: Share = 1.0
+    limit: Count | None = None
+
+    def __post_init__(self) -> None:
+        in_range(self, "table")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"count": 0}, r"^table.count must be at least 1, got 0$"),
+        ({"rate": 0.0}, r"^table.rate must be finite and above 0, got 0.0$"),
+        ({"rate": float("inf")}, r"^table.rate must be finite and above 0, got inf$"),
+        ({"rate": float("nan")}, r"^table.rate must be finite and above 0, got nan$"),
+        ({"share": 0.0}, r"^table.share must lie in \(0, 1\], got 0.0$"),
+        ({"share": 1.01}, r"^table.share must lie in \(0, 1\], got 1.01$"),
+        ({"limit": 0}, r"^table.limit must be at least 1, got 0$"),
+    ],
+)
+def test_a_number_out_of_the_range_of_its_type_is_named(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(BadValue, match=told):
+        Ranged(**given)
+    with pytest.raises(BadValue, match=told):
+        build(Ranged, given)
+
+
+def test_numbers_in_range_and_none_pass() -> None:
+    assert build(Ranged, {"count": 1, "rate": 1e-9, "share": 1, "limit": 5}) == Ranged(1, 1e-9, 1.0, 5)
+    assert Ranged().limit is None
