@@ -1,1 +1,1 @@
-"""What came of it: utility of the task models."""
+"""What came of it: utility, instructions answered, fidelity of synthetic text, what an attacker gets."""

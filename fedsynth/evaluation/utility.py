@@ -35,7 +35,7 @@ class Difference:
 def paired_difference(
     metrics: pd.DataFrame, arm: str, baseline: str, *, metric: str = "accuracy", resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """How much better an arm is than a baseline, pair by pair of (seed, client) in the last round.
+    """How much better an arm is than a baseline, pair by pair of (seed, client), each arm in its own last round.
 
     The interval is a percentile bootstrap over seeds, then clients within each drawn seed: clients of one seed share
     the LLM's random draws, so they are not independent.
@@ -51,7 +51,8 @@ def paired_difference(
     Raises:
         ValueError: If the two arms have no (seed, client) in common.
     """
-    chosen = metrics[(metrics["metric"] == metric) & (metrics["round"] == metrics["round"].max())]
+    last = metrics.groupby("arm")["round"].transform("max")
+    chosen = metrics[(metrics["metric"] == metric) & (metrics["round"] == last)]
     table = chosen.pivot_table(index=["seed", "client"], columns="arm", values="value")
     if not {arm, baseline} <= set(table.columns) or table[[arm, baseline]].dropna().empty:
         raise ValueError(
