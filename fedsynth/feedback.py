@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
@@ -12,7 +13,7 @@ import numpy as np
 from fedsynth.adapters import load_adapter, new_adapter, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.instructions import one_line
-from fedsynth.llm import TextModel
+from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.scenario import Tuning
@@ -20,6 +21,8 @@ from fedsynth.teacher import OPEN_LINE
 from fedsynth.training import Example, encode_text
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue, Count, Positive, in_range
+
+MEASURED = 200  # texts, at most: each is scored after every label
 
 Aggregation: TypeAlias = Literal["mean", "max"]
 
@@ -69,13 +72,12 @@ class Taught:
 
     Attributes:
         adapter: Its guarantee is that of the texts that scores chose.
-        loss: Mean of the last pass; nan where nothing was learnt.
-        perplexity: On public text, before and after; nan where there is none to measure on.
+        metrics: `llm/label_accuracy` before the round, on the texts that it is about to learn; `llm/loss`, mean of the
+            last pass; `general/perplexity_before` and `general/perplexity`, where there is public text.
     """
 
     adapter: Adapter
-    loss: float
-    perplexity: tuple[float, float]
+    metrics: Mapping[str, float]
 
 
 def aggregate(answers: Mapping[int, Scores], how: Aggregation) -> Scores:
@@ -136,6 +138,7 @@ def taught(
     written: Corpus,
     teaching: Teaching,
     *,
+    labels: Sequence[str],
     public: Sequence[str],
     seed: int,
 ) -> Taught:
@@ -147,6 +150,7 @@ def taught(
         texts: What the clients' scores chose.
         written: All texts of the round.
         teaching: How; its `update` is not `none`.
+        labels: All that there are.
         public: Texts to measure perplexity on.
         seed: Public; of the order.
     """
@@ -157,10 +161,14 @@ def taught(
     def encoded(given: str, text: str) -> Example:
         return encode_text(tokenizer, given, text, settings.max_tokens, kind)
 
-    def surprise() -> float:
-        return perplexity(model, [encoded("", text) for text in public], pad=pad) if public else math.nan
+    def surprise(when: str) -> dict[str, float]:
+        return {when: perplexity(model, [encoded("", text) for text in public], pad=pad)} if public else {}
 
-    before = surprise()
+    few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
+    known = label_accuracy(
+        LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0))), few, labels
+    )
+    metrics = {"llm/label_accuracy": known, **surprise("general/perplexity_before")}
     guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
     codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
     if teaching.update == "likelihood":
@@ -170,7 +178,8 @@ def taught(
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
         loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
     adapter = replace(read_adapter(model, start.base), grants=texts.best.grants)
-    return Taught(adapter, loss, (before, surprise()))
+    learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
+    return Taught(adapter, {**metrics, **learnt, **surprise("general/perplexity")})
 
 
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:

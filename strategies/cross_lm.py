@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from math import ceil, isfinite
 from typing import Literal
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
@@ -20,7 +19,6 @@ from fedsynth.feedback import (
     Teaching,
     aggregate,
     first_adapter,
-    label_accuracy,
     ranked,
     shuffled,
     taught,
@@ -34,8 +32,6 @@ from fedsynth.scenario import Endpoint, Scenario
 from fedsynth.tasks import Learn, Score
 from fedsynth.teacher import augment
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
-
-MEASURED = 200  # texts, at most: each is scored after every label
 
 
 @dataclass(frozen=True)
@@ -174,24 +170,26 @@ class CrossLM(RoundStrategy[State]):
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 
     def _taught(self, adapter: Adapter | None, texts: Ranked, written: Corpus) -> Adapter:
-        """Step 4: the LLM's adapter after the round, and what the round did to its general ability."""
+        """Step 4: the LLM's adapter after the round; the metrics say what the round did to its general ability."""
         teaching, journal, models = self.config.teaching, self.server.journal, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
-        fresh = texts.best.take(
-            range(0, len(texts.best), ceil(len(texts.best) / MEASURED))
-        )  # it has not learnt them yet
-        journal.metric(SERVER, "llm/label_accuracy", label_accuracy(self._llm(adapter), fresh, self.server.labels))
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
         seed = self.server.cell.public_seed("public")
         public = () if models.public is None else sample(models.public, teaching.measured, seed).prompts
         journal.progress("teach", 0, 1)
-        done = taught(models.llm, start, texts, written, teaching, public=public, seed=self.seed("teach"))
+        done = taught(
+            models.llm,
+            start,
+            texts,
+            written,
+            teaching,
+            labels=self.server.labels,
+            public=public,
+            seed=self.seed("teach"),
+        )
         journal.adapter(SERVER, done.adapter, "llm", base=models.llm)
-        if isfinite(done.loss):
-            journal.metric(SERVER, "llm/loss", done.loss)
-        if public:
-            journal.metric(SERVER, "general/perplexity_before", done.perplexity[0])
-            journal.metric(SERVER, "general/perplexity", done.perplexity[1])
+        for name, value in done.metrics.items():
+            journal.metric(SERVER, name, value)
         return done.adapter
 
     def _llm(self, adapter: Adapter | None) -> TextModel:

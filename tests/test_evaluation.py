@@ -46,3 +46,11 @@ def test_the_interval_of_pure_noise_holds_zero_and_that_of_a_gain_does_not() -> 
 def test_arms_without_common_pairs_are_refused() -> None:
     with pytest.raises(ValueError, match="no pairs of arms 'fdkt' and 'pooled'"):
         paired_difference(frame(0.1, 0.0), "fdkt", "pooled")
+
+
+def test_arms_of_different_lengths_are_compared_in_their_own_last_rounds() -> None:
+    values = {("long", 1): 0.1, ("long", 2): 0.9, ("short", 1): 0.5}
+    rows = [(a, s, r, c, "accuracy", v) for (a, r), v in values.items() for s in (0, 1) for c in (0, 1)]
+    metrics = pd.DataFrame(rows, columns=["arm", "seed", "round", "client", "metric", "value"])
+    found = paired_difference(metrics, "long", "short")
+    assert (found.mean, found.pairs) == (pytest.approx(0.4), 4)
