@@ -18,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 import fedsynth
-from fedsynth.corpus import Corpus, corpus_from_parquet
+from fedsynth.corpus import Corpus
 from fedsynth.evaluation.utility import paired_difference
+from fedsynth.payload import corpus_from_parquet
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import from_toml, load
