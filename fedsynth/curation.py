@@ -285,6 +285,12 @@ def _regardless_of_labels(corpus: Corpus, reasons: Sequence[str | None]) -> Kept
     return replace(keep_rows(corpus, reasons), lost=())
 
 
+def at_most(corpus: Corpus, count: int) -> Kept:
+    """The first `count` rows; all where there are fewer."""
+    beyond = max(0, len(corpus) - count)
+    return Kept(corpus.take(range(len(corpus) - beyond)), {f"beyond {count}": beyond} if beyond else {})
+
+
 def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:
     """A funnel's lines from its named steps, in order."""
     return [

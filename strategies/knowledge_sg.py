@@ -13,7 +13,7 @@ from typing import Literal
 from fedsynth.adapters import new_adapter
 from fedsynth.apprentice import taught, write
 from fedsynth.corpus import Corpus
-from fedsynth.curation import Kept, keep_rows, novel, well_formed_instructions, yields
+from fedsynth.curation import Kept, at_most, novel, well_formed_instructions, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.hub import weights_hash
 from fedsynth.lora import Adapter
@@ -165,7 +165,7 @@ class KnowledgeSG(RoundStrategy[State]):
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words)
         fresh = novel(formed.corpus, c.novelty)
         good = judged(professional, fresh.corpus, c.judge, c.judge_share, c.response_tokens)
-        few = keep_rows(good.corpus, [None if row < c.pairs else "beyond pairs" for row in range(len(good.corpus))])
+        few = at_most(good.corpus, c.pairs)
         steps = [("written", raw), ("formed", formed), ("novel", fresh), ("judged", good), ("chosen", few)]
 
         pairs = few.corpus

@@ -5,6 +5,7 @@ from fedsynth import curation
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import (
     Kept,
+    at_most,
     balance,
     clusters,
     deduplicate,
@@ -273,3 +274,9 @@ def test_private_instructions_are_refused() -> None:
     for step in (well_formed_instructions, novel):
         with pytest.raises(ValueError, match="private"):
             step(private())
+
+
+def test_the_first_rows_are_kept_and_the_others_counted() -> None:
+    rows = Corpus(("a", "b", "c"), ("x", "y", "z"), Provenance.LLM_WRITTEN)
+    assert at_most(rows, 2) == Kept(rows.take([0, 1]), {"beyond 2": 1})
+    assert at_most(rows, 3) == at_most(rows, 9) == Kept(rows, {})

@@ -121,7 +121,7 @@ def scenario_of(name: str, seeds: str, arms: str, sets: Sequence[str]) -> Scenar
 def main() -> None:
     """Runs, or reads a run, and prints."""
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    ask.add_argument("scenario", choices=list(METHODS))
+    ask.add_argument("scenario", choices=list(METHODS), nargs="?", default="hospitals-knowledgesg")
     ask.add_argument("--seeds", default="0")
     ask.add_argument("--arms", default="", help="comma-separated; left out: those of the scenario")
     ask.add_argument("--set", action="append", default=[], help="further overrides, as for fedsynth run")

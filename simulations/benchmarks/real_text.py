@@ -99,12 +99,15 @@ def table(metrics: pd.DataFrame, arms: Sequence[str], tuned_on: Sequence[int]) -
 def main() -> None:
     """Runs, measures, prints."""
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    ask.add_argument("scenario", choices=["banking77", "medical"])
+    ask.add_argument("scenario", choices=["banking77", "medical"], nargs="?")
     ask.add_argument("--seeds", default="0")
     ask.add_argument("--task-model", choices=["small", "minilm"], default="small")
     ask.add_argument("--set", action="append", default=[], help="further overrides, as for fedsynth run")
     ask.add_argument("--out", type=Path)
     asked = ask.parse_args()
+    if asked.scenario is None:
+        print("name a scenario whose files are there (FEDSYNTH_DATA): banking77 or medical")
+        return
     encoder = minilm()
     sets = [f"seeds=[{asked.seeds}]"]
     if asked.task_model == "minilm":
