@@ -6,6 +6,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
+from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
-from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Score, SelfTrain, Synthesize
+from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Origin, Score, SelfTrain, Synthesize
 from fedsynth.training import SelfCheckFailed
 from fedsynth.typed import BadValue
 from fedsynth.wire import WillNotLeave, derived, pack_answer, refusal, seal, unpack_answer, unpack_order
@@ -132,10 +133,18 @@ def answer(
 
 
 def _check(order: Order[Any], home: Home) -> None:
+    """Before private text is read: what would be refused after it could tell by how it fails what it had read."""
     try:
         check_order(order, home.labels)
     except Rejected as problem:
         raise BadOrder(str(problem)) from problem
+    if home.simulated:
+        return
+    asked = {field.name: field.metadata["origin"] for field in fields(order.reply)}
+    if Origin.MEASURED in asked.values():
+        raise NotReleasable(f"{order.task} asks for figures of private text, which this site does not allow")
+    if "statement" in asked and home.config.guarantee == "none":
+        raise NotReleasable(f"{order.task} asks for a release without a guarantee, which this site does not allow")
 
 
 def _write_down(home: Home | None, task: str, what: str) -> None:

@@ -56,7 +56,9 @@ def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
         proximal=order.proximal or 0.0,
     )
     adapter = release_adapter(DPTrained(model, plan, grant, steps), _sent(model, order))
-    return Finetuned(adapter, statement(plan, unit=home.unit, rows=(), simulated=home.simulated), home.records)
+    return Finetuned(
+        adapter, statement(home.charged(plan), unit=home.unit, rows=(), simulated=home.simulated), home.records
+    )
 
 
 def _sent(model: PeftModel, order: Finetune) -> Adapter:

@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class Home:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
         """
         return self.config.plan(self.records, self.rounds)
+
+    def charged(self, planned: DPPlan) -> DPPlan:
+        """What this run has paid of a plan so far, at least all of it: the statement is about that."""
+        return replace(planned, rounds=max(planned.rounds, self.ledger.rounds(self.run, planned)))
 
     def binding(self, order: str, planned: DPPlan, *, model: str | None = None, training: Any = None) -> Binding:
         """What a grant holds for: this order, plan, data, model, and the version and settings of the training.

@@ -45,7 +45,7 @@ def score(home: Home, order: Score, digest: str) -> Scored:
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
     scorer = _kept(home) or _trained(home, order, digest)
     values = _confidences(home, scorer.model, order.corpus, home.config.scorer_training.max_tokens)
-    said = statement(scorer.plan, unit=home.unit, rows=(), simulated=home.simulated)
+    said = statement(home.charged(scorer.plan), unit=home.unit, rows=(), simulated=home.simulated)
     return Scored(release_scores(scorer, values), said)
 
 
@@ -72,7 +72,7 @@ def _noised(home: Home, order: Score, digest: str) -> Scored:
     values = _confidences(home, model, order.corpus, home.config.task_training.max_tokens)
     scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, order.corpus, plan, randomness))
     # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
-    said = statement(plan, unit="client", simulated=home.simulated)
+    said = statement(home.charged(plan), unit="client", simulated=home.simulated)
     return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
 
 
@@ -115,15 +115,15 @@ def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
     slots = label_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens, model.config)
     steps = fit_private(model, slots, plan, settings, pad=pad, randomness=randomness, losses=label_losses)
     trained = DPTrained(model, plan, grant, steps)
-    _keep(home, trained)
+    _keep(home, trained, order.seed)
     return trained
 
 
-def _keep(home: Home, trained: DPTrained[Any]) -> None:
+def _keep(home: Home, trained: DPTrained[Any], seed: int) -> None:
     """The scorer's trained weights and what ran, the latter last: a receipt stands beside the weights it is for."""
     save_named(trained.model, trainable(trained.model), home.work / SCORER)
     weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
-    ran = {"grant": trained.grant.id, "plan": trained.plan.to_dict(), "steps_run": trained.steps_run}
+    ran = {"grant": trained.grant.id, "plan": trained.plan.to_dict(), "steps_run": trained.steps_run, "seed": seed}
     part = home.work / f"{RECEIPT}.part"
     part.write_text(json.dumps({**ran, "run": home.run, "sha256": weights}), encoding="utf-8")
     part.replace(home.work / RECEIPT)
@@ -146,7 +146,7 @@ def _kept(home: Home) -> DPTrained[Any] | None:
     weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
     if weights != facts["sha256"] or grant.binding.model != weights_hash(home.config.task_model):
         raise NotReleasable(f"the scorer in {home.work} is not what grant {grant.id} trained: restore it")
-    model = _new_scorer(home, seed=0)
+    model = _new_scorer(home, facts["seed"])  # of what is neither pretrained nor trained, too: a frozen pooler
     load_named(model, home.work / SCORER)
     return DPTrained(model, DPPlan.from_dict(facts["plan"]), grant, facts["steps_run"])
 

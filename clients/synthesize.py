@@ -47,7 +47,7 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     adapter: Adapter | None = None
     if order.share_adapter:
         adapter = release_adapter(trained, read_adapter(trained.model, weights_hash(home.config.generator)))
-    said = statement(plan, unit=home.unit, rows=(), simulated=home.simulated)
+    said = statement(home.charged(plan), unit=home.unit, rows=(), simulated=home.simulated)
     return Synthesized(release(trained, texts, labels), said, unfinished, adapter)
 
 

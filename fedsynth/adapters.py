@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,8 @@ def new_adapter(name: str, *, rank: int, alpha: float, seed: int) -> Adapter:
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
     """
-    return read_adapter(attach_lora(load_generator(name), rank=rank, alpha=alpha, seed=seed), weights_hash(name))
+    model = attach_lora(load_generator(name), rank=rank, alpha=alpha, seed=seed)
+    return replace(read_adapter(model, weights_hash(name)), public=True)
 
 
 def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False) -> PeftModel:
@@ -125,14 +127,18 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     config.save_pretrained(str(folder))
     tensors = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in adapter.arrays.items()}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    (folder / "grants.json").write_text(json.dumps({"grants": list(adapter.grants), "base_sha256": adapter.base}))
+    facts = {"grants": list(adapter.grants), "public": adapter.public, "base_sha256": adapter.base}
+    (folder / GUARANTEE).write_text(json.dumps(facts))
 
 
+GUARANTEE = "grants.json"  # beside an adapter's weights
 PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "modules_to_save": None, "bias": "none"}
 
 
 def load_adapter(name: str, base: str) -> Adapter:
-    """A plain LoRA in PEFT format for the model named `base`, without a guarantee unless its folder names grants.
+    """A plain LoRA in PEFT format for the model named `base`, with what `save_adapter` wrote of its guarantee.
+
+    One that others made, without that, is public: so whoever names it declares, as of any model.
 
     Args:
         name: `assets:NAME`, or a folder.
@@ -145,7 +151,7 @@ def load_adapter(name: str, base: str) -> Adapter:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         arrays = load_file(folder / "adapter_model.safetensors")
-        known = folder / "grants.json"
+        known = folder / GUARANTEE
         facts = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except Exception as problem:  # safetensors has exceptions of its own for bad bytes
@@ -158,9 +164,25 @@ def load_adapter(name: str, base: str) -> Adapter:
         alpha,
         facts.get("base_sha256", weights_hash(base)),
         tuple(facts.get("grants", ())),
+        bool(facts.get("public", not known.is_file())),
     )
     try:
         with_adapter(base, adapter)
     except WrongAdapter as problem:
         raise BadValue(f"the adapter {name!r}: {problem}") from problem
+    return adapter
+
+
+def public_adapter(name: str, base: str) -> Adapter:
+    """`load_adapter`, of what a server may start from: what its LLM writes is then taken as public.
+
+    Raises:
+        BadValue: Also if private text is behind it, under a guarantee or not.
+    """
+    adapter = load_adapter(name, base)
+    if not adapter.public:
+        raise BadValue(
+            f"the adapter {name!r} was trained on private text, as its {GUARANTEE} says, and what the LLM writes would "
+            "count as public: start from a public one"
+        )
     return adapter

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 from fedsynth.adapters import read_adapter, with_adapter
@@ -12,7 +11,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept
 from fedsynth.instructions import ASK, parse_record
 from fedsynth.llm import LocalLLM
-from fedsynth.lora import Adapter
+from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.scenario import Tuning
 from fedsynth.training import Learns, encode_records, token_ids
@@ -68,7 +67,7 @@ def taught(
     Args:
         base: Name of the model that the adapter belongs to.
         start: What training goes on from.
-        pairs: Free to use. The guarantee of the result is theirs; the start's, if it has one, must be among it.
+        pairs: Free to use. The guarantee of the result is theirs and the start's.
         settings: Passes, batch, rate, longest example.
         learns: The whole record or the response alone.
         seed: Public; of the order.
@@ -76,4 +75,4 @@ def taught(
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
     examples = encode_records(tokenizer, pairs, settings.max_tokens, kind_of(model.config), learns=learns)
     loss = tune(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed)
-    return replace(read_adapter(model, start.base), grants=pairs.grants), loss
+    return made_of(read_adapter(model, start.base), [start, pairs]), loss

@@ -95,7 +95,7 @@ def fit_classifier(
         model: For sequence classification, `len(labels)` classes; or a `Probe`, for which `head_rate` and
             `token_dropout` do not apply: its head is all that learns, from embeddings computed once per text.
         tokenizer: Its tokenizer.
-        corpus: Texts and class names.
+        corpus: Texts and class names; a text that the tokenizer cannot read is left out.
         labels: The public label list; a class's number is its place.
         settings: Batch, regularisation, lengths.
         epochs: Passes over the corpus.
@@ -103,7 +103,9 @@ def fit_classifier(
         seed: Public seed of order and token dropout.
     """
     number = {label: i for i, label in enumerate(labels)}
-    rows = [i for i, answer in enumerate(corpus.answers) if answer in number]
+    reader = model.embedder.tokenizer if isinstance(model, Probe) else tokenizer
+    readable = (_readable(reader, text) for text in corpus.prompts)
+    rows = [i for i, (y, good) in enumerate(zip(corpus.answers, readable, strict=True)) if y in number and good]
     if not rows:
         return  # nothing to learn from is no reason to fail: a client may hold other classes only
     prompts = [corpus.prompts[i] for i in rows]
@@ -284,6 +286,15 @@ def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:
     where = next(model.parameters()).device
     logits: Tensor = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits
     return logits.float()
+
+
+def _readable(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer takes a text: a record that fails the whole answer would show in the answer."""
+    try:
+        token_ids(tokenizer, text)
+    except Exception:  # each tokenizer has its own
+        return False
+    return True
 
 
 def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any) -> list[list[int]]:

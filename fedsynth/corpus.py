@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Protocol
 
 
 class Provenance(StrEnum):
@@ -25,6 +26,25 @@ class Provenance(StrEnum):
 def same(text: str) -> str:
     """A text without the differences that do not make it another one: case and white space."""
     return " ".join(text.casefold().split())
+
+
+class Source(Protocol):
+    """What something else is made of: public, under grants, or without a guarantee (neither)."""
+
+    @property
+    def public(self) -> bool:
+        """Whether no private text is behind it."""
+
+    @property
+    def grants(self) -> tuple[str, ...]:
+        """Ids of the privacy grants that its guarantee rests on."""
+
+
+def united(sources: Sequence[Source]) -> tuple[str, ...]:
+    """The grants that the guarantee of what is made of all sources rests on; one source without leaves it without."""
+    if not all(source.public or source.grants for source in sources):
+        return ()
+    return tuple(dict.fromkeys(grant for source in sources for grant in source.grants))
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,11 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def public(self) -> bool:
+        """Whether no private text is behind it."""
+        return self.provenance is Provenance.PUBLIC
+
     def take(self, rows: Iterable[int]) -> Corpus:
         """The examples at `rows`, in that order, with the same provenance and grants."""
         rows = list(rows)
@@ -99,6 +124,11 @@ class Scores:
     values: tuple[float, ...]
     grants: tuple[str, ...] = ()
 
+    @property
+    def public(self) -> bool:
+        """Never: a client's model gave them."""
+        return False
+
 
 def pool(corpora: Sequence[Corpus]) -> Corpus:
     """All examples of corpora of one provenance, in order; grants are united.
@@ -111,15 +141,14 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
     kinds = {c.provenance for c in corpora}
     if len(kinds) > 1:
         raise ValueError(f"only corpora of one provenance can be pooled, got {sorted(k.value for k in kinds)}")
-    united = None
+    units = None
     if all(c.units is not None for c in corpora):
         # Persons of different sites are different units, even where two sites use the same identifier.
-        united = tuple((site, unit) for site, c in enumerate(corpora) for unit in c.units or ())
+        units = tuple((site, unit) for site, c in enumerate(corpora) for unit in c.units or ())
     return Corpus(
         prompts=tuple(p for c in corpora for p in c.prompts),
         answers=tuple(a for c in corpora for a in c.answers),
         provenance=corpora[0].provenance,
-        # One corpus without a guarantee makes the whole one without.
-        grants=tuple(dict.fromkeys(g for c in corpora for g in c.grants)) if all(c.grants for c in corpora) else (),
-        units=united,
+        grants=united(corpora),
+        units=units,
     )

@@ -186,8 +186,9 @@ class Clients:
     def _note(self, home: int, answer: object) -> None:
         """What an answer says of privacy, and what kinds of things it let out."""
         statement = getattr(answer, "statement", None)
-        if isinstance(statement, Statement):
-            self.statements[home] = statement
+        earlier = self.statements.get(home)
+        if isinstance(statement, Statement) and (earlier is None or earlier.guarantee != "none"):
+            self.statements[home] = statement  # the latest; but what once left without a guarantee stays without
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
         self.journal.released |= {kinds[type(p)] for p in derived(answer)}
 

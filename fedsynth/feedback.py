@@ -10,11 +10,11 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from fedsynth.adapters import load_adapter, new_adapter, read_adapter, with_adapter
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.adapters import new_adapter, public_adapter, read_adapter, with_adapter
+from fedsynth.corpus import Corpus, Provenance, Scores, united
 from fedsynth.instructions import one_line
 from fedsynth.llm import LocalLLM, TextModel
-from fedsynth.lora import Adapter
+from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.scenario import Tuning
 from fedsynth.teacher import OPEN_LINE
@@ -71,7 +71,7 @@ class Taught:
     """An adapter of the LLM after a round.
 
     Attributes:
-        adapter: Its guarantee is that of the texts that scores chose.
+        adapter: Its guarantee is that of its start and of the texts that scores chose.
         metrics: `llm/label_accuracy` before the round, on the texts that it is about to learn; `llm/loss`, mean of the
             last pass; `general/perplexity_before` and `general/perplexity`, where there is public text.
     """
@@ -83,9 +83,8 @@ class Taught:
 def aggregate(answers: Mapping[int, Scores], how: Aggregation) -> Scores:
     """One score per text from those of the clients; one client without a guarantee leaves the result without."""
     values = np.array([scores.values for scores in answers.values()])
-    grants = tuple(g for scores in answers.values() for g in scores.grants)
     together = values.mean(0) if how == "mean" else values.max(0)
-    return Scores(tuple(together.tolist()), grants if all(s.grants for s in answers.values()) else ())
+    return Scores(tuple(together.tolist()), united(list(answers.values())))
 
 
 def shuffled(scores: Scores, seed: int) -> Scores:
@@ -118,16 +117,14 @@ def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
             for a, b in zip(order[:count], order[::-1][:count], strict=True)
             if values[a] > values[b]
         ]
-    covered = bool(scores.grants) and (corpus.provenance is Provenance.PUBLIC or bool(corpus.grants))
-    grants = tuple(dict.fromkeys((*corpus.grants, *scores.grants))) if covered else ()
-    chosen = replace(corpus.take(sorted(best)), provenance=Provenance.LLM_WRITTEN, grants=grants)
+    chosen = replace(corpus.take(sorted(best)), provenance=Provenance.LLM_WRITTEN, grants=united([corpus, scores]))
     return Ranked(chosen, tuple(pairs))
 
 
 def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) -> Adapter:
     """What tuning of the LLM starts from: the adapter that it has already, or a new one."""
     if adapter is not None:
-        return load_adapter(adapter, llm)
+        return public_adapter(adapter, llm)
     return new_adapter(llm, rank=settings.rank, alpha=settings.alpha, seed=seed)
 
 
@@ -177,7 +174,7 @@ def taught(
     else:
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
         loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
-    adapter = replace(read_adapter(model, start.base), grants=texts.best.grants)
+    adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
     return Taught(adapter, {**metrics, **learnt, **surprise("general/perplexity")})
 

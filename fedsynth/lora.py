@@ -10,6 +10,8 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsynth.corpus import Source, united
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -20,7 +22,8 @@ class Adapter:
         rank: Inner dimension of the product.
         alpha: Numerator of its scale.
         base: SHA-256 of the base model's weights that it belongs to.
-        grants: Ids of the privacy grants that its guarantee rests on; empty: no guarantee.
+        grants: Ids of the privacy grants that its guarantee rests on; empty: no guarantee, unless it is public.
+        public: Made by chance or of public text alone.
     """
 
     arrays: Mapping[str, NDArray[np.float32]]
@@ -28,6 +31,7 @@ class Adapter:
     alpha: float
     base: str
     grants: tuple[str, ...] = ()
+    public: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ def only_b(name: str) -> bool:
     return "lora_B" in name
 
 
+def made_of(adapter: Adapter, sources: Sequence[Source]) -> Adapter:
+    """An adapter with the guarantee of what it was made of: adapters it goes on from, text that it learnt."""
+    return replace(adapter, grants=united(sources), public=all(source.public for source in sources))
+
+
 def average(adapters: Sequence[Adapter], weights: Sequence[float], shared: Shared = everything) -> Adapter:
     """Weighted mean of the shared tensors.
 
@@ -83,21 +92,21 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], shared: Share
         for name in adapters[0].arrays
         if shared(name)
     }
-    return replace(adapters[0], arrays=mean, grants=_grants(adapters))
+    return made_of(replace(adapters[0], arrays=mean), adapters)
 
 
 def completed(part: Adapter, whole: Adapter) -> Adapter:
-    """`whole` with the tensors of `part` in place: averaged B's beside the A's that every client holds (FFA-LoRA).
+    """`whole` with the tensors of `part` in place, and the guarantee of both.
 
-    A public start has no grants, and then neither has the result. Where `whole` is nothing but that, say so:
-    `completed(part, replace(start, grants=part.grants))`.
+    Averaged B's beside the A's that every client holds (FFA-LoRA); or what a client made of `whole`: its grant covers
+    its own training, not where that started.
 
     Raises:
         ValueError: If they differ in base, rank or alpha, or a tensor of `part` is not in `whole` in its shape.
     """
     counterpart = {name: shape for name, shape in _shapes(whole).items() if name in part.arrays}
     _check_fit([part, whole], [_shapes(part), counterpart], *_FACTORS_ALIKE)
-    return replace(whole, arrays={**whole.arrays, **part.arrays}, grants=_grants([part, whole]))
+    return made_of(replace(whole, arrays={**whole.arrays, **part.arrays}), [part, whole])
 
 
 def mix(first: Adapter, second: Adapter, share: float) -> Adapter:
@@ -139,7 +148,7 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         arrays[module + _A] = _float32(np.vstack([f[module][0] for f in factors]))
         arrays[module + _B] = _float32(np.hstack([g * f[module][1] for g, f in zip(gains, factors, strict=True)]))
     rank = sum(a.rank for a in adapters)
-    return Adapter(arrays, rank, float(rank), adapters[0].base, _grants(adapters))
+    return made_of(Adapter(arrays, rank, float(rank), adapters[0].base), adapters)
 
 
 def residual(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -255,11 +264,6 @@ def _normalised(what: str, adapters: Sequence[Adapter], weights: Sequence[float]
         raise ValueError(f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
                          f"{list(weights)} for {len(adapters)}")  # fmt: skip
     return [float(w) / sum(weights) for w in weights]
-
-
-def _grants(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """Those of all, in order; one adapter without a guarantee leaves the result without."""
-    return tuple(dict.fromkeys(g for a in adapters for g in a.grants)) if all(a.grants for a in adapters) else ()
 
 
 def _float32(array: ArrayLike) -> NDArray[np.float32]:

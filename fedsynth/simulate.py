@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.adapters import attach_lora, load_adapter
+from fedsynth.adapters import attach_lora, public_adapter
 from fedsynth.clients.home import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data import divide, label_list, misfits
@@ -107,7 +107,7 @@ def check(scenario: Scenario) -> list[str]:
         for name, role in models_of(resolved):
             check_model(name, role)
         if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
-            load_adapter(resolved.server.adapter, resolved.server.llm)
+            public_adapter(resolved.server.adapter, resolved.server.llm)
         key = (resolved.data, resolved.client)
         if key in seen:
             continue

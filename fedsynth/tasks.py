@@ -219,7 +219,7 @@ class Evaluated:
     """Figures on the client's test set."""
 
     metrics: Mapping[str, float] = _leaves(Origin.MEASURED)
-    examples: int = _leaves(Origin.PUBLIC)
+    examples: int = _leaves(Origin.MEASURED)
 
 
 @dataclass(frozen=True)

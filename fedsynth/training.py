@@ -274,15 +274,19 @@ def clipped_sum(
     return total
 
 
-def clip_factors(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
-    """Per example, what its gradient is multiplied by: min(1, C / norm), 0 where the norm is not finite.
+LARGEST_NORM = 1e30  # of a gradient that is clipped; beyond it one counts for nothing
 
-    The norm runs over all tensors together, in float64; 1e-6 keeps float32 rounding of the product below C.
+
+def clip_factors(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
+    """Per example, what its gradient is multiplied by: min(1, C / norm), 0 where the norm is not finite or above 1e30.
+
+    The norm runs over all tensors together, in float64; 1e-6 keeps float32 rounding of the product below C. For larger
+    norms the factor would be a denormal of float32, which rounds by more than that.
     """
     squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) ** 2 for g in grads]
     norms = torch.stack(squares).sum(0).sqrt()
     factors = (clip_norm * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors)).to(grads[0].dtype)
+    return torch.where(norms <= LARGEST_NORM, factors, torch.zeros_like(factors)).to(grads[0].dtype)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

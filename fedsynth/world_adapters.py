@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     model = with_adapter(base, start)
     before = label_correct(world, model, tokenizer, seed)
     loss = tune(model, [e for e in slots if e is not None], SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
-    adapter = read_adapter(model, start.base)
+    adapter = replace(read_adapter(model, start.base), public=True)
     save_adapter(adapter, base, out)
     weights = out / "adapter_model.safetensors"
     weights.chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode

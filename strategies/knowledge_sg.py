@@ -16,7 +16,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.curation import Kept, at_most, novel, well_formed_instructions, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.hub import weights_hash
-from fedsynth.lora import Adapter
+from fedsynth.lora import Adapter, completed
 from fedsynth.mentor import Judge, judged, respond
 from fedsynth.publictext import sample
 from fedsynth.runs import SERVER
@@ -142,15 +142,17 @@ class KnowledgeSG(RoundStrategy[State]):
         """Step 1: the clients' DP-SGD on whole records goes on from the last round; one adapter each, or their mean."""
         c, journal = self.config, self.server.journal
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
+        starts = {home: before.get(home, first) for home in clients.nodes}
         frozen_a = not c.personal and c.aggregation == "frozen_a"
         answers = clients.ask_each(
-            {home: Finetune(before.get(home, first), self.seed("train", home), frozen_a) for home in clients.nodes}
+            {home: Finetune(start, self.seed("train", home), frozen_a) for home, start in starts.items()}
         )
         if not c.personal:
             return {SERVER: aggregate(answers, first, c.aggregation, journal)}
-        for home, answer in answers.items():
-            journal.adapter(home, answer.adapter)
-        return {**before, **{home: answer.adapter for home, answer in answers.items()}}
+        trained = {home: completed(answer.adapter, starts[home]) for home, answer in answers.items()}
+        for home, adapter in trained.items():
+            journal.adapter(home, adapter)
+        return {**before, **trained}
 
     def _pairs(self, owner: int, writer: Adapter | None) -> Corpus:
         """Steps 2 to 4: instructions that a DP model writes (without one: public ones), selected and responded to."""

@@ -72,19 +72,15 @@ def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Agg
         aggregation: See `Config`.
         journal: Gets the clients' adapters and the error.
     """
-    for home, answer in answers.items():
-        journal.adapter(home, _whole(answer.adapter, start))
-    adapters = [answer.adapter for answer in answers.values()]
+    sent = {home: completed(answer.adapter, start) for home, answer in answers.items()}
+    for home, adapter in sent.items():
+        journal.adapter(home, adapter)
+    adapters = list(sent.values())
     weights = [float(answer.records) for answer in answers.values()]
     if aggregation == "frozen_a":
-        return _whole(average(adapters, weights, only_b), start)
+        return completed(average(adapters, weights, only_b), start)
     if aggregation == "factors":
         return average(adapters, weights)
     short = truncated(stacked(adapters, weights), start.rank, start.alpha)
     journal.metric(SERVER, "aggregation/error", short.error)
     return short.adapter
-
-
-def _whole(part: Adapter, start: Adapter) -> Adapter:
-    """With the factors A of the start where a client sent B alone: they are public, the guarantee is that of the B."""
-    return completed(part, replace(start, grants=part.grants))

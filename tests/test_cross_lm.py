@@ -18,7 +18,7 @@ import tiny
 import torch
 from inprocess import Played, canary, play
 
-from fedsynth.adapters import load_adapter, new_adapter, read_adapter, save_adapter, with_adapter
+from fedsynth.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.classifier import confidences, fit_classifier, label_losses, label_slots, new_scorer, new_task_model
 from fedsynth.clients import score as score_module
 from fedsynth.clients.home import Home
@@ -26,9 +26,10 @@ from fedsynth.clients.score import RECEIPT, protected
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.evaluation.attack import auroc
 from fedsynth.federation import Clients, TooFewReplies, load_strategy, nodes_by_home
-from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled
+from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
 from fedsynth.hub import locate_adapter, weights_hash
 from fedsynth.llm import LocalLLM
+from fedsynth.lora import Adapter
 from fedsynth.models import load_generator, load_tokenizer
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
@@ -769,13 +770,13 @@ def test_label_accuracy_compares_a_text_after_each_label() -> None:
 # Adapters of the server LLM
 
 
-def saved(folder: Path, name: str, std: float = 0.3) -> Path:
+def saved(folder: Path, name: str, std: float = 0.3, *, public: bool = True, grants: tuple[str, ...] = ()) -> Path:
     model = with_adapter(name, new_adapter(name, rank=2, alpha=4.0, seed=0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in trainable(model):
             weight.normal_(std=std, generator=generator)
-    save_adapter(read_adapter(model, weights_hash(name)), name, folder)
+    save_adapter(replace(read_adapter(model, weights_hash(name)), public=public, grants=grants), name, folder)
     return folder
 
 
@@ -821,6 +822,40 @@ def test_every_method_is_given_the_llm_with_its_adapter(tmp_path: Path) -> None:
     assert isinstance(other, LocalLLM)
     assert plain.score(["heart:"], [" abc"]) != pytest.approx(other.score(["heart:"], [" abc"]), abs=1e-2)
     assert server_app._llm(tiny.folder(), str(folder)) is other
+
+
+@pytest.mark.parametrize("grants", [(), ("g",)])
+def test_an_adapter_that_learnt_private_text_is_no_servers_start(
+    toml: str, llm: str, tmp_path: Path, grants: tuple[str, ...]
+) -> None:
+    folder = saved(tmp_path / "lora", llm, public=False, grants=grants)
+    assert (load_adapter(str(folder), llm).grants, load_adapter(str(folder), llm).public) == (grants, False)
+    with pytest.raises(BadValue, match=r"was trained on private text.*start from a public one"):
+        public_adapter(str(folder), llm)
+    (tmp_path / "own.toml").write_text(toml.replace(f'llm = "{llm}"', f'llm = "{llm}"\nadapter = "{folder}"'))
+    with pytest.raises(BadValue, match="start from a public one"):
+        check(load(tmp_path / "own.toml"))
+
+
+def test_an_adapter_that_says_nothing_of_its_text_is_declared_public(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "lora", tiny.folder(), public=False)
+    (folder / "grants.json").unlink()
+    assert public_adapter(str(folder), tiny.folder()).public
+
+
+def test_what_is_taught_has_the_guarantee_of_its_start_too(llm: str) -> None:
+    start = new_adapter(llm, rank=2, alpha=4.0, seed=0)
+    corpus = Corpus(("ab", "cd"), ("heart", "skin"), Provenance.PUBLIC)
+    texts, teaching = ranked(corpus, Scores((1.0, 0.5), ("s",)), 1.0), Teaching(tuning=Tuning(epochs=1))
+
+    def grants(start: Adapter) -> tuple[str, ...]:
+        done = taught(llm, start, texts, corpus, teaching, labels=("heart", "skin"), public=(), seed=0).adapter
+        assert not done.public
+        return done.grants
+
+    assert grants(start) == ("s",)
+    assert grants(replace(start, public=False, grants=("g",))) == ("g", "s")
+    assert grants(replace(start, public=False)) == ()
 
 
 def test_rounds_go_on_from_the_servers_adapter(toml: str, llm: str, tmp_path: Path) -> None:

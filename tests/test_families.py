@@ -657,3 +657,13 @@ def test_no_more_tokens_are_read_than_an_encoder_has_positions_for() -> None:
     assert longest_of(config, tokenizer) == longest_of(config, tokenizer, 600) == 512
     assert longest_of(config, tokenizer, 100) == 100
     assert longest_of(T5Config(), SimpleNamespace(model_max_length=int(1e30)), 600) == 600
+
+
+def test_a_text_that_no_tokenizer_reads_is_left_out_of_task_training() -> None:
+    """An answer that failed for it would tell the server that it is there."""
+    rows = Corpus((*TOY.prompts, "\ud800"), (*TOY.answers, LABELS[0]), TOY.provenance)
+    models = [new_task_model(families.folder("gpt2"), len(LABELS), "all", 0) for _ in range(2)]
+    for model, corpus in zip(models, (TOY, rows), strict=True):
+        fit_classifier(model, tokenizer_of("gpt2"), corpus, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
+    ours, theirs = (model.state_dict() for model in models)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

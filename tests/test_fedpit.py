@@ -506,6 +506,15 @@ def test_outside_a_simulation_the_server_sees_a_constant_code(
     with pytest.raises(TooFewReplies, match="refused: not_allowed"):
         played(tmp_path, clients=1)
 
+    def never(*_: Any) -> None:
+        raise AssertionError("private text was read for what is not allowed")
+
+    # Nor may it tell by how it fails what it read: demonstrations that leave no room would answer "failed".
+    monkeypatch.setattr(client, "syn_gen", never)
+    monkeypatch.setattr(client, "slots_of", never)
+    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+        played(tmp_path / "again", clients=1)
+
 
 def test_no_text_crosses_neither_private_nor_written(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path)

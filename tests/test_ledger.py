@@ -239,6 +239,8 @@ def test_rounds_draw_from_one_reservation(tmp_path: Path) -> None:
     answer(roomy, "round 3", plan)
     assert roomy.spent()[0] == epsilon(replace(PLAN, steps=16), 1e-5)
     assert [r["rounds"] for r in roomy.entries() if r["kind"] == "reservation"] == [3, 1]
+    # What a statement says is what was paid, not what was planned.
+    assert (roomy.rounds("run", plan), roomy.rounds("another run", plan), roomy.rounds("run", PLAN)) == (4, 0, 0)
 
 
 def test_a_retry_leaves_later_rounds_their_reservation(tmp_path: Path) -> None:

@@ -347,11 +347,20 @@ def test_completing_puts_the_part_in_place() -> None:
     assert found.grants == ("g1", "g2")
 
 
-def test_a_public_start_has_the_grants_that_the_caller_gives_it() -> None:
+def test_a_public_start_needs_no_grant_and_one_without_guarantee_leaves_the_result_without() -> None:
     part, start = average([ONE, TWO], [1, 1], only_b), replace(TWO, grants=())
     assert completed(part, start).grants == ()
-    assert completed(part, replace(start, grants=part.grants)).grants == ("g1", "g2")
+    assert completed(part, replace(start, public=True)).grants == ("g1", "g2")
+    assert not completed(part, replace(start, public=True)).public
     assert completed(replace(part, grants=()), TWO).grants == ()
+    assert completed(part, replace(start, grants=("g0",))).grants == ("g1", "g2", "g0")  # earlier rounds are in it
+
+
+def test_what_is_made_of_public_adapters_is_public() -> None:
+    public = [replace(each, public=True, grants=()) for each in (ONE, TWO)]
+    for mean in (average(public, [1, 1]), stacked(public, [1, 1]), mix(*public, 0.5)):
+        assert (mean.public, mean.grants) == (True, ())
+    assert (average([public[0], TWO], [1, 1]).public, average([public[0], TWO], [1, 1]).grants) == (False, TWO.grants)
 
 
 def test_a_part_that_the_whole_has_no_place_for_is_refused() -> None:

@@ -11,8 +11,11 @@ import tiny
 from inprocess import Played, canary, instructions, play
 
 from fedsynth.adapters import WrongAdapter, new_adapter, with_adapter
+from fedsynth.clients import app
+from fedsynth.federation import TooFewReplies
 from fedsynth.hub import weights_hash
 from fedsynth.lora import Adapter, average, only_b, stacked, update
+from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import epsilon
 from fedsynth.runs import privacy_line
 from fedsynth.tasks import Adopt, Evaluate, Finetune
@@ -69,6 +72,32 @@ def test_the_product_is_averaged_up_to_the_error_that_is_reported(tmp_path: Path
     missed = sum(float(((found[m] - expected[m]) ** 2).sum()) for m in expected)
     [error] = run.metric("aggregation/error")
     assert error == pytest.approx((missed / whole) ** 0.5, rel=1e-3)
+
+
+def test_a_site_refuses_to_be_measured_before_it_reads_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = app.simulated_home
+    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), simulated=False))
+
+    def never(*_: object) -> None:
+        raise AssertionError("a test text was read: one that is too long would be told by the code of the refusal")
+
+    monkeypatch.setitem(app.FUNCTIONS, Evaluate, never)
+    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+        played(tmp_path)
+
+
+def test_what_was_paid_beyond_the_plan_is_stated(tmp_path: Path) -> None:
+    found = played(tmp_path).home(0)
+    roomy = Ledger(
+        tmp_path / "roomy.sqlite", dataset="records", cap=None, keys=lambda counter, _: bytes([counter] * 32)
+    )
+    home, plan = replace(found, ledger=roomy), found.plan()
+    home.ledger.charge(plan, home.binding("as planned", plan), home.run)
+    assert home.charged(plan) == plan
+    home.ledger.charge(plan, home.binding("one more", plan), home.run)
+    assert home.charged(plan) == replace(plan, rounds=plan.rounds + 1)
 
 
 def test_rounds_of_k_steps_cost_what_one_run_of_all_steps_costs(tmp_path: Path) -> None:

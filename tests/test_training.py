@@ -318,11 +318,13 @@ def test_micro_batches_change_nothing_but_rounding(microbatch: int) -> None:
 
 
 def test_clip_factors_by_hand() -> None:
-    # Two tensors together: norms 5 (3 and 4), 0.5, 0, NaN, infinite, and a square that overflows float32.
-    one = torch.tensor([[3.0, 0.0], [0.3, 0.0], [0.0, 0.0], [math.nan, 0.0], [math.inf, 1.0], [3e30, 0.0]])
-    two = torch.tensor([[[0.0, 4.0]], [[0.0, 0.4]], [[0.0, 0.0]], [[1.0, 1.0]], [[1.0, 1.0]], [[0.0, 4e30]]])
+    # Two tensors together: norms 5 (3 and 4), 0.5, 0, NaN, infinite, a square that overflows float32, and a norm whose
+    # factor would be a denormal: such a one rounds by more than the margin below C.
+    three = [3.0, 0.3, 0.0, math.nan, math.inf, 3e20, 3e38]
+    four = [4.0, 0.4, 0.0, 1.0, 1.0, 4e20, 0.0]
+    one, two = torch.tensor([[x, 0.0] for x in three]), torch.tensor([[[0.0, x]] for x in four])
     factors = clip_factors([one, two], 1.0).tolist()
-    assert factors == pytest.approx([0.2, 1.0, 1.0, 0.0, 0.0, 2e-31], rel=2e-6)
+    assert factors == pytest.approx([0.2, 1.0, 1.0, 0.0, 0.0, 2e-21, 0.0], rel=2e-6)
     for clip_norm in (0.1, 0.3, 1.0, 7.0):
         grads = [torch.randn(500, 40, generator=torch.Generator().manual_seed(1)) * 3]
         norms = (clip_factors(grads, clip_norm)[:, None] * grads[0]).double().norm(dim=1)

@@ -205,6 +205,14 @@ class Ledger:
             )
             return Grant(id, counter, plan, binding)
 
+    def rounds(self, run: str, plan: DPPlan) -> int:
+        """Rounds of a plan that a run has reserved: more than the plan's after one beyond them, or a changed retry."""
+        with self._transaction() as db:
+            [reserved] = db.execute(
+                "SELECT COALESCE(SUM(rounds), 0) FROM spent WHERE run = ? AND plan_digest = ?", (run, plan.digest())
+            ).fetchone()
+        return int(reserved)
+
     def begin(self, grant: Grant) -> GrantRandomness:
         """Starts the one run that a grant allows (reserved -> running) and hands out its randomness.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedsynth.adapters import load_adapter
+from fedsynth.adapters import public_adapter
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
@@ -87,7 +87,7 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
 def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | RemoteLLM:
     if isinstance(model, Endpoint):
         return RemoteLLM.connect(model)
-    lora = None if adapter is None else load_adapter(adapter, model)
+    lora = None if adapter is None else public_adapter(adapter, model)
     return LocalLLM.load(model, adapter=lora, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
 
