@@ -147,7 +147,7 @@ def test_a_saved_adapter_loads_in_peft_and_gives_the_same_logits(tmp_path: Path)
     again = replace(read_adapter(loaded, "the hash"), grants=("g",))
     assert all(np.array_equal(a, again.arrays[n]) for n, a in read_adapter(model, "").arrays.items())
     facts = json.loads((tmp_path / "deep" / "adapter" / "grants.json").read_text())
-    assert facts == {"grants": ["g"], "base_sha256": "the hash"}
+    assert facts == {"grants": ["g"], "public": False, "base_sha256": "the hash"}
     config = json.loads((tmp_path / "deep" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6.0, tiny.folder())
 

@@ -544,7 +544,7 @@ def test_a_key_may_go_to_this_machine(host: str) -> None:
         ({"model": ""}, "model is empty"),
         ({"timeout": 0.0}, "timeout must be finite and above 0, got 0.0"),
         ({"retries": -1}, "retries must be at least 0, got -1"),
-        ({"concurrency": 0}, "concurrency must be finite and above 0, got 0"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"key_env": KEY}, "a key is no part of a scenario"),
     ],
 )
