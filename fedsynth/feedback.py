@@ -50,7 +50,7 @@ class Teaching:
     def __post_init__(self) -> None:
         in_range(self, "strategy.teaching")
         if not self.guard >= 0:
-            raise BadValue(f"guard must not be negative, got {self.guard}")
+            raise BadValue(f"strategy.teaching.guard must not be negative, got {self.guard}")
 
 
 @dataclass(frozen=True)
