@@ -112,22 +112,15 @@ def right(corpus: Corpus) -> float:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Writes texts of either kind, whatever label it is asked for: all that it lacks is what the clients know."""
-    made, tokenizer = tiny.model(), tiny.tokenizer()
-    rng = np.random.default_rng(0)
-    optimizer = torch.optim.Adam(made.parameters(), lr=5e-3)
-    for _ in range(200):
+
+    def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         kinds = [LABELS[k] for k in rng.integers(2, size=24)]
-        notes = Corpus(
+        corpus = Corpus(
             tuple(words(k, rng) for k in kinds), tuple(LABELS[k] for k in rng.integers(2, size=24)), Provenance.PUBLIC
         )
-        examples = [e for e in encode_slots(tokenizer, notes, LABELS, 24, 32) if e is not None]
-        optimizer.zero_grad()
-        next_token_losses(made, examples, tiny.PAD).mean().backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("llm")
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+        return [e for e in encode_slots(tokenizer, corpus, LABELS, 24, 32) if e is not None]
+
+    return tiny.taught(tmp_path_factory.mktemp("llm"), notes, steps=200, rate=5e-3)
 
 
 @pytest.fixture(scope="module")

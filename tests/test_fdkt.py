@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
 from flwr.app import ArrayRecord, Error, Message
 from local import LocalGrid
 from scripted import ScriptedLLM
@@ -27,7 +26,7 @@ from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell
 from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
-from fedsynth.training import encode_slots, next_token_losses
+from fedsynth.training import encode_slots
 
 LABELS = ("heart", "skin")
 CLIENTS, ROWS = 3, 12
@@ -81,20 +80,13 @@ def canary(row: int) -> str:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that has learnt to write short words and to end: drafts of noise, or without end, are dropped."""
-    made, tokenizer = tiny.model(), tiny.tokenizer()
-    rng = np.random.default_rng(0)
-    optimizer = torch.optim.Adam(made.parameters(), lr=1e-2)
-    for _ in range(80):
+
+    def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         texts = ["".join(rng.choice(list("abcd "), 6)) for _ in range(16)]
-        notes = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
-        examples = [e for e in encode_slots(tokenizer, notes, LABELS, 16, 64) if e is not None]
-        optimizer.zero_grad()
-        next_token_losses(made, examples, tiny.PAD).mean().backward()
-        optimizer.step()
-    folder = tmp_path_factory.mktemp("model")
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+        corpus = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
+        return [e for e in encode_slots(tokenizer, corpus, LABELS, 16, 64) if e is not None]
+
+    return tiny.taught(tmp_path_factory.mktemp("model"), notes, steps=80, rate=1e-2)
 
 
 @pytest.fixture

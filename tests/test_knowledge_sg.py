@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tiny
-import torch
 from flwr.app import Error, Message
 from inprocess import Played, canary, instructions, play
 from scripted import ScriptedLLM
@@ -36,7 +35,7 @@ from fedsynth.runs import SERVER, guarantee_of, privacy_line, up
 from fedsynth.scenario import Tuning
 from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune, Finetuned
-from fedsynth.training import encode_records, next_token_losses
+from fedsynth.training import encode_records
 from fedsynth.typed import BadValue
 from fedsynth.wire import unpack_order
 
@@ -53,18 +52,13 @@ tuning = { epochs = 1, batch = 8, rank = 3, alpha = 6.0 }
 
 def wordy(folder: Path, seed: int) -> str:
     """A model that has learnt to write records of single letters, such as `question: a d b answer: c`."""
-    made, tokenizer = tiny.model(seed), tiny.tokenizer()
-    rng = np.random.default_rng(seed)
-    optimizer = torch.optim.Adam(made.parameters(), lr=1e-2)
-    for _ in range(150):
+
+    def records(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         rows = [" ".join(rng.choice(list("abcd"), 3)) for _ in range(16)]
         corpus = Corpus(tuple(rows), tuple(row[-1] for row in rows), Provenance.PUBLIC)
-        optimizer.zero_grad()
-        next_token_losses(made, encode_records(tokenizer, corpus, 64), tiny.PAD).mean().backward()
-        optimizer.step()
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+        return encode_records(tokenizer, corpus, 64)
+
+    return tiny.taught(folder, records, steps=150, rate=1e-2, seed=seed)
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedsynth.training import next_token_losses
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # ids of single characters follow in the order of the byte-level alphabet
@@ -57,4 +61,19 @@ def folder() -> str:
     atexit.register(shutil.rmtree, where, ignore_errors=True)
     model().save_pretrained(where)
     tokenizer().save_pretrained(where)
+    return str(where)
+
+
+def taught(
+    where: Path, examples: Callable[[Any, np.random.Generator], list[Any]], *, steps: int, rate: float, seed: int = 0
+) -> str:
+    """A saved model that has learnt what `examples(tokenizer, rng)` draws, a batch in each step, and its tokenizer."""
+    made, reader, rng = model(seed), tokenizer(), np.random.default_rng(seed)
+    optimizer = torch.optim.Adam(made.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        next_token_losses(made, examples(reader, rng), PAD).mean().backward()
+        optimizer.step()
+    made.save_pretrained(where)
+    reader.save_pretrained(where)
     return str(where)
