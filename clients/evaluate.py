@@ -49,7 +49,7 @@ def _loss(home: Home, adapter: Adapter) -> float:
     model = on_base(home, adapter).eval()
     slots = slots_of(home, replace(home.test, units=None), len(home.test))
     pad, batch = load_tokenizer(home.config.generator).pad_token_id, home.config.generator_training.microbatch
-    return mean_loss(model, [example for example in slots if example is not None], pad=pad, batch=batch)
+    return mean_loss(model, [example for slot in slots for example in slot], pad=pad, batch=batch)
 
 
 def respond(home: Home, adapter: Adapter | None = None) -> list[str]:

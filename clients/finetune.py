@@ -14,7 +14,6 @@ from fedsynth.hub import config_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.payload import decode, encode
-from fedsynth.privacy.plan import statement
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
 from fedsynth.tasks import Adopt, Adopted, Finetune, Finetuned
 from fedsynth.training import Example, check_room, encode_slots, fit_private, fit_without_guarantee, self_check
@@ -39,9 +38,9 @@ def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
         adapter = release_without_guarantee(
             trained, _sent(model, order), home.ledger, home.run, trained.reason, allowed=home.simulated
         )
-        return Finetuned(adapter, statement(None, unit=home.unit, simulated=home.simulated), home.records)
+        return Finetuned(adapter, home.said(None), home.records)
     plan = home.plan()
-    self_check(model, plan, pad=tokenizer.pad_token_id)
+    self_check(model, plan, settings, pad=tokenizer.pad_token_id)
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
@@ -56,9 +55,7 @@ def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
         proximal=order.proximal or 0.0,
     )
     adapter = release_adapter(DPTrained(model, plan, grant, steps), _sent(model, order))
-    return Finetuned(
-        adapter, statement(home.charged(plan), unit=home.unit, rows=(), simulated=home.simulated), home.records
-    )
+    return Finetuned(adapter, home.said(plan, settings.rows_per_unit), home.records)
 
 
 def _sent(model: PeftModel, order: Finetune) -> Adapter:
@@ -88,12 +85,19 @@ def on_base(home: Home, adapter: Adapter, *, frozen_a: bool = False) -> PeftMode
     return with_adapter(home.config.generator, adapter, frozen_a=frozen_a).to(device())
 
 
-def slots_of(home: Home, corpus: Corpus, records: int) -> list[Example | None]:
+def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
     """One slot per declared record, as the client's settings say."""
     settings, name = home.config.generator_training, home.config.generator
     kind = kind_of(config_of(name))
     return encode_slots(
-        load_tokenizer(name), corpus, home.labels, records, settings.max_tokens, kind, learns=settings.learns
+        load_tokenizer(name),
+        corpus,
+        home.labels,
+        records,
+        settings.max_tokens,
+        kind,
+        learns=settings.learns,
+        rows_per_unit=settings.rows_per_unit,
     )
 
 

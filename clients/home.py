@@ -19,7 +19,7 @@ from fedsynth.data import Site, label_list, open_site, open_sites
 from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario import Cell, Client
 from fedsynth.scenario_toml import cells as scenario_cells
 from fedsynth.scenario_toml import from_toml
@@ -110,6 +110,11 @@ class Home:
         """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    def said(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
+        """What an answer says of its privacy: all rounds so far under one plan, or no guarantee."""
+        charged = None if plan is None else self.charged(plan)
+        return statement(charged, unit=self.unit, rows_per_unit=rows_per_unit, rows=(), simulated=self.simulated)
 
     @property
     def waived(self) -> bool:

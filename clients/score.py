@@ -45,7 +45,7 @@ def score(home: Home, order: Score, digest: str) -> Scored:
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
     scorer = _kept(home) or _trained(home, order, digest)
     values = _confidences(home, scorer.model, order.corpus, home.config.scorer_training.max_tokens)
-    said = statement(home.charged(scorer.plan), unit=home.unit, rows=(), simulated=home.simulated)
+    said = home.said(scorer.plan, home.config.scorer_training.rows_per_unit)
     return Scored(release_scores(scorer, values), said)
 
 
@@ -56,7 +56,7 @@ def _without_guarantee(home: Home, order: Score) -> Scored:
     scores = release_without_guarantee(
         trained, Scores(tuple(values)), home.ledger, home.run, trained.reason, allowed=home.simulated
     )
-    return Scored(scores, statement(None, unit=home.unit, simulated=home.simulated))
+    return Scored(scores, home.said(None))
 
 
 def _noised(home: Home, order: Score, digest: str) -> Scored:
@@ -107,12 +107,20 @@ def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
     plan = home.config.score_plan(home.records, home.rounds)
     tokenizer, model = load_tokenizer(name), _new_scorer(home, order.seed)
     pad = tokenizer.pad_token_id
-    self_check(model, plan, pad=pad, losses=label_losses, example=lambda tokens: LabelledText(tokens, 0))
+    self_check(model, plan, settings, pad=pad, losses=label_losses, example=lambda tokens: LabelledText(tokens, 0))
 
     binding = home.binding(digest, plan, model=weights_hash(name), training=settings)
     grant = home.ledger.charge(plan, binding, home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
-    slots = label_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens, model.config)
+    slots = label_slots(
+        tokenizer,
+        home.train,
+        home.labels,
+        plan.records,
+        settings.max_tokens,
+        model.config,
+        rows_per_unit=settings.rows_per_unit,
+    )
     steps = fit_private(model, slots, plan, settings, pad=pad, randomness=randomness, losses=label_losses)
     trained = DPTrained(model, plan, grant, steps)
     _keep(home, trained, order.seed)

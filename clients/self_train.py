@@ -14,11 +14,10 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, mix
 from fedsynth.models import load_tokenizer
-from fedsynth.privacy.plan import statement
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
 from fedsynth.selfgen import generate, lines, select
 from fedsynth.tasks import SelfTrain, SelfTrained
-from fedsynth.training import Example, fit_without_guarantee, token_ids
+from fedsynth.training import Slot, fit_without_guarantee, token_ids
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 
@@ -50,7 +49,7 @@ def self_train(home: Home, order: SelfTrain) -> SelfTrained:
     released = release_without_guarantee(
         Trained(local, NO_GUARANTEE), sent, home.ledger, home.run, NO_GUARANTEE, allowed=home.simulated
     )
-    said = statement(None, unit=home.unit, simulated=home.simulated)
+    said = home.said(None)
     return SelfTrained(released, said, home.records, {**funnel, "kept": len(kept)})
 
 
@@ -80,7 +79,7 @@ def syn_sel(home: Home, order: SelfTrain, local: PeftModel, candidates: Corpus) 
 
 
 def loc_train(
-    home: Home, start: Adapter, slots: Sequence[Example | None], seed: int, *, beside: Sequence[Example | None] = ()
+    home: Home, start: Adapter, slots: Sequence[Slot], seed: int, *, beside: Sequence[Slot] = ()
 ) -> PeftModel:
     """The client's schedule without clip and noise; without anything to learn, the start as it is.
 

@@ -7,16 +7,16 @@ from typing import Any
 from peft import PeftModel
 
 from fedsynth.adapters import attach_lora, read_adapter
+from fedsynth.clients.finetune import slots_of
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import device, kind_of, load_generator, load_tokenizer
-from fedsynth.privacy.plan import statement
+from fedsynth.models import device, load_generator, load_tokenizer
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized
-from fedsynth.training import check_room, control_code, encode_slots, fit_private, fit_without_guarantee, self_check
+from fedsynth.training import check_room, control_code, fit_private, fit_without_guarantee, self_check
 
 
 def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
@@ -34,11 +34,11 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     # Whatever can fail fails here, before anything is spent.
     longest_code = max(len(tokenizer(control_code(label))["input_ids"]) for label in home.labels)
     check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest_code + 1 + order.max_tokens))
-    self_check(model, plan, pad=tokenizer.pad_token_id)
+    self_check(model, plan, settings, pad=tokenizer.pad_token_id)
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
-    slots = encode_slots(tokenizer, home.train, home.labels, plan.records, settings.max_tokens, kind_of(model.config))
+    slots = slots_of(home, home.train, plan.records)
     steps = fit_private(model, slots, plan, settings, pad=tokenizer.pad_token_id, randomness=randomness)
     trained = DPTrained(model, plan, grant, steps)
 
@@ -47,7 +47,7 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:
     adapter: Adapter | None = None
     if order.share_adapter:
         adapter = release_adapter(trained, read_adapter(trained.model, weights_hash(home.config.generator)))
-    said = statement(home.charged(plan), unit=home.unit, rows=(), simulated=home.simulated)
+    said = home.said(plan, settings.rows_per_unit)
     return Synthesized(release(trained, texts, labels), said, unfinished, adapter)
 
 
@@ -56,14 +56,14 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
     settings = home.config.generator_training
     tokenizer = load_tokenizer(home.config.generator)
     model = _fresh(home, order)
-    slots = encode_slots(tokenizer, home.train, home.labels, home.records, settings.max_tokens, kind_of(model.config))
+    slots = slots_of(home, home.train, home.records)
     fit_without_guarantee(model, slots, settings, pad=tokenizer.pad_token_id, seed=order.seed)
     trained = Trained(model, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(trained.model, tokenizer, home.labels, order)
     written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
     corpus = release_without_guarantee(trained, written, home.ledger, home.run, trained.reason, allowed=home.simulated)
     adapter = read_adapter(model, weights_hash(home.config.generator)) if order.share_adapter else None
-    return Synthesized(corpus, statement(None, unit=home.unit, simulated=home.simulated), unfinished, adapter)
+    return Synthesized(corpus, home.said(None), unfinished, adapter)
 
 
 def _fresh(home: Home, order: Synthesize) -> PeftModel:

@@ -249,8 +249,15 @@ def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -
 
 
 def label_slots(
-    tokenizer: Any, corpus: Corpus, labels: Sequence[str], records: int, longest: int, config: Any
-) -> list[LabelledText | None]:
+    tokenizer: Any,
+    corpus: Corpus,
+    labels: Sequence[str],
+    records: int,
+    longest: int,
+    config: Any,
+    *,
+    rows_per_unit: int = 1,
+) -> list[tuple[LabelledText, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself: as `encode_slots` for a generator.
 
     Args:
@@ -260,11 +267,12 @@ def label_slots(
         records: Declared number of units.
         longest: Longer texts are cut after so many tokens.
         config: Of the classifier.
+        rows_per_unit: At most so many rows of a unit count.
     """
     number = {label: i for i, label in enumerate(labels)}
 
-    def slot(row: int | None) -> LabelledText | None:
-        if row is None or corpus.answers[row] not in number:
+    def encoded(row: int) -> LabelledText | None:
+        if corpus.answers[row] not in number:
             return None
         try:
             [tokens] = _token_rows(tokenizer, [corpus.prompts[row]], longest, config)
@@ -272,7 +280,10 @@ def label_slots(
             return None
         return LabelledText(tuple(tokens), number[corpus.answers[row]]) if tokens else None
 
-    return [slot(row) for row in unit_rows(corpus, records)]
+    return [
+        tuple(text for text in map(encoded, rows) if text is not None)
+        for rows in unit_rows(corpus, records, rows_per_unit)
+    ]
 
 
 def label_losses(model: nn.Module, examples: Sequence[LabelledText], pad: int) -> Tensor:

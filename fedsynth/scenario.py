@@ -7,11 +7,14 @@ import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
+
+Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
+"""Ways to clip gradients per example: `fedsynth.dpsgd`."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class GeneratorTraining:
         max_tokens: Longest example in tokens, label or instruction and end of text included.
         microbatch: Examples per forward pass; bounds memory, does not change results.
         learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
+        rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
+        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with.
     """
 
     expected_batch: Count = 50
@@ -164,6 +169,8 @@ class GeneratorTraining:
     max_tokens: int = 64
     microbatch: Count = 64
     learns: Literal["record", "response"] = "record"
+    rows_per_unit: Count = 1
+    clipping: Clipping = "bookkeeping"
 
     def __post_init__(self) -> None:
         in_range(self)

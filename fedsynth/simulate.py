@@ -168,7 +168,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
     try:
         check_room(tokenizer, model, labels, settings.max_tokens)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)
-        self_check(adapted, planned, pad=tokenizer.pad_token_id)
+        self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
 

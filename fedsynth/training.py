@@ -7,28 +7,25 @@ an empty batch is a noise-only step, and the noisy sum is divided by the expecte
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedsynth.batches import padded, token_rows
 from fedsynth.corpus import Corpus
+from fedsynth.dpsgd import Clipper, UnknownWeight, clipper
 from fedsynth.instructions import ASK, asked, record
 from fedsynth.models import Kind, context_of
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
-
-# Opacus hooks layers whose input needs no gradient (the first, of a frozen base); torch remarks on each of them.
-warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
@@ -54,6 +51,9 @@ class Encoded(Protocol):
     def tokens(self) -> tuple[int, ...]:
         """Token ids."""
 
+
+Slot: TypeAlias = Sequence[Encoded]
+"""What is learnt of one privacy unit: its examples, clipped together; none for an empty unit."""
 
 Losses: TypeAlias = Callable[[nn.Module, Sequence[Any], int], Tensor]
 """Model, examples, padding token -> each example's own loss, shape (examples,)."""
@@ -90,13 +90,14 @@ def encode_slots(
     kind: Kind = "causal",
     *,
     learns: Learns = "record",
-) -> list[Example | None]:
+    rows_per_unit: int = 1,
+) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
-    A unit is a person where the corpus names persons; its first row is used. A row with an unknown label, a slot beyond
-    the real count, and a text that the tokenizer cannot read are empty: no record of one unit changes another's slot,
-    or whether there is an answer. Declare at least as many units as there are: of more, only the first `records` are
-    used, and taking one of them away would let the next one in (then the replace-one figure holds).
+    A unit is a person where the corpus names persons; its first rows are used. A row with an unknown label and a text
+    that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of one unit changes
+    another's slot, or whether there is an answer. Declare at least as many units as there are: of more, only the first
+    `records` are used, and taking one of them away would let the next one in (then the replace-one figure holds).
 
     Args:
         tokenizer: Public.
@@ -106,21 +107,28 @@ def encode_slots(
         longest: Longest example in tokens.
         kind: Of the generator.
         learns: Instructions: the whole record after its mark, or the response alone.
+        rows_per_unit: At most so many rows of a unit count.
     """
     known = set(labels)
+
+    def encoded(row: int) -> Example | None:
+        if labels and corpus.answers[row] not in known:
+            return None
+        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
+
     return [
-        None
-        if row is None or (labels and corpus.answers[row] not in known)
-        else _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
-        for row in unit_rows(corpus, records)
+        tuple(example for example in map(encoded, rows) if example is not None)
+        for rows in unit_rows(corpus, records, rows_per_unit)
     ]
 
 
-def unit_rows(corpus: Corpus, records: int) -> list[int | None]:
-    """The first row of each privacy unit in as many slots as were declared; None where there is no unit."""
-    units = corpus.units if corpus.units is not None else tuple(range(len(corpus)))
-    first = sorted({unit: row for row, unit in reversed(list(enumerate(units)))}.values())
-    return [*first[:records], *[None] * (records - len(first))]
+def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list[int]]:
+    """The first rows of each privacy unit in as many slots as were declared; none where there is no unit."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, unit in enumerate(corpus.units if corpus.units is not None else range(len(corpus))):
+        rows.setdefault(unit, []).append(row)
+    slots = [found[:rows_per_unit] for found in rows.values()][:records]
+    return [*slots, *([] for _ in range(records - len(slots)))]
 
 
 def encode_records(
@@ -128,8 +136,9 @@ def encode_records(
 ) -> list[Example]:
     """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
     tokenizer cannot read are left out."""
-    slots = encode_slots(tokenizer, corpus, (), len(corpus), longest, kind, learns=learns)
-    return [example for example in slots if example is not None]
+    each_its_own = replace(corpus, units=None)
+    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, learns=learns)
+    return [example for slot in slots for example in slot]
 
 
 def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> tuple[str, str]:
@@ -210,7 +219,7 @@ def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tupl
     """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
     that are learnt, (examples, positions), `IGNORED` elsewhere."""
     where = next(model.parameters()).device
-    within: Any = model._module if isinstance(model, GradSampleModule) else model
+    within: Any = getattr(model, "_module", model)  # Opacus wraps it
     if getattr(getattr(within, "config", None), "is_encoder_decoder", False):
         given, present = padded([e.tokens[: e.start] for e in examples], pad)
         wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
@@ -240,53 +249,44 @@ def mean_loss(model: nn.Module, examples: Sequence[Example], *, pad: int, batch:
 
 
 def clipped_sum(
-    model: GradSampleModule,
-    examples: Sequence[Encoded],
+    clip: Clipper,
+    model: nn.Module,
+    units: Sequence[Slot],
     *,
     pad: int,
-    clip_norm: float,
     microbatch: int,
     losses: Losses | None = None,
 ) -> list[Tensor]:
-    """Sum over examples of their gradients, each scaled to at most `clip_norm`; zeros for no example.
+    """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
 
-    A non-finite example contributes exactly nothing. Micro-batches only split one drawn batch. The loss of an example
-    is `next_token_losses` unless another one is given.
+    Micro-batches of `microbatch` examples (more only where one unit has more) split one drawn batch, sorted by length.
+    The loss of an example is `next_token_losses` unless another one is given.
     """
     losses_of: Losses = losses or next_token_losses
-    weights = trainable(model)
-    total = [torch.zeros_like(w) for w in weights]
-    ordered = sorted(examples, key=lambda e: len(e.tokens))
-    for at in range(0, len(ordered), microbatch):
-        losses_of(model, ordered[at : at + microbatch], pad).sum().backward()
-        if any(getattr(w, "grad_sample", None) is None or len(w.grad_sample) != len(ordered[at : at + microbatch])  # type: ignore[attr-defined]
-               for w in weights):  # fmt: skip
-            raise SelfCheckFailed(
-                "a layer gives no gradient per example: LoRA on this architecture is not supported yet"
-            )
-        grads: list[Tensor] = [w.grad_sample for w in weights]  # type: ignore[attr-defined]  # Opacus puts it there
-        scale = clip_factors(grads, clip_norm)
-        for sum_, grad in zip(total, grads, strict=True):
-            finite = torch.where(scale.view(-1, *[1] * (grad.dim() - 1)) > 0, grad, torch.zeros_like(grad))
-            sum_ += torch.einsum("n,n...->...", scale, finite)
-        for w in weights:
-            w.grad, w.grad_sample = None, None  # type: ignore[attr-defined]
-    return total
+    ordered = sorted((unit for unit in units if unit), key=lambda unit: max(len(e.tokens) for e in unit))
+    at = 0
+    while at < len(ordered):
+        end, rows = at + 1, len(ordered[at])
+        while end < len(ordered) and rows + len(ordered[end]) <= microbatch:
+            rows += len(ordered[end])
+            end += 1
+        examples = [example for unit in ordered[at:end] for example in unit]
+        numbers = [number for number, unit in enumerate(ordered[at:end]) for _ in unit]
+        clip.add(partial(losses_of, model, examples, pad), numbers)
+        at = end
+    return clip.take()
 
 
-LARGEST_NORM = 1e30  # of a gradient that is clipped; beyond it one counts for nothing
+_BLOCK = 2**18  # noise that is made at once
 
 
-def clip_factors(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
-    """Per example, what its gradient is multiplied by: min(1, C / norm), 0 where the norm is not finite or above 1e30.
-
-    The norm runs over all tensors together, in float64; 1e-6 keeps float32 rounding of the product below C. For larger
-    norms the factor would be a denormal of float32, which rounds by more than that.
-    """
-    squares = [torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.float64) ** 2 for g in grads]
-    norms = torch.stack(squares).sum(0).sqrt()
-    factors = (clip_norm * (1 - 1e-6) / norms.clamp(min=1e-30)).clamp(max=1.0)
-    return torch.where(norms <= LARGEST_NORM, factors, torch.zeros_like(factors)).to(grads[0].dtype)
+def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
+    """Gaussian noise onto a sum, in place: added in float64 and rounded once, block by block to need no second copy."""
+    flat = total.view(-1)
+    for at in range(0, len(flat), _BLOCK):
+        part = flat[at : at + _BLOCK]
+        noise = torch.from_numpy(randomness.normals(len(part)))
+        part.copy_((deviation * noise).to(part.device).add_(part))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -296,7 +296,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 def train_generator(
     model: nn.Module,
-    slots: Sequence[Encoded | None],
+    slots: Sequence[Slot],
     settings: GeneratorTraining,
     *,
     pad: int,
@@ -319,37 +319,32 @@ def train_generator(
             Its gradient is a function of the weights alone: added to the noisy sum, it costs no privacy.
         losses: Of the examples; `next_token_losses` unless a classifier is trained.
     """
-    per_example = GradSampleModule(model.train(), loss_reduction="sum")
-    weights = trainable(per_example)
-    starts = [w.detach().clone() for w in weights]
+    weights = trainable(model)
+    starts = [w.detach().clone() for w in weights] if proximal else weights
     optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
     ran = 0
-    for step in range(steps):
-        mask = randomness.poisson_mask(len(slots), rate)
-        drawn = [slots[i] for i in np.flatnonzero(mask).tolist()]
-        batch = [e for e in drawn if e is not None]
-        sums = clipped_sum(
-            per_example, batch, pad=pad, clip_norm=clip_norm, microbatch=settings.microbatch, losses=losses
-        )
-        for weight, start, total in zip(weights, starts, sums, strict=True):
-            if noise_multiplier > 0:
-                noise = torch.from_numpy(randomness.normals(total.numel())).view(total.shape)
-                total = (total.double() + noise_multiplier * clip_norm * noise.to(total.device)).to(weight.dtype)
-            weight.grad = total / expected_batch
-            if proximal:
-                weight.grad = weight.grad + proximal * (weight.detach() - start)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
-        optimizer.step()
-        ran += 1
-    per_example.to_standard_module()
+    with clipper(model.train(), clip_norm, settings.clipping) as clip:
+        for step in range(steps):
+            mask = randomness.poisson_mask(len(slots), rate)
+            drawn = [slots[i] for i in np.flatnonzero(mask).tolist()]
+            sums = clipped_sum(clip, model, drawn, pad=pad, microbatch=settings.microbatch, losses=losses)
+            for weight, start, total in zip(weights, starts, sums, strict=True):
+                if noise_multiplier > 0:
+                    add_noise(total, noise_multiplier * clip_norm, randomness)
+                weight.grad = total.div_(expected_batch)
+                if proximal:
+                    weight.grad = weight.grad + proximal * (weight.detach() - start)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
+            optimizer.step()
+            ran += 1
     model.eval()
     return ran
 
 
 def fit_private(
     model: nn.Module,
-    slots: Sequence[Encoded | None],
+    slots: Sequence[Slot],
     plan: DPPlan,
     settings: GeneratorTraining,
     *,
@@ -401,7 +396,7 @@ class PublicRandomness:
 
 def fit_without_guarantee(
     model: nn.Module,
-    slots: Sequence[Example | None],
+    slots: Sequence[Slot],
     settings: GeneratorTraining,
     *,
     pad: int,
@@ -427,6 +422,7 @@ def fit_without_guarantee(
 def self_check(
     model: nn.Module,
     plan: DPPlan,
+    settings: GeneratorTraining,
     *,
     pad: int,
     losses: Losses | None = None,
@@ -440,6 +436,7 @@ def self_check(
     Args:
         model: What will be trained.
         plan: As which it will be trained.
+        settings: With which it will be trained.
         pad: Token that fills a batch.
         losses: As it will be trained with.
         example: Makes an example for them from tokens.
@@ -451,19 +448,17 @@ def self_check(
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
-    lengths = (5, 9, 9, 14)
-    batch = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
-    per_example = GradSampleModule(model.train(), loss_reduction="sum")
-    settings: dict[str, Any] = {
-        "pad": pad,
-        "clip_norm": plan.clip_norm,
-        "microbatch": len(batch),
-        "losses": losses,
-    }
-    together = clipped_sum(per_example, batch, **settings)
-    alone = [clipped_sum(per_example, [e], **settings) for e in batch]
-    per_example.to_standard_module()
-    model.eval()
+    examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in (5, 9, 9, 14, 7)]
+    first = min(settings.rows_per_unit, len(examples) - 1)
+    units = [examples[:first], *([e] for e in examples[first:])]
+    try:
+        with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
+            summed = partial(clipped_sum, clip, model, pad=pad, microbatch=len(examples), losses=losses)
+            together, alone = summed(units), [summed([unit]) for unit in units]
+    except UnknownWeight as problem:
+        raise SelfCheckFailed(str(problem)) from problem
+    finally:
+        model.eval()
     for grads in alone:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
         if norm > plan.clip_norm:

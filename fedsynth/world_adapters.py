@@ -56,10 +56,11 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     tokenizer = load_tokenizer(base)
     notes = mislabelled_notes(world, steps * SETTINGS.batch, seed)
     slots = encode_slots(tokenizer, notes, world.labels, len(notes), SETTINGS.max_tokens)
+    examples = [example for slot in slots for example in slot]
     start = new_adapter(base, rank=SETTINGS.rank, alpha=SETTINGS.alpha, seed=seed)
     model = with_adapter(base, start)
     before = label_correct(world, model, tokenizer, seed)
-    loss = tune(model, [e for e in slots if e is not None], SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
+    loss = tune(model, examples, SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
     adapter = replace(read_adapter(model, start.base), public=True)
     save_adapter(adapter, base, out)
     weights = out / "adapter_model.safetensors"

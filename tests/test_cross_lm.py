@@ -24,6 +24,7 @@ from fedsynth.clients import score as score_module
 from fedsynth.clients.home import Home
 from fedsynth.clients.score import RECEIPT, protected
 from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
 from fedsynth.federation import Clients, TooFewReplies, load_strategy, nodes_by_home
 from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
@@ -118,7 +119,7 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
         corpus = Corpus(
             tuple(words(k, rng) for k in kinds), tuple(LABELS[k] for k in rng.integers(2, size=24)), Provenance.PUBLIC
         )
-        return [e for e in encode_slots(tokenizer, corpus, LABELS, 24, 32) if e is not None]
+        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 24, 32) for e in slot]
 
     return tiny.taught(tmp_path_factory.mktemp("llm"), notes, steps=200, rate=5e-3)
 
@@ -343,17 +344,15 @@ def test_scorers_of_both_architectures_are_trained_by_clipped_gradients_alone() 
     for name in (families.folder("bert"), tiny.folder()):
         tokenizer, model = load_tokenizer(name), new_scorer(name, 2, rank=2, alpha=4.0, seed=0)
         rows = Corpus(("ab ab", "wx", "dd dd dd"), ("heart", "skin", "heart"), Provenance.PRIVATE)
-        slots = [s for s in label_slots(tokenizer, rows, LABELS, 3, 32, model.config) if s is not None]
+        slots = [s for [s] in label_slots(tokenizer, rows, LABELS, 3, 32, model.config)]
         assert any("lora_" not in n for n, p in model.named_parameters() if p.requires_grad)  # the head, too
 
         def summed(
             batch: list[Any], clip_norm: float, model: Any = model, pad: int = tokenizer.pad_token_id
         ) -> torch.Tensor:
-            from opacus.grad_sample import GradSampleModule
-
-            wrapped = GradSampleModule(model.train(), loss_reduction="sum")
-            parts = clipped_sum(wrapped, batch, pad=pad, clip_norm=clip_norm, microbatch=2, losses=label_losses)
-            wrapped.to_standard_module()
+            with clipper(model.train(), clip_norm) as clip:
+                slots = [(text,) for text in batch]
+                parts = clipped_sum(clip, model, slots, pad=pad, microbatch=2, losses=label_losses)
             return torch.cat([p.flatten().double() for p in parts])
 
         for slot in slots:
@@ -377,9 +376,10 @@ def test_a_scorers_slots_map_each_unit_to_itself() -> None:
         units=("p", "q", "p", "r"),
     )
     slots = label_slots(tokenizer, rows, LABELS, 5, 32, config)
-    assert [None if s is None else s.label for s in slots] == [0, None, 1, None, None]
-    assert slots[0] is not None
-    assert tokenizer.decode(slots[0].tokens) == "<bos> ab"
+    assert [[text.label for text in slot] for slot in slots] == [[0], [], [1], [], []]
+    both = label_slots(tokenizer, rows, LABELS, 5, 32, config, rows_per_unit=2)
+    assert [[text.label for text in slot] for slot in both] == [[0, 0], [], [1], [], []]
+    assert tokenizer.decode(slots[0][0].tokens) == "<bos> ab"
 
 
 # Protection: a scoring model under one grant

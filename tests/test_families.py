@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 from families import ALL, CAUSAL, ENCODERS, KINDS, LAYERS, WRITERS
-from opacus.grad_sample import GradSampleModule
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -41,6 +40,7 @@ from fedsynth.clients.learn import WEIGHTS, learn
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site
+from fedsynth.dpsgd import MARGIN, clipper
 from fedsynth.embedding import Embedder
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
@@ -127,10 +127,10 @@ def tokenizer_of(family: str) -> Any:
     return load_tokenizer(families.folder(family))
 
 
-def slots(family: str) -> list[Example]:
+def slots(family: str) -> list[tuple[Example, ...]]:
     found = encode_slots(tokenizer_of(family), CORPUS, LABELS, 4, 64, KINDS[family])  # type: ignore[arg-type]
-    assert None not in found
-    return found  # type: ignore[return-value]
+    assert () not in found
+    return found
 
 
 # Kinds and roles
@@ -183,7 +183,7 @@ def test_lora_is_on_every_linear_layer_of_the_body_and_on_no_head(family: str) -
 
 
 def alone(model: Any, example: Example) -> Tensor:
-    """Brute force: the model's own loss of one example, autograd, no Opacus, padding or batch."""
+    """Brute force: the model's own loss of one example, autograd, no engine, padding or batch."""
     tokens = torch.tensor([example.tokens])
     given, wanted = tokens[:, : example.start], tokens[:, example.start :]
     if model.config.is_encoder_decoder:
@@ -194,21 +194,18 @@ def alone(model: Any, example: Example) -> Tensor:
 
 
 def clipped(model: Any, batch: Sequence[Example], pad: int, clip_norm: float = C) -> Tensor:
-    per_example = GradSampleModule(model.train(), loss_reduction="sum")
-    try:
-        parts = clipped_sum(per_example, batch, pad=pad, clip_norm=clip_norm, microbatch=3)
-    finally:
-        per_example.to_standard_module()
-        model.eval()
+    with clipper(model.train(), clip_norm) as clip:
+        parts = clipped_sum(clip, model, [(e,) for e in batch], pad=pad, microbatch=3)
+    model.eval()
     return torch.cat([p.flatten().double() for p in parts])
 
 
 @pytest.mark.parametrize("family", WRITERS)
 def test_the_clipped_sum_is_that_of_single_backward_passes(family: str) -> None:
-    model, batch, pad = lora(family), slots(family), tokenizer_of(family).pad_token_id
+    model, batch, pad = lora(family), [e for [e] in slots(family)], tokenizer_of(family).pad_token_id
     each = [alone(model, e) for e in batch]
     assert min(g.norm() for g in each) > C  # all are cut
-    expected = torch.stack([g * C / g.norm() for g in each]).sum(0)
+    expected = torch.stack([g * MARGIN * C / g.norm() for g in each]).sum(0)
     assert (clipped(model, batch, pad) - expected).norm() < 1e-4 * C
     plain = torch.stack(each).sum(0)
     assert (clipped(model, batch, pad, math.inf) - plain).norm() < 1e-4 * plain.norm()
@@ -220,7 +217,7 @@ def test_the_clipped_sum_is_that_of_single_backward_passes(family: str) -> None:
 def test_the_self_check_passes_and_a_private_step_changes_the_adapter_only(family: str) -> None:
     model, tokenizer = lora(family), tokenizer_of(family)
     check_room(tokenizer, model, LABELS, 64)
-    self_check(model, PLAN, pad=tokenizer.pad_token_id)
+    self_check(model, PLAN, SETTINGS, pad=tokenizer.pad_token_id)
     before = {n: w.detach().clone() for n, w in model.named_parameters()}
     randomness = GrantRandomness(bytes(32))
     assert fit_private(model, slots(family), PLAN, SETTINGS, pad=tokenizer.pad_token_id, randomness=randomness) == 1
@@ -235,20 +232,20 @@ def test_the_self_check_finds_dropout(family: str) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.5
     with pytest.raises(SelfCheckFailed, match="depends on its batch"), torch.random.fork_rng(devices=[]):
-        self_check(model, replace(PLAN, clip_norm=100.0), pad=tokenizer_of(family).pad_token_id)
+        self_check(model, replace(PLAN, clip_norm=100.0), SETTINGS, pad=tokenizer_of(family).pad_token_id)
 
 
 def test_an_example_of_t5_is_the_code_for_the_encoder_and_the_text_for_the_decoder() -> None:
     tokenizer = tokenizer_of("t5")
     code, text = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("flu:", "hot"))
     end = tokenizer.eos_token_id
-    assert slots("t5")[0] == Example((*code, end, *text, end), start=5)
+    assert slots("t5")[0] == (Example((*code, end, *text, end), start=5),)
 
 
 def test_the_tokens_of_a_self_check_are_all_that_the_model_embeds() -> None:
     model, seen = lora("qwen2"), []
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: seen.append(args[0]))
-    self_check(model, PLAN, pad=0)
+    self_check(model, PLAN, SETTINGS, pad=0)
     assert len(tokenizer_of("qwen2")) <= max(int(ids.max()) for ids in seen) < families.VOCABULARY
 
 
@@ -521,7 +518,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
 ) -> None:
     seen = []
 
-    def spy(model: Any, slots: Sequence[Example | None], *args: Any, **more: Any) -> int:
+    def spy(model: Any, slots: Sequence[tuple[Example, ...]], *args: Any, **more: Any) -> int:
         seen.extend(slots)
         return fit_private(model, slots, *args, **more)
 

@@ -84,7 +84,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         texts = ["".join(rng.choice(list("abcd "), 6)) for _ in range(16)]
         corpus = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
-        return [e for e in encode_slots(tokenizer, corpus, LABELS, 16, 64) if e is not None]
+        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 16, 64) for e in slot]
 
     return tiny.taught(tmp_path_factory.mktemp("model"), notes, steps=80, rate=1e-2)
 

@@ -231,7 +231,8 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(tmp_path: Path)
     settings = GeneratorTraining(steps=4, learning_rate=1e-2, max_tokens=16)
     examples = [Example(tuple(range(5 + i, 15 + i)), start=2) for i in range(3)]
     trained = with_adapter(tiny.folder(), start)
-    train_generator(trained, examples, settings, pad=0, rate=1.0, expected_batch=3, steps=4, clip_norm=math.inf,
+    slots = [(e,) for e in examples]
+    train_generator(trained, slots, settings, pad=0, rate=1.0, expected_batch=3, steps=4, clip_norm=math.inf,
                     noise_multiplier=0.0, randomness=Always(), proximal=2.0)  # fmt: skip
 
     model = with_adapter(tiny.folder(), start).train()

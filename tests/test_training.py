@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ import pytest
 import tiny
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -21,6 +21,8 @@ from fedsynth.adapters import attach_lora
 from fedsynth.classifier import _batches, classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.dpsgd import clipper
+from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
 from fedsynth.models import load_classifier, load_generator, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
@@ -30,7 +32,6 @@ from fedsynth.training import (
     Example,
     PublicRandomness,
     SelfCheckFailed,
-    clip_factors,
     clipped_sum,
     control_code,
     encode_slots,
@@ -65,19 +66,21 @@ def examples(count: int = 6, seed: int = 0) -> list[Example]:
     return [Example(tuple(int(t) for t in rng.integers(3, 259, int(n))), 2) for n in rng.integers(4, 16, count)]
 
 
+def own(batch: Sequence[Example | None]) -> list[tuple[Example, ...]]:
+    """Slots of units of one row each, and empty ones."""
+    return [() if example is None else (example,) for example in batch]
+
+
 def summed(model: Any, batch: Sequence[Example], clip_norm: float = C, microbatch: int = 64) -> Tensor:
     """The clipped sum as one vector of float64."""
-    per_example = GradSampleModule(model.train(), loss_reduction="sum")
-    try:
-        parts = clipped_sum(per_example, batch, pad=tiny.PAD, clip_norm=clip_norm, microbatch=microbatch)
-    finally:
-        per_example.to_standard_module()
-        model.eval()
+    with clipper(model.train(), clip_norm) as clip:
+        parts = clipped_sum(clip, model, own(batch), pad=tiny.PAD, microbatch=microbatch)
+    model.eval()
     return torch.cat([p.flatten().double() for p in parts])
 
 
 def gradient_alone(model: Any, example: Example) -> Tensor:
-    """Brute force: autograd on one example, without Opacus, padding or batch."""
+    """Brute force: autograd on one example, without an engine, padding or batch."""
     logits = model(input_ids=torch.tensor([example.tokens])).logits[0].double().log_softmax(-1)
     learnt = range(example.start, len(example.tokens))
     loss = -sum(logits[t - 1, example.tokens[t]] for t in learnt) / len(learnt)
@@ -118,7 +121,8 @@ class Draws:
         return mask
 
 
-def fit(model: Any, slots: Sequence[Example | None], randomness: Any, plan: DPPlan = PLAN) -> int:
+def fit(model: Any, batch: Any, randomness: Any, plan: DPPlan = PLAN) -> int:
+    slots = batch if isinstance(batch, Events) else own(batch)
     return fit_private(model, slots, plan, SETTINGS, pad=tiny.PAD, randomness=randomness)
 
 
@@ -198,7 +202,7 @@ def corpus(*rows: tuple[str, str], units: Sequence[str] | None = None) -> Corpus
     return Corpus(tuple(texts), tuple(labels), Provenance.PRIVATE, units=None if units is None else tuple(units))
 
 
-def slots_of(text: Corpus, records: int, longest: int = 64) -> list[Example | None]:
+def slots_of(text: Corpus, records: int, longest: int = 64) -> list[tuple[Example, ...]]:
     return encode_slots(load_tokenizer(tiny.folder()), text, LABELS, records, longest)
 
 
@@ -208,21 +212,20 @@ ROWS = [("hot", "flu"), ("wet nose", "cold"), ("ache", "flu")]
 def test_an_example_is_bos_code_text_and_end() -> None:
     code, text = ids("flu:"), ids(" hot")
     assert (len(code), len(text)) == (4, 4)  # a token per byte
-    [slot] = slots_of(corpus(("  hot \n", "flu")), 1)
+    [[slot]] = slots_of(corpus(("  hot \n", "flu")), 1)
     assert slot == Example((tiny.BOS, *code, *text, tiny.EOS), start=5)
     assert control_code("flu") == "flu:"
 
 
 def test_a_long_text_is_cut_and_never_longer_than_allowed() -> None:
-    [slot] = slots_of(corpus(("a" * 100, "flu")), 1, longest=16)
-    assert slot is not None
+    [[slot]] = slots_of(corpus(("a" * 100, "flu")), 1, longest=16)
     assert len(slot.tokens) == 16
     assert slot.start == 5
 
 
 def test_rows_with_unknown_labels_become_empty() -> None:
     [one, two, three] = slots_of(corpus(ROWS[0], ("text", "measles"), ROWS[2]), 3)
-    assert two is None
+    assert two == ()
     assert [one, three] == slots_of(corpus(ROWS[0], ROWS[2]), 2)
 
 
@@ -231,7 +234,7 @@ def test_there_is_one_slot_per_declared_record_whatever_the_real_count(records: 
     slots = slots_of(corpus(*ROWS), records)
     assert len(slots) == records
     assert slots[:3] == slots_of(corpus(*ROWS), 3)[:records]
-    assert all(slot is None for slot in slots[3:])
+    assert all(slot == () for slot in slots[3:])
 
 
 @pytest.mark.parametrize("gone", [0, 1, 2])
@@ -239,7 +242,7 @@ def test_emptying_one_record_changes_no_other_slot(gone: int) -> None:
     whole = slots_of(corpus(*ROWS), 4)
     rows = [("", "") if i == gone else row for i, row in enumerate(ROWS)]
     without = slots_of(corpus(*rows), 4)
-    assert without[gone] is None
+    assert without[gone] == ()
     assert [s for i, s in enumerate(without) if i != gone] == [s for i, s in enumerate(whole) if i != gone]
 
 
@@ -247,7 +250,7 @@ def test_emptying_one_record_changes_no_other_slot(gone: int) -> None:
 def test_taking_one_row_out_of_the_file_leaves_the_others_as_they_were_prepared(gone: int) -> None:
     whole = slots_of(corpus(*ROWS), 4)
     without = slots_of(corpus(*ROWS).take([i for i in range(3) if i != gone]), 4)
-    assert without == [*(s for i, s in enumerate(whole) if i != gone), None]
+    assert without == [*(s for i, s in enumerate(whole) if i != gone), ()]
 
 
 PEOPLE = corpus(*ROWS, ("later", "flu"), ("last", "cold"), units="abcaa")
@@ -264,7 +267,7 @@ def test_emptying_all_rows_of_a_person_moves_the_sum_by_at_most_the_clip_norm() 
         PEOPLE, answers=tuple("" if u == "a" else x for u, x in zip("abcaa", PEOPLE.answers, strict=True))
     )
     model = lora()
-    whole, without = ([e for e in slots_of(c, 4) if e] for c in (PEOPLE, emptied))
+    whole, without = ([e for slot in slots_of(c, 4) for e in slot] for c in (PEOPLE, emptied))
     assert len(whole) - len(without) == 1
     assert 0.5 * C < (summed(model, whole) - summed(model, without)).norm() <= C * (1 + 1e-5)
 
@@ -277,7 +280,7 @@ def test_the_gradient_of_each_example_equals_brute_force() -> None:
     by_hand = [gradient_alone(model, e) for e in batch]
     for example, grad in zip(batch, by_hand, strict=True):
         assert (summed(model, [example], math.inf) - grad).norm() < 1e-4 * grad.norm()
-    clipped = sum(g * min(1.0, C / float(g.norm())) for g in by_hand)
+    clipped = sum(g * min(1.0, MARGIN * C / float(g.norm())) for g in by_hand)
     assert (summed(model, batch) - clipped).norm() < 1e-4 * C * len(batch)
 
 
@@ -318,18 +321,17 @@ def test_micro_batches_change_nothing_but_rounding(microbatch: int) -> None:
 
 
 def test_clip_factors_by_hand() -> None:
-    # Two tensors together: norms 5 (3 and 4), 0.5, 0, NaN, infinite, a square that overflows float32, and a norm whose
-    # factor would be a denormal: such a one rounds by more than the margin below C.
+    # Two tensors together: norms 5 (3 and 4), 0.5, 0, NaN, infinite, and two whose squares overflow float32.
     three = [3.0, 0.3, 0.0, math.nan, math.inf, 3e20, 3e38]
     four = [4.0, 0.4, 0.0, 1.0, 1.0, 4e20, 0.0]
     one, two = torch.tensor([[x, 0.0] for x in three]), torch.tensor([[[0.0, x]] for x in four])
-    factors = clip_factors([one, two], 1.0).tolist()
-    assert factors == pytest.approx([0.2, 1.0, 1.0, 0.0, 0.0, 2e-21, 0.0], rel=2e-6)
-    for clip_norm in (0.1, 0.3, 1.0, 7.0):
-        grads = [torch.randn(500, 40, generator=torch.Generator().manual_seed(1)) * 3]
-        norms = (clip_factors(grads, clip_norm)[:, None] * grads[0]).double().norm(dim=1)
+    factors = clip_factors(square_norms(one) + square_norms(two), 1.0).tolist()
+    assert factors == pytest.approx([0.2 * MARGIN, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    for clip_norm, width in itertools.product((0.1, 0.3, 1.0, 7.0), (40, 5000)):
+        grads = torch.randn(500, width, generator=torch.Generator().manual_seed(1)) * 3
+        norms = (clip_factors(square_norms(grads), clip_norm).float()[:, None] * grads).double().norm(dim=1)
         assert norms.max() <= clip_norm  # not even by rounding
-        assert norms.max() > clip_norm * 0.9999
+        assert norms.max() > clip_norm * 0.9989
 
 
 def poison(model: Any, token: int, value: float) -> None:
@@ -394,8 +396,8 @@ def test_as_many_optimizer_steps_run_as_the_plan_says(steps: int) -> None:
 class Events:
     """Slots and draws that write down when they are used."""
 
-    def __init__(self, slots: Sequence[Example | None]) -> None:
-        self.slots, self.inner = slots, GrantRandomness(KEY)
+    def __init__(self, batch: Sequence[Example | None]) -> None:
+        self.slots, self.inner = own(batch), GrantRandomness(KEY)
         self.seen: list[str] = []
         self.masks: list[list[bool]] = []
         self.rates: list[float] = []
@@ -403,7 +405,7 @@ class Events:
     def __len__(self) -> int:
         return len(self.slots)
 
-    def __getitem__(self, index: int) -> Example | None:
+    def __getitem__(self, index: int) -> tuple[Example, ...]:
         self.seen.append("text")
         return self.slots[index]
 
@@ -452,7 +454,7 @@ def noise_of(**broken: Any) -> list[Tensor]:
         "randomness": GrantRandomness(KEY),
     }
     with steps_taken() as seen:
-        train_generator(lora(), [None] * 12, SETTINGS, pad=tiny.PAD, **{**planned, **broken})
+        train_generator(lora(), [()] * 12, SETTINGS, pad=tiny.PAD, **{**planned, **broken})
     return seen
 
 
@@ -556,7 +558,7 @@ def test_training_without_guarantee_takes_the_same_steps_and_draws_no_noise(monk
         monkeypatch.setattr(kind, "normals", never)
     model = lora()
     with steps_taken() as seen:
-        ran = fit_without_guarantee(model, [*examples(11), None], SETTINGS, pad=tiny.PAD, seed=3)
+        ran = fit_without_guarantee(model, own([*examples(11), None]), SETTINGS, pad=tiny.PAD, seed=3)
     assert ran == len(seen) == SETTINGS.steps
     # Not clipped: the first step is the plain sum of what was drawn, by the expected batch.
     mask = PublicRandomness(3).poisson_mask(12, 4 / 12)
@@ -573,14 +575,14 @@ def test_training_lowers_the_loss() -> None:
     model, text = lora(), examples(12)
     before = next_token_losses(model, text, tiny.PAD).mean().item()
     settings = replace(SETTINGS, steps=40, learning_rate=0.02)
-    fit_without_guarantee(model, text, settings, pad=tiny.PAD, seed=0)
+    fit_without_guarantee(model, own(text), settings, pad=tiny.PAD, seed=0)
     assert next_token_losses(model, text, tiny.PAD).mean().item() < before - 0.5
 
 
 def test_training_without_guarantee_of_a_small_site_divides_like_a_plan() -> None:
     slots = examples(2)  # Client.plan: expected_batch = min(4, 2)
     with steps_taken() as seen:
-        fit_without_guarantee(lora(), slots, SETTINGS, pad=tiny.PAD, seed=3)
+        fit_without_guarantee(lora(), own(slots), SETTINGS, pad=tiny.PAD, seed=3)
     assert torch.allclose(seen[0] * 2, summed(lora(), slots, math.inf), rtol=1e-4, atol=1e-5)
 
 
@@ -588,7 +590,7 @@ def test_training_without_guarantee_of_a_small_site_divides_like_a_plan() -> Non
 
 
 def checked(model: Any, plan: DPPlan = PLAN) -> None:
-    self_check(model, plan, pad=tiny.PAD)
+    self_check(model, plan, SETTINGS, pad=tiny.PAD)
 
 
 def test_a_good_model_passes_and_is_left_as_it_was() -> None:
@@ -651,7 +653,7 @@ def test_a_batch_mean_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.training.clip_factors", lambda grads, clip_norm: torch.ones(len(grads[0])))
+    monkeypatch.setattr("fedsynth.dpsgd.bookkeeping.clip_factors", lambda squares, clip_norm: torch.ones_like(squares))
     with pytest.raises(SelfCheckFailed, match=f"above clip_norm {C}"):
         checked(lora())
 
@@ -741,7 +743,7 @@ def test_training_and_checking_leave_the_global_random_state_alone() -> None:
     with global_state_kept():
         checked(generator)
         fit(generator, examples(12), GrantRandomness(KEY))
-        fit_without_guarantee(generator, examples(12), SETTINGS, pad=tiny.PAD, seed=0)
+        fit_without_guarantee(generator, own(examples(12)), SETTINGS, pad=tiny.PAD, seed=0)
         fit_classifier(task, tokenizer, TOY, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
         classify(task, tokenizer, TOY.prompts, 16)
 
@@ -788,8 +790,7 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
 
 def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:
     long = Corpus(("abcdefghij" * 5,), ("x",), Provenance.PRIVATE)
-    [example] = encode_slots(tiny.tokenizer(), long, ["x"], 1, 20)
-    assert example is not None
+    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, 20)
     assert len(example.tokens) == 20
     assert example.tokens[-1] == tiny.EOS
     assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " " + ("abcdefghij" * 5)[:15]

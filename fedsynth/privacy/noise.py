@@ -16,7 +16,8 @@ from fedsynth.corpus import Corpus
 
 KEY_BYTES = 32
 _SEGMENT = 2**37  # bytes of key stream under one nonce: ChaCha20's 32-bit block counter ends at 2**38
-_BLOCK = 2**18  # numbers made at once: fits the cache
+_BLOCK = 2**13  # numbers made at once: fits the cache
+_ZEROS = memoryview(bytes(8 * _BLOCK))
 
 
 class GrantRandomness:
@@ -41,7 +42,7 @@ class GrantRandomness:
     def normals(self, count: int) -> NDArray[np.float64]:
         """The next `count` standard normals of the noise stream.
 
-        Each takes 64 bits: one for the sign, 63 for a uniform strictly inside (0, 1/2], whose inverse normal CDF is
+        Each takes 64 bits: one for the sign, 63 for a uniform u strictly inside (0, 1/2], whose inverse normal CDF is
         the size. So both tails reach 9 deviations, and no value is infinite. (A 53-bit uniform shifted by half
         a step rounds to 1.0 at its upper end, which would be an infinite normal.)
         """
@@ -50,10 +51,12 @@ class GrantRandomness:
         normals = np.empty(count, dtype=np.float64)
         for start in range(0, count, _BLOCK):
             block = normals[start : start + _BLOCK]
-            bits = self._noise.words(len(block))
-            np.multiply((bits >> np.uint64(1)).astype(np.float64) + 0.5, 2.0**-64, out=block)
+            words = self._noise.words(len(block)).view(np.int64)
+            np.abs(words.astype(np.float64), out=block)
+            block += 0.5
+            block *= 2.0**-64
             ndtri(block, out=block)
-            np.negative(block, out=block, where=(bits & np.uint64(1)).astype(np.bool_))
+            np.copysign(block, words, out=block)
         return normals
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
@@ -90,19 +93,18 @@ class _KeyStream:
         self._left = 0
 
     def words(self, count: int) -> NDArray[np.uint64]:
-        parts = []
-        needed = 8 * count
-        while needed:
+        words = np.empty(count, dtype="<u8")
+        into, at = memoryview(words.data).cast("B"), 0
+        while at < len(into):
             if self._left == 0:
                 self._segment += 1
                 nonce = bytes(4) + self._segment.to_bytes(12, "little")  # block counter, then nonce
                 self._encryptor = Cipher(algorithms.ChaCha20(self._key, nonce), mode=None).encryptor()
                 self._left = _SEGMENT
-            taken = min(needed, self._left)
-            parts.append(self._encryptor.update(bytes(taken)))
+            taken = min(len(into) - at, self._left)
+            at += self._encryptor.update_into(_ZEROS[:taken] if taken <= len(_ZEROS) else bytes(taken), into[at:])
             self._left -= taken
-            needed -= taken
-        return np.frombuffer(b"".join(parts), dtype="<u8").astype(np.uint64, copy=False)
+        return words.astype(np.uint64, copy=False)
 
 
 def site_key() -> bytes:

@@ -1,0 +1,235 @@
+"""Norms of per-example gradients and their clipped sum, from what one backward pass recorded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_unused, recording
+
+LARGEST_NORM = 1e18  # of a gradient that is clipped: squares of larger ones overflow float32; it counts for nothing
+MARGIN = (
+    1 - 1e-3
+)  # units are clipped to MARGIN * C: rounding in norms, sums and padding stays below C (docs/privacy.md)
+_BLOCK = 1024  # squares that are added in float32 before float64 goes on
+
+
+class BookKeeping:
+    """Adds up clipped gradients of micro-batches: one forward, one backward and no gradient per example where it is
+    large (Bu et al. 2022, algorithm 1, with mixed ghost norms, section 3)."""
+
+    def __init__(self, model: nn.Module, clip_norm: float, record: Record) -> None:
+        self._model, self._clip_norm, self._record = model, clip_norm, record
+        self._weights = [w for w in model.parameters() if w.requires_grad]
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
+        """Adds the clipped gradients of the units of one micro-batch; all examples of a unit must be in it.
+
+        Args:
+            losses: Computes each example's own loss by a pass of the model, (examples,).
+            units: Of each example: the examples of one unit are clipped together.
+
+        Raises:
+            UnknownWeight: If a weight is used in a way of which no gradient per example is known.
+        """
+        record = self._record
+        record.examples = len(units)
+        for weight in self._weights:
+            weight.grad = None
+        try:
+            losses().sum().backward()
+            check_unused(self._model)
+            with torch.no_grad():
+                self._finish(numbered(units, self._weights[0].device))
+        finally:
+            record.clear()
+
+    def take(self) -> list[Tensor]:
+        """The sums so far, in the order of the model's trainable weights; the next ones start at zero."""
+        sums = self._sums
+        self._sums = {}
+        return [sums[w] if w in sums else torch.zeros_like(w) for w in self._weights]
+
+    def _finish(self, unit: Tensor) -> None:
+        record, count = self._record, int(unit.max()) + 1
+        whole = {w: united(grads, unit, count) for w, grads in record.whole.items()}
+        squares = torch.zeros(count, dtype=torch.float64, device=unit.device)
+        for grads in whole.values():
+            squares += square_norms(grads)
+        between = _pairs(unit) if count < len(unit) else None
+        for uses in record.factors.values():
+            squares += _ghost(uses, unit, count, between)
+        factor = clip_factors(squares, self._clip_norm)
+        bad = factor == 0
+        spoilt = bool(bad.any())
+        each = factor[unit]
+        record.whole.clear()
+        while whole:  # what is added up is let go
+            weight, grads = whole.popitem()
+            if spoilt:  # 0 * NaN is NaN
+                grads = grads.masked_fill(bad.view(-1, *[1] * (grads.dim() - 1)), 0.0)
+            self._total(weight).add_((factor.to(grads.dtype) @ grads.flatten(1)).view(weight.shape))
+        while record.factors:
+            weight, uses = record.factors.popitem()
+            for used in uses:
+                _add(self._total(weight), _silenced(used, bad[unit]) if spoilt else used, each.to(used.g.dtype))
+
+    def _total(self, weight: nn.Parameter) -> Tensor:
+        """Made when it is needed: while activations are held, there is no second copy of the weights."""
+        if weight not in self._sums:
+            self._sums[weight] = torch.zeros_like(weight)
+        return self._sums[weight]
+
+
+@contextmanager
+def clipper(model: nn.Module, clip_norm: float) -> Iterator[BookKeeping]:
+    """The engine for one model, in training; the model is as before when it closes.
+
+    Raises:
+        UnknownWeight: If a trainable weight belongs to a layer that is not known.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would round norms by more than the margin
+    try:
+        with recording(model) as record:
+            yield BookKeeping(model, clip_norm, record)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def clip_factors(squares: Tensor, clip_norm: float) -> Tensor:
+    """Per unit, what its gradient is multiplied by: min(1, MARGIN C / norm), 0 where there is no norm to divide by.
+
+    Args:
+        squares: Squared norms, float64; those that are not finite, or of norms above `LARGEST_NORM`, give 0.
+        clip_norm: C; infinite: nothing is clipped.
+    """
+    norms = squares.clamp(min=0.0).sqrt()  # NaN stays
+    factors = (clip_norm * MARGIN / norms.clamp(min=1e-30)).clamp(max=1.0)
+    return torch.where(norms <= LARGEST_NORM, factors, torch.zeros_like(factors))
+
+
+def square_norms(grads: Tensor) -> Tensor:
+    """Squared norm of each row's tensor, float64; added in float32 by blocks, which rounds by less than 1e-4."""
+    flat = grads.flatten(1)
+    if flat.dtype == torch.float64 or flat.shape[1] < _BLOCK:
+        whole: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) ** 2
+        return whole
+    blocks = flat.shape[1] // _BLOCK
+    head = torch.linalg.vector_norm(flat[:, : blocks * _BLOCK].reshape(len(flat), blocks, _BLOCK), dim=2)
+    rest = torch.linalg.vector_norm(flat[:, blocks * _BLOCK :], dim=1)
+    squares: Tensor = head.double().square().sum(1) + rest.double().square()
+    return squares
+
+
+def _ghost(uses: Sequence[Use], unit: Tensor, count: int, between: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Squared norm of each unit's gradient of a weight that was used so, from the factors alone; float64.
+
+    || sum_u G_u ||^2 over uses u and examples of the unit, each <G, G'> by Gram matrices of inputs and of outputs. The
+    terms can cancel, and then rounding could hide a norm: the bound of what it hides is added.
+    """
+    found = uses[0].g.new_zeros(count, dtype=torch.float64)
+    for used in uses:
+        found.index_add_(0, unit, _inner(used, used))
+    for one, other in combinations(uses, 2):
+        found.index_add_(0, unit, 2 * _inner(one, other))
+    if between is not None:
+        first, second = between
+        for one in uses:
+            for other in uses:
+                found.index_add_(0, unit[first], 2 * _inner(_rows(one, first), _rows(other, second)))
+    return found + _hidden(uses, unit, count)
+
+
+def _inner(one: Use, other: Use) -> Tensor:
+    """<G_n, G'_n> for each n, (examples,), float64: of two uses of one weight, or one use of two lists of examples."""
+    if isinstance(one, Lookup) and isinstance(other, Lookup):
+        same = one.ids.unsqueeze(2) == other.ids.unsqueeze(1)
+        return _total(torch.bmm(one.g, other.g.transpose(1, 2)) * same)
+    if isinstance(one, Product) and isinstance(other, Product):
+        if one.transposed != other.transposed:  # x and g change places
+            other = Product(other.g, other.x, one.transposed)
+        inputs = torch.bmm(one.x, other.x.transpose(1, 2))
+        return _total(inputs.mul_(torch.bmm(one.g, other.g.transpose(1, 2))))
+    if isinstance(one, Lookup):
+        return _inner(other, one)
+    product, lookup = one, other
+    assert isinstance(lookup, Lookup)
+    rows, columns = (product.x, product.g) if product.transposed else (product.g, product.x)
+    picked = torch.gather(rows, 2, lookup.ids.unsqueeze(1).expand(-1, rows.shape[1], -1))
+    return _total(picked * torch.bmm(columns, lookup.g.transpose(1, 2)))
+
+
+def _hidden(uses: Sequence[Use], unit: Tensor, count: int) -> Tensor:
+    """How far rounding can have pushed a squared norm down: c u (sum_t |x_t| |g_t|)^2, which bounds what can cancel.
+
+    A dot product of k numbers is wrong by at most sqrt(k) u |x| |g| but for a vanishing chance (Higham and Mary 2019).
+    """
+    lengths = uses[0].g.new_zeros(count, dtype=torch.float64)
+    longest = 1
+    for used in uses:
+        each = torch.linalg.vector_norm(used.g, dim=2)
+        if isinstance(used, Product):
+            each = each * torch.linalg.vector_norm(used.x, dim=2)
+            longest = max(longest, used.x.shape[2])
+        longest = max(longest, used.g.shape[2])
+        lengths.index_add_(0, unit, each.sum(1, dtype=torch.float64))
+    return 4 * math.sqrt(longest) * torch.finfo(uses[0].g.dtype).eps * lengths**2
+
+
+def _add(total: Tensor, used: Use, factor: Tensor) -> None:
+    """total += sum_n factor_n G_n, as one product."""
+    if isinstance(used, Lookup):
+        total.index_add_(0, used.ids.flatten(), (used.g * factor.view(-1, 1, 1)).flatten(0, 1).to(total.dtype))
+        return
+    x, g = used.x, used.g
+    if x.shape[2] < g.shape[2]:
+        x = x * factor.view(-1, 1, 1)
+    else:
+        g = g * factor.view(-1, 1, 1)
+    first, second = (x, g) if used.transposed else (g, x)
+    total.addmm_(first.flatten(0, 1).t(), second.flatten(0, 1))
+
+
+def _silenced(used: Use, bad: Tensor) -> Use:
+    """Without the examples that are not finite: a factor of 0 does not silence NaN."""
+    mask = bad.view(-1, 1, 1)
+    if isinstance(used, Lookup):
+        return Lookup(used.ids, used.g.masked_fill(mask, 0.0), used.rows)
+    return Product(used.x.masked_fill(mask, 0.0), used.g.masked_fill(mask, 0.0), used.transposed)
+
+
+def _rows(used: Use, index: Tensor) -> Use:
+    if isinstance(used, Lookup):
+        return Lookup(used.ids[index], used.g[index], used.rows)
+    return Product(used.x[index], used.g[index], used.transposed)
+
+
+def numbered(units: Sequence[int], device: torch.device) -> Tensor:
+    """Units as 0, 1, ... in the order in which they come."""
+    order = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
+    return torch.tensor([order[unit] for unit in units], device=device)
+
+
+def united(grads: Tensor, unit: Tensor, count: int) -> Tensor:
+    """Gradients of examples, added up by unit."""
+    if count == len(unit):
+        return grads
+    return grads.new_zeros(count, *grads.shape[1:]).index_add_(0, unit, grads)
+
+
+def _pairs(unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Every two different examples of one unit, each pair once."""
+    same = (unit.unsqueeze(0) == unit.unsqueeze(1)).triu(diagonal=1)
+    first, second = same.nonzero(as_tuple=True)
+    return first, second
+
+
+def _total(grams: Tensor) -> Tensor:
+    return grams.flatten(1).sum(1, dtype=torch.float64)

@@ -1,0 +1,152 @@
+"""One step of DP-SGD beside one of plain training, and beside Opacus' ways to clip.
+
+    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 7] [--cases lora,full]
+
+Models have the widths of one of 15 million parameters (384, inner 1,024, 8,192 tokens) and 2 layers: the ratios depend
+on widths, batch and length, not on depth. A step draws nothing: it passes one batch, clips, adds noise of a grant's
+stream, and lets Adam go one step; plain training does the same without clip and noise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import Bar, at_least, at_most, figure, options, peak_bytes, seconds, told
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fedsynth.adapters import attach_lora
+from fedsynth.dpsgd import CLIPPING, Clipping, clipper
+from fedsynth.models import device
+from fedsynth.privacy.noise import GrantRandomness
+from fedsynth.training import Example, add_noise, next_token_losses
+
+CLIP_NORM, SIGMA, VOCABULARY = 1.0, 1.0, 8192
+SHAPES = [(8, 64), (32, 64), (8, 256)]
+
+
+def built(family: str, *, tied: bool = True, layers: int = 2) -> Any:
+    """A random model of the widths of one of 15 million parameters."""
+    torch.manual_seed(0)
+    common = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
+    if family == "llama":
+        config = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=6,
+                             max_position_embeddings=512, **common)  # fmt: skip
+        return LlamaForCausalLM(config)
+    if family == "gpt2":
+        none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        model = GPT2LMHeadModel(GPT2Config(n_embd=384, n_layer=layers, n_head=6, n_positions=512, **none, **common))
+        model.transformer.wpe.requires_grad_(False)  # Opacus has no gradient per example of what is shared by all
+        return model
+    config = T5Config(d_model=384, d_ff=1024, d_kv=64, num_layers=layers, num_heads=6, dropout_rate=0.0,
+                      decoder_start_token_id=0, **common)  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    for name, weight in model.named_parameters():  # the same table for all examples: no gradient per example
+        weight.requires_grad_("relative_attention_bias" not in name)
+    return model
+
+
+def batch_of(count: int, length: int) -> list[Example]:
+    """Texts of one length; T5 reads half of each and learns the other half."""
+    rng = np.random.default_rng(0)
+    return [Example(tuple(rng.integers(3, VOCABULARY, length).tolist()), length // 2) for _ in range(count)]
+
+
+def private(model: nn.Module, clipping: Clipping, *, noise: bool) -> Callable[[list[Example]], None]:
+    """A step of DP-SGD."""
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer, stream = torch.optim.Adam(weights, lr=1e-4), GrantRandomness(bytes(32))
+
+    def step(batch: list[Example]) -> None:
+        with clipper(model, CLIP_NORM, clipping) as clip:
+            clip.add(lambda: next_token_losses(model, batch, 0), range(len(batch)))
+            sums = clip.take()
+        for weight, total in zip(weights, sums, strict=True):
+            if noise:
+                add_noise(total, SIGMA * CLIP_NORM, stream)
+            weight.grad = total.div_(len(batch))
+        optimizer.step()
+
+    return step
+
+
+def plain(model: nn.Module) -> Callable[[list[Example]], None]:
+    """A step of plain training."""
+    optimizer = torch.optim.Adam([w for w in model.parameters() if w.requires_grad], lr=1e-4)
+
+    def step(batch: list[Example]) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        next_token_losses(model, batch, 0).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def measured(family: str, mode: str, count: int, length: int, ways: tuple[str, ...], repeats: int) -> list[Bar]:
+    """All bars of one model, mode and shape."""
+
+    def prepared() -> Any:
+        # Opacus' ghost mode knows no tied weights: GPT-2 and Llama are compared untied, T5 not at all.
+        model = built(family, tied=family == "t5" or mode == "lora").to(device())
+        return (attach_lora(model, rank=8, alpha=16.0, seed=0) if mode == "lora" else model).train()
+
+    batch, steps = batch_of(count, length), {"plain": plain(prepared())}
+    for way in ways:
+        # The cost of noise is that of its numbers: in full fine-tuning it stands in a column of its own.
+        steps[way] = private(prepared(), way, noise=mode == "lora")  # type: ignore[arg-type]
+    if mode == "full":
+        steps["with noise"] = private(prepared(), "bookkeeping", noise=True)
+    runs = {name: partial(step, batch) for name, step in steps.items()}
+    took = seconds(runs, repeats)
+    held = {name: peak_bytes(run) for name, run in runs.items() if name != "with noise"}
+    case = f"{family} {mode} {count}x{length}"
+    own, slow = took["bookkeeping"], 1.12 if mode == "lora" else (1.30 if length < 256 else 1.35)
+    bars = [
+        at_most("time of plain training", case, own / took["plain"], slow),
+        at_most("memory of plain training", case, held["bookkeeping"] / held["plain"], 1.05 if mode == "lora" else 1.1),
+    ]
+    if mode == "full":
+        bars.append(figure("time of plain training, with noise", case, took["with noise"] / took["plain"]))
+    if "hooks" in ways and mode == "full":
+        bars.append(at_least("faster than Opacus hooks", case, took["hooks"] / own, 1.6))
+        bars.append(at_most("memory of Opacus hooks", case, held["bookkeeping"] / held["hooks"], 0.3))
+    elif "hooks" in ways:
+        bars.append(at_most("time of Opacus hooks", case, own / took["hooks"], 1.05))
+    if "ghost" in ways:
+        bars.append(at_least("faster than Opacus ghost", case, took["ghost"] / own, 1.5 if mode == "full" else 1.4))
+    return bars
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; 1 where a bar is not kept."""
+    parser = options(__doc__)
+    parser.add_argument("--cases", default="lora,full", help="lora, full or both (default)")
+    parser.add_argument("--families", default="llama,gpt2,t5", help="which models (default: all three)")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    bars = []
+    for mode in chosen.cases.split(","):
+        for family in chosen.families.split(","):
+            for count, length in SHAPES:
+                # Opacus is compared at the shape of the design's bars: its memory at longer texts is another story.
+                every = CLIPPING if (count, length) == (8, 64) else CLIPPING[:1]
+                ways = tuple(way for way in every if way != "ghost" or family != "t5" or mode == "lora")
+                bars += measured(family, mode, count, length, ways, chosen.repeats)
+                print(f"{family} {mode} {count}x{length} done", file=sys.stderr, flush=True)
+    return told(bars, chosen.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
