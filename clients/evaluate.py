@@ -60,7 +60,8 @@ def respond(home: Home, adapter: Adapter | None = None) -> list[str]:
         adapter: None: the one in use, or the base alone before there is one.
     """
     name, adapter = home.config.generator, adapter or in_use(home)
-    model = load_generator(name).to(device()) if adapter is None else on_base(home, adapter)
+    precision = home.config.generator_training.precision
+    model = load_generator(name, precision).to(device()) if adapter is None else on_base(home, adapter)
     writer = LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1)
     prompts = [asked(prompt) for prompt in home.test.prompts]
     written = writer.complete(prompts, max_tokens=home.config.answer_tokens, temperature=0.0, seed=0)

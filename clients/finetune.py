@@ -82,7 +82,8 @@ def on_base(home: Home, adapter: Adapter, *, frozen_a: bool = False) -> PeftMode
     Raises:
         fedsynth.adapters.WrongAdapter: If the adapter is not of this model.
     """
-    return with_adapter(home.config.generator, adapter, frozen_a=frozen_a).to(device())
+    precision = home.config.generator_training.precision
+    return with_adapter(home.config.generator, adapter, frozen_a=frozen_a, precision=precision).to(device())
 
 
 def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:

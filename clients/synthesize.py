@@ -6,14 +6,14 @@ from typing import Any
 
 from peft import PeftModel
 
-from fedsynth.adapters import attach_lora, read_adapter
+from fedsynth.adapters import fresh_lora, read_adapter
 from fedsynth.clients.finetune import slots_of
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import device, load_generator, load_tokenizer
+from fedsynth.models import device, load_tokenizer
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
 from fedsynth.tasks import Synthesize, Synthesized
 from fedsynth.training import check_room, control_code, fit_private, fit_without_guarantee, self_check
@@ -68,8 +68,14 @@ def _synthesize_without_guarantee(home: Home, order: Synthesize) -> Synthesized:
 
 def _fresh(home: Home, order: Synthesize) -> PeftModel:
     settings = home.config.generator_training
-    base = load_generator(home.config.generator)
-    return attach_lora(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed).to(device())
+    model = fresh_lora(
+        home.config.generator,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=order.seed,
+        precision=settings.precision,
+    )
+    return model.to(device())
 
 
 def _sample(model: Any, tokenizer: Any, labels: tuple[str, ...], order: Synthesize) -> tuple[list[str], list[str], int]:

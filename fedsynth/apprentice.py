@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Any
 
-from fedsynth.adapters import read_adapter, with_adapter
+from fedsynth.adapters import merged, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept
 from fedsynth.instructions import ASK, parse_record
@@ -36,10 +35,8 @@ def write(
         fedsynth.adapters.WrongAdapter: If the adapter is not of this model.
     """
     tokenizer = load_tokenizer(base)
-    # Merged: LoRA beside each layer of a small model costs as much time as the layer.
-    merged: Any = with_adapter(base, adapter).merge_and_unload()
     writer = LocalLLM(
-        merged.to(device()).eval(),
+        merged(base, adapter).to(device()),
         tokenizer,
         batch_size=256,
         workers=len(os.sched_getaffinity(0)) if device().type == "cpu" else 1,

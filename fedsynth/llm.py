@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from fedsynth.adapters import with_adapter
+from fedsynth.adapters import merged
 from fedsynth.batches import by_length, padded, token_rows
 from fedsynth.embedding import Embedder
 from fedsynth.lora import Adapter
@@ -153,8 +153,7 @@ class LocalLLM:
         precision: Any = "auto" if torch.device(device).type != "cpu" else torch.float32
         model: Any = load_model(name, "llm", dtype=precision)
         if adapter is not None:
-            merged: Any = with_adapter(name, adapter).merge_and_unload()
-            model = merged.to(model.dtype).eval()
+            model = merged(name, adapter).to(model.dtype)
         model = model.to(device)
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 

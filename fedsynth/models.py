@@ -26,7 +26,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario import Endpoint, Scenario
+from fedsynth.scenario import Endpoint, Precision, Scenario
 from fedsynth.scenario_toml import cells
 from fedsynth.typed import BadValue
 
@@ -188,18 +188,42 @@ def _may_be_new(key: str, role: Role, body: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _generator(name: str) -> nn.Module:
-    model: nn.Module = load_model(name, "generator")
+def _generator(name: str, dtype: Any) -> nn.Module:
+    model: nn.Module = load_model(name, "generator", dtype=dtype)
     return model
 
 
-def load_generator(name: str) -> nn.Module:
-    """A causal or seq2seq language model of one's own to train, in float32 (read from disk once per process).
+def load_generator(name: str, precision: Precision = "float32") -> nn.Module:
+    """A causal or seq2seq language model of one's own to train (read from disk once per process).
 
     Raises:
         BadValue: As `load_model`.
     """
-    return copy.deepcopy(_generator(name))
+    return copy.deepcopy(_generator(name, dtype_of(name, precision)))
+
+
+NARROWEST = 256  # below this width a CPU loses more by converting than it gains by computing in bfloat16 (measured)
+
+
+def dtype_of(name: str, precision: Precision) -> Any:
+    """The torch type in which a model is held: `auto` is bfloat16 where that pays.
+
+    Raises:
+        BadValue: If the model's configuration cannot be loaded.
+    """
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    width = getattr(config_of(name).get_text_config(), "hidden_size", 0)
+    return torch.bfloat16 if width >= NARROWEST and _computes_in_bfloat16() else torch.float32
+
+
+@lru_cache(maxsize=1)
+def _computes_in_bfloat16() -> bool:
+    """Whether the CPU has instructions for it (AVX512_BF16 or AMX)."""
+    facts = Path("/proc/cpuinfo")
+    return facts.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(facts.read_text().split()))
 
 
 def context_of(config: Any) -> int | None:

@@ -16,6 +16,9 @@ from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
 """Ways to clip gradients per example: `fedsynth.dpsgd`."""
 
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+"""Of a frozen base; what is trained, norms, sums and noise are float32 in any case."""
+
 
 @dataclass(frozen=True)
 class StrategyChoice:
@@ -158,6 +161,8 @@ class GeneratorTraining:
         learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
         clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with.
+        precision: Of the frozen base. `auto` is bfloat16 where the hardware computes in it and the model is wide enough
+            for that to pay: name one where results must be the same on different machines.
     """
 
     expected_batch: Count = 50
@@ -171,6 +176,7 @@ class GeneratorTraining:
     learns: Literal["record", "response"] = "record"
     rows_per_unit: Count = 1
     clipping: Clipping = "bookkeeping"
+    precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         in_range(self)

@@ -163,8 +163,8 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
         planned = client.plan(records, cell.scenario.rounds)
     except BudgetTooSmall as problem:
         raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
-    tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator)
     settings = client.generator_training
+    tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
     try:
         check_room(tokenizer, model, labels, settings.max_tokens)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)

@@ -218,21 +218,42 @@ def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -
 def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
     that are learnt, (examples, positions), `IGNORED` elsewhere."""
-    where = next(model.parameters()).device
-    within: Any = getattr(model, "_module", model)  # Opacus wraps it
-    if getattr(getattr(within, "config", None), "is_encoder_decoder", False):
-        given, present = padded([e.tokens[: e.start] for e in examples], pad)
-        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
+    where, step = next(model.parameters()).device, padding_step(model)
+    if _reads_and_writes(model):
+        within: Any = getattr(model, "_module", model)  # Opacus wraps it
+        given, present = padded([e.tokens[: e.start] for e in examples], pad, step=step)
+        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED, step=step)[0].to(where)
         # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
         before = within.prepare_decoder_input_ids_from_labels(wanted)
         read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
         logits = model(**read, use_cache=False).logits.float()
     else:
-        tokens, present = padded([e.tokens for e in examples], pad)
-        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
-        logits = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits[:, :-1].float()
-        wanted = targets[:, 1 : tokens.shape[1]].to(where)
+        tokens, present = padded([e.tokens for e in examples], pad, step=step)
+        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED, step=step)
+        length = tokens.shape[1]
+        # What comes before all learnt tokens needs no logits: they cost as much as some layers.
+        first = max(0, min(min(e.start for e in examples) - 1, length - 2))
+        read = {"input_ids": tokens.to(where), "attention_mask": present.to(where)}
+        logits = model(**read, logits_to_keep=torch.arange(first, length - 1, device=where)).logits.float()
+        wanted = targets[:, first + 1 : length].to(where)
     return logits, wanted
+
+
+_STEP = 16
+
+
+def padding_step(model: nn.Module) -> int:
+    """To a multiple of how many tokens examples are padded.
+
+    In half precision the gradient of an example moves with the length to which it is padded, by up to 1 % of the clip
+    norm as measured: it may depend on the example alone, not on who else was drawn (docs/privacy.md).
+    """
+    return _STEP if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1
+
+
+def _reads_and_writes(model: nn.Module) -> bool:
+    within: Any = getattr(model, "_module", model)  # Opacus wraps it
+    return bool(getattr(getattr(within, "config", None), "is_encoder_decoder", False))
 
 
 def mean_loss(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int) -> float:
@@ -259,15 +280,27 @@ def clipped_sum(
 ) -> list[Tensor]:
     """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
 
-    Micro-batches of `microbatch` examples (more only where one unit has more) split one drawn batch, sorted by length.
-    The loss of an example is `next_token_losses` unless another one is given.
+    Micro-batches of `microbatch` examples (more only where one unit has more) split one drawn batch, sorted by length;
+    in half precision those of one padded length each. The loss of an example is `next_token_losses` unless another one
+    is given.
     """
     losses_of: Losses = losses or next_token_losses
-    ordered = sorted((unit for unit in units if unit), key=lambda unit: max(len(e.tokens) for e in unit))
+    step, both = padding_step(model), _reads_and_writes(model)
+
+    def shape(unit: Slot) -> tuple[int, ...]:
+        """Of its longest example, as it is padded: what is read and what is written, or all in one."""
+        ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in unit]
+        return tuple(-(-size // step) for size in (max(n - s for s, n in ends), max(s for s, _ in ends)))
+
+    ordered = sorted((unit for unit in units if unit), key=shape)
     at = 0
     while at < len(ordered):
         end, rows = at + 1, len(ordered[at])
-        while end < len(ordered) and rows + len(ordered[end]) <= microbatch:
+        while (
+            end < len(ordered)
+            and rows + len(ordered[end]) <= microbatch
+            and (step == 1 or shape(ordered[end]) == shape(ordered[at]))
+        ):
             rows += len(ordered[end])
             end += 1
         examples = [example for unit in ordered[at:end] for example in unit]

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fedsynth import hub as hub_module
 from fedsynth import models, simulate
-from fedsynth.adapters import attach_lora, read_adapter, save_adapter
+from fedsynth.adapters import attach_lora, merged, new_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.hub import locate, pin, version_of, weights_hash
 from fedsynth.lora import average, only_b
-from fedsynth.models import check, load_classifier, load_generator, load_tokenizer, models_of
+from fedsynth.models import check, dtype_of, load_classifier, load_generator, load_tokenizer, models_of
 from fedsynth.scenario import TaskTraining
 from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.simulate import pinned
@@ -417,3 +417,55 @@ def test_what_the_hub_says_is_one_line_with_the_way_out(
         with pytest.raises(BadValue, match=said) as caught:
             asked()
         assert "\n" not in str(caught.value)
+
+
+# Borrowing
+
+
+def test_a_model_that_was_let_go_serves_the_next_with_other_weights_and_nothing_of_the_first() -> None:
+    first, second = (new_adapter(tiny.folder(), rank=3, alpha=6.0, seed=seed) for seed in (1, 2))
+    held = with_adapter(tiny.folder(), first)
+    other = with_adapter(tiny.folder(), second)  # while one is held, the next is another
+    weights = {id(w) for w in held.parameters()}
+    assert not weights & {id(w) for w in other.parameters()}
+    for weight in held.parameters():
+        weight.grad = torch.ones_like(weight) if weight.requires_grad else None
+    held.train()
+    del held
+    again = with_adapter(tiny.folder(), second, frozen_a=True)
+    assert {id(w) for w in again.parameters()} == weights
+    assert not again.training
+    assert all(w.grad is None for w in again.parameters())
+    assert {n for n, w in again.named_parameters() if w.requires_grad} == {
+        n for n, _ in again.named_parameters() if "lora_B" in n
+    }
+    assert torch.equal(logits(again), logits(other))
+    del again
+    whole = with_adapter(tiny.folder(), first)
+    assert all(w.requires_grad for n, w in whole.named_parameters() if "lora_" in n)
+
+
+def test_merging_leaves_what_is_borrowed_as_it_was() -> None:
+    trained_adapter = read_adapter(trained(), weights_hash(tiny.folder()))
+    before = logits(with_adapter(tiny.folder(), trained_adapter))
+    own = merged(tiny.folder(), trained_adapter)
+    assert torch.allclose(logits(own), before, atol=1e-4)
+    with torch.no_grad():
+        for weight in own.parameters():
+            weight.zero_()
+    assert torch.equal(logits(with_adapter(tiny.folder(), trained_adapter)), before)
+
+
+def test_a_base_is_bfloat16_where_it_is_asked_for_or_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {w.dtype for w in load_generator(tiny.folder(), "bfloat16").parameters()} == {torch.bfloat16}
+    adapter = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
+    model = with_adapter(tiny.folder(), adapter, precision="bfloat16")
+    kinds = {("lora_" in n, w.dtype) for n, w in model.named_parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays precise
+    monkeypatch.setattr("fedsynth.models._computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dtype_of(tiny.folder(), "auto") == torch.float32  # 32 wide: it would be slower
+    monkeypatch.setattr("fedsynth.models.NARROWEST", 32)
+    assert dtype_of(tiny.folder(), "auto") == torch.bfloat16
+    monkeypatch.setattr("fedsynth.models._computes_in_bfloat16", lambda: False)
+    assert dtype_of(tiny.folder(), "auto") == torch.float32
