@@ -216,11 +216,11 @@ def dtype_of(name: str, precision: Precision) -> Any:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     width = getattr(config_of(name).get_text_config(), "hidden_size", 0)
-    return torch.bfloat16 if width >= NARROWEST and _computes_in_bfloat16() else torch.float32
+    return torch.bfloat16 if width >= NARROWEST and computes_in_bfloat16() else torch.float32
 
 
 @lru_cache(maxsize=1)
-def _computes_in_bfloat16() -> bool:
+def computes_in_bfloat16() -> bool:
     """Whether the CPU has instructions for it (AVX512_BF16 or AMX)."""
     facts = Path("/proc/cpuinfo")
     return facts.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(facts.read_text().split()))

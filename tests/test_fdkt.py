@@ -347,7 +347,7 @@ def test_a_client_that_raises_ends_the_run_with_a_code_and_no_private_word(
     assert any(canary(3) in log.read_text() for log in logs)  # the site's own log says what happened
 
 
-def test_a_worker_that_dies_ends_the_run_with_the_clients_number(toml: str, tmp_path: Path) -> None:
+def test_a_worker_that_dies_each_time_ends_the_run_with_the_clients_number(toml: str, tmp_path: Path) -> None:
     def die(message: Message) -> Message | None:
         if message.metadata.message_type == Learn.task and message.content["fedsynth"]["home"] == 1:
             return Message(Error(code=0, reason="The actor died"), reply_to=message)
@@ -356,6 +356,34 @@ def test_a_worker_that_dies_ends_the_run_with_the_clients_number(toml: str, tmp_
     made = world(toml, "local", tmp_path, spoil=die)
     with pytest.raises(TooFewReplies, match="client 1 its worker failed: The actor died"):
         made.run()
+    asked = [m.content["fedsynth"]["home"] for m in made.grid.orders_of(Learn.task)]
+    assert sorted(asked) == [0, 1, 1, 1, 2]  # three tries
+
+
+def test_a_worker_that_dies_costs_its_client_another_try_and_nothing_else(toml: str, tmp_path: Path) -> None:
+    died: list[str] = []
+
+    def die(message: Message) -> Message | None:
+        task = message.metadata.message_type
+        if task in (Synthesize.task, Learn.task) and message.content["fedsynth"]["home"] == 1 and task not in died:
+            died.append(task)
+            if task == Synthesize.task:  # after the work was done and stored: nobody heard of it
+                made.grid.app(message, made.grid.contexts[message.metadata.dst_node_id])
+            return Message(Error(code=0, reason="The actor died"), reply_to=message)
+        return None
+
+    made = world(toml, "fdkt", tmp_path / "killed", spoil=die)
+    made.run()
+    whole = world(toml, "fdkt", tmp_path / "whole")
+    whole.run()
+    assert sorted(died) == [Learn.task, Synthesize.task]
+    figures = [[row for row in run.journal.rows if row[4] == "accuracy"] for run in (made, whole)]
+    assert figures[0] == figures[1] != []
+    home, other = (
+        fedsynth.clients.home.simulated_home(run.cell, 1, private_of(run.out), "simulated") for run in (made, whole)
+    )
+    assert home.ledger.spent() == other.ledger.spent()
+    assert len(home.ledger.entries()) == len(other.ledger.entries())
 
 
 def test_a_quorum_lets_a_run_go_on_without_a_client(toml: str, tmp_path: Path) -> None:

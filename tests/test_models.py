@@ -462,10 +462,10 @@ def test_a_base_is_bfloat16_where_it_is_asked_for_or_pays(monkeypatch: pytest.Mo
     model = with_adapter(tiny.folder(), adapter, precision="bfloat16")
     kinds = {("lora_" in n, w.dtype) for n, w in model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays precise
-    monkeypatch.setattr("fedsynth.models._computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dtype_of(tiny.folder(), "auto") == torch.float32  # 32 wide: it would be slower
     monkeypatch.setattr("fedsynth.models.NARROWEST", 32)
     assert dtype_of(tiny.folder(), "auto") == torch.bfloat16
-    monkeypatch.setattr("fedsynth.models._computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: False)
     assert dtype_of(tiny.folder(), "auto") == torch.float32

@@ -1,10 +1,12 @@
 """One step of DP-SGD beside one of plain training, and beside Opacus' ways to clip.
 
-    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 7] [--cases lora,full]
+    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 7] [--cases lora,full,persons,bfloat16]
 
 Models have the widths of one of 15 million parameters (384, inner 1,024, 8,192 tokens) and 2 layers: the ratios depend
 on widths, batch and length, not on depth. A step draws nothing: it passes one batch, clips, adds noise of a grant's
-stream, and lets Adam go one step; plain training does the same without clip and noise.
+stream, and lets Adam go one step; plain training does the same without clip and noise. `persons` has 4 texts of each
+person in the batch. `bfloat16` is a LoRA on all 6 layers, with the base in half precision and in float32, and what a
+whole private training of each ends at.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from transformers import (
 
 from fedsynth.adapters import attach_lora
 from fedsynth.dpsgd import CLIPPING, Clipping, clipper
-from fedsynth.models import device
+from fedsynth.models import computes_in_bfloat16, device
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.training import Example, add_noise, next_token_losses
+from fedsynth.scenario import GeneratorTraining
+from fedsynth.training import Example, add_noise, mean_loss, next_token_losses, train_generator
 
 CLIP_NORM, SIGMA, VOCABULARY = 1.0, 1.0, 8192
 SHAPES = [(8, 64), (32, 64), (8, 256)]
@@ -129,15 +132,77 @@ def measured(family: str, mode: str, count: int, length: int, ways: tuple[str, .
     return bars
 
 
+def persons(repeats: int) -> list[Bar]:
+    """Clipping the summed gradient of 4 texts of each person, beside clipping each text."""
+    bars, batch = [], batch_of(32, 64)
+    for mode in ("lora", "full"):
+        model = built("llama").to(device())
+        model = (attach_lora(model, rank=8, alpha=16.0, seed=0) if mode == "lora" else model).train()
+
+        def step(units: list[int], model: Any = model) -> None:
+            with clipper(model, CLIP_NORM) as clip:
+                clip.add(lambda: next_token_losses(model, batch, 0), units)
+                clip.take()
+
+        took = seconds({"texts": lambda: step(list(range(32))), "persons": lambda: step([i // 4 for i in range(32)])},
+                       repeats)  # fmt: skip
+        bars.append(
+            figure("time of text-level clipping", f"llama {mode} 8 persons x 4", took["persons"] / took["texts"])
+        )
+    return bars
+
+
+def bfloat16(repeats: int) -> list[Bar]:
+    """A frozen base in half precision: time of a step, and the loss at which a whole training ends."""
+    if not (torch.cuda.is_available() or computes_in_bfloat16()):
+        print("no bfloat16 here: not measured", file=sys.stderr)
+        return []
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    models = {name: attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0).train()
+              for name, kind in kinds.items()}  # fmt: skip
+    bars = []
+    for count, length in ((8, 64), (16, 64), (8, 256)):
+        batch = batch_of(count, length)
+        runs = {name: partial(private(m, "bookkeeping", noise=True), batch) for name, m in models.items()}
+        took = seconds(runs, repeats)
+        case = f"llama lora {count}x{length}, 6 layers"
+        bars.append(at_least("bfloat16 faster than float32", case, took["float32"] / took["bfloat16"], 1.8))
+    ends = {name: _trained(kind) for name, kind in kinds.items()}
+    gap = abs(ends["bfloat16"][1] / ends["float32"][1] - 1)
+    print(f"loss of a whole training: from {ends['float32'][0]:.3f} to {ends['float32'][1]:.4f} (float32), "
+          f"{ends['bfloat16'][1]:.4f} (bfloat16)", file=sys.stderr)  # fmt: skip
+    return [*bars, at_most("loss beside float32", "60 private steps, 6 layers", gap, 0.01)]
+
+
+def _trained(kind: Any) -> tuple[float, float]:
+    """Loss before and after 60 steps of DP-SGD on texts of 40 tokens that each follow from the one before."""
+    rng = np.random.default_rng(0)
+    follows = rng.integers(3, VOCABULARY, size=(64, 4))
+    texts = []
+    for _ in range(400):
+        row = [int(rng.integers(64))]
+        while len(row) < 40:
+            row.append(int(follows[row[-1] % 64, rng.integers(4)]))
+        texts.append(Example(tuple(row), 1))
+    model = attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0)
+    settings = GeneratorTraining(learning_rate=5e-3, microbatch=32)
+    before = mean_loss(model, texts[320:], pad=0, batch=80)
+    slots = [(text,) for text in texts[:320]]
+    train_generator(model, slots, settings, pad=0, rate=0.05, expected_batch=16, steps=60, clip_norm=1.0,
+                    noise_multiplier=0.6, randomness=GrantRandomness(bytes(32)))  # fmt: skip
+    return before, mean_loss(model, texts[320:], pad=0, batch=80)
+
+
 def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
-    parser.add_argument("--cases", default="lora,full", help="lora, full or both (default)")
+    parser.add_argument("--cases", default="lora,full,persons,bfloat16", help="which of these (default: all)")
     parser.add_argument("--families", default="llama,gpt2,t5", help="which models (default: all three)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    bars = []
-    for mode in chosen.cases.split(","):
+    bars: list[Bar] = []
+    cases = chosen.cases.split(",")
+    for mode in [case for case in cases if case in ("lora", "full")]:
         for family in chosen.families.split(","):
             for count, length in SHAPES:
                 # Opacus is compared at the shape of the design's bars: its memory at longer texts is another story.
@@ -145,6 +210,8 @@ def main(arguments: list[str]) -> int:
                 ways = tuple(way for way in every if way != "ghost" or family != "t5" or mode == "lora")
                 bars += measured(family, mode, count, length, ways, chosen.repeats)
                 print(f"{family} {mode} {count}x{length} done", file=sys.stderr, flush=True)
+    bars += persons(chosen.repeats) if "persons" in cases else []
+    bars += bfloat16(chosen.repeats) if "bfloat16" in cases else []
     return told(bars, chosen.json)
 
 

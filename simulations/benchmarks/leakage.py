@@ -43,6 +43,7 @@ class Leak:
     """One row of the table; each figure is (mean, low, high)."""
 
     arm: str
+    seed: int
     adversary: str
     records: int
     rouge_l: tuple[float, float, float]
@@ -96,6 +97,7 @@ def attack(
     means = [bits[rng.integers(len(bits), size=len(bits))].mean() for _ in range(RESAMPLES)]
     return Leak(
         arm=cell.arm,
+        seed=cell.seed,
         adversary=adversary,
         records=count,
         rouge_l=(written.rouge_l, written.low, written.high),
@@ -148,7 +150,7 @@ def views(run: Path, cell: Cell, number: int | None) -> dict[str, dict[int, Loca
 
 
 def leaks(run: Path, *, arms: Sequence[str], number: int | None, candidates: int, base: bool = True) -> list[Leak]:
-    """All arms of a run, all seeds of an arm together in no row: one row per (seed, arm, adversary)."""
+    """One row per (arm, seed, adversary); the base once per seed."""
     scenario = from_toml((run / "scenario.toml").read_text(encoding="utf-8"))
     metrics = pd.read_parquet(run / "metrics.parquet")
     rows: list[Leak] = []
@@ -158,7 +160,7 @@ def leaks(run: Path, *, arms: Sequence[str], number: int | None, candidates: int
         data = cell.scenario.data
         if not data.planted or data.pooled:
             raise SystemExit(f"arm {cell.arm!r} has no planted secrets to look for: data.planted = true")
-        if base and not rows:
+        if base and not any(row.arm == "base" and row.seed == cell.seed for row in rows):
             untrained = Cell("base", cell.seed, cell.scenario)
             rows.append(attack(untrained, dict.fromkeys(range(data.clients), load(cell, None)), "anyone",
                                candidates=candidates, utility=None))  # fmt: skip
@@ -177,7 +179,22 @@ def line(leak: Leak) -> str:
         f"{m:6.3f} [{low:6.3f}, {high:6.3f}]" for m, low, high in (leak.rouge_l, leak.recovered, leak.exposure)
     )
     utility = "     -" if leak.field_match is None else f"{leak.field_match:6.3f}"
-    return f"{leak.arm:18} {leak.adversary:8} {leak.records:5}  {figures}  {utility}"
+    return f"{leak.arm:18} {leak.seed:4} {leak.adversary:8} {leak.records:5}  {figures}  {utility}"
+
+
+def over_seeds(rows: Sequence[Leak]) -> list[str]:
+    """Per arm and adversary, the mean over seeds of each figure and its range."""
+    figures = {"ROUGE-L": "rouge_l", "secrets written": "recovered", "exposure, bits": "exposure"}
+    table = pd.DataFrame([{"arm": row.arm, "sees": row.adversary, **{n: getattr(row, f)[0] for n, f in figures.items()}}
+                          for row in rows])  # fmt: skip
+    found = table.groupby(["arm", "sees"], sort=False).agg(["mean", "min", "max"])
+    names = list(dict.fromkeys(name for name, _ in found.columns))
+    return ["| arm | adversary | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)] + [
+        f"| `{arm}` | {sees} | "
+        + " | ".join(f"{row[n, 'mean']:.3f} ({row[n, 'min']:.3f} to {row[n, 'max']:.3f})" for n in names)
+        + " |"
+        for (arm, sees), row in found.iterrows()
+    ]
 
 
 def main() -> None:
@@ -192,9 +209,13 @@ def main() -> None:
         print("give the directory of a run with planted secrets: fedsynth run hospitals-fedpit --out DIRECTORY")
         return
     rows = leaks(chosen.run, arms=chosen.arms, number=chosen.round, candidates=chosen.candidates)
-    print(f"{'arm':18} {'sees':8} {'n':>5}  {'ROUGE-L':24}  {'secrets written':24}  {'exposure, bits':24}  field match")
+    print(
+        f"{'arm':18} seed {'sees':8} {'n':>5}  {'ROUGE-L':24}  {'secrets written':24}  {'exposure, bits':24}  "
+        "field match"
+    )
     for row in rows:
         print(line(row))
+    print("\nmean over seeds (lowest to highest):", *over_seeds(rows), sep="\n")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 

@@ -23,6 +23,7 @@ from fedsynth.runs import Journal, append_event, places, prepare, summarize, wri
 from fedsynth.scenario import Cell, Endpoint
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.typed import BadValue
+from fedsynth_sim.workers import replace_the_dead
 
 app = ServerApp()
 
@@ -31,6 +32,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
     toml, out, _ = places(context.run_config, context.run_id)
+    replace_the_dead()
     try:
         conduct(grid, toml, out)
     except BaseException as problem:

@@ -1,0 +1,26 @@
+"""Workers that die are replaced: Flower puts a dead Ray actor back into its pool, where each later message fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+from ray.exceptions import RayActorError
+
+
+def replace_the_dead() -> None:
+    """From now on the pool of this process gets a new worker for each that died; its message still fails, and the
+    server asks again (`fedsynth.federation`). Done once, however often it is called."""
+    BasicActorPool.fetch_result_and_return_actor_to_pool = _fetch  # type: ignore[method-assign, assignment]
+
+
+def _fetch(pool: Any, future: Any) -> tuple[Any, Any]:
+    """As Flower's own, but for a worker that died: who called puts back what stands in the place of the actor."""
+    try:
+        _, reply, context = ray.get(future)
+    except RayActorError:
+        pool._future_to_actor[future] = pool.create_actor_fn()
+        raise
+    pool.add_actor_back_to_pool(future)
+    return reply, context
