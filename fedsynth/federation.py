@@ -247,8 +247,8 @@ class RoundStrategy(Strategy, Generic[S]):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
 
     @classmethod
-    def check(cls, config: Any, scenario: Scenario) -> None:  # noqa: ARG003 - for methods that ask for more
-        """Whether the method can run a scenario; before any work is spent.
+    def check(cls, config: Any, scenario: Scenario) -> None:
+        """Whether the method can run a scenario; before any work is spent. Options may have a `check(scenario)`, too.
 
         Args:
             config: The method's options.
@@ -260,6 +260,8 @@ class RoundStrategy(Strategy, Generic[S]):
         if scenario.data.task not in cls.tasks:
             raise BadValue(f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
                            f"this scenario has {scenario.data.task!r}")  # fmt: skip
+        if hasattr(config, "check"):
+            config.check(scenario)
 
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config

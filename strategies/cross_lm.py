@@ -7,67 +7,19 @@ Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. Num
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
 from fedsynth.curation import deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.feedback import (
-    Aggregation,
-    Ranked,
-    Teaching,
-    aggregate,
-    first_adapter,
-    ranked,
-    shuffled,
-    taught,
-)
+from fedsynth.feedback import Ranked, aggregate, first_adapter, ranked, shuffled, taught
 from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter
-from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.publictext import sample
 from fedsynth.runs import SERVER
-from fedsynth.scenario import Endpoint, Scenario
+from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.tasks import Learn, Score
 from fedsynth.teacher import augment
-from fedsynth.typed import BadValue, Count, Positive, Share, in_range
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options; all are this reconstruction's own.
-
-    Attributes:
-        feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
-            stays as it is and clients learn all its texts (ZeroGen).
-        aggregation: Of the clients' scores of a text.
-        keep: Share of each label's texts, by score, that the LLM and the clients learn from.
-        teaching: How the LLM learns from them.
-        written: Texts that the LLM writes in a round, before any are dropped.
-        min_words: Shorter texts are dropped.
-        temperature: Of the LLM.
-        top_p: Of the LLM.
-        max_tokens: Longest text of the LLM.
-    """
-
-    feedback: Literal["scores", "shuffled", "none"] = "scores"
-    aggregation: Aggregation = "mean"
-    keep: Share = 0.35
-    teaching: Teaching = field(default_factory=Teaching)
-    written: Count = 800
-    min_words: Count = 5
-    temperature: Positive = 1.0
-    top_p: Share = 0.95
-    max_tokens: Count = 48
-
-    def __post_init__(self) -> None:
-        in_range(self, "strategy")
-
-    @property
-    def teaches(self) -> bool:
-        """Whether the LLM changes."""
-        return self.feedback != "none" and self.teaching.update != "none"
 
 
 @dataclass(frozen=True)
@@ -82,27 +34,8 @@ class State:
 class CrossLM(RoundStrategy[State]):
     """Large and small models teach each other: texts one way, scores the other."""
 
-    config_class = Config
-    config: Config
-
-    @classmethod
-    def check(cls, config: Config, scenario: Scenario) -> None:
-        """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
-        super().check(config, scenario)
-        if config.teaches and isinstance(scenario.server.llm, Endpoint):
-            raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
-                           'say strategy.teaching.update = "none"')  # fmt: skip
-        client, data = scenario.client, scenario.data
-        if config.feedback == "none" or client.guarantee == "none":
-            return
-        if client.scores == "model" and client.task_training.trains == "head":
-            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
-                           'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
-        if data.world is not None:  # a file's records are counted when it is divided, or declared by its site
-            try:
-                client.score_plan(data.train_per_client, scenario.rounds)
-            except BudgetTooSmall as problem:
-                raise BadValue(f"what protects the clients' scores does not fit the budget: {problem}") from problem
+    config_class = CrossLMOptions
+    config: CrossLMOptions
 
     def initial(self) -> State:
         """The LLM as it came."""

@@ -7,64 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.curation import Kept, clusters, deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.judges import best_of
+from fedsynth.strategies.options import FDKTOptions
 from fedsynth.tasks import Learn, Synthesize
 from fedsynth.teacher import augment
-from fedsynth.typed import Count, Positive, Share, in_range
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of FDKT; section numbers are those of docs/methods/fdkt.md.
-
-    Attributes:
-        per_label: Drafts that each client writes per label.
-        draft_temperature: Of the clients' sampling.
-        draft_top_p: Of the clients' sampling.
-        draft_tokens: Longest draft.
-        min_words: Shorter texts are dropped (10 in the paper's code, for reviews; notes are shorter).
-        judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
-        judge_rivals: Other labels that the likelihood judge compares a draft's own with.
-        cluster_size: Drafts that the judge compares at once (4 in the paper's code).
-        keep: Drafts that survive of a cluster.
-        demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
-            `none`: the ablation in which the LLM sees label names only and clients release nothing.
-        shots: Demonstrations per label in a prompt.
-        texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
-        written: Texts the LLM writes for each client.
-        temperature: Of the LLM.
-        top_p: Of the LLM.
-        max_tokens: Longest answer of the LLM.
-        pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
-        share_adapters: Clients send their DP adapters, too (same release, no further cost).
-    """
-
-    per_label: Count = 50
-    draft_temperature: Positive = 0.8
-    draft_top_p: Share = 0.95
-    draft_tokens: Count = 48
-    min_words: Count = 10
-    judge: Literal["likelihood", "instruction", "none"] = "likelihood"
-    judge_rivals: Count = 16
-    cluster_size: Count = 4
-    keep: Count = 2
-    demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
-    shots: Count = 4
-    texts: Literal["llm", "drafts"] = "llm"
-    written: Count = 800
-    temperature: Positive = 1.0
-    top_p: Share = 0.95
-    max_tokens: Count = 48
-    pooled: bool = False
-    share_adapters: bool = False
-
-    def __post_init__(self) -> None:
-        in_range(self, "strategy")
 
 
 @dataclass(frozen=True)
@@ -78,8 +28,8 @@ class State:
 class FDKT(RoundStrategy[State]):
     """Federated Domain-specific Knowledge Transfer."""
 
-    config_class = Config
-    config: Config
+    config_class = FDKTOptions
+    config: FDKTOptions
 
     def initial(self) -> State:
         """Nothing yet; an LLM that cannot do what the judge needs says so here, before clients spend anything."""

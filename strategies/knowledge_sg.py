@@ -8,73 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Literal
 
 from fedsynth.adapters import new_adapter
 from fedsynth.apprentice import taught, write
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Kept, at_most, novel, well_formed_instructions, yields
 from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.hub import weights_hash
 from fedsynth.lora import Adapter, completed
-from fedsynth.mentor import Judge, judged, respond
+from fedsynth.mentor import judged, respond
 from fedsynth.publictext import sample
 from fedsynth.runs import SERVER
-from fedsynth.scenario import Endpoint, Scenario, Tuning
-from fedsynth.strategies.lora_avg import Aggregation, aggregate
+from fedsynth.strategies.lora_avg import aggregate
+from fedsynth.strategies.options import KnowledgeSGOptions
 from fedsynth.tasks import Adopt, Finetune
-from fedsynth.typed import BadValue, Count, Positive, Share, in_range
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of KnowledgeSG; the steps are those of docs/methods/knowledge-sg.md.
-
-    Attributes:
-        instructions: `dp`: the clients' DP models write them. `public`: drawn from `server.public`; nothing is asked of
-            private text (the control that shows what the clients' instructions are worth).
-        responses: `professional`, or `own`: those that the DP model wrote itself.
-        adopts: What clients use in the end: the distilled `target`, the `dp` adapter as it is, or `nothing`: the base.
-        personal: Each client's DP model writes for a target of its own. Else their average writes, for one target.
-        aggregation: How they are averaged, as in `lora_avg`.
-        written: Records that a DP model writes, or public instructions drawn.
-        temperature: Of the DP model.
-        top_p: Of the DP model.
-        max_tokens: Longest record.
-        min_words: Shorter instructions are dropped.
-        novelty: Instructions as close to an earlier one (ROUGE-L) are dropped; at 1 only those with the same words.
-        judge: `likelihood` (a base LM scores), `instruction` (an LLM that follows instructions), `none`.
-        judge_share: `likelihood`: share of the instructions that stay.
-        response_tokens: Longest response of the professional.
-        pairs: Instructions with responses that are learnt, at most.
-        start_from: `dp`: the target goes on from the DP adapter (the paper's). `base`: from a new one.
-        learns: The target learns to write the `response`, or the whole `record`.
-        tuning: How the target is trained.
-    """
-
-    instructions: Literal["dp", "public"] = "dp"
-    responses: Literal["professional", "own"] = "professional"
-    adopts: Literal["target", "dp", "nothing"] = "target"
-    personal: bool = True
-    aggregation: Aggregation = "factors"
-    written: Count = 2000
-    temperature: Positive = 0.7  # the paper's code
-    top_p: Share = 1.0
-    max_tokens: Count = 64
-    min_words: Count = 3
-    novelty: Share = 0.7  # Self-Instruct (arXiv 2212.10560)
-    judge: Judge = "likelihood"
-    judge_share: Share = 0.8
-    response_tokens: Count = 32
-    pairs: Count = 1200
-    start_from: Literal["dp", "base"] = "dp"
-    learns: Literal["response", "record"] = "response"
-    tuning: Tuning = field(default_factory=Tuning)
-
-    def __post_init__(self) -> None:
-        in_range(self, "strategy")
-        if self.instructions == "public" and (self.responses == "own" or self.adopts == "dp"):
-            raise BadValue('strategy.instructions = "public" leaves no DP model that could respond or be adopted')
 
 
 @dataclass(frozen=True)
@@ -89,28 +35,9 @@ class State:
 class KnowledgeSG(RoundStrategy[State]):
     """Knowledge distillation with synthetic data that is generated at the server."""
 
-    config_class = Config
+    config_class = KnowledgeSGOptions
     tasks = ("instructions",)
-    config: Config
-
-    @classmethod
-    def check(cls, config: Config, scenario: Scenario) -> None:
-        """What is needed besides instructions: above all a professional model that is not the clients' own."""
-        super().check(config, scenario)
-        client, server = scenario.client, scenario.server
-        professional = server.professional or server.llm
-        if "://" in client.generator:
-            raise BadValue(f"client.generator {client.generator!r} is an endpoint: clients train this model, name one "
-                           "with weights")  # fmt: skip
-        if isinstance(professional, str) and weights_hash(professional) == weights_hash(client.generator):
-            raise BadValue(f"the professional model {professional!r} is the clients' own, it would teach itself: name "
-                           "one that knows more as server.professional")  # fmt: skip
-        if isinstance(professional, Endpoint) and professional.api == "chat" and config.judge == "likelihood":
-            raise BadValue('an endpoint with api = "chat" scores no text: say strategy.judge = "instruction"')
-        if config.instructions == "public" and server.public is None:
-            raise BadValue('strategy.instructions = "public" needs server.public: where they come from')
-        if config.instructions == "dp" and config.adopts == "target" and client.generator_training.learns != "record":
-            raise BadValue('client.generator_training.learns must be "record": the DP models are to write instructions')
+    config: KnowledgeSGOptions
 
     def initial(self) -> State:
         """No adapter yet."""

@@ -39,7 +39,8 @@ from fedsynth.runs import Journal, guarantee_of, privacy_line
 from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
 from fedsynth.scenario_toml import from_toml, load
 from fedsynth.simulate import check
-from fedsynth.strategies.cross_lm import Config, CrossLM
+from fedsynth.strategies.cross_lm import CrossLM
+from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.tasks import Evaluate, Learn, Score, Scored
 from fedsynth.training import clipped_sum, encode_slots, encode_text, next_token_losses, trainable
 from fedsynth.tuning import Guard, perplexity, prefer, tune
@@ -918,7 +919,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) ->
     from fedsynth.typed import build
 
     with pytest.raises(BadValue, match=said):
-        build(Config, options, "strategy")
+        build(CrossLMOptions, options, "strategy")
 
 
 def scenario(toml: str, arm: str = "main", **server: Any) -> Scenario:
@@ -932,8 +933,8 @@ def test_an_endpoint_cannot_be_tuned(toml: str) -> None:
     far = Endpoint("http://127.0.0.1:9/v1", "large")
     with pytest.raises(BadValue, match=r"server\.llm is an endpoint"):
         check(scenario(toml, llm=far, embedder=tiny.folder()))
-    CrossLM.check(Config(feedback="none"), scenario(toml, llm=far, embedder=tiny.folder()))
-    CrossLM.check(Config(teaching=Teaching(update="none")), scenario(toml, llm=far, embedder=tiny.folder()))
+    CrossLM.check(CrossLMOptions(feedback="none"), scenario(toml, llm=far, embedder=tiny.folder()))
+    CrossLM.check(CrossLMOptions(teaching=Teaching(update="none")), scenario(toml, llm=far, embedder=tiny.folder()))
     with pytest.raises(BadValue, match="no adapter can be put"):
         Server(far, adapter="assets:tiny-llm-mislabelled", embedder=tiny.folder())
 
@@ -949,9 +950,9 @@ def test_a_frozen_task_model_has_no_layers_for_a_scorer(toml: str) -> None:
     made = scenario(toml, "dp")
     head = replace(made, client=replace(made.client, task_training=TaskTraining(trains="head")))
     with pytest.raises(BadValue, match='scores = "noise"'):
-        CrossLM.check(Config(), head)
-    CrossLM.check(Config(feedback="none"), head)
-    CrossLM.check(Config(), replace(head, client=replace(head.client, scores="noise")))
+        CrossLM.check(CrossLMOptions(), head)
+    CrossLM.check(CrossLMOptions(feedback="none"), head)
+    CrossLM.check(CrossLMOptions(), replace(head, client=replace(head.client, scores="noise")))
 
 
 def test_a_budget_that_no_scorer_fits_is_found_before_the_run(toml: str) -> None:
@@ -962,8 +963,8 @@ def test_a_budget_that_no_scorer_fits_is_found_before_the_run(toml: str) -> None
         data=replace(made.data, source="world:hospitals", labels="all"),
     )
     with pytest.raises(BadValue, match="scores"):
-        CrossLM.check(Config(), poor)
-    CrossLM.check(Config(feedback="none"), poor)
+        CrossLM.check(CrossLMOptions(), poor)
+    CrossLM.check(CrossLMOptions(feedback="none"), poor)
 
 
 def test_an_adapter_that_is_not_there_is_found_before_the_run(toml: str) -> None:

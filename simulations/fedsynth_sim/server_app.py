@@ -23,7 +23,8 @@ from fedsynth.runs import Journal, append_event, places, prepare, summarize, wri
 from fedsynth.scenario import Cell, Endpoint
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.typed import BadValue
-from fedsynth_sim.workers import replace_the_dead
+
+from .workers import replace_the_dead
 
 app = ServerApp()
 

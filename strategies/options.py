@@ -1,0 +1,185 @@
+"""What the methods with many options can be told, and what they refuse before any work is spent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fedsynth.feedback import Aggregation as ScoreAggregation
+from fedsynth.feedback import Teaching
+from fedsynth.hub import weights_hash
+from fedsynth.mentor import Judge
+from fedsynth.privacy.plan import BudgetTooSmall
+from fedsynth.scenario import Endpoint, Scenario, Tuning
+from fedsynth.strategies.lora_avg import Aggregation
+from fedsynth.typed import BadValue, Count, Positive, Share, in_range
+
+
+@dataclass(frozen=True)
+class FDKTOptions:
+    """Options of FDKT; section numbers are those of docs/methods/fdkt.md.
+
+    Attributes:
+        per_label: Drafts that each client writes per label.
+        draft_temperature: Of the clients' sampling.
+        draft_top_p: Of the clients' sampling.
+        draft_tokens: Longest draft.
+        min_words: Shorter texts are dropped (10 in the paper's code, for reviews; notes are shorter).
+        judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
+        judge_rivals: Other labels that the likelihood judge compares a draft's own with.
+        cluster_size: Drafts that the judge compares at once (4 in the paper's code).
+        keep: Drafts that survive of a cluster.
+        demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
+            `none`: the ablation in which the LLM sees label names only and clients release nothing.
+        shots: Demonstrations per label in a prompt.
+        texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
+        written: Texts the LLM writes for each client.
+        temperature: Of the LLM.
+        top_p: Of the LLM.
+        max_tokens: Longest answer of the LLM.
+        pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
+        share_adapters: Clients send their DP adapters, too (same release, no further cost).
+    """
+
+    per_label: Count = 50
+    draft_temperature: Positive = 0.8
+    draft_top_p: Share = 0.95
+    draft_tokens: Count = 48
+    min_words: Count = 10
+    judge: Literal["likelihood", "instruction", "none"] = "likelihood"
+    judge_rivals: Count = 16
+    cluster_size: Count = 4
+    keep: Count = 2
+    demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
+    shots: Count = 4
+    texts: Literal["llm", "drafts"] = "llm"
+    written: Count = 800
+    temperature: Positive = 1.0
+    top_p: Share = 0.95
+    max_tokens: Count = 48
+    pooled: bool = False
+    share_adapters: bool = False
+
+    def __post_init__(self) -> None:
+        in_range(self, "strategy")
+
+
+@dataclass(frozen=True)
+class KnowledgeSGOptions:
+    """Options of KnowledgeSG; the steps are those of docs/methods/knowledge-sg.md.
+
+    Attributes:
+        instructions: `dp`: the clients' DP models write them. `public`: drawn from `server.public`; nothing is asked of
+            private text (the control that shows what the clients' instructions are worth).
+        responses: `professional`, or `own`: those that the DP model wrote itself.
+        adopts: What clients use in the end: the distilled `target`, the `dp` adapter as it is, or `nothing`: the base.
+        personal: Each client's DP model writes for a target of its own. Else their average writes, for one target.
+        aggregation: How they are averaged, as in `lora_avg`.
+        written: Records that a DP model writes, or public instructions drawn.
+        temperature: Of the DP model.
+        top_p: Of the DP model.
+        max_tokens: Longest record.
+        min_words: Shorter instructions are dropped.
+        novelty: Instructions as close to an earlier one (ROUGE-L) are dropped; at 1 only those with the same words.
+        judge: `likelihood` (a base LM scores), `instruction` (an LLM that follows instructions), `none`.
+        judge_share: `likelihood`: share of the instructions that stay.
+        response_tokens: Longest response of the professional.
+        pairs: Instructions with responses that are learnt, at most.
+        start_from: `dp`: the target goes on from the DP adapter (the paper's). `base`: from a new one.
+        learns: The target learns to write the `response`, or the whole `record`.
+        tuning: How the target is trained.
+    """
+
+    instructions: Literal["dp", "public"] = "dp"
+    responses: Literal["professional", "own"] = "professional"
+    adopts: Literal["target", "dp", "nothing"] = "target"
+    personal: bool = True
+    aggregation: Aggregation = "factors"
+    written: Count = 2000
+    temperature: Positive = 0.7  # the paper's code
+    top_p: Share = 1.0
+    max_tokens: Count = 64
+    min_words: Count = 3
+    novelty: Share = 0.7  # Self-Instruct (arXiv 2212.10560)
+    judge: Judge = "likelihood"
+    judge_share: Share = 0.8
+    response_tokens: Count = 32
+    pairs: Count = 1200
+    start_from: Literal["dp", "base"] = "dp"
+    learns: Literal["response", "record"] = "response"
+    tuning: Tuning = field(default_factory=Tuning)
+
+    def __post_init__(self) -> None:
+        in_range(self, "strategy")
+        if self.instructions == "public" and (self.responses == "own" or self.adopts == "dp"):
+            raise BadValue('strategy.instructions = "public" leaves no DP model that could respond or be adopted')
+
+    def check(self, scenario: Scenario) -> None:
+        """What is needed besides instructions: above all a professional model that is not the clients' own."""
+        client, server = scenario.client, scenario.server
+        professional = server.professional or server.llm
+        if "://" in client.generator:
+            raise BadValue(f"client.generator {client.generator!r} is an endpoint: clients train this model, name one "
+                           "with weights")  # fmt: skip
+        if isinstance(professional, str) and weights_hash(professional) == weights_hash(client.generator):
+            raise BadValue(f"the professional model {professional!r} is the clients' own, it would teach itself: name "
+                           "one that knows more as server.professional")  # fmt: skip
+        if isinstance(professional, Endpoint) and professional.api == "chat" and self.judge == "likelihood":
+            raise BadValue('an endpoint with api = "chat" scores no text: say strategy.judge = "instruction"')
+        if self.instructions == "public" and server.public is None:
+            raise BadValue('strategy.instructions = "public" needs server.public: where they come from')
+        if self.instructions == "dp" and self.adopts == "target" and client.generator_training.learns != "record":
+            raise BadValue('client.generator_training.learns must be "record": the DP models are to write instructions')
+
+
+@dataclass(frozen=True)
+class CrossLMOptions:
+    """Options; all are this reconstruction's own.
+
+    Attributes:
+        feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
+            stays as it is and clients learn all its texts (ZeroGen).
+        aggregation: Of the clients' scores of a text.
+        keep: Share of each label's texts, by score, that the LLM and the clients learn from.
+        teaching: How the LLM learns from them.
+        written: Texts that the LLM writes in a round, before any are dropped.
+        min_words: Shorter texts are dropped.
+        temperature: Of the LLM.
+        top_p: Of the LLM.
+        max_tokens: Longest text of the LLM.
+    """
+
+    feedback: Literal["scores", "shuffled", "none"] = "scores"
+    aggregation: ScoreAggregation = "mean"
+    keep: Share = 0.35
+    teaching: Teaching = field(default_factory=Teaching)
+    written: Count = 800
+    min_words: Count = 5
+    temperature: Positive = 1.0
+    top_p: Share = 0.95
+    max_tokens: Count = 48
+
+    def __post_init__(self) -> None:
+        in_range(self, "strategy")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the LLM changes."""
+        return self.feedback != "none" and self.teaching.update != "none"
+
+    def check(self, scenario: Scenario) -> None:
+        """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
+        if self.teaches and isinstance(scenario.server.llm, Endpoint):
+            raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
+                           'say strategy.teaching.update = "none"')  # fmt: skip
+        client, data = scenario.client, scenario.data
+        if self.feedback == "none" or client.guarantee == "none":
+            return
+        if client.scores == "model" and client.task_training.trains == "head":
+            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
+                           'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
+        if data.world is not None:  # a file's records are counted when it is divided, or declared by its site
+            try:
+                client.score_plan(data.train_per_client, scenario.rounds)
+            except BudgetTooSmall as problem:
+                raise BadValue(f"what protects the clients' scores does not fit the budget: {problem}") from problem
