@@ -8,10 +8,11 @@ from collections import Counter
 from fedsynth.adapters import merged, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept
-from fedsynth.instructions import ASK, parse_record
+from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
+from fedsynth.publictext import sample
 from fedsynth.scenario import Tuning
 from fedsynth.training import Learns, encode_records, token_ids
 from fedsynth.tuning import tune
@@ -54,6 +55,21 @@ def write(
             found.append(record)
     prompts, answers = tuple(p for p, _ in found), tuple(a for _, a in found)
     return Kept(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
+
+
+def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> Kept:
+    """Public instructions in the place of written ones; those that a record of `max_tokens` cannot hold are left out.
+
+    Args:
+        base: Whose tokens are counted.
+        source: Corpus file or world, as `server.public`.
+        count: Drawn, before any are left out.
+        max_tokens: Of a record.
+        seed: Public.
+    """
+    corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
+    fits = [row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_tokens]
+    return Kept(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
 
 
 def taught(

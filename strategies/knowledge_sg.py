@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from fedsynth.adapters import new_adapter
-from fedsynth.apprentice import taught, write
+from fedsynth.apprentice import draw, taught, write
 from fedsynth.corpus import Corpus
-from fedsynth.curation import Kept, at_most, novel, well_formed_instructions, yields
+from fedsynth.curation import at_most, novel, well_formed_instructions, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.lora import Adapter, completed
 from fedsynth.mentor import judged, respond
-from fedsynth.publictext import sample
 from fedsynth.runs import SERVER
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
@@ -85,10 +84,11 @@ class KnowledgeSG(RoundStrategy[State]):
         """Steps 2 to 4: instructions that a DP model writes (without one: public ones), selected and responded to."""
         c, server, professional = self.config, self.server, self.server.professional
         server.journal.progress("write", 0, 1)
+        base, public = server.cell.scenario.client.generator, server.cell.scenario.server.public
         if writer is None:
-            raw = Kept(sample(server.cell.scenario.server.public or "", c.written, self.seed("public")), {})
+            raw = draw(base, public or "", c.written, c.max_tokens, seed=self.seed("public"))
         else:
-            base, how = server.cell.scenario.client.generator, (c.temperature, c.top_p, c.max_tokens)
+            how = (c.temperature, c.top_p, c.max_tokens)
             raw = write(base, writer, c.written, *how, seed=self.seed("write", owner))
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words)
