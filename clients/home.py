@@ -166,7 +166,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         labels=label_list(scenario.data),
         records=declared_records(cell, index),
         rounds=scenario.rounds,
-        unit=scenario.data.unit or "row",
+        unit=scenario.data.unit_name,
         work=work,
         run=f"{run}/{cell.arm}/{cell.seed}",
         ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys),
@@ -178,7 +178,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
 def declared_records(cell: Cell, index: int) -> int:
     """The declared number of units. In a simulation the simulator knows it; a real site declares it in its own file."""
     data = cell.scenario.data
-    if data.world is not None:
+    if data.world is not None and data.notes_per_patient == 1:
         return data.train_per_client * (data.clients if data.pooled else 1)
     train = _site(cell, index).train
     return len(set(train.units)) if train.units is not None else len(train)

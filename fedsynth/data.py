@@ -145,15 +145,19 @@ def open_site(data: Data, index: int, seed: int) -> Site:
     if data.world is not None:
         world = load_world(data.world)
         if data.task == "instructions":
-            return Site(
-                train=private_records(world, index, data.train_per_client, seed, split="train", planted=data.planted),
-                test=private_records(world, index, data.test_per_client, seed, split="test"),
-            )
-        return Site(
-            train=private_notes(world, index, data.train_per_client, seed, split="train"),
-            test=private_notes(world, index, data.test_per_client, seed, split="test"),
-        )
+            train = private_records(world, index, data.train_per_client, seed, split="train", planted=data.planted)
+            test = private_records(world, index, data.test_per_client, seed, split="test")
+        else:
+            train = private_notes(world, index, data.train_per_client, seed, split="train")
+            test = private_notes(world, index, data.test_per_client, seed, split="test")
+        return Site(replace(train, units=_patients(len(train), data.notes_per_patient, seed, index)), test)
     return divide(replace(data, pooled=False), seed).sites[index]
+
+
+def _patients(notes: int, most: int, seed: int, index: int) -> tuple[int, ...]:
+    """The patient of each note: from 1 to `most` notes in a row are one's."""
+    sizes = np.random.default_rng([seed, index, 0x9A71]).integers(1, most + 1, size=notes)
+    return tuple(np.repeat(np.arange(notes), sizes)[:notes].tolist())
 
 
 def divide(data: Data, seed: int) -> Division:

@@ -58,6 +58,8 @@ class Data:
         task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> response, of
             which there is no list.
         response: `instructions`: column of the response.
+        notes_per_patient: Simulated worlds: a patient has from 1 to so many of the notes, and is the privacy unit where
+            that is more than 1. The notes are the same.
         planted: Simulated worlds, `instructions`: every private response ends with a secret of its own, for audits.
         test: Rows held out for testing; without it a seeded fifth of each client's rows.
         split: `iid`; `dirichlet` or `pathological`: by label; `natural`: by the values of `client_column`, the first
@@ -86,6 +88,7 @@ class Data:
     label: str = "label"
     task: Literal["classification", "instructions"] = "classification"
     response: str = "response"
+    notes_per_patient: Count = 1
     planted: bool = False
     test: TestRows | None = None
     split: Literal["iid", "dirichlet", "pathological", "natural"] = "iid"
@@ -129,6 +132,8 @@ class Data:
             raise BadValue(f'alpha belongs to split = "dirichlet", not to {self.split!r}')
         if (self.classes_per_client is not None) != (self.split == "pathological"):
             raise BadValue('classes_per_client and split = "pathological" need each other')
+        if self.world is None and self.notes_per_patient != 1:
+            raise BadValue("notes_per_patient belongs to a simulated world: a data file names its persons by data.unit")
         if self.source == "hf:":
             raise BadValue('source = "hf:" names no data set: write hf:NAME')
         if self.hub_name is None and (self.revision or self.subset):
@@ -138,6 +143,11 @@ class Data:
     def world(self) -> str | None:
         """Name of the simulated world, or None for a source of one's own."""
         return self.source.removeprefix("world:") if self.source.startswith("world:") else None
+
+    @property
+    def unit_name(self) -> str:
+        """What is protected: the column of persons, a world's patients, or the row."""
+        return self.unit or ("patient" if self.notes_per_patient > 1 else "row")
 
     @property
     def hub_name(self) -> str | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -536,3 +537,16 @@ def test_instructions_of_a_file_are_prompts_and_responses(tmp_path: Path) -> Non
 def test_settings_of_another_task_are_refused(more: dict[str, Any], said: str) -> None:
     with pytest.raises(BadValue, match=said):
         Data("some.csv", **more)
+
+
+def test_patients_of_a_world_have_several_of_the_same_notes() -> None:
+    one = open_site(Data("world:hospitals", train_per_client=60, test_per_client=5), 2, 7)
+    five = open_site(Data("world:hospitals", train_per_client=60, test_per_client=5, notes_per_patient=5), 2, 7)
+    assert one.train.prompts == five.train.prompts
+    assert one.train.units == tuple(range(60))
+    counts = Counter(five.train.units or ())
+    assert set(counts.values()) <= {1, 2, 3, 4, 5}
+    assert 2 < len(five.train.prompts) / len(counts) < 4  # three each on average
+    assert list(five.train.units or ()) == sorted(five.train.units or ())
+    with pytest.raises(BadValue, match=r"a data file names its persons by data\.unit"):
+        Data("notes.csv", notes_per_patient=3)

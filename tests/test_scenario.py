@@ -174,7 +174,7 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
     [
         ("fedsynth.strategies.fdkt:FDTK", "no strategy"),
         ("fedsynth.strategies.nothing:FDKT", "no strategy"),
-        ("fedsynth.strategies.fdkt:Config", "is not a RoundStrategy"),
+        ("fedsynth.strategies.fdkt:State", "is not a RoundStrategy"),
         ("fedsynth.strategies.fdkt:well_formed", "is not a RoundStrategy"),
     ],
 )
