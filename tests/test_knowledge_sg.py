@@ -105,7 +105,7 @@ def journaled(run: Played, kind: str) -> dict[int, tuple[Corpus, dict[str, str]]
 
 
 def records(run: Played, base: str, home: int) -> dict[str, str]:
-    """What a client's DP model writes, sampled again from the adapter that the client sent: prompt -> first response."""
+    """What a client's DP model writes, sampled again from the adapter that it sent: prompt -> first response."""
     seed = run.cell.public_seed("write", round=run.cell.scenario.rounds, client=home)
     adapter = run.answers(Finetune)[-3:][home].adapter
     corpus = write(base, adapter, 40, 0.7, 1.0, 40, seed=seed).corpus
