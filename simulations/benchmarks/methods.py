@@ -134,6 +134,8 @@ def main() -> None:
         result = read(asked.read)
     scenario = from_toml((result.out / "scenario.toml").read_text(encoding="utf-8"))
     shown, method = SHOWN[scenario.data.task], METHODS[asked.scenario]
+    if scenario.data.task == "instructions" and scenario.data.world is None:
+        shown = ("rouge_l",)  # answers in sentences are never met word by word
     seeds = ",".join(map(str, scenario.seeds))
     print(f"\n{scenario.name}, seeds {seeds}: {result.summary['seconds']:.0f} s\n")
     print(arms_table(result, shown, scenario.data.tuned_on))
