@@ -183,7 +183,7 @@ class _Watch:
         if event.get("event") == "cell":
             self.at = int(event["number"])
             self._show(f"{event['arm']} seed {event['seed']}", "", 0, 1)
-        elif event.get("event") == "data":
+        elif event.get("event") in ("data", "workers"):
             self.console.print(event["line"], markup=False, soft_wrap=True)
         elif event.get("event") == "progress":
             cell = f"{event['arm']} seed {event['seed']}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from fedsynth.adapters import attach_lora, public_adapter
 from fedsynth.clients.home import declared_records
@@ -30,9 +32,10 @@ from fedsynth.scenario import Cell, Data, Scenario
 from fedsynth.scenario_toml import cells, load, to_toml
 from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
-from fedsynth.training import SelfCheckFailed, check_room, self_check
+from fedsynth.training import SelfCheckFailed, check_room, self_check, whole_microbatch
 from fedsynth.typed import BadValue
 
+SAFE_SHARE = 0.9  # of free memory that workers may fill
 MODELS = (
     ("client", "generator"),
     ("client", "task_model"),
@@ -169,6 +172,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
         check_room(tokenizer, model, labels, settings.max_tokens)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
+        whole_microbatch(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
 
@@ -197,6 +201,26 @@ def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]
     return warnings
 
 
+def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
+    """How many workers run at once, and a line that says why.
+
+    A worker does what the check has just done in this process (it loaded the models and trained on one whole
+    micro-batch), so it needs about as much memory as this process has held at most. A process that holds much else,
+    such as a notebook, says how many it wants.
+
+    Args:
+        asked: By the user; left out: as many as there are cores, clients, and room for, and one at least.
+        clients: Of the run.
+    """
+    each = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    free = psutil.virtual_memory().available
+    room = int(SAFE_SHARE * free) // each
+    said = f"about {each / 1e9:.1f} GB each, {free / 1e9:.0f} GB free"
+    count = asked or max(1, min(len(os.sched_getaffinity(0)), clients, room))
+    tight = "" if count <= room else ": memory may not reach, a smaller microbatch or fewer --workers would help"
+    return count, f"{count} worker{'s' if count > 1 else ''}, {said}{tight}"
+
+
 def run(
     scenario: Scenario | str | Path,
     *,
@@ -211,10 +235,10 @@ def run(
     Args:
         scenario: A `Scenario`, the path of a TOML file, or the name of a shipped scenario.
         out: The run's directory; must be new or empty. Left out: `runs/NAME-DATE` in the working directory.
-        workers: Client processes; left out: one per core.
+        workers: Client processes; left out: one per core, as far as memory reaches.
         port: Of the run's SuperLink on this machine; left out: any free one.
-        on_event: Called with each progress event: arm, seed, round, phase, done, total. The first is "data", with a
-            line on what the clients hold.
+        on_event: Called with each progress event: arm, seed, round, phase, done, total. The first are "data" and
+            "workers", with a line on what the clients hold and on how many workers there are.
         on_warning: Called with each warning of the check.
 
     Raises:
@@ -227,15 +251,17 @@ def run(
         if on_warning is not None:
             on_warning(warning)
     asked = pinned(asked)
+    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     cards = prepare(asked, place)
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
+        on_event({"event": "workers", "line": said})
     private = private_of(place)
     launch(
         APP,
         run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},
         supernodes=asked.data.clients,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=count,
         out=place,
         logs=private / "logs",
         on_event=on_event,

@@ -505,6 +505,17 @@ def self_check(
         raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
 
 
+def whole_microbatch(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
+    """Trains on as many of the longest examples as are ever held at once, and forgets it: what memory that takes shows
+    before a run, not in the midst of it."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary_of(model), (settings.microbatch, settings.max_tokens)).tolist()
+    units = [(Example(tuple(row), start=2),) for row in tokens]
+    with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
+        clipped_sum(clip, model, units, pad=pad, microbatch=settings.microbatch)
+    model.eval()
+
+
 def check_streams(rate: float, count: int = 20_000) -> None:
     """Draws of a public key, never used for anything else, have the planned rate and unit deviation (5 sigma)."""
     randomness = GrantRandomness(bytes(32))

@@ -11,6 +11,7 @@ from fedsynth.federation import load_strategy
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Cell, Client, Data, GeneratorTraining, Scenario, Server, StrategyChoice, TaskTraining
 from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios, to_toml
+from fedsynth.simulate import concurrency
 from fedsynth.typed import BadValue
 
 FDKT, LOCAL = "fedsynth.strategies.fdkt:FDKT", "fedsynth.strategies.local:LocalOnly"
@@ -334,3 +335,27 @@ def test_an_arm_with_another_split_leaves_what_belongs_to_the_old_one() -> None:
     skewed = TEXT.replace("clients = 2", 'clients = 2\nsplit = "dirichlet"\nalpha = 0.1')
     found = {c.arm: c.scenario.data.alpha for c in cells(from_toml(skewed + '[arms.iid]\ndata.split = "iid"\n'))}
     assert found == {"local": 0.1, "few": 0.1, "all": 0.1, "iid": Data.alpha}
+
+
+def test_as_many_workers_run_as_there_are_cores_clients_and_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    def machine(cores: int, free: float, held: float) -> None:
+        monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=int(free * 1e9)))
+        used = SimpleNamespace(ru_maxrss=int(held * 1e9 / 1024))
+        monkeypatch.setattr("resource.getrusage", lambda _: used)
+
+    machine(cores=8, free=10.0, held=1.0)
+    assert concurrency(None, 20) == (8, "8 workers, about 1.0 GB each, 10 GB free")
+    assert concurrency(None, 3)[0] == 3
+    machine(cores=8, free=5.0, held=1.0)
+    assert concurrency(None, 20)[0] == 4  # 0.9 of what is free
+    assert concurrency(2, 20) == (2, "2 workers, about 1.0 GB each, 5 GB free")
+    count, said = concurrency(6, 20)
+    assert count == 6
+    assert said.endswith("fewer --workers would help")
+    machine(cores=8, free=1.0, held=1.0)
+    count, said = concurrency(None, 20)
+    assert count == 1
+    assert "memory may not reach" in said
