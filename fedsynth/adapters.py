@@ -56,7 +56,8 @@ def fresh_lora(name: str, *, rank: int, alpha: float, seed: int, precision: Prec
 def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precision: Precision = "float32") -> PeftModel:
     """The model `name` with the weights of an adapter in place, ready to train or to write.
 
-    It is borrowed: not to be merged or changed in its structure. When the caller lets it go, the next one gets it.
+    It is borrowed: not to be merged or changed in its structure. When the caller lets it go, the next one gets it; so
+    who keeps a part of it keeps the whole.
 
     Args:
         name: Of the base.
@@ -110,18 +111,23 @@ _idle: dict[tuple[str, int, float, Precision], list[_Adapted]] = {}
 def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adapted:
     """One that nobody holds, or a new one. The handle that is given away ends the loan when it is let go."""
     idle = _idle.setdefault((name, rank, alpha, precision), [])
-    if idle:
+    try:
         resident = idle.pop()
-    else:
+    except IndexError:
         model = attach_lora(load_generator(name, precision), rank=rank, alpha=alpha, seed=0)
         places = {weight.data_ptr(): weight for weight in model.parameters()}
         resident = _Adapted(model, {n: places[t.data_ptr()] for n, t in _adapter_weights(model).items()})
     for weight in resident.weights.values():
-        weight.grad = None
         weight.requires_grad_(True)
     handle = copy.copy(resident.model).eval()
-    weakref.finalize(handle, idle.append, resident)
+    weakref.finalize(handle, _give_back, idle, resident)
     return _Adapted(handle, resident.weights)
+
+
+def _give_back(idle: list[_Adapted], resident: _Adapted) -> None:
+    for weight in resident.weights.values():
+        weight.grad = None
+    idle.append(resident)
 
 
 def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:

@@ -170,9 +170,9 @@ class GeneratorTraining:
         microbatch: Examples per forward pass; bounds memory, does not change results.
         learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
-        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with.
-        precision: Of the frozen base. `auto` is bfloat16 where the hardware computes in it and the model is wide enough
-            for that to pay: name one where results must be the same on different machines.
+        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
+        precision: Of the frozen base. `auto` is bfloat16 on CPUs that compute in it where the model is wide enough for
+            that to pay: name one where results must be the same on different machines.
     """
 
     expected_batch: Count = 50
@@ -303,6 +303,9 @@ class Client:
                 'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
             )
 
+        if self.guarantee == "dp" and "ghost" in (self.generator_training.clipping, self.scorer_training.clipping):
+            raise BadValue('clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
+                           'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"')  # fmt: skip
         if self.budget is not None and self.budget.delta > Budget.delta:
             raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
 

@@ -481,23 +481,30 @@ def self_check(
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     check_streams(plan.sampling_rate)
     rng = np.random.default_rng(0)
-    examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in (5, 9, 9, 14, 7)]
+    # One as long as any: some models compute all positions otherwise where one text is long (LongRoPE).
+    lengths = (5, 9, 9, max(14, settings.max_tokens), 7)
+    examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     first = min(settings.rows_per_unit, len(examples) - 1)
     units = [examples[:first], *([e] for e in examples[first:])]
     try:
         with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
             summed = partial(clipped_sum, clip, model, pad=pad, microbatch=len(examples), losses=losses)
             together, alone = summed(units), [summed([unit]) for unit in units]
+        norms = [_norm(grads) for grads in alone]
+        # Gradients may be shorter than C at the start: what clips is seen where all are cut, too.
+        tight = min([plan.clip_norm, *(norm / 2 for norm in norms if norm > 0)])
+        with clipper(model.train(), tight, settings.clipping) as clip:
+            cut = [_norm(clipped_sum(clip, model, [unit], pad=pad, microbatch=len(examples), losses=losses))
+                   for unit in units]  # fmt: skip
     except UnknownWeight as problem:
         raise SelfCheckFailed(str(problem)) from problem
     finally:
         model.eval()
-    for grads in alone:
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-        if norm > plan.clip_norm:
-            raise SelfCheckFailed(f"a clipped gradient has norm {norm}, above clip_norm {plan.clip_norm}")
-        if norm == 0.0:
-            raise SelfCheckFailed("an example has no gradient: is anything trainable, are its tokens learnt?")
+    for norm, limit in [*((norm, plan.clip_norm) for norm in norms), *((norm, tight) for norm in cut)]:
+        if norm > limit:
+            raise SelfCheckFailed(f"a clipped gradient has norm {norm}, above clip_norm {limit}")
+    if 0.0 in norms:
+        raise SelfCheckFailed("an example has no gradient: is anything trainable, are its tokens learnt?")
     gap = math.sqrt(
         sum(float((t - sum(parts)).double().square().sum()) for t, *parts in zip(together, *alone, strict=True))
     )
@@ -514,6 +521,10 @@ def whole_microbatch(model: nn.Module, plan: DPPlan, settings: GeneratorTraining
     with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
         clipped_sum(clip, model, units, pad=pad, microbatch=settings.microbatch)
     model.eval()
+
+
+def _norm(grads: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
 
 
 def check_streams(rate: float, count: int = 20_000) -> None:

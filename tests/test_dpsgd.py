@@ -323,6 +323,7 @@ def test_a_weight_that_is_used_past_its_layer_is_refused_by_name() -> None:
         engine.add(lambda: model(torch.ones(2, 3)).sum(1), [0, 1])
 
 
+# (where it has as many rows as there are examples by chance, the self-check's batches of other sizes tell)
 def test_a_table_that_is_the_same_for_all_examples_is_refused_by_name() -> None:
     model = families.model("t5").double().train()
     with clipper(model, C) as engine, pytest.raises(UnknownWeight, match=r"relative_attention_bias.*shape \(6, 6\)"):
@@ -370,3 +371,23 @@ def test_the_engine_and_its_benchmarks_need_neither_flwr_nor_ray() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_weight_less_precise_than_float32_is_refused_by_name() -> None:
+    with pytest.raises(UnknownWeight, match=r"'weight' is torch\.bfloat16"), clipper(nn.Linear(2, 2).bfloat16(), C):
+        pass
+
+
+def test_mixed_precision_and_a_batchs_mean_loss_are_refused() -> None:
+    model, tokens = built("llama", "lora", dtype=torch.float32), texts(6)
+    with clipper(model, C) as engine:
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"torch\.autocast is on"):
+            engine.add(lambda: losses(model, tokens), range(ROWS))
+        with pytest.raises(ValueError, match=r"5 examples need a loss each, got losses of shape \(\)"):
+            engine.add(lambda: losses(model, tokens).mean(), range(ROWS))
+
+
+def test_a_weight_behind_a_parametrisation_is_refused() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    with pytest.raises(UnknownWeight, match="no gradient per example is known"), clipper(model, C):
+        pass

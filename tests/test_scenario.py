@@ -359,3 +359,10 @@ def test_as_many_workers_run_as_there_are_cores_clients_and_room_for(monkeypatch
     count, said = concurrency(None, 20)
     assert count == 1
     assert "memory may not reach" in said
+
+
+def test_ghost_clipping_comes_without_a_guarantee() -> None:
+    ghost = GeneratorTraining(clipping="ghost")
+    Client("m", "m", guarantee="none", generator_training=ghost)
+    with pytest.raises(BadValue, match="a record that is not finite spoils its sum"):
+        Client("m", "m", budget=Budget(8.0), generator_training=ghost)

@@ -677,6 +677,27 @@ def test_a_missing_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         checked(lora())
 
 
+def test_a_missing_clip_is_found_where_gradients_are_short_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsynth.dpsgd.bookkeeping.clip_factors", lambda squares, clip_norm: torch.ones_like(squares))
+    with pytest.raises(SelfCheckFailed, match="above clip_norm"):
+        checked(lora(), replace(PLAN, clip_norm=1e4))
+
+
+def test_a_model_that_treats_all_otherwise_where_one_is_long_is_found() -> None:
+    class Stretched(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden: Tensor) -> Tensor:  # as LongRoPE does beyond its first context
+            return self.inner(hidden) * (1.0 if hidden.shape[1] < 40 else 2.0)
+
+    model = lora()
+    layer(model).mlp = Stretched(layer(model).mlp)
+    with pytest.raises(SelfCheckFailed, match="depends on its batch"):
+        checked(model, replace(PLAN, clip_norm=100.0))
+
+
 def test_an_adapter_without_effect_is_found() -> None:
     model = lora()
     with torch.no_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol, get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 
 from fedsynth.dpsgd import bookkeeping, opacus_modes
@@ -28,8 +29,13 @@ class Clipper(Protocol):
         """The sums so far, by trainable weight; the next ones start at zero."""
 
 
-def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> AbstractContextManager[Clipper]:
+@contextmanager
+def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> Iterator[Clipper]:
     """An engine for one model in training; the model is as before when it closes.
+
+    Which dimension of a layer's input counts the examples is told by its size: `fedsynth.training.self_check`, with
+    batches of several sizes, is what finds a model in which another dimension has that size by chance, or in which
+    examples meet. No guarantee goes without it.
 
     Args:
         model: With at least one trainable weight.
@@ -37,9 +43,19 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
         clipping: `bookkeeping` is the project's own; the others are Opacus', to compare with.
 
     Raises:
-        UnknownWeight: If a trainable weight belongs to a layer of which no gradient per example is known.
+        UnknownWeight: If a trainable weight belongs to a layer of which no gradient per example is known, or is less
+            precise than float32.
     """
-    if clipping == "bookkeeping":
-        return bookkeeping.clipper(model, clip_norm)
-    mode = opacus_modes.hooks if clipping == "hooks" else opacus_modes.ghost
-    return mode(model, clip_norm)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
+            raise UnknownWeight(f"the weight {name!r} is {weight.dtype}: sums and noise would be rounded to that; "
+                                "train it in float32")  # fmt: skip
+    modes = {"bookkeeping": bookkeeping.clipper, "hooks": opacus_modes.hooks, "ghost": opacus_modes.ghost}
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would round norms by more than the margin
+    try:
+        opened: Any = modes[clipping](model, clip_norm)
+        with opened as engine:
+            yield engine
+    finally:
+        torch.set_float32_matmul_precision(precision)

@@ -37,13 +37,20 @@ class BookKeeping:
 
         Raises:
             UnknownWeight: If a weight is used in a way of which no gradient per example is known.
+            ValueError: If there is not one loss per example, or the caller computes in mixed precision.
         """
         record = self._record
+        if torch.is_autocast_enabled(self._weights[0].device.type):
+            raise ValueError("norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
+                             "makes a frozen base faster")  # fmt: skip
         record.examples = len(units)
         for weight in self._weights:
             weight.grad = None
         try:
-            losses().sum().backward()
+            each = losses()
+            if each.shape != (len(units),):
+                raise ValueError(f"{len(units)} examples need a loss each, got losses of shape {tuple(each.shape)}")
+            each.sum().backward()
             check_unused(self._model)
             with torch.no_grad():
                 self._finish(numbered(units, self._weights[0].device))
@@ -94,13 +101,8 @@ def clipper(model: nn.Module, clip_norm: float) -> Iterator[BookKeeping]:
     Raises:
         UnknownWeight: If a trainable weight belongs to a layer that is not known.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would round norms by more than the margin
-    try:
-        with recording(model) as record:
-            yield BookKeeping(model, clip_norm, record)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with recording(model) as record:
+        yield BookKeeping(model, clip_norm, record)
 
 
 def clip_factors(squares: Tensor, clip_norm: float) -> Tensor:

@@ -85,6 +85,8 @@ class Record:
     def add(self, weight: nn.Parameter, gradients: Tensor) -> None:
         """Notes gradients per example, (examples, *weight.shape)."""
         gradients = _float(gradients)
+        for earlier in self.factors.pop(weight, ()):  # one way for all uses, whichever came first
+            gradients = gradients + earlier.multiplied()
         known = self.whole.get(weight)
         self.whole[weight] = gradients if known is None else known + gradients
 
@@ -148,7 +150,9 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
         return partial(_lora, module, *parts, _Named(name, record), module.forward)
     if not own:
         return None
-    kind = type(module)
+    kind = (
+        type(module) if set(own) <= {"weight", "bias"} else None
+    )  # others come of parametrisations, such as weight_norm
     if kind is nn.Linear:
         return partial(_linear, module, False, _Named(name, record))
     if kind is Conv1D:
@@ -157,10 +161,14 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
         return partial(_embedding, module, _Named(name, record))
     if kind is nn.LayerNorm or kind is nn.RMSNorm:
         return partial(_torch_norm, module, _Named(name, record))
-    if kind.__name__.endswith(("RMSNorm", "LayerNorm")) and all(weight.dim() == 1 for weight in own.values()):
+    if (
+        kind is not None
+        and kind.__name__.endswith(("RMSNorm", "LayerNorm"))
+        and all(weight.dim() == 1 for weight in own.values())
+    ):
         return partial(_spread_norm, module, tuple(own), _Named(name, record), module.forward)
-    raise UnknownWeight(f"no gradient per example is known of {name}.{next(iter(own))} in a {kind.__name__}: freeze it "
-                        "(requires_grad_(False)), or train a LoRA on linear layers")  # fmt: skip
+    raise UnknownWeight(f"no gradient per example is known of {name}.{next(iter(own))} in a {type(module).__name__}: "
+                        "freeze it (requires_grad_(False)), or train a LoRA on linear layers")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 
 def replace_the_dead() -> None:
@@ -16,10 +16,13 @@ def replace_the_dead() -> None:
 
 
 def _fetch(pool: Any, future: Any) -> tuple[Any, Any]:
-    """As Flower's own, but for a worker that died: who called puts back what stands in the place of the actor."""
+    """As Flower's own, but for a worker that died (or was killed for memory, which is an error of another class): who
+    called puts back what stands in the place of the actor."""
     try:
         _, reply, context = ray.get(future)
-    except RayActorError:
+    except RayTaskError:
+        raise  # the client's own: the worker lives
+    except RayError:
         pool._future_to_actor[future] = pool.create_actor_fn()
         raise
     pool.add_actor_back_to_pool(future)
