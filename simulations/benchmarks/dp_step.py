@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -68,14 +69,15 @@ def batch_of(count: int, length: int) -> list[Example]:
 
 
 def private(model: nn.Module, clipping: Clipping, *, noise: bool) -> Callable[[list[Example]], None]:
-    """A step of DP-SGD."""
+    """A step of DP-SGD. The engine is opened once, as a training does, and stays open with the model."""
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer, stream = torch.optim.Adam(weights, lr=1e-4), GrantRandomness(bytes(32))
+    opened = ExitStack()
+    clip = opened.enter_context(clipper(model, CLIP_NORM, clipping))
 
-    def step(batch: list[Example]) -> None:
-        with clipper(model, CLIP_NORM, clipping) as clip:
-            clip.add(lambda: next_token_losses(model, batch, 0), range(len(batch)))
-            sums = clip.take()
+    def step(batch: list[Example], _: ExitStack = opened) -> None:  # held as long as the step is
+        clip.add(lambda: next_token_losses(model, batch, 0), range(len(batch)))
+        sums = clip.take()
         for weight, total in zip(weights, sums, strict=True):
             if noise:
                 add_noise(total, SIGMA * CLIP_NORM, stream)
