@@ -223,15 +223,15 @@ def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None
 
 def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_clients(tmp_path: Path) -> None:
     before = marked()
-    slow = ["--set", "client.task_training.private_epochs=40", "--set", "rounds=3"]
+    slow = ["--set", "client.task_training.private_epochs=30", "--set", "rounds=3"]
     child = subprocess.Popen(
-        command("--clients", "3", "--arms", "local", "--out", "killed", *slow),
+        command("--clients", "2", "--arms", "local", "--out", "killed", *slow),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
     )
     wait_for(lambda: "learn" in _text(tmp_path / "killed" / "events.jsonl"))
-    time.sleep(3)
+    time.sleep(1)
     workers = [p for p in psutil.process_iter() if _is_worker(p, before)]
     assert workers
     workers[0].kill()
@@ -240,7 +240,7 @@ def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_
     assert "died" in _text(tmp_path / "killed.private" / "logs" / "flower.log")
     table = pd.read_parquet(tmp_path / "killed" / "metrics.parquet")
     found = table[table["metric"] == "accuracy"].groupby("round")["client"].apply(sorted).to_dict()
-    assert found == {number: [0, 1, 2] for number in (1, 2, 3)}
+    assert found == {number: [0, 1] for number in (1, 2, 3)}
     wait_for(lambda: marked() <= before, seconds=20)
 
 
