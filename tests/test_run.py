@@ -223,7 +223,7 @@ def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None
 
 def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_clients(tmp_path: Path) -> None:
     before = marked()
-    slow = ["--set", "client.task_training.private_epochs=30", "--set", "rounds=3"]
+    slow = ["--set", "client.task_training.private_epochs=12", "--set", "rounds=3"]
     child = subprocess.Popen(
         command("--clients", "2", "--arms", "local", "--out", "killed", *slow),
         cwd=tmp_path,
