@@ -30,8 +30,8 @@ from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
+from fedsynth.selfcheck import SelfCheckFailed
 from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Origin, Score, SelfTrain, Synthesize
-from fedsynth.training import SelfCheckFailed
 from fedsynth.typed import BadValue
 from fedsynth.wire import WillNotLeave, derived, pack_answer, refusal, seal, unpack_answer, unpack_order
 

@@ -10,13 +10,15 @@ from peft import PeftModel
 from fedsynth.adapters import read_adapter, with_adapter
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus
+from fedsynth.examples import Example, check_room, encode_slots
 from fedsynth.hub import config_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.payload import decode, encode
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
+from fedsynth.selfcheck import self_check
 from fedsynth.tasks import Adopt, Adopted, Finetune, Finetuned
-from fedsynth.training import Example, check_room, encode_slots, fit_private, fit_without_guarantee, self_check
+from fedsynth.training import fit_private, fit_without_guarantee
 
 IN_USE = "adapter.payload"
 

@@ -22,8 +22,9 @@ from fedsynth.hub import weights_hash
 from fedsynth.models import device, load_named, load_tokenizer, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
+from fedsynth.selfcheck import check_streams, self_check
 from fedsynth.tasks import Score, Scored
-from fedsynth.training import Randomness, check_streams, fit_private, self_check, trainable
+from fedsynth.training import Randomness, fit_private, trainable
 
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 

@@ -11,13 +11,14 @@ from fedsynth.adapters import read_adapter
 from fedsynth.clients.finetune import on_base, put_to_use, slots_of
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.examples import Slot, token_ids
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, mix
 from fedsynth.models import load_tokenizer
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
 from fedsynth.selfgen import generate, lines, select
 from fedsynth.tasks import SelfTrain, SelfTrained
-from fedsynth.training import Slot, fit_without_guarantee, token_ids
+from fedsynth.training import fit_without_guarantee
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 

@@ -10,13 +10,15 @@ from fedsynth.adapters import fresh_lora, read_adapter
 from fedsynth.clients.finetune import slots_of
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.examples import check_room, control_code
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import device, load_tokenizer
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
+from fedsynth.selfcheck import self_check
 from fedsynth.tasks import Synthesize, Synthesized
-from fedsynth.training import check_room, control_code, fit_private, fit_without_guarantee, self_check
+from fedsynth.training import fit_private, fit_without_guarantee
 
 
 def synthesize(home: Home, order: Synthesize, digest: str) -> Synthesized:

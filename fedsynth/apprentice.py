@@ -8,13 +8,13 @@ from collections import Counter
 from fedsynth.adapters import merged, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept
+from fedsynth.examples import Learns, encode_records, token_ids
 from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.publictext import sample
 from fedsynth.scenario import Tuning
-from fedsynth.training import Learns, encode_records, token_ids
 from fedsynth.tuning import tune
 
 

@@ -12,13 +12,13 @@ import numpy as np
 
 from fedsynth.adapters import new_adapter, public_adapter, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance, Scores, united
+from fedsynth.examples import Example, encode_text
 from fedsynth.instructions import one_line
 from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.scenario import Tuning
 from fedsynth.teacher import OPEN_LINE
-from fedsynth.training import Example, encode_text
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue, Count, Positive, in_range
 

@@ -20,6 +20,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.data import divide, label_list, misfits
 from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
+from fedsynth.examples import check_room
 from fedsynth.federation import load_strategy
 from fedsynth.hub import pin
 from fedsynth.launch import APP, launch
@@ -30,9 +31,9 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
 from fedsynth.scenario import Cell, Data, Scenario
 from fedsynth.scenario_toml import cells, load, to_toml
+from fedsynth.selfcheck import SelfCheckFailed, self_check, whole_microbatch
 from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
-from fedsynth.training import SelfCheckFailed, check_room, self_check, whole_microbatch
 from fedsynth.typed import BadValue
 
 SAFE_SHARE = 0.9  # of free memory that workers may fill

@@ -7,10 +7,10 @@ an empty batch is a noise-only step, and the noisy sum is divided by the expecte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,49 +18,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedsynth.batches import padded, token_rows
-from fedsynth.corpus import Corpus
-from fedsynth.dpsgd import Clipper, UnknownWeight, clipper
-from fedsynth.instructions import ASK, asked, record
-from fedsynth.models import Kind, context_of
-from fedsynth.privacy.noise import GrantRandomness
+from fedsynth.batches import padded
+from fedsynth.dpsgd import Clipper, clipper
+from fedsynth.examples import Example, Slot
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
 
 
-@dataclass(frozen=True)
-class Example:
-    """One encoded text.
-
-    Attributes:
-        tokens: Token ids.
-        start: Position of the first token that is learnt; what stands before it (BOS, control code) is given. A seq2seq
-            model reads what is given with its encoder, and its decoder learns the rest.
-    """
-
-    tokens: tuple[int, ...]
-    start: int
-
-
-class Encoded(Protocol):
-    """An encoded text with whatever its loss needs beside the tokens."""
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Token ids."""
-
-
-Slot: TypeAlias = Sequence[Encoded]
-"""What is learnt of one privacy unit: its examples, clipped together; none for an empty unit."""
-
 Losses: TypeAlias = Callable[[nn.Module, Sequence[Any], int], Tensor]
 """Model, examples, padding token -> each example's own loss, shape (examples,)."""
-
-
-class SelfCheckFailed(RuntimeError):
-    """The training would not be what the plan says; found on random public tokens, before any charge."""
 
 
 class Randomness(Protocol):
@@ -71,141 +39,6 @@ class Randomness(Protocol):
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         """An independent coin per unit."""
-
-
-Learns: TypeAlias = Literal["record", "response"]
-
-
-def control_code(label: str) -> str:
-    """How a label is put before its text (FDKT step 1)."""
-    return f"{label}:"
-
-
-def encode_slots(
-    tokenizer: Any,
-    corpus: Corpus,
-    labels: Sequence[str],
-    records: int,
-    longest: int,
-    kind: Kind = "causal",
-    *,
-    learns: Learns = "record",
-    rows_per_unit: int = 1,
-) -> list[tuple[Example, ...]]:
-    """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
-
-    A unit is a person where the corpus names persons; its first rows are used. A row with an unknown label and a text
-    that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of one unit changes
-    another's slot, or whether there is an answer. Declare at least as many units as there are: of more, only the first
-    `records` are used, and taking one of them away would let the next one in (then the replace-one figure holds).
-
-    Args:
-        tokenizer: Public.
-        corpus: Private; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
-        labels: The public label list; empty for instructions.
-        records: Declared number of units; the plan's, whatever the real count is.
-        longest: Longest example in tokens.
-        kind: Of the generator.
-        learns: Instructions: the whole record after its mark, or the response alone.
-        rows_per_unit: At most so many rows of a unit count.
-    """
-    known = set(labels)
-
-    def encoded(row: int) -> Example | None:
-        if labels and corpus.answers[row] not in known:
-            return None
-        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
-
-    return [
-        tuple(example for example in map(encoded, rows) if example is not None)
-        for rows in unit_rows(corpus, records, rows_per_unit)
-    ]
-
-
-def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list[int]]:
-    """The first rows of each privacy unit in as many slots as were declared; none where there is no unit."""
-    rows: dict[Hashable, list[int]] = {}
-    for row, unit in enumerate(corpus.units if corpus.units is not None else range(len(corpus))):
-        rows.setdefault(unit, []).append(row)
-    slots = [found[:rows_per_unit] for found in rows.values()][:records]
-    return [*slots, *([] for _ in range(records - len(slots)))]
-
-
-def encode_records(
-    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, learns: Learns = "record"
-) -> list[Example]:
-    """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
-    tokenizer cannot read are left out."""
-    each_its_own = replace(corpus, units=None)
-    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, learns=learns)
-    return [example for slot in slots for example in slot]
-
-
-def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> tuple[str, str]:
-    """What is given of a row, and what is learnt."""
-    if labels:
-        return control_code(corpus.answers[row]), corpus.prompts[row].strip()
-    whole = record(corpus.prompts[row], corpus.answers[row])
-    given = ASK if learns == "record" else asked(corpus.prompts[row])
-    return given, whole.removeprefix(given).strip()
-
-
-def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
-    try:
-        return encode_text(tokenizer, given, text, longest, kind)
-    except Exception:  # a record that fails the whole answer would show in the answer
-        return None
-
-
-def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
-    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long."""
-    if kind == "seq2seq":
-        [head] = token_rows(tokenizer, [given], kind)
-    else:
-        head = token_ids(tokenizer, given)
-        head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
-        text = f" {text}"
-    # The end of text is learnt, also where a long text was cut: a generator that never ends writes noise up to the
-    # limit, and drafts without an end are not used.
-    body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
-    return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
-
-
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without the special ones that some tokenizers add."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
-def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int) -> None:
-    """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
-
-    Raises:
-        ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
-            no end of text or tokens that the model does not know.
-    """
-    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(control_code, labels)} or {
-        ASK: len(token_ids(tokenizer, ASK)) + 1
-    }
-    code, tokens = max(codes.items(), key=lambda item: item[1])
-    if tokens + 2 > longest:
-        raise ValueError(f"the control code {code!r} has {tokens} tokens, which leaves no text of {longest}")
-    context = context_of(model.config)
-    if context is not None and longest > context:
-        raise ValueError(
-            f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_tokens"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token (eos_token): a text that never ends cannot be learnt")
-    if len(tokenizer) > vocabulary_of(model):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary_of(model)}: "
-                         "save the model with the tokenizer that it was trained with")  # fmt: skip
-
-
-def vocabulary_of(model: nn.Module) -> int:
-    """Tokens that the model embeds: often more than its tokenizer writes."""
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-    return embedding.num_embeddings
 
 
 def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
@@ -450,89 +283,3 @@ def fit_without_guarantee(
         randomness=PublicRandomness(seed),
         proximal=proximal,
     )
-
-
-def self_check(
-    model: nn.Module,
-    plan: DPPlan,
-    settings: GeneratorTraining,
-    *,
-    pad: int,
-    losses: Losses | None = None,
-    example: Callable[[tuple[int, ...]], Encoded] = lambda tokens: Example(tokens, start=2),
-) -> None:
-    """Checks sampler, noise, clipping and independence of examples on random public tokens (docs/privacy.md).
-
-    Finds layers that mix the examples of a batch (BatchNorm, packing, batch-mean losses), a missing clip and a model
-    that does not learn at all. Leaves the model as it was. Costs some hundredths of a second for a tiny model.
-
-    Args:
-        model: What will be trained.
-        plan: As which it will be trained.
-        settings: With which it will be trained.
-        pad: Token that fills a batch.
-        losses: As it will be trained with.
-        example: Makes an example for them from tokens.
-
-    Raises:
-        SelfCheckFailed: With what is wrong.
-    """
-    if not trainable(model):
-        raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
-    check_streams(plan.sampling_rate)
-    rng = np.random.default_rng(0)
-    # One as long as any: some models compute all positions otherwise where one text is long (LongRoPE).
-    lengths = (5, 9, 9, max(14, settings.max_tokens), 7)
-    examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
-    first = min(settings.rows_per_unit, len(examples) - 1)
-    units = [examples[:first], *([e] for e in examples[first:])]
-    try:
-        with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
-            summed = partial(clipped_sum, clip, model, pad=pad, microbatch=len(examples), losses=losses)
-            together, alone = summed(units), [summed([unit]) for unit in units]
-        norms = [_norm(grads) for grads in alone]
-        # Gradients may be shorter than C at the start: what clips is seen where all are cut, too.
-        tight = min([plan.clip_norm, *(norm / 2 for norm in norms if norm > 0)])
-        with clipper(model.train(), tight, settings.clipping) as clip:
-            cut = [_norm(clipped_sum(clip, model, [unit], pad=pad, microbatch=len(examples), losses=losses))
-                   for unit in units]  # fmt: skip
-    except UnknownWeight as problem:
-        raise SelfCheckFailed(str(problem)) from problem
-    finally:
-        model.eval()
-    for norm, limit in [*((norm, plan.clip_norm) for norm in norms), *((norm, tight) for norm in cut)]:
-        if norm > limit:
-            raise SelfCheckFailed(f"a clipped gradient has norm {norm}, above clip_norm {limit}")
-    if 0.0 in norms:
-        raise SelfCheckFailed("an example has no gradient: is anything trainable, are its tokens learnt?")
-    gap = math.sqrt(
-        sum(float((t - sum(parts)).double().square().sum()) for t, *parts in zip(together, *alone, strict=True))
-    )
-    if gap > 1e-3 * plan.clip_norm:
-        raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
-
-
-def whole_microbatch(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
-    """Trains on as many of the longest examples as are ever held at once, and forgets it: what memory that takes shows
-    before a run, not in the midst of it."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocabulary_of(model), (settings.microbatch, settings.max_tokens)).tolist()
-    units = [(Example(tuple(row), start=2),) for row in tokens]
-    with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
-        clipped_sum(clip, model, units, pad=pad, microbatch=settings.microbatch)
-    model.eval()
-
-
-def _norm(grads: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
-
-
-def check_streams(rate: float, count: int = 20_000) -> None:
-    """Draws of a public key, never used for anything else, have the planned rate and unit deviation (5 sigma)."""
-    randomness = GrantRandomness(bytes(32))
-    drawn = float(randomness.poisson_mask(count, rate).mean())
-    if abs(drawn - rate) > 5 * math.sqrt(rate * (1 - rate) / count):
-        raise SelfCheckFailed(f"the sampler draws at rate {drawn:.4f}, planned is {rate:.4f}")
-    deviation = float(np.std(randomness.normals(count)))
-    if abs(deviation - 1) > 5 / math.sqrt(2 * count):
-        raise SelfCheckFailed(f"the noise has deviation {deviation:.4f} in units of sigma C, planned is 1")

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsynth.examples import Example
 from fedsynth.scenario import Tuning
-from fedsynth.training import IGNORED, Example, next_token_losses, next_tokens, trainable
+from fedsynth.training import IGNORED, next_token_losses, next_tokens, trainable
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 
 from fedsynth.adapters import new_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.examples import encode_slots
 from fedsynth.gates import sample_lines
 from fedsynth.hub import weights_hash
 from fedsynth.models import load_tokenizer
 from fedsynth.scenario import Tuning
-from fedsynth.training import encode_slots
 from fedsynth.tuning import tune
 from fedsynth.typed import BadValue
 from fedsynth.world import World, main_facts, public_notes, told_labels

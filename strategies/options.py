@@ -178,7 +178,8 @@ class CrossLMOptions:
         if client.scores == "model" and client.task_training.trains == "head":
             raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
                            'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
-        if data.world is not None:  # a file's records are counted when it is divided, or declared by its site
+        # Patients, and a file's records, are counted when the data is divided, or declared by their site.
+        if data.world is not None and data.notes_per_patient == 1:
             try:
                 client.score_plan(data.train_per_client, scenario.rounds)
             except BudgetTooSmall as problem:

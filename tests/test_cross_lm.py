@@ -26,6 +26,7 @@ from fedsynth.clients.score import RECEIPT, protected
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
+from fedsynth.examples import encode_slots, encode_text
 from fedsynth.federation import Clients, TooFewReplies, load_strategy, nodes_by_home
 from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
 from fedsynth.hub import locate_adapter, weights_hash
@@ -42,7 +43,7 @@ from fedsynth.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.tasks import Evaluate, Learn, Score, Scored
-from fedsynth.training import clipped_sum, encode_slots, encode_text, next_token_losses, trainable
+from fedsynth.training import clipped_sum, next_token_losses, trainable
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, site, write_note

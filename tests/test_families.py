@@ -42,6 +42,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site
 from fedsynth.dpsgd import MARGIN, clipper
 from fedsynth.embedding import Embedder
+from fedsynth.examples import Example, check_room, encode_slots
 from fedsynth.hub import weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.models import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
@@ -49,17 +50,9 @@ from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
 from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
+from fedsynth.selfcheck import SelfCheckFailed, self_check
 from fedsynth.tasks import Learn, Synthesize
-from fedsynth.training import (
-    Example,
-    SelfCheckFailed,
-    check_room,
-    clipped_sum,
-    encode_slots,
-    fit_private,
-    self_check,
-    trainable,
-)
+from fedsynth.training import clipped_sum, fit_private, trainable
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)

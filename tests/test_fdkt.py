@@ -19,6 +19,7 @@ from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.curation import well_formed
+from fedsynth.examples import encode_slots
 from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
 from fedsynth.instructions import one_line
 from fedsynth.payload import decode
@@ -26,7 +27,6 @@ from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell
 from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
-from fedsynth.training import encode_slots
 
 LABELS = ("heart", "skin")
 CLIENTS, ROWS = 3, 12

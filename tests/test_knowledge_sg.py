@@ -24,6 +24,7 @@ from server_alone import record, with_clients, with_recording
 from fedsynth.apprentice import taught, write
 from fedsynth.clients.finetune import finetune
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.examples import encode_records
 from fedsynth.federation import load_strategy
 from fedsynth.firewall import Rejected, check_answer
 from fedsynth.llm import LocalLLM
@@ -35,7 +36,6 @@ from fedsynth.runs import SERVER, guarantee_of, privacy_line, up
 from fedsynth.scenario import Tuning
 from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune, Finetuned
-from fedsynth.training import encode_records
 from fedsynth.typed import BadValue
 from fedsynth.wire import unpack_order
 

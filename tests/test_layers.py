@@ -14,8 +14,8 @@ fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
 classifier public_models world_models world_adapters
-judges mentor apprentice selfgen feedback
-teacher publictext pretraining gates llm remote tuning training generation curation evaluation embedding
+judges mentor apprentice selfgen feedback selfcheck
+teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters
 models dpsgd
 hub
@@ -29,6 +29,8 @@ MAY_IMPORT = {
         "models",
         "dpsgd",
         "training",
+        "examples",
+        "selfcheck",
         "classifier",
         "generation",
         "llm",

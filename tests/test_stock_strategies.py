@@ -25,13 +25,14 @@ from fedsynth.adapters import WrongAdapter, with_adapter
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, simulated_home
 from fedsynth.clients.stock import adapter_of, arrays_of, chosen_cell, common_start, largest_epsilon
+from fedsynth.examples import Example
 from fedsynth.launch import launch
 from fedsynth.lora import Adapter, average
 from fedsynth.privacy.plan import epsilon
 from fedsynth.runs import private_of
 from fedsynth.scenario import Cell, GeneratorTraining
 from fedsynth.tasks import Finetune
-from fedsynth.training import Example, next_token_losses, train_generator, trainable
+from fedsynth.training import next_token_losses, train_generator, trainable
 
 LORA_AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 Tensors = dict[str, Any]

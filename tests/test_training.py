@@ -23,23 +23,20 @@ from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.dpsgd import clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
+from fedsynth.examples import Example, control_code, encode_slots
 from fedsynth.hub import weights_hash
 from fedsynth.models import load_classifier, load_generator, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
 from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
+from fedsynth.selfcheck import SelfCheckFailed, self_check
 from fedsynth.training import (
-    Example,
     PublicRandomness,
-    SelfCheckFailed,
     clipped_sum,
-    control_code,
-    encode_slots,
     fit_private,
     fit_without_guarantee,
     next_token_losses,
-    self_check,
     train_generator,
     trainable,
 )
@@ -820,7 +817,7 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
     monkeypatch: pytest.MonkeyPatch, name: str, broken: Any, said: str
 ) -> None:
     from fedsynth.privacy.noise import GrantRandomness
-    from fedsynth.training import check_streams
+    from fedsynth.selfcheck import check_streams
 
     check_streams(0.25)
     monkeypatch.setattr(GrantRandomness, name, broken)

@@ -33,7 +33,7 @@ class Clipper(Protocol):
 def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> Iterator[Clipper]:
     """An engine for one model in training; the model is as before when it closes.
 
-    Which dimension of a layer's input counts the examples is told by its size: `fedsynth.training.self_check`, with
+    Which dimension of a layer's input counts the examples is told by its size: `fedsynth.selfcheck.self_check`, with
     batches of several sizes, is what finds a model in which another dimension has that size by chance, or in which
     examples meet. No guarantee goes without it.
 

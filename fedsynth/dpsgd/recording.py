@@ -150,9 +150,8 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
         return partial(_lora, module, *parts, _Named(name, record), module.forward)
     if not own:
         return None
-    kind = (
-        type(module) if set(own) <= {"weight", "bias"} else None
-    )  # others come of parametrisations, such as weight_norm
+    # Weights of other names come of parametrisations, such as weight_norm.
+    kind = type(module) if set(own) <= {"weight", "bias"} else type(None)
     if kind is nn.Linear:
         return partial(_linear, module, False, _Named(name, record))
     if kind is Conv1D:
@@ -161,11 +160,7 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
         return partial(_embedding, module, _Named(name, record))
     if kind is nn.LayerNorm or kind is nn.RMSNorm:
         return partial(_torch_norm, module, _Named(name, record))
-    if (
-        kind is not None
-        and kind.__name__.endswith(("RMSNorm", "LayerNorm"))
-        and all(weight.dim() == 1 for weight in own.values())
-    ):
+    if kind.__name__.endswith(("RMSNorm", "LayerNorm")) and all(weight.dim() == 1 for weight in own.values()):
         return partial(_spread_norm, module, tuple(own), _Named(name, record), module.forward)
     raise UnknownWeight(f"no gradient per example is known of {name}.{next(iter(own))} in a {type(module).__name__}: "
                         "freeze it (requires_grad_(False)), or train a LoRA on linear layers")  # fmt: skip
