@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import fields
 from functools import lru_cache, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.stock import read_message, write_reply
 from fedsynth.clients.synthesize import synthesize
+from fedsynth.clients.together import Trains, together
 from fedsynth.firewall import Rejected, check_order
 from fedsynth.models import one_thread
 from fedsynth.payload import BadPayload
@@ -33,7 +35,18 @@ from fedsynth.runs import places
 from fedsynth.selfcheck import SelfCheckFailed
 from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Origin, Score, SelfTrain, Synthesize
 from fedsynth.typed import BadValue
-from fedsynth.wire import WillNotLeave, derived, pack_answer, refusal, seal, unpack_answer, unpack_order
+from fedsynth.wire import (
+    WillNotLeave,
+    derived,
+    joined,
+    pack_answer,
+    parted,
+    refusal,
+    seal,
+    stack_number,
+    unpack_answer,
+    unpack_order,
+)
 
 Opener = Callable[[Context, Envelope], Home]
 
@@ -84,7 +97,7 @@ def client_app(open_home: Opener) -> ClientApp:
         register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
 
         def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
-            return Message(answer(kind, message.content, context, open_home), reply_to=message)
+            return Message(answers(kind, message.content, context, open_home), reply_to=message)
 
         register(action)(handle)
 
@@ -100,6 +113,14 @@ def client_app(open_home: Opener) -> ClientApp:
     return app
 
 
+def answers(kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener) -> RecordDict:
+    """The replies to all orders of a message; those of one stack train in one pass."""
+    replies: list[RecordDict] = []
+    for _, stack in groupby(parted(content), key=stack_number):
+        replies += together([_answer(kind, order, context, open_home) for order in stack])
+    return joined(replies)
+
+
 def answer(
     kind: type[Order[Any]],
     content: RecordDict,
@@ -108,6 +129,17 @@ def answer(
     read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
 ) -> RecordDict:
     """The reply to one order: sealed bytes, or a constant code. No text of an exception leaves."""
+    [reply] = together([_answer(kind, content, context, open_home, read)])
+    return reply
+
+
+def _answer(
+    kind: type[Order[Any]],
+    content: RecordDict,
+    context: Context,
+    open_home: Opener,
+    read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
+) -> Trains[RecordDict]:
     home: Home | None = None
     try:
         try:
@@ -120,6 +152,8 @@ def answer(
             if stored is None:
                 _check(order, home)
                 reply = FUNCTIONS[kind](home, order, digest)
+                if isinstance(reply, Generator):
+                    reply = yield from reply
                 stored = seal(reply, measuring=home.simulated, waived=home.waived)
                 if _under_grant(reply):
                     home.ledger.store(digest, stored, derived_from=_grants(reply))

@@ -2,66 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
 
-from fedsynth.adapters import read_adapter, with_adapter
+from fedsynth.adapters import with_adapter
 from fedsynth.clients.home import Home
+from fedsynth.clients.together import ToTrain, Trains
 from fedsynth.corpus import Corpus
 from fedsynth.examples import Example, check_room, encode_slots
-from fedsynth.hub import config_of
-from fedsynth.lora import Adapter, only_b
+from fedsynth.hub import config_of, weights_hash
+from fedsynth.lora import Adapter, digest_of, only_b
 from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.payload import decode, encode
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
 from fedsynth.selfcheck import self_check
 from fedsynth.tasks import Adopt, Adopted, Finetune, Finetuned
-from fedsynth.training import fit_private, fit_without_guarantee
+from fedsynth.training import private, train_generator, without_guarantee
 
 IN_USE = "adapter.payload"
 
 
-def finetune(home: Home, order: Finetune, digest: str) -> Finetuned:
+def finetune(home: Home, order: Finetune, digest: str) -> Trains[Finetuned]:
     """Trains and releases; under DP the charge comes first and may refuse.
 
     Raises:
         fedsynth.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
-    settings = home.config.generator_training
-    tokenizer = load_tokenizer(home.config.generator)
-    model = on_base(home, order.start, frozen_a=order.frozen_a)
-    check_room(tokenizer, model, home.labels, settings.max_tokens)
+    settings, pull = home.config.generator_training, order.proximal or 0.0
+    to_train = partial(ToTrain, home.config.generator, order.start, settings, frozen_a=order.frozen_a)
     if home.config.guarantee == "none":
-        train_without_guarantee(home, model, home.train, home.records, seed=order.seed, proximal=order.proximal or 0.0)
-        trained = Trained(model, reason="the scenario asks for no guarantee")
+        check(home, order.start)
+        slots = slots_of(home, home.train, home.records)
+        trained = yield to_train(without_guarantee(slots, settings, order.seed, pull))
+        model = Trained(trained.adapter, reason="the scenario asks for no guarantee")
         adapter = release_without_guarantee(
-            trained, _sent(model, order), home.ledger, home.run, trained.reason, allowed=home.simulated
+            model, _sent(trained.adapter, order), home.ledger, home.run, model.reason, allowed=home.simulated
         )
         return Finetuned(adapter, home.said(None), home.records)
     plan = home.plan()
-    self_check(model, plan, settings, pad=tokenizer.pad_token_id)
+    check(home, order.start, plan, frozen_a=order.frozen_a)
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
     slots = slots_of(home, home.train, plan.records)
-    steps = fit_private(
-        model,
-        slots,
-        plan,
-        settings,
-        pad=tokenizer.pad_token_id,
-        randomness=randomness,
-        proximal=order.proximal or 0.0,
-    )
-    adapter = release_adapter(DPTrained(model, plan, grant, steps), _sent(model, order))
+    trained = yield to_train(private(slots, plan, randomness, pull))
+    receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
+    adapter = release_adapter(receipt, _sent(trained.adapter, order))
     return Finetuned(adapter, home.said(plan, settings.rows_per_unit), home.records)
 
 
-def _sent(model: PeftModel, order: Finetune) -> Adapter:
-    whole = read_adapter(model, order.start.base)
+def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: bool = False, longest: int = 0) -> None:
+    """Whatever can fail fails here, before anything is spent; under a plan with its self-check.
+
+    Args:
+        home: The client.
+        start: What training will go on from.
+        plan: Under which; None: without a guarantee.
+        frozen_a: Whether B alone will be trained.
+        longest: Tokens that must fit, where that is more than the training's.
+
+    Raises:
+        fedsynth.adapters.WrongAdapter: If the adapter is not of this client's model.
+        fedsynth.selfcheck.SelfCheckFailed: As `self_check`.
+        ValueError: If texts do not fit.
+    """
+    settings, name = home.config.generator_training, home.config.generator
+    # The same start under the same plan passes again: clients of a simulation that share them are checked once.
+    asked = (weights_hash(name), digest_of(start), settings, plan, home.labels, frozen_a, longest)
+    if asked in _passed:
+        return
+    tokenizer, model = load_tokenizer(name), on_base(home, start, frozen_a=frozen_a)
+    check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest))
+    if plan is not None:
+        self_check(model, plan, settings, pad=tokenizer.pad_token_id)
+    while len(_passed) >= _REMEMBERED:
+        _passed.pop(next(iter(_passed)))
+    _passed[asked] = None
+
+
+_REMEMBERED = 64
+_passed: dict[Hashable, None] = {}  # of this process
+
+
+def _sent(whole: Adapter, order: Finetune) -> Adapter:
     if not order.frozen_a:
         return whole
     return replace(whole, arrays={name: array for name, array in whole.arrays.items() if only_b(name)})
@@ -104,13 +133,11 @@ def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ..
     )
 
 
-def train_without_guarantee(
-    home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int, proximal: float = 0.0
-) -> None:
-    """The client's schedule without clip and noise: for what stays at home, and for runs without a guarantee."""
+def train_without_guarantee(home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:
+    """The client's schedule without clip and noise, for what stays at home."""
     pad = load_tokenizer(home.config.generator).pad_token_id
     slots, settings = slots_of(home, corpus, records), home.config.generator_training
-    fit_without_guarantee(model, slots, settings, pad=pad, seed=seed, proximal=proximal)
+    train_generator(model, without_guarantee(slots, settings, seed), settings, pad=pad)
 
 
 def put_to_use(home: Home, adapter: Adapter) -> None:

@@ -40,7 +40,8 @@ def learn(home: Home, order: Learn) -> Learnt:
 def _learn_to_respond(home: Home, order: Learn) -> Learnt:
     """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
     settings, base = home.config.generator_training, home.config.generator
-    model = on_base(home, new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed))
+    start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed, precision=settings.precision)
+    model = on_base(home, start)
     if order.corpus is not None and len(order.corpus) > 0:
         train_without_guarantee(home, model, order.corpus, len(order.corpus), seed=order.seed)
     train_without_guarantee(home, model, home.train, home.records, seed=order.seed + 1)

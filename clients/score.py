@@ -24,7 +24,7 @@ from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
 from fedsynth.selfcheck import check_streams, self_check
 from fedsynth.tasks import Score, Scored
-from fedsynth.training import Randomness, fit_private, trainable
+from fedsynth.training import Randomness, private, train_generator, trainable
 
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
@@ -122,7 +122,7 @@ def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
         model.config,
         rows_per_unit=settings.rows_per_unit,
     )
-    steps = fit_private(model, slots, plan, settings, pad=pad, randomness=randomness, losses=label_losses)
+    steps = train_generator(model, private(slots, plan, randomness), settings, pad=pad, losses=label_losses)
     trained = DPTrained(model, plan, grant, steps)
     _keep(home, trained, order.seed)
     return trained

@@ -18,7 +18,7 @@ from fedsynth.models import load_tokenizer
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
 from fedsynth.selfgen import generate, lines, select
 from fedsynth.tasks import SelfTrain, SelfTrained
-from fedsynth.training import fit_without_guarantee
+from fedsynth.training import train_generator, without_guarantee
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 
@@ -96,7 +96,7 @@ def loc_train(
         batch = min(settings.expected_batch, len(slots)) * len(learnt) / len(slots)
         settings = replace(settings, expected_batch=round(batch))
         pad = load_tokenizer(home.config.generator).pad_token_id
-        fit_without_guarantee(model, learnt, settings, pad=pad, seed=seed)
+        train_generator(model, without_guarantee(learnt, settings, seed), settings, pad=pad)
     return model.eval()
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -33,13 +34,16 @@ class WrongAdapter(ValueError):
     """An adapter that is not of this model."""
 
 
-def new_adapter(name: str, *, rank: int, alpha: float, seed: int) -> Adapter:
+def new_adapter(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> Adapter:
     """An adapter for the model `name` as training starts from it: A random from `seed`, B zero.
+
+    The precision is of the base that a client has loaded anyway; the adapter is the same.
 
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
     """
-    return replace(read_adapter(fresh_lora(name, rank=rank, alpha=alpha, seed=seed), weights_hash(name)), public=True)
+    model = fresh_lora(name, rank=rank, alpha=alpha, seed=seed, precision=precision)
+    return replace(read_adapter(model, weights_hash(name)), public=True)
 
 
 def fresh_lora(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> PeftModel:
@@ -74,9 +78,7 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
             "clients must use the same base"
         )
     borrowed = _borrowed(name, adapter.rank, adapter.alpha, precision)
-    expected = {n: tuple(w.shape) for n, w in borrowed.weights.items()}
-    if expected != {n: a.shape for n, a in adapter.arrays.items()}:
-        raise WrongAdapter(f"the adapter's tensors are not those of LoRA of rank {adapter.rank} on {name!r}")
+    _check_fits(adapter, borrowed.weights)
     arrays = [torch.from_numpy(np.ascontiguousarray(adapter.arrays[n])) for n in borrowed.weights]
     with torch.no_grad():
         torch._foreach_copy_(list(borrowed.weights.values()), arrays)
@@ -115,13 +117,23 @@ def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adap
         resident = idle.pop()
     except IndexError:
         model = attach_lora(load_generator(name, precision), rank=rank, alpha=alpha, seed=0)
-        places = {weight.data_ptr(): weight for weight in model.parameters()}
-        resident = _Adapted(model, {n: places[t.data_ptr()] for n, t in _adapter_weights(model).items()})
+        resident = _Adapted(model, _by_name(model))
     for weight in resident.weights.values():
         weight.requires_grad_(True)
     handle = copy.copy(resident.model).eval()
     weakref.finalize(handle, _give_back, idle, resident)
     return _Adapted(handle, resident.weights)
+
+
+def _by_name(model: PeftModel) -> dict[str, nn.Parameter]:
+    """LoRA weights by the names under which PEFT saves them."""
+    places = {weight.data_ptr(): weight for weight in model.parameters()}
+    return {name: places[tensor.data_ptr()] for name, tensor in _adapter_weights(model).items()}
+
+
+def _check_fits(adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> None:
+    if {n: tuple(w.shape) for n, w in weights.items()} != {n: a.shape for n, a in adapter.arrays.items()}:
+        raise WrongAdapter(f"the adapter's tensors are not those of LoRA of rank {adapter.rank} on this model")
 
 
 def _give_back(idle: list[_Adapted], resident: _Adapted) -> None:
@@ -179,14 +191,53 @@ def _lora_config(rank: int, alpha: float, targets: list[str], **more: Any) -> Lo
 def read_adapter(model: PeftModel, base: str) -> Adapter:
     """The LoRA weights of a model as named arrays, without a guarantee: `privacy.release` gives one."""
     config = cast(LoraConfig, model.peft_config["default"])
-    arrays = {n: t.detach().cpu().float().numpy().copy() for n, t in _adapter_weights(model).items()}
+    arrays = {n: _array(t).copy() for n, t in _adapter_weights(model).items()}
     return Adapter(dict(sorted(arrays.items())), config.r, float(config.lora_alpha), base)
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = tensor.detach().cpu().float().numpy()
+    return found
 
 
 def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
     # Never embeddings: PEFT would ask the hub whether they were resized.
     weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     return weights
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The adapters of several clients, as `fedsynth.training.train_stacked` takes them.
+
+    Attributes:
+        names: Of the LoRA weights, as in an `Adapter`.
+        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape).
+    """
+
+    names: tuple[str, ...]
+    factors: Mapping[nn.Parameter, Tensor]
+
+    def read(self) -> list[dict[str, NDArray[np.float32]]]:
+        """The arrays of each client's adapter."""
+        whole = {name: _array(stack) for name, stack in zip(self.names, self.factors.values(), strict=True)}
+        clients = len(next(iter(whole.values())))
+        return [{name: whole[name][client].copy() for name in sorted(whole)} for client in range(clients)]
+
+
+def stack_of(model: PeftModel, adapters: Sequence[Adapter]) -> Stack:
+    """Adapters of one base and rank, beside each other.
+
+    Raises:
+        WrongAdapter: If the tensors of one are not those of the model.
+    """
+    weights = _by_name(model)
+    for adapter in adapters:
+        _check_fits(adapter, weights)
+    return Stack(tuple(weights), {
+        weight: torch.from_numpy(np.stack([a.arrays[name] for a in adapters])).to(weight.device).requires_grad_()
+        for name, weight in weights.items()
+    })  # fmt: skip
 
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:

@@ -26,12 +26,13 @@ from fedsynth.runs import Journal
 from fedsynth.scenario import Cell, Scenario, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.typed import BadValue, build
-from fedsynth.wire import derived, pack_order, payload_bytes, unpack_answer
+from fedsynth.wire import derived, joined, pack_order, parted, payload_bytes, unpack_answer
 
 R = TypeVar("R")
 S = TypeVar("S")
 WHO = "query.who"
 POLL_SECONDS = 0.1
+LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; a larger one goes alone
 TRIES = 3  # to get an order answered by a client whose worker dies
 
 
@@ -39,14 +40,15 @@ class TooFewReplies(RuntimeError):
     """Fewer clients gave a usable answer than the quorum asks for; the message names them and what they said."""
 
 
-def nodes_by_home(grid: Grid, homes: int, *, seconds: float = 120.0) -> dict[int, int]:
+def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 120.0) -> dict[int, int]:
     """Which node hosts which home; node ids are random, so each node is asked for its partition.
 
-    SuperNode p of N hosts homes p, p + N, p + 2 N, ... where there are fewer nodes than homes.
+    Where there are fewer nodes than homes, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of homes.
 
     Args:
         grid: Flower's.
         homes: Number of homes.
+        stack: Homes that train in one pass: the first so many, the next, ...
         seconds: How long to wait for all nodes: their registration races the start of a run.
 
     Raises:
@@ -72,7 +74,7 @@ def nodes_by_home(grid: Grid, homes: int, *, seconds: float = 120.0) -> dict[int
             places[int(str(facts["partition-id"]))] = reply.metadata.src_node_id
             partitions = int(str(facts["num-partitions"]))
     ordered = [places[p] for p in sorted(places)]
-    return {home: ordered[home % len(ordered)] for home in range(homes)}
+    return {home: ordered[home // stack % len(ordered)] for home in range(homes)}
 
 
 def _first_line(reply: Message) -> str:
@@ -130,24 +132,25 @@ class Clients:
         """
         self.exchange += 1
         name = next(iter(orders.values())).task.rpartition(".")[2]
-        waiting = {self._send(order, home): home for home, order in sorted(orders.items())}
+        waiting = self._send(orders, sorted(orders))
         tries = dict.fromkeys(orders, 1)
         answers: dict[int, R] = {}
         reasons: dict[int, str] = {}
         needed = math.ceil(self.cell.scenario.server.quorum * len(orders))
         self.journal.progress(name, 0, len(orders))
-        for home, reply in self._replies(waiting):
-            if reply.has_error() and tries[home] < TRIES:
-                # Its worker died. The same order again, under the same grant: a stored answer is sent as it is.
-                tries[home] += 1
-                waiting[self._send(orders[home], home)] = home
+        for homes, reply in self._replies(waiting):
+            if reply.has_error() and tries[homes[0]] < TRIES:
+                # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
+                tries |= {home: tries[home] + 1 for home in homes}
+                waiting |= self._send(orders, homes)
                 continue
-            found = self._read(reply, home, orders[home])
-            if isinstance(found, str):
-                reasons[home] = found
-            else:
-                answers[home] = found
-                self._note(home, found)
+            for home, content in self._contents(reply, homes):
+                found = self._read(content, home, orders[home])
+                if isinstance(found, str):
+                    reasons[home] = found
+                else:
+                    answers[home] = found
+                    self._note(home, found)
             if len(orders) - len(reasons) < needed:
                 break  # the quorum is out of reach: waiting for the others would only cost time
             self.journal.progress(name, len(answers), len(orders))
@@ -162,14 +165,44 @@ class Clients:
             )
         return dict(sorted(answers.items()))
 
-    def _send(self, order: Order[R], home: int) -> str:
-        """The message's id."""
-        content = pack_order(order, Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home))
-        self.journal.count_bytes("down", home, payload_bytes(content))
-        [key] = self.grid.push_messages([Message(content, message_type=order.task, dst_node_id=self.nodes[home])])
-        return str(key)
+    def _send(self, orders: Mapping[int, Order[R]], homes: Iterable[int]) -> dict[str, tuple[int, ...]]:
+        """Sends the orders of these homes, those of one node together: a message costs more than training a very small
+        model. Which homes each message is for, by its id."""
+        sent: dict[str, tuple[int, ...]] = {}
+        ready: dict[int, dict[int, RecordDict]] = {}
+        sizes: dict[int, int] = {}
+        for home in homes:
+            node, stack = self.nodes[home], home // self.cell.scenario.stack
+            where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, stack)
+            content = pack_order(orders[home], where)
+            size = payload_bytes(content)
+            self.journal.count_bytes("down", home, size)
+            if ready.get(node) and sizes[node] + size > LARGEST_MESSAGE:
+                sent |= self._push(orders, node, ready.pop(node))
+            ready.setdefault(node, {})[home] = content
+            sizes[node] = size + (sizes[node] if len(ready[node]) > 1 else 0)
+        for node, contents in ready.items():
+            sent |= self._push(orders, node, contents)
+        return sent
 
-    def _replies(self, waiting: dict[str, int]) -> Iterable[tuple[int, Message]]:
+    def _push(
+        self, orders: Mapping[int, Order[R]], node: int, contents: Mapping[int, RecordDict]
+    ) -> dict[str, tuple[int, ...]]:
+        task = orders[next(iter(contents))].task
+        message = Message(joined(list(contents.values())), message_type=task, dst_node_id=node)
+        [key] = self.grid.push_messages([message])
+        return {str(key): tuple(contents)}
+
+    def _contents(self, reply: Message, homes: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
+        """Each home's part of a reply, or why there is none."""
+        if reply.has_error():
+            return [(home, f"its worker failed: {_first_line(reply)}") for home in homes]
+        parts = parted(reply.content)
+        if len(parts) != len(homes):
+            return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
+        return zip(homes, parts, strict=True)
+
+    def _replies(self, waiting: dict[str, tuple[int, ...]]) -> Iterable[tuple[tuple[int, ...], Message]]:
         end = time.monotonic() + self.cell.scenario.server.answer_seconds
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
@@ -177,13 +210,13 @@ class Clients:
             if waiting:
                 time.sleep(POLL_SECONDS)
 
-    def _read(self, reply: Message, home: int, order: Order[R]) -> R | str:
+    def _read(self, content: RecordDict | str, home: int, order: Order[R]) -> R | str:
         """The checked answer, or why there is none: one bad client must not end what a quorum allows."""
-        if reply.has_error():
-            return f"its worker failed: {_first_line(reply)}"
+        if isinstance(content, str):
+            return content
         try:
-            self.journal.count_bytes("up", home, payload_bytes(reply.content))
-            answer: Any = unpack_answer(reply.content, order.reply)
+            self.journal.count_bytes("up", home, payload_bytes(content))
+            answer: Any = unpack_answer(content, order.reply)
             if isinstance(answer, Refused):
                 return f"refused: {answer.code.value}"
             check_answer(order, answer, self.labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
@@ -49,6 +50,16 @@ class Truncated:
 
 Shared: TypeAlias = Callable[[str], bool]
 """Tells from a tensor's name whether it is averaged."""
+
+
+def digest_of(adapter: Adapter) -> str:
+    """SHA-256 (hex) of an adapter's rank, alpha, base and numbers."""
+    digest = hashlib.sha256(repr((adapter.rank, adapter.alpha, adapter.base)).encode())
+    for name, array in sorted(adapter.arrays.items()):
+        digest.update(repr((name, array.shape, array.dtype.str)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
 
 Matrix: TypeAlias = NDArray[np.float64]
 _A, _B = ".lora_A.weight", ".lora_B.weight"

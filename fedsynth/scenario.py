@@ -279,6 +279,8 @@ class Client:
             list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
         scorer_training: `scores = "model"`: DP-SGD settings; `learns` has no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
+        stacked: Simulations: the adapters of so many clients train in one pass of the model, each on its own text; left
+            out, of as many as that pays for. Results are the same but for rounding.
     """
 
     generator: str
@@ -293,6 +295,7 @@ class Client:
     scores: Literal["model", "noise"] = "model"
     scorer_training: GeneratorTraining = GeneratorTraining()
     score_norm: Positive = 1.0
+    stacked: Count | None = None
 
     def __post_init__(self) -> None:
         in_range(self, "client")
@@ -486,6 +489,18 @@ class Scenario:
         for arm in self.run:
             if arm not in self.arms:
                 raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")
+
+    @property
+    def stack(self) -> int:
+        """How many clients' adapters train in one pass: never so many that workers would wait for one of them."""
+        clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
+        if training.clipping != "bookkeeping":
+            return 1
+        pays = STACK_TOKENS // (training.expected_batch * training.max_tokens)
+        return self.client.stacked or max(1, min(pays, clients // 8))
+
+
+STACK_TOKENS = 1024  # of a step of all clients of a stack: beyond, one pass takes as long (docs/results.md)
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,12 @@ def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
     return count, f"{count} worker{'s' if count > 1 else ''}, {said}{tight}"
 
 
+def supernodes(clients: int, workers: int) -> int:
+    """How many SuperNodes host the clients: each gets one message per exchange. Few enough that Flower's own work is
+    little beside theirs, and enough that no worker waits long for the last message."""
+    return min(clients, max(8 * workers, -(-clients // 32)))
+
+
 def run(
     scenario: Scenario | str | Path,
     *,
@@ -261,7 +267,7 @@ def run(
     launch(
         APP,
         run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},
-        supernodes=asked.data.clients,
+        supernodes=supernodes(asked.data.clients, count),
         workers=count,
         out=place,
         logs=private / "logs",

@@ -262,7 +262,8 @@ class Envelope:
     Attributes:
         run: Public id of the world that orders belong to; "simulated" where each cell has ledgers of its own.
         exchange: Number of the exchange within the cell.
-        home: The client; SuperNode p of N hosts homes p, p + N, p + 2 N, ...
+        home: The client.
+        stack: Homes of one number train in one pass where they can. No part of what makes an order known again.
     """
 
     run: str
@@ -270,6 +271,7 @@ class Envelope:
     seed: int
     exchange: int
     home: int
+    stack: int = 0
 
 
 ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)

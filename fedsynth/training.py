@@ -7,7 +7,7 @@ an empty batch is a noise-only step, and the noisy sum is divided by the expecte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedsynth.batches import padded
 from fedsynth.dpsgd import Clipper, clipper
+from fedsynth.dpsgd.stacked import Factors, Stacked, stacked
 from fedsynth.examples import Example, Slot
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
@@ -59,7 +60,7 @@ def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tupl
         # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
         before = within.prepare_decoder_input_ids_from_labels(wanted)
         read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
-        logits = model(**read, use_cache=False).logits.float()
+        logits = _float(model(**read, use_cache=False).logits)
     else:
         tokens, present = padded([e.tokens for e in examples], pad, step=step)
         targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED, step=step)
@@ -67,9 +68,13 @@ def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tupl
         # What comes before all learnt tokens needs no logits: they cost as much as some layers.
         first = max(0, min(min(e.start for e in examples) - 1, length - 2))
         read = {"input_ids": tokens.to(where), "attention_mask": present.to(where)}
-        logits = model(**read, logits_to_keep=torch.arange(first, length - 1, device=where)).logits.float()
+        logits = _float(model(**read, logits_to_keep=torch.arange(first, length - 1, device=where)).logits)
         wanted = targets[:, first + 1 : length].to(where)
     return logits, wanted
+
+
+def _float(logits: Tensor) -> Tensor:
+    return logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
 
 
 _STEP = 16
@@ -113,34 +118,55 @@ def clipped_sum(
 ) -> list[Tensor]:
     """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
 
-    Micro-batches of `microbatch` examples (more only where one unit has more) split one drawn batch, sorted by length;
-    in half precision those of one padded length each. The loss of an example is `next_token_losses` unless another one
-    is given.
+    The loss of an example is `next_token_losses` unless another one is given.
     """
     losses_of: Losses = losses or next_token_losses
+    for part in _microbatches(model, units, microbatch):
+        examples, numbers = _rows(units, part)
+        clip.add(partial(losses_of, model, examples, pad), numbers)
+    return clip.take()
+
+
+def clipped_sums(
+    clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, microbatch: int
+) -> list[Tensor]:
+    """As `clipped_sum`, of several clients' units at once: (clients, ...) each."""
+    whole = [unit for own in units for unit in own]
+    client = [number for number, own in enumerate(units) for _ in own]
+    for part in _microbatches(model, whole, microbatch):
+        examples, numbers = _rows(whole, part)
+        clip.add(partial(next_token_losses, model, examples, pad), numbers, [client[n] for n in numbers])
+    return clip.take()
+
+
+def _microbatches(model: nn.Module, units: Sequence[Slot], microbatch: int) -> Iterator[list[int]]:
+    """The numbers of the units that are passed together: `microbatch` examples at most (more only where one unit has
+    more), sorted by length; in half precision of one padded length each."""
     step, both = padding_step(model), _reads_and_writes(model)
 
-    def shape(unit: Slot) -> tuple[int, ...]:
+    def shape(number: int) -> tuple[int, ...]:
         """Of its longest example, as it is padded: what is read and what is written, or all in one."""
-        ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in unit]
+        ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in units[number]]
         return tuple(-(-size // step) for size in (max(n - s for s, n in ends), max(s for s, _ in ends)))
 
-    ordered = sorted((unit for unit in units if unit), key=shape)
+    ordered = sorted((number for number, unit in enumerate(units) if unit), key=shape)
     at = 0
     while at < len(ordered):
-        end, rows = at + 1, len(ordered[at])
+        end, rows = at + 1, len(units[ordered[at]])
         while (
             end < len(ordered)
-            and rows + len(ordered[end]) <= microbatch
+            and rows + len(units[ordered[end]]) <= microbatch
             and (step == 1 or shape(ordered[end]) == shape(ordered[at]))
         ):
-            rows += len(ordered[end])
+            rows += len(units[ordered[end]])
             end += 1
-        examples = [example for unit in ordered[at:end] for example in unit]
-        numbers = [number for number, unit in enumerate(ordered[at:end]) for _ in unit]
-        clip.add(partial(losses_of, model, examples, pad), numbers)
+        yield ordered[at:end]
         at = end
-    return clip.take()
+
+
+def _rows(units: Sequence[Slot], numbers: Sequence[int]) -> tuple[list[Any], list[int]]:
+    """The examples of these units, and each one's unit."""
+    return [e for n in numbers for e in units[n]], [n for n in numbers for _ in units[n]]
 
 
 _BLOCK = 2**18  # noise that is made at once
@@ -160,65 +186,38 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train_generator(
-    model: nn.Module,
-    slots: Sequence[Slot],
-    settings: GeneratorTraining,
-    *,
-    pad: int,
-    rate: float,
-    expected_batch: int,
-    steps: int,
-    clip_norm: float,
-    noise_multiplier: float,
-    randomness: Randomness,
-    proximal: float = 0.0,
-    losses: Losses | None = None,
-) -> int:
-    """Trains in place; returns the number of steps that ran.
+@dataclass(frozen=True)
+class Training:
+    """What one client learns, and how that is drawn, clipped and noised: made by `private` or `without_guarantee`.
 
-    Called with a plan's numbers and a grant's randomness by `fit_private`; with an infinite clip and no noise by the
-    run without guarantee, so that both take the same steps.
-
-    Args:
+    Attributes:
+        slots: One per privacy unit.
+        rate: Chance of each of them in each step.
+        expected_batch: Each step's sum is divided by this, whatever was drawn.
+        steps: Noisy steps, empty draws included.
+        clip_norm: C; infinite: no clipping.
+        noise_multiplier: Deviation of the noise in units of C.
+        randomness: Of draws and noise.
         proximal: Mu of FedProx (arXiv 1812.06127): the loss gains mu / 2 times the squared distance from the start.
             Its gradient is a function of the weights alone: added to the noisy sum, it costs no privacy.
-        losses: Of the examples; `next_token_losses` unless a classifier is trained.
     """
-    weights = trainable(model)
-    starts = [w.detach().clone() for w in weights] if proximal else weights
-    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
-    ran = 0
-    with clipper(model.train(), clip_norm, settings.clipping) as clip:
-        for step in range(steps):
-            mask = randomness.poisson_mask(len(slots), rate)
-            drawn = [slots[i] for i in np.flatnonzero(mask).tolist()]
-            sums = clipped_sum(clip, model, drawn, pad=pad, microbatch=settings.microbatch, losses=losses)
-            for weight, start, total in zip(weights, starts, sums, strict=True):
-                if noise_multiplier > 0:
-                    add_noise(total, noise_multiplier * clip_norm, randomness)
-                weight.grad = total.div_(expected_batch)
-                if proximal:
-                    weight.grad = weight.grad + proximal * (weight.detach() - start)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
-            optimizer.step()
-            ran += 1
-    model.eval()
-    return ran
+
+    slots: Sequence[Slot]
+    rate: float
+    expected_batch: int
+    steps: int
+    clip_norm: float
+    noise_multiplier: float
+    randomness: Randomness
+    proximal: float = 0.0
+
+    def draw(self) -> list[Slot]:
+        """The units of the next step."""
+        mask = self.randomness.poisson_mask(len(self.slots), self.rate)
+        return [self.slots[i] for i in np.flatnonzero(mask).tolist()]
 
 
-def fit_private(
-    model: nn.Module,
-    slots: Sequence[Slot],
-    plan: DPPlan,
-    settings: GeneratorTraining,
-    *,
-    pad: int,
-    randomness: Randomness,
-    proximal: float = 0.0,
-    losses: Losses | None = None,
-) -> int:
+def private(slots: Sequence[Slot], plan: DPPlan, randomness: Randomness, proximal: float = 0.0) -> Training:
     """DP-SGD exactly as planned: rate, steps, clip and noise are the plan's, which is what was charged.
 
     Raises:
@@ -226,11 +225,8 @@ def fit_private(
     """
     if len(slots) != plan.records:
         raise ValueError(f"the plan declares {plan.records} records, got {len(slots)} slots")
-    return train_generator(
-        model,
+    return Training(
         slots,
-        settings,
-        pad=pad,
         rate=plan.sampling_rate,
         expected_batch=plan.expected_batch,
         steps=plan.steps,
@@ -238,8 +234,116 @@ def fit_private(
         noise_multiplier=plan.noise_multiplier,
         randomness=randomness,
         proximal=proximal,
-        losses=losses,
     )
+
+
+def without_guarantee(slots: Sequence[Slot], settings: GeneratorTraining, seed: int, proximal: float = 0.0) -> Training:
+    """The same schedule without clip and noise: the control arm that shows what privacy costs."""
+    batch = min(settings.expected_batch, len(slots))
+    return Training(
+        slots,
+        rate=batch / len(slots),
+        expected_batch=batch,
+        steps=settings.steps,
+        clip_norm=math.inf,
+        noise_multiplier=0.0,
+        randomness=PublicRandomness(seed),
+        proximal=proximal,
+    )
+
+
+def train_generator(
+    model: nn.Module,
+    training: Training,
+    settings: GeneratorTraining,
+    *,
+    pad: int,
+    losses: Losses | None = None,
+) -> int:
+    """Trains in place; returns the number of steps that ran.
+
+    Args:
+        model: Its trainable weights are trained.
+        training: See there.
+        settings: Learning rate, micro-batch and engine.
+        pad: Token that fills a batch.
+        losses: Of the examples; `next_token_losses` unless a classifier is trained.
+    """
+    with clipper(model.train(), training.clip_norm, settings.clipping) as clip:
+
+        def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
+            [own] = drawn
+            found = clipped_sum(clip, model, own, pad=pad, microbatch=settings.microbatch, losses=losses)
+            return [total.unsqueeze(0) for total in found]
+
+        ran = _descend(trainable(model), [training], settings, sums)
+    model.eval()
+    return ran
+
+
+def train_stacked(
+    model: nn.Module, factors: Factors, trainings: Sequence[Training], settings: GeneratorTraining, *, pad: int
+) -> int:
+    """Trains the adapters of several clients at once, in place; returns the number of steps that ran.
+
+    Each client has its own draws, noise and sums, and its own part of the optimizer's state: what becomes of it is the
+    same in any stack, but for rounding.
+
+    Args:
+        model: With LoRA, whose weights stay as they are.
+        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape).
+        trainings: One per client; steps, clip norm and proximal pull are those of all.
+        settings: Of all.
+        pad: Token that fills a batch.
+
+    Raises:
+        ValueError: If the trainings differ in what must be common, or clipping is not `bookkeeping`.
+    """
+    if len({(t.steps, t.clip_norm, t.proximal) for t in trainings}) != 1 or settings.clipping != "bookkeeping":
+        raise ValueError("clients that train in one pass need the same steps, clip norm and proximal pull, and "
+                         "clipping = 'bookkeeping'")  # fmt: skip
+    weights = [factors[w].requires_grad_() for w in trainable(model)]
+    with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
+        sums = partial(clipped_sums, clip, model, pad=pad, microbatch=settings.microbatch)
+        ran = _descend(weights, trainings, settings, sums)
+    model.eval()
+    return ran
+
+
+def _descend(
+    weights: Sequence[Tensor],
+    trainings: Sequence[Training],
+    settings: GeneratorTraining,
+    sums_of: Callable[[Sequence[Sequence[Slot]]], list[Tensor]],
+) -> int:
+    """Steps of Adam on clipped, noised sums; returns how many.
+
+    Args:
+        weights: Of all clients, each with one more dimension in front where there are several.
+        trainings: One per client.
+        settings: Learning rate.
+        sums_of: What each client drew -> the clipped sums of all, (clients, ...) by weight.
+    """
+    proximal, steps = trainings[0].proximal, trainings[0].steps
+    starts = [w.detach().clone() for w in weights] if proximal else weights
+    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
+    ran = 0
+    for step in range(steps):
+        totals = sums_of([training.draw() for training in trainings])
+        for client, training in enumerate(trainings):
+            for total in totals:
+                if training.noise_multiplier > 0:
+                    add_noise(total[client], training.noise_multiplier * training.clip_norm, training.randomness)
+                total[client].div_(training.expected_batch)
+        for weight, start, total in zip(weights, starts, totals, strict=True):
+            weight.grad = total.view(weight.shape)
+            if proximal:
+                weight.grad = weight.grad + proximal * (weight.detach() - start)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
+        optimizer.step()
+        ran += 1
+    return ran
 
 
 @dataclass
@@ -258,28 +362,3 @@ class PublicRandomness:
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         """An independent coin per unit."""
         return self._rng.random(count) < rate
-
-
-def fit_without_guarantee(
-    model: nn.Module,
-    slots: Sequence[Slot],
-    settings: GeneratorTraining,
-    *,
-    pad: int,
-    seed: int,
-    proximal: float = 0.0,
-) -> int:
-    """The same schedule without clip and noise: the control arm that shows what privacy costs."""
-    return train_generator(
-        model,
-        slots,
-        settings,
-        pad=pad,
-        rate=min(settings.expected_batch, len(slots)) / len(slots),
-        expected_batch=min(settings.expected_batch, len(slots)),
-        steps=settings.steps,
-        clip_norm=math.inf,
-        noise_multiplier=0.0,
-        randomness=PublicRandomness(seed),
-        proximal=proximal,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -48,6 +48,28 @@ def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
     for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "home")), data):
         digest.update(len(part).to_bytes(8, "big") + part)
     return decode(data, kind), envelope, digest.hexdigest()
+
+
+def joined(contents: Sequence[RecordDict]) -> RecordDict:
+    """Orders, or answers, as the content of one message; a single one is its own content."""
+    if len(contents) == 1:
+        return contents[0]
+    return RecordDict({f"{RECORD}.{place}": _record(content) for place, content in enumerate(contents)})
+
+
+def parted(content: RecordDict) -> list[RecordDict]:
+    """The orders, or answers, that were joined to a message, in their order; what is none is one bad part."""
+    if RECORD in content or not content:
+        return [content]
+    keys = [f"{RECORD}.{place}" for place in range(len(content))]
+    return [RecordDict({RECORD: content[key]}) for key in keys] if set(keys) == set(content) else [content]
+
+
+def stack_number(content: RecordDict) -> int:
+    """Which orders of a message train in one pass: those of one number; -1 if it says none."""
+    record = content.get(RECORD)
+    number = record.get("stack") if isinstance(record, ConfigRecord) else None
+    return number if isinstance(number, int) else -1
 
 
 def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:

@@ -22,7 +22,8 @@ from fedsynth.payload import decode
 from fedsynth.runs import Journal, private_of
 from fedsynth.scenario import Cell
 from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.tasks import Order
+from fedsynth.tasks import Order, Refused
+from fedsynth.wire import parted
 
 T = TypeVar("T")
 
@@ -96,13 +97,17 @@ class Played:
 
     def orders(self, kind: type[Order[Any]]) -> list[Any]:
         """All orders of a class, in the order in which they were sent."""
-        return [decode(m.content["fedsynth"]["payload"], kind) for m in self.grid.orders_of(kind.task)]
+        messages = self.grid.orders_of(kind.task)
+        return [decode(part["fedsynth"]["payload"], kind) for m in messages for part in parted(m.content)]
 
     def answers(self, kind: type[Order[Any]]) -> list[Any]:
         """The answers to them."""
         pairs = zip(self.grid.orders, self.grid.replies_in_order(), strict=True)
-        found = [reply for order, reply in pairs if order.metadata.message_type == kind.task]
-        return [decode(reply.content["fedsynth"]["payload"], kind.reply) for reply in found]
+        found = [(order.content, reply.content) for order, reply in pairs if order.metadata.message_type == kind.task]
+        parts = [pair for order, reply in found for pair in zip(parted(order), parted(reply), strict=True)]
+        parts.sort(key=lambda pair: (pair[0]["fedsynth"]["exchange"], pair[0]["fedsynth"]["home"]))
+        said = [reply["fedsynth"] for _, reply in parts]
+        return [decode(part["payload"], Refused if part["refused"] else kind.reply) for part in said]
 
     def metric(self, name: str) -> list[float]:
         """A metric's values, in the order in which they were noted."""
@@ -122,20 +127,21 @@ def play(
     llm: Any = None,
     professional: Any = None,
     spoil: Callable[[Message], Message | None] = lambda _: None,
+    nodes: int | None = None,
 ) -> Played:
-    """Runs all rounds of one cell."""
+    """Runs all rounds of one cell, on as many nodes as clients unless told otherwise."""
     whole = to_toml(from_toml(toml))
     cell = cell_of(whole, arm, seed)
     out = tmp_path / "run"
     out.mkdir(exist_ok=True, parents=True)
     data = cell.scenario.data
     homes, labels = 1 if data.pooled else data.clients, label_list(data)
-    grid = LocalGrid(client_app(simulation), homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
+    grid = LocalGrid(client_app(simulation), nodes or homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
     journal = Journal(cell, out, out / "events.jsonl")
     llm = llm or ScriptedLLM()
 
     def open_clients(grid: Any) -> Clients:
-        return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
+        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
     strategy: Any = kind(config, ServerSide(cell, labels, llm, professional or llm, embed, journal, open_clients))

@@ -461,7 +461,7 @@ def test_later_scores_read_no_private_text_and_are_those_of_the_model_that_was_k
     made = asked("dp")
     first = made.score(TEXTS, 1)
     monkeypatch.setattr(Home, "train", property(lambda _: pytest.fail("private text was read after the release")))
-    monkeypatch.setattr(score_module, "fit_private", lambda *_, **__: pytest.fail("trained twice"))
+    monkeypatch.setattr(score_module, "train_generator", lambda *_, **__: pytest.fail("trained twice"))
     again = made.score(TEXTS, 2)
     assert again.scores == first.scores
     fewer = made.score(TEXTS.take([2, 0]), 3)
@@ -471,8 +471,8 @@ def test_later_scores_read_no_private_text_and_are_those_of_the_model_that_was_k
 
 def test_a_repeated_order_gets_the_same_bytes_and_one_training(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[int] = []
-    real = score_module.fit_private
-    monkeypatch.setattr(score_module, "fit_private", lambda *a, **k: fits.append(1) or real(*a, **k))
+    real = score_module.train_generator
+    monkeypatch.setattr(score_module, "train_generator", lambda *a, **k: fits.append(1) or real(*a, **k))
     made = asked("dp")
     for exchange in (1, 1, 2, 2):
         made.score(TEXTS, exchange)

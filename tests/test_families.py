@@ -38,6 +38,7 @@ from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, learn
 from fedsynth.clients.synthesize import synthesize
+from fedsynth.clients.together import together
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site
 from fedsynth.dpsgd import MARGIN, clipper
@@ -52,7 +53,7 @@ from fedsynth.privacy.plan import Budget, DPPlan
 from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
 from fedsynth.selfcheck import SelfCheckFailed, self_check
 from fedsynth.tasks import Learn, Synthesize
-from fedsynth.training import clipped_sum, fit_private, trainable
+from fedsynth.training import Training, clipped_sum, private, train_generator, trainable
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -213,7 +214,7 @@ def test_the_self_check_passes_and_a_private_step_changes_the_adapter_only(famil
     self_check(model, PLAN, SETTINGS, pad=tokenizer.pad_token_id)
     before = {n: w.detach().clone() for n, w in model.named_parameters()}
     randomness = GrantRandomness(bytes(32))
-    assert fit_private(model, slots(family), PLAN, SETTINGS, pad=tokenizer.pad_token_id, randomness=randomness) == 1
+    assert train_generator(model, private(slots(family), PLAN, randomness), SETTINGS, pad=tokenizer.pad_token_id) == 1
     changed = {n for n, w in model.named_parameters() if not torch.equal(w, before[n])}
     assert changed == {n for n in before if "lora_" in n}
 
@@ -511,14 +512,14 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
 ) -> None:
     seen = []
 
-    def spy(model: Any, slots: Sequence[tuple[Example, ...]], *args: Any, **more: Any) -> int:
-        seen.extend(slots)
-        return fit_private(model, slots, *args, **more)
+    def spy(model: Any, training: Training, *args: Any, **more: Any) -> int:
+        seen.extend(training.slots)
+        return train_generator(model, training, *args, **more)
 
-    monkeypatch.setattr("fedsynth.clients.synthesize.fit_private", spy)
+    monkeypatch.setattr("fedsynth.clients.together.train_generator", spy)
     order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3, share_adapter=True)
     with home(tmp_path, generator=families.folder(family)) as here:
-        answer = synthesize(here, order, "digest")
+        [answer] = together([synthesize(here, order, "digest")])
     assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])  # type: ignore[arg-type]
     assert len(answer.corpus) + answer.unfinished == 12
     assert answer.statement.guarantee == "dp"

@@ -240,17 +240,17 @@ def test_clusters_follow_the_papers_formula(
 def test_deleting_private_text_after_training_changes_no_released_byte(
     fdkt: World, toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedsynth.clients.synthesize as module
+    import fedsynth.clients.together as module
 
-    real = module.fit_private
+    real = module.train_generator
 
-    def fit_then_delete(model: Any, slots: Any, *rest: Any, **more: Any) -> int:
-        steps = real(model, slots, *rest, **more)
-        slots.clear()
+    def fit_then_delete(model: Any, training: Any, *rest: Any, **more: Any) -> int:
+        steps = real(model, training, *rest, **more)
+        training.slots.clear()
         monkeypatch.setattr(Home, "train", property(lambda _: pytest.fail("private text was read after the release")))
         return steps
 
-    monkeypatch.setattr(module, "fit_private", fit_then_delete)
+    monkeypatch.setattr(module, "train_generator", fit_then_delete)
     again = world(toml, "fdkt", tmp_path / "again")
     [home] = [0]
     clients = Clients(again.grid, nodes_by_home(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
@@ -286,11 +286,11 @@ def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, 
 def test_a_repeated_order_gets_the_same_bytes_and_one_training(
     toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedsynth.clients.synthesize as module
+    import fedsynth.clients.together as module
 
     fits: list[int] = []
-    real = module.fit_private
-    monkeypatch.setattr(module, "fit_private", lambda *a, **k: fits.append(1) or real(*a, **k))
+    real = module.train_generator
+    monkeypatch.setattr(module, "train_generator", lambda *a, **k: fits.append(1) or real(*a, **k))
     made = world(toml, "fdkt", tmp_path)
     order = Synthesize(2, 1.0, 1.0, 8, seed=1)
     for _ in range(2):

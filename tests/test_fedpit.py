@@ -179,7 +179,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
 ) -> None:
     starts: list[str] = []
     optimizers: list[torch.optim.Adam] = []
-    fit, adam = client.fit_without_guarantee, torch.optim.Adam
+    fit, adam = client.train_generator, torch.optim.Adam
 
     def watched(model: Any, *arguments: Any, **more: Any) -> int:
         starts.append(digest(read_adapter(model, "")))
@@ -190,7 +190,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
         assert not optimizers[-1].state
         return optimizers[-1]
 
-    monkeypatch.setattr(client, "fit_without_guarantee", watched)
+    monkeypatch.setattr(client, "train_generator", watched)
     monkeypatch.setattr("fedsynth.training.torch.optim.Adam", made)
     run = played(tmp_path, clients=1, rows=12)
     assert starts == [digest(run.orders(SelfTrain)[0].start)] * 2
@@ -245,13 +245,13 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    fit = client.fit_without_guarantee
+    fit = client.train_generator
 
-    def watched(model: Any, slots: Any, settings: Any, **more: Any) -> int:
-        seen.append((len(slots), settings.expected_batch, settings.steps))
-        return fit(model, slots, settings, **more)
+    def watched(model: Any, training: Any, *rest: Any, **more: Any) -> int:
+        seen.append((len(training.slots), training.expected_batch, training.steps))
+        return fit(model, training, *rest, **more)
 
-    monkeypatch.setattr(client, "fit_without_guarantee", watched)
+    monkeypatch.setattr(client, "train_generator", watched)
     run = played(tmp_path, 'training = "mixed"', clients=1, rows=12)
     records = len(run.home(0).train)
     assert run.answers(SelfTrain)[0].funnel["kept"] == 3

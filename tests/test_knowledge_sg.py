@@ -23,6 +23,7 @@ from server_alone import record, with_clients, with_recording
 
 from fedsynth.apprentice import taught, write
 from fedsynth.clients.finetune import finetune
+from fedsynth.clients.together import together
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.examples import encode_records
 from fedsynth.federation import load_strategy
@@ -192,7 +193,7 @@ def test_a_round_beyond_the_plan_is_refused_before_a_step_of_it_runs(tmp_path: P
     run = played(tmp_path, base, rounds=2)
     order = replace(run.orders(Finetune)[-1], seed=7)
     with pytest.raises(BudgetExhausted):
-        finetune(run.home(2), order, "a third order")
+        together([finetune(run.home(2), order, "a third order")])
     assert run.home(2).ledger.spent()[0] <= 8.0
 
 

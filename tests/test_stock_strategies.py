@@ -32,7 +32,7 @@ from fedsynth.privacy.plan import epsilon
 from fedsynth.runs import private_of
 from fedsynth.scenario import Cell, GeneratorTraining
 from fedsynth.tasks import Finetune
-from fedsynth.training import next_token_losses, train_generator, trainable
+from fedsynth.training import Training, next_token_losses, train_generator, trainable
 
 LORA_AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 Tensors = dict[str, Any]
@@ -233,8 +233,9 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(tmp_path: Path)
     examples = [Example(tuple(range(5 + i, 15 + i)), start=2) for i in range(3)]
     trained = with_adapter(tiny.folder(), start)
     slots = [(e,) for e in examples]
-    train_generator(trained, slots, settings, pad=0, rate=1.0, expected_batch=3, steps=4, clip_norm=math.inf,
-                    noise_multiplier=0.0, randomness=Always(), proximal=2.0)  # fmt: skip
+    training = Training(slots, rate=1.0, expected_batch=3, steps=4, clip_norm=math.inf, noise_multiplier=0.0,
+                        randomness=Always(), proximal=2.0)  # fmt: skip
+    train_generator(trained, training, settings, pad=0)
 
     model = with_adapter(tiny.folder(), start).train()
     weights, begins = trainable(model), [w.detach().clone() for w in trainable(model)]

@@ -33,12 +33,13 @@ from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
 from fedsynth.selfcheck import SelfCheckFailed, self_check
 from fedsynth.training import (
     PublicRandomness,
+    Training,
     clipped_sum,
-    fit_private,
-    fit_without_guarantee,
     next_token_losses,
+    private,
     train_generator,
     trainable,
+    without_guarantee,
 )
 
 torch.set_num_threads(1)
@@ -121,7 +122,7 @@ class Draws:
 
 def fit(model: Any, batch: Any, randomness: Any, plan: DPPlan = PLAN) -> int:
     slots = batch if isinstance(batch, Events) else own(batch)
-    return fit_private(model, slots, plan, SETTINGS, pad=tiny.PAD, randomness=randomness)
+    return train_generator(model, private(slots, plan, randomness), SETTINGS, pad=tiny.PAD)
 
 
 # What is learnt
@@ -470,7 +471,7 @@ def noise_of(**broken: Any) -> list[Tensor]:
         "randomness": GrantRandomness(KEY),
     }
     with steps_taken() as seen:
-        train_generator(lora(), [()] * 12, SETTINGS, pad=tiny.PAD, **{**planned, **broken})
+        train_generator(lora(), Training([()] * 12, **{**planned, **broken}), SETTINGS, pad=tiny.PAD)
     return seen
 
 
@@ -574,7 +575,7 @@ def test_training_without_guarantee_takes_the_same_steps_and_draws_no_noise(monk
         monkeypatch.setattr(kind, "normals", never)
     model = lora()
     with steps_taken() as seen:
-        ran = fit_without_guarantee(model, own([*examples(11), None]), SETTINGS, pad=tiny.PAD, seed=3)
+        ran = train_generator(model, without_guarantee(own([*examples(11), None]), SETTINGS, 3), SETTINGS, pad=tiny.PAD)
     assert ran == len(seen) == SETTINGS.steps
     # Not clipped: the first step is the plain sum of what was drawn, by the expected batch.
     mask = PublicRandomness(3).poisson_mask(12, 4 / 12)
@@ -591,14 +592,14 @@ def test_training_lowers_the_loss() -> None:
     model, text = lora(), examples(12)
     before = next_token_losses(model, text, tiny.PAD).mean().item()
     settings = replace(SETTINGS, steps=40, learning_rate=0.02)
-    fit_without_guarantee(model, own(text), settings, pad=tiny.PAD, seed=0)
+    train_generator(model, without_guarantee(own(text), settings, 0), settings, pad=tiny.PAD)
     assert next_token_losses(model, text, tiny.PAD).mean().item() < before - 0.5
 
 
 def test_training_without_guarantee_of_a_small_site_divides_like_a_plan() -> None:
     slots = examples(2)  # Client.plan: expected_batch = min(4, 2)
     with steps_taken() as seen:
-        fit_without_guarantee(lora(), own(slots), SETTINGS, pad=tiny.PAD, seed=3)
+        train_generator(lora(), without_guarantee(own(slots), SETTINGS, 3), SETTINGS, pad=tiny.PAD)
     assert torch.allclose(seen[0] * 2, summed(lora(), slots, math.inf), rtol=1e-4, atol=1e-5)
 
 
@@ -780,7 +781,7 @@ def test_training_and_checking_leave_the_global_random_state_alone() -> None:
     with global_state_kept():
         checked(generator)
         fit(generator, examples(12), GrantRandomness(KEY))
-        fit_without_guarantee(generator, own(examples(12)), SETTINGS, pad=tiny.PAD, seed=0)
+        train_generator(generator, without_guarantee(own(examples(12)), SETTINGS, 0), SETTINGS, pad=tiny.PAD)
         fit_classifier(task, tokenizer, TOY, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
         classify(task, tokenizer, TOY.prompts, 16)
 

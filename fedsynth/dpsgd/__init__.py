@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
-from fedsynth.dpsgd.recording import UnknownWeight
+from fedsynth.dpsgd.recording import UnknownWeight, full_precision
 from fedsynth.scenario import Clipping
 
 __all__ = ["CLIPPING", "LARGEST_NORM", "MARGIN", "Clipper", "Clipping", "UnknownWeight", "clipper"]
@@ -51,11 +51,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
             raise UnknownWeight(f"the weight {name!r} is {weight.dtype}: sums and noise would be rounded to that; "
                                 "train it in float32")  # fmt: skip
     modes = {"bookkeeping": bookkeeping.clipper, "hooks": opacus_modes.hooks, "ghost": opacus_modes.ghost}
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # TF32 would round norms by more than the margin
-    try:
+    with full_precision():
         opened: Any = modes[clipping](model, clip_norm)
         with opened as engine:
             yield engine
-    finally:
-        torch.set_float32_matmul_precision(precision)

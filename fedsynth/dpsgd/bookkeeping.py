@@ -24,8 +24,9 @@ class BookKeeping:
     large (Bu et al. 2022, algorithm 1, with mixed ghost norms, section 3)."""
 
     def __init__(self, model: nn.Module, clip_norm: float, record: Record) -> None:
-        self._model, self._clip_norm, self._record = model, clip_norm, record
-        self._weights = [w for w in model.parameters() if w.requires_grad]
+        self._clip_norm, self._record = clip_norm, record
+        self._named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self._weights = list(self._named.values())
         self._sums: dict[nn.Parameter, Tensor] = {}
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
@@ -51,7 +52,7 @@ class BookKeeping:
             if each.shape != (len(units),):
                 raise ValueError(f"{len(units)} examples need a loss each, got losses of shape {tuple(each.shape)}")
             each.sum().backward()
-            check_unused(self._model)
+            check_unused(self._named)
             with torch.no_grad():
                 self._finish(numbered(units, self._weights[0].device))
         finally:

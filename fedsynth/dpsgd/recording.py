@@ -7,7 +7,7 @@ large ones the factors are kept, from which `fedsynth.dpsgd.bookkeeping` takes n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -115,29 +115,48 @@ def recording(model: nn.Module) -> Iterator[Record]:
         UnknownWeight: If a trainable weight belongs to a layer that is not known.
     """
     record = Record()
-    patched: list[tuple[nn.Module, Any]] = []
-    try:
-        for name, module in model.named_modules():
-            forward = _forward_of(module, name, record)
-            if forward is not None:
-                patched.append((module, module.__dict__.get("forward")))
-                module.forward = forward
+    found = {module: _forward_of(module, name, record) for name, module in model.named_modules()}
+    with patched({module: forward for module, forward in found.items() if forward is not None}):
         yield record
+
+
+@contextmanager
+def patched(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """While open, each of these layers runs the function beside it."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
     finally:
-        for module, before in patched:
+        for module, own in before.items():
             del module.forward
-            if before is not None:
-                module.forward = before
+            if own is not None:
+                module.forward = own
 
 
-def check_unused(model: nn.Module) -> None:
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """While open, products of float32 are float32: TF32 would round norms by more than the margin."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def check_unused(weights: Mapping[str, nn.Parameter]) -> None:
     """After a backward pass: autograd must have given no trainable weight a gradient of its own.
+
+    Args:
+        weights: Those that are trained, by name.
 
     Raises:
         UnknownWeight: If one was used past its layer, such as a table that is read as an array.
     """
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and weight.grad is not None:
+    for name, weight in weights.items():
+        if weight.grad is not None:
             weight.grad = None
             raise UnknownWeight(f"the weight {name!r} is used outside of its layer, so that no gradient per example is "
                                 "known: freeze it (requires_grad_(False))")  # fmt: skip
@@ -146,7 +165,7 @@ def check_unused(model: nn.Module) -> None:
 def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., Tensor] | None:
     """What a layer runs while recording; None for one that has nothing of its own to train."""
     own = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.requires_grad}
-    if isinstance(module, LoraLinear) and (parts := _plain_lora(module)) is not None:
+    if isinstance(module, LoraLinear) and (parts := plain_lora(module)) is not None:
         return partial(_lora, module, *parts, _Named(name, record), module.forward)
     if not own:
         return None
@@ -174,10 +193,19 @@ class _Named:
     record: Record
 
     def check(self, x: Tensor) -> None:
-        if x.dim() < 2 or len(x) != self.record.examples:
-            raise UnknownWeight(f"the layer {self.layer!r} gets an input of shape {tuple(x.shape)} for "
-                                f"{self.record.examples} examples: it mixes them, or is the same for all of them; "
-                                "freeze its weights (requires_grad_(False))")  # fmt: skip
+        check_examples(self.layer, x, self.record)
+
+
+def check_examples(layer: str, x: Tensor, record: Record) -> None:
+    """Whether a layer's input has the batch's examples as its first dimension.
+
+    Raises:
+        UnknownWeight: If not.
+    """
+    if x.dim() < 2 or len(x) != record.examples:
+        raise UnknownWeight(f"the layer {layer!r} gets an input of shape {tuple(x.shape)} for {record.examples} "
+                            "examples: it mixes them, or is the same for all of them; freeze its weights "
+                            "(requires_grad_(False))")  # fmt: skip
 
 
 def _linear(layer: Any, transposed: bool, named: _Named, x: Tensor) -> Tensor:
@@ -226,7 +254,7 @@ def _spread(weight: nn.Parameter, x: Tensor, record: Record) -> Tensor:
     return copies
 
 
-def _plain_lora(layer: Any) -> tuple[nn.Linear, nn.Linear, float] | None:
+def plain_lora(layer: Any) -> tuple[nn.Linear, nn.Linear, float] | None:
     """The two layers and the scale of a LoRA without variants, whose steps can be taken in one; else None."""
     [*active] = layer.active_adapters
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
@@ -258,9 +286,9 @@ class _Linear(Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         if ctx.weight.requires_grad:
-            ctx.record.use(ctx.weight, Product(_positions(x), _positions(g), ctx.transposed))
+            ctx.record.use(ctx.weight, Product(positions(x), positions(g), ctx.transposed))
         if ctx.bias is not None and ctx.bias.requires_grad:
-            ctx.record.add(ctx.bias, _float(_positions(g)).sum(1))
+            ctx.record.add(ctx.bias, _float(positions(g)).sum(1))
         back = g @ (weight.t() if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
         return back, None, None, None, None
 
@@ -281,9 +309,9 @@ class _Lora(Function):
         x, a, b, inner = ctx.saved_tensors
         back = (g @ b).mul_(ctx.scale)
         if ctx.first.requires_grad:
-            ctx.record.use(ctx.first, Product(_positions(x), _positions(back), False))
+            ctx.record.use(ctx.first, Product(positions(x), positions(back), False))
         if ctx.second.requires_grad:
-            ctx.record.use(ctx.second, Product(_positions(inner * ctx.scale), _positions(g), False))
+            ctx.record.use(ctx.second, Product(positions(inner * ctx.scale), positions(g), False))
         return g, back @ a if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
@@ -295,7 +323,7 @@ class _Embedding(Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        ids, g = ctx.ids.flatten(1), _positions(g)
+        ids, g = ctx.ids.flatten(1), positions(g)
         if ctx.padding is not None:  # as torch: the row of padding is not learnt
             g = g * (ids != ctx.padding).unsqueeze(2)
         ctx.record.use(ctx.weight, Lookup(ids, g, len(ctx.weight)))
@@ -316,7 +344,7 @@ class _Spread(Function):
         return None, None, None, None
 
 
-def _positions(x: Tensor) -> Tensor:
+def positions(x: Tensor) -> Tensor:
     """(examples, ..., width) as (examples, positions, width)."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 

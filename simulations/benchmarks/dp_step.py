@@ -36,7 +36,7 @@ from fedsynth.examples import Example
 from fedsynth.models import computes_in_bfloat16, device
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.scenario import GeneratorTraining
-from fedsynth.training import add_noise, mean_loss, next_token_losses, train_generator
+from fedsynth.training import Training, add_noise, mean_loss, next_token_losses, train_generator
 
 CLIP_NORM, SIGMA, VOCABULARY = 1.0, 1.0, 8192
 SHAPES = [(8, 64), (32, 64), (8, 256)]
@@ -192,8 +192,9 @@ def _trained(kind: Any) -> tuple[float, float]:
     settings = GeneratorTraining(learning_rate=5e-3, microbatch=32)
     before = mean_loss(model, texts[320:], pad=0, batch=80)
     slots = [(text,) for text in texts[:320]]
-    train_generator(model, slots, settings, pad=0, rate=0.05, expected_batch=16, steps=60, clip_norm=1.0,
-                    noise_multiplier=0.01, randomness=GrantRandomness(bytes(32)))  # fmt: skip
+    training = Training(slots, rate=0.05, expected_batch=16, steps=60, clip_norm=1.0, noise_multiplier=0.01,
+                        randomness=GrantRandomness(bytes(32)))  # fmt: skip
+    train_generator(model, training, settings, pad=0)
     return before, mean_loss(model, texts[320:], pad=0, batch=80)
 
 

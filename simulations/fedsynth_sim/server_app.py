@@ -70,7 +70,7 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
     homes = 1 if data.pooled else data.clients
 
     def open_clients(grid: Grid) -> Clients:
-        return Clients(grid, nodes_by_home(grid, homes), cell, "simulated", labels, journal)
+        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server

@@ -1,0 +1,174 @@
+"""LoRA adapters of several clients, trained in one pass over one frozen base: each example goes through the adapter of
+its own client.
+
+A client's sum is that of its own examples, clipped by its own units: stacked or alone, it is the same (but for the
+rounding of another order of additions). What is saved is the work per operation, which for small models is most of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from fedsynth.dpsgd.bookkeeping import clip_factors, numbered, square_norms, united
+from fedsynth.dpsgd.recording import (
+    Record,
+    UnknownWeight,
+    check_examples,
+    full_precision,
+    patched,
+    plain_lora,
+    positions,
+)
+
+Factors = Mapping[nn.Parameter, Tensor]
+"""By LoRA weight of the model: those of all clients, (clients, *weight.shape), float32."""
+
+
+@dataclass
+class _Owned(Record):
+    """Also tells whose each example of the batch is, (examples,)."""
+
+    owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+class Stacked:
+    """Adds up clipped gradients of micro-batches, client by client."""
+
+    def __init__(self, trained: Factors, clip_norm: float, record: _Owned) -> None:
+        self._trained, self._clip_norm, self._record = trained, clip_norm, record
+        self._sums = {weight: torch.zeros_like(stack) for weight, stack in trained.items()}
+
+    def add(self, losses: Callable[[], Tensor], units: Sequence[int], clients: Sequence[int]) -> None:
+        """Adds the clipped gradients of the units of one micro-batch; all examples of a unit must be in it.
+
+        Args:
+            losses: Computes each example's own loss by a pass of the model, (examples,).
+            units: Of each example, numbered across clients: the examples of one unit are clipped together.
+            clients: Of each example: whose adapter it goes through, and whose sum it enters.
+
+        Raises:
+            UnknownWeight: If a layer's input does not have the examples as its first dimension.
+            ValueError: If there is not one loss per example.
+        """
+        where = next(iter(self._trained.values())).device
+        self._record.examples, self._record.owner = len(units), torch.tensor(clients, device=where)
+        try:
+            each = losses()
+            if each.shape != (len(units),):
+                raise ValueError(f"{len(units)} examples need a loss each, got losses of shape {tuple(each.shape)}")
+            each.sum().backward()
+            with torch.no_grad():
+                self._finish(numbered(units, where))
+        finally:
+            self._record.clear()
+
+    def take(self) -> list[Tensor]:
+        """The sums so far, (clients, *weight.shape), by trainable weight; the next ones start at zero."""
+        sums = list(self._sums.values())
+        self._sums = {weight: torch.zeros_like(stack) for weight, stack in self._trained.items()}
+        return sums
+
+    def _finish(self, unit: Tensor) -> None:
+        whole, owner, count = self._record.whole, self._record.owner, int(unit.max()) + 1
+        squares = torch.zeros(count, dtype=torch.float64, device=unit.device)
+        for grads in whole.values():
+            squares += square_norms(united(grads, unit, count))
+        each = clip_factors(squares, self._clip_norm)[unit]
+        bad = each == 0
+        spoilt = bool(bad.any())
+        for weight, grads in whole.items():
+            if spoilt:  # 0 * NaN is NaN
+                grads = grads.masked_fill(bad.view(-1, 1, 1), 0.0)
+            total = self._sums[weight]
+            share = grads.new_zeros(len(total), len(unit))
+            share[owner, torch.arange(len(unit), device=unit.device)] = each.to(grads.dtype)
+            total.add_((share @ grads.flatten(1)).view_as(total))
+
+
+@contextmanager
+def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[Stacked]:
+    """An engine for the adapters of several clients on one model in training, whose own adapter plays no part while it
+    is open; the model is as before when it closes.
+
+    Args:
+        model: With LoRA; nothing else of it is trainable.
+        factors: Of every LoRA weight, frozen ones too; they are read in each pass, and need gradients (autograd goes
+            through a layer only where something of it does).
+        clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: no clipping.
+
+    Raises:
+        UnknownWeight: If a trainable weight is not of a plain LoRA on a linear layer, or has no factors.
+    """
+    record = _Owned()
+    forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+    known: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        parts = plain_lora(module) if isinstance(module, LoraLinear) else None
+        if parts is not None:
+            known |= set(_weights(parts))
+            forwards[module] = partial(_forward, module, name, parts, factors, record)
+    for name, weight in model.named_parameters():
+        if (weight.requires_grad or weight in known) and not (weight in known and weight in factors):
+            raise UnknownWeight(f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
+                                "train each client by itself")  # fmt: skip
+    with full_precision(), patched(forwards):
+        yield Stacked({w: factors[w] for w in model.parameters() if w.requires_grad}, clip_norm, record)
+
+
+def _forward(
+    layer: Any, name: str, parts: tuple[nn.Linear, nn.Linear, float], factors: Factors, record: _Owned, x: Tensor
+) -> Tensor:
+    check_examples(name, x, record)
+    first, second = _weights(parts)
+    out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
+        layer.base_layer(x), x, factors[first], factors[second], parts[2], (first, second), record
+    )
+    return out
+
+
+def _weights(parts: tuple[nn.Linear, nn.Linear, float]) -> tuple[nn.Parameter, nn.Parameter]:
+    first, second, _ = parts
+    return cast(nn.Parameter, first.weight), cast(nn.Parameter, second.weight)
+
+
+class _Lora(Function):
+    """base + scale B_k A_k x, of each example's own client k; notes the gradients of each example."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        x: Tensor,
+        first: Tensor,
+        second: Tensor,
+        scale: float,
+        weights: tuple[nn.Parameter, nn.Parameter],
+        record: _Owned,
+    ) -> Tensor:
+        a, b = (stack[record.owner].to(x.dtype) for stack in (first, second))
+        inner = torch.bmm(positions(x), a.transpose(1, 2))
+        ctx.save_for_backward(x, a, b, inner)
+        ctx.scale, ctx.weights, ctx.record = scale, weights, record
+        return torch.baddbmm(positions(base), inner, b.transpose(1, 2), alpha=scale).view_as(base)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, a, b, inner = ctx.saved_tensors
+        first, second = ctx.weights
+        out = positions(g)
+        back = torch.bmm(out, b).mul_(ctx.scale)
+        if first.requires_grad:
+            ctx.record.add(first, torch.bmm(back.transpose(1, 2), positions(x)))
+        if second.requires_grad:
+            ctx.record.add(second, torch.bmm(out.transpose(1, 2), inner * ctx.scale))
+        below = torch.bmm(back, a).view_as(x) if ctx.needs_input_grad[1] else None
+        return g, below, None, None, None, None, None

@@ -1,0 +1,358 @@
+"""Several clients' adapters in one pass: each is trained as if it were alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+from inprocess import Played, instructions, play
+from torch import Tensor, nn
+
+from fedsynth.adapters import attach_lora
+from fedsynth.clients import together as module
+from fedsynth.dpsgd import UnknownWeight, clipper
+from fedsynth.dpsgd.stacked import Stacked, stacked
+from fedsynth.examples import Example, Slot
+from fedsynth.lora import Adapter
+from fedsynth.privacy.ledger import Ledger
+from fedsynth.privacy.noise import GrantRandomness
+from fedsynth.scenario import Client, GeneratorTraining
+from fedsynth.tasks import Finetune
+from fedsynth.training import (
+    PublicRandomness,
+    Training,
+    clipped_sum,
+    clipped_sums,
+    next_token_losses,
+    train_generator,
+    train_stacked,
+    trainable,
+)
+from fedsynth.wire import joined, parted
+
+torch.set_num_threads(1)
+C, CLIENTS = 0.3, 3
+SETTINGS = GeneratorTraining(learning_rate=0.01, clip_norm=C, rank=3, alpha=6.0, microbatch=6)
+AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
+
+
+def base(family: str, dtype: Any = torch.float64) -> Any:
+    """A frozen model with LoRA."""
+    none = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "t5": ("dropout_rate",)}.get(family, ())
+    model = families.model(family, 0, **dict.fromkeys(none, 0.0)).to(dtype)
+    model = attach_lora(model, rank=3, alpha=6.0, seed=0)
+    for weight in trainable(model):
+        weight.data = weight.data.to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    return model
+
+
+def adapters(model: Any, frozen_a: bool = False) -> dict[nn.Parameter, Tensor]:
+    """One adapter for each client, past its start."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            drawn = torch.randn(CLIENTS, *weight.shape, generator=generator, dtype=torch.float64) * 0.3
+            found[weight] = drawn.to(weight.dtype).requires_grad_()
+            weight.requires_grad_("lora_A" not in name or not frozen_a)
+    return found
+
+
+def alone(model: Any, factors: dict[nn.Parameter, Tensor], client: int) -> Any:
+    """The model with one client's adapter in place; an equal one, so that nothing is shared."""
+    own = copy.deepcopy(model)
+    with torch.no_grad():
+        for place, stack in zip((w for n, w in own.named_parameters() if "lora_" in n), factors.values(), strict=True):
+            place.copy_(stack[client])
+    return own
+
+
+def slots(client: int, units: int = 10) -> list[Slot]:
+    """Units of up to three texts of many lengths, one of them empty; clients differ in all of it."""
+    rng = np.random.default_rng(client)
+
+    def text() -> Example:
+        return Example(tuple(rng.integers(3, families.VOCABULARY, int(rng.integers(4, 14))).tolist()), 2)
+
+    return [(), *(tuple(text() for _ in range(int(rng.integers(1, 4)))) for _ in range(units + client - 1))]
+
+
+def training(client: int, sigma: float, own: Sequence[Slot]) -> Training:
+    noise = GrantRandomness(bytes([client]) * 32) if sigma else PublicRandomness(client)
+    clip_norm = C if sigma else math.inf
+    return Training(own, 0.4, 4 + client, 4, clip_norm, sigma, noise, proximal=0.0 if sigma else 0.5)
+
+
+def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    first, second = (torch.cat([t.detach().flatten().double() for t in each]) for each in (one, other))
+    return float((first - second).norm() / second.norm())
+
+
+# --- Exactness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen_a", [False, True])
+@pytest.mark.parametrize("sigma", [0.0, 1.5], ids=["plain", "dp"])
+@pytest.mark.parametrize(("family", "error"), [("gpt2", 1e-12), ("llama", 1e-6), ("t5", 1e-6)])  # the latter's norms
+def test_each_client_ends_where_it_would_alone(family: str, error: float, sigma: float, frozen_a: bool) -> None:
+    model = base(family)
+    factors = adapters(model, frozen_a)
+    expected = []
+    for client in range(CLIENTS):
+        own = alone(model, factors, client)
+        assert train_generator(own, training(client, sigma, slots(client)), SETTINGS, pad=0) == 4
+        expected.append([w for n, w in own.named_parameters() if "lora_" in n])
+    before = {n: w.detach().clone() for n, w in model.named_parameters()}
+    start = [stack.detach().clone() for stack in factors.values()]
+    many = [training(client, sigma, slots(client)) for client in range(CLIENTS)]
+    assert train_stacked(model, factors, many, SETTINGS, pad=0) == 4
+    for client in range(CLIENTS):
+        ends = [stack[client] for stack in factors.values()]
+        assert apart(ends, expected[client]) <= error
+        assert apart(ends, [stack[client] for stack in start]) > 0.01
+    assert all(torch.equal(w, before[n]) for n, w in model.named_parameters())  # the model's own adapter is not used
+    moved = {n for n, w, s in zip((n for n in before if "lora_" in n), factors.values(), start, strict=True)
+             if not torch.equal(w, s)}  # fmt: skip
+    assert moved == {n for n in before if "lora_B" in n or ("lora_A" in n and not frozen_a)}
+
+
+def sums(model: Any, factors: Any, units: Sequence[Sequence[Slot]], clip_norm: float = C) -> list[list[Tensor]]:
+    """By client."""
+    with stacked(model.train(), factors, clip_norm) as engine:
+        found = clipped_sums(engine, model, units, pad=0, microbatch=5)
+    return [[total[client] for total in found] for client in range(CLIENTS)]
+
+
+def of_one(dtype: Any, client: int) -> list[Tensor]:
+    """The sum of the engine for one."""
+    model = base("llama", dtype)
+    own = alone(model, adapters(model), client)
+    with clipper(own.train(), C) as engine:
+        return clipped_sum(engine, own, slots(client), pad=0, microbatch=5)
+
+
+def test_in_half_precision_a_client_s_sum_is_as_exact_as_that_of_the_engine_for_one() -> None:
+    model = base("llama", torch.bfloat16)
+    units = [slots(client) for client in range(CLIENTS)]
+    for client, found in enumerate(sums(model, adapters(model), units)):
+        exact = of_one(torch.float64, client)
+        assert apart(found, exact) < 1.5 * apart(of_one(torch.bfloat16, client), exact)
+
+
+# --- What must never happen ------------------------------------------------------------------------------------------
+
+
+def test_no_client_s_text_enters_another_s_sum() -> None:
+    model = base("gpt2")
+    factors = adapters(model)
+    units = [slots(client) for client in range(CLIENTS)]
+    before = sums(model, factors, units)
+    after = sums(model, factors, [units[0], slots(7), units[2]])
+    assert apart(after[1], before[1]) > 0.1
+    assert max(apart(after[0], before[0]), apart(after[2], before[2])) <= 1e-12
+    assert not any(total.any() for total in sums(model, factors, [units[0], [(), ()], units[2]])[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_unit_moves_its_client_s_sum_by_at_most_c(dtype: Any) -> None:
+    model = base("llama", dtype)
+    factors = adapters(model)
+    units = [slots(client, 6) for client in range(CLIENTS)]
+    whole = sums(model, factors, units)
+    for left_out in range(1, 5):
+        fewer = sums(model, factors, [units[0], [*units[1][:left_out], (), *units[1][left_out + 1 :]], units[2]])
+        moved = [one.double() - other.double() for one, other in zip(whole[1], fewer[1], strict=True)]
+        assert 0 < math.sqrt(sum(float(m.square().sum()) for m in moved)) <= C
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_counts_for_nothing_and_spoils_nobody(bad: float) -> None:
+    model = base("gpt2")
+    texts = [Example((5, 6, 7, 8 + n), 2) for n in range(4)]
+    found = []
+    for chosen in ([0, 1, 2, 3], [0, 1, 3]):
+        scale = torch.tensor([bad if n == 2 else 1.0 for n in chosen], dtype=torch.float64)
+        with stacked(model.train(), adapters(model), C) as engine:
+            read = [texts[n] for n in chosen]
+            engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023
+            found.append(engine.take())
+    assert apart(*found) <= 1e-12
+
+
+def test_noise_is_each_client_s_own_stream() -> None:
+    model = base("gpt2")
+    factors = adapters(model)
+    start = [stack.detach().clone() for stack in factors.values()]
+    empty = [replace(training(client, 1.0, [()] * 5), steps=1) for client in (0, 0, 1)]  # the first two share a key
+    train_stacked(model, factors, empty, SETTINGS, pad=0)
+    moved = [
+        [stack[client] - s[client] for stack, s in zip(factors.values(), start, strict=True)] for client in range(3)
+    ]
+    # One step of Adam goes by the sign of the noise.
+    assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(moved[0], moved[1], strict=True))
+    agree = torch.cat([(one * two > 0).flatten() for one, two in zip(moved[0], moved[2], strict=True)])
+    assert abs(float(agree.double().mean()) - 0.5) < 5 * 0.5 / math.sqrt(len(agree))
+
+
+def test_what_cannot_be_stacked_is_refused_by_name() -> None:
+    model = base("gpt2")
+    factors = adapters(model)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(UnknownWeight, match="wte"), stacked(model, factors, C):
+        pass
+    model.get_input_embeddings().weight.requires_grad_(False)
+    factors.pop(next(iter(factors)))
+    with pytest.raises(UnknownWeight, match="lora_A"), stacked(model, factors, C):
+        pass
+
+
+def test_examples_that_meet_in_a_layer_are_refused() -> None:
+    model = base("gpt2")
+    factors = adapters(model)
+
+    def one_for_both() -> Tensor:
+        logits: Tensor = model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits
+        return logits.sum().view(1).expand(2)
+
+    with stacked(model.train(), factors, C) as engine, pytest.raises(UnknownWeight, match="examples"):
+        engine.add(one_for_both, [0, 1], [0, 1])
+    assert isinstance(engine, Stacked)
+    assert "forward" not in {k for m in model.modules() for k in m.__dict__}
+
+
+@pytest.mark.parametrize("other", [{"steps": 5}, {"clip_norm": 1.0}, {"proximal": 0.5}])
+def test_trainings_of_different_shape_are_refused(other: dict[str, Any]) -> None:
+    model = base("gpt2")
+    trainings = [training(0, 1.0, slots(0)), training(1, 1.0, slots(1)), replace(training(2, 1.0, slots(2)), **other)]
+    with pytest.raises(ValueError, match="same steps, clip norm and proximal pull"):
+        train_stacked(model, adapters(model), trainings, SETTINGS, pad=0)
+
+
+# --- In a run --------------------------------------------------------------------------------------------------------
+
+
+def in_stacks(toml: str, stack: int) -> str:
+    few = toml.replace('llm = "scripted"', 'llm = "scripted"\nquorum = 0.5')
+    return few.replace("answer_tokens = 8", f"answer_tokens = 8\nstacked = {stack}")
+
+
+def played(tmp_path: Path, guarantee: str, stack: int, nodes: int | None = None) -> Played:
+    tmp_path.mkdir()
+    toml = instructions(tmp_path, AVERAGE, guarantee=guarantee, clients=5, rows=60, rounds=2)
+    return play(in_stacks(toml, stack), tmp_path, nodes=nodes)
+
+
+def near(one: Adapter, other: Adapter) -> bool:
+    return all(np.allclose(one.arrays[n], other.arrays[n], atol=2e-4) for n in one.arrays)
+
+
+@pytest.mark.parametrize("guarantee", ["dp", "none"])
+def test_stacks_and_chunks_change_no_result_but_for_rounding(
+    tmp_path: Path, guarantee: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    real = module.train_stacked
+
+    def watched(model: Any, factors: Any, trainings: Any, *rest: Any, **more: Any) -> int:
+        widths.append(len(trainings))
+        return real(model, factors, trainings, *rest, **more)
+
+    monkeypatch.setattr(module, "train_stacked", watched)
+    alone = played(tmp_path / "alone", guarantee, stack=1)
+    assert widths == []
+    stack = played(tmp_path / "stack", guarantee, stack=2, nodes=2)
+    assert widths == [2, 2] * 2  # homes 0 and 1, homes 2 and 3; home 4 by itself; two rounds
+    for run in (alone, stack):
+        assert len(run.answers(Finetune)) == 10
+    for one, other in zip(alone.answers(Finetune), stack.answers(Finetune), strict=True):
+        assert near(one.adapter, other.adapter)
+        assert one.adapter.grants == other.adapter.grants
+        assert one.statement == other.statement
+        assert one.records == other.records
+    for home in range(5):
+        first, second = ([{k: v for k, v in e.items() if k != "at"} for e in run.home(home).ledger.entries()]
+                         for run in (alone, stack))  # fmt: skip
+        assert first == second
+    # The same stacks on another number of nodes: bit by bit.
+    again = played(tmp_path / "again", guarantee, stack=2, nodes=5)
+    for one, other in zip(stack.answers(Finetune), again.answers(Finetune), strict=True):
+        assert all(np.array_equal(one.adapter.arrays[n], other.adapter.arrays[n]) for n in one.adapter.arrays)
+
+
+def test_one_home_that_refuses_leaves_the_others_of_its_stack_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Ledger.begin
+
+    def fails(self: Ledger, grant: Any) -> Any:
+        if "client-1" in str(self.path):
+            raise OSError("disk full")
+        return real(self, grant)
+
+    monkeypatch.setattr(Ledger, "begin", fails)
+    run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 4), tmp_path, nodes=1)
+    assert [a.adapter.grants != () for a in run.answers(Finetune) if not hasattr(a, "code")] == [True] * 3
+    assert run.journal.silent == {1}
+
+
+def test_a_training_that_fails_fails_each_of_its_homes_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.train_stacked
+    calls = []
+
+    def once(*arguments: Any, **more: Any) -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError("no room")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(module, "train_stacked", once)
+    run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 2), tmp_path, nodes=1)
+    assert run.journal.silent in ({0, 1}, {2, 3})
+    failed = run.home(min(run.journal.silent))
+    assert [e["state"] for e in failed.ledger.entries() if e["kind"] == "grant"] == ["running"]  # charged, not answered
+
+
+def test_parts_of_a_message_come_back_in_order() -> None:
+    from flwr.app import ConfigRecord, RecordDict
+
+    parts = [RecordDict({"fedsynth": ConfigRecord({"payload": bytes([n])})}) for n in range(12)]
+    assert [p["fedsynth"]["payload"] for p in parted(joined(parts))] == [bytes([n]) for n in range(12)]  # type: ignore[index]
+    assert parted(joined(parts[:1])) == parts[:1]
+    strange = RecordDict({"fedsynth.0": ConfigRecord({}), "fedsynth.7": ConfigRecord({})})
+    assert parted(strange) == [strange]
+    assert parted(RecordDict({})) == [RecordDict({})]
+
+
+@pytest.mark.parametrize(
+    ("clients", "batch", "tokens", "asked", "stack"),
+    [
+        (1000, 4, 16, None, 16),  # 1,024 tokens in a step
+        (1000, 50, 64, None, 1),
+        (1000, 50, 64, 5, 5),
+        (40, 4, 16, None, 5),  # at least eight stacks, for the workers
+        (4, 4, 16, None, 1),
+    ],
+)
+def test_how_many_train_in_one_pass(
+    tmp_path: Path, clients: int, batch: int, tokens: int, asked: int | None, stack: int
+) -> None:
+    from fedsynth.scenario_toml import from_toml
+
+    scenario = from_toml(instructions(tmp_path, AVERAGE, rows=12))
+    training = GeneratorTraining(expected_batch=batch, max_tokens=tokens)
+    client: Client = replace(scenario.client, generator_training=training, stacked=asked)
+    scenario = replace(scenario, client=client, data=replace(scenario.data, clients=clients))
+    assert scenario.stack == stack
+    hooks = replace(client, generator_training=replace(training, clipping="hooks"))
+    assert replace(scenario, client=hooks).stack == 1
+    assert replace(scenario, data=replace(scenario.data, pooled=True)).stack == (1 if asked is None else asked)
