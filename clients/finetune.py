@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 
@@ -118,19 +119,25 @@ def on_base(home: Home, adapter: Adapter, *, frozen_a: bool = False) -> PeftMode
 
 
 def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
-    """One slot per declared record, as the client's settings say."""
+    """One slot per declared record, as the client's settings say; encoded once for as long as the corpus is held."""
     settings, name = home.config.generator_training, home.config.generator
-    kind = kind_of(config_of(name))
-    return encode_slots(
-        load_tokenizer(name),
-        corpus,
-        home.labels,
-        records,
-        settings.max_tokens,
-        kind,
-        learns=settings.learns,
-        rows_per_unit=settings.rows_per_unit,
-    )
+    asked = (name, home.labels, records, settings.max_tokens, settings.learns, settings.rows_per_unit)
+    known = _encoded.setdefault(corpus, {})
+    if asked not in known:
+        known[asked] = encode_slots(
+            load_tokenizer(name),
+            corpus,
+            home.labels,
+            records,
+            settings.max_tokens,
+            kind_of(config_of(name)),
+            learns=settings.learns,
+            rows_per_unit=settings.rows_per_unit,
+        )
+    return list(known[asked])
+
+
+_encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] = WeakKeyDictionary()
 
 
 def train_without_guarantee(home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:

@@ -20,7 +20,7 @@ from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
-from fedsynth.scenario import Cell, Client
+from fedsynth.scenario import Cell, Client, Data
 from fedsynth.scenario_toml import cells as scenario_cells
 from fedsynth.scenario_toml import from_toml
 from fedsynth.typed import plain
@@ -169,7 +169,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         unit=scenario.data.unit_name,
         work=work,
         run=f"{run}/{cell.arm}/{cell.seed}",
-        ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys),
+        ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys, durable=False),
         open=lambda: _site(cell, index),
         simulated=True,
     )
@@ -186,7 +186,15 @@ def declared_records(cell: Cell, index: int) -> int:
 
 def _site(cell: Cell, index: int) -> Site:
     data = cell.scenario.data
+    if data.world is not None:
+        return _drawn(replace(data, tuned_on=()), cell.seed, index)
     return open_sites(data, cell.seed)[index] if data.pooled else open_site(data, index, cell.seed)
+
+
+@lru_cache(maxsize=1024)
+def _drawn(data: Data, seed: int, index: int) -> Site:
+    """A worker meets the same home in every round, and in every arm."""
+    return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 
 
 @lru_cache(maxsize=4)

@@ -235,7 +235,7 @@ def stack_of(model: PeftModel, adapters: Sequence[Adapter]) -> Stack:
     for adapter in adapters:
         _check_fits(adapter, weights)
     return Stack(tuple(weights), {
-        weight: torch.from_numpy(np.stack([a.arrays[name] for a in adapters])).to(weight.device).requires_grad_()
+        weight: torch.from_numpy(np.stack([a.arrays[name] for a in adapters])).to(weight.device)
         for name, weight in weights.items()
     })  # fmt: skip
 

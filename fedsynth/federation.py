@@ -31,7 +31,7 @@ from fedsynth.wire import derived, joined, pack_order, parted, payload_bytes, un
 R = TypeVar("R")
 S = TypeVar("S")
 WHO = "query.who"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; a larger one goes alone
 TRIES = 3  # to get an order answered by a client whose worker dies
 
@@ -203,12 +203,12 @@ class Clients:
         return zip(homes, parts, strict=True)
 
     def _replies(self, waiting: dict[str, tuple[int, ...]]) -> Iterable[tuple[tuple[int, ...], Message]]:
-        end = time.monotonic() + self.cell.scenario.server.answer_seconds
-        while waiting and time.monotonic() < end:
+        begun = time.monotonic()
+        while waiting and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
             for reply in self.grid.pull_messages(list(waiting)):
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
-            if waiting:
-                time.sleep(POLL_SECONDS)
+            if waiting:  # looking costs time that workers could use
+                time.sleep(min(1.0, max(POLL_SECONDS, taken / 50)))
 
     def _read(self, content: RecordDict | str, home: int, order: Order[R]) -> R | str:
         """The checked answer, or why there is none: one bad client must not end what a quorum allows."""

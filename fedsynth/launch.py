@@ -47,6 +47,7 @@ def launch(
     run_config: Mapping[str, str | int | float | bool],
     supernodes: int,
     workers: int,
+    gpu_share: float = 0.0,
     out: Path,
     logs: Path,
     on_event: Callable[[dict[str, Any]], None] | None = None,
@@ -64,6 +65,7 @@ def launch(
         run_config: Overrides of the app's run-config; every key must be known to the app.
         supernodes: Virtual SuperNodes, hence partitions.
         workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
+        gpu_share: Of one GPU, that each worker counts as its own: which of several it sees is Ray's choice by that.
         out: Absolute folder of the run.
         logs: Absolute folder for the output of Flower and Ray (flower.log, begun anew); it may quote clients' data.
         on_event: Called with each new event, in this thread.
@@ -84,6 +86,7 @@ def launch(
         run_config=dict(run_config),
         supernodes=supernodes,
         workers=workers,
+        gpu_share=gpu_share,
         out=str(out),
         logs=str(logs),
         port=_free_port(port),
@@ -134,6 +137,7 @@ class _Plan:
     run_config: dict[str, str | int | float | bool]
     supernodes: int
     workers: int
+    gpu_share: float
     out: str
     logs: str
     port: int
@@ -167,11 +171,17 @@ def _free_port(wanted: int | None) -> int:
         return int(probe.getsockname()[1])
 
 
+# For the C library: memory that is let go is kept for what comes next, which is as large: a training step of 15 million
+# parameters takes 4 % less time when its pages need not be found anew (docs/results.md).
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
 def _environment(marker: str) -> dict[str, str]:
     """The caller's environment without what would let the run reach outside itself or meet another."""
     # Relative entries would change their meaning with the working directory.
     path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
     return {
+        **KEEPING,
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},
         **({"PYTHONPATH": os.pathsep.join(path)} if path else {}),
         "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]),
@@ -280,7 +290,8 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
             raise _RunFailed(_last_words(plan) or f"the SuperLink did not start: {_ending(superlink.returncode)}")
         time.sleep(0.05)
 
-    federation = f"num-supernodes={plan.supernodes} client-resources-num-cpus=1 init-args-num-cpus={plan.workers}"
+    each = f"client-resources-num-cpus=1 client-resources-num-gpus={plan.gpu_share}"
+    federation = f"num-supernodes={plan.supernodes} {each} init-args-num-cpus={plan.workers}"
     run = _flwr(commands, ["run", plan.app, "-c", str(config), "--federation-config", federation])
     _watch(plan, superlink, lambda: _flwr(commands, ["list", "--run-id", str(run["run-id"])])["runs"][0])
 

@@ -319,3 +319,16 @@ def one_thread() -> None:
 def device() -> torch.device:
     """A CUDA GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def gpus() -> int:
+    """How many CUDA GPUs this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+_CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors
+
+
+def gpu_memory() -> tuple[float, float]:
+    """Bytes of a GPU that this process has held at most, and those that are free now."""
+    return torch.cuda.max_memory_reserved() + _CUDA_CONTEXT, torch.cuda.mem_get_info()[0]

@@ -496,11 +496,12 @@ class Scenario:
         clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
         if training.clipping != "bookkeeping":
             return 1
-        pays = STACK_TOKENS // (training.expected_batch * training.max_tokens)
-        return self.client.stacked or max(1, min(pays, clients // 8))
+        # A step of all of them is one pass, and draws vary.
+        pays = min(STACK_TOKENS // training.max_tokens, training.microbatch * 3 // 4) // training.expected_batch
+        return self.client.stacked or max(1, min(pays if pays >= 4 else 1, clients // 8))
 
 
-STACK_TOKENS = 1024  # of a step of all clients of a stack: beyond, one pass takes as long (docs/results.md)
+STACK_TOKENS = 1024  # of a step of a stack: beyond, one pass takes as long as many (docs/results.md)
 
 
 @dataclass(frozen=True)

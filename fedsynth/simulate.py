@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import time
@@ -25,7 +26,7 @@ from fedsynth.federation import load_strategy
 from fedsynth.hub import pin
 from fedsynth.launch import APP, launch
 from fedsynth.models import check as check_model
-from fedsynth.models import load_generator, load_tokenizer, models_of
+from fedsynth.models import device, gpu_memory, gpus, load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
@@ -171,7 +172,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None
     tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
     try:
         check_room(tokenizer, model, labels, settings.max_tokens)
-        adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0)
+        adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
         whole_microbatch(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
@@ -217,9 +218,18 @@ def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
     free = psutil.virtual_memory().available
     room = int(SAFE_SHARE * free) // each
     said = f"about {each / 1e9:.1f} GB each, {free / 1e9:.0f} GB free"
+    if gpus():
+        held, spare = gpu_memory()  # what this process holds goes on being held while workers run
+        room = min(room, max(1, int(SAFE_SHARE * spare / held)) * gpus())
+        said += f"; on a GPU {held / 1e9:.1f} GB each, {spare / 1e9:.0f} GB free"
     count = asked or max(1, min(len(os.sched_getaffinity(0)), clients, room))
     tight = "" if count <= room else ": memory may not reach, a smaller microbatch or fewer --workers would help"
     return count, f"{count} worker{'s' if count > 1 else ''}, {said}{tight}"
+
+
+def gpu_share(workers: int) -> float:
+    """What part of a GPU each worker counts as its own, so that all GPUs get as many; 0 where there is none."""
+    return math.floor(1e4 / math.ceil(workers / gpus())) / 1e4 if gpus() else 0.0
 
 
 def supernodes(clients: int, workers: int) -> int:
@@ -269,6 +279,7 @@ def run(
         run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},
         supernodes=supernodes(asked.data.clients, count),
         workers=count,
+        gpu_share=gpu_share(count),
         out=place,
         logs=private / "logs",
         on_event=on_event,

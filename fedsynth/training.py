@@ -45,8 +45,8 @@ class Randomness(Protocol):
 def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
     """Each example's mean negative log-likelihood over its own learnt tokens: no example enters another's loss."""
     logits, wanted = next_tokens(model, examples, pad)
-    losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
-    return losses.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view_as(wanted).sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
 
 
 def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
@@ -129,8 +129,8 @@ def clipped_sum(
 
 def clipped_sums(
     clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, microbatch: int
-) -> list[Tensor]:
-    """As `clipped_sum`, of several clients' units at once: (clients, ...) each."""
+) -> Tensor:
+    """As `clipped_sum`, of several clients' units at once: (clients, numbers), as `Stacked.weights`."""
     whole = [unit for own in units for unit in own]
     client = [number for number, own in enumerate(units) for _ in own]
     for part in _microbatches(model, whole, microbatch):
@@ -291,7 +291,7 @@ def train_stacked(
 
     Args:
         model: With LoRA, whose weights stay as they are.
-        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape).
+        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape); trained in place.
         trainings: One per client; steps, clip norm and proximal pull are those of all.
         settings: Of all.
         pad: Token that fills a batch.
@@ -302,10 +302,12 @@ def train_stacked(
     if len({(t.steps, t.clip_norm, t.proximal) for t in trainings}) != 1 or settings.clipping != "bookkeeping":
         raise ValueError("clients that train in one pass need the same steps, clip norm and proximal pull, and "
                          "clipping = 'bookkeeping'")  # fmt: skip
-    weights = [factors[w].requires_grad_() for w in trainable(model)]
     with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
-        sums = partial(clipped_sums, clip, model, pad=pad, microbatch=settings.microbatch)
-        ran = _descend(weights, trainings, settings, sums)
+
+        def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
+            return [clipped_sums(clip, model, drawn, pad=pad, microbatch=settings.microbatch)]
+
+        ran = _descend([clip.weights], trainings, settings, sums)
     model.eval()
     return ran
 
@@ -319,7 +321,7 @@ def _descend(
     """Steps of Adam on clipped, noised sums; returns how many.
 
     Args:
-        weights: Of all clients, each with one more dimension in front where there are several.
+        weights: Of all clients: of one its own, of several one row of numbers each.
         trainings: One per client.
         settings: Learning rate.
         sums_of: What each client drew -> the clipped sums of all, (clients, ...) by weight.

@@ -391,3 +391,14 @@ def test_a_weight_behind_a_parametrisation_is_refused() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     with pytest.raises(UnknownWeight, match="no gradient per example is known"), clipper(model, C):
         pass
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_without_a_clip_sums_are_those_of_autograd_and_what_is_not_finite_counts_for_nothing(bad: float) -> None:
+    model, tokens = built("gpt2", "lora"), texts(6)
+    whole = torch.stack(brute_force(model, tokens, range(ROWS)))
+    assert apart(summed(model, tokens, clip_norm=math.inf), whole.sum(0)) <= 1e-12
+    scale = torch.tensor([1.0, 1.0, bad, 1.0, 1.0], dtype=torch.float64)
+    found = summed(model, tokens, clip_norm=math.inf, loss=lambda m, t: losses(m, t) * scale)
+    assert apart(found, whole[[0, 1, 3, 4]].sum(0)) <= 1e-12
+    assert all(w.grad is None for w in trainable(model))

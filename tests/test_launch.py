@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from fedsynth.launch import LaunchFailed, _Events, _Plan, _RunFailed, _watch, launch
+from fedsynth.simulate import concurrency, gpu_share
 
 ECHO = Path(__file__).parent / "data" / "echo_app"
 TAG = "FEDSYNTH_TEST"  # inherited by everything that a test starts
@@ -101,7 +102,7 @@ def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
 def test_a_run_has_completed_when_both_flower_and_the_run_say_so(
     tmp_path: Path, flower: dict[str, Any], own: dict[str, Any], reason: str | None
 ) -> None:
-    plan = _Plan("", {}, 2, 2, out=str(tmp_path), logs=str(tmp_path), port=0, marker="")
+    plan = _Plan("", {}, 2, 2, 0.0, out=str(tmp_path), logs=str(tmp_path), port=0, marker="")
     (tmp_path / "status.json").write_text(json.dumps(own))
     (tmp_path / "flower.log").write_text("SomeError: last words\nfarewell\n")
     superlink: Any = SimpleNamespace(poll=lambda: None)
@@ -204,3 +205,25 @@ def test_signal_to_the_launcher_takes_everything_down(
     assert left == []
     assert pids
     assert not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "share"), [(0, 4, 0.0), (1, 1, 1.0), (1, 3, 0.3333), (2, 4, 0.5), (2, 3, 0.5), (4, 2, 1.0)]
+)
+def test_workers_share_gpus_evenly(monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int, share: float) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert gpu_share(workers) == share
+    assert share * -(-workers // max(gpus, 1)) <= 1  # Ray starts no worker for which no GPU has room
+
+
+def test_memory_of_gpus_bounds_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", lambda: 9_500_000_000)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (34_000_000_000, 80_000_000_000))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=1000))
+    count, said = concurrency(None, 100)
+    assert count == 6  # 0.9 * 34 GB / 10 GB on each of two
+    assert "on a GPU 10.0 GB each, 34 GB free" in said

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.rdp import RdpAccountant
+from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -62,6 +63,17 @@ def test_rdp_is_an_upper_bound_and_not_far_above() -> None:
     rdp = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
     bound = rdp.compose(WORLD.event).get_epsilon(1e-5)
     assert epsilon(WORLD, 1e-5) < bound < 1.3 * epsilon(WORLD, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("records", "batch", "steps", "sigma"),
+    [(400, 50, 60, 0.928), (200, 50, 60, 1.416), (1000, 32, 313, 1.0), (5000, 32, 1563, 2.0), (50, 32, 16, 5.0)],
+)
+def test_another_accountant_agrees(records: int, batch: int, steps: int, sigma: float) -> None:
+    other = PRVAccountant()  # Gopi et al. 2021, another algorithm and another program; adds its own error of 0.01
+    other.history = [(sigma, batch / records, steps)]
+    own = epsilon(DPPlan(records, batch, steps, 1, 1.0, sigma, 1e-5), 1e-5)
+    assert own - 1e-3 <= other.get_epsilon(1e-5) <= own + 0.018
 
 
 def test_a_thousandth_too_little_noise_is_refused() -> None:  # .927 and 1.415 look right to two places

@@ -61,7 +61,7 @@ def adapters(model: Any, frozen_a: bool = False) -> dict[nn.Parameter, Tensor]:
     for name, weight in model.named_parameters():
         if "lora_" in name:
             drawn = torch.randn(CLIENTS, *weight.shape, generator=generator, dtype=torch.float64) * 0.3
-            found[weight] = drawn.to(weight.dtype).requires_grad_()
+            found[weight] = drawn.to(weight.dtype)
             weight.requires_grad_("lora_A" not in name or not frozen_a)
     return found
 
@@ -127,8 +127,7 @@ def test_each_client_ends_where_it_would_alone(family: str, error: float, sigma:
 def sums(model: Any, factors: Any, units: Sequence[Sequence[Slot]], clip_norm: float = C) -> list[list[Tensor]]:
     """By client."""
     with stacked(model.train(), factors, clip_norm) as engine:
-        found = clipped_sums(engine, model, units, pad=0, microbatch=5)
-    return [[total[client] for total in found] for client in range(CLIENTS)]
+        return [[own] for own in clipped_sums(engine, model, units, pad=0, microbatch=5)]
 
 
 def of_one(dtype: Any, client: int) -> list[Tensor]:
@@ -183,7 +182,7 @@ def test_what_is_not_finite_counts_for_nothing_and_spoils_nobody(bad: float) -> 
         with stacked(model.train(), adapters(model), C) as engine:
             read = [texts[n] for n in chosen]
             engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023
-            found.append(engine.take())
+            found.append([engine.take()])
     assert apart(*found) <= 1e-12
 
 
@@ -336,7 +335,9 @@ def test_parts_of_a_message_come_back_in_order() -> None:
 @pytest.mark.parametrize(
     ("clients", "batch", "tokens", "asked", "stack"),
     [
-        (1000, 4, 16, None, 16),  # 1,024 tokens in a step
+        (1000, 4, 16, None, 12),  # 48 of 64 texts of a pass, as draws vary
+        (1000, 1, 128, None, 8),  # 1,024 tokens in a step
+        (1000, 8, 64, None, 1),  # 2 would not pay
         (1000, 50, 64, None, 1),
         (1000, 50, 64, 5, 5),
         (40, 4, 16, None, 5),  # at least eight stacks, for the workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, get_args
@@ -29,6 +30,34 @@ class Clipper(Protocol):
         """The sums so far, by trainable weight; the next ones start at zero."""
 
 
+class Unclipped:
+    """Adds up gradients as autograd does, for training without a guarantee; what is not finite counts for nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._weights = [w for w in model.parameters() if w.requires_grad]
+        self._sums = [torch.zeros_like(w) for w in self._weights]
+
+    def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
+        """As any `Clipper`."""
+        for weight in self._weights:
+            weight.grad = None
+        losses().sum().backward()
+        grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
+        if not all(bool(norm.isfinite()) for norm in torch._foreach_norm(grads)):
+            with bookkeeping.clipper(self._model, math.inf) as engine:  # tells the examples apart
+                engine.add(losses, units)
+                grads = engine.take()
+        torch._foreach_add_(self._sums, grads)
+        for weight in self._weights:
+            weight.grad = None
+
+    def take(self) -> list[Tensor]:
+        """As any `Clipper`."""
+        sums, self._sums = self._sums, [torch.zeros_like(w) for w in self._weights]
+        return sums
+
+
 @contextmanager
 def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> Iterator[Clipper]:
     """An engine for one model in training; the model is as before when it closes.
@@ -39,7 +68,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
 
     Args:
         model: With at least one trainable weight.
-        clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: no clipping.
+        clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: none is clipped.
         clipping: `bookkeeping` is the project's own; the others are Opacus', to compare with.
 
     Raises:
@@ -50,6 +79,9 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
         if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
             raise UnknownWeight(f"the weight {name!r} is {weight.dtype}: sums and noise would be rounded to that; "
                                 "train it in float32")  # fmt: skip
+    if math.isinf(clip_norm):
+        yield Unclipped(model)
+        return
     modes = {"bookkeeping": bookkeeping.clipper, "hooks": opacus_modes.hooks, "ghost": opacus_modes.ghost}
     with full_precision():
         opened: Any = modes[clipping](model, clip_norm)

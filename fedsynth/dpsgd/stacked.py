@@ -41,11 +41,17 @@ class _Owned(Record):
 
 
 class Stacked:
-    """Adds up clipped gradients of micro-batches, client by client."""
+    """Adds up clipped gradients of micro-batches, client by client.
 
-    def __init__(self, trained: Factors, clip_norm: float, record: _Owned) -> None:
-        self._trained, self._clip_norm, self._record = trained, clip_norm, record
-        self._sums = {weight: torch.zeros_like(stack) for weight, stack in trained.items()}
+    Attributes:
+        weights: What is trained, (clients, numbers): those of a client in the order of the model's trainable weights.
+            To be changed in place between passes.
+    """
+
+    def __init__(self, weights: Tensor, places: Mapping[nn.Parameter, slice], clip_norm: float, record: _Owned) -> None:
+        self.weights = weights
+        self._places, self._clip_norm, self._record = places, clip_norm, record
+        self._sums = torch.zeros_like(weights)
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int], clients: Sequence[int]) -> None:
         """Adds the clipped gradients of the units of one micro-batch; all examples of a unit must be in it.
@@ -59,7 +65,7 @@ class Stacked:
             UnknownWeight: If a layer's input does not have the examples as its first dimension.
             ValueError: If there is not one loss per example.
         """
-        where = next(iter(self._trained.values())).device
+        where = self.weights.device
         self._record.examples, self._record.owner = len(units), torch.tensor(clients, device=where)
         try:
             each = losses()
@@ -71,10 +77,9 @@ class Stacked:
         finally:
             self._record.clear()
 
-    def take(self) -> list[Tensor]:
-        """The sums so far, (clients, *weight.shape), by trainable weight; the next ones start at zero."""
-        sums = list(self._sums.values())
-        self._sums = {weight: torch.zeros_like(stack) for weight, stack in self._trained.items()}
+    def take(self) -> Tensor:
+        """The sums so far, in the shape of `weights`; the next ones start at zero."""
+        sums, self._sums = self._sums, torch.zeros_like(self.weights)
         return sums
 
     def _finish(self, unit: Tensor) -> None:
@@ -85,13 +90,12 @@ class Stacked:
         each = clip_factors(squares, self._clip_norm)[unit]
         bad = each == 0
         spoilt = bool(bad.any())
+        share = self._sums.new_zeros(len(self._sums), len(unit))
+        share[owner, torch.arange(len(unit), device=unit.device)] = each.to(share.dtype)
         for weight, grads in whole.items():
             if spoilt:  # 0 * NaN is NaN
                 grads = grads.masked_fill(bad.view(-1, 1, 1), 0.0)
-            total = self._sums[weight]
-            share = grads.new_zeros(len(total), len(unit))
-            share[owner, torch.arange(len(unit), device=unit.device)] = each.to(grads.dtype)
-            total.add_((share @ grads.flatten(1)).view_as(total))
+            self._sums[:, self._places[weight]].addmm_(share, grads.flatten(1))
 
 
 @contextmanager
@@ -101,13 +105,15 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
 
     Args:
         model: With LoRA; nothing else of it is trainable.
-        factors: Of every LoRA weight, frozen ones too; they are read in each pass, and need gradients (autograd goes
-            through a layer only where something of it does).
+        factors: Of every LoRA weight, frozen ones too; those of trainable ones are as trained when it closes.
         clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: no clipping.
 
     Raises:
         UnknownWeight: If a trainable weight is not of a plain LoRA on a linear layer, or has no factors.
     """
+    weights, places = _side_by_side({w: factors[w] for w in model.parameters() if w.requires_grad and w in factors})
+    # Autograd goes through a layer only where something of it needs a gradient.
+    read = {w: weights[:, places[w]].view_as(f).requires_grad_() if w in places else f for w, f in factors.items()}
     record = _Owned()
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}
     known: set[nn.Parameter] = set()
@@ -115,13 +121,26 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
         parts = plain_lora(module) if isinstance(module, LoraLinear) else None
         if parts is not None:
             known |= set(_weights(parts))
-            forwards[module] = partial(_forward, module, name, parts, factors, record)
+            forwards[module] = partial(_forward, module, name, parts, read, record)
     for name, weight in model.named_parameters():
         if (weight.requires_grad or weight in known) and not (weight in known and weight in factors):
             raise UnknownWeight(f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
                                 "train each client by itself")  # fmt: skip
     with full_precision(), patched(forwards):
-        yield Stacked({w: factors[w] for w in model.parameters() if w.requires_grad}, clip_norm, record)
+        yield Stacked(weights, places, clip_norm, record)
+    for weight, place in places.items():
+        factors[weight].copy_(weights[:, place].view_as(factors[weight]))
+
+
+def _side_by_side(factors: Factors) -> tuple[Tensor, dict[nn.Parameter, slice]]:
+    """All numbers of a client in one row, so that noise and optimizer take one step for all of them; and where those
+    of each weight stand."""
+    places: dict[nn.Parameter, slice] = {}
+    end = 0
+    for weight in factors:
+        places[weight] = slice(end, end + weight.numel())
+        end += weight.numel()
+    return torch.cat([stack.detach().flatten(1) for stack in factors.values()], dim=1), places
 
 
 def _forward(

@@ -124,18 +124,27 @@ class Ledger:
         cap: Lifetime budget of the data; None: no cap (a simulated world, bounded by its run's budget).
         keys: Key of a grant by (counter, binding digest), and of the data MAC by (0, "data"). Sites keep the
             default; simulations pass `simulated_key` of their run and client.
+        durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
+            costs a third.
 
     Raises:
         LedgerUnusable: If the file is another data set's, of another schema, or damaged.
     """
 
     def __init__(
-        self, path: Path, *, dataset: str, cap: Budget | None, keys: Callable[[int, str], bytes] = _site_keys
+        self,
+        path: Path,
+        *,
+        dataset: str,
+        cap: Budget | None,
+        keys: Callable[[int, str], bytes] = _site_keys,
+        durable: bool = True,
     ) -> None:
         self.path = path
         self.dataset = dataset
         self.cap = cap
         self._keys = keys
+        self._durable = durable
         if not path.exists():
             self._create()
         os.chmod(path, 0o600)  # a copy from a backup may have come with wider access
@@ -433,7 +442,8 @@ class Ledger:
         # mode=rw: a ledger that vanishes is an error, never a new, empty account.
         db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_WAIT, isolation_level=None)
         db.execute("PRAGMA journal_mode = DELETE")  # a write-ahead log would keep erased keys
-        db.execute("PRAGMA synchronous = EXTRA")  # FULL, and the journal's folder too: a commit survives a power cut
+        # EXTRA is FULL, and the journal's folder too.
+        db.execute(f"PRAGMA synchronous = {'EXTRA' if self._durable else 'OFF'}")
         db.execute("PRAGMA secure_delete = ON")
         db.execute("PRAGMA foreign_keys = ON")
         return db

@@ -1,8 +1,10 @@
 """What 100,000 rows and 200 clients cost: seconds and memory. No limit is asserted here.
 
+    python simulations/benchmarks/sizes.py [--rows 100000] [--clients 200]
+
 Corpora: one payload of column bytes through seal, message, unpack, the server's check, and every step of curation, with
 random embeddings around 5,000 centres. Clients: one round of FDKT among simulated hospitals, each with five DP steps
-and eight drafts; memory is the largest resident set of each kind of process, read from outside twice a second.
+and eight drafts. Memory is the resident set of each kind of process, read from outside twice a second.
 """
 
 from __future__ import annotations
@@ -76,11 +78,13 @@ class Memory(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.most: dict[str, float] = defaultdict(float)
+        self.now: dict[str, float] = {}
         self.over = threading.Event()
 
     def run(self) -> None:
         """Looks until `over` is set."""
         while not self.over.wait(0.5):
+            now: dict[str, float] = defaultdict(float)
             for process in psutil.Process().children(recursive=True):
                 try:
                     line, rss = " ".join(process.cmdline()), process.memory_info().rss / 1e6
@@ -88,6 +92,8 @@ class Memory(threading.Thread):
                     continue
                 kind = next((kind for mark, kind in self.KINDS if mark in line), "others, each")
                 self.most[kind] = max(self.most[kind], rss)
+                now[kind] += rss
+            self.now = now
 
 
 def many_clients(clients: int) -> None:

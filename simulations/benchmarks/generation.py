@@ -1,0 +1,176 @@
+"""Sampling: the library's loop beside a minimal one, and how much of a batch is padding.
+
+    python simulations/benchmarks/generation.py [--json FILE] [--repeats 5]
+
+`LocalLLM.complete` (Hugging Face's `generate`, tokenising, drawing and decoding included) is held against a decoder of
+some forty lines that knows one family and nothing else: fused projections, caches of the final size, Gumbel-max draws.
+A random Llama of 15 million parameters goes on for 64 tokens after prompts of 32. Greedy, both write the same.
+
+Waste is what batches compute over what their texts need, rows times the longest row by the sum of rows: of the batches
+that `fedsynth.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated notes.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measuring import Bar, at_most, figure, options, seconds, told
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedsynth.batches import by_length
+from fedsynth.llm import LocalLLM
+from fedsynth.models import computes_in_bfloat16, device, load_tokenizer
+from fedsynth.world.grammar import private_notes
+from fedsynth.world.lexicon import load_world
+
+PROMPT, NEW, VOCABULARY = 32, 64, 8192
+
+
+def built(dtype: torch.dtype = torch.float32) -> Any:
+    """A random model of 15 million parameters that never ends a text, with a tokenizer's special tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
+                         num_attention_heads=6, max_position_embeddings=256, tie_word_embeddings=False)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight[load_tokenizer("assets:tiny-base").eos_token_id] = 0.0
+        model.lm_head.weight *= 20.0  # as decided as a trained model
+    return model.to(device(), dtype)
+
+
+class Mini:
+    """The least that a Llama needs to go on after prompts of one length."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, inner = model, model.model
+        self.layers = [
+            (
+                layer,
+                torch.cat([getattr(layer.self_attn, f"{name}_proj").weight for name in "qkv"]),
+                torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
+            )
+            for layer in inner.layers
+        ]
+        self.heads, self.width = model.config.num_attention_heads, model.config.hidden_size
+
+    @torch.inference_mode()
+    def write(self, ids: Tensor, new: int, generator: torch.Generator | None = None) -> Tensor:
+        """Token ids, (rows, new): the likeliest without a generator, else drawn from the model's distribution."""
+        rows, read = ids.shape
+        size = self.width // self.heads
+        shape = (len(self.layers), rows, self.heads, read + new, size)
+        kind = next(self.model.parameters()).dtype
+        keys, values = torch.empty(shape, dtype=kind), torch.empty(shape, dtype=kind)
+        out = torch.empty(rows, new, dtype=torch.long)
+        begin, tokens = 0, ids
+        for step in range(new):
+            end = begin + tokens.shape[1]
+            x = self.model.model.embed_tokens(tokens)
+            cos, sin = self.model.model.rotary_emb(x, torch.arange(begin, end).unsqueeze(0))
+            for number, (layer, qkv, gate_up) in enumerate(self.layers):
+                q, k, v = F.linear(layer.input_layernorm(x), qkv).view(rows, -1, 3, self.heads, size).unbind(2)
+                q, k = (self._turned(y.transpose(1, 2), cos, sin) for y in (q, k))
+                keys[number, :, :, begin:end], values[number, :, :, begin:end] = k, v.transpose(1, 2)
+                seen = F.scaled_dot_product_attention(
+                    q, keys[number, :, :, :end], values[number, :, :, :end], is_causal=step == 0
+                )
+                x = x + layer.self_attn.o_proj(seen.transpose(1, 2).flatten(2))
+                gate, up = F.linear(layer.post_attention_layernorm(x), gate_up).chunk(2, dim=-1)
+                x = x + layer.mlp.down_proj(F.silu(gate) * up)
+            logits = self.model.lm_head(self.model.model.norm(x[:, -1])).float()
+            if generator is not None:
+                logits = logits - torch.empty_like(logits).exponential_(generator=generator).log_()
+            tokens = logits.argmax(-1, keepdim=True)
+            out[:, step : step + 1], begin = tokens, end
+        return out
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x * cos.unsqueeze(1) + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin.unsqueeze(1)
+
+
+def prompts(count: int) -> list[str]:
+    """Texts of simulated notes, each of the prompt's length in tokens (with the one that begins a text)."""
+    tokenizer, found = load_tokenizer("assets:tiny-base"), []
+    notes = private_notes(load_world("hospitals"), 0, 4000, 0, split="train").prompts
+    joined = " ".join(notes).split()
+    for start in range(0, len(joined), PROMPT):
+        text = tokenizer.decode(
+            tokenizer(" ".join(joined[start : start + PROMPT]), add_special_tokens=False)["input_ids"][: PROMPT - 1]
+        )
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) == PROMPT - 1:
+            found.append(text)
+        if len(found) == count:
+            return found
+    raise ValueError(f"{len(found)} prompts of {PROMPT} tokens, {count} are needed")
+
+
+def loops(repeats: int) -> list[Bar]:
+    """The library's loop over the minimal one."""
+    tokenizer, bars = load_tokenizer("assets:tiny-base"), []
+    kinds = [torch.float32, *([torch.bfloat16] if computes_in_bfloat16() else [])]
+    for kind in kinds:
+        model = built(kind)
+        llm, mini = LocalLLM(model, tokenizer, batch_size=64, workers=1), Mini(model)
+        for rows in (1, 16, 64):
+            texts = prompts(rows)
+            ids, _ = llm._padded(llm._tokens(texts), left=True)
+            if kind == torch.float32:
+                told_by = [tokenizer.decode(row, skip_special_tokens=True) for row in mini.write(ids, NEW)]
+                if llm.complete(texts, max_tokens=NEW, temperature=0.0, seed=0) != told_by:
+                    raise RuntimeError("the two loops do not write the same: what is timed is not one thing")
+            generator = torch.Generator().manual_seed(0)
+            took = seconds({"library": partial(llm.complete, texts, max_tokens=NEW, temperature=1.0, seed=0),
+                            "minimal": partial(mini.write, ids, NEW, generator)}, repeats)  # fmt: skip
+            name, case = str(kind).removeprefix("torch."), f"{rows} prompts of {PROMPT}, {NEW} new"
+            bars.append(figure(f"tokens per second of CPU, {name}", case, rows * NEW / took["library"]))
+            ratio = took["library"] / took["minimal"]
+            told_as = "time of a minimal loop" + ("" if kind == torch.float32 else f", {name}")
+            bars.append(at_most(told_as, case, ratio, 1.35) if kind == torch.float32 else figure(told_as, case, ratio))
+    return bars
+
+
+def waste() -> list[Bar]:
+    """Of batches by length, beside batches in the order of the texts."""
+    rng = np.random.default_rng(0)
+    tokenizer = load_tokenizer("assets:tiny-base")
+    notes = private_notes(load_world("hospitals"), 0, 2048, 0, split="train").prompts
+    cases = {
+        "log-normal, mean 64": np.maximum(1, rng.lognormal(np.log(64) - 0.32, 0.8, 2048)).astype(int).tolist(),
+        "simulated notes": [len(row) for row in tokenizer(list(notes), add_special_tokens=False)["input_ids"]],
+    }
+    bars = []
+    for case, lengths in cases.items():
+        for size in (16, 64):
+            batches: list[list[int]] = []
+
+            def one(rows: Any, lengths: list[int] = lengths, batches: list[list[int]] = batches) -> list[int]:
+                batches.append([lengths[row] for row in rows])
+                return list(rows)
+
+            by_length(one, lengths, batch_size=size, workers=1)
+            as_given = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+            bars.append(at_most("waste of batches by length", f"{case}, {size} rows", _waste(batches), 1.15))
+            bars.append(figure("waste in the order of texts", f"{case}, {size} rows", _waste(as_given)))
+    return bars
+
+
+def _waste(batches: list[list[int]]) -> float:
+    return sum(len(batch) * max(batch) for batch in batches) / sum(map(sum, batches))
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the table; 1 where a bar is not kept."""
+    chosen = options(__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+    return told([*loops(chosen.repeats), *waste()], chosen.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
