@@ -22,7 +22,7 @@ check: $(READY)
 	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)  ## time and memory; the other benchmarks give the tables of docs/results.md, by hand
-	@set -e; for name in privacy dp_step; do echo "$$name"; $(BIN)/python simulations/benchmarks/$$name.py; done
+	@set -e; for name in privacy dp_step stacked generation clients; do echo "$$name"; $(BIN)/python simulations/benchmarks/$$name.py; done
 
 docs: $(READY)
 	@$(PIP) install -c constraints.txt -e ".[docs]"

@@ -19,7 +19,9 @@ from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
 
 T = TypeVar("T")
 
-RANKED = 256  # tokens ranked before all of them are: top-p rarely reaches further, and a full sort doubled the time
+RANKED = (
+    256  # tokens ranked before all of them are: top-p rarely reaches further, and to sort all takes most of the time
+)
 
 
 class TextModel(Protocol):
@@ -56,23 +58,26 @@ class Draw(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) that leave the drawn token alone possible."""
         mass = torch.softmax(scores.float() / self.temperature, dim=-1)
-        tokens = None
-        if self.top_p < 1:
-            mass, tokens = self._nucleus(mass)
-        cumulative = mass.double().cumsum(dim=-1)
         uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
-        # right=True never lands on a token of mass 0; the clamp is for round-off at the far end only.
-        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
-        if tokens is not None:
-            drawn = tokens.gather(1, drawn)
+        if self.top_p == 1:
+            drawn = self._place(mass, uniform)
+        else:
+            ranked, tokens = mass.topk(min(RANKED, mass.shape[-1]))
+            drawn = tokens.gather(1, self._place(self._nucleus(ranked), uniform))
+            further = ranked.sum(dim=-1) < self.top_p
+            if further.any():
+                ranked, tokens = mass[further].sort(dim=-1, descending=True)
+                drawn[further] = tokens.gather(1, self._place(self._nucleus(ranked), uniform[further]))
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
-    def _nucleus(self, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ranked, tokens = mass.topk(min(RANKED, mass.shape[-1]))
-        if ranked.sum(dim=-1).min() < self.top_p:
-            ranked, tokens = mass.sort(dim=-1, descending=True)
+    def _place(self, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        cumulative = mass.double().cumsum(dim=-1)
+        # right=True never lands on a token of mass 0; the clamp is for round-off at the far end only.
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+
+    def _nucleus(self, ranked: torch.Tensor) -> torch.Tensor:
         before = ranked.cumsum(dim=-1) - ranked
-        return ranked.masked_fill(before >= self.top_p, 0.0), tokens
+        return ranked.masked_fill(before >= self.top_p, 0.0)
 
 
 class LocalLLM:
