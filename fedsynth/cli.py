@@ -17,11 +17,14 @@ from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.launch import LaunchFailed
+from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, load, shipped_scenarios
 from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
+app.add_typer(ledger_app, name="ledger")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -136,6 +139,81 @@ def _pretrain_world(world: str, role: str, out: Path, steps: int | None, seed: i
     else:
         card = pretrain_asset(made, role, out, steps, seed)  # type: ignore[arg-type]
     print(json.dumps(card, indent=2))
+
+
+Place = Annotated[Path, typer.Argument(help="A ledger.sqlite, a folder with ledgers, or a run's directory.")]
+
+
+@ledger_app.command("show")
+def ledger_show(
+    place: Place,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per ledger.")] = False,
+) -> None:
+    """What was spent, by which run and grant, and what was answered. Keys and answers are never shown."""
+    from fedsynth.privacy.audit import contents, ledgers_in
+
+    for path in ledgers_in(place):
+        found = contents(path)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print_ledger(_console(error=False), found)
+
+
+@ledger_app.command("verify")
+def ledger_verify(place: Place) -> None:
+    """Check that ledgers are whole and consistent; exit with 1 and a line per problem where one is not."""
+    from fedsynth.privacy.audit import contents, ledgers_in, problems
+
+    paths = ledgers_in(place)
+    found = [f"{path}: {problem}" for path in paths for problem in problems(contents(path))]
+    for line in found:
+        print(line)
+    if found:
+        raise typer.Exit(FAILED)
+    print(f"{len(paths)} ledger{'s' if len(paths) > 1 else ''}: consistent")
+
+
+@ledger_app.command("export")
+def ledger_export(
+    place: Place, out: Annotated[Path, typer.Option(help="A new JSONL file: one ledger per line.")]
+) -> None:
+    """Write ledgers as JSON lines for an auditor, without keys, answers and the key of the data's MAC."""
+    from fedsynth.privacy.audit import contents, ledgers_in
+
+    lines = [json.dumps(contents(path)) for path in ledgers_in(place)]
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except OSError as problem:
+        raise BadValue(f"{out} cannot be written ({problem.strerror}): name a new file") from problem
+    print(f"{len(lines)} written to {out}")
+
+
+def _print_ledger(console: Console, found: dict[str, Any]) -> None:
+    from fedsynth.runs import up
+
+    spent = (
+        "no guarantee" if found["epsilon"] is None else f"epsilon {up(found['epsilon'], 3):.3f} at {found['delta']:g}"
+    )
+    console.print(f"{found['dataset']}: {spent} ({found['path']})", markup=False, soft_wrap=True)
+    table = Table()
+    for head in ("at", "run", "what", "rounds drawn", "state", "order"):
+        table.add_column(head)
+    for row in found["reservations"]:
+        plan = row["plan"]
+        what = row["reason"] if plan is None else (
+            f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
+            f"{plan['expected_batch']} of {plan['records']}"
+        )  # fmt: skip
+        drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
+        table.add_row(row["at"], row["run"], what, drawn, "no guarantee" if plan is None else "reserved", "")
+        for grant in found["grants"]:
+            if grant["spent"] == row["id"]:
+                table.add_row(
+                    grant["at"], "", f"grant {grant['counter']}", "", grant["state"], grant["order_digest"][:12]
+                )
+    console.print(table)
 
 
 def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
@@ -263,6 +341,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except BadValue as problem:
+        _end(f"bad input: {problem}", BAD_INPUT)
+    except LedgerUnusable as problem:
         _end(f"bad input: {problem}", BAD_INPUT)
     except LaunchFailed as problem:
         _end(f"the run failed: {problem}", FAILED)
