@@ -13,7 +13,6 @@ from typing import Any
 from fedsynth.privacy.ledger import SCHEMA, LedgerUnusable
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
 
-
 # Neither keys nor answers are read.
 _GRANTS = """SELECT counter, id, spent, order_digest, binding, state, key IS NOT NULL AS has_key, at
              FROM grants ORDER BY counter"""
