@@ -3,8 +3,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY := .venv/.ready
 
-# Tests that start whole runs, one after the other; all others meanwhile in a second process.
-RUNS := $(addprefix tests/,test_run.py test_launch.py test_docs.py test_wheel.py)
+# Half of the tests that start whole runs, one after the other; all others meanwhile in a second process.
+RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py)
 
 .PHONY: run test check bench docs .venv
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import pytest
+from conftest import SESSION
 
 import fedsynth.cli
 from fedsynth.launch import MARKER
@@ -267,13 +268,14 @@ def wait_for(condition: object, seconds: float = 120.0) -> None:
 
 
 def marked() -> set[int]:
-    """Processes of any run: they carry the marker in their environment."""
+    """Processes of any run that this test process started: they carry the marker in their environment."""
     return {p.pid for p in psutil.process_iter() if _carries_marker(p)}
 
 
 def _carries_marker(process: psutil.Process) -> bool:
     try:
-        return MARKER in process.environ()
+        environment = process.environ()
+        return MARKER in environment and environment.get(SESSION) == os.environ[SESSION]
     except psutil.Error:
         return False
 
