@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from fedsynth.typed import BadValue
 from fedsynth.wire import (
     WillNotLeave,
     derived,
+    home_number,
     joined,
     pack_answer,
     parted,
@@ -114,11 +114,27 @@ def client_app(open_home: Opener) -> ClientApp:
 
 
 def answers(kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener) -> RecordDict:
-    """The replies to all orders of a message; those of one stack train in one pass."""
+    """The replies to all orders of a message; those of one stack train in one pass. A site answers one order each."""
     replies: list[RecordDict] = []
-    for _, stack in groupby(parted(content), key=stack_number):
-        replies += together([_answer(kind, order, context, open_home) for order in stack])
+    orders = parted(content)
+    for stack in _stacks(orders):
+        replies += together([_answer(kind, order, context, open_home, alone=len(orders) == 1) for order in stack])
     return joined(replies)
+
+
+def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
+    """Neighbours of one stack, each home once: a home's second order would wait for ever for the lock of its first."""
+    stacks: list[list[RecordDict]] = []
+    number, homes = None, set[int]()
+    for order in orders:
+        own, home = stack_number(order), home_number(order)
+        if own != number or home in homes:
+            stacks.append([])
+            homes = set()
+        number = own
+        homes.add(home)
+        stacks[-1].append(order)
+    return stacks
 
 
 def answer(
@@ -139,6 +155,8 @@ def _answer(
     context: Context,
     open_home: Opener,
     read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
+    *,
+    alone: bool = True,
 ) -> Trains[RecordDict]:
     home: Home | None = None
     try:
@@ -147,6 +165,8 @@ def _answer(
         except (BadPayload, BadValue) as problem:
             raise BadOrder(str(problem)) from problem
         home = open_home(context, envelope)
+        if not (alone or home.simulated):
+            raise BadOrder("a site answers one order a message")
         with home.locked():
             stored = home.ledger.answered(digest)
             if stored is None:

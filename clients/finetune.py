@@ -21,7 +21,7 @@ from fedsynth.models import device, kind_of, load_tokenizer
 from fedsynth.payload import decode, encode
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
-from fedsynth.selfcheck import self_check
+from fedsynth.selfcheck import check_stack, self_check
 from fedsynth.tasks import Adopt, Adopted, Finetune, Finetuned
 from fedsynth.training import private, train_generator, without_guarantee
 
@@ -75,13 +75,15 @@ def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: b
     """
     settings, name = home.config.generator_training, home.config.generator
     # The same start under the same plan passes again: clients of a simulation that share them are checked once.
-    asked = (weights_hash(name), digest_of(start), settings, plan, home.labels, frozen_a, longest)
-    if asked in _passed:
+    asked = (weights_hash(name), digest_of(start), settings, plan, home.labels, frozen_a, longest, home.stacked)
+    if home.simulated and asked in _passed:
         return
     tokenizer, model = load_tokenizer(name), on_base(home, start, frozen_a=frozen_a)
     check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest))
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)
+        if home.stacked:
+            check_stack(model, plan, pad=tokenizer.pad_token_id)
     while len(_passed) >= _REMEMBERED:
         _passed.pop(next(iter(_passed)))
     _passed[asked] = None

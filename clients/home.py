@@ -41,6 +41,7 @@ class Home:
         run: Public id of the run, arm and seed included.
         ledger: Of this client's data set.
         open: Reads the client's text; before the charge for its keyed MAC only.
+        stacked: Its adapter may train in one pass with those of other homes of a simulation.
         simulated: Noise comes from the run seed and is reproducible; measuring, and releases without guarantee, are
             allowed.
     """
@@ -56,6 +57,7 @@ class Home:
     ledger: Ledger
     open: Callable[[], Site]
     simulated: bool
+    stacked: bool = False
 
     @cached_property
     def site(self) -> Site:
@@ -172,6 +174,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys, durable=False),
         open=lambda: _site(cell, index),
         simulated=True,
+        stacked=scenario.stack > 1,
     )
 
 

@@ -8,6 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
@@ -141,8 +142,11 @@ class Clients:
         for homes, reply in self._replies(waiting):
             if reply.has_error() and tries[homes[0]] < TRIES:
                 # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
+                # In smaller messages, so that a home that kills its worker takes no other with it in the end.
+                whole = len({self._stack(home) for home in homes}) > 1
+                for _, part in groupby(homes, key=self._stack if whole else int):
+                    waiting |= self._send(orders, part)
                 tries |= {home: tries[home] + 1 for home in homes}
-                waiting |= self._send(orders, homes)
                 continue
             for home, content in self._contents(reply, homes):
                 found = self._read(content, home, orders[home])
@@ -172,18 +176,26 @@ class Clients:
         ready: dict[int, dict[int, RecordDict]] = {}
         sizes: dict[int, int] = {}
         for home in homes:
-            node, stack = self.nodes[home], home // self.cell.scenario.stack
+            node, stack = self.nodes[home], self._stack(home)
             where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, stack)
             content = pack_order(orders[home], where)
             size = payload_bytes(content)
             self.journal.count_bytes("down", home, size)
-            if ready.get(node) and sizes[node] + size > LARGEST_MESSAGE:
+            # Never within a stack: who trains together must not depend on who else is on the node.
+            if (
+                ready.get(node)
+                and sizes[node] + size > LARGEST_MESSAGE
+                and stack != self._stack(next(reversed(ready[node])))
+            ):
                 sent |= self._push(orders, node, ready.pop(node))
             ready.setdefault(node, {})[home] = content
             sizes[node] = size + (sizes[node] if len(ready[node]) > 1 else 0)
         for node, contents in ready.items():
             sent |= self._push(orders, node, contents)
         return sent
+
+    def _stack(self, home: int) -> int:
+        return home // self.cell.scenario.stack
 
     def _push(
         self, orders: Mapping[int, Order[R]], node: int, contents: Mapping[int, RecordDict]

@@ -492,7 +492,7 @@ class Scenario:
 
     @property
     def stack(self) -> int:
-        """How many clients' adapters train in one pass: never so many that workers would wait for one of them."""
+        """How many clients' adapters train in one pass; unless it is named, there are at least eight such stacks."""
         clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
         if training.clipping != "bookkeeping":
             return 1

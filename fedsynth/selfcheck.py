@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fedsynth.dpsgd import UnknownWeight, clipper
+from fedsynth.dpsgd.stacked import stacked
 from fedsynth.examples import Encoded, Example, vocabulary_of
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
-from fedsynth.training import Losses, clipped_sum, trainable
+from fedsynth.training import Losses, clipped_sum, clipped_sums, padding_step, trainable
 
 
 class SelfCheckFailed(RuntimeError):
@@ -79,6 +81,38 @@ def self_check(
     )
     if gap > 1e-3 * plan.clip_norm:
         raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
+
+
+def check_stack(model: nn.Module, plan: DPPlan, *, pad: int) -> None:
+    """Checks that the engine for several adapters gives each client the sums of the engine for one, on random public
+    tokens: that one has passed `self_check`.
+
+    Args:
+        model: With LoRA in place, as it will be trained.
+        plan: As which it will be trained.
+        pad: Token that fills a batch.
+
+    Raises:
+        SelfCheckFailed: If they differ.
+    """
+    rng = np.random.default_rng(1)
+    units = [(Example(tuple(rng.integers(0, vocabulary_of(model), n).tolist()), 2),) for n in (6, 9, 7, 12, 5)]
+    lora = [weight for name, weight in model.named_parameters() if "lora_" in name]
+    factors = {weight: torch.stack([weight.detach(), weight.detach()]) for weight in lora}
+    try:
+        with stacked(model.train(), factors, plan.clip_norm) as both:
+            found = clipped_sums(both, model, [units[:2], units[2:]], pad=pad, microbatch=len(units))
+        with clipper(model.train(), plan.clip_norm) as clip:
+            alone = [clipped_sum(clip, model, part, pad=pad, microbatch=5) for part in (units[:2], units[2:])]
+    except UnknownWeight as problem:
+        raise SelfCheckFailed(str(problem)) from problem
+    finally:
+        model.eval()
+    for client, sums in enumerate(alone):
+        gap = float((found[client] - torch.cat([s.flatten() for s in sums])).double().norm())
+        # In half precision the two add up in another order: see docs/privacy.md.
+        if gap > (1e-3 if padding_step(model) == 1 else 0.2) * plan.clip_norm * len(units):
+            raise SelfCheckFailed(f"a stacked client's sum differs from the one that it has alone (by {gap:.2g})")
 
 
 def whole_microbatch(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:

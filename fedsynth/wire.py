@@ -67,8 +67,17 @@ def parted(content: RecordDict) -> list[RecordDict]:
 
 def stack_number(content: RecordDict) -> int:
     """Which orders of a message train in one pass: those of one number; -1 if it says none."""
+    return _number(content, "stack")
+
+
+def home_number(content: RecordDict) -> int:
+    """Which home an order is for; -1 if it says none."""
+    return _number(content, "home")
+
+
+def _number(content: RecordDict, key: str) -> int:
     record = content.get(RECORD)
-    number = record.get("stack") if isinstance(record, ConfigRecord) else None
+    number = record.get(key) if isinstance(record, ConfigRecord) else None
     return number if isinstance(number, int) else -1
 
 

@@ -103,7 +103,8 @@ class Played:
     def answers(self, kind: type[Order[Any]]) -> list[Any]:
         """The answers to them."""
         pairs = zip(self.grid.orders, self.grid.replies_in_order(), strict=True)
-        found = [(order.content, reply.content) for order, reply in pairs if order.metadata.message_type == kind.task]
+        answered = [pair for pair in pairs if pair[0].metadata.message_type == kind.task and not pair[1].has_error()]
+        found = [(order.content, reply.content) for order, reply in answered]
         parts = [pair for order, reply in found for pair in zip(parted(order), parted(reply), strict=True)]
         parts.sort(key=lambda pair: (pair[0]["fedsynth"]["exchange"], pair[0]["fedsynth"]["home"]))
         said = [reply["fedsynth"] for _, reply in parts]

@@ -402,3 +402,13 @@ def test_without_a_clip_sums_are_those_of_autograd_and_what_is_not_finite_counts
     found = summed(model, tokens, clip_norm=math.inf, loss=lambda m, t: losses(m, t) * scale)
     assert apart(found, whole[[0, 1, 3, 4]].sum(0)) <= 1e-12
     assert all(w.grad is None for w in trainable(model))
+
+
+def test_a_second_engine_on_an_open_model_is_refused() -> None:
+    model, tokens = built("gpt2", "lora"), texts(6)
+    with clipper(model, C) as engine:
+        with pytest.raises(RuntimeError, match="close that one first"), clipper(model, C):
+            pass
+        engine.add(lambda: losses(model, tokens), range(ROWS))  # the first one is as it was
+        first = engine.take()
+    assert apart(torch.cat([g.flatten().double() for g in first]), summed(model, tokens)) <= 1e-12

@@ -12,20 +12,27 @@ from typing import Any
 import families
 import numpy as np
 import pytest
+import tiny
 import torch
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from inprocess import Played, instructions, play
 from torch import Tensor, nn
 
 from fedsynth.adapters import attach_lora
+from fedsynth.clients import app
 from fedsynth.clients import together as module
+from fedsynth.clients.finetune import check
 from fedsynth.dpsgd import UnknownWeight, clipper
 from fedsynth.dpsgd.stacked import Stacked, stacked
 from fedsynth.examples import Example, Slot
 from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import Client, GeneratorTraining
-from fedsynth.tasks import Finetune
+from fedsynth.selfcheck import SelfCheckFailed, check_stack
+from fedsynth.tasks import Code, Envelope, Finetune, Finetuned
 from fedsynth.training import (
     PublicRandomness,
     Training,
@@ -35,8 +42,9 @@ from fedsynth.training import (
     train_generator,
     train_stacked,
     trainable,
+    without_guarantee,
 )
-from fedsynth.wire import joined, parted
+from fedsynth.wire import joined, pack_order, parted, unpack_answer
 
 torch.set_num_threads(1)
 C, CLIENTS = 0.3, 3
@@ -87,8 +95,9 @@ def slots(client: int, units: int = 10) -> list[Slot]:
 
 def training(client: int, sigma: float, own: Sequence[Slot]) -> Training:
     noise = GrantRandomness(bytes([client]) * 32) if sigma else PublicRandomness(client)
-    clip_norm = C if sigma else math.inf
-    return Training(own, 0.4, 4 + client, 4, clip_norm, sigma, noise, proximal=0.0 if sigma else 0.5)
+    clip_norm, pull = (C, 0.0) if sigma else (math.inf, 0.5)
+    # Clients differ in all that may differ: one with fewer records has another rate and more noise.
+    return Training(own, 0.3 + 0.1 * client, 4 + client, 4, clip_norm, sigma * (1 + client), noise, proximal=pull)
 
 
 def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
@@ -357,3 +366,110 @@ def test_how_many_train_in_one_pass(
     hooks = replace(client, generator_training=replace(training, clipping="hooks"))
     assert replace(scenario, client=hooks).stack == 1
     assert replace(scenario, data=replace(scenario.data, pooled=True)).stack == (1 if asked is None else asked)
+
+
+def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
+    from fedsynth.adapters import new_adapter
+    from fedsynth.clients.together import ToTrain
+
+    starts = [new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=seed) for seed in range(3)]
+    settings = GeneratorTraining(expected_batch=4, steps=2, learning_rate=1e-3, rank=2, alpha=4.0, precision="float32")
+    text = [(Example((5, 6, 7, 8), 2),)] * 4
+
+    def asked(client: int) -> ToTrain:
+        return ToTrain(tiny.folder(), starts[client], settings, without_guarantee(text, settings, client))
+
+    together = module._trained([asked(client) for client in range(3)])
+    for client, found in enumerate(together):
+        [alone] = module._trained([asked(client)])
+        assert near(found.adapter, alone.adapter)
+        assert not near(found.adapter, together[client - 1].adapter)
+
+
+def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
+    from fedsynth.adapters import new_adapter
+    from fedsynth.clients.together import ToTrain
+
+    start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
+    settings = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0)
+    base = ToTrain(tiny.folder(), start, settings, without_guarantee([()] * 4, settings, 0))
+    others = [
+        replace(base, frozen_a=True),
+        replace(base, settings=replace(settings, learning_rate=0.5)),
+        replace(base, training=replace(base.training, steps=3)),
+        replace(base, training=replace(base.training, clip_norm=1.0)),
+        replace(base, training=replace(base.training, proximal=0.1)),
+        replace(base, start=replace(start, alpha=8.0)),
+    ]
+    assert module._alike(dict(enumerate([base, base, *others]))) == [[0, 1], *([n] for n in range(2, 8))]
+
+
+def one_message(played: Played, homes: Sequence[tuple[int, int]]) -> list[Any]:
+    """A message with an order for each (home, stack)."""
+    order = played.orders(Finetune)[0]
+    contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(homes)]
+    reply = app.answers(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
+    return [unpack_answer(part, Finetuned) for part in parted(reply)]
+
+
+def test_two_orders_of_one_home_in_a_message_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    run = play(instructions(tmp_path, AVERAGE, guarantee="none"), tmp_path)
+    first, second = one_message(run, [(1, 0), (1, 0)])
+    assert isinstance(first, Finetuned)
+    assert isinstance(second, Finetuned)
+
+
+def test_a_site_answers_one_order_a_message_and_is_checked_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = play(instructions(tmp_path, AVERAGE), tmp_path)
+    opened, checks = app.simulated_home, []
+    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), simulated=False))
+    monkeypatch.setattr("fedsynth.clients.finetune.self_check", lambda *_, **__: checks.append(1))
+    assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [Code.BAD_ORDER] * 2
+    home = replace(run.home(0), simulated=False)
+    start = run.orders(Finetune)[0].start
+    for _ in range(2):
+        check(home, start, home.plan())
+    assert len(checks) == 2
+    check(run.home(0), start, home.plan())  # a simulated one shares what its kind has found
+    assert len(checks) == 2
+
+
+def test_a_home_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> None:
+    sent: list[list[int]] = []
+
+    def dies(message: Message) -> Message | None:
+        homes = [part["fedsynth"]["home"] for part in parted(message.content) if "fedsynth" in part]
+        if message.metadata.message_type != Finetune.task or 1 not in homes:
+            return None
+        sent.append(homes)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the worker died"), reply_to=message)
+
+    toml = in_stacks(instructions(tmp_path, AVERAGE, clients=6, rows=72), 2)
+    run = play(toml, tmp_path, nodes=1, spoil=dies)
+    assert sent == [[0, 1, 2, 3, 4, 5], [0, 1], [1]]
+    assert run.journal.silent == {1}
+    assert len(run.answers(Finetune)) == 5
+
+
+def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsynth.federation.LARGEST_MESSAGE", 1)
+    run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=5, rows=60), 2), tmp_path, nodes=1)
+    homes = [[p["fedsynth"]["home"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
+    assert homes == [[0, 1], [2, 3], [4]]
+
+
+def test_the_check_finds_an_engine_that_gives_a_client_another_s_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = base("llama", torch.float32), DPPlan(12, 4, 2, 1, C, 1.5, 1e-5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    check_stack(model, plan, pad=0)
+    real = Stacked.add
+    monkeypatch.setattr(
+        Stacked, "add", lambda self, losses, units, clients: real(self, losses, units, [0] * len(units))
+    )
+    with pytest.raises(SelfCheckFailed, match="stacked client's sum"):
+        check_stack(model, plan, pad=0)

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_unused, recording
+from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_precision, check_unused, recording
 
 LARGEST_NORM = 1e18  # of a gradient that is clipped: squares of larger ones overflow float32; it counts for nothing
 MARGIN = (
@@ -41,9 +41,7 @@ class BookKeeping:
             ValueError: If there is not one loss per example, or the caller computes in mixed precision.
         """
         record = self._record
-        if torch.is_autocast_enabled(self._weights[0].device.type):
-            raise ValueError("norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
-                             "makes a frozen base faster")  # fmt: skip
+        check_precision(self._weights[0].device)
         record.examples = len(units)
         for weight in self._weights:
             weight.grad = None

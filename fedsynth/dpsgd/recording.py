@@ -122,7 +122,14 @@ def recording(model: nn.Module) -> Iterator[Record]:
 
 @contextmanager
 def patched(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """While open, each of these layers runs the function beside it."""
+    """While open, each of these layers runs the function beside it.
+
+    Raises:
+        RuntimeError: If one of them is patched already: who closes first would take the other's function away.
+    """
+    if not _patched.isdisjoint(forwards):
+        raise RuntimeError("an engine is open on this model already: close that one first")
+    _patched.update(forwards)
     before = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -130,9 +137,13 @@ def patched(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[Non
         yield
     finally:
         for module, own in before.items():
+            _patched.discard(module)
             del module.forward
             if own is not None:
                 module.forward = own
+
+
+_patched: set[nn.Module] = set()
 
 
 @contextmanager
@@ -144,6 +155,17 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def check_precision(device: torch.device) -> None:
+    """Whether the caller computes in mixed precision, which would round norms and sums.
+
+    Raises:
+        ValueError: If so.
+    """
+    if torch.is_autocast_enabled(device.type):
+        raise ValueError("norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
+                         "makes a frozen base faster")  # fmt: skip
 
 
 def check_unused(weights: Mapping[str, nn.Parameter]) -> None:

@@ -23,6 +23,7 @@ from fedsynth.dpsgd.recording import (
     Record,
     UnknownWeight,
     check_examples,
+    check_precision,
     full_precision,
     patched,
     plain_lora,
@@ -66,6 +67,7 @@ class Stacked:
             ValueError: If there is not one loss per example.
         """
         where = self.weights.device
+        check_precision(where)
         self._record.examples, self._record.owner = len(units), torch.tensor(clients, device=where)
         try:
             each = losses()
@@ -111,6 +113,8 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
     Raises:
         UnknownWeight: If a trainable weight is not of a plain LoRA on a linear layer, or has no factors.
     """
+    if any(torch.finfo(stack.dtype).bits < 32 for stack in factors.values()):
+        raise UnknownWeight("the clients' factors must be float32: sums and noise would be rounded to less")
     weights, places = _side_by_side({w: factors[w] for w in model.parameters() if w.requires_grad and w in factors})
     # Autograd goes through a layer only where something of it needs a gradient.
     read = {w: weights[:, places[w]].view_as(f).requires_grad_() if w in places else f for w, f in factors.items()}

@@ -6,9 +6,10 @@ All train a LoRA of rank 8 on all linear layers of the same random Llama for 5 s
 same records of simulated hospitals, in float32 with Adam and without a guarantee; a round ends with the mean of all
 adapters. Counted is the CPU time of all processes below the measuring one, in rounds after the first, with one worker:
 
-- `plain`: one process; the model is kept, an adapter is put in place, trained with PEFT and read.
+- `plain`: one process; the model is kept, an adapter is put in place, trained with PEFT and read. Also with the memory
+  settings that `fedsynth run` gives its workers (`launch.KEEPING`).
 - `ours`: what a client of `fedsynth run` does, ledger and all; also with a guarantee, and with a wide base in bfloat16.
-- `usual`: a Flower ClientApp that builds its model for each message, as most examples do; its data is kept.
+- `usual`: a Flower ClientApp that builds its model for each message, as most examples do; its texts lie in a file.
 - `pfl`: pfl-research's simulator, of the package `pfl`, in an environment of its own beside this one (made if need be;
   without a package index it is left out).
 
@@ -218,7 +219,7 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
 
 
 def usual(size: str, model: Path) -> list[float]:
-    """A ClientApp that builds its model for each message; its texts are kept."""
+    """A ClientApp that builds its model for each message, and reads its encoded texts from a file."""
     from flwr.app import Array, ArrayRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -226,8 +227,10 @@ def usual(size: str, model: Path) -> list[float]:
 
     of = cell(size, model)
     homes, batch = of.scenario.data.clients, of.scenario.client.generator_training.expected_batch
-    texts = [texts_of(of, home) for home in range(homes)]
     pad, folder = load_tokenizer(str(model)).pad_token_id, str(model)
+    for home in range(homes):
+        rows = [[list(text.tokens), text.start] for text in texts_of(of, home)]
+        (model / f"texts-{home}.json").write_text(json.dumps(rows))
     app = ClientApp()
 
     @app.train()
@@ -238,7 +241,9 @@ def usual(size: str, model: Path) -> list[float]:
         sent = message.content["arrays"]
         set_peft_model_state_dict(adapted, {name: torch.from_numpy(a.numpy()) for name, a in sent.items()})
         optimizer = torch.optim.Adam(trainable(adapted), lr=RATE, betas=(0.9, 0.99))
-        for step in batches(texts[int(context.node_config["partition-id"])], batch):
+        stored = Path(folder) / f"texts-{context.node_config['partition-id']}.json"
+        texts = [Example(tuple(tokens), start) for tokens, start in json.loads(stored.read_text())]
+        for step in batches(texts, batch):
             optimizer.zero_grad(set_to_none=True)
             next_token_losses(adapted, step, pad).mean().backward()
             optimizer.step()
@@ -306,10 +311,14 @@ WAYS: dict[str, Callable[[str, Path], list[float]]] = {
     "ours": ours,
     "usual": usual,
     "pfl": pfl,
+    "plain, memory kept": plain,
     "ours, private": lambda size, model: ours(size, model, "dp"),
     "ours, bfloat16": lambda size, model: ours(size, model, precision="auto"),
 }
-OF_SIZE = {"toy": ("plain", "ours", "usual", "pfl", "ours, private"), "15m": ("plain", "ours", "ours, bfloat16")}
+OF_SIZE = {
+    "toy": ("plain", "ours", "usual", "pfl", "ours, private"),
+    "15m": ("plain", "plain, memory kept", "ours", "ours, bfloat16"),
+}
 
 
 def swap(repeats: int, folder: Path) -> list[Bar]:
@@ -330,7 +339,7 @@ def compared(size: str, repeats: int, model: Path) -> list[Bar]:
                 out = Path(folder) / "taken.json"
                 command = [sys.executable, __file__, "--way", way, "--size", size, "--model", str(model)]
                 quiet = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-                as_launched = KEEPING if way.startswith("ours") else {}
+                as_launched = KEEPING if way.startswith("ours") or way.endswith("kept") else {}
                 done = subprocess.run([*command, "--out", str(out)], check=False, capture_output=True, text=True,
                                       env={**os.environ, **quiet, **as_launched})  # fmt: skip
                 if done.returncode:

@@ -69,8 +69,13 @@ def batch_of(count: int, length: int) -> list[Example]:
     return [Example(tuple(rng.integers(3, VOCABULARY, length).tolist()), length // 2) for _ in range(count)]
 
 
-def private(model: nn.Module, clipping: Clipping, *, noise: bool) -> Callable[[list[Example]], None]:
-    """A step of DP-SGD. The engine is opened once, as a training does, and stays open with the model."""
+def private(
+    model: nn.Module, clipping: Clipping, *, noise: bool, secret: bool = True
+) -> Callable[[list[Example]], None]:
+    """A step of DP-SGD. The engine is opened once, as a training does, and stays open with the model.
+
+    The noise is of a grant's stream, or torch's, which anybody can predict.
+    """
     weights = [w for w in model.parameters() if w.requires_grad]
     optimizer, stream = torch.optim.Adam(weights, lr=1e-4), GrantRandomness(bytes(32))
     opened = ExitStack()
@@ -80,8 +85,10 @@ def private(model: nn.Module, clipping: Clipping, *, noise: bool) -> Callable[[l
         clip.add(lambda: next_token_losses(model, batch, 0), range(len(batch)))
         sums = clip.take()
         for weight, total in zip(weights, sums, strict=True):
-            if noise:
+            if noise and secret:
                 add_noise(total, SIGMA * CLIP_NORM, stream)
+            elif noise:
+                total += SIGMA * CLIP_NORM * torch.randn_like(total)
             weight.grad = total.div_(len(batch))
         optimizer.step()
 
@@ -161,10 +168,10 @@ def bfloat16(repeats: int) -> list[Bar]:
         print("no bfloat16 here: not measured", file=sys.stderr)
         return []
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    models = {name: attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0).train()
-              for name, kind in kinds.items()}  # fmt: skip
     bars = []
     for count, length in ((8, 64), (16, 64), (8, 256)):
+        models = {name: attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0).train()
+                  for name, kind in kinds.items()}  # fmt: skip
         batch = batch_of(count, length)
         runs = {name: partial(private(m, "bookkeeping", noise=True), batch) for name, m in models.items()}
         took = seconds(runs, repeats)
