@@ -4,9 +4,9 @@
 
 A step is one of DP-SGD on a LoRA of rank 8 on all linear layers, with noise of a grant's stream and Adam; of a stack it
 is one of each of its clients, and its time is divided by their number. It is held against the usual recipe (PEFT with
-Opacus' hooks and torch's noise, float32, one client at a time) and against this project's own step for one. Random
-Llama models; the widest also with its frozen base in half precision, as clients have it by themselves on CPUs that compute in
-it. All texts of a case have one length, and stacks are as wide as the design's bars say.
+Opacus' hooks and torch's noise, float32, one client at a time) and against this project's own step for one. Models are
+random Llamas; the widest is also measured with its frozen base in half precision, as clients have it by themselves on
+CPUs that compute in it. All texts of a case have one length, and stacks are as wide as the design's bars say.
 """
 
 from __future__ import annotations
