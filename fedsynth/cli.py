@@ -48,11 +48,12 @@ def scenarios() -> None:
 
 @app.command("run")
 def run_command(
-    scenario: str,
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")] = "",
     set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    from_: Annotated[Path | None, typer.Option("--from", help="Repeat the run in this directory.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
@@ -60,10 +61,17 @@ def run_command(
 ) -> None:
     """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine."""
     console = _console(error=True)
-    asked = _asked(scenario, set_, arms, clients, seeds)
+    if bool(scenario) == (from_ is not None):
+        raise BadValue("name a scenario, or a run to repeat with --from DIR, not both")
+    asked = _asked(str(from_ / "scenario.toml") if from_ else scenario, set_, arms, clients, seeds)
     from fedsynth.simulate import run  # torch and Flower take seconds to import: help and misspelt keys need neither
 
     with _Watch(console, asked) as watch:
+        if from_ is not None:
+            from fedsynth.surroundings import differences
+
+            for line in differences(from_, asked):
+                watch.warn(f"not as in {from_}: {line}")
         result = run(asked, out=out, workers=workers, port=port, on_event=watch.event, on_warning=watch.warn)
     _print_table(console if as_json else _console(error=False), result)
     if as_json:

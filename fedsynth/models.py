@@ -326,6 +326,11 @@ def gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def gpu_names() -> list[str]:
+    """Of the CUDA GPUs that this process sees."""
+    return [torch.cuda.get_device_name(number) for number in range(gpus())]
+
+
 _CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors
 
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fedsynth import __version__
 from fedsynth.adapters import save_adapter
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
-from fedsynth.hub import version_of
 from fedsynth.lora import Adapter
-from fedsynth.models import endpoints_of, models_of
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario
 from fedsynth.scenario_toml import from_toml, load, to_toml
+from fedsynth.surroundings import FILE, surroundings
 from fedsynth.typed import BadValue
 
 SERVER = -1  # in the client column: a figure of the server
 COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
-PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas",
-            "flwr-datasets", "datasets")  # fmt: skip
 
 
 @dataclass
@@ -137,17 +131,7 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     cards = data_cards(scenario)
     out.mkdir(parents=True, exist_ok=True)
     (out / "scenario.toml").write_text(to_toml(scenario), encoding="utf-8")
-    facts = {
-        "fedsynth": __version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "public_seeds": list(scenario.seeds),
-        "models": {name: version_of(name) for name, _ in models_of(scenario)},
-        # Which weights answer there, only their server knows.
-        "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
-    }
-    (out / "versions.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    (out / FILE).write_text(json.dumps(surroundings(scenario), indent=1), encoding="utf-8")
     private = private_of(out)
     private.mkdir(mode=0o700, exist_ok=True)
     (private / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")

@@ -16,7 +16,7 @@ federation runs wire firewall tasks
 classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
-batches adapters
+batches adapters surroundings
 models dpsgd
 hub
 scenario scenario_toml privacy lora rouge data datacard tables world payload tokenizer
