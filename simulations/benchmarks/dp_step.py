@@ -1,6 +1,6 @@
 """One step of DP-SGD beside one of plain training, and beside Opacus' ways to clip.
 
-    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 7] [--cases lora,full,persons,bfloat16]
+    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 5] [--cases lora,full,persons,bfloat16]
 
 Models have the widths of one of 15 million parameters (384, inner 1,024, 8,192 tokens) and 2 layers: the ratios depend
 on widths, batch and length, not on depth. A step draws nothing: it passes one batch, clips, adds noise of a grant's
@@ -208,6 +208,7 @@ def _trained(kind: Any) -> tuple[float, float]:
 def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
+    parser.set_defaults(repeats=5)
     parser.add_argument("--cases", default="lora,full,persons,bfloat16", help="which of these (default: all)")
     parser.add_argument("--families", default="llama,gpt2,t5", help="which models (default: all three)")
     chosen = parser.parse_args(arguments)

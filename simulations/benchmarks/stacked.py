@@ -123,6 +123,7 @@ def on_gpu(repeats: int) -> list[Bar]:
 def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
+    parser.set_defaults(repeats=5)
     parser.add_argument("--sizes", default="toy,small,15m", help="which models (default: all three)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
