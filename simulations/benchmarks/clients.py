@@ -1,6 +1,6 @@
 """Clients per second of CPU: this project's simulation, Flower driven the usual way, pfl-research, and a plain loop.
 
-    python simulations/benchmarks/clients.py [--json FILE] [--repeats 2] [--sizes toy,15m] [--many 1000]
+    python simulations/benchmarks/clients.py [--json FILE] [--repeats 1] [--sizes toy,15m] [--many 1000]
 
 All train a LoRA of rank 8 on all linear layers of the same random Llama for 5 steps of 4 texts (toy) or 8 (15m), on the
 same records of simulated hospitals, in float32 with Adam and without a guarantee; a round ends with the mean of all
@@ -396,7 +396,7 @@ def many(clients: int) -> list[Bar]:
 def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
-    parser.set_defaults(repeats=2)
+    parser.set_defaults(repeats=1)
     parser.add_argument("--many", type=int, default=1000, help="clients of the whole run (default 1000; 0: none)")
     parser.add_argument("--sizes", default="toy,15m", help="which models (default: both)")
     for name in ("--way", "--size", "--model", "--out"):
