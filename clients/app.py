@@ -97,7 +97,7 @@ def client_app(open_home: Opener) -> ClientApp:
         register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
 
         def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
-            return Message(answers(kind, message.content, context, open_home), reply_to=message)
+            return Message(answer(kind, message.content, context, open_home), reply_to=message)
 
         register(action)(handle)
 
@@ -113,12 +113,20 @@ def client_app(open_home: Opener) -> ClientApp:
     return app
 
 
-def answers(kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener) -> RecordDict:
-    """The replies to all orders of a message; those of one stack train in one pass. A site answers one order each."""
+Reader = Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]]
+
+
+def answer(
+    kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener, read: Reader = unpack_order
+) -> RecordDict:
+    """The reply to a message, order by order: sealed bytes, or a constant code. No text of an exception leaves.
+
+    Orders of one stack train in one pass. A site answers one order a message.
+    """
     replies: list[RecordDict] = []
     orders = parted(content)
     for stack in _stacks(orders):
-        replies += together([_answer(kind, order, context, open_home, alone=len(orders) == 1) for order in stack])
+        replies += together([_answer(kind, order, context, open_home, read, alone=len(orders) == 1) for order in stack])
     return joined(replies)
 
 
@@ -137,26 +145,8 @@ def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
     return stacks
 
 
-def answer(
-    kind: type[Order[Any]],
-    content: RecordDict,
-    context: Context,
-    open_home: Opener,
-    read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
-) -> RecordDict:
-    """The reply to one order: sealed bytes, or a constant code. No text of an exception leaves."""
-    [reply] = together([_answer(kind, content, context, open_home, read)])
-    return reply
-
-
 def _answer(
-    kind: type[Order[Any]],
-    content: RecordDict,
-    context: Context,
-    open_home: Opener,
-    read: Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]] = unpack_order,
-    *,
-    alone: bool = True,
+    kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener, read: Reader, *, alone: bool
 ) -> Trains[RecordDict]:
     home: Home | None = None
     try:

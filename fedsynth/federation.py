@@ -33,7 +33,7 @@ R = TypeVar("R")
 S = TypeVar("S")
 WHO = "query.who"
 POLL_SECONDS = 0.05
-LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; a larger one goes alone
+LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
 TRIES = 3  # to get an order answered by a client whose worker dies
 
 

@@ -408,7 +408,7 @@ def one_message(played: Played, homes: Sequence[tuple[int, int]]) -> list[Any]:
     """A message with an order for each (home, stack)."""
     order = played.orders(Finetune)[0]
     contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(homes)]
-    reply = app.answers(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
+    reply = app.answer(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
     return [unpack_answer(part, Finetuned) for part in parted(reply)]
 
 
