@@ -496,8 +496,7 @@ class Scenario:
         clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
         if training.clipping != "bookkeeping":
             return 1
-        # A step of all of them is one pass, and draws vary.
-        pays = min(STACK_TOKENS // training.max_tokens, training.microbatch * 3 // 4) // training.expected_batch
+        pays = min(STACK_TOKENS // training.max_tokens, training.microbatch) // training.expected_batch
         return self.client.stacked or max(1, min(pays if pays >= 4 else 1, clients // 8))
 
 

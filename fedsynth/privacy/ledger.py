@@ -10,7 +10,8 @@ import math
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,6 +146,7 @@ class Ledger:
         self.cap = cap
         self._keys = keys
         self._durable = durable
+        self._open: tuple[Hashable, sqlite3.Connection] | None = None
         if not path.exists():
             self._create()
         os.chmod(path, 0o600)  # a copy from a backup may have come with wider access
@@ -452,20 +454,31 @@ class Ledger:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """One transaction that no other process interleaves: committed at the end, undone on any exception."""
         try:
-            db = self._connect(self.path)
+            db = self._connection()
+            db.execute("BEGIN IMMEDIATE")
             try:
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                except BaseException:
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
-                    raise
-                db.execute("COMMIT")
-            finally:
-                db.close()
+                yield db
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise self._unusable(f"SQLite says: {error}") from error
+
+    def _connection(self) -> sqlite3.Connection:
+        """The open one, as long as the path still names the same file, and for the process and thread that opened it.
+
+        Between transactions it holds no lock.
+        """
+        try:
+            file = os.stat(self.path)
+        except FileNotFoundError as gone:
+            raise self._unusable("it is gone") from gone
+        to = (os.getpid(), threading.get_ident(), file.st_dev, file.st_ino)
+        if self._open is None or self._open[0] != to:
+            self._open = (to, self._connect(self.path))
+        return self._open[1]
 
     def _unusable(self, why: str) -> LedgerUnusable:
         return LedgerUnusable(
