@@ -121,7 +121,7 @@ class Home:
     @property
     def waived(self) -> bool:
         """Whether a release without guarantee was logged in this run."""
-        return any(e["kind"] == "no_guarantee" and e["run"] == self.run for e in self.ledger.entries())
+        return self.ledger.waived(self.run)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -405,7 +405,12 @@ def test_simulated_worlds_repeat_and_sites_do_not(tmp_path: Path) -> None:
 def test_a_release_without_guarantee_is_infinite_for_ever(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     answer(ledger)
-    ledger.charge_without_guarantee("FedPIT arm", "run 2")
+    assert not ledger.waived("run 2")
+    assert ledger.charge_without_guarantee("FedPIT arm", "run 2")
+    assert not ledger.charge_without_guarantee("FedPIT arm", "run 2")  # as a repeated order does
+    assert [e["kind"] for e in ledger.entries()].count("no_guarantee") == 1
+    assert ledger.waived("run 2")
+    assert not ledger.waived("run")
     answer(ledger, "order 2")
     assert ledger.spent()[0] == math.inf
     assert ledger.spent(run="run")[0] < math.inf

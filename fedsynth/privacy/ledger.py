@@ -318,8 +318,13 @@ class Ledger:
                 raise GrantUsed(f"order {order[:12]} has no stored answer; an answer is stored before it is sent")
             db.execute("UPDATE grants SET state = 'sent' WHERE order_digest = ? AND state = 'stored'", (order,))
 
-    def charge_without_guarantee(self, reason: str, run: str) -> None:
+    def charge_without_guarantee(self, reason: str, run: str) -> bool:
         """Notes that something left without a mechanism: the data's epsilon is infinite from now on.
+
+        Noted once for a run and a reason: a repeated order adds nothing to it.
+
+        Returns:
+            Whether this is the first of its run and reason.
 
         Raises:
             ValueError: If no reason is given.
@@ -327,9 +332,18 @@ class Ledger:
         if not reason.strip():
             raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
         with self._transaction() as db:
+            noted = "SELECT 1 FROM spent WHERE plan IS NULL AND run = ? AND reason = ?"
+            if db.execute(noted, (run, reason)).fetchone():
+                return False
             db.execute(
                 "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, _now())
             )
+        return True
+
+    def waived(self, run: str) -> bool:
+        """Whether a release without guarantee was noted in a run."""
+        with self._transaction() as db:
+            return db.execute("SELECT 1 FROM spent WHERE plan IS NULL AND run = ?", (run,)).fetchone() is not None
 
     def spent(self, run: str | None = None) -> tuple[float, float]:
         """(epsilon, delta) of all that was reserved, drawn or not; `inf` after an event without guarantee.

@@ -126,6 +126,6 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
         )
     if not reason.strip():
         raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
-    ledger.charge_without_guarantee(f"{reason} (model: {trained.reason})", run)
-    log.warning("run %s releases a %s WITHOUT a privacy guarantee: %s", run, kind, reason)
+    if ledger.charge_without_guarantee(f"{reason} (model: {trained.reason})", run):
+        log.warning("run %s releases a %s WITHOUT a privacy guarantee: %s", run, kind, reason)
     return replace(value, grants=())

@@ -15,9 +15,9 @@ adapters. Counted is the CPU time of all processes below the measuring one, in r
   without a package index it is left out).
 
 Each way runs in a process of its own, one after the other, in turns (toy three, 15m one, times `--repeats`). Told are
-medians over all rounds, and the median over turns of one way's by another's, since the speed of a shared machine changes
-while this runs. Last, `fedsynth run` has 1,000
-clients of the toy model for two rounds under a guarantee: time, and the memory of the driving processes.
+medians over all rounds, and the median over turns of one way's by another's: the speed of a shared machine changes while
+this runs. Last, `fedsynth run` has 1,000 clients of the toy model for two rounds under a guarantee: time, and the memory
+of the driving processes.
 """
 
 from __future__ import annotations
@@ -355,10 +355,8 @@ def compared(size: str, repeats: int, model: Path) -> list[Bar]:
             print(f"{size}, {way}, turn {turn + 1}: {found}", file=sys.stderr, flush=True)
     case = f"{size}, {SIZES[size][4]} clients"
     taken = {way: turns for way, turns in taken.items() if all(turns)}
-    bars = [
-        figure(f"{way}: milliseconds of CPU per client", case, 1000 * statistics.median(each for t in turns for each in t))
-        for way, turns in taken.items()
-    ]
+    all_rounds = {way: statistics.median(each for turn in turns for each in turn) for way, turns in taken.items()}
+    bars = [figure(f"{way}: milliseconds of CPU per client", case, 1000 * each) for way, each in all_rounds.items()]
     limits = {"plain": ("a plain loop", 0.7 if size == "toy" else 0.95), "usual": ("Flower the usual way", 5.0),
               "pfl": ("pfl", 1.0)}  # fmt: skip
     for way in limits.keys() & taken.keys():
