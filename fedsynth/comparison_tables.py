@@ -1,0 +1,101 @@
+"""A comparison as the tables that a terminal shows: utility and costs of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from fedsynth.runs import up
+
+HEADS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+NOTES = (
+    "Mean and deviation over seeds of the clients' means, 95 % below (bootstrap over seeds, then clients); held-out "
+    "leaves out clients on which settings were tuned; differences are paired by (seed, client), at equal epsilon.",
+    "Bytes, seconds and tokens are of one seed: all clients, all rounds.",
+    "Every (seed, arm, epsilon) is a world of its own: on real data their epsilons would add up. Epsilon does not "
+    "cover test figures, nor that arms were compared with them.",
+)
+
+
+def utility_table(tables: Mapping[str, Any], task: str) -> Table:
+    """What each arm reaches, and how much that is above its scenario's baseline.
+
+    Args:
+        tables: `fedsynth.comparison.Comparison.tables`.
+        task: `classification` or `instructions`.
+    """
+    rows = tables["tables"][task]["utility"]
+    shown = [metric for metric in HEADS if any(row["metric"] == metric for row in rows)]
+    first = {name: terms["metric"] for name, terms in tables["scenarios"].items()}
+    found = _table(f"{tables['name']}: {task}", ["scenario", "epsilon", "arm"])
+    for metric in shown:
+        found.add_column(HEADS[metric], no_wrap=True)
+    for head in ("held-out", "difference"):
+        found.add_column(head, no_wrap=True)
+    cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        cells.setdefault((row["scenario"], row["epsilon"], row["arm"]), {})[row["metric"]] = row
+    for (scenario, epsilon, arm), by_metric in cells.items():
+        compared = by_metric[first[scenario]]
+        held = [_spread(compared["held_out_mean"], compared["held_out_std"])]
+        gap = [_figure(compared["difference"], "+"), _interval(compared, "difference_", "+")]
+        if compared["difference"] is not None:
+            gap[0] += f" {compared['metric']} - {compared['baseline']}"
+        levels = [
+            [_spread(m["mean"], m["std"]), _interval(m)] if (m := by_metric.get(name)) else ["-"] for name in shown
+        ]
+        found.add_row(scenario, _epsilon(epsilon), arm, *("\n".join(lines) for lines in (*levels, held, gap)))
+    return found
+
+
+def costs_table(tables: Mapping[str, Any], task: str) -> Table:
+    """What each arm spends: privacy, bytes, time of clients, tokens of the LLM."""
+    found = _table(f"{tables['name']}: {task}, costs", ["scenario", "epsilon", "arm", "states", "up", "down"])
+    for head in ("client time", "LLM reads", "LLM writes"):
+        found.add_column(head, no_wrap=True)
+    for row in tables["tables"][task]["costs"]:
+        moved = [_unit(row[f"bytes_{direction}"], 1e6, "MB", 2) for direction in ("up", "down")]
+        spent = [
+            _unit(row["client_seconds"], 1, "s", 1),
+            *(_unit(row[f"tokens_{d}"], 1e3, "k", 0) for d in ("read", "written")),
+        ]
+        found.add_row(row["scenario"], _epsilon(row["epsilon"]), row["arm"], _stated(row), *moved, *spent)
+    return found
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    found = Table(title=title)
+    for head in heads:
+        found.add_column(head, no_wrap=True)
+    return found
+
+
+def _epsilon(value: float | None) -> str:
+    return "any" if value is None else f"{value:g}"
+
+
+def _stated(row: Mapping[str, Any]) -> str:
+    if row["guarantee"] == "none":
+        return "no guarantee"
+    if not row["epsilon_stated"]:
+        return "nothing released"
+    return f"epsilon {up(row['epsilon_stated'], 3):.3f}, delta {row['delta']:g}"
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.3f}"
+
+
+def _spread(mean: float | None, std: float | None) -> str:
+    return _figure(mean) + ("" if std is None else f" ± {std:.3f}")
+
+
+def _interval(row: Mapping[str, Any], prefix: str = "", sign: str = "") -> str:
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return "" if low is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _unit(value: float | None, scale: float, unit: str, digits: int) -> str:
+    return "-" if value is None else f"{value / scale:,.{digits}f} {unit}"
