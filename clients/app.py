@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,20 @@ def answer(
     replies: list[RecordDict] = []
     orders = parted(content)
     for stack in _stacks(orders):
-        replies += together([_answer(kind, order, context, open_home, read, alone=len(orders) == 1) for order in stack])
+        begun = time.process_time()
+        said = together([_answer(kind, order, context, open_home, read, alone=len(orders) == 1) for order in stack])
+        each = (time.process_time() - begun) / len(stack)
+        replies += [pack_answer(a.data, refused=a.refused, seconds=each if a.simulated else None) for a in said]
     return joined(replies)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """Sealed bytes, whether they refuse, and whether their home is simulated."""
+
+    data: bytes
+    refused: bool
+    simulated: bool
 
 
 def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
@@ -147,7 +160,7 @@ def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
 
 def _answer(
     kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener, read: Reader, *, alone: bool
-) -> Trains[RecordDict]:
+) -> Trains[_Said]:
     home: Home | None = None
     try:
         try:
@@ -170,10 +183,11 @@ def _answer(
                 else:
                     home.ledger.store_answer(digest, stored)
             home.ledger.mark_sent(digest)
-            return pack_answer(stored)
+            return _Said(stored, False, home.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
         _write_down(home, kind.task, traceback.format_exc())
-        return refusal(next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED))
+        code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED)
+        return _Said(refusal(code), True, home is not None and home.simulated)
 
 
 def _check(order: Order[Any], home: Home) -> None:

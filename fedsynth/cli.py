@@ -54,6 +54,9 @@ def run_command(
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
     from_: Annotated[Path | None, typer.Option("--from", help="Repeat the run in this directory.")] = None,
+    resume_: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this directory, which was ended too soon.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
@@ -61,18 +64,26 @@ def run_command(
 ) -> None:
     """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine."""
     console = _console(error=True)
-    if bool(scenario) == (from_ is not None):
-        raise BadValue("name a scenario, or a run to repeat with --from DIR, not both")
-    asked = _asked(str(from_ / "scenario.toml") if from_ else scenario, set_, arms, clients, seeds)
-    from fedsynth.simulate import run  # torch and Flower take seconds to import: help and misspelt keys need neither
+    if sum([bool(scenario), from_ is not None, resume_ is not None]) != 1:
+        raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
+    if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None):
+        raise BadValue("--resume goes on with a run as it was begun: only --workers, --port and --json go with it")
+    known = from_ or resume_
+    asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds)
+    # torch and Flower take seconds to import: help and misspelt keys need neither
+    from fedsynth.simulate import resume, run
 
     with _Watch(console, asked) as watch:
+        told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
             from fedsynth.surroundings import differences
 
             for line in differences(from_, asked):
                 watch.warn(f"not as in {from_}: {line}")
-        result = run(asked, out=out, workers=workers, port=port, on_event=watch.event, on_warning=watch.warn)
+        if resume_ is not None:
+            result = resume(resume_, workers=workers, port=port, **told)
+        else:
+            result = run(asked, out=out, workers=workers, port=port, **told)
     _print_table(console if as_json else _console(error=False), result)
     if as_json:
         print(json.dumps(result.summary))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -17,17 +18,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from fedsynth.checkpoint import Exchange
 from fedsynth.corpus import Corpus, Scores
 from fedsynth.firewall import Rejected, check_answer
 from fedsynth.llm import TextModel
 from fedsynth.lora import Adapter
+from fedsynth.participation import Fate, fates
 from fedsynth.payload import BadPayload
 from fedsynth.privacy.plan import Statement
-from fedsynth.runs import Journal
+from fedsynth.runs import SERVER, Journal
 from fedsynth.scenario import Cell, Scenario, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.typed import BadValue, build
-from fedsynth.wire import derived, joined, pack_order, parted, payload_bytes, unpack_answer
+from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payload_bytes, unpack_answer, unpacked
 
 R = TypeVar("R")
 S = TypeVar("S")
@@ -108,8 +111,8 @@ class Clients:
         cell: Arm, seed and resolved scenario.
         run: Public id of the run.
         labels: The public label list.
-        journal: Where metrics and progress go.
-        statements: What each home said of its privacy, the latest.
+        journal: Where metrics, progress and what the cell needs to go on go.
+        exchange: Number of the latest.
     """
 
     grid: Grid
@@ -118,8 +121,9 @@ class Clients:
     run: str
     labels: Sequence[str]
     journal: Journal
-    statements: dict[int, Statement] = field(default_factory=dict)
     exchange: int = 0
+    # Messages whose time was over: the homes they are for, and the class of the answers.
+    _late: dict[str, tuple[tuple[int, ...], type[Any]]] = field(default_factory=dict)
 
     def ask(self, order: Order[R]) -> dict[int, R]:
         """The same order to every home; typed answers by home, in order of homes."""
@@ -128,17 +132,80 @@ class Clients:
     def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
         """One order per home, together; typed answers by home, in order of homes.
 
+        Homes that the scenario's `participation` takes away give none: who is absent is not asked, who drops out or is
+        late has answered in vain. What those released counts.
+
         Raises:
             TooFewReplies: If fewer homes than the quorum give a usable answer in time.
         """
         self.exchange += 1
-        name = next(iter(orders.values())).task.rpartition(".")[2]
-        waiting = self._send(orders, sorted(orders))
-        tries = dict.fromkeys(orders, 1)
+        order = next(iter(orders.values()))
+        name = order.task.rpartition(".")[2]
+        fates = self._fates(orders)
+        asked = [home for home in sorted(orders) if fates.get(home) is not Fate.ABSENT]
         answers: dict[int, R] = {}
-        reasons: dict[int, str] = {}
+        reasons = {home: fate.value for home, fate in fates.items()}
         needed = math.ceil(self.cell.scenario.server.quorum * len(orders))
         self.journal.progress(name, 0, len(orders))
+        for home, content in self._said(orders, asked):
+            found = self._read(content, home, orders[home])
+            if isinstance(found, str):
+                reasons[home] = found
+                if home not in fates:
+                    self.journal.silent.add(home)
+            else:
+                self._note(home, found)
+                if home not in fates:
+                    answers[home] = found
+            if len(orders) - len(reasons) < needed:
+                break  # the quorum is out of reach: waiting for the others would only cost time
+            self.journal.progress(name, len(answers), len(orders))
+        unheard = set(asked) - set(answers) - set(reasons)
+        self.journal.silent |= unheard
+        self._count(name, len(orders), answers, fates, reasons)
+        if len(answers) < needed:
+            said = [f"client {home} {why}" for home, why in sorted(reasons.items())]
+            said += [f"no answer from clients {sorted(unheard)}"] if unheard and not reasons else []
+            raise TooFewReplies(
+                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({'; '.join(said)}); "
+                "the client's own log, in the private directory, says more"
+            )
+        return dict(sorted(answers.items()))
+
+    def _fates(self, orders: Mapping[int, Order[R]]) -> dict[int, Fate]:
+        """The homes that take no part in this exchange; a simulator's own measurement reaches all."""
+        if isinstance(next(iter(orders.values())), Evaluate):
+            return {}
+        return fates(self.cell, self.journal.round, self.exchange, sorted(orders))
+
+    def _count(
+        self, name: str, asked: int, answers: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
+    ) -> None:
+        """What happened, in the metrics; where all answered there is nothing to say."""
+        if len(answers) == asked:
+            return
+        self.journal.metric(SERVER, f"exchange/{name}/asked", asked)
+        self.journal.metric(SERVER, f"exchange/{name}/answered", len(answers))
+        for home, fate in fates.items():
+            self.journal.metric(home, f"exchange/{name}/{fate.name.lower()}", 1)
+        for home in sorted(set(reasons) - set(fates)):
+            self.journal.metric(home, f"exchange/{name}/failed", 1)
+
+    def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, RecordDict | str]]:
+        """What each home says, as it comes, or why it says nothing: from this exchange's record, where a run goes on
+        behind it."""
+        record = self.journal.checkpoint.exchange(self.exchange)
+        found = record.kept(lambda: self._digest(orders, asked))
+        if found is not None:
+            for home, answer, facts in found:
+                self.journal.count("bytes/down", home, facts["down"])
+                yield home, facts.get("why") or pack_answer(answer, refused=facts["refused"], seconds=facts["seconds"])
+            return
+        self._collect_late()
+        down: dict[int, int] = {}
+        digest = hashlib.sha256()
+        waiting = self._send(orders, asked, down, digest)
+        tries = dict.fromkeys(asked, 1)
         for homes, reply in self._replies(waiting):
             if reply.has_error() and tries[homes[0]] < TRIES:
                 # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
@@ -149,38 +216,62 @@ class Clients:
                 tries |= {home: tries[home] + 1 for home in homes}
                 continue
             for home, content in self._contents(reply, homes):
-                found = self._read(content, home, orders[home])
-                if isinstance(found, str):
-                    reasons[home] = found
-                else:
-                    answers[home] = found
-                    self._note(home, found)
-            if len(orders) - len(reasons) < needed:
-                break  # the quorum is out of reach: waiting for the others would only cost time
-            self.journal.progress(name, len(answers), len(orders))
-        self.journal.silent.update(set(orders) - set(answers))
-        if len(answers) < needed:
-            silent = sorted(set(orders) - set(answers) - set(reasons))
-            said = [f"client {home} {why}" for home, why in sorted(reasons.items())]
-            said += [f"no answer from clients {silent}"] if silent and not reasons else []
-            raise TooFewReplies(
-                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({'; '.join(said)}); "
-                "the client's own log, in the private directory, says more"
-            )
-        return dict(sorted(answers.items()))
+                self.journal.count("bytes/down", home, down[home])
+                yield home, _kept(record, home, content, down[home])
+        kind = next(iter(orders.values())).reply
+        self._late |= {message: (homes, kind) for message, homes in waiting.items()}
+        for home in sorted(home for homes in waiting.values() for home in homes):
+            self.journal.count("bytes/down", home, down[home])
+            yield home, _kept(record, home, "gave no answer in time", down[home])
+        record.close(digest.hexdigest())
 
-    def _send(self, orders: Mapping[int, Order[R]], homes: Iterable[int]) -> dict[str, tuple[int, ...]]:
+    def _collect_late(self) -> None:
+        """What came after its time is not used, but it was released: what it says of privacy holds."""
+        if not self._late:
+            return
+        for reply in self.grid.pull_messages(list(self._late)):
+            homes, kind = self._late.pop(reply.metadata.reply_to_message_id)
+            for home, content in self._contents(reply, homes):
+                try:
+                    answer = None if isinstance(content, str) else unpack_answer(content, kind)
+                except (BadPayload, BadValue):
+                    continue
+                self.journal.silent.discard(home)
+                self._note(home, answer)
+
+    def close(self) -> None:
+        """After the last exchange."""
+        self._collect_late()
+
+    def _digest(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> str:
+        digest = hashlib.sha256()
+        for home in asked:
+            digest.update(unpacked(self._packed(orders, home))[0])
+        return digest.hexdigest()
+
+    def _packed(self, orders: Mapping[int, Order[R]], home: int) -> RecordDict:
+        where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, self._stack(home))
+        return pack_order(orders[home], where)
+
+    def _send(
+        self,
+        orders: Mapping[int, Order[R]],
+        homes: Iterable[int],
+        down: dict[int, int] | None = None,
+        digest: Any = None,
+    ) -> dict[str, tuple[int, ...]]:
         """Sends the orders of these homes, those of one node together: a message costs more than training a very small
-        model. Which homes each message is for, by its id."""
+        model. Which homes each message is for, by its id; into `down` the size of each order, into `digest` all."""
         sent: dict[str, tuple[int, ...]] = {}
         ready: dict[int, dict[int, RecordDict]] = {}
         sizes: dict[int, int] = {}
         for home in homes:
             node, stack = self.nodes[home], self._stack(home)
-            where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, stack)
-            content = pack_order(orders[home], where)
+            content = self._packed(orders, home)
             size = payload_bytes(content)
-            self.journal.count_bytes("down", home, size)
+            if down is not None:
+                down[home] = size
+                digest.update(unpacked(content)[0])
             # Never within a stack: who trains together must not depend on who else is on the node.
             if (
                 ready.get(node)
@@ -227,7 +318,10 @@ class Clients:
         if isinstance(content, str):
             return content
         try:
-            self.journal.count_bytes("up", home, payload_bytes(content))
+            payload, _, seconds = unpacked(content)
+            self.journal.count("bytes/up", home, len(payload))
+            if seconds:
+                self.journal.count("seconds/client", home, seconds)
             answer: Any = unpack_answer(content, order.reply)
             if isinstance(answer, Refused):
                 return f"refused: {answer.code.value}"
@@ -239,11 +333,24 @@ class Clients:
     def _note(self, home: int, answer: object) -> None:
         """What an answer says of privacy, and what kinds of things it let out."""
         statement = getattr(answer, "statement", None)
-        earlier = self.statements.get(home)
-        if isinstance(statement, Statement) and (earlier is None or earlier.guarantee != "none"):
-            self.statements[home] = statement  # the latest; but what once left without a guarantee stays without
+        if isinstance(statement, Statement):
+            self.journal.state(home, statement)
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
         self.journal.released |= {kinds[type(p)] for p in derived(answer)}
+
+
+def _kept(record: Exchange, home: int, content: RecordDict | str, down: int) -> RecordDict | str:
+    """What a home said, written down; what cannot be read becomes words."""
+    if not isinstance(content, str):
+        try:
+            payload, refused, seconds = unpacked(content)
+        except BadValue as problem:
+            content = f"sent an unusable answer: {problem}"
+        else:
+            record.add(home, payload, refused=refused, seconds=seconds, down=down)
+            return content
+    record.add(home, b"", why=content, down=down)
+    return content
 
 
 @dataclass(frozen=True)
@@ -340,16 +447,29 @@ class RoundStrategy(Strategy, Generic[S]):
         evaluate_fn: Any = None,  # noqa: ARG002
     ) -> Result:
         """Runs all rounds, and measures every client's task model after each."""
-        clients = self.server.open_clients(grid)
+        clients, journal = self.server.open_clients(grid), self.server.journal
         result = Result(arrays=initial_arrays or ArrayRecord())
-        state = self.initial()
-        for number in range(1, num_rounds + 1):
-            self.server.journal.round = number
+        state = self._resumed(clients, self.initial())
+        for number in range(journal.checkpoint.round + 1, num_rounds + 1):
+            journal.round = number
             state = self.round(clients, state)
             evaluated = clients.ask(Evaluate())
             result.evaluate_metrics_clientapp[number] = self._record(evaluated)
-        self.server.journal.statements = dict(clients.statements)
+            journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+        clients.close()
         return result
+
+    def _resumed(self, clients: Clients, first: S) -> S:
+        """The state to go on from: after the last round that is done, or the first."""
+        journal = self.server.journal
+        found = journal.checkpoint.load(type(first))
+        if found is None:
+            journal.checkpoint.save(0, first, {**journal.record(), "exchange": 0})
+            return first
+        state, record = found
+        journal.restore(record)
+        clients.exchange = record["exchange"]
+        return state
 
     def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
         for home, answer in evaluated.items():

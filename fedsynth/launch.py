@@ -34,6 +34,7 @@ MARKER = "FEDSYNTH_RUN"  # in the environment of every process of a run
 EVENTS = "events.jsonl"
 STATUS = "status.json"
 LOG = "flower.log"
+OWNER = "marker"  # of the processes that work in a run's directory
 SIMULATION = "flwr-simulation"
 
 
@@ -67,7 +68,7 @@ def launch(
         workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
         gpu_share: Of one GPU, that each worker counts as its own: which of several it sees is Ray's choice by that.
         out: Absolute folder of the run.
-        logs: Absolute folder for the output of Flower and Ray (flower.log, begun anew); it may quote clients' data.
+        logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
         on_event: Called with each new event, in this thread.
         port: Port of the SuperLink on 127.0.0.1; any free one if None.
         poll: Seconds between two looks at the events.
@@ -79,6 +80,7 @@ def launch(
         if not folder.is_absolute():
             raise ValueError(f"the folders of a run must be absolute, got {folder}")
         folder.mkdir(parents=True, exist_ok=True)
+    _take_over(logs)
     (out / STATUS).unlink(missing_ok=True)
     events = _Events(out / EVENTS)
     plan = _Plan(
@@ -91,8 +93,10 @@ def launch(
         logs=str(logs),
         port=_free_port(port),
         marker=uuid.uuid4().hex,
+        log_from=(logs / LOG).stat().st_size if (logs / LOG).exists() else 0,
     )
-    with (logs / LOG).open("wb") as log:
+    (logs / OWNER).write_text(plan.marker)
+    with (logs / LOG).open("ab") as log:
         supervisor = subprocess.Popen(
             # -P and a path rather than -m: modules of this package must not be found under top-level names.
             [sys.executable, "-P", __file__],
@@ -142,6 +146,7 @@ class _Plan:
     logs: str
     port: int
     marker: str
+    log_from: int  # what stands before in the log is an earlier attempt's
 
 
 class _Events:
@@ -159,6 +164,35 @@ class _Events:
             whole, newline, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + len(newline)
         yield from (json.loads(line) for line in whole.splitlines() if line.strip())
+
+
+def _take_over(logs: Path) -> None:
+    """A run that goes on must be the only one in its directory.
+
+    The supervisor of one that was killed needs a moment to take its processes down; one whose supervisor was killed as
+    well has left them.
+
+    Raises:
+        LaunchFailed: If a run of a living launcher works there.
+    """
+    try:
+        marker = (logs / OWNER).read_text()
+    except FileNotFoundError:
+        return
+    for _ in range(100):
+        left = [p for p in _marked(marker) if _alive(p)]
+        if not left:
+            return
+        if not any(_supervises(p) for p in left):
+            _kill_all(marker, children=False)
+        time.sleep(0.2)
+    raise LaunchFailed(f"another run works in this directory (process {left[0].pid}): wait for it, or end it")
+
+
+def _supervises(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.cmdline()[-2:] == ["-P", __file__])
+    return False
 
 
 def _free_port(wanted: int | None) -> int:
@@ -386,7 +420,7 @@ def _alive(process: psutil.Process) -> bool:
 
 def _last_words(plan: _Plan, otherwise: str = "") -> str:
     """The last line of the log that names an error, after `otherwise`."""
-    lines = (Path(plan.logs) / LOG).read_text(errors="replace").splitlines()
+    lines = (Path(plan.logs) / LOG).read_bytes()[plan.log_from :].decode(errors="replace").splitlines()
     named = re.compile(r"\b(\w*Error|\w*Exception|ERROR|address already in use)\b")
     last = next((line for line in reversed(lines) if named.search(line)), "")
     return "; ".join(part for part in (otherwise, last.strip()) if part)
@@ -404,14 +438,15 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
-def _kill_all(marker: str, within: float = 20.0) -> None:
+def _kill_all(marker: str, within: float = 20.0, *, children: bool = True) -> None:
     """Kill descendants, and processes with the marker, until none is left: new ones may be born meanwhile."""
     me = psutil.Process()
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
-        victims = [p for p in {*me.children(recursive=True), *_marked(marker)} if p != me and _alive(p)]
+        own = me.children(recursive=True) if children else []
+        victims = [p for p in {*own, *_marked(marker)} if p != me and _alive(p)]
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:  # adopted orphans wait for us
+            while children and os.waitpid(-1, os.WNOHANG)[0]:  # adopted orphans wait for us
                 pass
         if not victims:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -36,6 +37,14 @@ class TextModel(Protocol):
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt."""
         ...
+
+
+@dataclass
+class Used:
+    """Tokens that a model has read and written so far."""
+
+    read: int = 0
+    written: int = 0
 
 
 class Draw(LogitsProcessor):
@@ -127,6 +136,7 @@ class LocalLLM:
             workers = torch.get_num_threads() if torch.device(model.device).type == "cpu" else 1
         self.workers = workers
         self.context = context_of(model.config)
+        self.used = Used()
 
     @classmethod
     def load(
@@ -201,7 +211,10 @@ class LocalLLM:
             )
             return texts
 
-        return self._by_length([len(t) for t in tokens], continuations)
+        found = self._by_length([len(t) for t in tokens], continuations)
+        self.used.read += sum(map(len, tokens))
+        self.used.written += sum(map(len, self.tokenizer(found, add_special_tokens=False)["input_ids"])) if found else 0
+        return found
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
@@ -227,6 +240,7 @@ class LocalLLM:
             if not start:
                 raise ValueError(f"prompt {i} holds no token and the tokenizer has no BOS; give a first word to go on")
         self._check_room([len(t) for t in whole], 0, way_out="shorter texts")
+        self.used.read += sum(map(len, whole))
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
             ids, mask = self._padded([whole[i] for i in rows], left=False)
@@ -253,6 +267,7 @@ class LocalLLM:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
         both = [len(s) + len(w) for s, w in zip(starts, wanted, strict=True)]
         self._check_room(both, 0, way_out="shorter texts")
+        self.used.read += sum(both)
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
             ids, mask = self._padded([starts[i] for i in rows], left=False)

@@ -32,14 +32,18 @@ class BadPayload(ValueError):
     """Bytes that are not a payload of the expected type and schema version."""
 
 
-def encode(value: object) -> bytes:
+def encode(value: object, *, trusted: bool = False) -> bytes:
     """A dataclass as bytes. Equal values give equal bytes.
+
+    Args:
+        value: A dataclass.
+        trusted: For the writer's own reading: also that an adapter is public, which others would not believe.
 
     Raises:
         BadPayload: If a private unit would be written: units never leave, so no payload has a place for them.
     """
     parts: list[tuple[str, bytes]] = []
-    tree = _take_parts(value, parts)
+    tree = _take_parts(value, parts, trusted)
     head = {"schema": SCHEMA, "type": type(value).__name__, "value": tree}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
@@ -48,8 +52,13 @@ def encode(value: object) -> bytes:
     return out.getvalue()
 
 
-def decode(data: bytes, kind: type[T]) -> T:
+def decode(data: bytes, kind: type[T], *, trusted: bool = False) -> T:
     """The dataclass of type `kind` in `data`.
+
+    Args:
+        data: As `encode` gave them.
+        kind: The dataclass.
+        trusted: Written by this side, as such.
 
     Raises:
         BadPayload: If the bytes are not a payload, or one of another type or schema version.
@@ -71,7 +80,7 @@ def decode(data: bytes, kind: type[T]) -> T:
             f"expected a {kind.__name__} of schema {SCHEMA}, got {head.get('type')!r} of schema {head.get('schema')!r}"
         )
     try:
-        tree = _put_parts(head["value"], files)
+        tree = _put_parts(head["value"], files, trusted)
     except BadPayload:
         raise
     except Exception as problem:  # Arrow and safetensors have exceptions of their own for bad bytes
@@ -113,7 +122,7 @@ def corpus_from_parquet(data: bytes) -> Corpus:
     )
 
 
-def _take_parts(value: object, parts: list[tuple[str, bytes]]) -> Any:
+def _take_parts(value: object, parts: list[tuple[str, bytes]], trusted: bool) -> Any:
     if isinstance(value, Corpus):
         name = f"{len(parts)}.parquet"
         parts.append((name, corpus_to_parquet(value)))
@@ -122,34 +131,35 @@ def _take_parts(value: object, parts: list[tuple[str, bytes]]) -> Any:
         name = f"{len(parts)}.safetensors"
         parts.append((name, save_tensors(dict(value.arrays))))
         facts = {"rank": value.rank, "alpha": value.alpha, "base": value.base, "grants": list(value.grants)}
+        facts |= {"public": True} if trusted and value.public else {}
         return {"$adapter": name, **facts}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
-        return {name: _take_parts(v, parts) for name, v in pairs if v is not None}
+        return {name: _take_parts(v, parts, trusted) for name, v in pairs if v is not None}
     if isinstance(value, Mapping):
-        return {str(k): _take_parts(value[k], parts) for k in sorted(value, key=str)}
+        return {str(k): _take_parts(value[k], parts, trusted) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
-        return [_take_parts(v, parts) for v in value]
+        return [_take_parts(v, parts, trusted) for v in value]
     return plain(value)
 
 
-def _put_parts(tree: Any, files: Mapping[str, bytes]) -> Any:
+def _put_parts(tree: Any, files: Mapping[str, bytes], trusted: bool) -> Any:
     if isinstance(tree, dict):
         if "$corpus" in tree:
             return corpus_from_parquet(files[tree["$corpus"]])
         if "$adapter" in tree:
-            return _adapter(load_tensors(files[tree["$adapter"]]), tree)
-        return {k: _put_parts(v, files) for k, v in tree.items()}
+            return _adapter(load_tensors(files[tree["$adapter"]]), tree, public=trusted and tree.get("public") is True)
+        return {k: _put_parts(v, files, trusted) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [_put_parts(v, files) for v in tree]
+        return [_put_parts(v, files, trusted) for v in tree]
     return tree
 
 
-def _adapter(arrays: Mapping[str, Any], facts: Mapping[str, Any]) -> Adapter:
+def _adapter(arrays: Mapping[str, Any], facts: Mapping[str, Any], *, public: bool) -> Adapter:
     if any(array.dtype != np.float32 for array in arrays.values()):
         raise BadPayload("the tensors of an adapter must be float32")
     rank, alpha = build(int, facts["rank"], "rank"), build(float, facts["alpha"], "alpha")
     if rank < 1 or not 0 < alpha < float("inf"):
         raise BadPayload(f"an adapter needs a rank of at least 1 and a finite alpha above 0, got {rank} and {alpha}")
     grants = build(tuple[str, ...], facts["grants"], "grants")
-    return Adapter(arrays, rank, alpha, build(str, facts["base"], "base"), grants)
+    return Adapter(arrays, rank, alpha, build(str, facts["base"], "base"), grants, public)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
+from fedsynth.llm import Used
 from fedsynth.scenario import Endpoint
 from fedsynth.typed import BadValue
 
@@ -77,6 +79,8 @@ class RemoteLLM:
             http_client=DefaultHttpxClient(timeout=timeout, follow_redirects=False),
         )
         self._client.organization = self._client.project = None
+        self.used = Used()  # as far as the server tells
+        self._counting = Lock()
 
     @classmethod
     def connect(cls, to: Endpoint) -> RemoteLLM:
@@ -196,6 +200,10 @@ class RemoteLLM:
         choices = getattr(answer, "choices", None)
         if not choices:
             raise EndpointFailed(f"{self.who} sent an answer without a choice: check that the address ends in /v1")
+        if (told := getattr(answer, "usage", None)) is not None:
+            with self._counting:
+                self.used.read += told.prompt_tokens or 0
+                self.used.written += told.completion_tokens or 0
         return choices[0]
 
     def _together(self, work: Callable[[A], B], items: Iterable[A]) -> list[B]:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from fedsynth.adapters import save_adapter
+from fedsynth.checkpoint import Checkpoint, checkpoints
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
@@ -23,7 +25,7 @@ from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_eps
 from fedsynth.scenario import Cell, Scenario
 from fedsynth.scenario_toml import from_toml, load, to_toml
 from fedsynth.surroundings import FILE, surroundings
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, build, plain
 
 SERVER = -1  # in the client column: a figure of the server
 COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
@@ -41,7 +43,8 @@ class Journal:
         released: What clients let out: text, adapters, scores.
         silent: Clients that gave no usable answer to an exchange that a quorum let pass.
         rows: Tidy metrics so far.
-        statements: What each home said of its privacy, set when the cell is done.
+        statements: What each home said of its privacy, the latest.
+        totals: By name and client what is counted over the whole cell.
     """
 
     cell: Cell
@@ -52,8 +55,32 @@ class Journal:
     silent: set[int] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     statements: dict[int, Statement] = field(default_factory=dict)
-    sent: dict[tuple[str, int], int] = field(default_factory=dict)
+    totals: dict[tuple[str, int], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """What the cell needs to go on after it was ended."""
+        return Checkpoint(checkpoints(self.folder) / self.cell.arm / f"seed-{self.cell.seed}")
+
+    def record(self) -> dict[str, Any]:
+        """All that was recorded so far, as plain JSON."""
+        return {
+            "rows": [row[2:] for row in self.rows],
+            "totals": [[*key, value] for key, value in self.totals.items()],
+            "statements": {str(home): plain(said) for home, said in self.statements.items()},
+            "released": sorted(self.released),
+            "silent": sorted(self.silent),
+            "seconds": time.monotonic() - self.started,
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Goes on from what `record` gave."""
+        self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
+        self.totals = {(name, client): value for name, client, value in record["totals"]}
+        self.statements = {int(home): build(Statement, said) for home, said in record["statements"].items()}
+        self.released, self.silent = set(record["released"]), set(record["silent"])
+        self.started = time.monotonic() - record["seconds"]
 
     def metric(self, client: int, name: str, value: float) -> None:
         """One figure of one client (or of the server: `SERVER`)."""
@@ -89,9 +116,15 @@ class Journal:
         folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / place
         save_adapter(adapter, base or self.cell.scenario.client.generator, folder)
 
-    def count_bytes(self, direction: str, client: int, count: int) -> None:
-        """Bytes of a message's payload."""
-        self.sent[direction, client] = self.sent.get((direction, client), 0) + count
+    def count(self, name: str, client: int, amount: float) -> None:
+        """Adds to a figure that is told once, at the end of the cell: bytes, seconds, tokens."""
+        self.totals[name, client] = self.totals.get((name, client), 0) + amount
+
+    def state(self, client: int, said: Statement) -> None:
+        """What a home says of its privacy: the latest holds; but what once left without a guarantee stays without."""
+        earlier = self.statements.get(client)
+        if earlier is None or earlier.guarantee != "none":
+            self.statements[client] = said
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """One line for whoever watches."""
@@ -100,8 +133,8 @@ class Journal:
 
     def close(self) -> None:
         """Adds what is known at the end of the cell."""
-        for (direction, client), count in sorted(self.sent.items()):
-            self.metric(client, f"bytes/{direction}", count)
+        for (name, client), amount in sorted(self.totals.items()):
+            self.metric(client, name, amount)
         self.metric(SERVER, "seconds/cell", time.monotonic() - self.started)
         for client, said in sorted(self.statements.items()):
             if said.epsilon is not None:
@@ -130,11 +163,14 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
             raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out")
     cards = data_cards(scenario)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scenario.toml").write_text(to_toml(scenario), encoding="utf-8")
     (out / FILE).write_text(json.dumps(surroundings(scenario), indent=1), encoding="utf-8")
     private = private_of(out)
     private.mkdir(mode=0o700, exist_ok=True)
     (private / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")
+    # Last and at once: a directory that has it can be gone on with.
+    part = out / "scenario.toml.part"
+    part.write_text(to_toml(scenario), encoding="utf-8")
+    part.replace(out / "scenario.toml")
     return cards
 
 

@@ -7,11 +7,11 @@ import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.privacy.plan import Budget, DPPlan, plan
-from fedsynth.typed import BadValue, Count, Positive, Share, in_range
+from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
 """Ways to clip gradients per example: `fedsynth.dpsgd`."""
@@ -459,6 +459,42 @@ class Server:
 
 
 @dataclass(frozen=True)
+class Participation:
+    """Clients of a simulation that are away, leave or are slow. The server's own time limit is `server.answer_seconds`.
+
+    Attributes:
+        availability: Chance of a client to be there in a round; who is not is not asked, and spends nothing.
+        dropout: Chance of a client to leave an exchange before its answer arrives. What it spent is spent.
+        speed_tiers: Pairs of a share of the clients and how many times as long as others they take; shares sum to 1.
+        deadline: Of an exchange, in the time that a client of speed 1 takes. Answers of slower ones come after it: they
+            are not used, but they were released.
+        seed: Of who is away, leaves and is slow; the run's seed enters, too.
+    """
+
+    availability: Share = 1.0
+    dropout: Annotated[float, Range("lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
+    speed_tiers: tuple[tuple[Share, Positive], ...] = ()
+    deadline: Positive | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range(self, "participation")
+        shares = [share for share, _ in self.speed_tiers]
+        if any(not 0 < share <= 1 for share in shares) or (shares and abs(sum(shares) - 1) > 1e-9):
+            raise BadValue(f"participation.speed_tiers: shares must lie in (0, 1] and sum to 1, got {shares}")
+        if any(not (0 < times < math.inf) for _, times in self.speed_tiers):
+            raise BadValue(f"participation.speed_tiers: times must be finite and above 0, got {list(self.speed_tiers)}")
+        if self.seed < 0:
+            raise BadValue(f"participation.seed must be at least 0, got {self.seed}")
+
+    @property
+    def loses(self) -> bool:
+        """Whether any client's answer can be missing."""
+        late = self.deadline is not None and any(times > self.deadline for _, times in self.speed_tiers)
+        return self.availability < 1 or self.dropout > 0 or late
+
+
+@dataclass(frozen=True)
 class Scenario:
     """One experiment.
 
@@ -468,6 +504,7 @@ class Scenario:
         rounds: Rounds of the strategy.
         arms: Variants: name -> overrides of the other tables.
         run: The arms that run unless others are asked for; left out: all.
+        participation: Clients that are away, leave or are slow.
     """
 
     name: str
@@ -479,11 +516,15 @@ class Scenario:
     rounds: Count = 1
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run: tuple[str, ...] = ()
+    participation: Participation = field(default_factory=Participation)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
         in_range(self)
+        if self.participation.loses and self.server.quorum == 1:
+            raise BadValue("participation lets clients be missing, and server.quorum is 1: the first missing one would "
+                           "end the run; lower server.quorum")  # fmt: skip
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         for arm in self.run:

@@ -24,15 +24,16 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.examples import check_room
 from fedsynth.federation import load_strategy
 from fedsynth.hub import pin
-from fedsynth.launch import APP, launch
+from fedsynth.launch import APP, STATUS, launch
 from fedsynth.models import check as check_model
 from fedsynth.models import device, gpu_memory, gpus, load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import prepare, private_of
 from fedsynth.scenario import Cell, Data, Scenario
-from fedsynth.scenario_toml import cells, load, to_toml
+from fedsynth.scenario_toml import cells, from_toml, load, to_toml
 from fedsynth.selfcheck import SelfCheckFailed, self_check, whole_microbatch
+from fedsynth.surroundings import differences
 from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
 from fedsynth.typed import BadValue
@@ -264,16 +265,69 @@ def run(
     """
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    for warning in check(asked):
-        if on_warning is not None:
-            on_warning(warning)
+    _warn(check(asked), on_warning)
     asked = pinned(asked)
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     cards = prepare(asked, place)
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
         on_event({"event": "workers", "line": said})
-    private = private_of(place)
+    return _launched(asked, place, count, port, on_event)
+
+
+def resume(
+    out: Path | str,
+    *,
+    workers: int | None = None,
+    port: int | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> Result:
+    """Goes on with a run that was ended before it was done, to the results that it would have had.
+
+    Nothing is charged twice: clients answer a repeated order from what they stored. A run that is done is only read.
+
+    Args:
+        out: The run's directory.
+        workers, port, on_event, on_warning: As of `run`. A warning names what is not as it was when the run began.
+
+    Raises:
+        BadValue: If there is no run, or its clients' accounts are gone.
+        fedsynth.launch.LaunchFailed: The run did not complete, or still goes on.
+    """
+    place = Path(out).absolute()
+    if not (place / "scenario.toml").is_file():
+        raise BadValue(f"{place} holds no run: there is no scenario.toml; start one with --out")
+    if done(place):
+        return read(place)
+    if not private_of(place).is_dir():
+        raise BadValue(f"{private_of(place)} is gone, and with it what the clients of this run have spent and answered")
+    asked = from_toml((place / "scenario.toml").read_text(encoding="utf-8"))
+    _warn([f"not as when the run began: {line}" for line in differences(place, asked)], on_warning)
+    _warn(check(asked), on_warning)
+    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    if on_event is not None:
+        on_event({"event": "workers", "line": said})
+    return _launched(asked, place, count, port, on_event)
+
+
+def done(out: Path) -> bool:
+    """Whether the run in a directory has completed."""
+    try:
+        return bool(json.loads((out / STATUS).read_text())["status"] == "completed")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _warn(warnings: Sequence[str], on_warning: Callable[[str], None] | None) -> None:
+    for warning in warnings:
+        if on_warning is not None:
+            on_warning(warning)
+
+
+def _launched(
+    asked: Scenario, place: Path, count: int, port: int | None, on_event: Callable[[dict[str, Any]], None] | None
+) -> Result:
     launch(
         APP,
         run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},
@@ -281,7 +335,7 @@ def run(
         workers=count,
         gpu_share=gpu_share(count),
         out=place,
-        logs=private / "logs",
+        logs=private_of(place) / "logs",
         on_event=on_event,
         port=port,
     )

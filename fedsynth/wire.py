@@ -141,14 +141,32 @@ def _parts(value: object, kind: type[T]) -> list[T]:
     return []
 
 
-def pack_answer(data: bytes, *, refused: bool = False) -> RecordDict:
-    """Sealed bytes as the content of a reply."""
-    return RecordDict({RECORD: ConfigRecord({"refused": refused, "payload": data})})
+def pack_answer(data: bytes, *, refused: bool = False, seconds: float | None = None) -> RecordDict:
+    """Sealed bytes as the content of a reply.
+
+    Args:
+        data: As sealed.
+        refused: Whether they are a refusal.
+        seconds: Of the client's CPU. Simulations only: how long a client works depends on what was drawn of its text.
+    """
+    timed = {} if seconds is None else {"seconds": seconds}
+    return RecordDict({RECORD: ConfigRecord({"refused": refused, "payload": data, **timed})})
 
 
-def refusal(code: Code) -> RecordDict:
-    """A reply that holds a constant code and nothing else."""
-    return pack_answer(encode(Refused(code)), refused=True)
+def unpacked(content: RecordDict) -> tuple[bytes, bool, float | None]:
+    """Payload of an order or an answer; of an answer whether it is a refusal, and what `pack_answer` says of seconds.
+
+    Raises:
+        fedsynth.typed.BadValue: If the content is neither.
+    """
+    record = _record(content)
+    seconds = record.get("seconds")
+    return _payload(record), record.get("refused") is True, seconds if isinstance(seconds, float) else None
+
+
+def refusal(code: Code) -> bytes:
+    """The bytes of a refusal: a constant code and nothing else."""
+    return encode(Refused(code))
 
 
 def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:

@@ -14,8 +14,9 @@ from fedsynth.curation import deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.feedback import Ranked, aggregate, first_adapter, ranked, shuffled, taught
 from fedsynth.llm import LocalLLM, TextModel
-from fedsynth.lora import Adapter
+from fedsynth.lora import Adapter, digest_of
 from fedsynth.publictext import sample
+from fedsynth.recall import Recalled
 from fedsynth.runs import SERVER
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.tasks import Learn, Score
@@ -134,4 +135,5 @@ class CrossLM(RoundStrategy[State]):
         name = self.server.cell.scenario.server.llm
         if adapter is None or not isinstance(name, str):
             return self.server.llm
-        return LocalLLM.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
+        llm = LocalLLM.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
+        return Recalled(llm, digest_of(adapter), self.server.journal)

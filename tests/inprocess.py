@@ -19,6 +19,7 @@ from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.data import label_list
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
 from fedsynth.payload import decode
+from fedsynth.recall import Recalled
 from fedsynth.runs import Journal, private_of
 from fedsynth.scenario import Cell
 from fedsynth.scenario_toml import from_toml, to_toml
@@ -139,13 +140,14 @@ def play(
     homes, labels = 1 if data.pooled else data.clients, label_list(data)
     grid = LocalGrid(client_app(simulation), nodes or homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
     journal = Journal(cell, out, out / "events.jsonl")
-    llm = llm or ScriptedLLM()
+    llm = Recalled(llm or ScriptedLLM(), "llm", journal)
+    professional = llm if professional is None else Recalled(professional, "professional", journal)
 
     def open_clients(grid: Any) -> Clients:
         return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
-    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional or llm, embed, journal, open_clients))
+    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients))
     played, one_round = Played(cell, grid, journal, out), strategy.round
 
     def remembered(clients: Clients, state: Any) -> Any:

@@ -102,7 +102,7 @@ def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
 def test_a_run_has_completed_when_both_flower_and_the_run_say_so(
     tmp_path: Path, flower: dict[str, Any], own: dict[str, Any], reason: str | None
 ) -> None:
-    plan = _Plan("", {}, 2, 2, 0.0, out=str(tmp_path), logs=str(tmp_path), port=0, marker="")
+    plan = _Plan("", {}, 2, 2, 0.0, out=str(tmp_path), logs=str(tmp_path), port=0, marker="", log_from=0)
     (tmp_path / "status.json").write_text(json.dumps(own))
     (tmp_path / "flower.log").write_text("SomeError: last words\nfarewell\n")
     superlink: Any = SimpleNamespace(poll=lambda: None)

@@ -14,14 +14,14 @@ grids
 simulate
 fedsynth_sim launch
 strategies clients
-federation runs wire firewall tasks
+federation runs wire firewall tasks recall
 classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters surroundings
 models dpsgd
 hub
-scenario scenario_toml privacy lora rouge data datacard tables world payload tokenizer
+scenario scenario_toml privacy lora rouge data datacard tables world payload tokenizer checkpoint participation
 corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}

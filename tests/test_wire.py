@@ -328,7 +328,7 @@ def test_replies_come_back_typed() -> None:
 
 @pytest.mark.parametrize("code", list(Code))
 def test_a_refusal_carries_a_constant_code_and_nothing_else(code: Code) -> None:
-    content = refusal(code)
+    content = pack_answer(refusal(code), refused=True)
     assert unpack_answer(content, Synthesized) == Refused(code)
     names = {"fedsynth", "refused", "payload", "value.json", "schema", "type", "value", "Refused", "code"}
     assert texts_in(content) == {*names, code.value}

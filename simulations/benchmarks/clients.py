@@ -15,9 +15,9 @@ adapters. Counted is the CPU time of all processes below the measuring one, in r
   without a package index it is left out).
 
 Each way runs in a process of its own, one after the other, in turns (toy three, 15m one, times `--repeats`). Told are
-medians over all rounds, and the median over turns of one way's by another's: the speed of a shared machine changes while
-this runs. Last, `fedsynth run` has 1,000 clients of the toy model for two rounds under a guarantee: time, and the memory
-of the driving processes.
+medians over all rounds, and the median over turns of one way's by another's: the speed of a shared machine changes
+while this runs. Last, `fedsynth run` has 1,000 clients of the toy model for two rounds under a guarantee: time, and the
+memory of the driving processes.
 """
 
 from __future__ import annotations

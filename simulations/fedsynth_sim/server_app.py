@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,14 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsynth.adapters import public_adapter
+from fedsynth.checkpoint import checkpoints
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
+from fedsynth.recall import Recalled
 from fedsynth.remote import RemoteLLM
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, Endpoint
@@ -51,7 +54,7 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
         if loose := [name for name, _ in models_of(scenario) if pin(name) != name]:
             raise BadValue(f"by hand a hub model needs its commit: write {pin(loose[0])!r}, or use `fedsynth run`")
         prepare(scenario, out)
-    elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:
+    elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:  # the same: a run goes on
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
     journals: list[Journal] = []
@@ -61,10 +64,14 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
         journals.append(_one_cell(grid, cell, out))
         write_metrics(out, journals)
     summarize(scenario, out, time.monotonic() - started, journals)
+    shutil.rmtree(checkpoints(out), ignore_errors=True)
 
 
 def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
     journal = Journal(cell, out, out / "events.jsonl")
+    if (done := journal.checkpoint.finished()) is not None:
+        journal.restore(done)
+        return journal
     data = cell.scenario.data
     labels = label_list(data)
     homes = 1 if data.pooled else data.clients
@@ -77,9 +84,11 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
     llm = _llm(models.llm, models.adapter)
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
-    server = ServerSide(cell, labels, llm, professional, embed, journal, open_clients)
+    asked, asked_too = Recalled(llm, "llm", journal), Recalled(professional, "professional", journal)
+    server = ServerSide(cell, labels, asked, asked_too, embed, journal, open_clients)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     journal.close()
+    journal.checkpoint.finish(journal.record())
     return journal
 
 
