@@ -23,7 +23,7 @@ from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points,
 from fedsynth.federation import load_strategy
 from fedsynth.grids import Grid, at_epsilon, read_grid, refuse_another, scenario_of
 from fedsynth.grids import to_toml as grid_to_toml
-from fedsynth.launch import STATUS, LaunchFailed
+from fedsynth.launch import LaunchFailed
 from fedsynth.models import gpus
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Cell, Scenario
@@ -96,11 +96,10 @@ def compare(
         pinned = [replace(part, scenario=simulate.pinned(part.scenario)) for part in whole]
         states = {part.name: state(part, out) for part in pinned}
         todo = [part for part in pinned if states[part.name] != "completed"]
-        warnings = dict.fromkeys(warning for part in todo for warning in _checked(part))
-        for warning in warnings:
-            if on_warning is not None:
-                on_warning(warning)
-        told = _Told(on_event, [part.name for part in pinned])
+        told = _Told(on_event, on_warning, [part.name for part in pinned])
+        for part in todo:
+            for warning in _checked(part):
+                told.warning(warning)
         for part in pinned:
             if states[part.name] == "completed":
                 told.run(part.name, "completed")
@@ -178,11 +177,7 @@ def state(part: Part, out: Path) -> State:
     if (place / "scenario.toml").read_text(encoding="utf-8") != to_toml(part.scenario):
         raise BadValue(f"{str(place)!r} holds a run of another scenario than {part.entry!r} is now (its file, the "
                        "commit of a model or this program has changed): name another directory with --out")  # fmt: skip
-    try:
-        status = json.loads((place / STATUS).read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError):
-        status = None
-    return "completed" if status == "completed" and (place / "summary.json").exists() else "begun"
+    return "completed" if simulate.done(place) else "begun"
 
 
 def _checked(part: Part) -> list[str]:
@@ -222,10 +217,14 @@ def _alone(out: Path) -> Iterator[None]:
 
 
 class _Told:
-    """Events of runs, with the run's name and number."""
+    """Events of runs, with the run's name and number; each warning once."""
 
-    def __init__(self, on_event: Progress | None, names: Sequence[str]) -> None:
+    def __init__(
+        self, on_event: Progress | None, on_warning: Callable[[str], None] | None, names: Sequence[str]
+    ) -> None:
         self.on_event = on_event
+        self.on_warning = on_warning
+        self.warned: set[str] = set()
         self.numbers = {name: number for number, name in enumerate(names, 1)}
 
     def run(self, name: str, state: str) -> None:
@@ -234,6 +233,11 @@ class _Told:
     def event(self, name: str, event: Mapping[str, Any]) -> None:
         if self.on_event is not None:
             self.on_event({**event, "run": name})
+
+    def warning(self, text: str) -> None:
+        if self.on_warning is not None and text not in self.warned:
+            self.on_warning(text)
+        self.warned.add(text)
 
 
 def _make(
@@ -257,7 +261,7 @@ def _make(
         for part in todo:
             told.run(part.name, states[part.name])
             try:
-                _run(part, place_of(part, out), states[part.name], workers, partial(told.event, part.name))
+                _run(part, place_of(part, out), states[part.name], workers, told)
             except LaunchFailed as problem:
                 failed[part.name] = str(problem)
             told.run(part.name, "failed" if part.name in failed else "done")
@@ -278,12 +282,13 @@ def shares(todo: Sequence[Part], workers: int | None, parallel: int | None) -> t
     room, _ = simulate.concurrency(None, len(todo) * clients)
     at_once = parallel or (1 if gpus() else max(1, room // clients))
     at_once = min(at_once, len(todo))
-    return at_once, workers or max(1, room // at_once)
+    return at_once, workers or max(1, min(clients, room // at_once))
 
 
-def _run(part: Part, place: Path, state: State, workers: int | None, on_event: Progress | None) -> None:
+def _run(part: Part, place: Path, state: State, workers: int | None, told: _Told | None = None) -> None:
+    on_event = None if told is None else partial(told.event, part.name)
     if state == "begun":
-        simulate.resume(place, workers=workers, on_event=on_event)  # type: ignore[attr-defined]
+        simulate.resume(place, workers=workers, on_event=on_event, on_warning=None if told is None else told.warning)
     else:
         simulate.run(part.scenario, out=place, workers=workers, on_event=on_event)
 
@@ -339,7 +344,7 @@ def _child(name: str, toml: str, place: str, state: State, workers: int, says: A
 
     threading.Thread(target=die_with_it, daemon=True).start()
     try:
-        _run(Part(name, name, from_toml(toml)), Path(place), state, workers, None)
+        _run(Part(name, name, from_toml(toml)), Path(place), state, workers)
     except (BadValue, LaunchFailed) as problem:
         says.send(str(problem))
         raise SystemExit(1) from None
