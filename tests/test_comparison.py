@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import tiny
 from children import meeting_child
 from rich.console import Console
 
+import fedsynth.cli
 from fedsynth import comparison, simulate
 from fedsynth.comparison import compare, depends_on_epsilon, parts, read, shares
 from fedsynth.comparison_tables import NOTES, costs_table, utility_table
 from fedsynth.grids import Grid, read_grid
+from fedsynth.grids import to_toml as to_toml_of
 from fedsynth.launch import LaunchFailed
 from fedsynth.runs import prepare, summarize
 from fedsynth.scenario import Scenario
@@ -182,6 +184,57 @@ def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, S
         assert word in said
     assert "accuracy" not in said
     assert any("95 %" in note for note in NOTES)
+
+
+def typed(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> object:
+    """The exit code of the command."""
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["fedsynth", "compare", *words])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    return ended.value.code
+
+
+def test_the_command_prints_tables_and_one_json_object_last(
+    made: tuple[Grid, Path, Stand, list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    grid, out, _, _ = made
+    (out.parent / "again.toml").write_text(to_toml_of(grid))
+    assert typed(["again.toml", "--out", str(out), "--json"], out.parent, monkeypatch) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out) == json.loads((out / "comparison.json").read_text())
+    assert "notes-eps2 (2/3): completed" in said.err
+    for word in ("held-out", "difference", "client time", "bootstrap over seeds, then clients", f"written to {out}"):
+        assert word in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no scenario 'nowhere'"),
+        (["nowhere.toml"], "no scenario file"),
+        (["hospitals", "--arms", "local,fdtk"], "run names the arm 'fdtk'"),
+        (["hospitals", "--baseline", "pooled"], "the baseline 'pooled' is not among the arms that run"),
+        (["hospitals", "--epsilons", "0,8"], "epsilons must be distinct, finite and above 0"),
+        (["hospitals", "--epsilons", "eight"], "--epsilons must be numbers separated by commas"),
+        (["hospitals", "--seeds", ","], "seeds must be distinct whole numbers >= 0, at least one"),
+        (["hospitals", "--parallel", "0"], "--parallel must be at least 1"),
+        (["tiny.toml", "--seeds", "0"], "belong in the grid's file"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bad_grids_are_one_line_before_any_work(
+    words: list[str], said: str, stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    declared(tmp_path)
+    assert typed(words, tmp_path, monkeypatch) == 2
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fedsynth: bad input")]
+    assert said in line
+    assert not (tmp_path / "runs").exists()
+    assert (stand.checked, stand.ran) == ([], [])
 
 
 def test_what_failed_is_continued_and_the_rest_is_not_run_again(stand: Stand, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,3 +191,10 @@ def test_what_changes_a_run_makes_another_comparison(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "simulations" / "comparisons").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_grid_of_the_repository_reads(path: Path) -> None:
     assert read_grid(path).name == path.stem
+
+
+def test_the_pages_grid_reads(tmp_path: Path) -> None:
+    [text] = re.findall(r"^```toml\n(.*?)^```$", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL | re.MULTILINE)
+    found = grid(tmp_path, text)
+    assert list(found.scenarios) == ["hospitals", "few-notes", "answers"]
+    assert scenario_of(found.scenarios["few-notes"], found.seeds).data.train_per_client == 50
