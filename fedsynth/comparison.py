@@ -92,7 +92,7 @@ def compare(
     """
     whole = parts(grid)
     with _alone(out):
-        _keep(grid, out)
+        _fits(grid, out)
         pinned = [replace(part, scenario=simulate.pinned(part.scenario)) for part in whole]
         states = {part.name: state(part, out) for part in pinned}
         todo = [part for part in pinned if states[part.name] != "completed"]
@@ -100,6 +100,8 @@ def compare(
         for part in todo:
             for warning in _checked(part):
                 told.warning(warning)
+        (out / f"{GRID}.part").write_text(grid_to_toml(grid), encoding="utf-8")
+        (out / f"{GRID}.part").replace(out / GRID)
         for part in pinned:
             if states[part.name] == "completed":
                 told.run(part.name, "completed")
@@ -187,16 +189,13 @@ def _checked(part: Part) -> list[str]:
         raise BadValue(f"{part.name}: {problem}") from problem
 
 
-def _keep(grid: Grid, out: Path) -> None:
-    """Writes the grid, unless the directory holds another or what is none."""
+def _fits(grid: Grid, out: Path) -> None:
+    """Refuses a directory that holds another grid, or what is none."""
     path = out / GRID
     if path.exists():
         refuse_another(read_grid(path), grid, str(out))
     elif any(p.name != LOCK for p in out.iterdir()):
         raise BadValue(f"the directory {str(out)!r} holds something else than a comparison: name another with --out")
-    part = out / f"{GRID}.part"
-    part.write_text(grid_to_toml(grid), encoding="utf-8")
-    part.replace(path)
 
 
 LOCK = ".lock"

@@ -291,6 +291,9 @@ def test_everything_is_checked_before_anything_runs(
     with pytest.raises(BadValue, match="notes-eps8: the budget is too small"):
         compare(declared(tmp_path), tmp_path / "out")
     assert stand.ran == []
+    monkeypatch.setattr(simulate, "check", stand.check)
+    found = compare(declared(tmp_path, GRID.replace("[8.0, 2.0]", "[4]")), tmp_path / "out")  # nothing is in its way
+    assert found.grid.epsilons == (4.0,)
 
 
 @pytest.mark.parametrize("there", ["a directory of something else", "a file"])
