@@ -126,6 +126,7 @@ class Checkpoint:
         return [(int(place.name.removeprefix("round-")), place) for place in self.folder.glob("round-*")]
 
 
+CHECKPOINTS = "checkpoint"  # in a run's directory
 STATE, RECORD, DONE = "state.payload", "record.json", "done.json"
 
 
@@ -182,8 +183,3 @@ def _write(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-
-
-def checkpoints(run: Path) -> Path:
-    """Where a run's directory keeps what it needs to go on."""
-    return run / "checkpoint"

@@ -12,15 +12,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.launch import LaunchFailed
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, load, shipped_scenarios
+from fedsynth.scenario_toml import load, shipped_scenarios
 from fedsynth.typed import BadValue
+from fedsynth.watch import Watch
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
@@ -60,6 +60,7 @@ def run_command(
     out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
+    track: Annotated[str, typer.Option(help="mlflow or wandb, or both with a comma: told when the run is done.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
     """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine."""
@@ -68,12 +69,17 @@ def run_command(
         raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
     if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None):
         raise BadValue("--resume goes on with a run as it was begun: only --workers, --port and --json go with it")
+    trackers = [name.strip() for name in track.split(",") if name.strip()]
+    if trackers:
+        from fedsynth.trackers import check
+
+        check(trackers)
     known = from_ or resume_
     asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds)
     # torch and Flower take seconds to import: help and misspelt keys need neither
     from fedsynth.simulate import resume, run
 
-    with _Watch(console, asked) as watch:
+    with Watch(console, asked) as watch:
         told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
             from fedsynth.surroundings import differences
@@ -84,6 +90,10 @@ def run_command(
             result = resume(resume_, workers=workers, port=port, **told)
         else:
             result = run(asked, out=out, workers=workers, port=port, **told)
+    if trackers:
+        from fedsynth.trackers import tell
+
+        tell(trackers, asked, result.metrics, result.out)
     _print_table(console if as_json else _console(error=False), result)
     if as_json:
         print(json.dumps(result.summary))
@@ -114,11 +124,11 @@ def compare_command(
     else:
         asked = asked_for(grid, epsilons=epsilons, seeds=seeds or "0,1,2", arms=arms, baseline=baseline, sets=set_)
     from fedsynth.comparison import compare
-    from fedsynth.comparison_tables import NOTES, costs_table, utility_table
+    from fedsynth.comparison_tables import NOTES, Lines, costs_table, utility_table
 
     console = _console(error=True)
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
-    done = compare(asked, place, workers=workers, parallel=parallel, on_event=_Lines(console).event,
+    done = compare(asked, place, workers=workers, parallel=parallel, on_event=Lines(console).event,
                    on_warning=lambda text: console.print(f"[yellow]warning:[/] {text}"))  # fmt: skip
     shown = console if as_json else _console(error=False)
     if not shown.is_terminal:
@@ -130,26 +140,6 @@ def compare_command(
         shown.print(line, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(done.tables))
-
-
-class _Lines:
-    """Progress of a comparison: a line for each run, and for each phase of its cells."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.last: dict[str, tuple[object, ...]] = {}
-
-    def event(self, event: dict[str, Any]) -> None:
-        run = event["run"]
-        if event["event"] == "run":
-            self.console.print(f"[bold]{run}[/] ({event['number']}/{event['runs']}): {event['state']}")
-        elif event["event"] in ("data", "workers"):
-            self.console.print(f"{run}: {event['line']}", markup=False, soft_wrap=True)
-        elif event["event"] == "progress":
-            at = (event["arm"], event["seed"], event["round"], event["phase"])
-            if at != self.last.get(run):
-                self.console.print(f"{run}: {at[0]} seed {at[1]}, round {at[2]}: {at[3]}", markup=False)
-                self.last[run] = at
 
 
 @app.command()
@@ -309,59 +299,6 @@ def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, s
         wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
         found = replace(found, run=wanted)
     return found
-
-
-class _Watch:
-    """Progress: phase, clients done, time left. A live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self, console: Console, scenario: Scenario) -> None:
-        self.console = console
-        self.cells = len(cells(scenario))
-        columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.live.add_task("starting", total=1000 * self.cells)
-        self.at = self.furthest = 0
-        self.rounds = scenario.rounds  # an arm with fewer fills its part of the bar at once
-        self.last = ("", "")
-        console.print(
-            f"[bold]{scenario.name}[/]: {scenario.data.clients} clients, {self.cells} cells "
-            f"(arms x seeds), data {scenario.data.source}"
-        )
-
-    def __enter__(self) -> _Watch:
-        self.live.__enter__()
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        self.live.__exit__(*problem)  # type: ignore[arg-type]
-
-    def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]warning:[/] {text}")
-
-    def event(self, event: dict[str, Any]) -> None:
-        if event.get("event") == "cell":
-            self.at = int(event["number"])
-            self._show(f"{event['arm']} seed {event['seed']}", "", 0, 1)
-        elif event.get("event") in ("data", "workers"):
-            self.console.print(event["line"], markup=False, soft_wrap=True)
-        elif event.get("event") == "progress":
-            cell = f"{event['arm']} seed {event['seed']}"
-            self._show(cell, event["phase"], event["done"], event["total"], event["round"])
-
-    # In the order in which methods pass through them; the bar never goes back where one passes twice.
-    PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "respond", "augment", "score", "tune",
-              "adopt", "learn", "evaluate")  # fmt: skip
-
-    def _show(self, cell: str, phase: str, done: int, total: int, number: int = 1) -> None:
-        place = self.PHASES.index(phase) if phase in self.PHASES else 0
-        share = (max(number, 1) - 1 + (place + done / max(total, 1)) / len(self.PHASES)) / self.rounds
-        self.furthest = max(self.furthest, int(1000 * (self.at + min(share, 1.0))))
-        text = f"[{self.at + 1}/{self.cells}] {cell}: {phase or 'start'} {done}/{total}"
-        self.live.update(self.task, completed=self.furthest, description=text)
-        if not self.console.is_terminal and (cell, phase) != self.last and phase:
-            self.console.print(f"[{self.at + 1}/{self.cells}] {cell}: {phase}", markup=False)
-            self.last = (cell, phase)
 
 
 COLUMNS = {

@@ -1,10 +1,11 @@
-"""A comparison as the tables that a terminal shows: utility and costs of each task."""
+"""What a terminal shows of a comparison: lines while it goes on, then tables of utility and costs for each task."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from fedsynth.runs import up
@@ -17,6 +18,27 @@ NOTES = (
     "Every (seed, arm, epsilon) is a world of its own: on real data their epsilons would add up. Epsilon does not "
     "cover test figures, nor that arms were compared with them.",
 )
+
+
+class Lines:
+    """Progress of a comparison: a line for each run, and for each phase of its cells."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last: dict[str, tuple[object, ...]] = {}
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """One event of `fedsynth.comparison.compare`."""
+        run = event["run"]
+        if event["event"] == "run":
+            self.console.print(f"[bold]{run}[/] ({event['number']}/{event['runs']}): {event['state']}")
+        elif event["event"] in ("data", "workers"):
+            self.console.print(f"{run}: {event['line']}", markup=False, soft_wrap=True)
+        elif event["event"] == "progress":
+            at = (event["arm"], event["seed"], event["round"], event["phase"])
+            if at != self.last.get(run):
+                self.console.print(f"{run}: {at[0]} seed {at[1]}, round {at[2]}: {at[3]}", markup=False)
+                self.last[run] = at
 
 
 def utility_table(tables: Mapping[str, Any], task: str) -> Table:

@@ -29,6 +29,7 @@ from fedsynth.privacy.plan import Statement
 from fedsynth.runs import SERVER, Journal
 from fedsynth.scenario import Cell, Scenario, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
+from fedsynth.trackers import event_files, figures
 from fedsynth.typed import BadValue, build
 from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payload_bytes, unpack_answer, unpacked
 
@@ -450,12 +451,15 @@ class RoundStrategy(Strategy, Generic[S]):
         clients, journal = self.server.open_clients(grid), self.server.journal
         result = Result(arrays=initial_arrays or ArrayRecord())
         state = self._resumed(clients, self.initial())
-        for number in range(journal.checkpoint.round + 1, num_rounds + 1):
-            journal.round = number
-            state = self.round(clients, state)
-            evaluated = clients.ask(Evaluate())
-            result.evaluate_metrics_clientapp[number] = self._record(evaluated)
-            journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+        with event_files(journal.place("tensorboard")) as tell:
+            for number in range(journal.checkpoint.round + 1, num_rounds + 1):
+                journal.round = number
+                state = self.round(clients, state)
+                evaluated = clients.ask(Evaluate())
+                result.evaluate_metrics_clientapp[number] = self._record(evaluated)
+                spent = {} if journal.epsilon is None else {"privacy/epsilon": journal.epsilon}
+                tell(number, figures(journal.rows, number) | spent)
+                journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
         clients.close()
         return result
 

@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from fedsynth.adapters import save_adapter
-from fedsynth.checkpoint import Checkpoint, checkpoints
+from fedsynth.checkpoint import CHECKPOINTS, Checkpoint
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
@@ -45,6 +45,7 @@ class Journal:
         rows: Tidy metrics so far.
         statements: What each home said of its privacy, the latest.
         totals: By name and client what is counted over the whole cell.
+        kept: Share of the texts that the latest step of a funnel kept.
     """
 
     cell: Cell
@@ -57,11 +58,16 @@ class Journal:
     statements: dict[int, Statement] = field(default_factory=dict)
     totals: dict[tuple[str, int], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    kept: float | None = None
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """What the cell needs to go on after it was ended."""
-        return Checkpoint(checkpoints(self.folder) / self.cell.arm / f"seed-{self.cell.seed}")
+        return Checkpoint(self.place(CHECKPOINTS))
+
+    def place(self, kind: str) -> Path:
+        """The folder of this cell among those of a kind."""
+        return self.folder / kind / self.cell.arm / f"seed-{self.cell.seed}"
 
     def record(self) -> dict[str, Any]:
         """All that was recorded so far, as plain JSON."""
@@ -88,6 +94,7 @@ class Journal:
 
     def stage(self, client: int, stage: Stage) -> None:
         """One line of a client's yield funnel: what a step took in, kept, and why it dropped the rest."""
+        self.kept = stage.after / stage.before if stage.before else None
         self.metric(client, f"yield/{stage.name}/in", stage.before)
         self.metric(client, f"yield/{stage.name}/kept", stage.after)
         for reason, count in sorted(stage.dropped.items()):
@@ -97,7 +104,7 @@ class Journal:
 
     def corpus(self, client: int, kind: str, corpus: Corpus, **more: str) -> None:
         """Released or server-written text, with provenance, grants and `more` in the file's metadata."""
-        folder = self.folder / "corpora" / self.cell.arm / f"seed-{self.cell.seed}"
+        folder = self.place("corpora")
         folder.mkdir(parents=True, exist_ok=True)
         facts = {"sha256": corpus.fingerprint(), "arm": self.cell.arm, "seed": str(self.cell.seed), "kind": kind}
         path = folder / f"{kind}-round{self.round}-client{client}.parquet"
@@ -113,7 +120,7 @@ class Journal:
             base: Name of the model that it belongs to; left out: the clients' generator.
         """
         place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
-        folder = self.folder / "adapters" / self.cell.arm / f"seed-{self.cell.seed}" / place
+        folder = self.place("adapters") / place
         save_adapter(adapter, base or self.cell.scenario.client.generator, folder)
 
     def count(self, name: str, client: int, amount: float) -> None:
@@ -128,8 +135,16 @@ class Journal:
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """One line for whoever watches."""
-        line = {"event": "progress", "arm": self.cell.arm, "seed": self.cell.seed, "round": self.round}
+        line: dict[str, Any] = {"event": "progress", "arm": self.cell.arm, "seed": self.cell.seed, "round": self.round}
+        line |= {"kept": self.kept, "epsilon": self.epsilon}
         append_event(self.events, {**line, "phase": phase, "done": done, "total": total})
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest that a client has stated; None without a guarantee, or if none has."""
+        if any(said.guarantee == "none" for said in self.statements.values()):
+            return None
+        return max((said.epsilon for said in self.statements.values() if said.epsilon is not None), default=None)
 
     def close(self) -> None:
         """Adds what is known at the end of the cell."""

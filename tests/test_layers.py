@@ -11,10 +11,10 @@ LAYERS = """
 cli
 comparison comparison_tables
 grids
-simulate
+simulate watch
 fedsynth_sim launch
 strategies clients
-federation runs wire firewall tasks recall
+federation runs wire firewall tasks recall trackers
 classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding

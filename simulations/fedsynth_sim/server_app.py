@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsynth.adapters import public_adapter
-from fedsynth.checkpoint import checkpoints
+from fedsynth.checkpoint import CHECKPOINTS
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
@@ -64,7 +64,7 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
         journals.append(_one_cell(grid, cell, out))
         write_metrics(out, journals)
     summarize(scenario, out, time.monotonic() - started, journals)
-    shutil.rmtree(checkpoints(out), ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:

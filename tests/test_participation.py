@@ -1,0 +1,189 @@
+"""Clients that are away, leave, or are slow."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from flwr.app import Error, Message
+from inprocess import Played, instructions, play
+from scripted import ScriptedLLM
+
+from fedsynth.federation import TooFewReplies
+from fedsynth.participation import Fate, fates, slowness
+from fedsynth.privacy.audit import contents, ledgers_in, problems
+from fedsynth.runs import SERVER, privacy_line
+from fedsynth.scenario import Cell, Participation
+from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.tasks import Adopt, Evaluate, Finetune
+from fedsynth.typed import BadValue
+
+AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
+
+
+def cell_with(tmp_path: Path, **table: object) -> Cell:
+    [cell] = cells(from_toml(instructions(tmp_path, AVERAGE) + "server.quorum = 0.1\n"))
+    return replace(cell, scenario=replace(cell.scenario, participation=Participation(**table)))  # type: ignore[arg-type]
+
+
+def within(count: int, chance: float, of: int) -> bool:
+    """Four standard deviations of a binomial: false in 6 of 100,000 fair seeds."""
+    return abs(count - chance * of) < 4 * math.sqrt(of * chance * (1 - chance))
+
+
+def test_each_misses_as_often_as_the_table_says(tmp_path: Path) -> None:
+    homes = range(2000)
+    away = fates(cell_with(tmp_path, availability=0.7), 1, 1, homes)
+    assert set(away.values()) == {Fate.ABSENT}
+    assert within(len(away), 0.3, 2000)
+    left = fates(cell_with(tmp_path, dropout=0.2), 1, 1, homes)
+    assert set(left.values()) == {Fate.DROPPED}
+    assert within(len(left), 0.2, 2000)
+    tiers = {"speed_tiers": ((0.75, 1.0), (0.25, 6.0))}
+    late = fates(cell_with(tmp_path, deadline=3.0, **tiers), 1, 1, homes)
+    assert set(late.values()) == {Fate.LATE}
+    assert within(len(late), 0.25, 2000)
+    assert fates(cell_with(tmp_path, deadline=6.0, **tiers), 1, 1, homes) == {}  # in time to the second
+    assert fates(cell_with(tmp_path, **tiers), 1, 1, homes) == {}
+
+
+def test_absent_for_a_round_gone_for_an_exchange_slow_for_good(tmp_path: Path) -> None:
+    cell = cell_with(tmp_path, availability=0.5, dropout=0.5, seed=3)
+    first, same_round, next_round = (fates(cell, *place, range(200)) for place in ((1, 1), (1, 2), (2, 3)))
+
+    def of(found: dict[int, Fate], fate: Fate) -> set[int]:
+        return {home for home, told in found.items() if told is fate}
+
+    assert of(first, Fate.ABSENT) == of(same_round, Fate.ABSENT) != of(next_round, Fate.ABSENT)
+    assert of(first, Fate.DROPPED) != of(same_round, Fate.DROPPED)
+    table = Participation(speed_tiers=((0.5, 1.0), (0.5, 4.0)))
+    assert Counter(slowness(table, 0, home) for home in range(2000)).keys() == {1.0, 4.0}
+    assert [slowness(table, 0, home) for home in range(50)] != [slowness(table, 1, home) for home in range(50)]
+    assert slowness(Participation(), 0, 7) == 1.0
+    # The same in every arm, another one under another seed.
+    assert fates(replace(cell, arm="other"), 1, 1, range(200)) == first
+    assert fates(replace(cell, seed=1), 1, 1, range(200)) != first
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("participation.dropout = 1.0", r"participation.dropout must lie in \[0, 1\), got 1.0"),
+        ("participation.availability = 0.0", r"participation.availability must lie in \(0, 1\], got 0.0"),
+        ("participation.speed_tiers = [[0.5, 1.0], [0.2, 3.0]]", "sum to 1"),
+        ("participation.speed_tiers = [[1.0, 0.0]]", "above 0"),
+        ("participation.dropout = 0.1", "server.quorum is 1"),
+        ("participation.seed = -1", "seed must be at least 0"),
+    ],
+)
+def test_bad_tables_are_refused_at_load(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(BadValue, match=said):
+        from_toml(instructions(tmp_path, AVERAGE) + line + "\n")
+
+
+TABLE = """
+server.quorum = 0.3
+participation = { availability = 0.8, dropout = 0.3, speed_tiers = [[0.8, 1], [0.2, 9]], deadline = 3.0, seed = SEED }
+"""
+
+
+def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
+    toml = instructions(tmp_path, AVERAGE, rounds=2, clients=6, rows=60)
+    run = play(toml + TABLE.replace("SEED", "2"), tmp_path)
+    told = {
+        name: run.metric(f"exchange/finetune/{name}") for name in ("asked", "answered", "absent", "dropped", "late")
+    }
+    missing = sum(len(told[name]) for name in ("absent", "dropped", "late"))
+    assert told["asked"] == [6.0, 6.0]
+    assert sum(told["answered"]) == 12 - missing
+    assert missing > 0
+    # Who is absent is not asked; the others are, in vain or not.
+    assert len(run.orders(Finetune)) == 12 - len(told["absent"])
+    assert len(run.orders(Evaluate)) == 12  # the simulator measures all
+    assert len(run.orders(Adopt)) == 12 - len(run.metric("exchange/adopt/absent"))
+
+    charged = 0
+    for path in ledgers_in(run.out):
+        ledger = contents(path)
+        assert problems(ledger) == []
+        charged += len(ledger["grants"])
+    assert charged == len(run.orders(Finetune))  # what was released in vain is paid for
+    statements = run.journal.statements
+    asked = {where["home"] for where in (m.content["fedsynth"] for m in run.grid.orders_of(Finetune.task))}
+    assert set(statements) == asked
+    assert run.journal.silent == set()
+    for home in asked:
+        spent = run.home(home).ledger.spent()[0]
+        assert statements[home].epsilon == pytest.approx(spent)
+
+
+def methods(tmp_path: Path) -> dict[str, str]:
+    small = "written = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n" \
+            "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"  # fmt: skip
+    pit = "candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8"
+    sg = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
+    more = {"rounds": 2, "clients": 5, "rows": 50}
+    return {
+        "averaging": instructions(tmp_path, AVERAGE, **more),
+        "product": instructions(tmp_path, AVERAGE, options='aggregation = "product"', **more),
+        "knowledge_sg": instructions(tmp_path, sg, options=small, **more),
+        "fedpit": instructions(tmp_path, "fedsynth.strategies.fedpit:FedPIT", options=pit, guarantee="none", **more),
+    }
+
+
+@pytest.mark.parametrize("name", ["averaging", "product", "knowledge_sg", "fedpit"])
+def test_every_method_goes_on_without_some(tmp_path: Path, name: str) -> None:
+    run: Played | None = None
+    for seed in range(6):  # one under which the quorum holds in each exchange
+        try:
+            toml = methods(tmp_path)[name] + TABLE.replace("SEED", str(seed)).replace("0.3\n", "0.2\n", 1)
+            run = play(toml, tmp_path / str(seed), professional=ScriptedLLM(answer=lambda _: " PRO"))
+            break
+        except TooFewReplies:
+            continue
+    assert run is not None
+    assert any(metric.startswith("exchange/") for *_, metric, _ in run.journal.rows)
+    assert len(run.states) == 2
+
+
+def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real straggler: the server's clock runs out, and its answer lies there when the next exchange begins."""
+    from local import LocalGrid
+
+    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
+    pull, slow = LocalGrid.pull_messages, {}
+
+    def late(grid: LocalGrid, ids: object) -> object:
+        wanted = list(ids)  # type: ignore[call-overload]
+        of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
+        if of and not slow:
+            slow[min(of)] = True
+        # Until the exchange after, the straggler's answer is not there.
+        ready = [key for key in wanted if key not in slow or wanted == list(slow)]
+        return pull(grid, ready)
+
+    monkeypatch.setattr(LocalGrid, "pull_messages", late)
+    run = play(toml, tmp_path)
+    [answered] = run.metric("exchange/finetune/answered")
+    assert answered == 2
+    assert set(run.journal.statements) == {0, 1, 2}
+    assert run.journal.silent == set()
+    assert "no usable answer" not in privacy_line([run.journal])
+    failed = [client for *_, client, metric, _ in run.journal.rows if metric == "exchange/finetune/failed"]
+    assert len(failed) == 1
+    assert failed[0] != SERVER
+
+
+def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
+    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\n"
+
+    def dead(order: Message) -> Message | None:
+        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["home"] == 1
+        return Message(Error(1, "gone"), reply_to=order) if broken else None
+
+    run = play(toml, tmp_path, spoil=dead)
+    assert run.journal.silent == {1}
+    assert "1 clients gave no usable answer" in privacy_line([run.journal])

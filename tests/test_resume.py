@@ -1,0 +1,191 @@
+"""Runs that were ended and go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from inprocess import instructions, play
+from resuming import asked, dies_everywhere
+from scripted import ScriptedLLM
+
+from fedsynth.checkpoint import Checkpoint
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation import Clients
+from fedsynth.launch import STATUS
+from fedsynth.lora import Adapter
+from fedsynth.payload import decode, encode
+from fedsynth.runs import Journal
+from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.simulate import done, resume
+from fedsynth.typed import BadValue
+
+AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
+PIT = "fedsynth.strategies.fedpit:FedPIT"
+SG = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
+
+
+def test_averaging_goes_on_to_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = instructions(tmp_path, AVERAGE, rounds=2, clients=2, rows=20)
+    whole, again = dies_everywhere(toml, tmp_path, monkeypatch, every=3)
+    assert len(asked(whole)) == 2 * 2 * 3  # rounds, clients, exchanges
+    # What was kept is not asked for again: after a death in the second round those of the first are not.
+    assert max(len(asked(run)) for run in again[5:]) <= 6
+
+
+def test_without_a_guarantee_it_does_too_and_notes_once_that_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = instructions(tmp_path, AVERAGE, guarantee="none", clients=2, rows=20)
+    _, again = dies_everywhere(toml, tmp_path, monkeypatch, every=4)
+    assert [e["kind"] for e in again[0].home(0).ledger.entries()] == ["no_guarantee"]
+
+
+def test_knowledge_sg_asks_its_professional_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[ScriptedLLM] = []
+
+    def professional() -> ScriptedLLM:
+        made.append(ScriptedLLM(answer=lambda prompt: f" PRO {len(prompt)}"))
+        return made[-1]
+
+    options = 'instructions = "public"\nwritten = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n' \
+              'tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }'  # fmt: skip
+    toml = instructions(tmp_path, SG, options=options, clients=2, rows=20) + 'server.public = "world:hospitals"\n'
+    _, again = dies_everywhere(toml, tmp_path, monkeypatch, professional=professional)
+    assert len(made) == 1 + 2 * len(again)
+    calls = [len(llm.completed) for llm in made]
+    assert calls[0] > 0
+    assert {one + other for one, other in zip(calls[1::2], calls[2::2], strict=True)} == {calls[0]}
+
+
+def test_fedpit_goes_on_to_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = instructions(
+        tmp_path,
+        PIT,
+        options="candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8",
+        guarantee="none",
+        rounds=2,
+        clients=2,
+        rows=20,
+    )
+    dies_everywhere(toml, tmp_path, monkeypatch, every=5)
+
+
+def test_other_orders_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = instructions(tmp_path, AVERAGE, clients=2, rows=20)
+
+    def dies(self: Any, *_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "adapter", dies)  # after the first exchange
+        with pytest.raises(KeyboardInterrupt):
+            play(toml, tmp_path)
+    monkeypatch.setattr(Clients, "_digest", lambda *_: "0")
+    with pytest.raises(BadValue, match=r"other orders .* run the scenario anew"):
+        play(toml, tmp_path)
+
+
+@dataclass(frozen=True)
+class State:
+    """As a strategy's."""
+
+    round: int = 0
+    adapter: Adapter | None = None
+    corpora: dict[int, Corpus] | None = None
+
+
+PUBLIC = Adapter({"a": np.ones((1, 2), np.float32)}, 1, 2.0, "base", public=True)
+TEXT = Corpus(("a",), ("b",), Provenance.DP_SYNTHETIC, ("grant",))
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path / "cell")
+    assert kept.load(State) is None
+    kept.save(0, State(), {"rows": []})
+    kept.save(1, State(1, PUBLIC, {0: TEXT, -1: TEXT}), {"rows": [[1, 2.5]]})
+    (tmp_path / "cell" / ".part").mkdir()  # of a save that was cut short
+    (tmp_path / "cell" / ".part" / "state.payload").write_bytes(b"half")
+    found = Checkpoint(tmp_path / "cell")
+    loaded = found.load(State)
+    assert loaded is not None
+    state, record = loaded
+    assert (found.round, state.round, record) == (1, 1, {"rows": [[1, 2.5]]})
+    assert state.corpora == {0: TEXT, -1: TEXT}
+    assert state.adapter is not None
+    assert state.adapter.public
+    assert np.array_equal(state.adapter.arrays["a"], PUBLIC.arrays["a"])
+    assert [p.name for p in (tmp_path / "cell").glob("round-*")] == ["round-1"]
+
+
+def test_on_the_wire_nobody_is_believed_that_an_adapter_is_public() -> None:
+    data = encode(State(adapter=PUBLIC), trusted=True)
+    for bytes_, trusted, public in (
+        (data, False, False),
+        (encode(State(adapter=PUBLIC)), True, False),
+        (data, True, True),
+    ):
+        found = decode(bytes_, State, trusted=trusted).adapter
+        assert found is not None
+        assert found.public is public
+
+
+def test_a_state_that_cannot_be_kept_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    with pytest.raises(BadValue, match=r"must be a frozen dataclass.*got dict"):
+        kept.save(0, {"round": 1}, {})
+    kept.save(0, State(), {})
+    (tmp_path / "round-0" / "state.payload").write_bytes(b"?")
+    with pytest.raises(BadValue, match=r"cannot be read .* run the scenario anew"):
+        kept.load(State)
+
+
+def test_answers_are_whole_or_not_there(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path)
+    kept.save(0, State(), {})
+    half = kept.exchange(1)
+    half.add(0, b"one", down=1)
+    assert kept.exchange(1).kept(lambda: "digest") is None
+    whole = kept.exchange(1)
+    whole.add(3, b"three", down=1)
+    whole.add(0, b"", down=2, why="refused")
+    whole.close("digest")
+    assert kept.exchange(1).kept(lambda: "digest") == [
+        (3, b"three", {"down": 1}),
+        (0, b"", {"down": 2, "why": "refused"}),
+    ]
+    kept.save(1, State(1), {})
+    assert kept.exchange(1).kept(lambda: "digest") is None  # another round's
+
+
+def test_a_journal_comes_back_as_it_was(tmp_path: Path) -> None:
+    cell = cells(from_toml(instructions(tmp_path, AVERAGE)))[0]
+    journal = Journal(cell, tmp_path, tmp_path / "events.jsonl", round=2)
+    journal.metric(-1, "loss", float("nan"))
+    journal.count("bytes/up", 0, 5)
+    journal.count("bytes/up", 0, 6)
+    journal.released, journal.silent = {"adapters"}, {3}
+    again = Journal(cell, tmp_path, tmp_path / "events.jsonl")
+    again.restore(json.loads(json.dumps(journal.record())))
+    assert again.rows[0][:5] == ("main", 0, 2, -1, "loss")
+    assert np.isnan(again.rows[0][5])
+    assert (again.totals, again.released, again.silent) == ({("bytes/up", 0): 11}, {"adapters"}, {3})
+
+
+def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match="holds no run"):
+        resume(tmp_path / "nothing")
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "scenario.toml").write_text(instructions(tmp_path, AVERAGE))
+    assert not done(out)
+    with pytest.raises(BadValue, match=r"run\.private is gone, and with it what the clients .* have spent"):
+        resume(out)
+    (out / STATUS).write_text('{"status": "fai')
+    assert not done(out)
+    shutil.rmtree(out)
