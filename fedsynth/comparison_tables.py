@@ -10,7 +10,8 @@ from rich.table import Table
 
 from fedsynth.runs import up
 
-HEADS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+HEADS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match", "field_match": "field match",
+         "rouge_l": "ROUGE-L"}  # fmt: skip
 NOTES = (
     "Mean and deviation over seeds of the clients' means, 95 % below (bootstrap over seeds, then clients); held-out "
     "leaves out clients on which settings were tuned; differences are paired by (seed, client), at equal epsilon.",
@@ -49,8 +50,10 @@ def utility_table(tables: Mapping[str, Any], task: str) -> Table:
         task: `classification` or `instructions`.
     """
     rows = tables["tables"][task]["utility"]
-    shown = [metric for metric in HEADS if any(row["metric"] == metric for row in rows)]
     first = {name: terms["metric"] for name, terms in tables["scenarios"].items()}
+    shown = [metric for metric in HEADS if any(row["metric"] == metric for row in rows)]
+    if "field_match" not in first.values():  # it lies between the other two
+        shown = [metric for metric in shown if metric != "field_match"]
     found = _table(f"{tables['name']}: {task}", ["scenario", "epsilon", "arm"])
     for metric in shown:
         found.add_column(HEADS[metric], no_wrap=True)

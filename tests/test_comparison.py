@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, S
         assert word in said
     assert "accuracy" not in said
     assert any("95 %" in note for note in NOTES)
+
+
+def test_the_pages_lines_of_python_read_a_comparison(
+    made: tuple[Grid, Path, Stand, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    page = Path(__file__).parent.parent / "docs" / "compare.md"
+    [script] = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "first-comparison").symlink_to(made[1])
+    monkeypatch.chdir(tmp_path)
+    exec(script, {})
+    assert "pareto_bytes" in capfd.readouterr().out
 
 
 def typed(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> object:
