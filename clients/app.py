@@ -24,7 +24,7 @@ from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.stock import read_message, write_reply
 from fedsynth.clients.synthesize import synthesize
-from fedsynth.clients.together import Trains, together
+from fedsynth.clients.together import Meet, Trains, together
 from fedsynth.firewall import Rejected, check_order
 from fedsynth.models import one_thread
 from fedsynth.payload import BadPayload
@@ -178,6 +178,9 @@ def _answer(
                 if isinstance(reply, Generator):
                     reply = yield from reply
                 stored = seal(reply, measuring=home.simulated, waived=home.waived)
+                # A process that is killed leaves the answers of all who trained together, or of none: those who train
+                # again do so among the same, to the same weights.
+                yield Meet()
                 if _under_grant(reply):
                     home.ledger.store(digest, stored, derived_from=_grants(reply))
                 else:

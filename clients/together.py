@@ -51,26 +51,39 @@ class TrainedLora:
     steps: int
 
 
-Trains: TypeAlias = Generator[ToTrain, TrainedLora, R]
-"""A function that hands over what is to be trained, and returns R."""
+class Meet:
+    """Waits for the others of its pass."""
+
+
+Trains: TypeAlias = Generator[ToTrain | Meet, TrainedLora, R]
+"""A function that hands over what is to be trained, may wait for the others, and returns R."""
 
 
 def together(functions: Sequence[Trains[R]]) -> list[R]:
     """Runs them all, in turns from training to training; what they return.
 
-    A training that fails fails in each of the functions that asked for it, where it stands.
+    A training that fails fails in each of the functions that asked for it, where it stands. Those that wait go on when
+    all others wait as well, or are through.
     """
     results: dict[int, R] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(functions)))
+    waiting: list[int] = []
     while answers:
         asked: dict[int, ToTrain] = {}
         for number, answer in answers.items():
             function = functions[number]
             try:
-                asked[number] = function.throw(answer) if isinstance(answer, Exception) else function.send(answer)
+                said = function.throw(answer) if isinstance(answer, Exception) else function.send(answer)
             except StopIteration as end:
                 results[number] = end.value
+                continue
+            if isinstance(said, ToTrain):
+                asked[number] = said
+            else:
+                waiting.append(number)
         answers = {}
+        if not asked:
+            answers, waiting = dict.fromkeys(waiting), []
         for numbers in _alike(asked):
             try:
                 answers |= zip(numbers, _trained([asked[number] for number in numbers]), strict=True)

@@ -86,7 +86,7 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     assert "data: 3 clients, 60 training and 40 test texts, " in done.stderr
     names = {p.name for p in out.iterdir()}
     assert names == {"scenario.toml", "summary.json", "metrics.parquet", "privacy.json", "corpora", "versions.json",
-                     "events.jsonl", "status.json"}  # fmt: skip
+                     "events.jsonl", "status.json", "tensorboard"}  # fmt: skip
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()
@@ -108,16 +108,60 @@ def test_the_same_seed_repeats_with_another_number_of_workers(
     done = run(*command("--clients", "3", "--arms", "fdkt", "--out", "second", "--workers", "2"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
+    assert_alike(out, tmp_path / "second")
+
+
+def assert_alike(out: Path, other: Path) -> None:
+    """Of the arm fdkt: the same metrics, but for how long things took, and the same texts to the byte."""
+
     def frame(place: Path) -> pd.DataFrame:
         found = pd.read_parquet(place / "metrics.parquet")
         found = found[~found["metric"].str.startswith("seconds/") & (found["arm"] == "fdkt")]
         return found.sort_values(["arm", "seed", "round", "client", "metric"]).reset_index(drop=True)
 
-    pd.testing.assert_frame_equal(frame(out), frame(tmp_path / "second"), check_exact=True)
+    pd.testing.assert_frame_equal(frame(out), frame(other), check_exact=True)
     files = list((out / "corpora" / "fdkt").rglob("*.parquet"))
     assert len(files) == 6  # drafts and written texts of three clients
     for path in files:
-        assert path.read_bytes() == (tmp_path / "second" / path.relative_to(out)).read_bytes()
+        assert path.read_bytes() == (other / path.relative_to(out)).read_bytes()
+
+
+def test_killed_twice_and_gone_on_with_it_ends_as_if_nothing_had_been(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, broken = ended[0], tmp_path / "broken"
+    said = {"synthesize": 1, "learn": 1}
+    words = command("--clients", "3", "--arms", "fdkt", "--out", "broken", "--workers", "1")
+    for phase, count in said.items():
+        child = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        reached = f'"phase": "{phase}", "done": {count}'
+        wait_for(lambda reached=reached: reached in _text(broken / "events.jsonl"))
+        if phase == "synthesize":
+            child.kill()
+        else:
+            superlinks = [p for p in psutil.process_iter() if _carries_marker(p) and "flower-superlink" in _words(p)]
+            superlinks[0].kill()
+        child.communicate(timeout=60)
+        assert child.returncode != 0
+        words = [*FEDSYNTH, "run", "--resume", "broken", "--workers", "1"]
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "synthesize" not in done.stderr  # the round went on behind it
+    assert_alike(out, broken)
+    verified = run(*FEDSYNTH, "ledger", "verify", "broken", cwd=tmp_path)
+    assert verified.stdout == "3 ledgers: consistent\n"
+    exported = [run(*FEDSYNTH, "ledger", "show", str(place), "--json", cwd=tmp_path) for place in (out, broken)]
+    grants = [{g["id"] for line in e.stdout.splitlines() for g in json.loads(line)["grants"]} for e in exported]
+    assert len(grants[1]) == 3  # one grant a client, as without the kills
+    assert grants[1] <= grants[0]
+    assert not (broken / "checkpoint").exists()
+
+    again = run(*FEDSYNTH, "run", "--resume", "broken", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "fdkt" in again.stdout
+    for more in (["hospitals"], ["--set", "rounds=2"], ["--out", "other"]):
+        refused = run(*FEDSYNTH, "run", "--resume", "broken", *more, cwd=tmp_path)
+        assert refused.returncode == 2
 
 
 @pytest.mark.parametrize(
@@ -278,6 +322,13 @@ def _carries_marker(process: psutil.Process) -> bool:
         return MARKER in environment and environment.get(SESSION) == os.environ[SESSION]
     except psutil.Error:
         return False
+
+
+def _words(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def _is_worker(process: psutil.Process, before: set[int]) -> bool:

@@ -404,6 +404,42 @@ def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
     assert module._alike(dict(enumerate([base, base, *others]))) == [[0, 1], *([n] for n in range(2, 8))]
 
 
+def test_nobody_passes_where_all_meet_before_all_are_there_or_through() -> None:
+    from fedsynth.clients.together import Meet, Trains, together
+
+    passed: list[str] = []
+
+    def walker(name: str, meets: int, fails: bool = False) -> Trains[str]:
+        for number in range(meets):
+            yield Meet()
+            passed.append(f"{name}{number}")
+        if fails:
+            raise ValueError(name)
+        return name
+
+    assert together([walker("a", 2), walker("b", 1), walker("c", 0), walker("d", 2)]) == ["a", "b", "c", "d"]
+    assert passed == ["a0", "b0", "d0", "a1", "d1"]
+
+
+def test_who_trained_together_is_written_down_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml = instructions(tmp_path, AVERAGE, clients=3, rows=36) + "client.stacked = 3\n"
+    done: list[str] = []
+    trained, store = module._trained, Ledger.store
+
+    def noted(*asked: Any) -> Any:
+        done.append("trained")
+        return trained(*asked)
+
+    def stored(*said: Any, **more: Any) -> None:
+        done.append("stored")
+        store(*said, **more)
+
+    monkeypatch.setattr(module, "_trained", noted)
+    monkeypatch.setattr(Ledger, "store", stored)
+    play(toml, tmp_path)
+    assert done == ["trained", "stored", "stored", "stored"]
+
+
 def one_message(played: Played, homes: Sequence[tuple[int, int]]) -> list[Any]:
     """A message with an order for each (home, stack)."""
     order = played.orders(Finetune)[0]

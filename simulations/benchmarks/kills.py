@@ -35,17 +35,18 @@ seeds = [0]
 rounds = 2
 [strategy]
 use = "fedsynth.strategies.fdkt:FDKT"
-written = 60
-per_label = 12
+written = 40
+per_label = 6
 [data]
 source = "world:hospitals"
-clients = 4
+clients = 3
 train_per_client = 60
 test_per_client = 30
 [client]
 generator = "assets:tiny-slm"
 task_model = "assets:tiny-slm"
 budget = { epsilon = 8.0 }
+task_training = { augmented_epochs = 2, private_epochs = 2 }
 [client.generator_training]
 expected_batch = 16
 steps = 12
@@ -55,8 +56,6 @@ learning_rate = 3e-3
 [server]
 llm = "assets:tiny-llm"
 [arms.fdkt]
-[arms.pooled_drafts]
-strategy.pooled = true
 """
 WHO = ("launcher", "SuperLink", "worker")
 
