@@ -99,6 +99,49 @@ def run_command(
         print(json.dumps(result.summary))
 
 
+@app.command("compare")
+def compare_command(
+    grid: Annotated[list[str], typer.Argument(help="A grid's TOML file; or scenarios, named as for `run`.")],
+    epsilons: Annotated[str, typer.Option(help="Budgets, separated by commas; the scenarios' own by default.")] = "",
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas; 0,1,2 by default.")] = "",
+    arms: Annotated[str, typer.Option(help="Arms, separated by commas; those that run unasked by default.")] = "",
+    baseline: Annotated[str, typer.Option(help="The arm to compare with; the first one by default.")] = "",
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The comparison's directory; runs/compare-NAME by default.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Client processes of each run.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="Runs at once; as cores and memory allow by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as one JSON object, last.")] = False,
+) -> None:
+    """Run scenarios x epsilons x seeds, or go on with them, and compare their arms: docs/compare.md."""
+    if parallel is not None and parallel < 1:
+        raise BadValue(f"--parallel must be at least 1, got {parallel}")
+    from fedsynth.grids import asked_for, is_grid, read_grid
+
+    if len(grid) == 1 and is_grid(Path(grid[0])):
+        if epsilons or seeds or arms or baseline or set_:
+            raise BadValue("--epsilons, --seeds, --arms, --baseline and --set belong in the grid's file")
+        asked = read_grid(Path(grid[0]))
+    else:
+        asked = asked_for(grid, epsilons=epsilons, seeds=seeds or "0,1,2", arms=arms, baseline=baseline, sets=set_)
+    from fedsynth.comparison import compare
+    from fedsynth.comparison_tables import NOTES, Lines, costs_table, utility_table
+
+    console = _console(error=True)
+    place = (out or Path("runs") / f"compare-{asked.name}").absolute()
+    done = compare(asked, place, workers=workers, parallel=parallel, on_event=Lines(console).event,
+                   on_warning=lambda text: console.print(f"[yellow]warning:[/] {text}"))  # fmt: skip
+    shown = console if as_json else _console(error=False)
+    if not shown.is_terminal:
+        shown.width = 140
+    for task in done.tables["tables"]:
+        shown.print(utility_table(done.tables, task))
+        shown.print(costs_table(done.tables, task))
+    for line in (*NOTES, f"written to {done.out}"):
+        shown.print(line, markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(done.tables))
+
+
 @app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="Folder of the model: new or empty.")],

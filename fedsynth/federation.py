@@ -416,6 +416,11 @@ class RoundStrategy(Strategy, Generic[S]):
         if hasattr(config, "check"):
             config.check(scenario)
 
+    @classmethod
+    def spends(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
+        """Whether any of the budget is spent under `dp`; what spends nothing is the same at every epsilon."""
+        return True
+
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config
         self.server = server

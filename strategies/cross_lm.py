@@ -38,6 +38,11 @@ class CrossLM(RoundStrategy[State]):
     config_class = CrossLMOptions
     config: CrossLMOptions
 
+    @classmethod
+    def spends(cls, config: CrossLMOptions) -> bool:
+        """Not where no client is asked for scores."""
+        return config.feedback != "none"
+
     def initial(self) -> State:
         """The LLM as it came."""
         return State()

@@ -31,6 +31,11 @@ class FDKT(RoundStrategy[State]):
     config_class = FDKTOptions
     config: FDKTOptions
 
+    @classmethod
+    def spends(cls, config: FDKTOptions) -> bool:
+        """Not where no client is asked for drafts."""
+        return config.demonstrations != "none"
+
     def initial(self) -> State:
         """Nothing yet; an LLM that cannot do what the judge needs says so here, before clients spend anything."""
         if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":

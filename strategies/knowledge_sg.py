@@ -38,6 +38,11 @@ class KnowledgeSG(RoundStrategy[State]):
     tasks = ("instructions",)
     config: KnowledgeSGOptions
 
+    @classmethod
+    def spends(cls, config: KnowledgeSGOptions) -> bool:
+        """Not where no client is asked to train."""
+        return config.instructions == "dp" and config.adopts != "nothing"
+
     def initial(self) -> State:
         """No adapter yet."""
         return State()

@@ -26,6 +26,11 @@ class LocalOnly(RoundStrategy[State]):
     config_class = Config
     tasks = ("classification", "instructions")
 
+    @classmethod
+    def spends(cls, config: Config) -> bool:  # noqa: ARG003
+        """Nothing is asked of a client but to learn."""
+        return False
+
     def initial(self) -> State:
         """Nothing yet."""
         return State()

@@ -9,6 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
+comparison comparison_tables
+grids
 simulate watch
 fedsynth_sim launch
 strategies clients

@@ -59,11 +59,34 @@ def paired_difference(
             f"no pairs of arms {arm!r} and {baseline!r} in metric {metric!r}; arms: {sorted(table.columns)}"
         )
     gaps = (table[arm] - table[baseline]).dropna()
-    by_seed = [group.to_numpy() for _, group in gaps.groupby(level="seed")]
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = (by_seed[i] for i in rng.integers(len(by_seed), size=len(by_seed)))
-        means.append(np.concatenate([g[rng.integers(len(g), size=len(g))] for g in drawn]).mean())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Difference(float(gaps.mean()), float(low), float(high), float((gaps > 0).mean()), len(gaps))
+    low, high = bootstrap(gaps, resamples=resamples, seed=seed)
+    return Difference(float(gaps.mean()), low, high, float((gaps > 0).mean()), len(gaps))
+
+
+def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of a mean: seeds are drawn with replacement, then clients within each drawn seed.
+
+    Args:
+        values: Indexed by (seed, client); seeds may have unlike numbers of clients.
+        resamples: How often.
+        seed: Of the draws.
+    """
+    by_seed = [group.to_numpy() for _, group in values.groupby(level="seed")]
+    sizes = np.array([len(group) for group in by_seed])
+    table = np.zeros((len(by_seed), sizes.max()))
+    for row, group in zip(table, by_seed, strict=True):
+        row[: len(group)] = group
+    rng, means = np.random.default_rng(seed), []
+    block = max(1, 2**20 // table.shape[1])  # resamples at once: what they draw stays below some megabytes
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        total, drawn_clients = np.zeros(count), np.zeros(count)
+        for _ in by_seed:
+            drawn = rng.integers(len(by_seed), size=count)
+            clients = rng.integers(sizes[drawn][:, None], size=(count, table.shape[1]))
+            counted = np.arange(table.shape[1]) < sizes[drawn][:, None]
+            total += (table[drawn[:, None], clients] * counted).sum(axis=1)
+            drawn_clients += sizes[drawn]
+        means.append(total / drawn_clients)
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
