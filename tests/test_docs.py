@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from inprocess import play
+from scripted import ScriptedLLM
 from test_run import QUICK
 
-from fedsynth.scenario_toml import load, shipped_scenarios
+from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios
+from fedsynth.tasks import Learn
 
 ROOT = Path(__file__).parent.parent
 FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]
@@ -43,6 +46,22 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
     assert {"summary.json", "metrics.parquet"} <= named
     assert named <= {p.name for p in (tmp_path / "runs" / "tickets").iterdir()}
+
+
+def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = ROOT / "docs" / "your-own-strategy.md"
+    [code], [scenario] = blocks(page, "python"), blocks(page, "toml")
+    assert len(code.splitlines()) <= 60
+    run([sys.executable, "-c", blocks(ROOT / "docs" / "tutorial.md", "python")[0]], tmp_path)
+    (tmp_path / "continued.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    played = play(scenario, tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well"))
+    assert played.metric("accuracy")
+    [written] = played.metric("texts/written")
+    assert 0 < written <= 4 * 5 * 10
+    assert {len(o.corpus.grants) for o in played.orders(Learn)} == {4}  # of all clients
+    assert {cell.arm for cell in cells(from_toml(scenario))} == {"local", "continued"}
 
 
 def test_the_readmes_commands_exist() -> None:
