@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
+reporting
 simulate
 fedsynth_sim launch
 strategies clients

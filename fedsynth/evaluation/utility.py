@@ -67,3 +67,31 @@ def paired_difference(
         means.append(np.concatenate([g[rng.integers(len(g), size=len(g))] for g in drawn]).mean())
     low, high = np.percentile(means, [2.5, 97.5])
     return Difference(float(gaps.mean()), float(low), float(high), float((gaps > 0).mean()), len(gaps))
+
+
+def mean_interval(values: pd.Series[float], *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of a mean: percentile bootstrap over seeds, then clients within each drawn seed.
+
+    With one seed it says how clients differ, and nothing of how seeds do.
+
+    Args:
+        values: Indexed by (seed, client).
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+
+    Raises:
+        ValueError: If there is no value.
+    """
+    groups = [group.to_numpy(dtype=float) for _, group in values.groupby(level="seed")]
+    if not groups:
+        raise ValueError("an interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(groups), size=(resamples, len(groups)))
+    totals, counts = np.zeros(resamples), np.zeros(resamples)
+    for place in drawn.T:
+        for number, group in enumerate(groups):
+            hit = np.flatnonzero(place == number)
+            totals[hit] += group[rng.integers(len(group), size=(len(hit), len(group)))].sum(axis=1)
+            counts[hit] += len(group)
+    low, high = np.percentile(totals / counts, [2.5, 97.5])
+    return float(low), float(high)
