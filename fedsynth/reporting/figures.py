@@ -1,7 +1,7 @@
 """Figures as inline SVG: dots with intervals, bars, lines over rounds, scatter plots.
 
-Series differ in shape and dash as well as in colour. Colours are variables of the page (`var(--s1)` ...), so that light,
-dark and print need no second figure. Every mark carries the row of the table that its number stands in.
+Series differ in shape and dash as well as in colour. Colours are variables of the page (`var(--s1)` ...), so that
+light, dark and print need no second figure. Every mark carries the row of the table that its number stands in.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def dots(
             said = f"{name}: {mark.text}" if own else f"{name}, {one.name}: {mark.text}"
             parts.append(_shape(look, at(mark.value), y, mark, said))
             if own:
-                figure = Markup('<text class="figure" x="{}" y="{}" text-anchor="end" data-row="{}">{}</text>')
-                parts.append(figure.format(WIDTH - 4, top + step * i + 17, "" if mark.row is None else mark.row,
-                                           mark.text))  # fmt: skip
+                text = Markup('<text class="figure" x="{}" y="{}" text-anchor="end"{}>{}</text>')
+                parts.append(text.format(WIDTH - 4, top + step * i + 17, _facts(mark), mark.text))
     legend, height = ([], bottom + 24) if own else _legend([s.name for s in series], bottom + 32)
     return _svg(title, height, [*parts, *legend])
 
@@ -127,11 +126,10 @@ def bars(names: Sequence[str], marks: Sequence[Mark], *, title: str) -> Markup:
     for i, (name, mark) in enumerate(zip(names, marks, strict=True)):
         y, wide = top + step * i, mark.value / longest * room
         parts.append(_name(4, y + 16, name))
-        box = '<rect class="bar" x="{}" y="{}" width="{}" height="16" data-value="{}" data-row="{}"><title>{}</title></rect>'
-        row = "" if mark.row is None else mark.row
-        parts.append(Markup(box).format(_n(left), y + 3, _n(wide), mark.text, row, f"{name}: {mark.text}"))
-        text = Markup('<text class="figure" x="{}" y="{}" data-row="{}">{}</text>')
-        parts.append(text.format(_n(left + wide + 5), y + 16, row, mark.text))
+        box = Markup('<rect class="bar" x="{}" y="{}" width="{}" height="16"{}><title>{}</title></rect>')
+        parts.append(box.format(_n(left), y + 3, _n(wide), _facts(mark), f"{name}: {mark.text}"))
+        text = Markup('<text class="figure" x="{}" y="{}"{}>{}</text>')
+        parts.append(text.format(_n(left + wide + 5), y + 16, _facts(mark), mark.text))
     return _svg(title, top + step * len(marks) + 6, parts)
 
 
@@ -160,9 +158,8 @@ def lines(series: Sequence[Series], *, title: str, x_name: str) -> Markup:
 
     parts = [_level(y_at(t), left, right) + _level_tick(left - 5, y_at(t), t, ticks) for t in ticks]
     places = sorted({m.x for m in marks})
-    for x in places[:: math.ceil(len(places) / 10)]:
-        parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{:g}</text>').format(
-            _n(x_at(x)), bottom + 17, x))  # fmt: skip
+    count = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{:g}</text>')
+    parts += [count.format(_n(x_at(x)), bottom + 17, x) for x in places[:: math.ceil(len(places) / 10)]]
     parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
         _n((left + right) / 2), bottom + 33, x_name))  # fmt: skip
     for k, one in enumerate(series):
@@ -296,16 +293,22 @@ def _shape(look: int, x: float, y: float, mark: Mark | None, said: str) -> Marku
         "plus": through((-1.1, 0), (1.1, 0)) + through((0, -1.1), (0, 1.1)),
     }
     ring = f"M{_n(x - r)} {_n(y)}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z"
-    facts = Markup("")
-    if mark is not None and mark.row is not None:
-        facts += Markup(' data-row="{}" data-value="{}"').format(mark.row, mark.text)
-    if mark is not None and mark.x_row is not None:
-        facts += Markup(' data-x-row="{}" data-x="{!r}"').format(mark.x_row, mark.x)
+    facts = Markup("") if mark is None else _facts(mark)
     style = "open" if kind in ("ring", "cross", "plus") else "mark"
     title = Markup("<title>{}</title>").format(said) if said else Markup("")
     head = Markup('<path class="{}" d="{}" style="--c:var(--s{})"{}>').format(
         style, corners.get(kind, ring), _colour(look), facts)  # fmt: skip
     return head + title + Markup("</path>")
+
+
+def _facts(mark: Mark) -> Markup:
+    """Where a mark's numbers stand in the table."""
+    found = Markup("")
+    if mark.row is not None:
+        found += Markup(' data-row="{}" data-value="{}"').format(mark.row, mark.text)
+    if mark.x_row is not None:
+        found += Markup(' data-x-row="{}" data-x="{!r}"').format(mark.x_row, mark.x)
+    return found
 
 
 def _legend(names: Sequence[str], y: float, *, dashed: bool = False) -> tuple[list[Markup], float]:

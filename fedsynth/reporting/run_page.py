@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedsynth.reporting import figures as draw
@@ -65,12 +66,12 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     sections.append(Section("How it was made", "made", _made(figures, report)))
     seeds = len(run["seeds"])
     lead = (
-        f"{', '.join(arms)}: {'arms' if len(arms) > 1 else 'one arm'} of a Flower simulation with data {run['source']}, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}."
+        f"{', '.join(arms)}: {'arms' if len(arms) > 1 else 'one arm'} of a Flower simulation with data "
+        f"{run['source']}, {seeds} seed{'s' if seeds > 1 else ''}."
     )
     banner = (
-        "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test figures. "
-        "No private text was read for it."
+        "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
+        "figures. No private text was read for it."
     )
     return Page(f"Run report: {run['name']}", lead, banner, sections, table)
 
@@ -128,13 +129,14 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
             [*row, _guarantee(report, arm), figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3)]
         )
     note = (
-        "Means over clients, then mean ± standard deviation over seeds. Intervals: percentile bootstrap over seeds, then "
-        "clients within each." if main else ""
+        "Means over clients, then mean ± standard deviation over seeds. Intervals: percentile bootstrap over seeds, "
+        "then clients within each." if main else ""
     )  # fmt: skip
     blocks: list[Block] = []
     if main:
         plots = [
-            _dots(figures, "utility", main, arms, f"{_first_up(main)}, mean over clients and seeds with its 95 % interval"),
+            _dots(figures, "utility", main, arms,
+                  f"{_first_up(main)}, mean over clients and seeds with its 95 % interval"),
             _dots(figures, "difference", main, arms,
                   f"{_first_up(main)} above that of {baseline}, pair by pair, with its 95 % interval", baseline),
         ]  # fmt: skip
@@ -266,8 +268,9 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
                 continue
             share = figures.number(figures.row("difference", metric, "better", **where), 2)
             pairs = figures.number(figures.row("difference", metric, "pairs", **where), 0)
-            rows.append([f"{arm} - {baseline}", _name(metric.removesuffix(HELD_OUT)), group, figures.number(row_of, sign=True),
-                         _interval(figures, "difference", metric, arm, baseline, sign=True), share, pairs])  # fmt: skip
+            rows.append([f"{arm} - {baseline}", _name(metric.removesuffix(HELD_OUT)), group,
+                         figures.number(row_of, sign=True), _interval(figures, "difference", metric, arm, baseline, sign=True),
+                         share, pairs])  # fmt: skip
     if rows:
         heads = ["difference", "metric", "clients", "mean", "95 % interval", "share above 0", "pairs"]
         note = "Paired per (seed, client); percentile bootstrap over seeds, then clients."
@@ -298,7 +301,7 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
                 std = figures.value(figures.row("curve", metric, "std", arm=arm, round=number))
                 if (value := figures.value(row)) is not None:
                     ends = (None, None) if std is None else (value - std, value + std)
-                    marks.append(Mark(value, *ends, row=row, x=float(number)))
+                    marks.append(Mark(value, ends[0], ends[1], row, x=float(number)))
             if marks:
                 series.append(Series(arm, tuple(marks)))
         if series:
@@ -307,8 +310,9 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
     return plots
 
 
-VARIETY = (("texts", "texts", 0), ("words", "words", 1), ("distinct_1", "distinct-1", 3), ("distinct_2", "distinct-2", 3),
-           ("self_bleu", "self-BLEU", 3), ("label_balance", "label balance", 3), ("compared", "compared", 0))  # fmt: skip
+VARIETY = (("texts", "texts", 0), ("words", "words", 1), ("distinct_1", "distinct-1", 3),
+           ("distinct_2", "distinct-2", 3), ("self_bleu", "self-BLEU", 3), ("label_balance", "label balance", 3),
+           ("compared", "compared", 0))  # fmt: skip
 CLOSENESS = (("mauve", "MAUVE", 3), ("frechet", "Frechet distance", None), ("embedded", "texts compared", 0))
 
 
@@ -317,7 +321,6 @@ def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = []
     if funnels := [p for arm in arms if (p := _funnel(figures, arm)) is not None]:
         blocks += [Plots(funnels), _funnel_table(figures, arms)]
-    names = figures.metrics("text")
     lines = [*arms, *(r["arm"] for r in figures.rows if r["part"] == "text" and r["arm"] not in arms)]
     lines = list(dict.fromkeys(lines))  # with that of the text that is compared with
     for kind in described["kinds"]:
@@ -361,18 +364,20 @@ def quality_table(
 def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("distinct-n", "different n-grams of words over all of them (Li et al. 2016): the higher, the more varied"),
-        ("self-BLEU", "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the more alike"),
-        ("counted on", "equally many texts of each client (compared), as both depend on how many there are; per client, then "
-         "means over clients and mean ± deviation over seeds"),
+        ("self-BLEU", "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the "
+         "more alike"),
+        ("counted on", "equally many texts of each client (compared), as both depend on how many there are; per "
+         "client, then means over clients and mean ± deviation over seeds"),
     ]  # fmt: skip
     if described["labels"]:
         found.append(
             ("label balance", "entropy of the labels over its largest value: 1 where all are equally frequent")
         )
     if any(name.endswith("/mauve") for name in figures.metrics("text")):
-        found.append(("MAUVE and Frechet distance", f"from {described['reference']}, by embeddings of {described['embedder']}; "
-                      "the higher MAUVE and the lower the distance, the closer. The line of fresh text is what two draws of the "
-                      "same source have. Compare figures of this report only"))  # fmt: skip
+        found.append(("MAUVE and Frechet distance", f"from {described['reference']}, by embeddings of "
+                      f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
+                      "fresh text is what two draws of the same source have. Compare figures of this "
+                      "report only"))  # fmt: skip
     if described["left_out"]:
         found.append(("no MAUVE, no Frechet distance", described["left_out"]))
     return [(word, f"{said}.") for word, said in found]
@@ -415,8 +420,8 @@ def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
                     reasons += ["; " if reasons else "", f"{reason.replace('_', ' ')} ", figures.number(row, None)]
             rows.append([arm, stage.replace("_", " "), figures.number(found.get("in"), 1),
                          figures.number(found.get("kept"), 1), tuple(reasons) or "-"])  # fmt: skip
-    return Table(["arm", "step", "in", "kept", "dropped because, or of these"], rows, "Yield, means per client over seeds",
-                 words=frozenset({0, 1, 4}))  # fmt: skip
+    heads = ["arm", "step", "in", "kept", "dropped because, or of these"]
+    return Table(heads, rows, "Yield, means per client over seeds", words=frozenset({0, 1, 4}))  # fmt: skip
 
 
 def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[str]) -> Plot | None:
@@ -437,7 +442,8 @@ def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[s
 def _quotes(report: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Paragraph(
-            "Released or written by the server's LLM, as they stand; chosen by place in the file, one of each label in turn."
+            "Released or written by the server's LLM, as they stand; chosen by place in the file, one of each label in "
+            "turn."
         )
     ]
     groups: dict[tuple[str, str], list[Quote]] = {}
@@ -461,11 +467,9 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
         series = []
         for arm in arms:
             x = figures.row("cost", sent, "mean", arm=arm)
-            mark = (
-                None if x is None else _mark(figures, "utility", metrics[0], arm, x=figures.rows[x]["value"], x_row=x)
-            )
-            if mark is not None:
-                series.append(Series(arm, (mark,)))
+            mark = _mark(figures, "utility", metrics[0], arm)
+            if x is not None and mark is not None:
+                series.append(Series(arm, (replace(mark, x=figures.rows[x]["value"], x_row=x),)))
         if len(series) > 1:
             caption = f"{_first_up(metrics[0])} against what a client sends"
             svg = draw.scatter(series, title=caption, x_name=sent, y_name=_name(metrics[0]), x_digits=1)

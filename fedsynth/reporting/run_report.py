@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from fedsynth.publictext import sample
-from fedsynth.reporting.page import Page, listed, render
+from fedsynth.reporting.cautions import cautions
+from fedsynth.reporting.page import Page, render
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import (
     Figures,
@@ -47,7 +48,6 @@ SCHEMA = 1
 EXAMPLES = 6  # of a kind of text and arm
 EXAMPLE_CHARACTERS = 400  # of one; with at most 8 arms and 4 kinds a page stays far below 3 MB
 SHOWN_ARMS = 8  # with examples
-LARGE_DELTA = 0.1  # of delta times the number of units: then a mechanism that publishes single units would pass
 
 # --- A run's directory as a tree --------------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def build(out: Path) -> dict[str, Any]:
         "pooled": apart,
         "baseline": baseline,
         "privacy": privacy,
-        "warnings": _warnings(figures, privacy, metrics, scenario, arms, apart),
+        "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
         "texts": described,
         "examples": _examples(texts, privacy, arms, simulated=scenario.data.world is not None),
         "rows": [_row(row) for row in figures.rows],
@@ -204,74 +204,6 @@ def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
         return name, Embedder.load(name).embed
     except BadValue as problem:
         return f"the embedder cannot be loaded here: {problem}", None
-
-
-def _warnings(
-    figures: Figures,
-    privacy: Mapping[str, Any],
-    metrics: pd.DataFrame,
-    scenario: Scenario,
-    arms: Sequence[str],
-    pooled: Sequence[str],
-) -> list[list[str]]:
-    """What to know before a figure is quoted: a word and a sentence each."""
-    found: list[tuple[str, str]] = []
-    if bare := [arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none"]:
-        found.append(("No guarantee.", f"No epsilon holds for {listed(bare)}: something left without a mechanism, or raw text was "
-                      "pooled. Compare these arms with others, publish nothing of theirs as private."))  # fmt: skip
-    found.append(("Test figures are not covered by epsilon.", "They are measured at the clients, on test sets declared public, "
-                  "mostly on models that learnt private text there; real sites do not answer them by default."))  # fmt: skip
-    spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", arm=arm)) for arm in arms}
-    paid = {arm: epsilon for arm, epsilon in spent.items() if epsilon}
-    if paid and max(paid.values()) > 1.01 * min(paid.values()):
-        found.append(("Budgets differ.", f"{listed(list(paid))} spent different epsilons: no comparison between them is one at "
-                      "an equal budget."))  # fmt: skip
-    for arm in arms:
-        units = figures.value(figures.row("privacy", "units", "largest", arm=arm))
-        delta = figures.value(figures.row("privacy", "delta", "largest", arm=arm))
-        if units and delta and delta * units > LARGE_DELTA:
-            found.append(("Delta is large.", f"In {arm} delta times the units of the largest client is above {LARGE_DELTA:g}: "
-                          "a mechanism that publishes a few units outright could meet such a delta."))  # fmt: skip
-    if metrics["seed"].nunique() == 1:
-        found.append(("One seed only.", "Nothing here says how results differ from seed to seed: there is no deviation, and "
-                      "intervals are over clients alone."))  # fmt: skip
-    if scenario.data.tuned_on:
-        who = listed([str(client) for client in scenario.data.tuned_on])
-        found.append(("Settings were tuned", f"on clients {who}: the figures of the others stand beside those of all."))
-    if any(said.get("largest_over_clients", {}).get("simulated") for said in privacy.values()):
-        found.append(("Simulated noise.", "Its keys follow from public seeds, so that a run can be repeated: whoever knows them "
-                      "can take the noise off. The statement is about sites that draw their own."))  # fmt: skip
-    for arm, missing in _missing(privacy, metrics, scenario, arms, pooled).items():
-        found.append(
-            ("Clients without an answer.", f"In {arm}: {missing}. What they may have spent is not in these figures.")
-        )
-    lost = metrics[metrics["metric"].str.endswith("/labels_lost") & (metrics["value"] > 0)]
-    if len(lost):
-        found.append(("Labels lost.", f"In {listed(list(dict.fromkeys(map(str, lost['arm']))))} a step of curation left no text "
-                      "of some labels at some clients."))  # fmt: skip
-    if pooled:
-        found.append(("One home.", f"{listed(list(pooled))} has all clients' text in one place and one test set: it is not "
-                      "compared client by client."))  # fmt: skip
-    return [list(pair) for pair in found]
-
-
-def _missing(
-    privacy: Mapping[str, Any], metrics: pd.DataFrame, scenario: Scenario, arms: Sequence[str], pooled: Sequence[str]
-) -> dict[str, str]:
-    """By arm: which clients of which seeds were silent once, or have no figure in the last round."""
-    found = {}
-    for arm in arms:
-        gone = {(int(seed), int(client)) for seed, client in privacy.get(arm, {}).get("terms", {}).get("silent", [])}
-        rows = metrics[(metrics["arm"] == arm) & (metrics["client"] != SERVER) & ~metrics["metric"].str.contains("/")]
-        last = rows[rows["round"] == rows["round"].max()]
-        homes = 1 if arm in pooled else scenario.data.clients
-        for seed in metrics.loc[metrics["arm"] == arm, "seed"].unique():
-            there = set(last.loc[last["seed"] == seed, "client"])
-            gone |= {(int(seed), client) for client in range(homes) if client not in there}
-        if gone:
-            words = [f"client {client} (seed {seed})" for seed, client in sorted(gone)]
-            found[arm] = listed(words[:8] + ([f"{len(words) - 8} more"] if len(words) > 8 else []))
-    return found
 
 
 def _examples(

@@ -115,7 +115,7 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
     """How close texts come to their nearest private ones, beside held-out text of the client; the closest pairs."""
     rows: list[tuple[str, str, int, str, float]] = []
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for t in texts:
+    for t in texts:  # one client's texts after the other
         train, test = private_texts[t.arm, t.seed, t.client]
         # Both columns of texts are cut to equally many: the nearest of more is nearer.
         size = min(PER_CLIENT, len(t.corpus), len(test))
