@@ -97,7 +97,7 @@ def dots(
             mark = one.marks[i]
             if mark is None:
                 continue
-            spread = 0 if own else (k - (len(series) - 1) / 2) * min(5.0, 16 / len(series))
+            spread = 0 if own else (k - (len(series) - 1) / 2) * min(8.0, 18 / len(series))
             y = top + step * i + 13 + spread
             look = (looks[i] if looks else i) if own else k
             parts.append(_whisker(at, mark, y, look))

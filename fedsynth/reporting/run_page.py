@@ -167,7 +167,8 @@ def _privacy(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     """A card for each statement, of all arms that share it; below, what holds for all."""
     groups: dict[str, list[str]] = {}
     for arm in report["arms"]:
-        said = {k: v for k, v in report["privacy"].get(arm, {}).items() if k != "terms"}
+        said = dict(report["privacy"].get(arm, {}))
+        said["terms"] = {key: value for key, value in said.get("terms", {}).items() if key != "silent"}
         groups.setdefault(json.dumps(said, sort_keys=True), []).append(arm)
     # The longest first: then the short ones find room beside it.
     order = sorted(groups.values(), key=lambda arms: "largest_over_clients" not in report["privacy"].get(arms[0], {}))
@@ -212,14 +213,15 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
     unit, unknown = str(spent.get("unit", "row")), "not recorded"
     delta_row = figures.row("privacy", "delta", "largest", arm=arm)
     delta: Cell = "-" if delta_row is None else Number(f"{figures.value(delta_row):g}", delta_row)
+    units: Cell = _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
+    units = {"row": "row: rows are declared independent", "client": "client: all of its data"}.get(unit, units)
     facts = [
         ("guarantee", "differential privacy, all rounds and releases of a run together"),
         ("epsilon", _joined(bound("epsilon", 3), " (largest over clients and seeds)")),
         ("delta", delta),
         ("adjacency", terms.get("adjacency", "zero-out: one unit is replaced by an empty one")),
         (f"epsilon if a {unit} is replaced by another", bound("epsilon_replace_one", 2)),
-        ("unit", _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of a unit's rows count") if unit != "row"
-         else "row: rows are declared independent"),
+        ("unit", units),
     ]  # fmt: skip
     if sizes := list(spent.get("epsilon_rows", {})):
         group: list[Any] = []
@@ -266,11 +268,17 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
             where = {"arm": arm, "baseline": baseline}
             if (row_of := figures.row("difference", metric, "mean", **where)) is None:
                 continue
-            share = figures.number(figures.row("difference", metric, "better", **where), 2)
-            pairs = figures.number(figures.row("difference", metric, "pairs", **where), 0)
-            rows.append([f"{arm} - {baseline}", _name(metric.removesuffix(HELD_OUT)), group,
-                         figures.number(row_of, sign=True), _interval(figures, "difference", metric, arm, baseline, sign=True),
-                         share, pairs])  # fmt: skip
+            rows.append(
+                [
+                    f"{arm} - {baseline}",
+                    _name(metric.removesuffix(HELD_OUT)),
+                    group,
+                    figures.number(row_of, sign=True),
+                    _interval(figures, "difference", metric, arm, baseline, sign=True),
+                    figures.number(figures.row("difference", metric, "better", **where), 2),
+                    figures.number(figures.row("difference", metric, "pairs", **where), 0),
+                ]
+            )
     if rows:
         heads = ["difference", "metric", "clients", "mean", "95 % interval", "share above 0", "pairs"]
         note = "Paired per (seed, client); percentile bootstrap over seeds, then clients."
@@ -333,7 +341,7 @@ def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     if described["kinds"]:
         blocks.append(Items([(f"{word}:", said) for word, said in _reading(figures, described)]))
     for kind in reversed(described["kinds"]):
-        if (plot := _labels(figures, arms, kind, described["labels"])) is not None:
+        if (plot := _labels(figures, lines, kind, described["labels"])) is not None:
             blocks.append(Plots([plot]))
             break
     return blocks
@@ -410,6 +418,9 @@ def _funnel(figures: Figures, arm: str) -> Plot | None:
     return Plot(draw.bars(names, marks, title=caption), caption) if marks else None
 
 
+YIELD = "Yield of all rounds, means over clients (or of the server, where it writes for all) and seeds"
+
+
 def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
     rows: list[list[Cell]] = []
     for arm in arms:
@@ -421,7 +432,7 @@ def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
             rows.append([arm, stage.replace("_", " "), figures.number(found.get("in"), 1),
                          figures.number(found.get("kept"), 1), tuple(reasons) or "-"])  # fmt: skip
     heads = ["arm", "step", "in", "kept", "dropped because, or of these"]
-    return Table(heads, rows, "Yield, means per client over seeds", words=frozenset({0, 1, 4}))  # fmt: skip
+    return Table(heads, rows, YIELD, words=frozenset({0, 1, 4}))  # fmt: skip
 
 
 def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[str]) -> Plot | None:
@@ -465,7 +476,9 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
     sent = "kilobytes up per client"
     if metrics and sent in names:
         series = []
-        for arm in arms:
+        for arm in (
+            a for a in arms if a not in report["pooled"]
+        ):  # there raw text was at hand, at no cost that is counted
             x = figures.row("cost", sent, "mean", arm=arm)
             mark = _mark(figures, "utility", metrics[0], arm)
             if x is not None and mark is not None:

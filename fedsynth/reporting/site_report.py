@@ -115,7 +115,7 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
     """How close texts come to their nearest private ones, beside held-out text of the client; the closest pairs."""
     rows: list[tuple[str, str, int, str, float]] = []
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for t in texts:  # one client's texts after the other
+    for t in texts:
         train, test = private_texts[t.arm, t.seed, t.client]
         # Both columns of texts are cut to equally many: the nearest of more is nearer.
         size = min(PER_CLIENT, len(t.corpus), len(test))
@@ -124,8 +124,8 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
         found = np.array(nearest(t.corpus.prompts[:size], train.prompts))
         held = np.array(nearest(test.prompts[:size], train.prompts))
         known = {same(text) for text in train.prompts}
-        for arm, values, own in ((t.arm, found, t.corpus), (HELD_TEXTS, held, test)):
-            exact = np.mean([same(text) in known for text in own.prompts[:size]])
+        for arm, values, of in ((t.arm, found, t.corpus), (HELD_TEXTS, held, test)):
+            exact = np.mean([same(text) in known for text in of.prompts[:size]])
             rows += [(arm, t.kind, t.seed, "nearest", float(values.mean())),
                      (arm, t.kind, t.seed, "near_copies", float((values >= NEAR).mean())),
                      (arm, t.kind, t.seed, "copies", float(exact))]  # fmt: skip
@@ -135,15 +135,15 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
              "text": t.corpus.prompts[i]} for i in best.tolist()
         )  # fmt: skip
     frame = pd.DataFrame(rows, columns=["arm", "kind", "seed", "metric", "value"])
-    for (arm, of_kind, metric), of in frame.groupby(["arm", "kind", "metric"], sort=False):
-        per_seed = of.groupby("seed")["value"].mean()
+    for (of_arm, of_kind, metric), rows_of in frame.groupby(["arm", "kind", "metric"], sort=False):
+        per_seed = rows_of.groupby("seed")["value"].mean()
         std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
-        figures.add("copies", f"{of_kind}/{metric}", "mean", float(per_seed.mean()), arm=str(arm))
-        figures.add("copies", f"{of_kind}/{metric}", "std", std, arm=str(arm))
+        figures.add("copies", f"{of_kind}/{metric}", "mean", float(per_seed.mean()), arm=str(of_arm))
+        figures.add("copies", f"{of_kind}/{metric}", "std", std, arm=str(of_arm))
     chosen = [pair for own in pairs.values() for pair in sorted(own, key=lambda p: -p["rouge_l"])[:PAIRS]]
     for pair in chosen:
-        train, _ = private_texts[pair["arm"], pair["seed"], pair["client"]]
-        pair["private"] = max(train.prompts, key=lambda text: rouge_l(text, pair["text"]))
+        near_to, _ = private_texts[pair["arm"], pair["seed"], pair["client"]]
+        pair["private"] = max(near_to.prompts, key=lambda text: rouge_l(text, pair["text"]))
     return chosen
 
 

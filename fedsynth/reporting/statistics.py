@@ -203,8 +203,6 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
             moved = rows[rows["metric"] == f"bytes/{direction}"]
             per_client = moved.groupby(["seed", "client"])["value"].sum().groupby(level="seed").mean() / 1000
             _add_mean(figures, "cost", f"kilobytes {direction} per client", per_client, arm=str(arm))
-            total = moved.groupby("seed")["value"].sum() / 1e6
-            _add_mean(figures, "cost", f"megabytes {direction}, all clients", total, arm=str(arm))
         _add_mean(figures, "cost", "seconds per seed", rows[rows["metric"] == "seconds/cell"]["value"], arm=str(arm))
 
 
