@@ -78,7 +78,10 @@ def make(out: Path, scenario: Scenario) -> Path:
                     journal.metric(client, "yield/written/in", 30)
                     journal.metric(client, "yield/written/kept", 24)
                     journal.metric(client, "yield/written/dropped/too short", 6)
-                    written = Corpus(TEXTS, 3 * tuple(LABELS), Provenance.LLM_WRITTEN, ("grant",))
+                    kind, grants = (
+                        (Provenance.LLM_WRITTEN, ("grant",)) if cell.arm == "fdkt" else (Provenance.SELF_GENERATED, ())
+                    )
+                    written = Corpus(TEXTS, 3 * tuple(LABELS), kind, grants)
                     journal.corpus(client, "written", written)
                 journal.count_bytes("up", client, 1500)
         journal.statements = {0: DP, 1: DP} if cell.arm == "fdkt" else {}
@@ -178,7 +181,8 @@ def test_an_epsilon_is_never_shown_smaller_than_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.12345, "0.123"), (3.14159, "3.14"), (31.41, "31.4"), (3141.5, "3142"), (math.inf, "inf")]
+    ("value", "text"),
+    [(0.012345, "0.0123"), (0.12345, "0.123"), (3.14159, "3.14"), (31.41, "31.4"), (3141.5, "3142"), (math.inf, "inf")],
 )
 def test_numbers_have_as_many_decimals_as_their_size_asks_for(value: float, text: str) -> None:
     assert shown(value, None) == text
@@ -249,15 +253,16 @@ def test_the_private_data_file_is_not_needed(tmp_path: Path) -> None:
     assert "notes.csv" in text
     assert str(tmp_path) not in text  # where it lies is nobody else's business
     assert "no MAUVE" in text
-    # Real text that no mechanism stands before is not shown; the other arm's is.
+    # What no mechanism stands before is neither shown nor described where it stems from real text; the other arm's is.
     assert {e["arm"] for e in report["examples"]} == {"fdkt"}
+    assert {r["arm"] for r in report["rows"] if r["part"] == "text"} == {"fdkt"}
+    assert "no_dp: texts without a guarantee" in "".join(parsed(path).itertext()).replace("\n", " ")
 
 
-@pytest.mark.parametrize("provenance", [Provenance.PRIVATE, Provenance.SELF_GENERATED])
-def test_text_that_was_not_released_ends_the_report(provenance: Provenance, run: Path) -> None:
+def test_private_text_in_a_run_directory_ends_the_report(run: Path) -> None:
     place = run / "corpora" / "fdkt" / "seed-0" / "kept-round1-client0.parquet"
-    place.write_bytes(corpus_to_parquet(Corpus(("a", "b"), ("x", "y"), provenance)))
-    with pytest.raises(BadValue, match=provenance.value):
+    place.write_bytes(corpus_to_parquet(Corpus(("a", "b"), ("x", "y"), Provenance.PRIVATE)))
+    with pytest.raises(BadValue, match="holds private text"):
         run_report.write(run)
     assert not (run / "report.html").exists()
 
@@ -347,9 +352,10 @@ def run_report_of(spent: dict[str, object]) -> dict[str, object]:
     privacy = {"fdkt": {"guarantee": "dp", "line": "", "not_covered": [], "largest_over_clients": spent}}
     run_report.add_privacy(figures, privacy)
     run = {"name": "x", "source": "s", "task": "t", "unit": "row", "seeds": [0], "tuned_on": [], "strategies": {}}
+    texts = {"kinds": [], "labels": [], "reference": "", "embedder": "", "left_out": "", "bare": []}
     return {"rows": [run_report._row(r) for r in figures.rows], "run": {**run, "models": {}, "versions": {}},
             "arms": ["fdkt"], "pooled": [], "baseline": "fdkt", "privacy": privacy, "warnings": [], "examples": [],
-            "texts": {"kinds": [], "labels": [], "reference": "", "embedder": "", "left_out": ""}}  # fmt: skip
+            "texts": texts}  # fmt: skip
 
 
 # --- Cautions ---------------------------------------------------------------------------------------------------------

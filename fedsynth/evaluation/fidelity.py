@@ -154,8 +154,8 @@ UNSEEN = 0.1  # stands for a count of 0 (Chen and Cherry 2014, method 1): one mi
 def self_bleu(texts: Sequence[str]) -> float:
     """Mean BLEU-4 of each text against all others (Zhu et al. 2018), in 0..1: the higher, the more they are alike.
 
-    Words as in `rouge.words`; the reference length is the closest one; a text shorter than 4 words counts with the orders
-    that it has. Rises with the number of texts: compare sets of equally many.
+    Words as in `rouge.words`; the reference length is the closest one; a text shorter than 4 words counts with the
+    orders that it has. Rises with the number of texts: compare sets of equally many.
 
     Raises:
         ValueError: If there are fewer than 2 texts.

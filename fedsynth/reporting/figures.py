@@ -232,7 +232,7 @@ def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     low, high = min(values), max(values)
     if high - low < 1e-9:
         low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
-    raw = (high - low) / 4
+    raw = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * k for k in (1, 2, 5, 10) if power * k >= raw)
     room = 0.04 * (high - low)

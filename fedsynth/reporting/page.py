@@ -119,7 +119,7 @@ class Quote:
         answer: Its label or response; untrusted.
     """
 
-    source: str
+    source: Cell
     text: str
     answer: str
 

@@ -340,6 +340,9 @@ def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
         )
     if described["kinds"]:
         blocks.append(Items([(f"{word}:", said) for word, said in _reading(figures, described)]))
+    if described["bare"]:
+        left_out = "texts without a guarantee are neither described nor shown where they stem from real data."
+        blocks.append(Items([(f"{listed(described['bare'])}:", left_out)]))
     for kind in reversed(described["kinds"]):
         if (plot := _labels(figures, lines, kind, described["labels"])) is not None:
             blocks.append(Plots([plot]))

@@ -82,8 +82,11 @@ def build(out: Path) -> dict[str, Any]:
     add_differences(figures, metrics, alike, baseline, tuned_on)
     add_curves(figures, metrics)
     add_yields(figures, metrics)
-    texts = released(out)
+    # Text without a guarantee may hold a person's words; a simulated world has no persons.
+    bare = {arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none" and scenario.data.world is None}
+    texts = [text for text in released(out) if text.arm not in bare]
     described = _texts(figures, texts, scenario, sorted(int(seed) for seed in metrics["seed"].unique()))
+    described["bare"] = sorted(bare & {path.name for path in (out / "corpora").glob("*")})
     add_costs(figures, metrics)
     add_server(figures, metrics)
     return {
@@ -107,7 +110,7 @@ def build(out: Path) -> dict[str, Any]:
         "privacy": privacy,
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
         "texts": described,
-        "examples": _examples(texts, privacy, arms, simulated=scenario.data.world is not None),
+        "examples": _examples(texts, arms),
         "rows": [_row(row) for row in figures.rows],
     }  # fmt: skip
 
@@ -206,15 +209,10 @@ def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
         return f"the embedder cannot be loaded here: {problem}", None
 
 
-def _examples(
-    texts: Sequence[Released], privacy: Mapping[str, Any], arms: Sequence[str], *, simulated: bool
-) -> list[dict[str, Any]]:
+def _examples(texts: Sequence[Released], arms: Sequence[str]) -> list[dict[str, Any]]:
     """A few texts of each arm and kind: of the first seed and client, one of each label in turn."""
     found, shown = [], []
     for arm in arms[:SHOWN_ARMS]:
-        # Text without a guarantee may hold a person's words; a simulated world has no persons.
-        if privacy.get(arm, {}).get("guarantee") == "none" and not simulated:
-            continue
         for kind in kinds_of(texts, arm):
             own = next(t for t in texts if (t.arm, t.kind) == (arm, kind))
             if own.corpus in shown:

@@ -131,7 +131,7 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
                      (arm, t.kind, t.seed, "copies", float(exact))]  # fmt: skip
         best = np.argsort(-found, kind="stable")[:PAIRS]
         pairs.setdefault((t.arm, t.kind), []).extend(
-            {"arm": t.arm, "kind": t.kind, "seed": t.seed, "client": t.client, "rouge_l": round(float(found[i]), 3),
+            {"arm": t.arm, "kind": t.kind, "seed": t.seed, "client": t.client, "rouge_l": float(found[i]),
              "text": t.corpus.prompts[i]} for i in best.tolist()
         )  # fmt: skip
     frame = pd.DataFrame(rows, columns=["arm", "kind", "seed", "metric", "value"])
@@ -141,7 +141,10 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
         figures.add("copies", f"{of_kind}/{metric}", "mean", float(per_seed.mean()), arm=str(of_arm))
         figures.add("copies", f"{of_kind}/{metric}", "std", std, arm=str(of_arm))
     chosen = [pair for own in pairs.values() for pair in sorted(own, key=lambda p: -p["rouge_l"])[:PAIRS]]
-    for pair in chosen:
+    for number, pair in enumerate(chosen):
+        pair["metric"] = f"{pair['kind']}/pair {number}"
+        figures.add("pair", pair["metric"], "rouge_l", pair["rouge_l"], arm=pair["arm"], seed=pair["seed"],
+                    client=pair["client"])  # fmt: skip
         near_to, _ = private_texts[pair["arm"], pair["seed"], pair["client"]]
         pair["private"] = max(near_to.prompts, key=lambda text: rouge_l(text, pair["text"]))
     return chosen
@@ -187,7 +190,8 @@ def page(report: Mapping[str, Any]) -> Page:
     sections.append(Section("Distance from private text", "distance", far))
     groups: dict[str, list[Quote]] = {}
     for p in report["pairs"]:
-        source = f"private, client {p['client']}, seed {p['seed']}, ROUGE-L {p['rouge_l']:.3f}"
+        row = figures.row("pair", p["metric"], "rouge_l", arm=p["arm"], seed=p["seed"], client=p["client"])
+        source = (f"private, client {p['client']}, seed {p['seed']}, ROUGE-L ", figures.number(row))
         groups.setdefault(f"{p['arm']}, {p['kind']}", []).append(Quote(source, p["text"], p["private"]))
     shown: list[Block] = [Paragraph("Above a released text, below the private text that is nearest to it.")]
     for head, quotes in groups.items():

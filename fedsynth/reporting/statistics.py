@@ -112,7 +112,9 @@ def shown(value: float, digits: int | None = 3, *, sign: bool = False) -> str:
     if not math.isfinite(value):
         return str(value)
     if digits is None:
-        digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+        digits = (
+            4 if abs(value) < 0.1 else 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+        )
     text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
     return text.replace("-", "", 1) if float(text) == 0 and text.startswith("-") else text
 

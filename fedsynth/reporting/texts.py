@@ -23,7 +23,6 @@ from fedsynth.scenario import Data
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 
-SHOWN = (Provenance.PUBLIC, Provenance.DP_SYNTHETIC, Provenance.LLM_WRITTEN)  # what a shareable report may read
 PER_CLIENT = 200  # texts of a client that self-BLEU and distinct-n compare at most
 HOMES = 32  # clients of a simulated world whose fresh text is drawn
 EMBEDDED = 512  # texts of a set that are embedded at most
@@ -47,7 +46,7 @@ def released(out: Path) -> list[Released]:
     """The texts of a run, each client's last round of each kind, sorted.
 
     Raises:
-        BadValue: If a file holds text that is not released: nothing of it belongs in a run's directory.
+        BadValue: If a file holds private text: nothing of it belongs in a run's directory.
     """
     found: dict[tuple[str, int, str, int], tuple[int, Path]] = {}
     for path in sorted((out / "corpora").glob("*/seed-*/*-round*-client*.parquet")):
@@ -58,8 +57,8 @@ def released(out: Path) -> list[Released]:
     texts = []
     for place, (_, path) in sorted(found.items()):
         corpus = corpus_from_parquet(path.read_bytes())
-        if corpus.provenance not in SHOWN:
-            raise BadValue(f"{path} holds {corpus.provenance.value} text, which no report may read: remove the file")
+        if corpus.provenance is Provenance.PRIVATE:
+            raise BadValue(f"{path} holds private text, which no report may read: remove the file")
         texts.append(Released(*place, corpus, path.relative_to(out).as_posix()))
     return texts
 
