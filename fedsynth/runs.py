@@ -247,6 +247,7 @@ def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
         "adversary": "an honest-but-curious server that runs the published bundle",
         "sees": seen,
         "public": list(PUBLIC),
+        "assumptions": _assumptions(journals).removeprefix("; "),
         "silent": sorted({(j.cell.seed, home) for j in journals for home in j.silent}),
     }
     spent = _spent(journals)

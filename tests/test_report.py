@@ -247,12 +247,15 @@ def test_the_private_data_file_is_not_needed(tmp_path: Path) -> None:
     scenario = load("hospitals", SMALL)
     data = replace(scenario.data, source=str(tmp_path / "notes.csv"), labels=tuple("abcd"), tuned_on=())
     out = make(tmp_path / "run", replace(scenario, data=data))
+    made = json.loads((out / "privacy.json").read_text())["fdkt"]["terms"]["assumptions"]
+    assert made == "number of records read from the data by the simulator, a site would declare them"
     (tmp_path / "notes.csv").unlink()
     path, report = run_report.write(out)
     text = path.read_text()
     assert "notes.csv" in text
     assert str(tmp_path) not in text  # where it lies is nobody else's business
     assert "no MAUVE" in text
+    assert made in text
     # What no mechanism stands before is neither shown nor described where it stems from real text; the other arm's is.
     assert {e["arm"] for e in report["examples"]} == {"fdkt"}
     assert {r["arm"] for r in report["rows"] if r["part"] == "text"} == {"fdkt"}
@@ -356,6 +359,18 @@ def run_report_of(spent: dict[str, object]) -> dict[str, object]:
     return {"rows": [run_report._row(r) for r in figures.rows], "run": {**run, "models": {}, "versions": {}},
             "arms": ["fdkt"], "pooled": [], "baseline": "fdkt", "privacy": privacy, "warnings": [], "examples": [],
             "texts": texts}  # fmt: skip
+
+
+def test_thousands_of_clients_make_no_page_too_long_to_open() -> None:
+    rows = [("fdkt", seed, 1, client, "accuracy", 0.5) for seed in (0, 1) for client in range(3000)]
+    figures = Figures()
+    statistics.add_utility(
+        figures, pd.DataFrame(rows, columns=["arm", "seed", "round", "client", "metric", "value"]), []
+    )
+    report = run_report_of({})
+    text = render(page({**report, "rows": figures.rows}))
+    assert len(text) < 100_000
+    assert "2950 more clients" in text
 
 
 # --- Cautions ---------------------------------------------------------------------------------------------------------

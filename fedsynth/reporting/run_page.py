@@ -29,6 +29,7 @@ from fedsynth.reporting.page import (
 from fedsynth.reporting.statistics import HELD_OUT, Figures
 
 SHOWN_LABELS = 12  # in a figure
+SHOWN_CLIENTS = 50  # in a table; the others are in the table of figures alone
 NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "exact_match": "exact match", "field_match": "field match",
          "rouge_l": "ROUGE-L"}  # fmt: skip
 
@@ -239,6 +240,7 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         ("composition", terms.get("composition", unknown)),
         ("adversary", adversary),
         ("sees", " and ".join(terms.get("sees", [])) or unknown),
+        *([("assumptions", terms["assumptions"])] if terms.get("assumptions") else []),
         ("noise keys", "simulated: noise reproducible" if spent.get("simulated") else "drawn by the sites"),
     ]
     return Card(title, facts)
@@ -288,12 +290,15 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
     shared = [arm for arm in arms if arm not in report["pooled"]]
     clients = sorted({int(r["client"]) for r in figures.rows if r["part"] == "client" and r["arm"] in shared})
     if clients and metrics:
-        rows = [[str(client), *(figures.number(figures.row("client", metrics[0], "mean", arm=arm, client=client))
-                                for arm in shared)] for client in clients]  # fmt: skip
-        tuned = report["run"]["tuned_on"]
-        rows = [[f"client {row[0]}" + (" (tuned on)" if int(str(row[0])) in tuned else ""), *row[1:]] for row in rows]
+        rows = []
+        for client in clients[:SHOWN_CLIENTS]:
+            name = f"client {client}" + (" (tuned on)" if client in report["run"]["tuned_on"] else "")
+            own = (figures.row("client", metrics[0], "mean", arm=arm, client=client) for arm in shared)
+            rows.append([name, *map(figures.number, own)])
         caption = f"{_first_up(metrics[0])} client by client, mean over seeds"
-        blocks.append(Table(["client", *shared], rows, caption))
+        more = len(clients) - SHOWN_CLIENTS
+        note = f"{more} more clients stand in the table of figures, part client." if more > 0 else ""
+        blocks.append(Table(["client", *shared], rows, caption, note))
     return blocks
 
 
