@@ -213,6 +213,32 @@ def _pretrain_world(world: str, role: str, out: Path, steps: int | None, seed: i
     print(json.dumps(card, indent=2))
 
 
+@app.command()
+def report(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    out: Annotated[Path | None, typer.Option(help="The page, an .html file; DIR/report.html by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
+    site_only: Annotated[
+        bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a run, with its figures as JSON and Parquet."""
+    if site_only and out is not None:
+        raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
+    if site_only:
+        from fedsynth.reporting.site_report import write as write_site_report
+
+        page, found = write_site_report(place)
+    else:
+        from fedsynth.reporting.run_report import write
+
+        page, found = write(place, out)
+    console = _console(error=as_json)
+    console.print(f"written to {page}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found))
+
+
 Place = Annotated[Path, typer.Argument(help="A ledger.sqlite, a folder with ledgers, or a run's directory.")]
 
 

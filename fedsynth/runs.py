@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
 from fedsynth.lora import Adapter
 from fedsynth.payload import corpus_to_parquet
-from fedsynth.privacy.plan import ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
+from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario
 from fedsynth.scenario_toml import from_toml, load, to_toml
 from fedsynth.surroundings import FILE, surroundings
@@ -261,10 +262,20 @@ NOT_COVERED = (
 )
 
 
+PUBLIC = (
+    "the number of records that a client declares",
+    "label list, tokenizer, longest text",
+    "base models and the LLM's prompts",
+    "all settings of the scenario",
+    "seeds of everything but noise and Poisson draws",
+)
+
+
 def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(journals)
-    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": list(NOT_COVERED)}
+    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": list(NOT_COVERED),
+            "terms": _terms(journals)}  # fmt: skip
     spent = _spent(journals)
     if guarantee == "none" or not spent:
         return head
@@ -278,6 +289,38 @@ def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
             str(rows): up(max(group_epsilon(plan, rows, plan.delta) for plan in plans), 2) for rows in ROWS_OF_A_PERSON
         }
     return {**head, "largest_over_clients": figures}
+
+
+def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
+    """What the figures of an arm are figures of, in words, and the largest number of units that a client has."""
+    client, seen = journals[0].cell.scenario.client, sorted({kind for j in journals for kind in j.released})
+    terms: dict[str, Any] = {
+        "adversary": "an honest-but-curious server that runs the published bundle",
+        "sees": seen,
+        "public": list(PUBLIC),
+        "assumptions": _assumptions(journals).removeprefix("; "),
+        "silent": sorted({(j.cell.seed, home) for j in journals for home in j.silent}),
+    }
+    spent = _spent(journals)
+    if guarantee_of(journals) == "none" or not spent:
+        return terms
+    listed = seen == ["scores"] and client.scores == "noise"
+    training = client.scorer_training if "scores" in seen else client.generator_training
+    rate = min(s.sampling_rate or 1.0 for s in spent)
+    return {
+        **terms,
+        "mechanism": "Gaussian noise on a client's list of scores, clipped as a whole, each round" if listed else (
+            "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch"
+        ),
+        "sampler": "none: all of the client's data takes part" if listed else (
+            "Poisson: each unit enters each batch by a draw of its own"
+        ),
+        "accountant": f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, "
+        "rounded up",
+        "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
+        "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
+        "largest_units": 1 if listed else round(training.expected_batch / rate),
+    }  # fmt: skip
 
 
 def _spent(journals: Sequence[Journal]) -> list[Statement]:

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
+reporting
 comparison comparison_tables
 grids
 simulate watch

@@ -86,9 +86,9 @@ def test_wheel_carries_the_data(wheel: list[str]) -> None:
     expected |= {f"fedsynth/app/scenarios/{path.name}" for path in (ROOT / "simulations/scenarios").glob("*.toml")}
     expected |= {
         path.relative_to(ROOT).as_posix()
-        for folder in ("assets", "world")
+        for folder in ("assets", "reporting", "world")
         for path in (ROOT / "fedsynth" / folder).rglob("*")
-        if path.suffix in {".safetensors", ".json", ".toml"}
+        if path.suffix in {".safetensors", ".json", ".toml", ".html"}
     }
     assert expected - set(wheel) == set()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -145,3 +146,55 @@ def distinct(texts: Sequence[str], n: int) -> float:
         raise ValueError(f"n must be at least 1, got {n}")
     grams = [tuple(row[i : i + n]) for row in map(words, texts) for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+UNSEEN = 0.1  # stands for a count of 0 (Chen and Cherry 2014, method 1): one missing order must not make all of BLEU 0
+
+
+def self_bleu(texts: Sequence[str]) -> float:
+    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), in 0..1: the higher, the more they are alike.
+
+    Words as in `rouge.words`; the reference length is the closest one; a text shorter than 4 words counts with the
+    orders that it has. Rises with the number of texts: compare sets of equally many.
+
+    Raises:
+        ValueError: If there are fewer than 2 texts.
+    """
+    rows = [words(text) for text in texts]
+    if len(rows) < 2:
+        raise ValueError(f"self-BLEU compares texts with each other: at least 2 are needed, got {len(rows)}")
+    grams = [[Counter(zip(*(row[k:] for k in range(n)), strict=False)) for n in (1, 2, 3, 4)] for row in rows]
+    # The largest count of an n-gram over all texts, who has it, and the largest of the rest: then the largest over the
+    # other texts is known for each text without comparing every pair.
+    most: list[dict[tuple[str, ...], tuple[int, int, int]]] = [{}, {}, {}, {}]
+    for i, of_row in enumerate(grams):
+        for order, counts in enumerate(of_row):
+            for gram, count in counts.items():
+                first, owner, second = most[order].get(gram, (0, -1, 0))
+                most[order][gram] = (count, i, first) if count > first else (first, owner, max(second, count))
+    lengths = Counter(map(len, rows))
+    return sum(_bleu(i, row, grams[i], most, lengths) for i, row in enumerate(rows)) / len(rows)
+
+
+def _bleu(
+    i: int,
+    row: Sequence[str],
+    own: Sequence[Counter[tuple[str, ...]]],
+    most: Sequence[dict[tuple[str, ...], tuple[int, int, int]]],
+    lengths: Counter[int],
+) -> float:
+    logs = []
+    for order, counts in enumerate(own):
+        if not counts:
+            continue
+        seen = 0
+        for gram, count in counts.items():
+            first, owner, second = most[order][gram]
+            seen += min(count, second if owner == i else first)
+        logs.append(math.log((seen or UNSEEN) / counts.total()))
+    if not logs:
+        return 0.0
+    others = [n for n, texts in lengths.items() if texts > (n == len(row))]
+    closest = min(others, key=lambda n: (abs(n - len(row)), n))
+    brevity = min(0.0, 1 - closest / len(row))
+    return math.exp(brevity + sum(logs) / len(logs))

@@ -67,10 +67,16 @@ def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> t
     """95 % percentile interval of a mean: seeds are drawn with replacement, then clients within each drawn seed.
 
     Args:
-        values: Indexed by (seed, client); seeds may have unlike numbers of clients.
+        values: Indexed by (seed, client); seeds may have unlike numbers of clients. With one seed the interval says how
+            clients differ, and nothing of how seeds do.
         resamples: How often.
         seed: Of the draws.
+
+    Raises:
+        ValueError: If there is no value.
     """
+    if not len(values):
+        raise ValueError("an interval needs at least one value")
     by_seed = [group.to_numpy() for _, group in values.groupby(level="seed")]
     sizes = np.array([len(group) for group in by_seed])
     table = np.zeros((len(by_seed), sizes.max()))

@@ -1,0 +1,527 @@
+"""The page of a run's report, made of the report's tree alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedsynth.reporting import figures as draw
+from fedsynth.reporting.figures import Mark, Series
+from fedsynth.reporting.page import (
+    Block,
+    Card,
+    Cards,
+    Cell,
+    Items,
+    Number,
+    Page,
+    Paragraph,
+    Plot,
+    Plots,
+    Quote,
+    Quotes,
+    Section,
+    Table,
+    listed,
+)
+from fedsynth.reporting.statistics import HELD_OUT, Figures
+
+SHOWN_LABELS = 12  # in a figure
+SHOWN_CLIENTS = 50  # in a table; the others are in the table of figures alone
+NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "exact_match": "exact match", "field_match": "field match",
+         "rouge_l": "ROUGE-L"}  # fmt: skip
+
+
+def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
+    """The page of a report.
+
+    Args:
+        report: As `build` made it, or read back from JSON.
+        table: Name of the file that holds its rows.
+    """
+    figures, run = Figures.of(report["rows"]), report["run"]
+    arms: list[str] = report["arms"]
+    metrics = sorted((m for m in figures.metrics("utility") if not m.endswith(HELD_OUT)), key=_order)
+    sections = [
+        Section("Summary", "summary", _summary(figures, report, metrics)),
+        Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
+        Section("Privacy", "privacy", _privacy(figures, report)),
+    ]
+    if metrics:
+        sections.append(Section("Utility", "utility", _utility(figures, report, metrics)))
+    if figures.metrics("text") or figures.metrics("yield"):
+        sections.append(Section("Synthetic text", "text", _text(figures, report)))
+    if report["examples"]:
+        sections.append(Section("Examples", "examples", _quotes(report)))
+    sections.append(Section("Communication and time", "costs", _costs(figures, report, metrics)))
+    if names := figures.metrics("server"):
+        rows: list[list[Cell]] = [
+            [arm, name, _spread(figures, "server", name, arm, None)]
+            for arm in arms for name in names if figures.row("server", name, "mean", arm=arm) is not None
+        ]  # fmt: skip
+        heads = ["arm", "figure", "last round, mean ± deviation over seeds"]
+        table_of = Table(heads, rows, words=frozenset({0, 1}))
+        sections.append(Section("Other figures", "other", [table_of]))
+    sections.append(Section("How it was made", "made", _made(figures, report)))
+    seeds = len(run["seeds"])
+    lead = (
+        f"{', '.join(arms)}: {'arms' if len(arms) > 1 else 'one arm'} of a Flower simulation with data "
+        f"{run['source']}, {seeds} seed{'s' if seeds > 1 else ''}."
+    )
+    banner = (
+        "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
+        "figures. No private text was read for it."
+    )
+    return Page(f"Run report: {run['name']}", lead, banner, sections, table)
+
+
+def _order(metric: str) -> tuple[int, str]:
+    known = list(NAMES)
+    return (known.index(metric) if metric in known else len(known), metric)
+
+
+def _name(metric: str) -> str:
+    return NAMES.get(metric, metric)
+
+
+def _first_up(metric: str) -> str:
+    """As a sentence begins."""
+    return _name(metric)[:1].upper() + _name(metric)[1:]
+
+
+def _spread(figures: Figures, part: str, metric: str, arm: str, digits: int | None = 3) -> Cell:
+    """Mean ± deviation over seeds."""
+    mean = figures.number(figures.row(part, metric, "mean", arm=arm), digits)
+    std = figures.number(figures.row(part, metric, "std", arm=arm), digits)
+    return mean if isinstance(std, str) else (mean, " ± ", std)
+
+
+def _interval(figures: Figures, part: str, metric: str, arm: str, baseline: str = "", *, sign: bool = False) -> Cell:
+    ends = [
+        figures.number(figures.row(part, metric, end, arm=arm, baseline=baseline), sign=sign) for end in ("low", "high")
+    ]
+    return "-" if isinstance(ends[0], str) else ("[", ends[0], ", ", ends[1], "]")
+
+
+def _mark(figures: Figures, part: str, metric: str, arm: str, baseline: str = "") -> Mark | None:
+    row = figures.row(part, metric, "mean", arm=arm, baseline=baseline)
+    value = figures.value(row)
+    if value is None:
+        return None
+    low, high = (figures.value(figures.row(part, metric, end, arm=arm, baseline=baseline)) for end in ("low", "high"))
+    return Mark(value, low, high, row)
+
+
+def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) -> list[Block]:
+    arms, baseline = report["arms"], report["baseline"]
+    main = metrics[0] if metrics else None
+    held = main + HELD_OUT if main and main + HELD_OUT in figures.metrics("utility") else None
+    heads = ["arm", *([_name(main), "95 % interval"] if main else []), *(["held-out clients"] if held else [])]
+    rows: list[list[Cell]] = []
+    for arm in arms:
+        row: list[Cell] = [arm]
+        if main:
+            row += [_spread(figures, "utility", main, arm), _interval(figures, "utility", main, arm)]
+        if held:
+            row.append(_spread(figures, "utility", held, arm))
+        rows.append(
+            [*row, _guarantee(report, arm), figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3)]
+        )
+    note = (
+        "Means over clients, then mean ± standard deviation over seeds. Intervals: percentile bootstrap over seeds, "
+        "then clients within each." if main else ""
+    )  # fmt: skip
+    blocks: list[Block] = []
+    if main:
+        plots = [
+            _dots(figures, "utility", main, arms,
+                  f"{_first_up(main)}, mean over clients and seeds with its 95 % interval"),
+            _dots(figures, "difference", main, arms,
+                  f"{_first_up(main)} above that of {baseline}, pair by pair, with its 95 % interval", baseline),
+        ]  # fmt: skip
+        blocks.append(Plots([p for p in plots if p is not None]))
+    words = frozenset({0, len(heads)})
+    return [*blocks, Table([*heads, "guarantee", "epsilon"], rows, note=note, words=words)]
+
+
+def _guarantee(report: Mapping[str, Any], arm: str) -> str:
+    said = report["privacy"].get(arm, {})
+    if said.get("guarantee") == "none":
+        return "none"
+    return "DP" if "largest_over_clients" in said else "nothing is released"
+
+
+def _dots(
+    figures: Figures, part: str, metric: str, arms: Sequence[str], caption: str, baseline: str = ""
+) -> Plot | None:
+    chosen = [arm for arm in arms if _mark(figures, part, metric, arm, baseline)]
+    if not chosen:
+        return None
+    marks = tuple(_mark(figures, part, metric, arm, baseline) for arm in chosen)
+    looks = [arms.index(arm) for arm in chosen]
+    return Plot(draw.dots(chosen, [Series(metric, marks)], title=caption, zero=bool(baseline), looks=looks), caption)
+
+
+def _privacy(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
+    """A card for each statement, of all arms that share it; below, what holds for all."""
+    groups: dict[str, list[str]] = {}
+    for arm in report["arms"]:
+        said = dict(report["privacy"].get(arm, {}))
+        said["terms"] = {key: value for key, value in said.get("terms", {}).items() if key != "silent"}
+        groups.setdefault(json.dumps(said, sort_keys=True), []).append(arm)
+    # The longest first: then the short ones find room beside it.
+    order = sorted(groups.values(), key=lambda arms: "largest_over_clients" not in report["privacy"].get(arms[0], {}))
+    cards = [_card(figures, report["privacy"].get(arms[0], {}), arms) for arms in order]
+    public = {word for said in report["privacy"].values() for word in said.get("terms", {}).get("public", [])}
+    open_ = {word for said in report["privacy"].values() for word in said.get("not_covered", [])}
+    blocks: list[Block] = [Cards(cards)]
+    if public:
+        first = next(
+            said["terms"]["public"] for said in report["privacy"].values() if said.get("terms", {}).get("public")
+        )
+        blocks.append(Items([("Taken as public:", "; ".join(w for w in first if w in public) + ".")]))
+    not_covered = [
+        w for said in list(report["privacy"].values())[:1] for w in said.get("not_covered", []) if w in open_
+    ]
+    if not_covered:
+        blocks.append(Items([("Not covered:", word + ".") for word in not_covered]))
+    return blocks
+
+
+def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Card:
+    """The first arm's figures stand for all of the card."""
+    terms, spent, arm = said.get("terms", {}), said.get("largest_over_clients"), arms[0]
+    title = ", ".join(arms)
+    adversary = terms.get("adversary", "an honest-but-curious server")
+    if spent is None:
+        none = said.get("guarantee") == "none"
+        facts: list[tuple[str, Cell]] = [
+            ("guarantee", "none" if none else "nothing to spend"),
+            ("in words", said.get("line", "")),
+        ]
+        if none:
+            facts.append(("adversary", adversary))
+        return Card(title, facts, open=none)
+
+    def at(metric: str, digits: int | None = None) -> Cell:
+        return figures.number(figures.row("privacy", metric, "largest", arm=arm), digits)
+
+    def bound(metric: str, digits: int) -> Cell:
+        return figures.bound(figures.row("privacy", metric, "largest", arm=arm), digits)
+
+    unit, unknown = str(spent.get("unit", "row")), "not recorded"
+    delta_row = figures.row("privacy", "delta", "largest", arm=arm)
+    delta: Cell = "-" if delta_row is None else Number(f"{figures.value(delta_row):g}", delta_row)
+    units: Cell = _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
+    units = {"row": "row: rows are declared independent", "client": "client: all of its data"}.get(unit, units)
+    facts = [
+        ("guarantee", "differential privacy, all rounds and releases of a run together"),
+        ("epsilon", _joined(bound("epsilon", 3), " (largest over clients and seeds)")),
+        ("delta", delta),
+        ("adjacency", terms.get("adjacency", "zero-out: one unit is replaced by an empty one")),
+        (f"epsilon if a {unit} is replaced by another", bound("epsilon_replace_one", 2)),
+        ("unit", units),
+    ]  # fmt: skip
+    if sizes := list(spent.get("epsilon_rows", {})):
+        group: list[Any] = []
+        for size in sizes:
+            group += [", " if group else "", bound(f"epsilon of {size} rows", 1)]
+        facts.append((f"epsilon for a person with {listed(sizes)} rows", tuple(group)))
+    facts += [
+        ("mechanism", terms.get("mechanism", unknown)),
+        ("noise, clip", _joined("sigma ", at("sigma", 3), ", clip norm ", at("clip_norm", None))),
+        (
+            "sampler",
+            _joined(terms.get("sampler", unknown), "; rate ", at("sampling_rate", 3), ", ", at("steps", 0), " steps"),
+        ),
+        ("accountant", terms.get("accountant", unknown)),
+        ("composition", terms.get("composition", unknown)),
+        ("adversary", adversary),
+        ("sees", " and ".join(terms.get("sees", [])) or unknown),
+        *([("assumptions", terms["assumptions"])] if terms.get("assumptions") else []),
+        ("noise keys", "simulated: noise reproducible" if spent.get("simulated") else "drawn by the sites"),
+    ]
+    return Card(title, facts)
+
+
+def _joined(*parts: Cell) -> Cell:
+    return tuple(piece for part in parts for piece in (part if isinstance(part, tuple) else (part,)))
+
+
+def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) -> list[Block]:
+    arms, baseline = report["arms"], report["baseline"]
+    held = any(m.endswith(HELD_OUT) for m in figures.metrics("utility"))
+    rows: list[list[Cell]] = []
+    for metric in metrics:
+        for arm in arms:
+            if figures.row("utility", metric, "mean", arm=arm) is None:
+                continue
+            row: list[Cell] = [arm, _name(metric), _spread(figures, "utility", metric, arm),
+                               _interval(figures, "utility", metric, arm)]  # fmt: skip
+            rows.append([*row, *([_spread(figures, "utility", metric + HELD_OUT, arm)] if held else [])])
+    heads = ["arm", "metric", "mean ± deviation", "95 % interval", *(["held-out clients"] if held else [])]
+    blocks: list[Block] = [Table(heads, rows, "After the last round", words=frozenset({0, 1}))]
+    rows = []
+    for metric in figures.metrics("difference"):
+        group = "held-out" if metric.endswith(HELD_OUT) else "all"
+        for arm in arms:
+            where = {"arm": arm, "baseline": baseline}
+            if (row_of := figures.row("difference", metric, "mean", **where)) is None:
+                continue
+            rows.append(
+                [
+                    f"{arm} - {baseline}",
+                    _name(metric.removesuffix(HELD_OUT)),
+                    group,
+                    figures.number(row_of, sign=True),
+                    _interval(figures, "difference", metric, arm, baseline, sign=True),
+                    figures.number(figures.row("difference", metric, "better", **where), 2),
+                    figures.number(figures.row("difference", metric, "pairs", **where), 0),
+                ]
+            )
+    if rows:
+        heads = ["difference", "metric", "clients", "mean", "95 % interval", "share above 0", "pairs"]
+        note = "Paired per (seed, client); percentile bootstrap over seeds, then clients."
+        blocks.append(Table(heads, rows, "Paired differences", note, frozenset({0, 1, 2})))
+    if curves := _curves(figures, arms, metrics):
+        blocks.append(Plots(curves))
+    shared = [arm for arm in arms if arm not in report["pooled"]]
+    clients = sorted({int(r["client"]) for r in figures.rows if r["part"] == "client" and r["arm"] in shared})
+    if clients and metrics:
+        rows = []
+        for client in clients[:SHOWN_CLIENTS]:
+            name = f"client {client}" + (" (tuned on)" if client in report["run"]["tuned_on"] else "")
+            own = (figures.row("client", metrics[0], "mean", arm=arm, client=client) for arm in shared)
+            rows.append([name, *map(figures.number, own)])
+        caption = f"{_first_up(metrics[0])} client by client, mean over seeds"
+        more = len(clients) - SHOWN_CLIENTS
+        note = f"{more} more clients stand in the table of figures, part client." if more > 0 else ""
+        blocks.append(Table(["client", *shared], rows, caption, note))
+    return blocks
+
+
+def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> list[Plot]:
+    plots = []
+    rounds = sorted({int(r["round"]) for r in figures.rows if r["part"] == "curve"})
+    for metric in metrics:
+        series = []
+        for arm in arms:
+            marks = []
+            for number in rounds:
+                row = figures.row("curve", metric, "mean", arm=arm, round=number)
+                std = figures.value(figures.row("curve", metric, "std", arm=arm, round=number))
+                if (value := figures.value(row)) is not None:
+                    ends = (None, None) if std is None else (value - std, value + std)
+                    marks.append(Mark(value, ends[0], ends[1], row, x=float(number)))
+            if marks:
+                series.append(Series(arm, tuple(marks)))
+        if series:
+            caption = f"{_first_up(metric)} over rounds, mean over clients and seeds; whiskers: ± deviation over seeds"
+            plots.append(Plot(draw.lines(series, title=caption, x_name="round"), caption))
+    return plots
+
+
+VARIETY = (("texts", "texts", 0), ("words", "words", 1), ("distinct_1", "distinct-1", 3),
+           ("distinct_2", "distinct-2", 3), ("self_bleu", "self-BLEU", 3), ("label_balance", "label balance", 3),
+           ("compared", "compared", 0))  # fmt: skip
+CLOSENESS = (("mauve", "MAUVE", 3), ("frechet", "Frechet distance", None), ("embedded", "texts compared", 0))
+
+
+def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
+    arms, described = report["arms"], report["texts"]
+    blocks: list[Block] = []
+    if funnels := [p for arm in arms if (p := _funnel(figures, arm)) is not None]:
+        blocks += [Plots(funnels), _funnel_table(figures, arms)]
+    lines = [*arms, *(r["arm"] for r in figures.rows if r["part"] == "text" and r["arm"] not in arms)]
+    lines = list(dict.fromkeys(lines))  # with that of the text that is compared with
+    for kind in described["kinds"]:
+        blocks += quality_table(
+            figures, "text", lines, kind, VARIETY, f"Texts of the kind “{kind}”: number, length, variety"
+        )
+        blocks += quality_table(
+            figures, "text", lines, kind, CLOSENESS, f"Texts of the kind “{kind}”: how close to public text"
+        )
+    if described["kinds"]:
+        blocks.append(Items([(f"{word}:", said) for word, said in _reading(figures, described)]))
+    if described["bare"]:
+        left_out = "texts without a guarantee are neither described nor shown where they stem from real data."
+        blocks.append(Items([(f"{listed(described['bare'])}:", left_out)]))
+    for kind in reversed(described["kinds"]):
+        if (plot := _labels(figures, lines, kind, described["labels"])) is not None:
+            blocks.append(Plots([plot]))
+            break
+    return blocks
+
+
+def quality_table(
+    figures: Figures,
+    part: str,
+    arms: Sequence[str],
+    kind: str,
+    columns: Sequence[tuple[str, str, int | None]],
+    caption: str,
+) -> list[Block]:
+    """One line per arm that has texts of the kind, and columns that any of them has; nothing where no arm has."""
+    there = [c for c in columns if f"{kind}/{c[0]}" in figures.metrics(part)]
+    chosen = [a for a in arms
+              if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)]  # fmt: skip
+    rows: list[list[Cell]] = []
+    for arm in chosen:
+        # What is the same for all seeds by construction needs no deviation.
+        cells_of = [figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
+                    if key in ("compared", "embedded") else _spread(figures, part, f"{kind}/{key}", arm, digits)
+                    for key, _, digits in there]  # fmt: skip
+        rows.append([arm, *cells_of])
+    return [Table(["arm", *(head for _, head, _ in there)], rows, caption)] if rows else []
+
+
+def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = [
+        ("distinct-n", "different n-grams of words over all of them (Li et al. 2016): the higher, the more varied"),
+        ("self-BLEU", "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the "
+         "more alike"),
+        ("counted on", "equally many texts of each client (compared), as both depend on how many there are; per "
+         "client, then means over clients and mean ± deviation over seeds"),
+    ]  # fmt: skip
+    if described["labels"]:
+        found.append(
+            ("label balance", "entropy of the labels over its largest value: 1 where all are equally frequent")
+        )
+    if any(name.endswith("/mauve") for name in figures.metrics("text")):
+        found.append(("MAUVE and Frechet distance", f"from {described['reference']}, by embeddings of "
+                      f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
+                      "fresh text is what two draws of the same source have. Compare figures of this "
+                      "report only"))  # fmt: skip
+    if described["left_out"]:
+        found.append(("no MAUVE, no Frechet distance", described["left_out"]))
+    return [(word, f"{said}.") for word, said in found]
+
+
+def _stages(figures: Figures, arm: str) -> dict[str, dict[str, int]]:
+    """By step of curation: the row of `in`, `kept` and of each reason, in the order of the run."""
+    stages: dict[str, dict[str, int]] = {}
+    for metric in figures.metrics("yield", arm):
+        stage, _, what = metric.partition("/")
+        row = figures.row("yield", metric, "mean", arm=arm)
+        if row is not None:
+            stages.setdefault(stage, {})["in" if what == "asked" else what.removeprefix("dropped/")] = row
+    return stages
+
+
+def _funnel(figures: Figures, arm: str) -> Plot | None:
+    names, marks = [], []
+    before: float | None = None
+    for stage, found in _stages(figures, arm).items():
+        taken, kept = figures.value(found.get("in")), figures.value(found.get("kept"))
+        if taken is not None and (before is None or abs(taken - before) > 0.005):
+            names.append(f"{stage.replace('_', ' ')}, before")
+            marks.append(Mark(taken, row=found["in"], digits=1))
+        if kept is not None:
+            names.append(stage.replace("_", " "))
+            marks.append(Mark(kept, row=found["kept"], digits=1))
+        before = kept if kept is not None else before
+    caption = f"{arm}: texts that each step kept, mean per client"
+    return Plot(draw.bars(names, marks, title=caption), caption) if marks else None
+
+
+YIELD = "Yield of all rounds, means over clients (or of the server, where it writes for all) and seeds"
+
+
+def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
+    rows: list[list[Cell]] = []
+    for arm in arms:
+        for stage, found in _stages(figures, arm).items():
+            reasons: list[Any] = []
+            for reason, row in found.items():
+                if reason not in ("in", "kept") and figures.value(row):
+                    reasons += ["; " if reasons else "", f"{reason.replace('_', ' ')} ", figures.number(row, None)]
+            rows.append([arm, stage.replace("_", " "), figures.number(found.get("in"), 1),
+                         figures.number(found.get("kept"), 1), tuple(reasons) or "-"])  # fmt: skip
+    heads = ["arm", "step", "in", "kept", "dropped because, or of these"]
+    return Table(heads, rows, YIELD, words=frozenset({0, 1, 4}))  # fmt: skip
+
+
+def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[str]) -> Plot | None:
+    if not 1 < len(labels) <= SHOWN_LABELS:
+        return None
+    series = []
+    for arm in arms:
+        rows = [figures.row("text", f"{kind}/label/{label}", "mean", arm=arm) for label in labels]
+        marks = tuple(None if row is None else Mark(figures.rows[row]["value"], row=row) for row in rows)
+        if any(marks):
+            series.append(Series(arm, marks))
+    if not series:
+        return None
+    caption = f"Share of each label among the texts of the kind “{kind}”, mean over clients and seeds"
+    return Plot(draw.dots(labels, series, title=caption, zero=True), caption)
+
+
+def _quotes(report: Mapping[str, Any]) -> list[Block]:
+    blocks: list[Block] = [
+        Paragraph(
+            "Released or written by the server's LLM, as they stand; chosen by place in the file, one of each label in "
+            "turn."
+        )
+    ]
+    groups: dict[tuple[str, str], list[Quote]] = {}
+    for e in report["examples"]:
+        source = f"{e['file']}, text {e['number']}"
+        groups.setdefault((e["arm"], e["kind"]), []).append(Quote(source, e["text"], e["answer"]))
+    for (arm, kind), quotes in groups.items():
+        blocks += [Paragraph(f"{arm}, {kind}:", quiet=True), Quotes(quotes)]
+    return blocks
+
+
+def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) -> list[Block]:
+    arms = report["arms"]
+    names = figures.metrics("cost")
+    rows: list[list[Cell]] = [[arm, *(_spread(figures, "cost", name, arm, 1) for name in names)] for arm in arms]
+    blocks: list[Block] = [
+        Table(["arm", *names], rows, note="Bytes of payloads, all rounds; seconds depend on the machine.")
+    ]
+    sent = "kilobytes up per client"
+    if metrics and sent in names:
+        series = []
+        for arm in (
+            a for a in arms if a not in report["pooled"]
+        ):  # there raw text was at hand, at no cost that is counted
+            x = figures.row("cost", sent, "mean", arm=arm)
+            mark = _mark(figures, "utility", metrics[0], arm)
+            if x is not None and mark is not None:
+                series.append(Series(arm, (replace(mark, x=figures.rows[x]["value"], x_row=x),)))
+        if len(series) > 1:
+            caption = f"{_first_up(metrics[0])} against what a client sends"
+            svg = draw.scatter(series, title=caption, x_name=sent, y_name=_name(metrics[0]), x_digits=1)
+            blocks.append(Plots([Plot(svg, caption)]))
+    return blocks
+
+
+def _made(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
+    run, versions = report["run"], report["run"]["versions"]
+    facts: list[tuple[str, Cell]] = [(name, figures.number(figures.row("run", name, "value"), 0))
+                                     for name in ("clients", "seeds", "rounds", "seconds")]  # fmt: skip
+    facts = [(name, cell) for name, cell in facts if cell != "-"]
+    facts += [("seeds of the run", ", ".join(map(str, run["seeds"]))), ("data", run["source"]), ("task", run["task"]),
+              ("privacy unit", run["unit"])]  # fmt: skip
+    methods: dict[str, list[str]] = {}
+    for arm, use in run["strategies"].items():
+        methods.setdefault(use, []).append(arm)
+    facts += [("strategies", "; ".join(f"{use}: {', '.join(of)}" for use, of in methods.items()))]
+    facts += [("model " + name, ", ".join(f"{key} {str(value)[:16]}" for key, value in kind.items()))
+              for name, kind in run["models"].items()]  # fmt: skip
+    if "fedsynth" in versions:
+        packages = {
+            "fedsynth": versions["fedsynth"],
+            "Python": versions.get("python", ""),
+            **versions.get("packages", {}),
+        }
+        facts.append(("versions", ", ".join(f"{name} {number}" for name, number in packages.items())))
+    if code := versions.get("code"):
+        facts.append(("code", f"{str(code.get('commit'))[:12]}" + (", changed since" if code.get("changed") else "")))
+    if hardware := versions.get("hardware"):
+        gpus = ", ".join(map(str, hardware.get("gpus") or [])) or "no GPU"
+        facts.append(("hardware", f"{hardware.get('cores')} cores, {hardware.get('memory_gb')} GB of memory, {gpus}"))
+    again = "fedsynth run --from DIR repeats the run from its directory and names what is no longer as it was."
+    return [Cards([Card(run["name"], facts)]), Paragraph(again, quiet=True)]

@@ -1,0 +1,260 @@
+"""Every figure of a report as one row of a table: means, intervals, differences, funnels, costs, privacy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+
+from fedsynth.evaluation.utility import bootstrap, paired_difference
+from fedsynth.reporting.page import Number
+from fedsynth.runs import SERVER, up
+
+COLUMNS = ("row", "part", "arm", "baseline", "seed", "round", "client", "metric", "statistic", "value")
+HELD_OUT = "_held_out_clients"
+Key: TypeAlias = tuple[str, str, str, int | None, int | None, int | None, str, str]
+
+
+@dataclass
+class Figures:
+    """The table as it grows: one row per number, found again by what it is.
+
+    Attributes:
+        rows: As in `report.parquet`; `seed`, `round` and `client` are None where a figure is over all of them.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    places: dict[Key, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        part: str,
+        metric: str,
+        statistic: str,
+        value: float | None,
+        *,
+        arm: str = "",
+        baseline: str = "",
+        seed: int | None = None,
+        round: int | None = None,
+        client: int | None = None,
+    ) -> None:
+        """One number; None adds nothing: what cannot be computed has no row.
+
+        Raises:
+            ValueError: If the figure stands there already.
+        """
+        if value is None or math.isnan(value):
+            return
+        key = (part, arm, baseline, seed, round, client, metric, statistic)
+        if key in self.places:
+            raise ValueError(f"the figure {key} stands in the table already")
+        self.places[key] = len(self.rows)
+        cells = (len(self.rows), part, arm, baseline, seed, round, client, metric, statistic, float(value))
+        self.rows.append(dict(zip(COLUMNS, cells, strict=True)))
+
+    def row(
+        self,
+        part: str,
+        metric: str,
+        statistic: str,
+        *,
+        arm: str = "",
+        baseline: str = "",
+        seed: int | None = None,
+        round: int | None = None,
+        client: int | None = None,
+    ) -> int | None:
+        """Where a figure stands; None if there is none."""
+        return self.places.get((part, arm, baseline, seed, round, client, metric, statistic))
+
+    def value(self, row: int | None) -> float | None:
+        """The number of a row."""
+        return None if row is None else self.rows[row]["value"]
+
+    def metrics(self, part: str, arm: str | None = None) -> list[str]:
+        """Metrics of a part of the report (and of an arm), in the order in which they came."""
+        found = (r["metric"] for r in self.rows if r["part"] == part and arm in (None, r["arm"]))
+        return list(dict.fromkeys(found))
+
+    def number(self, row: int | None, digits: int | None = 3, *, sign: bool = False) -> Number | str:
+        """A row's number as the page shows it; a dash where there is none."""
+        value = self.value(row)
+        if row is None or value is None:
+            return "-"
+        return Number(shown(value, digits, sign=sign), row)
+
+    def bound(self, row: int | None, digits: int) -> Number | str:
+        """The same, never below the figure: a bound that is printed must hold."""
+        value = self.value(row)
+        return "-" if row is None or value is None else Number(f"{up(value, digits):.{digits}f}", row)
+
+    def table(self) -> pd.DataFrame:
+        """As it is written to Parquet."""
+        frame = pd.DataFrame(self.rows, columns=list(COLUMNS))
+        return frame.astype(dict.fromkeys(("row", "seed", "round", "client"), "Int64") | {"value": "float64"})
+
+    @classmethod
+    def of(cls, rows: Iterable[Mapping[str, Any]]) -> Figures:
+        """The table that a report's JSON holds: an infinite number stands there as text."""
+        found = cls()
+        for row in rows:
+            where = {name: row[name] for name in ("arm", "baseline", "seed", "round", "client")}
+            found.add(row["part"], row["metric"], row["statistic"], float(row["value"]), **where)
+        return found
+
+
+def shown(value: float, digits: int | None = 3, *, sign: bool = False) -> str:
+    """A number as text; without `digits` about three figures of it, as many as its size asks for."""
+    if not math.isfinite(value):
+        return str(value)
+    if digits is None:
+        digits = (
+            4 if abs(value) < 0.1 else 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 1000 else 0
+        )
+    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return text.replace("-", "", 1) if float(text) == 0 and text.startswith("-") else text
+
+
+# --- What the metrics of a run say ------------------------------------------------------------------------------------
+
+
+def task_metrics(metrics: pd.DataFrame) -> list[str]:
+    """How good clients' models are: measured at clients, and of no group (`yield/`, `bytes/` ...)."""
+    names = metrics.loc[metrics["client"] != SERVER, "metric"]
+    return [str(name) for name in dict.fromkeys(names) if "/" not in str(name)]
+
+
+def last_rounds(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Each arm in its own last round."""
+    return metrics[metrics["round"] == metrics.groupby("arm")["round"].transform("max")]
+
+
+def add_utility(figures: Figures, metrics: pd.DataFrame, tuned_on: Sequence[int]) -> None:
+    """Mean over seeds of the mean over clients, its deviation over seeds and its interval; also client by client."""
+    last = last_rounds(metrics)
+    for metric in task_metrics(metrics):
+        for arm, rows in last[last["metric"] == metric].groupby("arm", sort=False):
+            values = rows.set_index(["seed", "client"])["value"]
+            held = rows[~rows["client"].isin(list(tuned_on))].set_index(["seed", "client"])["value"]
+            _add_spread(figures, "utility", metric, values, str(arm))
+            if tuned_on and 0 < len(held) < len(values):
+                _add_spread(figures, "utility", metric + HELD_OUT, held, str(arm))
+            for client, own in rows.groupby("client"):
+                _add_mean(figures, "client", metric, own["value"], arm=str(arm), client=_whole(client))
+
+
+def add_curves(figures: Figures, metrics: pd.DataFrame) -> None:
+    """The same means round by round, for arms of several rounds."""
+    for metric in task_metrics(metrics):
+        for arm, rows in metrics[metrics["metric"] == metric].groupby("arm", sort=False):
+            if rows["round"].nunique() < 2:
+                continue
+            for number, of_round in rows.groupby("round"):
+                _add_mean(figures, "curve", metric, of_round.groupby("seed")["value"].mean(), arm=str(arm),
+                          round=_whole(number))  # fmt: skip
+
+
+def add_differences(
+    figures: Figures, metrics: pd.DataFrame, arms: Sequence[str], baseline: str, tuned_on: Sequence[int]
+) -> None:
+    """How much better each arm is than the baseline, pair by pair of (seed, client).
+
+    Args:
+        figures: Gets the rows.
+        metrics: Of the run.
+        arms: Those that have the baseline's clients; a pooled one has a single client with another test set.
+        baseline: One of them.
+        tuned_on: Clients that are left out in a second figure.
+    """
+    held = metrics[~metrics["client"].isin(list(tuned_on))]
+    groups = [("", metrics), (HELD_OUT, held)] if tuned_on and set(held["client"]) - {SERVER} else [("", metrics)]
+    for metric in task_metrics(metrics):
+        for end, chosen in groups:
+            for arm in arms:
+                if arm == baseline:
+                    continue
+                try:
+                    found = paired_difference(chosen, arm, baseline, metric=metric)
+                except ValueError:  # no pair: an arm without this metric
+                    continue
+                for statistic in ("mean", "low", "high", "better", "pairs"):
+                    figures.add("difference", metric + end, statistic, getattr(found, statistic), arm=arm,
+                                baseline=baseline)  # fmt: skip
+
+
+def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
+    """What each step took in, kept and dropped: sums over rounds, then means over clients, then over seeds."""
+    rows = metrics[metrics["metric"].str.startswith("yield/")]
+    for arm, of_arm in rows.groupby("arm", sort=False):
+        sums = of_arm.groupby(["metric", "seed", "client"], sort=False)["value"].sum()
+        clients = of_arm.groupby("seed")["client"].nunique()
+        for metric in dict.fromkeys(of_arm["metric"]):
+            # A reason that a client never had is not recorded there: it counts as 0.
+            means = (sums[metric].groupby(level="seed").sum() / clients).fillna(0.0)
+            _add_mean(figures, "yield", str(metric).removeprefix("yield/"), means, arm=str(arm))
+
+
+def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
+    """Kilobytes of payload per client and run, and seconds per seed."""
+    for arm, rows in metrics.groupby("arm", sort=False):
+        for direction in ("up", "down"):
+            moved = rows[rows["metric"] == f"bytes/{direction}"]
+            per_client = moved.groupby(["seed", "client"])["value"].sum().groupby(level="seed").mean() / 1000
+            _add_mean(figures, "cost", f"kilobytes {direction} per client", per_client, arm=str(arm))
+        _add_mean(figures, "cost", "seconds per seed", rows[rows["metric"] == "seconds/cell"]["value"], arm=str(arm))
+
+
+def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
+    """What else was recorded, in the last round: of the server's models, of aggregation."""
+    known = ("yield/", "bytes/", "seconds/", "privacy/")
+    last = last_rounds(metrics)
+    rows = last[last["metric"].str.contains("/") & ~last["metric"].str.startswith(known)]
+    for (arm, metric), found in rows.groupby(["arm", "metric"], sort=False):
+        _add_mean(figures, "server", str(metric), found.groupby("seed")["value"].mean(), arm=str(arm))
+
+
+PRIVACY = ("epsilon", "delta", "epsilon_replace_one", "sigma", "sampling_rate", "steps", "clip_norm", "rows_per_unit")
+
+
+def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
+    """The figures of `privacy.json`, arm by arm."""
+    for arm, said in privacy.items():
+        spent = said.get("largest_over_clients", {})
+        for name in PRIVACY:
+            figures.add("privacy", name, "largest", _float(spent.get(name)), arm=arm)
+        for rows, epsilon in spent.get("epsilon_rows", {}).items():
+            figures.add("privacy", f"epsilon of {rows} rows", "largest", _float(epsilon), arm=arm)
+        figures.add("privacy", "units", "largest", _float(said.get("terms", {}).get("largest_units")), arm=arm)
+
+
+Statistic = Literal["mean", "std", "low", "high", "n"]
+
+
+def _add_spread(figures: Figures, part: str, metric: str, values: pd.Series[float], arm: str) -> None:
+    """Mean, deviation over seeds, number of seeds and interval of values by (seed, client)."""
+    _add_mean(figures, part, metric, values.groupby(level="seed").mean(), arm=arm)
+    if len(values) > 1:
+        low, high = bootstrap(values)
+        figures.add(part, metric, "low", low, arm=arm)
+        figures.add(part, metric, "high", high, arm=arm)
+
+
+def _add_mean(figures: Figures, part: str, metric: str, per_seed: pd.Series[float], **where: Any) -> None:
+    """Mean and deviation over seeds (none of one seed), and how many there are."""
+    if len(per_seed) == 0:
+        return
+    figures.add(part, metric, "mean", float(per_seed.mean()), **where)
+    figures.add(part, metric, "std", float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, **where)
+    figures.add(part, metric, "n", len(per_seed), **where)
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)  # "inf" is a number, too
+
+
+def _whole(value: Any) -> int:
+    return int(value)
