@@ -136,7 +136,10 @@ def compare_command(
     for task in done.tables["tables"]:
         shown.print(utility_table(done.tables, task))
         shown.print(costs_table(done.tables, task))
-    for line in (*NOTES, f"written to {done.out}"):
+    from fedsynth.reporting.comparison_page import write
+
+    page, _ = write(done.out)
+    for line in (*NOTES, f"written to {done.out}, the page is {page}"):
         shown.print(line, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(done.tables))
@@ -215,20 +218,24 @@ def _pretrain_world(world: str, role: str, out: Path, steps: int | None, seed: i
 
 @app.command()
 def report(
-    place: Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")],
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, or of a comparison.")],
     out: Annotated[Path | None, typer.Option(help="The page, an .html file; DIR/report.html by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
     site_only: Annotated[
         bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
     ] = False,
 ) -> None:
-    """Write one HTML page about a run, with its figures as JSON and Parquet."""
+    """Write one HTML page about a run or a comparison, with its figures as JSON and Parquet."""
     if site_only and out is not None:
         raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
     if site_only:
         from fedsynth.reporting.site_report import write as write_site_report
 
         page, found = write_site_report(place)
+    elif (place / "comparison.json").is_file():
+        from fedsynth.reporting.comparison_page import write as write_comparison
+
+        page, found = write_comparison(place, out)
     else:
         from fedsynth.reporting.run_report import write
 

@@ -83,7 +83,7 @@ def make(out: Path, scenario: Scenario) -> Path:
                     )
                     written = Corpus(TEXTS, 3 * tuple(LABELS), kind, grants)
                     journal.corpus(client, "written", written)
-                journal.count_bytes("up", client, 1500)
+                journal.count("bytes/up", client, 1500)
         journal.statements = {0: DP, 1: DP} if cell.arm == "fdkt" else {}
         if cell.arm == "no_dp":
             journal.statements = {0: Statement("none", None, 1e-5)}

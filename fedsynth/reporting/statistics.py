@@ -199,18 +199,22 @@ def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
 
 
 def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
-    """Kilobytes of payload per client and run, and seconds per seed."""
+    """Kilobytes of payload per client and run; of a seed its seconds, its clients' CPU, its LLM's tokens."""
     for arm, rows in metrics.groupby("arm", sort=False):
         for direction in ("up", "down"):
             moved = rows[rows["metric"] == f"bytes/{direction}"]
             per_client = moved.groupby(["seed", "client"])["value"].sum().groupby(level="seed").mean() / 1000
             _add_mean(figures, "cost", f"kilobytes {direction} per client", per_client, arm=str(arm))
         _add_mean(figures, "cost", "seconds per seed", rows[rows["metric"] == "seconds/cell"]["value"], arm=str(arm))
+        for metric, name in (("seconds/client", "client CPU seconds"), ("llm/tokens_read", "LLM tokens read"),
+                             ("llm/tokens_written", "LLM tokens written")):  # fmt: skip
+            per_seed = rows[rows["metric"] == metric].groupby("seed")["value"].sum()
+            _add_mean(figures, "cost", name, per_seed, arm=str(arm))
 
 
 def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
     """What else was recorded, in the last round: of the server's models, of aggregation."""
-    known = ("yield/", "bytes/", "seconds/", "privacy/")
+    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/")
     last = last_rounds(metrics)
     rows = last[last["metric"].str.contains("/") & ~last["metric"].str.startswith(known)]
     for (arm, metric), found in rows.groupby(["arm", "metric"], sort=False):
