@@ -194,8 +194,8 @@ def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, sce
             "-" if number("better") == "-" else (number("better", digits=2), " of ", number("pairs", digits=0)),
         ])  # fmt: skip
     note = (
-        "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed and "
-        "client, at equal epsilon; “better in”: share of the pairs."
+        "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed "
+        "and client, at equal epsilon; “better in”: share of the pairs."
     )
     return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", note=note, words=frozenset({0, 1}))
 
@@ -257,8 +257,8 @@ def _costs(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     heads = ["scenario", "arm", "budget", "guarantee", "states", "bytes up", "bytes down", "client seconds",
              "tokens read", "tokens written"]  # fmt: skip
     note = (
-        "Of one seed: all clients, all rounds (mean over seeds). Tokens are those of the server's LLM; seconds are of this "
-        "machine, busy as it was."
+        "Of one seed: all clients, all rounds (mean over seeds). Tokens are those of the server's LLM; seconds are of "
+        "this machine, busy as it was."
     )
     return [Table(heads, rows, note=note, words=frozenset({0, 1, 2, 3}))]
 
@@ -276,7 +276,7 @@ def _made(report: Mapping[str, Any]) -> list[Block]:
         for name, of in report["scenarios"].items()
     ]  # fmt: skip
     again = (
-        f"Seeds {seeds}. The command that made it goes on, or reads what is there; all rows of all runs are in {FRAME}, "
+        f"Seeds {seeds}. The command that made it goes on, or reads what is there; all rows are in {FRAME}, "
         "the grid in comparison.toml."
     )
     return [Items(terms), Paragraph(again, quiet=True)]
