@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import inprocess
 import pandas as pd
@@ -25,7 +26,9 @@ from fedsynth.comparison_tables import NOTES, costs_table, utility_table
 from fedsynth.grids import Grid, read_grid
 from fedsynth.grids import to_toml as to_toml_of
 from fedsynth.launch import LaunchFailed
-from fedsynth.runs import prepare, summarize
+from fedsynth.reporting import comparison_page
+from fedsynth.reporting.page import render
+from fedsynth.runs import prepare, summarize, up
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, to_toml
 from fedsynth.simulate import Result
@@ -401,3 +404,60 @@ def test_runs_side_by_side_end_with_the_comparison(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         comparison._side_by_side(todo, tmp_path / "out", dict.fromkeys((p.name for p in todo), "new"), 2, 1, told)
     assert multiprocessing.active_children() == []
+
+
+# The page
+
+
+def shown(text: str, value: float) -> bool:
+    """Whether a text is a number's, as far as its digits go; a bound may be rounded up."""
+    digits = len(text.partition(".")[2])
+    return text in {f"{value:.{digits}f}", f"{value:+.{digits}f}", f"{up(value, digits):.{digits}f}", f"{value:g}"}
+
+
+def test_every_number_of_the_page_stands_in_its_table(
+    made: tuple[Grid, Path, Stand, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    _, out, _, _ = made
+    path, report = comparison_page.write(out, tmp_path / "page.html")
+    html = path.read_text()
+    assert len(html) < 3_000_000
+    table = pd.read_parquet(tmp_path / "page.parquet")
+    root = ElementTree.fromstring(html.partition("\n")[2] if html.startswith("<!DOCTYPE") else html)
+    seen = set()
+    for element in root.iter():
+        if "data-row" in element.attrib and (text := element.attrib.get("data-value") or element.text):
+            row = table.iloc[int(element.attrib["data-row"])]
+            assert shown(text, float(row["value"])), (text, dict(row))
+            seen.add((row["part"].partition(":")[0], row["statistic"]))
+    assert {("utility", "mean"), ("utility", "low"), ("utility", "difference"), ("cost", "total"),
+            ("point", "utility")} <= seen  # fmt: skip
+    for cell in (e for e in root.iter() if e.tag.endswith("td")):
+        bare = "".join(e.text or "" for e in cell.iter() if "data-row" not in e.attrib)
+        assert not re.search(r"\d\.\d", bare + "".join(e.tail or "" for e in cell.iter())), bare
+    # What the page's table holds is what the comparison's says.
+    [main] = [r for r in report["tables"]["instructions"]["utility"]
+              if (r["arm"], r["epsilon"], r["metric"]) == ("main", 8.0, "rouge_l")]  # fmt: skip
+    own = table[
+        (table["part"] == "utility: notes, epsilon 8") & (table["metric"] == "rouge_l") & (table["arm"] == "main")
+    ]
+    figures = own.set_index("statistic")["value"]
+    assert (figures["mean"], figures["difference"]) == (main["mean"], main["difference"])
+    assert json.loads((tmp_path / "page.json").read_text())["rows"] == report["rows"]
+    assert render(comparison_page.page(json.loads((tmp_path / "page.json").read_text()), "page.parquet")) == html
+
+
+def test_the_page_names_who_has_no_guarantee_and_who_is_on_the_front(
+    made: tuple[Grid, Path, Stand, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    _, out, _, _ = made
+    _, report = comparison_page.write(out, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert "2 seeds." in html
+    for point in report["points"]:
+        if point["pareto_epsilon"]:
+            assert point["arm"] in html.partition("notes, by epsilon:")[2][:400]
+    with pytest.raises(BadValue, match=r"must name an \.html file"):
+        comparison_page.write(out, tmp_path / "page.txt")
+    with pytest.raises(BadValue, match="no completed comparison"):
+        comparison_page.write(tmp_path / "none")
