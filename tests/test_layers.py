@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
-simulate
+forecast
+simulate dryrun probe
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks
