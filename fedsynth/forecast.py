@@ -17,12 +17,13 @@ from fedsynth.dryrun import Exchange, Rehearsed, rehearse, said_of
 from fedsynth.hub import place_of
 from fedsynth.models import endpoints_of
 from fedsynth.privacy.plan import composed_epsilon
-from fedsynth.probe import Cost, Probed, Unit, busy, peak_memory, probe, typical_lengths
+from fedsynth.probe import Cost, Probed, Unit, busy, peak_memory, probe, typical_lengths, waiting
 from fedsynth.scenario import Cell, Scenario
 from fedsynth.scenario_toml import cells
 from fedsynth.simulate import SAFE_SHARE, check, concurrency, supernodes
 
 DAY = 86_400.0
+BUSY = 1.3  # times as long as alone: from there on others on the machine are worth a line
 MOST_PLANS = 12  # noise calibrations that are made for one arm here; each takes a second or so
 # What Flower and Ray take, whatever runs. Measured on two cores (docs/results.md).
 STARTS = 4.0  # a run starts and ends one process after the other: in units of what a worker needs to import
@@ -31,7 +32,6 @@ EXCHANGE = 0.3  # seconds of an exchange beside the clients' work
 MESSAGE = 0.03  # seconds of each order on its way
 HELD = 1_000_000_000  # bytes: SuperLink, SuperExec, Ray and its agents, supervisor; they hold no model
 DRIVES = 200_000_000  # bytes: Ray in the process of the server app
-KEPT = 1.25  # what a server app holds of what it once needed, by its peak here: it gives no memory back
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Forecast:
         scenario: Its name.
         arms: By name.
         workers: That will serve the clients.
-        seconds: Of the whole run.
+        seconds: Of the whole run, with the load that this machine has now.
+        seconds_alone: If nobody else used the cores.
         worker: Bytes that a worker holds at most.
         driver: Bytes of all other processes.
         warnings: What will not fit, and what is not known.
@@ -77,6 +78,7 @@ class Forecast:
     arms: Mapping[str, ArmForecast]
     workers: int
     seconds: float
+    seconds_alone: float
     worker: int
     driver: int
     warnings: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ class Forecast:
                 for name, arm in self.arms.items()
             },
             "seconds": round(self.seconds, 1),
+            "seconds_alone": round(self.seconds_alone, 1),
             "memory": {
                 "worker": self.worker,
                 "workers": self.workers * self.worker,
@@ -153,12 +156,14 @@ def forecast(
     costs = {arm: {unit: probed.costs[replace(unit, arm=same[arm])] for unit in _of(found[arm])} for arm in found}
 
     pool = Workers(count, supernodes(homes, count))
-    arms = {}
+    arms, starting, waits = {}, checking + STARTS * probed.imported, waiting()
+    alone = starting + WAITS
     for cell in planned:
         rehearsed, seeds = found[cell.arm], len(scenario.seeds)
         epsilon, told = _largest_epsilon(scenario, cell, rehearsed)
         warnings += [f"arm {cell.arm!r}: {line}" for line in (*rehearsed.noted, *told)]
-        taken = rehearsed.server + sum(pool.take(e, costs[cell.arm], cell.scenario.stack) for e in rehearsed.exchanges)
+        clients_work = sum(pool.take(e, costs[cell.arm], cell.scenario.stack) for e in rehearsed.exchanges)
+        alone += seeds * (rehearsed.server + clients_work)
         arms[cell.arm] = ArmForecast(
             guarantee=rehearsed.guarantee,
             epsilon=epsilon,
@@ -167,19 +172,18 @@ def forecast(
             down=seeds * rehearsed.down,
             read=seeds * rehearsed.read,
             written=seeds * rehearsed.written,
-            seconds=seeds * taken * probed.waiting,
+            seconds=seeds * (rehearsed.server * waits + clients_work * probed.waiting),
         )
     largest = max((e.up + e.down for r in found.values() for e in r.exchanges), default=0)
     made = Forecast(
         scenario=scenario.name,
         arms=arms,
         workers=count,
-        seconds=(checking + STARTS * probed.imported) * probed.waiting
-        + WAITS
-        + sum(arm.seconds for arm in arms.values()),
+        seconds=starting * waits + WAITS + sum(arm.seconds for arm in arms.values()),
+        seconds_alone=alone,
         worker=probed.memory,
         driver=launcher
-        + int(KEPT * server)
+        + server
         + DRIVES
         + HELD
         + 2 * largest,  # a message lies at the SuperLink and at whoever reads it
@@ -278,13 +282,16 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
     free = psutil.virtual_memory().available
     needed = made.memory - psutil.Process().memory_info().rss  # this process holds its part already
     if needed > SAFE_SHARE * free:
-        warnings.append(f"will not fit: {made.workers} workers and what drives them need {needed / 1e9:.1f} GB "
-                        f"of memory, {free / 1e9:.1f} GB are free: ask for fewer workers or a smaller microbatch")  # fmt: skip
+        warnings.append(f"will not fit: {made.workers} workers and what drives them need {needed / 1e9:.1f} GB of "
+                        f"memory, {free / 1e9:.1f} GB are free: ask for fewer workers or smaller batches")  # fmt: skip
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
     room = shutil.disk_usage(there).free
     kept = sum(_on_disk(cell, found[cell.arm]) for cell in cells(scenario))
     if kept > SAFE_SHARE * room:
         warnings.append(f"will not fit: the run writes {kept / 1e9:.1f} GB to {there}, {room / 1e9:.1f} GB are free")
+    if made.seconds > BUSY * made.seconds_alone:
+        warnings.append("others use the cores: on an idle machine the run would take about "
+                        f"{made.seconds_alone:.0f} s")  # fmt: skip
     if made.seconds > DAY:
         warnings.append(f"will take {made.seconds / DAY:.1f} days: ask for fewer seeds, arms or steps")
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):

@@ -34,6 +34,7 @@ from fedsynth.typed import build, plain
 
 Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
 SEED = 0x0D12  # of dummy text: no run's, whose seeds count from 0
+NICE = 15  # as Ray starts workers: they wait for whatever else runs
 LONG_ENOUGH = 1.0  # seconds of a measurement that a larger one would hardly better
 
 
@@ -84,7 +85,7 @@ class Probed:
     Attributes:
         costs: By unit, the mean of all; seconds of work.
         imported: Seconds of work until such a process had started and imported what it needs, the mean of all.
-        waiting: Seconds that pass for each second of work: 1 where nobody else uses the cores.
+        waiting: Seconds that pass for each second of a worker's work: 1 where nobody else uses the cores.
         memory: Bytes that one of them held at most.
     """
 
@@ -99,6 +100,24 @@ def busy() -> float:
     from fedsynth.models import gpus  # brings torch
 
     return time.perf_counter() if gpus() else time.process_time()
+
+
+def waiting(since: tuple[float, float] = (0.0, 0.0)) -> float:
+    """Seconds that pass for each second in which this thread works: 1 where nobody else uses the cores, or where the
+    kernel does not say.
+
+    Args:
+        since: What `scheduled` gave then; left out: since the thread started.
+    """
+    worked, waited = (now - then for now, then in zip(scheduled(), since, strict=True))
+    return 1 + waited / worked if worked > 0 else 1.0
+
+
+def scheduled() -> tuple[float, float]:
+    """Seconds in which this thread has worked, and in which it has waited for a core."""
+    facts = Path("/proc/thread-self/schedstat")
+    worked, waited = facts.read_text().split()[:2] if facts.is_file() else ("0", "0")
+    return int(worked) / 1e9, int(waited) / 1e9
 
 
 def peak_memory() -> int:
@@ -147,10 +166,12 @@ def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, te
         drawn = open_site(replace(data, train_per_client=train, test_per_client=test), index, SEED + cell.seed)
         return Site(_public(drawn.train), _public(drawn.test))
     rng = np.random.default_rng([SEED, index])
-    labels, words = label_list(data), _words(cell.scenario.client.generator)
+    labels, tokenizer = label_list(data), load_tokenizer(cell.scenario.client.generator)
+    words = _words(tokenizer)
 
     def text(tokens: int) -> str:
-        return " ".join(words[i] for i in rng.integers(len(words), size=max(1, tokens)))
+        drawn = " ".join(words[i] for i in rng.integers(len(words), size=max(1, tokens)))
+        return str(tokenizer.decode(token_ids(tokenizer, drawn)[: max(1, tokens)])).strip()
 
     def corpus(rows: int) -> Corpus:
         sizes = [lengths[i % len(lengths)] for i in range(rows)]
@@ -167,9 +188,8 @@ def _public(corpus: Corpus) -> Corpus:
     return Corpus(corpus.prompts, corpus.answers, Provenance.PUBLIC)
 
 
-def _words(name: str) -> list[str]:
-    """Words that are one token each."""
-    tokenizer = load_tokenizer(name)
+def _words(tokenizer: Any) -> list[str]:
+    """Words that are one token each, if there are any."""
     pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), 20_000))]
     found = [p.strip() for p in pieces if p.strip().isalpha() and len(p.strip()) > 2]
     return found or ["word"]
@@ -245,7 +265,8 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     if unit.kind == "respond":
         return written([asked(prompt) for prompt in texts.test.prompts], 128), 128
     if unit.kind == "demonstrated":
-        shown = lines(texts.train)
+        tokenizer, longest = load_tokenizer(client.generator), client.generator_training.max_tokens
+        shown = [line for line in lines(texts.train) if len(token_ids(tokenizer, line)) <= longest]
         shots = "".join(f"{line}\n" for line in shown[: unit.shots])
         return written([shots + ASK], 64), 64
     prompts, answers = [asked(p) for p in texts.train.prompts], [f" {a}" for a in texts.train.answers]
@@ -350,7 +371,8 @@ def main() -> None:
     from fedsynth.models import one_thread
 
     one_thread()
-    imported, begun, worked = time.process_time(), time.perf_counter(), busy()
+    os.nice(NICE)
+    imported, begun = time.process_time(), scheduled()
     asked = json.load(sys.stdin)
     scenario = from_toml(asked["scenario"])
     known = {cell.arm: cell for cell in reversed(cells(scenario))}
@@ -359,8 +381,8 @@ def main() -> None:
         unit = build(Unit, item["unit"])
         found.append(plain(measured(known[unit.arm], unit, item["most"], asked["lengths"][unit.arm])))
     held = peak_memory()
-    waiting = (time.perf_counter() - begun) / max(busy() - worked, 1e-6)
-    print(json.dumps({"costs": found, "imported": imported, "waiting": waiting, "memory": held}), flush=True)
+    said = {"costs": found, "imported": imported, "waiting": waiting(begun), "memory": held}
+    print(json.dumps(said), flush=True)
 
 
 # ---- In the asking process -------------------------------------------------------------------------------------------
@@ -415,8 +437,8 @@ def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequen
         unit: Cost(*(mean(answer["costs"][place][name] for answer in answers) for name in ("first", "each")))
         for place, unit in enumerate(units)
     }
-    imported, waiting = (mean(answer[name] for answer in answers) for name in ("imported", "waiting"))
-    return Probed(costs, imported, max(1.0, waiting), max(answer["memory"] for answer in answers))
+    imported, waited = (mean(answer[name] for answer in answers) for name in ("imported", "waiting"))
+    return Probed(costs, imported, waited, max(answer["memory"] for answer in answers))
 
 
 if __name__ == "__main__":
