@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,8 @@ def forecast(
 
     tell("measuring what it costs")
     same = _same_work(planned)
-    units = _units(found, same)
-    probed = probe(scenario, units, lengths, min(count, len(os.sched_getaffinity(0))))
-    costs = {arm: {unit: probed.costs[replace(unit, arm=same[arm])] for unit in _of(found[arm])} for arm in found}
+    found = {arm: _measured_as(same[arm], rehearsed) for arm, rehearsed in found.items()}
+    probed = probe(scenario, _units(found.values()), lengths, min(count, len(os.sched_getaffinity(0))))
 
     pool = Workers(count, supernodes(homes, count))
     arms, starting, waits = {}, checking + STARTS * probed.imported, waiting()
@@ -162,7 +161,7 @@ def forecast(
         rehearsed, seeds = found[cell.arm], len(scenario.seeds)
         epsilon, told = _largest_epsilon(scenario, cell, rehearsed)
         warnings += [f"arm {cell.arm!r}: {line}" for line in (*rehearsed.noted, *told)]
-        clients_work = sum(pool.take(e, costs[cell.arm], cell.scenario.stack) for e in rehearsed.exchanges)
+        clients_work = sum(pool.take(e, probed.costs, cell.scenario.stack) for e in rehearsed.exchanges)
         alone += seeds * (rehearsed.server + clients_work)
         arms[cell.arm] = ArmForecast(
             guarantee=rehearsed.guarantee,
@@ -182,11 +181,7 @@ def forecast(
         seconds=starting * waits + WAITS + sum(arm.seconds for arm in arms.values()),
         seconds_alone=alone,
         worker=probed.memory,
-        driver=launcher
-        + server
-        + DRIVES
-        + HELD
-        + 2 * largest,  # a message lies at the SuperLink and at whoever reads it
+        driver=launcher + server + DRIVES + HELD + 2 * largest,  # messages lie at the SuperLink and at their reader
     )
     warnings += _will_not_fit(scenario, made, found, place or Path.cwd())
     return replace(made, warnings=tuple(dict.fromkeys(warnings)))
@@ -201,19 +196,21 @@ def _same_work(planned: Sequence[Cell]) -> dict[str, str]:
     }
 
 
-def _of(rehearsed: Rehearsed) -> set[Unit]:
-    return {unit for e in rehearsed.exchanges for work in e.work.values() for unit in work}
+def _measured_as(arm: str, rehearsed: Rehearsed) -> Rehearsed:
+    """With all work named after the arm that it is measured for."""
+    exchanges = (
+        replace(e, work={h: {replace(u, arm=arm): n for u, n in work.items()} for h, work in e.work.items()})
+        for e in rehearsed.exchanges
+    )
+    return replace(rehearsed, exchanges=tuple(exchanges))
 
 
-def _units(found: Mapping[str, Rehearsed], same: Mapping[str, str]) -> dict[Unit, int]:
+def _units(found: Iterable[Rehearsed]) -> dict[Unit, int]:
     """What has to be measured, and the most of it that one client does at once."""
     most: dict[Unit, float] = {}
-    for arm, rehearsed in found.items():
-        for exchange in rehearsed.exchanges:
-            for work in exchange.work.values():
-                for unit, amount in work.items():
-                    one = replace(unit, arm=same[arm])
-                    most[one] = max(most.get(one, 0), amount)
+    for work in (work for rehearsed in found for e in rehearsed.exchanges for work in e.work.values()):
+        for unit, amount in work.items():
+            most[unit] = max(most.get(unit, 0), amount)
     return {unit: int(amount) for unit, amount in most.items()}
 
 

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,12 @@ from measuring import Bar, at_most, figure, options, told
 
 LIMIT = 0.3  # of what is true
 CASES: dict[str, tuple[str, ...]] = {
-    "hospitals": ("--arms", "fdkt,local", "--clients", "4", "--set", "data.test_per_client=200",
-                  "--set", "strategy.per_label=20", "--set", "strategy.written=200"),
-    "hospitals-knowledgesg": ("--arms", "knowledge_sg,dp_fedavg_lora", "--clients", "3",
-                              "--set", "data.test_per_client=100", "--set", "strategy.written=400", "--set", "strategy.pairs=200",
-                              "--set", "strategy.tuning.epochs=4"),
-    "hospitals-crosslm": ("--arms", "crosslm", "--clients", "3", "--set", "data.test_per_client=200",
-                          "--set", "strategy.written=200", "--set", "rounds=2",
-                          "--set", "client.task_training.private_epochs=10"),
-}  # fmt: skip
+    "hospitals": ("fdkt,local", "4", "data.test_per_client=200", "strategy.per_label=20", "strategy.written=200"),
+    "hospitals-knowledgesg": ("knowledge_sg,dp_fedavg_lora", "3", "data.test_per_client=100", "strategy.written=400",
+                              "strategy.pairs=200", "strategy.tuning.epochs=4"),
+    "hospitals-crosslm": ("crosslm", "3", "data.test_per_client=200", "strategy.written=200", "rounds=2",
+                          "client.task_training.private_epochs=10"),
+}  # fmt: skip  # arms, clients, and what makes them small
 
 
 @dataclass
@@ -91,8 +87,9 @@ def command(*words: str) -> tuple[dict[str, Any], float, Watched]:
         return dict(json.loads(out.read().splitlines()[-1])), took, watched
 
 
-def compared(name: str, words: Sequence[str]) -> list[Bar]:
+def compared(name: str, arms: str, clients: str, *sets: str) -> list[Bar]:
     """One scenario, foreseen and run."""
+    words = ["--arms", arms, "--clients", clients, *(word for item in sets for word in ("--set", item))]
     print(f"{name}: checking ...", flush=True)
     foreseen, checking, _ = command("check", name, "--seeds", "0", *words)
     print(f"{name}: {checking:.0f} s; running, {foreseen['seconds']:.0f} s foreseen ...", flush=True)
@@ -122,7 +119,8 @@ def main() -> int:
     asking.set_defaults(repeats=1)
     asking.add_argument("--cases", default=",".join(CASES), help="comma-separated; all by default")
     asked = asking.parse_args()
-    bars = [bar for _ in range(asked.repeats) for name in asked.cases.split(",") for bar in compared(name, CASES[name])]
+    names = asked.cases.split(",") * asked.repeats
+    bars = [bar for name in names for bar in compared(name, *CASES[name])]
     return told(bars, asked.json)
 
 
