@@ -31,7 +31,7 @@ from fedsynth.lora import Adapter, only_b
 from fedsynth.models import one_thread
 from fedsynth.payload import encode
 from fedsynth.privacy.plan import DPPlan, Statement, statement
-from fedsynth.probe import LONG_ENOUGH, Unit, busy, dummy_site
+from fedsynth.probe import Unit, busy, dummy_site
 from fedsynth.runs import Journal, guarantee_of
 from fedsynth.scenario import Cell, Client, Endpoint
 from fedsynth.tasks import (
@@ -55,6 +55,9 @@ from fedsynth.tasks import (
 from fedsynth.wire import pack_order, payload_bytes
 
 GRANT = ("0" * 32,)  # as long as a grant's id
+WHOLE = (
+    2.5  # seconds of work, of all threads, for which a call's sample grows: a whole batch shows what memory it takes
+)
 ENOUGH = 10.0  # seconds of a dry run after which further rounds are taken to be as the last whole one
 
 
@@ -176,7 +179,7 @@ class Tally:
     Attributes:
         labels: Words that stay as they are in texts made up.
         seconds: Of all of it, in a run on cores that nobody else uses.
-        spent: Seconds of work that were spent here, on samples.
+        spent: Seconds of work that were spent on it here.
         read: Tokens of prompts and of scored texts.
         written: Tokens.
         known: What calls of a kind were found to take, and gave.
@@ -205,10 +208,9 @@ class Tally:
                 begun = busy()
                 found = sample(n)
                 took = busy() - begun
-                self.spent += took
-                if n >= min(count, most) or took > LONG_ENOUGH:
+                if n >= min(count, most) or took > WHOLE:
                     break
-                n = min(count, most, max(4 * n, int(1.5 * n / max(took, 1e-6))) if n > 1 else 8)
+                n = min(count, most, max(4 * n, int(WHOLE * n / max(took, 1e-6))) if n > 1 else 8)
             self.known[key] = (took / n, found)
         each, found = self.known[key]
         self.seconds += each * count / lanes
@@ -298,12 +300,24 @@ def on_paper(tally: Tally) -> Iterator[None]:
         key = ("tune", _size(model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         return float(tally.add(key, steps, sample, 16)[0])
 
+    def aside(made_up: Callable[..., Any]) -> Callable[..., Any]:
+        """What it takes here is not what the strategy itself takes."""
+
+        def noted(*arguments: Any, **more: Any) -> Any:
+            begun = busy()
+            try:
+                return made_up(*arguments, **more)
+            finally:
+                tally.spent += busy() - begun
+
+        return noted
+
     put: Any = setattr  # methods of others, put back below
     try:
-        put(LocalLLM, "complete", completed)
-        put(LocalLLM, "score", scored)
-        put(Embedder, "embed", embedded)
-        put(tuning, "_descend", descended)
+        put(LocalLLM, "complete", aside(completed))
+        put(LocalLLM, "score", aside(scored))
+        put(Embedder, "embed", aside(embedded))
+        put(tuning, "_descend", aside(descended))
         yield
     finally:
         put(LocalLLM, "complete", complete)
@@ -519,18 +533,19 @@ class Rehearsed:
     noted: tuple[str, ...]
 
 
-def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], models: dict[Any, Any]) -> Rehearsed:
+def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, Any]) -> Rehearsed:
     """All rounds of a cell, on dummy text; nothing is charged.
 
     Args:
         cell: Arm, seed, resolved scenario.
         folder: For what a run would write; new or empty.
         lengths: Of dummy text (`probe.typical_lengths`).
-        models: What this process has loaded already; filled.
+        known: Models that this process has loaded already, and what they were found to take; filled.
     """
     one_thread()  # as a server app is started
     labels = label_list(cell.scenario.data)
-    journal, tally = Journal(cell, folder, folder / "events.jsonl"), Tally(_kept_words(labels))
+    journal = Journal(cell, folder, folder / "events.jsonl")
+    tally = Tally(_kept_words(labels), known=known.setdefault("asked", {}))
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)
     nodes = {home: home for home in facts}
@@ -538,13 +553,13 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], models: dict[Any,
     noted: list[str] = []
 
     kind, config = load_strategy(cell.scenario.strategy)
-    llm, professional, embed = _models(cell, labels, tally, models)
+    clients.begun = begun = busy()
+    llm, professional, embed = _models(cell, labels, tally, known)
     for model in (llm, professional):
         if isinstance(model, _Elsewhere):
             model.tally = tally
     server = ServerSide(cell, labels, llm, professional, embed, journal, lambda _: clients)
     grid: Any = None
-    clients.begun = begun = busy()
     with on_paper(tally):
         try:
             kind(config, server).start(grid, num_rounds=cell.scenario.rounds)

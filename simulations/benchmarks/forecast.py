@@ -6,8 +6,8 @@ Three scenarios of unlike methods, in small: FDKT beside local training; Knowled
 adapters; two rounds of CrossLM. Each is checked and run by the command, one after the other. True time is that of the
 whole command, true memory the largest sum of the resident sets of all its processes, looked at twice a second.
 
-Others may use the machine, more or fewer of them while the run goes on than while it was checked: the forecast is of the
-load that it met. What the kernel says of how long the run's processes waited for a core stands beside its time.
+Others may use the machine, more or fewer of them while the run goes on than while it was checked: the forecast is of
+the load that it met. What the kernel says of how long the run's processes waited for a core stands beside its time.
 """
 
 from __future__ import annotations
