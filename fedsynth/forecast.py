@@ -26,8 +26,9 @@ DAY = 86_400.0
 BUSY = 1.3  # times as long as alone: from there on others on the machine are worth a line
 MOST_PLANS = 12  # noise calibrations that are made for one arm here; each takes a second or so
 # What Flower and Ray take, whatever runs. Measured on two cores (docs/results.md).
-STARTS = 4.0  # a run starts and ends one process after the other: in units of what a worker needs to import
-WAITS = 3.0  # seconds of that in which nothing works
+# A run starts one process after the other: in units of what a worker needs to import, before the workers and for them.
+STARTS, WORKER_STARTS = 3.2, 1.2
+WAITS = 7.0  # seconds of starting and ending in which nothing works: Ray comes up, Flower is asked every five seconds
 EXCHANGE = 0.3  # seconds of an exchange beside the clients' work
 MESSAGE = 0.03  # seconds of each order on its way
 HELD = 1_000_000_000  # bytes: SuperLink, SuperExec, Ray and its agents, supervisor; they hold no model
@@ -155,8 +156,9 @@ def forecast(
     probed = probe(scenario, _units(found.values()), lengths, min(count, len(os.sched_getaffinity(0))))
 
     pool = Workers(count, supernodes(homes, count))
-    arms, starting, waits = {}, checking + STARTS * probed.imported, waiting()
-    alone = starting + WAITS
+    arms, waits = {}, waiting()
+    starting, joining = checking + STARTS * probed.imported, WORKER_STARTS * probed.imported
+    alone = starting + joining + WAITS
     for cell in planned:
         rehearsed, seeds = found[cell.arm], len(scenario.seeds)
         epsilon, told = _largest_epsilon(scenario, cell, rehearsed)
@@ -178,7 +180,7 @@ def forecast(
         scenario=scenario.name,
         arms=arms,
         workers=count,
-        seconds=starting * waits + WAITS + sum(arm.seconds for arm in arms.values()),
+        seconds=starting * waits + joining * probed.waiting + WAITS + sum(arm.seconds for arm in arms.values()),
         seconds_alone=alone,
         worker=probed.memory,
         driver=launcher + server + DRIVES + HELD + 2 * largest,  # messages lie at the SuperLink and at their reader
