@@ -32,7 +32,7 @@ WAITS = 7.0  # seconds of starting and ending in which nothing works: Ray comes 
 EXCHANGE = 0.3  # seconds of an exchange beside the clients' work
 MESSAGE = 0.03  # seconds of each order on its way
 HELD = 1_000_000_000  # bytes: SuperLink, SuperExec, Ray and its agents, supervisor; they hold no model
-DRIVES = 200_000_000  # bytes: Ray in the process of the server app
+DRIVES = 400_000_000  # bytes: Ray in the process of the server app, and what that one keeps of what it needed
 
 
 @dataclass(frozen=True)
