@@ -17,7 +17,7 @@ from fedsynth.dryrun import Exchange, Rehearsed, rehearse, said_of
 from fedsynth.hub import place_of
 from fedsynth.models import endpoints_of
 from fedsynth.privacy.plan import composed_epsilon
-from fedsynth.probe import Cost, Probed, Unit, busy, peak_memory, probe, typical_lengths, waiting
+from fedsynth.probe import Cost, Unit, busy, peak_memory, probe, typical_lengths, waiting
 from fedsynth.scenario import Cell, Scenario
 from fedsynth.scenario_toml import cells
 from fedsynth.simulate import SAFE_SHARE, check, concurrency, supernodes
@@ -313,6 +313,3 @@ def _on_disk(cell: Cell, rehearsed: Rehearsed) -> int:
             if folder.is_dir():
                 weights = max(weights, sum(p.stat().st_size for p in folder.glob("*.safetensors")))
     return rehearsed.kept + rehearsed.up + len(learners) * weights
-
-
-__all__ = ["ArmForecast", "Forecast", "Probed", "Workers", "forecast"]
