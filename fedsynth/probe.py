@@ -217,7 +217,8 @@ def measured(cell: Cell, unit: Unit, most: int, lengths: Sequence[int]) -> Cost:
     while took < LONG_ENOUGH and count < most:
         count = min(most, max(2 * count, int(1.5 * LONG_ENOUGH / max(took, 1e-6) * count)))
         took = _seconds(work, count)
-    return Cost(first, took / count)
+    together = cell.scenario.stack if unit.kind == "step" else 1  # clients, each of which makes those steps
+    return Cost(first, took / count / together)
 
 
 def _seconds(work: Callable[[int], object], count: int) -> float:
@@ -319,7 +320,7 @@ def _steps(cell: Cell, unit: Unit, texts: Site) -> Callable[[int], object]:
         asked = replace(training(), steps=count)
         return (yield ToTrain(client.generator, start, settings, asked, unit.frozen_a))
 
-    return lambda n: together([trains(-(-n // stack)) for _ in range(stack)])
+    return lambda n: together([trains(n) for _ in range(stack)])
 
 
 def _classifying(client: Client, labels: Sequence[str], texts: Site, unit: Unit) -> tuple[Callable[[int], object], int]:

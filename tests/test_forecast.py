@@ -17,6 +17,7 @@ from inprocess import canary, instructions, play
 
 import fedsynth.dryrun
 import fedsynth.forecast
+import fedsynth.probe
 from fedsynth.clients.home import cell_of
 from fedsynth.data import open_sites
 from fedsynth.dryrun import Exchange, Rehearsed, rehearse
@@ -240,6 +241,15 @@ def test_each_kind_of_work_is_measured_by_doing_it(tmp_path: Path, kind: Any) ->
     found = measured(whole, Unit(kind, "main", tokens=4, shots=1), 2, typical_lengths(whole))
     assert found.each > 0 or kind == "plan"
     assert found.first >= 0
+
+
+def test_clients_that_train_together_share_the_cost_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cell(scenario(tmp_path, clients=4, rows=40))
+    four = replace(whole, scenario=replace(whole.scenario, client=replace(whole.scenario.client, stacked=4)))
+    monkeypatch.setattr(fedsynth.probe, "_seconds", lambda work, count: [work(count), 8.0 * count][1])
+    unit = Unit("step", "main")
+    assert measured(whole, unit, 2, typical_lengths(whole)).each == 8.0
+    assert measured(four, unit, 2, typical_lengths(whole)).each == 2.0
 
 
 @pytest.mark.parametrize("kind", ["fit", "read", "sample", "scorer_step"])
