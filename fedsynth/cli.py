@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsynth import __version__
@@ -143,6 +144,27 @@ def compare_command(
         shown.print(line, markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(done.tables))
+
+
+@app.command("check")
+def check_command(
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")],
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as one JSON object, last.")] = False,
+) -> None:
+    """Check SCENARIO and foresee what a run of it would spend, send, hold and take; nothing is trained or charged."""
+    asked = _asked(scenario, set_, arms, clients, seeds)
+    from fedsynth.forecast import forecast
+
+    console = _console(error=True)
+    made = forecast(asked, workers=workers, tell=console.print)
+    _print_forecast(console if as_json else _console(error=False), made)
+    if as_json:
+        print(json.dumps(made.to_dict()))
 
 
 @app.command()
@@ -376,6 +398,30 @@ def _print_table(console: Console, result: Any) -> None:
         soft_wrap=True,
     )
     console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _print_forecast(console: Console, made: Any) -> None:
+    """What is foreseen of a run, arm by arm and in all, and what will not fit."""
+    from fedsynth.runs import up
+
+    table = Table(title=f"{made.scenario}: forecast")
+    for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
+        table.add_column(head, no_wrap=True)
+    for name, arm in made.arms.items():
+        epsilon, delta = ("-" if x is None else said for x, said in (
+            (arm.epsilon, f"{up(arm.epsilon or 0.0, 3):.3f}"), (arm.delta, f"{arm.delta or 0.0:g}")))  # fmt: skip
+        moved = [f"{count / 1e6:.2f} MB" for count in (arm.up, arm.down)]
+        table.add_row(name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}",
+                      f"{arm.seconds:.0f}")  # fmt: skip
+    console.print(table)
+    console.print(
+        f"in all about {made.seconds:.0f} s with {made.workers} worker{'s' if made.workers > 1 else ''}, starting and "
+        f"ending included; memory {made.memory / 1e9:.1f} GB: {made.worker / 1e9:.1f} GB each worker, "
+        f"{made.driver / 1e9:.1f} GB the rest",
+        soft_wrap=True,
+    )
+    for line in made.warnings:
+        console.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
 
 def _figure(value: dict[str, Any] | None) -> str:

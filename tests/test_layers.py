@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
-reporting
+reporting forecast
 comparison comparison_tables
 grids
-simulate watch
+simulate watch dryrun probe
 fedsynth_sim launch
 strategies clients
 federation runs wire firewall tasks recall trackers

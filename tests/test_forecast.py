@@ -1,0 +1,303 @@
+"""What `fedsynth check` foresees is what a run then does; what is wrong or will not fit is said before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psutil
+import pytest
+import tiny
+from inprocess import canary, instructions, play
+
+import fedsynth.dryrun
+import fedsynth.forecast
+import fedsynth.probe
+from fedsynth.clients.home import cell_of
+from fedsynth.data import open_sites
+from fedsynth.dryrun import Exchange, Rehearsed, rehearse
+from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.forecast import EXCHANGE, MESSAGE, Workers, forecast
+from fedsynth.probe import Cost, Probed, Unit, dummy_site, measured, typical_lengths
+from fedsynth.scenario import Cell
+from fedsynth.scenario_toml import from_toml, to_toml
+from fedsynth.tasks import Adopt, Finetune, Learn, Learnt, Order
+
+AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
+FEDPIT = "fedsynth.strategies.fedpit:FedPIT"
+
+
+def scenario(tmp_path: Path, strategy: str = AVERAGE, **more: Any) -> str:
+    """As `instructions`, with an LLM that can be loaded."""
+    return instructions(tmp_path, strategy, **more).replace('llm = "scripted"', f'llm = "{tiny.folder()}"')
+
+
+def cell(toml: str) -> Cell:
+    return cell_of(to_toml(from_toml(toml)), "main", 0)
+
+
+def rehearsed(toml: str, place: Path) -> Rehearsed:
+    return rehearse(cell(toml), place, typical_lengths(cell(toml)), {})
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No options."""
+
+
+@dataclass(frozen=True)
+class Strange(Order[Learnt]):
+    """An order that this package does not know."""
+
+    task: ClassVar[str] = "train.strange"
+    reply: ClassVar[type[Any]] = Learnt
+
+
+class Asks(RoundStrategy[int]):
+    """A strategy of somebody else's; `orders` says what it asks for."""
+
+    config_class = Nothing
+    tasks = ("instructions",)
+
+    def initial(self) -> int:
+        return 0
+
+    def round(self, clients: Clients, state: int) -> int:
+        for order in self.orders():
+            clients.ask(order)
+        return state + 1
+
+    def orders(self) -> list[Order[Any]]:
+        return [Learn(seed=1), Strange()]
+
+
+class Twice(Asks):
+    """Private text is trained on twice in a round: more than is planned."""
+
+    def orders(self) -> list[Order[Any]]:
+        start = self.server.new_adapter(1)
+        return [Finetune(start, 1), Finetune(start, 2)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "guarantee", "options"),
+    [(AVERAGE, "dp", ""), (AVERAGE, "dp", 'aggregation = "frozen_a"'), (AVERAGE, "none", ""), (FEDPIT, "none",
+     "shots = 1\ncandidates = 4\nkeep = 2\nmax_tokens = 4")],
+)  # fmt: skip
+def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, guarantee: str, options: str) -> None:
+    model = tiny.folder()
+    toml = scenario(tmp_path, strategy, guarantee=guarantee, options=options, rounds=2, rows=24, model=model)
+    if strategy == FEDPIT:
+        toml = toml.replace("max_tokens = 96", "max_tokens = 48")
+    ran = play(toml, tmp_path / "ran")
+    found = rehearsed(toml, tmp_path / "rehearsed")
+    sent = {d: sum(n for (way, _), n in ran.journal.sent.items() if way == d) for d in ("up", "down")}
+    assert found.noted == ()
+    assert found.up == pytest.approx(sent["up"], rel=0.02)
+    assert found.down == pytest.approx(sent["down"], rel=0.02)
+    epsilons = [said.epsilon for said in ran.journal.statements.values()]
+    assert found.epsilon == (None if guarantee == "none" else max(e for e in epsilons if e is not None))
+    assert [e.name for e in found.exchanges] == [*[e.name for e in found.exchanges[:3]]] * 2
+
+
+def test_drafts_and_what_is_written_from_them_weigh_what_they_weigh_in_the_run(tmp_path: Path) -> None:
+    toml = """
+name = "tiny"
+[strategy]
+use = "fedsynth.strategies.fdkt:FDKT"
+per_label = 6
+written = 24
+[data]
+source = "world:hospitals"
+clients = 2
+train_per_client = 60
+test_per_client = 20
+[client]
+generator = "assets:tiny-slm"
+task_model = "assets:tiny-slm"
+budget = { epsilon = 8.0 }
+generator_training = { expected_batch = 10, steps = 3 }
+task_training = { augmented_epochs = 1, private_epochs = 1 }
+[server]
+llm = "assets:tiny-llm"
+[arms.main]
+"""
+    from fedsynth.llm import LocalLLM
+
+    llm = LocalLLM.load("assets:tiny-llm")
+    ran = play(toml, tmp_path / "ran", llm=llm)
+    found = rehearsed(toml, tmp_path / "rehearsed")
+    sent = {d: sum(n for (way, _), n in ran.journal.sent.items() if way == d) for d in ("up", "down")}
+    assert found.up == pytest.approx(sent["up"], rel=0.3)
+    assert found.down == pytest.approx(sent["down"], rel=0.3)
+    assert found.epsilon == max(said.epsilon or 0 for said in ran.journal.statements.values())
+    [synthesis, learning, _] = found.exchanges
+    assert synthesis.work[0][Unit("step", "main")] == 3
+    assert sum(n for unit, n in synthesis.work[0].items() if unit.kind == "sample") == 6 * 8
+    assert learning.work[0][Unit("fit", "main")] == pytest.approx(60 + 24, abs=5)  # some may be dropped
+    assert found.written > 0
+    assert found.read > found.written
+
+
+def test_no_record_of_a_client_stands_in_what_is_made_up(tmp_path: Path) -> None:
+    toml = scenario(tmp_path)
+    whole = cell(toml)
+    private = open_sites(whole.scenario.data, 0)
+    site = dummy_site(whole, 0, typical_lengths(whole), train=40, test=10)
+    made = " ".join((*site.train.prompts, *site.train.answers, *site.test.prompts))
+    assert canary(0) in " ".join(p for s in private for p in s.train.prompts + s.test.prompts)
+    assert not any(canary(row) in made for row in range(72))
+
+
+def test_rounds_that_are_not_gone_through_count_as_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toml = scenario(tmp_path, rounds=6)
+    all_of_them = rehearsed(toml, tmp_path / "all")
+    monkeypatch.setattr(fedsynth.dryrun, "ENOUGH", 0.0)
+    some = rehearsed(toml, tmp_path / "some")
+    assert some.noted == ("rounds 3 to 6 are taken to be as round 2",)
+    assert [e.name for e in some.exchanges] == [e.name for e in all_of_them.exchanges]
+    assert (some.up, some.epsilon) == (all_of_them.up, all_of_them.epsilon)
+    assert some.down == pytest.approx(all_of_them.down, rel=1e-3)  # seeds differ in their digits
+
+
+def test_an_order_of_somebody_elses_is_told_and_what_came_before_it_counts(tmp_path: Path) -> None:
+    found = rehearsed(scenario(tmp_path, "test_forecast:Asks"), tmp_path / "rehearsed")
+    assert [e.name for e in found.exchanges] == ["learn"]
+    assert found.noted == ("what clients do for the order Strange is not known here: what comes after it is left out",)
+
+
+# ---- What is added up ------------------------------------------------------------------------------------------------
+
+
+def test_an_exchange_takes_as_long_as_the_worker_that_is_done_last() -> None:
+    unit = Unit("fit", "main")
+    exchange = Exchange(1, "learn", {home: {unit: 2.0} for home in range(3)}, 0, 0)
+    pool = Workers(count=2, nodes=3)
+    costs = {unit: Cost(first=5.0, each=4.0)}
+    # Two messages of three go to one worker: 8 seconds each, and 5 once.
+    assert pool.take(exchange, costs, 1) == pytest.approx(EXCHANGE + 2 * (MESSAGE + 8.0) + 5.0)
+    assert pool.take(exchange, costs, 1) == pytest.approx(EXCHANGE + 2 * (MESSAGE + 8.0))  # both know it by now
+
+
+def constant(each: float, memory: int) -> Any:
+    """A probe that measures nothing."""
+
+    def probe(_: Any, units: Mapping[Unit, int], *__: Any) -> Probed:
+        return Probed(dict.fromkeys(units, Cost(0.0, each)), imported=1.0, waiting=1.0, memory=memory)
+
+    return probe
+
+
+def test_seeds_multiply_all_but_epsilon_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedsynth.forecast, "probe", constant(10.0, 10**8))  # beside which nothing else counts
+    asked = from_toml(scenario(tmp_path))
+    once = forecast(asked, workers=1, tell=lambda _: None)
+    twice = forecast(replace(asked, seeds=(0, 1)), workers=1, tell=lambda _: None)
+    assert twice.arms["main"].up == 2 * once.arms["main"].up
+    assert twice.arms["main"].epsilon == once.arms["main"].epsilon
+    assert twice.worker == once.worker == 10**8
+    assert twice.arms["main"].seconds == pytest.approx(2 * once.arms["main"].seconds, rel=0.1)
+
+
+def test_what_will_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e5, 10**15))
+    made = forecast(from_toml(scenario(tmp_path)), workers=2, tell=lambda _: None)
+    said = " ".join(made.warnings)
+    assert "will not fit: 2 workers and what drives them need 2000" in said
+    assert "days: ask for fewer" in said
+    assert made.memory == 2 * 10**15 + made.driver
+    assert made.to_dict()["memory"]["workers"] == 2 * 10**15
+
+
+def test_what_fits_has_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e-4, 10**6))
+    made = forecast(from_toml(scenario(tmp_path)), workers=1, tell=lambda _: None)
+    assert made.memory < psutil.virtual_memory().total
+    assert [line for line in made.warnings if "label" not in line] == []
+
+
+def test_a_method_that_asks_for_more_than_is_planned_is_told_that_clients_will_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e-4, 10**6))
+    made = forecast(from_toml(scenario(tmp_path, "test_forecast:Twice")), workers=1, tell=lambda _: None)
+    [line] = [line for line in made.warnings if "refuse" in line]
+    assert "its budget is 8" in line
+
+
+# ---- What is measured ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plan", "step", "own_step", "respond", "rate", "demonstrated"])
+def test_each_kind_of_work_is_measured_by_doing_it(tmp_path: Path, kind: Any) -> None:
+    whole = cell(scenario(tmp_path))
+    found = measured(whole, Unit(kind, "main", tokens=4, shots=1), 2, typical_lengths(whole))
+    assert found.each > 0 or kind == "plan"
+    assert found.first >= 0
+
+
+def test_clients_that_train_together_share_the_cost_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cell(scenario(tmp_path, clients=4, rows=40))
+    four = replace(whole, scenario=replace(whole.scenario, client=replace(whole.scenario.client, stacked=4)))
+    monkeypatch.setattr(fedsynth.probe, "_seconds", lambda work, count: [work(count), 8.0 * count][1])
+    unit = Unit("step", "main")
+    assert measured(whole, unit, 2, typical_lengths(whole)).each == 8.0
+    assert measured(four, unit, 2, typical_lengths(whole)).each == 2.0
+
+
+@pytest.mark.parametrize("kind", ["fit", "read", "sample", "scorer_step"])
+def test_each_kind_of_work_of_a_classification_is_measured_by_doing_it(kind: Any) -> None:
+    from fedsynth.scenario_toml import cells, load
+
+    [whole] = cells(load("hospitals", ["seeds=[0]", 'run=["fdkt"]', "client.scorer_training.expected_batch=8"]))
+    assert measured(whole, Unit(kind, "fdkt", tokens=4, temperature=1.0), 2, ()).each > 0
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fedsynth.cli", "check", *words],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_a_bad_scenario_is_refused_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    place = tmp_path / "bad.toml"
+    place.write_text(scenario(tmp_path).replace("epsilon = 8.0", "epsilon = 0.001"))
+    done = command(str(place))
+    assert done.returncode == 2
+    assert "needs noise_multiplier" in done.stderr.splitlines()[-1]
+
+
+def test_json_is_the_last_line_and_has_the_promised_shape(tmp_path: Path) -> None:
+    place = tmp_path / "tiny.toml"
+    place.write_text(scenario(tmp_path))
+    done = command(str(place), "--workers", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert set(said) == {"scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings"}
+    assert set(said["arms"]["main"]) == {"epsilon", "delta", "guarantee", "bytes", "llm_tokens", "seconds"}
+    assert set(said["memory"]) == {"worker", "workers", "driver", "total"}
+    assert said["workers"] == 1
+    assert 0 < said["seconds_alone"] <= said["seconds"]
+    assert said["memory"]["total"] == said["memory"]["workers"] + said["memory"]["driver"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "tiny.toml"]  # nothing is left behind
+
+
+def test_every_order_of_this_package_is_foreseen() -> None:
+    from fedsynth.tasks import ORDERS
+
+    assert set(ORDERS) == set(fedsynth.dryrun.WORK)
+    assert Adopt in fedsynth.dryrun.WORK
