@@ -96,7 +96,7 @@ def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, g
         toml = toml.replace("max_tokens = 96", "max_tokens = 48")
     ran = play(toml, tmp_path / "ran")
     found = rehearsed(toml, tmp_path / "rehearsed")
-    sent = {d: sum(n for (way, _), n in ran.journal.sent.items() if way == d) for d in ("up", "down")}
+    sent = {d: sum(n for (name, _), n in ran.journal.totals.items() if name == f"bytes/{d}") for d in ("up", "down")}
     assert found.noted == ()
     assert found.up == pytest.approx(sent["up"], rel=0.02)
     assert found.down == pytest.approx(sent["down"], rel=0.02)
@@ -132,7 +132,7 @@ llm = "assets:tiny-llm"
     llm = LocalLLM.load("assets:tiny-llm")
     ran = play(toml, tmp_path / "ran", llm=llm)
     found = rehearsed(toml, tmp_path / "rehearsed")
-    sent = {d: sum(n for (way, _), n in ran.journal.sent.items() if way == d) for d in ("up", "down")}
+    sent = {d: sum(n for (name, _), n in ran.journal.totals.items() if name == f"bytes/{d}") for d in ("up", "down")}
     assert found.up == pytest.approx(sent["up"], rel=0.3)
     assert found.down == pytest.approx(sent["down"], rel=0.3)
     assert found.epsilon == max(said.epsilon or 0 for said in ran.journal.statements.values())
