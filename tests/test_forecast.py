@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import pytest
 import tiny
 from inprocess import canary, instructions, play
 
+import fedsynth.cli
 import fedsynth.dryrun
 import fedsynth.forecast
 import fedsynth.probe
@@ -263,30 +263,30 @@ def test_each_kind_of_work_of_a_classification_is_measured_by_doing_it(kind: Any
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fedsynth.cli", "check", *words],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """The exit code of the command, in this process: imports of seconds are paid once."""
+    monkeypatch.setattr(sys, "argv", ["fedsynth", "check", *words])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    return ended.value.code
 
 
-def test_a_bad_scenario_is_refused_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_a_bad_scenario_is_refused_with_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "bad.toml"
     place.write_text(scenario(tmp_path).replace("epsilon = 8.0", "epsilon = 0.001"))
-    done = command(str(place))
-    assert done.returncode == 2
-    assert "needs noise_multiplier" in done.stderr.splitlines()[-1]
+    assert typed(monkeypatch, str(place)) == 2
+    assert "needs noise_multiplier" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_json_is_the_last_line_and_has_the_promised_shape(tmp_path: Path) -> None:
+def test_json_is_the_last_line_and_has_the_promised_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "tiny.toml"
     place.write_text(scenario(tmp_path))
-    done = command(str(place), "--workers", "1", "--json")
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    assert typed(monkeypatch, str(place), "--workers", "1", "--json") == 0
+    said = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert set(said) == {"scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings"}
     assert set(said["arms"]["main"]) == {"epsilon", "delta", "guarantee", "bytes", "llm_tokens", "seconds"}
     assert set(said["memory"]) == {"worker", "workers", "driver", "total"}
