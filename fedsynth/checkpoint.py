@@ -15,7 +15,9 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from fedsynth.payload import BadPayload, decode, encode
 from fedsynth.typed import BadValue
@@ -44,15 +46,9 @@ class Checkpoint:
             record: As plain JSON.
 
         Raises:
-            BadValue: If the state is no dataclass of what a payload can hold.
+            BadValue: If the state is no dataclass of what a payload can hold; what was kept before is still there.
         """
-        try:
-            data = encode(state, trusted=True) if dataclasses.is_dataclass(state) else None
-        except BadPayload as problem:
-            raise BadValue(f"the strategy's state cannot be kept: {problem}") from problem
-        if data is None:
-            raise BadValue(f"a strategy's state must be a frozen dataclass, so that a run can go on from it; "
-                           f"got {type(state).__name__}")  # fmt: skip
+        data = _kept(state)
         draft = self.folder / ".part"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -138,7 +134,7 @@ class Exchange:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_suffix(".part")
+        self._path, self._part, self._asked = path, path.with_suffix(".coming"), path.with_suffix(".asked")
         self._archive: zipfile.ZipFile | None = None
         self._facts: dict[str, dict[str, Any]] = {}
 
@@ -149,16 +145,24 @@ class Exchange:
             asked: Digest of the orders.
 
         Raises:
-            BadValue: If they were other orders: then the code, or what it reads, is not what it was.
+            BadValue: If it was begun with other orders: then the code, or what it reads, is not what it was.
         """
-        if not self._path.is_file():
+        if not self._asked.is_file():
             return None
-        with zipfile.ZipFile(self._path) as archive:
-            head = json.loads(archive.read("head.json"))
-            if head["asked"] != asked():
-                raise BadValue(f"{self._path.name} holds answers to other orders than those of the resumed round: "
-                               "software, models or files have changed since; run the scenario anew")  # fmt: skip
-            return [(int(home), archive.read(home), facts) for home, facts in head["homes"].items()]
+        if self._asked.read_text() != asked():
+            raise BadValue(f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
+                           "models or files have changed since; run the scenario anew")  # fmt: skip
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                homes = json.loads(archive.read("head.json"))["homes"]
+                return [(int(home), archive.read(home), facts) for home, facts in homes.items()]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole: clients are asked again
+            return None
+
+    def begin(self, asked: str) -> None:
+        """Keeps the digest of the orders that were sent."""
+        if self._path.parent.is_dir():
+            _write(self._asked, asked.encode())
 
     def add(self, home: int, answer: bytes, **facts: Any) -> None:
         """What a home answered (nothing, where the facts say why), and plain JSON to keep with it."""
@@ -168,12 +172,45 @@ class Exchange:
             self._archive.writestr(str(home), answer)
             self._facts[str(home)] = facts
 
-    def close(self, asked: str) -> None:
+    def close(self) -> None:
         """All is there that will come."""
         if self._archive is not None:
-            self._archive.writestr("head.json", json.dumps({"asked": asked, "homes": self._facts}))
+            self._archive.writestr("head.json", json.dumps({"homes": self._facts}))
             self._archive.close()
             self._part.replace(self._path)
+
+
+def _kept(state: object) -> bytes:
+    """A state as bytes from which it comes back as it is."""
+    kind = type(state)
+    if not dataclasses.is_dataclass(state):
+        raise BadValue(f"a strategy's state must be a frozen dataclass, so that a run can go on from it; "
+                       f"got {kind.__name__}")  # fmt: skip
+    try:
+        data = encode(state, trusted=True)
+        again = decode(data, kind, trusted=True)
+    except Exception as problem:  # whatever a strategy may hold
+        raise BadValue(f"the strategy's state {kind.__name__} cannot be kept, so that a run could go on from it: "
+                       f"{problem}") from problem  # fmt: skip
+    if not _alike(state, again):
+        raise BadValue(f"the strategy's state {kind.__name__} does not come back as it is: name its fields' types "
+                       "(Any brings back lists for tuples), and hold plain values, Corpus and Adapter")  # fmt: skip
+    return data
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if type(one) is not type(other):
+        return False
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        return all(_alike(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    if isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, cast("np.ndarray", other), equal_nan=True)
+    return one == other or one != one
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -8,7 +8,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -26,7 +26,7 @@ from fedsynth.lora import Adapter
 from fedsynth.participation import Fate, fates
 from fedsynth.payload import BadPayload
 from fedsynth.privacy.plan import Statement
-from fedsynth.runs import SERVER, Journal
+from fedsynth.runs import SERVER, Journal, append_event
 from fedsynth.scenario import Cell, Scenario, StrategyChoice
 from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.trackers import event_files, figures
@@ -38,6 +38,7 @@ S = TypeVar("S")
 WHO = "query.who"
 POLL_SECONDS = 0.05
 LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
+IN_VAIN = "gave no answer in time"
 TRIES = 3  # to get an order answered by a client whose worker dies
 
 
@@ -123,8 +124,10 @@ class Clients:
     labels: Sequence[str]
     journal: Journal
     exchange: int = 0
-    # Messages whose time was over: the homes they are for, and the class of the answers.
-    _late: dict[str, tuple[tuple[int, ...], type[Any]]] = field(default_factory=dict)
+    # Messages whose time was over: the homes they are for, the exchange, and its orders.
+    _late: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = field(default_factory=dict)
+    _round: int = 0
+    _before: int = 0  # exchanges before the round's first
 
     def ask(self, order: Order[R]) -> dict[int, R]:
         """The same order to every home; typed answers by home, in order of homes."""
@@ -139,6 +142,8 @@ class Clients:
         Raises:
             TooFewReplies: If fewer homes than the quorum give a usable answer in time.
         """
+        if self.journal.round != self._round:
+            self._round, self._before = self.journal.round, self.exchange
         self.exchange += 1
         order = next(iter(orders.values()))
         name = order.task.rpartition(".")[2]
@@ -146,38 +151,44 @@ class Clients:
         asked = [home for home in sorted(orders) if fates.get(home) is not Fate.ABSENT]
         answers: dict[int, R] = {}
         reasons = {home: fate.value for home, fate in fates.items()}
-        needed = math.ceil(self.cell.scenario.server.quorum * len(orders))
+        # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
+        needed = math.ceil(self.cell.scenario.server.quorum * len(orders) - 1e-9)
         self.journal.progress(name, 0, len(orders))
-        for home, content in self._said(orders, asked):
+        # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
+        said = self._said(orders, asked) if len(orders) - len(reasons) >= needed else ()
+        for home, content in said:
             found = self._read(content, home, orders[home])
             if isinstance(found, str):
                 reasons[home] = found
-                if home not in fates:
-                    self.journal.silent.add(home)
+                self._miss(home, order)
             else:
                 self._note(home, found)
                 if home not in fates:
                     answers[home] = found
             if len(orders) - len(reasons) < needed:
-                break  # the quorum is out of reach: waiting for the others would only cost time
+                break
             self.journal.progress(name, len(answers), len(orders))
-        unheard = set(asked) - set(answers) - set(reasons)
-        self.journal.silent |= unheard
         self._count(name, len(orders), answers, fates, reasons)
         if len(answers) < needed:
-            said = [f"client {home} {why}" for home, why in sorted(reasons.items())]
-            said += [f"no answer from clients {sorted(unheard)}"] if unheard and not reasons else []
+            for home in set(asked) - set(answers) - set(reasons):
+                self._miss(home, order)
+            why = "; ".join(f"client {home} {reason}" for home, reason in sorted(reasons.items()))
             raise TooFewReplies(
-                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({'; '.join(said)}); "
+                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({why}); "
                 "the client's own log, in the private directory, says more"
             )
         return dict(sorted(answers.items()))
+
+    def _miss(self, home: int, order: Order[Any]) -> None:
+        """Notes that a client may have spent something of which its answer would have told."""
+        if any(field.name == "statement" for field in fields(order.reply)):
+            self.journal.silent.add((home, self.exchange))
 
     def _fates(self, orders: Mapping[int, Order[R]]) -> dict[int, Fate]:
         """The homes that take no part in this exchange; a simulator's own measurement reaches all."""
         if isinstance(next(iter(orders.values())), Evaluate):
             return {}
-        return fates(self.cell, self.journal.round, self.exchange, sorted(orders))
+        return fates(self.cell, self.journal.round, self.exchange - self._before, sorted(orders))
 
     def _count(
         self, name: str, asked: int, answers: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
@@ -185,27 +196,34 @@ class Clients:
         """What happened, in the metrics; where all answered there is nothing to say."""
         if len(answers) == asked:
             return
-        self.journal.metric(SERVER, f"exchange/{name}/asked", asked)
-        self.journal.metric(SERVER, f"exchange/{name}/answered", len(answers))
+        place = f"exchange/{self.exchange}-{name}"
+        self.journal.metric(SERVER, f"{place}/clients", asked)
+        self.journal.metric(SERVER, f"{place}/answered", len(answers))
         for home, fate in fates.items():
-            self.journal.metric(home, f"exchange/{name}/{fate.name.lower()}", 1)
+            self.journal.metric(home, f"{place}/{fate.name.lower()}", 1)
         for home in sorted(set(reasons) - set(fates)):
-            self.journal.metric(home, f"exchange/{name}/failed", 1)
+            self.journal.metric(home, f"{place}/failed", 1)
 
     def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, RecordDict | str]]:
         """What each home says, as it comes, or why it says nothing: from this exchange's record, where a run goes on
         behind it."""
+        self._collect_late()
         record = self.journal.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(orders, asked))
         if found is not None:
+            late = [home for home, _, facts in found if facts.get("why") == IN_VAIN]
+            # Asked again, what they have stored says what they spent.
+            self._late |= {
+                message: (homes, self.exchange, orders) for message, homes in self._send(orders, late).items()
+            }
             for home, answer, facts in found:
                 self.journal.count("bytes/down", home, facts["down"])
                 yield home, facts.get("why") or pack_answer(answer, refused=facts["refused"], seconds=facts["seconds"])
             return
-        self._collect_late()
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         waiting = self._send(orders, asked, down, digest)
+        record.begin(digest.hexdigest())
         tries = dict.fromkeys(asked, 1)
         for homes, reply in self._replies(waiting):
             if reply.has_error() and tries[homes[0]] < TRIES:
@@ -219,26 +237,23 @@ class Clients:
             for home, content in self._contents(reply, homes):
                 self.journal.count("bytes/down", home, down[home])
                 yield home, _kept(record, home, content, down[home])
-        kind = next(iter(orders.values())).reply
-        self._late |= {message: (homes, kind) for message, homes in waiting.items()}
+        self._late |= {message: (homes, self.exchange, orders) for message, homes in waiting.items()}
         for home in sorted(home for homes in waiting.values() for home in homes):
             self.journal.count("bytes/down", home, down[home])
-            yield home, _kept(record, home, "gave no answer in time", down[home])
-        record.close(digest.hexdigest())
+            yield home, _kept(record, home, IN_VAIN, down[home])
+        record.close()
 
     def _collect_late(self) -> None:
         """What came after its time is not used, but it was released: what it says of privacy holds."""
         if not self._late:
             return
         for reply in self.grid.pull_messages(list(self._late)):
-            homes, kind = self._late.pop(reply.metadata.reply_to_message_id)
+            homes, exchange, orders = self._late.pop(reply.metadata.reply_to_message_id)
             for home, content in self._contents(reply, homes):
-                try:
-                    answer = None if isinstance(content, str) else unpack_answer(content, kind)
-                except (BadPayload, BadValue):
-                    continue
-                self.journal.silent.discard(home)
-                self._note(home, answer)
+                answer: Any = self._read(content, home, orders[home])
+                if not isinstance(answer, str):
+                    self._note(home, answer)
+                    self.journal.silent.discard((home, exchange))
 
     def close(self) -> None:
         """After the last exchange."""
@@ -321,7 +336,7 @@ class Clients:
         try:
             payload, _, seconds = unpacked(content)
             self.journal.count("bytes/up", home, len(payload))
-            if seconds:
+            if seconds is not None and 0 <= seconds < math.inf:
                 self.journal.count("seconds/client", home, seconds)
             answer: Any = unpack_answer(content, order.reply)
             if isinstance(answer, Refused):
@@ -459,7 +474,11 @@ class RoundStrategy(Strategy, Generic[S]):
                 result.evaluate_metrics_clientapp[number] = self._record(evaluated)
                 spent = {} if journal.epsilon is None else {"privacy/epsilon": journal.epsilon}
                 tell(number, figures(journal.rows, number) | spent)
-                journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+                try:
+                    journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+                except BadValue as problem:
+                    # What clients sent is kept all the same: to go on then means to go through more rounds again.
+                    append_event(journal.events, {"event": "warning", "text": f"round {number}: {problem}"})
         clients.close()
         return result
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -74,13 +75,29 @@ def launch(
         poll: Seconds between two looks at the events.
 
     Raises:
-        LaunchFailed: The port is taken, the app was refused, or the run failed, was stopped or lost a process.
+        LaunchFailed: The port is taken, the app was refused, or the run failed, was stopped or lost a process; another
+            run works in these folders.
     """
     for folder in (out, logs):
         if not folder.is_absolute():
             raise ValueError(f"the folders of a run must be absolute, got {folder}")
         folder.mkdir(parents=True, exist_ok=True)
-    _take_over(logs)
+    with _alone(logs):
+        _launched(app, run_config, supernodes, workers, gpu_share, out, logs, on_event, port, poll)
+
+
+def _launched(
+    app: Path,
+    run_config: Mapping[str, str | int | float | bool],
+    supernodes: int,
+    workers: int,
+    gpu_share: float,
+    out: Path,
+    logs: Path,
+    on_event: Callable[[dict[str, Any]], None] | None,
+    port: int | None,
+    poll: float,
+) -> None:
     (out / STATUS).unlink(missing_ok=True)
     events = _Events(out / EVENTS)
     plan = _Plan(
@@ -166,33 +183,28 @@ class _Events:
         yield from (json.loads(line) for line in whole.splitlines() if line.strip())
 
 
-def _take_over(logs: Path) -> None:
-    """A run that goes on must be the only one in its directory.
+@contextlib.contextmanager
+def _alone(logs: Path) -> Iterator[None]:
+    """A run that goes on must be the only one in its directory: the launcher holds a lock as long as it lives.
 
-    The supervisor of one that was killed needs a moment to take its processes down; one whose supervisor was killed as
-    well has left them.
+    What an earlier one has left is waited for (its supervisor takes the processes down), then killed.
 
     Raises:
-        LaunchFailed: If a run of a living launcher works there.
+        LaunchFailed: If another launcher works there.
     """
-    try:
-        marker = (logs / OWNER).read_text()
-    except FileNotFoundError:
-        return
-    for _ in range(100):
-        left = [p for p in _marked(marker) if _alive(p)]
-        if not left:
-            return
-        if not any(_supervises(p) for p in left):
+    with (logs / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LaunchFailed(f"another run works in this directory ({logs}): wait for it, or end it") from None
+        if (logs / OWNER).is_file():
+            marker = (logs / OWNER).read_text()
+            for _ in range(100):
+                if not any(_alive(p) for p in _marked(marker)):
+                    break
+                time.sleep(0.2)
             _kill_all(marker, children=False)
-        time.sleep(0.2)
-    raise LaunchFailed(f"another run works in this directory (process {left[0].pid}): wait for it, or end it")
-
-
-def _supervises(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(process.cmdline()[-2:] == ["-P", __file__])
-    return False
+        yield
 
 
 def _free_port(wanted: int | None) -> int:

@@ -43,7 +43,7 @@ def encode(value: object, *, trusted: bool = False) -> bytes:
         BadPayload: If a private unit would be written: units never leave, so no payload has a place for them.
     """
     parts: list[tuple[str, bytes]] = []
-    tree = _take_parts(value, parts, trusted)
+    tree = _take_parts(value, parts, {} if trusted else None)
     head = {"schema": SCHEMA, "type": type(value).__name__, "value": tree}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
@@ -67,7 +67,8 @@ def decode(data: bytes, kind: type[T], *, trusted: bool = False) -> T:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
-            if any(i.compress_type != zipfile.ZIP_STORED for i in infos) or sum(i.file_size for i in infos) > MAX_BYTES:
+            size = sum(i.file_size for i in infos)
+            if any(i.compress_type != zipfile.ZIP_STORED for i in infos) or (size > MAX_BYTES and not trusted):
                 raise BadPayload(f"a payload must be uncompressed and at most {MAX_BYTES} bytes")
             files = {i.filename: archive.read(i) for i in infos}
         head = json.loads(files["value.json"])
@@ -80,7 +81,7 @@ def decode(data: bytes, kind: type[T], *, trusted: bool = False) -> T:
             f"expected a {kind.__name__} of schema {SCHEMA}, got {head.get('type')!r} of schema {head.get('schema')!r}"
         )
     try:
-        tree = _put_parts(head["value"], files, trusted)
+        tree = _put_parts(head["value"], files, {} if trusted else None)
     except BadPayload:
         raise
     except Exception as problem:  # Arrow and safetensors have exceptions of their own for bad bytes
@@ -122,36 +123,53 @@ def corpus_from_parquet(data: bytes) -> Corpus:
     )
 
 
-def _take_parts(value: object, parts: list[tuple[str, bytes]], trusted: bool) -> Any:
-    if isinstance(value, Corpus):
-        name = f"{len(parts)}.parquet"
-        parts.append((name, corpus_to_parquet(value)))
-        return {"$corpus": name}
-    if isinstance(value, Adapter):
-        name = f"{len(parts)}.safetensors"
-        parts.append((name, save_tensors(dict(value.arrays))))
-        facts = {"rank": value.rank, "alpha": value.alpha, "base": value.base, "grants": list(value.grants)}
-        facts |= {"public": True} if trusted and value.public else {}
-        return {"$adapter": name, **facts}
+def _take_parts(value: object, parts: list[tuple[str, bytes]], known: dict[int, Any] | None) -> Any:
+    """The tree of a value, its corpora and adapters moved to `parts`; `known` (trusted only) holds those that are there
+    already: a state may hold one adapter for each of many clients."""
+    if isinstance(value, Corpus | Adapter):
+        if known is not None and id(value) in known:
+            return known[id(value)]
+        if isinstance(value, Corpus):
+            name = f"{len(parts)}.parquet"
+            parts.append((name, corpus_to_parquet(value)))
+            place: dict[str, Any] = {"$corpus": name}
+        else:
+            name = f"{len(parts)}.safetensors"
+            parts.append((name, save_tensors(dict(value.arrays))))
+            facts = {"rank": value.rank, "alpha": value.alpha, "base": value.base, "grants": list(value.grants)}
+            facts |= {"public": True} if known is not None and value.public else {}
+            place = {"$adapter": name, **facts}
+        if known is not None:
+            known[id(value)] = place
+        return place
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
-        return {name: _take_parts(v, parts, trusted) for name, v in pairs if v is not None}
+        # Left out, None becomes the field's default.
+        return {name: _take_parts(v, parts, known) for name, v in pairs if v is not None or known is not None}
     if isinstance(value, Mapping):
-        return {str(k): _take_parts(value[k], parts, trusted) for k in sorted(value, key=str)}
+        return {str(k): _take_parts(value[k], parts, known) for k in sorted(value, key=str)}
     if isinstance(value, list | tuple):
-        return [_take_parts(v, parts, trusted) for v in value]
+        return [_take_parts(v, parts, known) for v in value]
     return plain(value)
 
 
-def _put_parts(tree: Any, files: Mapping[str, bytes], trusted: bool) -> Any:
+def _put_parts(tree: Any, files: Mapping[str, bytes], known: dict[str, Any] | None) -> Any:
     if isinstance(tree, dict):
-        if "$corpus" in tree:
-            return corpus_from_parquet(files[tree["$corpus"]])
-        if "$adapter" in tree:
-            return _adapter(load_tensors(files[tree["$adapter"]]), tree, public=trusted and tree.get("public") is True)
-        return {k: _put_parts(v, files, trusted) for k, v in tree.items()}
+        if "$corpus" in tree or "$adapter" in tree:
+            name = tree.get("$corpus") or tree["$adapter"]
+            if known is not None and name in known:
+                return known[name]
+            if "$corpus" in tree:
+                found: Corpus | Adapter = corpus_from_parquet(files[name])
+            else:
+                public = known is not None and tree.get("public") is True
+                found = _adapter(load_tensors(files[name]), tree, public=public)
+            if known is not None:
+                known[name] = found
+            return found
+        return {k: _put_parts(v, files, known) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [_put_parts(v, files, trusted) for v in tree]
+        return [_put_parts(v, files, known) for v in tree]
     return tree
 
 

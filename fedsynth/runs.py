@@ -42,7 +42,7 @@ class Journal:
         events: The file that progress lines are appended to.
         round: Of the metrics that follow.
         released: What clients let out: text, adapters, scores.
-        silent: Clients that gave no usable answer to an exchange that a quorum let pass.
+        silent: (Client, exchange) without a usable answer, where one would have said what was spent.
         rows: Tidy metrics so far.
         statements: What each home said of its privacy, the latest.
         totals: By name and client what is counted over the whole cell.
@@ -54,7 +54,7 @@ class Journal:
     events: Path
     round: int = 0
     released: set[str] = field(default_factory=set)
-    silent: set[int] = field(default_factory=set)
+    silent: set[tuple[int, int]] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     statements: dict[int, Statement] = field(default_factory=dict)
     totals: dict[tuple[str, int], float] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Journal:
             "totals": [[*key, value] for key, value in self.totals.items()],
             "statements": {str(home): plain(said) for home, said in self.statements.items()},
             "released": sorted(self.released),
-            "silent": sorted(self.silent),
+            "silent": sorted(map(list, self.silent)),
             "seconds": time.monotonic() - self.started,
         }
 
@@ -86,12 +86,13 @@ class Journal:
         self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
         self.totals = {(name, client): value for name, client, value in record["totals"]}
         self.statements = {int(home): build(Statement, said) for home, said in record["statements"].items()}
-        self.released, self.silent = set(record["released"]), set(record["silent"])
+        self.released = set(record["released"])
+        self.silent = {(client, exchange) for client, exchange in record["silent"]}
         self.started = time.monotonic() - record["seconds"]
 
     def metric(self, client: int, name: str, value: float) -> None:
         """One figure of one client (or of the server: `SERVER`)."""
-        self.rows.append((self.cell.arm, self.cell.seed, self.round, client, name, float(value)))
+        self.rows.append((self.cell.arm, self.cell.seed, int(self.round), int(client), name, float(value)))
 
     def stage(self, client: int, stage: Stage) -> None:
         """One line of a client's yield funnel: what a step took in, kept, and why it dropped the rest."""
@@ -126,12 +127,13 @@ class Journal:
 
     def count(self, name: str, client: int, amount: float) -> None:
         """Adds to a figure that is told once, at the end of the cell: bytes, seconds, tokens."""
-        self.totals[name, client] = self.totals.get((name, client), 0) + amount
+        self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
     def state(self, client: int, said: Statement) -> None:
-        """What a home says of its privacy: the latest holds; but what once left without a guarantee stays without."""
+        """What a home says of its privacy: the largest epsilon holds, as answers may come late; and what once left
+        without a guarantee stays without."""
         earlier = self.statements.get(client)
-        if earlier is None or earlier.guarantee != "none":
+        if earlier is None or _spends(said) >= _spends(earlier):
             self.statements[client] = said
 
     def progress(self, phase: str, done: int, total: int) -> None:
@@ -156,6 +158,10 @@ class Journal:
             if said.epsilon is not None:
                 self.metric(client, "privacy/epsilon", said.epsilon)
                 self.metric(client, "privacy/delta", said.delta)
+
+
+def _spends(said: Statement) -> float:
+    return math.inf if said.epsilon is None else said.epsilon
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:
@@ -222,7 +228,7 @@ def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: s
     metrics = {}
     for metric, rows in last.groupby("metric"):
         name = str(metric)
-        if name.startswith(("bytes/", "privacy/", "seconds/")):
+        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/")):
             continue
         metrics[name] = _over_seeds(rows)
         held = rows[~rows["client"].isin(tuned_on)]
@@ -256,6 +262,7 @@ def guarantee_of(journals: Sequence[Journal]) -> str:
 
 NOT_COVERED = (
     "test figures: measured on task models that learnt private text and stay at their clients",
+    "how long a simulated client worked (seconds): it depends on what was drawn of its text, and no site tells it",
     "tuning: settings come from public or simulated data; tuning on private text would cost more",
     "a server that does not run the published bundle: Flower clients execute the code that it sends",
     "what the base models had read before",
@@ -299,7 +306,7 @@ def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
         "sees": seen,
         "public": list(PUBLIC),
         "assumptions": _assumptions(journals).removeprefix("; "),
-        "silent": sorted({(j.cell.seed, home) for j in journals for home in j.silent}),
+        "silent": sorted({(j.cell.seed, home) for j in journals for home, _ in j.silent}),
     }
     spent = _spent(journals)
     if guarantee_of(journals) == "none" or not spent:
@@ -370,7 +377,7 @@ def privacy_line(journals: Sequence[Journal]) -> str:
 def _assumptions(journals: Sequence[Journal]) -> str:
     """What a simulator took from private rows where a site would declare it."""
     data = journals[0].cell.scenario.data
-    silent = len({(j.cell.seed, home) for j in journals for home in j.silent})
+    silent = len({(j.cell.seed, home) for j in journals for home, _ in j.silent})
     missing = (
         f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
     )

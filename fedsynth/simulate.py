@@ -72,7 +72,7 @@ class Result:
         for arm, found in self.summary["arms"].items():
             row: dict[str, Any] = {"arm": arm, "guarantee": found["guarantee"], "epsilon": found["epsilon"]}
             for metric, value in found["metrics"].items():
-                if not metric.startswith("yield/"):
+                if not metric.startswith(("yield/", "exchange/")):
                     row[metric], row[f"{metric}_std"] = value["mean"], value["std"]
             rows.append({**row, "bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]})
         return pd.DataFrame(rows).set_index("arm")
@@ -272,7 +272,7 @@ def run(
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
         on_event({"event": "workers", "line": said})
-    return _launched(asked, place, count, port, on_event)
+    return _launched(asked, to_toml(asked), place, count, port, on_event)
 
 
 def resume(
@@ -302,13 +302,14 @@ def resume(
         return read(place)
     if not private_of(place).is_dir():
         raise BadValue(f"{private_of(place)} is gone, and with it what the clients of this run have spent and answered")
-    asked = from_toml((place / "scenario.toml").read_text(encoding="utf-8"))
+    text = (place / "scenario.toml").read_text(encoding="utf-8")
+    asked = from_toml(text)
     _warn([f"not as when the run began: {line}" for line in differences(place, asked)], on_warning)
     _warn(check(asked), on_warning)
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     if on_event is not None:
         on_event({"event": "workers", "line": said})
-    return _launched(asked, place, count, port, on_event)
+    return _launched(asked, text, place, count, port, on_event)
 
 
 def done(out: Path) -> bool:
@@ -326,11 +327,16 @@ def _warn(warnings: Sequence[str], on_warning: Callable[[str], None] | None) -> 
 
 
 def _launched(
-    asked: Scenario, place: Path, count: int, port: int | None, on_event: Callable[[dict[str, Any]], None] | None
+    asked: Scenario,
+    text: str,
+    place: Path,
+    count: int,
+    port: int | None,
+    on_event: Callable[[dict[str, Any]], None] | None,
 ) -> Result:
     launch(
         APP,
-        run_config={"scenario-toml": to_toml(asked), "out-dir": str(place)},
+        run_config={"scenario-toml": text, "out-dir": str(place)},
         supernodes=supernodes(asked.data.clients, count),
         workers=count,
         gpu_share=gpu_share(count),

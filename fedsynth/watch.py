@@ -58,6 +58,8 @@ class Watch:
             self._show(event, "", 0, 1)
         elif event.get("event") in ("data", "workers"):
             self.console.print(event["line"], markup=False, soft_wrap=True)
+        elif event.get("event") == "warning":
+            self.warn(event["text"])
         elif event.get("event") == "progress":
             self._show(event, event["phase"], event["done"], event["total"])
 

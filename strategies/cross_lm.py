@@ -25,11 +25,13 @@ from fedsynth.teacher import augment
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done, the LLM's adapter (None: as it came), and the texts that clients have been given so far."""
+    """Rounds done, the LLM's adapter (None: as it came), the texts that clients have been given so far, and the clients
+    that have learnt anything: others have no model to score by."""
 
     round: int = 0
     adapter: Adapter | None = None
     corpus: Corpus | None = None
+    learnt: tuple[int, ...] = ()
 
 
 class CrossLM(RoundStrategy[State]):
@@ -49,8 +51,9 @@ class CrossLM(RoundStrategy[State]):
 
     def round(self, clients: Clients, state: State) -> State:
         """The LLM writes, clients score, the LLM learns from the scores, clients learn from the best texts."""
-        if state.round == 0 and self.config.feedback != "none":
-            self._learn(clients, None)
+        learnt = set(state.learnt)
+        if self.config.feedback != "none" and (new := set(clients.nodes) - learnt):
+            learnt |= self._learn(clients, new, None)
 
         written = self._written(state.adapter)
         best, adapter = written, state.adapter
@@ -62,13 +65,13 @@ class CrossLM(RoundStrategy[State]):
                 adapter = self._taught(state.adapter, texts, written)
 
         corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
-        self._learn(clients, corpus)
-        return State(state.round + 1, adapter, corpus)
+        learnt |= self._learn(clients, set(clients.nodes), corpus)
+        return State(state.round + 1, adapter, corpus, tuple(sorted(learnt)))
 
-    def _learn(self, clients: Clients, corpus: Corpus | None) -> None:
-        """Steps 1 and 5: any architecture and tokenizer can learn texts, so that clients may differ."""
-        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.nodes}
-        clients.ask_each({home: Learn(seed, corpus) for home, seed in seeds.items()})
+    def _learn(self, clients: Clients, homes: set[int], corpus: Corpus | None) -> set[int]:
+        """Steps 1 and 5: any architecture and tokenizer can learn texts, so that clients may differ. Who has learnt."""
+        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in sorted(homes)}
+        return set(clients.ask_each({home: Learn(seed, corpus) for home, seed in seeds.items()}))
 
     def _written(self, adapter: Adapter | None) -> Corpus:
         """Step 2: texts after each label's name alone."""

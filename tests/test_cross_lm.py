@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 from inprocess import Played, canary, play
+from resuming import dies_everywhere
 
 from fedsynth.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.classifier import confidences, fit_classifier, label_losses, label_slots, new_scorer, new_task_model
@@ -33,12 +34,13 @@ from fedsynth.hub import locate_adapter, weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import load_generator, load_tokenizer
+from fedsynth.participation import fates
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
 from fedsynth.runs import Journal, guarantee_of, privacy_line
 from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
-from fedsynth.scenario_toml import from_toml, load
+from fedsynth.scenario_toml import cells, from_toml, load
 from fedsynth.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
@@ -406,6 +408,34 @@ def test_one_grant_pays_for_the_scores_of_all_rounds(runs: Runs) -> None:
         assert all(a.statement.epsilon == pytest.approx(epsilon(plan, 1e-5)) for a in answers)
         assert home.ledger.spent()[0] == pytest.approx(answers[0].statement.epsilon)
         assert home.ledger.spent()[0] <= 8.0
+
+
+@pytest.mark.parametrize("arm", ["dp", "noise"])
+def test_it_goes_on_to_the_same_results(
+    arm: str, toml: str, llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = LocalLLM.load(llm, batch_size=256)
+    dies_everywhere(toml, tmp_path, monkeypatch, arm, llm=lambda: loaded, every=15)
+
+
+def test_who_was_away_in_the_first_round_learns_before_it_scores(toml: str, llm: str, tmp_path: Path) -> None:
+    text = toml.replace("[arms.main]", "[participation]\navailability = 0.5\nseed = SEED\n[arms.main]")
+    text = text.replace("[server]\n", "[server]\nquorum = 0.3\n")
+    cell = cells(from_toml(text.replace("SEED", "0")))[0]
+
+    def gone(seed: int, number: int) -> set[int]:
+        table = replace(cell.scenario.participation, seed=seed)
+        return set(fates(replace(cell, scenario=replace(cell.scenario, participation=table)), number, 1, range(3)))
+
+    seed = next(s for s in range(99) if len(gone(s, 1)) == 1 and not gone(s, 2))
+    run = play(text.replace("SEED", str(seed)), tmp_path, "main", llm=LocalLLM.load(llm, batch_size=256))
+    [late] = gone(seed, 1)
+    scored = [m.content["fedsynth"]["home"] for m in run.grid.orders_of(Score.task)]
+    assert sorted(scored) == sorted([*(set(range(3)) - {late}), 0, 1, 2])
+    assert run.states[0].learnt == tuple(sorted(set(range(3)) - {late}))
+    assert run.states[1].learnt == (0, 1, 2)
+    assert run.journal.silent == set()  # it spent nothing while it was away
+    assert not any(metric.endswith("-score/failed") for *_, metric, _ in run.journal.rows)
 
 
 def test_the_run_says_what_the_server_saw_and_what_it_costs(runs: Runs) -> None:

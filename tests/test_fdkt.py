@@ -12,6 +12,7 @@ import pytest
 import tiny
 from flwr.app import ArrayRecord, Error, Message
 from local import LocalGrid
+from resuming import Died, dies_everywhere
 from scripted import ScriptedLLM
 
 import fedsynth.clients.home
@@ -26,6 +27,7 @@ from fedsynth.payload import decode
 from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell
 from fedsynth.scenario_toml import cells, from_toml, to_toml
+from fedsynth.strategies.fdkt import FDKT
 from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
 
 LABELS = ("heart", "skin")
@@ -403,7 +405,42 @@ def test_nothing_in_the_run_directory_is_private(fdkt: World) -> None:
             data = path.read_bytes()
             assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i).encode() in data], path
     names = {p.relative_to(fdkt.out).parts[0] for p in fdkt.out.rglob("*") if p.is_file()}
-    assert names <= {"events.jsonl", "corpora"}  # each with a declared origin; summary and versions come at the end
+    # Each with a declared origin; summary and versions come at the end.
+    assert names <= {"events.jsonl", "corpora", "checkpoint", "tensorboard"}
+
+
+def test_nor_is_anything_in_that_of_a_run_that_died_in_mid_round(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = world(toml, "fdkt", tmp_path)
+
+    def dies(*_: object) -> None:
+        raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FDKT, "_best", dies)
+        with pytest.raises(Died):
+            made.run()
+    kept = list((made.out / "checkpoint").rglob("exchange-1.zip"))
+    assert len(kept) == 1
+    assert (
+        b"PAR1" in kept[0].read_bytes()
+    )  # the drafts, as they came: nothing is compressed, so that the search sees them
+    for path in made.out.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i).encode() in data], path
+
+
+def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def llm() -> ScriptedLLM:
+        return ScriptedLLM(
+            answer=lambda prompt: f" text {len(prompt)} of it", likelihood=lambda p, c: -float(len(p + c))
+        )
+
+    whole, again = dies_everywhere(toml, tmp_path, monkeypatch, "fdkt", llm=llm, every=5)
+    assert len(again) == 4
+    assert whole.metric("accuracy")
 
 
 def test_shared_adapters_cost_nothing_more_and_load_with_peft(toml: str, tmp_path: Path) -> None:

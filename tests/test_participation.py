@@ -15,7 +15,8 @@ from scripted import ScriptedLLM
 from fedsynth.federation import TooFewReplies
 from fedsynth.participation import Fate, fates, slowness
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.runs import SERVER, privacy_line
+from fedsynth.privacy.plan import Statement
+from fedsynth.runs import SERVER, Journal, privacy_line
 from fedsynth.scenario import Cell, Participation
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune
@@ -94,16 +95,17 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
     toml = instructions(tmp_path, AVERAGE, rounds=2, clients=6, rows=60)
     run = play(toml + TABLE.replace("SEED", "2"), tmp_path)
     told = {
-        name: run.metric(f"exchange/finetune/{name}") for name in ("asked", "answered", "absent", "dropped", "late")
+        name: [value for *_, metric, value in run.journal.rows if metric.endswith(f"-finetune/{name}")]
+        for name in ("clients", "answered", "absent", "dropped", "late")
     }
     missing = sum(len(told[name]) for name in ("absent", "dropped", "late"))
-    assert told["asked"] == [6.0, 6.0]
+    assert told["clients"] == [6.0, 6.0]
     assert sum(told["answered"]) == 12 - missing
     assert missing > 0
     # Who is absent is not asked; the others are, in vain or not.
     assert len(run.orders(Finetune)) == 12 - len(told["absent"])
     assert len(run.orders(Evaluate)) == 12  # the simulator measures all
-    assert len(run.orders(Adopt)) == 12 - len(run.metric("exchange/adopt/absent"))
+    assert len(run.orders(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.journal.rows)
 
     charged = 0
     for path in ledgers_in(run.out):
@@ -167,12 +169,12 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
     run = play(toml, tmp_path)
-    [answered] = run.metric("exchange/finetune/answered")
+    [answered] = run.metric("exchange/1-finetune/answered")
     assert answered == 2
     assert set(run.journal.statements) == {0, 1, 2}
     assert run.journal.silent == set()
     assert "no usable answer" not in privacy_line([run.journal])
-    failed = [client for *_, client, metric, _ in run.journal.rows if metric == "exchange/finetune/failed"]
+    failed = [client for *_, client, metric, _ in run.journal.rows if metric == "exchange/1-finetune/failed"]
     assert len(failed) == 1
     assert failed[0] != SERVER
 
@@ -185,5 +187,65 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
         return Message(Error(1, "gone"), reply_to=order) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)
-    assert run.journal.silent == {1}
+    assert run.journal.silent == {(1, 1)}
     assert "1 clients gave no usable answer" in privacy_line([run.journal])
+
+
+def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from local import LocalGrid
+
+    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
+    pull, slow = LocalGrid.pull_messages, {}
+
+    def late(grid: LocalGrid, ids: object) -> object:
+        wanted = list(ids)  # type: ignore[call-overload]
+        of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
+        if of and not slow:
+            slow[min(of)] = of[min(of)]
+        if wanted == list(slow):
+            order = slow[wanted[0]]
+            grid._waiting.pop(wanted[0], None)
+            return [Message(Error(1, "gone"), reply_to=order)]
+        return pull(grid, [key for key in wanted if key not in slow])
+
+    monkeypatch.setattr(LocalGrid, "pull_messages", late)
+    monkeypatch.setattr("fedsynth.federation.TRIES", 1)
+    run = play(toml, tmp_path)
+    [(home, exchange)] = run.journal.silent
+    assert exchange == 1
+    assert set(run.journal.statements) == {0, 1, 2} - {home}
+    assert "1 clients gave no usable answer" in privacy_line([run.journal])
+
+
+def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path) -> None:
+    cell = cell_with(tmp_path)
+    for order in ((8.0, 9.5), (9.5, 8.0)):
+        journal = Journal(cell, tmp_path, tmp_path / "events.jsonl")
+        for epsilon in order:
+            journal.state(0, Statement("dp", epsilon, 1e-5))
+        assert journal.statements[0].epsilon == 9.5
+        journal.state(0, Statement("none", None, 0.0))
+        journal.state(0, Statement("dp", 1.0, 1e-5))
+        assert journal.statements[0].guarantee == "none"
+
+
+def test_where_a_quorum_is_out_of_reach_nobody_spends_in_vain(tmp_path: Path) -> None:
+    toml = instructions(tmp_path, AVERAGE, clients=4, rows=40)
+    away = TABLE.replace("0.3\n", "0.9\n", 1).replace("availability = 0.8", "availability = 0.5")
+    with pytest.raises(TooFewReplies, match="was not there in this round"):
+        play(toml + away.replace("SEED", "1"), tmp_path)
+    assert not list((tmp_path / "run.private").rglob("ledger.sqlite"))
+
+
+def test_a_quorum_is_not_raised_by_rounding(tmp_path: Path) -> None:
+    # 0.28 of 25 is 7, and 7.000000000000001 in floating point.
+    toml = instructions(tmp_path, AVERAGE, clients=25, rows=250) + "server.quorum = 0.28\n"
+
+    def dead(order: Message) -> Message | None:
+        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["home"] >= 7
+        return Message(Error(1, "gone"), reply_to=order) if broken else None
+
+    run = play(toml, tmp_path, spoil=dead)
+    assert run.metric("exchange/1-finetune/answered") == [7.0]

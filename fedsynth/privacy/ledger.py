@@ -472,11 +472,11 @@ class Ledger:
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db
+                db.execute("COMMIT")
             except BaseException:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
-            db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise self._unusable(f"SQLite says: {error}") from error
 

@@ -214,7 +214,7 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
 
 def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
     """What else was recorded, in the last round: of the server's models, of aggregation."""
-    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/")
+    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/", "exchange/")
     last = last_rounds(metrics)
     rows = last[last["metric"].str.contains("/") & ~last["metric"].str.startswith(known)]
     for (arm, metric), found in rows.groupby(["arm", "metric"], sort=False):

@@ -44,6 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}"})
         raise
     _write_status(out, {"status": "completed"})
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # last: a run that is not yet done may need it
 
 
 def conduct(grid: Grid, toml: str, out: Path) -> None:
@@ -64,7 +65,6 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
         journals.append(_one_cell(grid, cell, out))
         write_metrics(out, journals)
     summarize(scenario, out, time.monotonic() - started, journals)
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
