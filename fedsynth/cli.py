@@ -41,8 +41,17 @@ def version() -> None:
 
 
 @app.command()
-def scenarios() -> None:
+def scenarios(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Instead, every key of a scenario: a table in Markdown.")
+    ] = False,
+) -> None:
     """List the scenarios that come with the package."""
+    if keys:
+        from fedsynth.scenario_keys import page
+
+        print(page(), end="")
+        return
     for path in shipped_scenarios():
         print(path.stem)
 
@@ -385,9 +394,10 @@ def _print_table(console: Console, result: Any) -> None:
         table.add_column(head, no_wrap=True)
     for arm, found in arms.items():
         figures = [_figure(found["metrics"].get(n)) for n in names]
-        epsilon = "-" if found["epsilon"] is None else f"{up(found['epsilon'], 3):.3f}"
+        epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
-        table.add_row(arm, *figures, found["guarantee"], epsilon, *moved)
+        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
+        table.add_row(arm, *figures, guarantee, epsilon, *moved)
     console.print(table)
     console.print("privacy, arm by arm:")
     for arm, said in result.privacy.items():

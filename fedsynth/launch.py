@@ -224,8 +224,8 @@ KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 def _environment(marker: str) -> dict[str, str]:
     """The caller's environment without what would let the run reach outside itself or meet another."""
-    # Relative entries would change their meaning with the working directory.
-    path = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(p)]
+    # Relative entries mean the caller's working directory, not that of Flower's processes.
+    path = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {
         **KEEPING,
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},

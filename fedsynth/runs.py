@@ -170,6 +170,20 @@ def append_event(path: Path, event: Mapping[str, Any]) -> None:
         out.write(json.dumps(event) + "\n")
 
 
+def check_free(out: Path) -> None:
+    """Whether a run can be begun in a directory.
+
+    Raises:
+        BadValue: If it, or the private one beside it, holds anything: a run is never overwritten.
+    """
+    for place in (out, private_of(out)):
+        # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            begun = (out / "scenario.toml").is_file()
+            more = f", or go on with the one that is there: fedsynth run --resume {out}" if begun else ""
+            raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out{more}")
+
+
 def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """Makes the run's directory and writes what is known before the run.
 
@@ -179,10 +193,7 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
     """
-    for place in (out, private_of(out)):
-        # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out")
+    check_free(out)
     cards = data_cards(scenario)
     out.mkdir(parents=True, exist_ok=True)
     (out / FILE).write_text(json.dumps(surroundings(scenario), indent=1), encoding="utf-8")

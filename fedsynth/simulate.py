@@ -29,7 +29,7 @@ from fedsynth.models import check as check_model
 from fedsynth.models import device, gpu_memory, gpus, load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.runs import prepare, private_of
+from fedsynth.runs import check_free, prepare, private_of
 from fedsynth.scenario import Cell, Data, Scenario
 from fedsynth.scenario_toml import cells, from_toml, load, to_toml
 from fedsynth.selfcheck import SelfCheckFailed, self_check, whole_microbatch
@@ -265,6 +265,7 @@ def run(
     """
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    check_free(place)
     _warn(check(asked), on_warning)
     asked = pinned(asked)
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)

@@ -14,6 +14,8 @@ from inprocess import play
 from scripted import ScriptedLLM
 from test_run import QUICK
 
+from fedsynth.launch import _environment
+from fedsynth.scenario_keys import keys, page
 from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios
 from fedsynth.tasks import Learn
 
@@ -49,19 +51,33 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
 
 
 def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "your-own-strategy.md"
-    [code], [scenario] = blocks(page, "python"), blocks(page, "toml")
+    page_ = ROOT / "docs" / "your-own-strategy.md"
+    [code], [scenario] = blocks(page_, "python"), blocks(page_, "toml")
     assert len(code.splitlines()) <= 60
     run([sys.executable, "-c", blocks(ROOT / "docs" / "tutorial.md", "python")[0]], tmp_path)
     (tmp_path / "continued.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
+    # The command of the page finds the module in the processes of Flower, too: a relative entry is made absolute.
+    [line] = blocks(page_, "bash")
+    assert line.startswith("PYTHONPATH=. fedsynth run")
+    monkeypatch.setenv("PYTHONPATH", ".")
+    assert _environment("marker")["PYTHONPATH"] == str(tmp_path)
     played = play(scenario, tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well"))
     assert played.metric("accuracy")
     [written] = played.metric("texts/written")
     assert 0 < written <= 4 * 5 * 10
     assert {len(o.corpus.grants) for o in played.orders(Learn)} == {4}  # of all clients
     assert {cell.arm for cell in cells(from_toml(scenario))} == {"local", "continued"}
+
+
+def test_the_page_of_keys_is_what_the_code_says() -> None:
+    assert (ROOT / "docs" / "scenario.md").read_text() == page(), "fedsynth scenarios --keys > docs/scenario.md"
+    named = {key.name: key for key in keys()}
+    assert named["server.quorum"].default == "1.0"
+    assert named["data.source"].default == "-"
+    assert named["client.guarantee"].kind == '"dp" or "none"'
+    assert not [key.name for key in named.values() if not key.meaning]
 
 
 def test_the_readmes_commands_exist() -> None:

@@ -20,9 +20,9 @@ classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters surroundings
-models dpsgd
+models dpsgd participation
 hub
-scenario scenario_toml privacy lora rouge data datacard tables world payload tokenizer checkpoint participation
+scenario scenario_toml scenario_keys privacy lora rouge data datacard tables world payload tokenizer checkpoint
 corpus typed assets instructions
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}

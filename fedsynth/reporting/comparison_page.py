@@ -17,6 +17,7 @@ from fedsynth.typed import BadValue
 
 LEVELS = ("mean", "std", "low", "high", "held_out_mean", "held_out_std", "seeds", "clients")
 GAPS = ("difference", "difference_low", "difference_high", "better", "pairs")
+PAIRED = {*GAPS, "better_pairs"}
 COSTS = {"epsilon_stated": "epsilon", "delta": "delta", "bytes_up": "bytes up", "bytes_down": "bytes down",
          "client_seconds": "client seconds", "tokens_read": "tokens read",
          "tokens_written": "tokens written"}  # fmt: skip
@@ -53,6 +54,8 @@ def build(done: Comparison) -> dict[str, Any]:
             where = _part("utility", row["scenario"], row["epsilon"])
             for name in LEVELS:
                 figures.add(where, row["metric"], name, row[name], arm=row["arm"])
+            better = None if row["better"] is None else round(row["better"] * row["pairs"])
+            figures.add(where, row["metric"], "better_pairs", better, arm=row["arm"], baseline=row["baseline"])
             for name in GAPS:
                 figures.add(where, row["metric"], name, row[name], arm=row["arm"], baseline=row["baseline"])
         for row in found["costs"]:
@@ -166,7 +169,7 @@ def _plots(figures: Figures, rows: Sequence[Mapping[str, Any]], baseline: str, m
 
 def _place(figures: Figures, row: Mapping[str, Any], metric: str, name: str) -> int | None:
     where = _part("utility", row["scenario"], row["epsilon"])
-    return figures.row(where, metric, name, arm=row["arm"], baseline=row["baseline"] if name in GAPS else "")
+    return figures.row(where, metric, name, arm=row["arm"], baseline=row["baseline"] if name in PAIRED else "")
 
 
 def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, scenario: str) -> Table:
@@ -191,11 +194,12 @@ def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, sce
             row["arm"], epsilon, spread("mean", "std"), interval("low", "high"),
             *([spread("held_out_mean", "held_out_std")] if held else []),
             number("difference", sign=True), interval("difference_low", "difference_high", sign=True),
-            "-" if number("better") == "-" else (number("better", digits=2), " of ", number("pairs", digits=0)),
+            "-" if number("better") == "-" else (number("better_pairs", digits=0), " of ", number("pairs", digits=0)),
         ])  # fmt: skip
     note = (
         "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed "
-        "and client, at equal epsilon; “better in”: share of the pairs."
+        "and client, at equal epsilon; “better in”: so many of the pairs. A difference whose interval holds 0 "
+        "shows nothing."
     )
     return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", note=note, words=frozenset({0, 1}))
 
@@ -250,10 +254,11 @@ def _costs(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
         for row in found["costs"]:
             where = _part("cost", row["scenario"], row["epsilon"])
             spent = [figures.row(where, said, "total", arm=row["arm"]) for said in COSTS.values()]
-            epsilon = "-" if row["guarantee"] == "none" else figures.bound(spent[0], 3)
+            epsilon = figures.bound(spent[0], 3) if row["epsilon_stated"] else "-"
+            said = "nothing released" if row["epsilon_stated"] == 0 else row["guarantee"]
             cells = [figures.number(place, 0) for place in spent[2:]]
             budget = "-" if row["epsilon"] is None else f"{row['epsilon']:g}"
-            rows.append([row["scenario"], row["arm"], budget, row["guarantee"], epsilon, *cells])
+            rows.append([row["scenario"], row["arm"], budget, said, epsilon, *cells])
     heads = ["scenario", "arm", "budget", "guarantee", "states", "bytes up", "bytes down", "client seconds",
              "tokens read", "tokens written"]  # fmt: skip
     note = (

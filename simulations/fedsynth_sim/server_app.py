@@ -6,22 +6,24 @@ import json
 import os
 import shutil
 import time
+import traceback
 from functools import cache
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+import fedsynth
 from fedsynth.adapters import public_adapter
 from fedsynth.checkpoint import CHECKPOINTS
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
-from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
 from fedsynth.recall import Recalled
-from fedsynth.remote import RemoteLLM
+from fedsynth.remote import EndpointFailed, RemoteLLM
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
 from fedsynth.scenario import Cell, Endpoint
 from fedsynth.scenario_toml import cells, from_toml
@@ -40,11 +42,22 @@ def main(grid: Grid, context: Context) -> None:
     try:
         conduct(grid, toml, out)
     except BaseException as problem:
+        traceback.print_exc()  # into the log: Flower keeps the message alone
         reason = " ".join(f"{problem}".split()) or type(problem).__name__
-        _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}"})
+        _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}{_place_of(problem)}"})
         raise
     _write_status(out, {"status": "completed"})
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # last: a run that is not yet done may need it
+
+
+def _place_of(problem: BaseException) -> str:
+    """The last line of a strategy's own code on the way to a bug in it; what this package refuses says enough."""
+    if isinstance(problem, BadValue | TooFewReplies | EndpointFailed | KeyboardInterrupt | SystemExit):
+        return ""
+    ours = {Path(fedsynth.__file__).resolve().parent, Path(__file__).resolve().parent}
+    frames = [f for f in traceback.extract_tb(problem.__traceback__)
+              if "site-packages" not in f.filename and not ours & set(Path(f.filename).resolve().parents)]  # fmt: skip
+    return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else ""
 
 
 def conduct(grid: Grid, toml: str, out: Path) -> None:
