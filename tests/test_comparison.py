@@ -456,7 +456,7 @@ def test_the_page_names_who_has_no_guarantee_and_who_is_on_the_front(
     assert "2 seeds." in html
     for point in report["points"]:
         if point["pareto_epsilon"]:
-            assert point["arm"] in html.partition("notes, by epsilon:")[2][:400]
+            assert point["arm"] in html.partition("notes, on the front by epsilon:")[2][:400]
     with pytest.raises(BadValue, match=r"must name an \.html file"):
         comparison_page.write(out, tmp_path / "page.txt")
     with pytest.raises(BadValue, match="no completed comparison"):
