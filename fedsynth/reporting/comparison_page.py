@@ -236,14 +236,12 @@ def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
                 plots.append(Plot(svg, caption))
         if plots:
             blocks.append(Plots(plots))
-        fronts = []
-        for cost in ("epsilon", "bytes"):
-            if named := [_named(p, p["budget"]) for p in own if p[f"pareto_{cost}"]]:
-                fronts.append((f"{scenario}, on the front by {cost}:", f"{listed(named)}."))
+        on = {cost: [_named(p, p["budget"]) for p in own if p[f"pareto_{cost}"]] for cost in ("epsilon", "bytes")}
+        fronts = [(f"{scenario}, on the front by {cost}:", f"{listed(arms)}.") for cost, arms in on.items() if arms]
         blocks.append(Items(fronts))
     note = (
-        "On the front are the arms for which no other has at least their utility for no more of the price (an arm without "
-        "a guarantee has no finite epsilon, and no point in the left figures). Points are compared, not intervals."
+        "On the front are the arms for which no other has at least their utility for no more of the price (an arm "
+        "without a guarantee has no finite epsilon, and no point in the left figures). Points are compared, not intervals."
     )
     return [*blocks, Paragraph(note, quiet=True)]
 
