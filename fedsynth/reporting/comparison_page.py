@@ -241,7 +241,7 @@ def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
         blocks.append(Items(fronts))
     note = (
         "On the front are the arms for which no other has at least their utility for no more of the price (an arm "
-        "without a guarantee has no finite epsilon, and no point in the left figures). Points are compared, not intervals."
+        "without a guarantee has no finite epsilon, and no point on the left). Points are compared, not intervals."
     )
     return [*blocks, Paragraph(note, quiet=True)]
 
