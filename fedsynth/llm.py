@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +16,7 @@ from fedsynth.batches import by_length, padded, token_rows
 from fedsynth.embedding import Embedder
 from fedsynth.lora import Adapter
 from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
+from fedsynth.usage import Used
 
 T = TypeVar("T")
 
@@ -37,14 +37,6 @@ class TextModel(Protocol):
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt."""
         ...
-
-
-@dataclass
-class Used:
-    """Tokens that a model has read and written so far."""
-
-    read: int = 0
-    written: int = 0
 
 
 class Draw(LogitsProcessor):

@@ -22,9 +22,9 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
-from fedsynth.llm import Used
 from fedsynth.scenario import Endpoint
 from fedsynth.typed import BadValue
+from fedsynth.usage import Used
 
 A = TypeVar("A")
 B = TypeVar("B")

@@ -23,7 +23,7 @@ batches adapters surroundings
 models dpsgd participation
 hub
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables world payload tokenizer checkpoint
-corpus typed assets instructions
+corpus typed assets instructions usage
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -162,9 +163,9 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
         wanted = list(ids)  # type: ignore[call-overload]
         of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
         if of and not slow:
-            slow[min(of)] = True
-        # Until the exchange after, the straggler's answer is not there.
-        ready = [key for key in wanted if key not in slow or wanted == list(slow)]
+            slow[min(of)] = time.monotonic()
+        # Until the server's clock has run out, the straggler's answer is not there.
+        ready = [key for key in wanted if key not in slow or time.monotonic() - slow[key] > 0.6]
         return pull(grid, ready)
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
@@ -197,14 +198,15 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     from local import LocalGrid
 
     toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
-    pull, slow = LocalGrid.pull_messages, {}
+    pull, slow, begun = LocalGrid.pull_messages, {}, list[float]()
 
     def late(grid: LocalGrid, ids: object) -> object:
         wanted = list(ids)  # type: ignore[call-overload]
         of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
         if of and not slow:
             slow[min(of)] = of[min(of)]
-        if wanted == list(slow):
+            begun.append(time.monotonic())
+        if wanted == list(slow) and time.monotonic() - begun[0] > 0.6:
             order = slow[wanted[0]]
             grid._waiting.pop(wanted[0], None)
             return [Message(Error(1, "gone"), reply_to=order)]
