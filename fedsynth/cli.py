@@ -384,7 +384,7 @@ def _console(*, error: bool) -> Console:
 
 def _print_table(console: Console, result: Any) -> None:
     """The result table, and one privacy line per arm."""
-    from fedsynth.runs import up
+    from fedsynth.runs import missing, up
 
     arms = result.summary["arms"]
     names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
@@ -399,6 +399,8 @@ def _print_table(console: Console, result: Any) -> None:
         guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved)
     console.print(table)
+    for line in missing(result.metrics):
+        console.print(line, markup=False, soft_wrap=True)
     console.print("privacy, arm by arm:")
     for arm, said in result.privacy.items():
         console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)

@@ -233,6 +233,25 @@ def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[
     return summary
 
 
+def missing(frame: pd.DataFrame) -> list[str]:
+    """Which exchanges went on without some clients, and why: a line for each arm and seed."""
+    rows = frame[frame["metric"].str.startswith("exchange/")]
+    lines = []
+    for (arm, seed), own in rows.groupby(["arm", "seed"], sort=False):
+        said = []
+        for place in dict.fromkeys(own["metric"].str.rpartition("/")[0]):
+            here = own[own["metric"].str.startswith(f"{place}/")]
+            kinds = here["metric"].str.rpartition("/")[2]
+            asked, answered = (int(here.loc[kinds == kind, "value"].iloc[0]) for kind in ("clients", "answered"))
+            of = here.groupby(kinds, sort=False)["client"]
+            why = [f"{len(who)} {kind} ({', '.join(map(str, sorted(who)))})"
+                   for kind, who in of if kind not in ("clients", "answered")]  # fmt: skip
+            phase, number = place.rpartition("-")[2], int(here["round"].iloc[0])
+            said.append(f"{phase} of round {number}: {answered} of {asked} clients, {', '.join(why)}")
+        lines.append(f"{arm} seed {seed} went on without some clients: {'; '.join(said)}")
+    return lines
+
+
 def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: set[int]) -> dict[str, Any]:
     own = frame[(frame["arm"] == arm) & (frame["client"] != SERVER)]
     last = own[own["round"] == own["round"].max()]

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from flwr.app import Error, Message
 from inprocess import Played, instructions, play
@@ -17,7 +18,7 @@ from fedsynth.federation import TooFewReplies
 from fedsynth.participation import Fate, fates, slowness
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.plan import Statement
-from fedsynth.runs import SERVER, Journal, privacy_line
+from fedsynth.runs import COLUMNS, SERVER, Journal, missing, privacy_line
 from fedsynth.scenario import Cell, Participation
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune
@@ -99,14 +100,18 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
         name: [value for *_, metric, value in run.journal.rows if metric.endswith(f"-finetune/{name}")]
         for name in ("clients", "answered", "absent", "dropped", "late")
     }
-    missing = sum(len(told[name]) for name in ("absent", "dropped", "late"))
+    gone = sum(len(told[name]) for name in ("absent", "dropped", "late"))
     assert told["clients"] == [6.0, 6.0]
-    assert sum(told["answered"]) == 12 - missing
-    assert missing > 0
+    assert sum(told["answered"]) == 12 - gone
+    assert gone > 0
     # Who is absent is not asked; the others are, in vain or not.
     assert len(run.orders(Finetune)) == 12 - len(told["absent"])
     assert len(run.orders(Evaluate)) == 12  # the simulator measures all
     assert len(run.orders(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.journal.rows)
+
+    [line] = missing(pd.DataFrame(run.journal.rows, columns=list(COLUMNS)))
+    assert line.startswith("main seed 0 went on without some clients: finetune of round 1: ")
+    assert f"{int(told['answered'][0])} of 6 clients" in line
 
     charged = 0
     for path in ledgers_in(run.out):
