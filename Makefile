@@ -22,7 +22,8 @@ check: $(READY)
 	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)  ## time and memory; the other benchmarks give the tables of docs/results.md, by hand
-	@set -e; for name in privacy dp_step stacked generation clients; do echo "$$name"; $(BIN)/python simulations/benchmarks/$$name.py; done
+	@set -e; for each in privacy "dp_step --repeats 3" stacked generation clients; do set -- $$each; echo "$$1"; \
+	$(BIN)/python simulations/benchmarks/$$1.py $$2 $$3; done
 
 docs: $(READY)
 	@$(PIP) install -c constraints.txt -e ".[docs]"
