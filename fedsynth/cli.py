@@ -78,7 +78,9 @@ def run_command(
     if sum([bool(scenario), from_ is not None, resume_ is not None]) != 1:
         raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
     if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None):
-        raise BadValue("--resume goes on with a run as it was begun: only --workers, --port, --track and --json go with it")
+        raise BadValue(
+            "--resume goes on with a run as it was begun: only --workers, --port, --track, --json go with it"
+        )
     trackers = [name.strip() for name in track.split(",") if name.strip()]
     if trackers:
         from fedsynth.trackers import check

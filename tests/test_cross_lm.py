@@ -415,7 +415,7 @@ def test_it_goes_on_to_the_same_results(
     arm: str, toml: str, llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = LocalLLM.load(llm, batch_size=256)
-    dies_everywhere(toml, tmp_path, monkeypatch, arm, llm=lambda: loaded, every=15)
+    dies_everywhere(toml, tmp_path, monkeypatch, arm, llm=lambda: loaded, every=21)
 
 
 def test_who_was_away_in_the_first_round_learns_before_it_scores(toml: str, llm: str, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from inprocess import play
 from scripted import ScriptedLLM
-from test_run import QUICK
 
+import fedsynth.cli
 from fedsynth.launch import _environment
+from fedsynth.privacy.plan import Budget
+from fedsynth.scenario import Scenario
 from fedsynth.scenario_keys import keys, page
 from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios
 from fedsynth.tasks import Learn
@@ -88,15 +90,23 @@ def test_the_readmes_commands_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_the_readmes_run_works_in_small(tmp_path: Path) -> None:
+def test_the_readmes_run_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [line] = [
         x for b in blocks(ROOT / "README.md", "bash") for x in b.splitlines() if x.startswith("fedsynth run hospitals")
     ]
-    words = shlex.split(line)[1:]
-    words[words.index("0,1,2")] = "0,1"
-    said = run([*FEDSYNTH, *words, "--clients", "1", *(w for q in QUICK for w in ("--set", q))], tmp_path)
-    assert "local" in said
-    assert "±" in said  # two seeds have a spread
+    asked: list[Scenario] = []
+
+    def stop(found: Scenario, **_: object) -> None:
+        asked.append(found)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedsynth.simulate.run", stop)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit):
+        fedsynth.cli.main()
+    [found] = asked
+    assert {(cell.arm, cell.seed) for cell in cells(found)} == {(a, s) for a in ("local", "fdkt") for s in (0, 1, 2)}
+    assert {cell.scenario.client.budget for cell in cells(found)} == {Budget(2.0)}
 
 
 def test_the_readmes_list_of_scenarios() -> None:

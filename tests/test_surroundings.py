@@ -10,13 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import tiny
 from inprocess import instructions
 
 import fedsynth.cli
 import fedsynth.surroundings as module
-from fedsynth.runs import prepare
+from fedsynth.runs import COLUMNS, prepare
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import from_toml, load
 from fedsynth.surroundings import differences, surroundings
@@ -81,7 +82,8 @@ def test_a_run_is_repeated_from_its_directory(
 
     def stop(found: Scenario, **more: Any) -> Any:
         asked.append((found, more["out"]))
-        return SimpleNamespace(summary={"scenario": "x", "arms": {}, "seconds": 1.0}, privacy={}, out=more["out"])
+        summary, frame = {"scenario": "x", "arms": {}, "seconds": 1.0}, pd.DataFrame(columns=list(COLUMNS))
+        return SimpleNamespace(summary=summary, metrics=frame, privacy={}, out=more["out"])
 
     monkeypatch.setattr("fedsynth.simulate.run", stop)
     words = ["fedsynth", "run", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "again")]
