@@ -178,7 +178,7 @@ def _answer(
                 if isinstance(reply, Generator):
                     reply = yield from reply
                 stored = seal(reply, measuring=home.simulated, waived=home.waived)
-                # A process that is killed leaves the answers of all who trained together, or of none: those who train
+                # A process that is killed hardly ever leaves the answers of some who trained together: those who train
                 # again do so among the same, to the same weights.
                 yield Meet()
                 if _under_grant(reply):
