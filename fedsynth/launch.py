@@ -83,36 +83,28 @@ def launch(
             raise ValueError(f"the folders of a run must be absolute, got {folder}")
         folder.mkdir(parents=True, exist_ok=True)
     with _alone(logs):
-        _launched(app, run_config, supernodes, workers, gpu_share, out, logs, on_event, port, poll)
+        (out / STATUS).unlink(missing_ok=True)
+        events = _Events(out / EVENTS)
+        plan = _Plan(
+            app=str(app.resolve()),
+            run_config=dict(run_config),
+            supernodes=supernodes,
+            workers=workers,
+            gpu_share=gpu_share,
+            out=str(out),
+            logs=str(logs),
+            port=_free_port(port),
+            marker=uuid.uuid4().hex,
+            log_from=(logs / LOG).stat().st_size if (logs / LOG).exists() else 0,
+        )
+        (logs / OWNER).write_text(plan.marker)
+        _watched(plan, logs, events, on_event, poll)
 
 
-def _launched(
-    app: Path,
-    run_config: Mapping[str, str | int | float | bool],
-    supernodes: int,
-    workers: int,
-    gpu_share: float,
-    out: Path,
-    logs: Path,
-    on_event: Callable[[dict[str, Any]], None] | None,
-    port: int | None,
-    poll: float,
+def _watched(
+    plan: _Plan, logs: Path, events: _Events, on_event: Callable[[dict[str, Any]], None] | None, poll: float
 ) -> None:
-    (out / STATUS).unlink(missing_ok=True)
-    events = _Events(out / EVENTS)
-    plan = _Plan(
-        app=str(app.resolve()),
-        run_config=dict(run_config),
-        supernodes=supernodes,
-        workers=workers,
-        gpu_share=gpu_share,
-        out=str(out),
-        logs=str(logs),
-        port=_free_port(port),
-        marker=uuid.uuid4().hex,
-        log_from=(logs / LOG).stat().st_size if (logs / LOG).exists() else 0,
-    )
-    (logs / OWNER).write_text(plan.marker)
+    """Starts the supervisor and passes events on until it ends; takes everything down on any exception."""
     with (logs / LOG).open("ab") as log:
         supervisor = subprocess.Popen(
             # -P and a path rather than -m: modules of this package must not be found under top-level names.
