@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,17 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsynth.adapters import WrongAdapter
+from fedsynth.clients.approval import AwaitsApproval, NotApproved
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
-from fedsynth.clients.home import Home, cell_of, simulated_home
+from fedsynth.clients.home import Home, NotAllowed, WrongData, WrongLabels, cell_of, simulated_home
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.stock import read_message, write_reply
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.together import Meet, Trains, together
+from fedsynth.corpus import Corpus
 from fedsynth.firewall import Rejected, check_order
 from fedsynth.models import one_thread
 from fedsynth.payload import BadPayload
@@ -33,8 +37,20 @@ from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.runs import places
 from fedsynth.selfcheck import SelfCheckFailed
-from fedsynth.tasks import Adopt, Code, Envelope, Evaluate, Finetune, Learn, Order, Origin, Score, SelfTrain, Synthesize
-from fedsynth.typed import BadValue
+from fedsynth.tasks import (
+    Adopt,
+    Code,
+    Envelope,
+    Evaluate,
+    Finetune,
+    Learn,
+    Order,
+    Score,
+    SelfTrain,
+    Synthesize,
+    outputs,
+)
+from fedsynth.typed import BadValue, plain
 from fedsynth.wire import (
     WillNotLeave,
     derived,
@@ -42,6 +58,7 @@ from fedsynth.wire import (
     joined,
     pack_answer,
     parted,
+    payload_bytes,
     refusal,
     seal,
     stack_number,
@@ -72,18 +89,24 @@ CODES: dict[type[Exception], Code] = {
     BudgetTooSmall: Code.BUDGET_TOO_SMALL,
     WillNotLeave: Code.NOT_ALLOWED,
     NotReleasable: Code.NOT_ALLOWED,
+    NotAllowed: Code.NOT_ALLOWED,
     BadOrder: Code.BAD_ORDER,
     NoTaskModel: Code.NO_TASK_MODEL,
     SelfCheckFailed: Code.SELF_CHECK_FAILED,
     WrongAdapter: Code.WRONG_ADAPTER,
+    WrongLabels: Code.WRONG_LABELS,
+    WrongData: Code.WRONG_DATA,
+    AwaitsApproval: Code.AWAITS_APPROVAL,
+    NotApproved: Code.NOT_APPROVED,
 }
 
 
-def client_app(open_home: Opener) -> ClientApp:
+def client_app(open_home: Opener, *, stock: bool = True) -> ClientApp:
     """A ClientApp over homes.
 
     Args:
         open_home: Flower's context and the order's envelope -> the home it is for.
+        stock: Whether Flower's own strategies are answered, too; they belong to simulations.
     """
     one_thread()
     app = ClientApp()
@@ -102,15 +125,16 @@ def client_app(open_home: Opener) -> ClientApp:
 
         register(action)(handle)
 
-    def stock(kind: type[Order[Any]]) -> Callable[[Message, Context], Message]:
+    def usual(kind: type[Order[Any]]) -> Callable[[Message, Context], Message]:
         def handle(message: Message, context: Context) -> Message:
             sealed = answer(kind, message.content, context, open_home, partial(read_message, context=context))
             return write_reply(message, unpack_answer(sealed, kind.reply))
 
         return handle
 
-    app.train()(stock(Finetune))  # Flower's own strategies: docs/flower-strategies.md
-    app.evaluate()(stock(Evaluate))
+    if stock:
+        app.train()(usual(Finetune))  # Flower's own strategies: docs/flower-strategies.md
+        app.evaluate()(usual(Evaluate))
     return app
 
 
@@ -170,6 +194,7 @@ def _answer(
         home = open_home(context, envelope)
         if not (alone or home.simulated):
             raise BadOrder("a site answers one order a message")
+        _enter(home, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=payload_bytes(content))
         with home.locked():
             stored = home.ledger.answered(digest)
             if stored is None:
@@ -177,19 +202,28 @@ def _answer(
                 reply = FUNCTIONS[kind](home, order, digest)
                 if isinstance(reply, Generator):
                     reply = yield from reply
-                stored = seal(reply, measuring=home.simulated, waived=home.waived)
+                stored = seal(reply, allowed=home.rules.outputs, waived=home.waived)
                 # A process that is killed hardly ever leaves the answers of some who trained together: those who train
                 # again do so among the same, to the same weights.
                 yield Meet()
+                if home.rules.approval and home.approvals is not None and (texts := _texts(reply)):
+                    home.approvals.hold(digest, task=kind.task, run=home.run, texts=texts)
                 if _under_grant(reply):
                     home.ledger.store(digest, stored, derived_from=_grants(reply))
                 else:
                     home.ledger.store_answer(digest, stored)
+                _enter(home, "stored", order=digest, **_cost(reply))
+            if home.approvals is not None:
+                home.approvals.check(digest)
             home.ledger.mark_sent(digest)
+            _enter(home, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
             return _Said(stored, False, home.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
-        _write_down(home, kind.task, traceback.format_exc())
         code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED)
+        if code is not Code.AWAITS_APPROVAL:
+            _write_down(home, kind.task, traceback.format_exc())
+        with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
+            _enter(home, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
         return _Said(refusal(code), True, home is not None and home.simulated)
 
 
@@ -199,13 +233,33 @@ def _check(order: Order[Any], home: Home) -> None:
         check_order(order, home.labels)
     except Rejected as problem:
         raise BadOrder(str(problem)) from problem
-    if home.simulated:
-        return
-    asked = {field.name: field.metadata["origin"] for field in fields(order.reply)}
-    if Origin.MEASURED in asked.values():
-        raise NotReleasable(f"{order.task} asks for figures of private text, which this site does not allow")
-    if "statement" in asked and home.config.guarantee == "none":
-        raise NotReleasable(f"{order.task} asks for a release without a guarantee, which this site does not allow")
+    rules = home.rules
+    if rules.objection is not None:
+        raise rules.objection
+    if order.task not in rules.orders:
+        raise NotAllowed(f"the order {order.task} is none of those that this site answers: policy.orders")
+    if kinds := outputs(order) - rules.outputs:
+        raise NotAllowed(f"{order.task} asks for {' and '.join(sorted(kinds))}: not among policy.outputs")
+    releases = any(field.name == "statement" for field in fields(order.reply))
+    if releases and home.config.guarantee == "none" and not rules.without_guarantee:
+        raise NotAllowed(f"{order.task} asks for a release without a guarantee: policy.without_guarantee is false")
+
+
+def _enter(home: Home | None, event: str, **facts: Any) -> None:
+    if home is not None and home.trail is not None:
+        home.trail.add(event, **facts)
+
+
+def _texts(reply: object) -> int:
+    """How many synthetic texts an answer holds."""
+    return sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
+
+
+def _cost(reply: object) -> dict[str, Any]:
+    """What an answer says that it cost, and under which grants."""
+    said = getattr(reply, "statement", None)
+    figures = plain(said) if isinstance(said, Statement) else {}
+    return {"grants": _grants(reply), **{k: figures[k] for k in ("guarantee", "epsilon", "delta") if k in figures}}
 
 
 def _write_down(home: Home | None, task: str, what: str) -> None:

@@ -43,7 +43,12 @@ def finetune(home: Home, order: Finetune, digest: str) -> Trains[Finetuned]:
         trained = yield to_train(without_guarantee(slots, settings, order.seed, pull))
         model = Trained(trained.adapter, reason="the scenario asks for no guarantee")
         adapter = release_without_guarantee(
-            model, _sent(trained.adapter, order), home.ledger, home.run, model.reason, allowed=home.simulated
+            model,
+            _sent(trained.adapter, order),
+            home.ledger,
+            home.run,
+            model.reason,
+            allowed=home.rules.without_guarantee,
         )
         return Finetuned(adapter, home.said(None), home.records)
     plan = home.plan()

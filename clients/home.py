@@ -1,4 +1,4 @@
-"""What a client keeps to itself: its text, its ledger, its task model, its log."""
+"""What a client keeps to itself: its text, its ledger, its task model, its log; and what it may be asked."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth import __version__
+from fedsynth.clients.approval import Approvals
+from fedsynth.clients.trail import Trail
 from fedsynth.corpus import Corpus
 from fedsynth.data import Site, label_list, open_site, open_sites
 from fedsynth.hub import weights_hash
@@ -23,7 +25,39 @@ from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario import Cell, Client, Data
 from fedsynth.scenario_toml import cells as scenario_cells
 from fedsynth.scenario_toml import from_toml
+from fedsynth.tasks import ORDERS, OUTPUTS, Output
 from fedsynth.typed import plain
+
+
+class NotAllowed(RuntimeError):
+    """What is asked is none of what the client's operator allows; nothing was read and nothing charged."""
+
+
+class WrongLabels(RuntimeError):
+    """The scenario's label list is not the site's."""
+
+
+class WrongData(RuntimeError):
+    """The scenario's task or unit is not what the site's data are for."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a client may be asked, and what may leave it. A simulation allows everything.
+
+    Attributes:
+        orders: Names of orders.
+        outputs: Kinds of what leaves.
+        without_guarantee: Whether something may leave without a mechanism.
+        approval: Whether synthetic text waits until a person lets it go.
+        objection: Why nothing of this run may be asked; None if it may.
+    """
+
+    orders: frozenset[str] = frozenset(order.task for order in ORDERS)
+    outputs: frozenset[Output] = frozenset(OUTPUTS)
+    without_guarantee: bool = True
+    approval: bool = False
+    objection: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +76,11 @@ class Home:
         ledger: Of this client's data set.
         open: Reads the client's text; before the charge for its keyed MAC only.
         stacked: Its adapter may train in one pass with those of other homes of a simulation.
-        simulated: Noise comes from the run seed and is reproducible; measuring, and releases without guarantee, are
-            allowed.
+        simulated: Noise comes from the run seed and is reproducible.
+        rules: What may be asked, and what may leave.
+        lock: Held while an order is worked on; left out, a file in `work`.
+        approvals: Where text waits for a person, if `rules.approval`.
+        trail: Where a site keeps what it was asked and answered.
     """
 
     index: int
@@ -58,6 +95,10 @@ class Home:
     open: Callable[[], Site]
     simulated: bool
     stacked: bool = False
+    rules: Rules = Rules()
+    lock: Path | None = None
+    approvals: Approvals | None = None
+    trail: Trail | None = None
 
     @cached_property
     def site(self) -> Site:
@@ -126,7 +167,7 @@ class Home:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """One order at a time; the operating system lifts the lock of a process that died."""
-        with open(self.work / "lock", "w") as handle:
+        with open(self.lock or self.work / "lock", "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
@@ -134,7 +175,8 @@ class Home:
         """The site's own log: what may hold private values is written here and nowhere else."""
         logger = logging.getLogger(f"fedsynth.home.{self.work}")
         if not logger.handlers:
-            handler = logging.FileHandler(self.work / "site.log")
+            place = self.work if self.trail is None else self.trail.path.parent
+            handler = logging.FileHandler(place / "site.log")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)

@@ -55,7 +55,7 @@ def _without_guarantee(home: Home, order: Score) -> Scored:
     trained = Trained(task_model(home), reason="the scenario asks for no guarantee")
     values = _confidences(home, trained.model, order.corpus, home.config.task_training.max_tokens)
     scores = release_without_guarantee(
-        trained, Scores(tuple(values)), home.ledger, home.run, trained.reason, allowed=home.simulated
+        trained, Scores(tuple(values)), home.ledger, home.run, trained.reason, allowed=home.rules.without_guarantee
     )
     return Scored(scores, home.said(None))
 

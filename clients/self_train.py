@@ -48,7 +48,7 @@ def self_train(home: Home, order: SelfTrain) -> SelfTrained:
         put_to_use(home, _adapter(loc_train(home, order.start, real, order.seed, beside=written), order))
 
     released = release_without_guarantee(
-        Trained(local, NO_GUARANTEE), sent, home.ledger, home.run, NO_GUARANTEE, allowed=home.simulated
+        Trained(local, NO_GUARANTEE), sent, home.ledger, home.run, NO_GUARANTEE, allowed=home.rules.without_guarantee
     )
     said = home.said(None)
     return SelfTrained(released, said, home.records, {**funnel, "kept": len(kept)})

@@ -52,7 +52,9 @@ def _without_guarantee(home: Home, order: Synthesize, start: Adapter) -> Trains[
     trained = Trained(found.adapter, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(home, trained.model, order)
     written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
-    corpus = release_without_guarantee(trained, written, home.ledger, home.run, trained.reason, allowed=home.simulated)
+    corpus = release_without_guarantee(
+        trained, written, home.ledger, home.run, trained.reason, allowed=home.rules.without_guarantee
+    )
     return Synthesized(corpus, home.said(None), unfinished, trained.model if order.share_adapter else None)
 
 

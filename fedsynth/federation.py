@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import math
 import time
 from abc import abstractmethod
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
@@ -24,11 +26,11 @@ from fedsynth.firewall import Rejected, check_answer
 from fedsynth.llm import TextModel
 from fedsynth.lora import Adapter
 from fedsynth.participation import Fate, fates
-from fedsynth.payload import BadPayload
+from fedsynth.payload import BadPayload, decode
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import SERVER, Journal, append_event
 from fedsynth.scenario import Cell, Scenario, StrategyChoice
-from fedsynth.tasks import Envelope, Evaluate, Evaluated, Order, Refused
+from fedsynth.tasks import Code, Envelope, Evaluate, Evaluated, Order, Refused
 from fedsynth.trackers import event_files, figures
 from fedsynth.typed import BadValue, build
 from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payload_bytes, unpack_answer, unpacked
@@ -36,6 +38,7 @@ from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payl
 R = TypeVar("R")
 S = TypeVar("S")
 WHO = "query.who"
+ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached, or whose answer waits for a person
 POLL_SECONDS = 0.05
 LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
 IN_VAIN = "gave no answer in time"
@@ -83,6 +86,67 @@ def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 12
     return {home: ordered[home // stack % len(ordered)] for home in range(homes)}
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """A run between real sites; a run-config without one is a simulation.
+
+    Attributes:
+        run: Public id of the run: sites know its orders again by it, also after a restart.
+        sites: Names under which the sites' keys were registered; their order numbers the clients.
+        measured: Ask for figures of the sites' models on their test rows: no epsilon covers them, and sites refuse
+            unless their policies allow them.
+    """
+
+    run: str
+    sites: tuple[str, ...]
+    measured: bool = False
+
+    @classmethod
+    def read(cls, text: str) -> Deployment | None:
+        """From a run-config's JSON; None if it is empty.
+
+        Raises:
+            BadValue: If it is no deployment.
+        """
+        if not text:
+            return None
+        try:
+            return build(cls, json.loads(text), "deployment")
+        except json.JSONDecodeError as problem:
+            raise BadValue(f"the run-config's deployment is not JSON: {problem}") from problem
+
+
+def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, int]:
+    """Which of the named sites are connected: number -> node id.
+
+    A node's name is that under which an operator of the server registered its key, so that no site can claim to be
+    another.
+    """
+    known = {str(node.name): int(node.node_id) for node in grid.get_nodes() if node.status == "online"}
+    return {number: known[name] for number, name in enumerate(names) if name in known}
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Why a site is asked once more, and when."""
+
+    why: str
+    when: float = field(default_factory=lambda: time.monotonic() + ASK_AGAIN_SECONDS)
+
+
+def _why_later(reply: Message) -> str | None:
+    """Why a site is to be asked once more; None if what it says is an answer."""
+    if reply.has_error():
+        gone = reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+        return "it could not be reached" if gone else None
+    try:
+        payload, refused, _ = unpacked(reply.content)
+        waits = refused and decode(payload, Refused).code is Code.AWAITS_APPROVAL
+    except (BadPayload, BadValue):
+        return None
+    return "its answer waits for approval there" if waits else None
+
+
 def _first_line(reply: Message) -> str:
     return ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200]
 
@@ -115,6 +179,7 @@ class Clients:
         labels: The public label list.
         journal: Where metrics, progress and what the cell needs to go on go.
         exchange: Number of the latest.
+        sites: Names of real sites, by home; `nodes` are looked for again for each exchange. None in a simulation.
     """
 
     grid: Grid
@@ -124,6 +189,7 @@ class Clients:
     labels: Sequence[str]
     journal: Journal
     exchange: int = 0
+    sites: Sequence[str] = ()
     # Messages whose time was over: the homes they are for, the exchange, and its orders.
     _late: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = field(default_factory=dict)
     _round: int = 0
@@ -131,7 +197,7 @@ class Clients:
 
     def ask(self, order: Order[R]) -> dict[int, R]:
         """The same order to every home; typed answers by home, in order of homes."""
-        return self.ask_each(dict.fromkeys(sorted(self.nodes), order))
+        return self.ask_each(dict.fromkeys(range(len(self.sites)) if self.sites else sorted(self.nodes), order))
 
     def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
         """One order per home, together; typed answers by home, in order of homes.
@@ -172,12 +238,15 @@ class Clients:
         if len(answers) < needed:
             for home in set(asked) - set(answers) - set(reasons):
                 self._miss(home, order)
-            why = "; ".join(f"client {home} {reason}" for home, reason in sorted(reasons.items()))
+            why = "; ".join(f"{self._name(home)} {reason}" for home, reason in sorted(reasons.items()))
+            log = "the site's own log" if self.sites else "the client's own log, in the private directory,"
             raise TooFewReplies(
-                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({why}); "
-                "the client's own log, in the private directory, says more"
+                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({why}); {log} says more"
             )
         return dict(sorted(answers.items()))
+
+    def _name(self, home: int) -> str:
+        return f"site {self.sites[home]!r}" if self.sites else f"client {home}"
 
     def _miss(self, home: int, order: Order[Any]) -> None:
         """Notes that a client may have spent something of which its answer would have told."""
@@ -211,7 +280,7 @@ class Clients:
         record = self.journal.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(orders, asked))
         if found is not None:
-            late = [home for home, _, facts in found if facts.get("why") == IN_VAIN]
+            late = [home for home, _, facts in found if str(facts.get("why")).startswith(IN_VAIN)]
             # Asked again, what they have stored says what they spent.
             self._late |= {
                 message: (homes, self.exchange, orders) for message, homes in self._send(orders, late).items()
@@ -222,25 +291,31 @@ class Clients:
             return
         down: dict[int, int] = {}
         digest = hashlib.sha256()
-        waiting = self._send(orders, asked, down, digest)
+        again: dict[int, _Again] = {}
+        waiting = self._send(orders, asked, down, digest, again)
         record.begin(digest.hexdigest())
         tries = dict.fromkeys(asked, 1)
-        for homes, reply in self._replies(waiting):
+        for homes, reply in self._replies(orders, waiting, again):
+            if self.sites and (why := _why_later(reply)):
+                again[homes[0]] = _Again(why)
+                continue
             if reply.has_error() and tries[homes[0]] < TRIES:
                 # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
                 # In smaller messages, so that a home that kills its worker takes no other with it in the end.
                 whole = len({self._stack(home) for home in homes}) > 1
                 for _, part in groupby(homes, key=self._stack if whole else int):
-                    waiting |= self._send(orders, part)
+                    waiting |= self._send(orders, part, again=again)
                 tries |= {home: tries[home] + 1 for home in homes}
                 continue
             for home, content in self._contents(reply, homes):
                 self.journal.count("bytes/down", home, down[home])
                 yield home, _kept(record, home, content, down[home])
         self._late |= {message: (homes, self.exchange, orders) for message, homes in waiting.items()}
-        for home in sorted(home for homes in waiting.values() for home in homes):
+        vain = {home: IN_VAIN for homes in waiting.values() for home in homes}
+        vain |= {home: f"{IN_VAIN}: {missing.why}" for home, missing in again.items()}
+        for home, why in sorted(vain.items()):
             self.journal.count("bytes/down", home, down[home])
-            yield home, _kept(record, home, IN_VAIN, down[home])
+            yield home, _kept(record, home, why, down[home])
         record.close()
 
     def _collect_late(self) -> None:
@@ -275,19 +350,27 @@ class Clients:
         homes: Iterable[int],
         down: dict[int, int] | None = None,
         digest: Any = None,
+        again: dict[int, _Again] | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Sends the orders of these homes, those of one node together: a message costs more than training a very small
-        model. Which homes each message is for, by its id; into `down` the size of each order, into `digest` all."""
+        model. Which homes each message is for, by its id; into `down` the size of each order, into `digest` all, into
+        `again` sites that are not connected now, and when to try them."""
         sent: dict[str, tuple[int, ...]] = {}
+        if self.sites:
+            self.nodes = nodes_by_name(self.grid, self.sites)
         ready: dict[int, dict[int, RecordDict]] = {}
         sizes: dict[int, int] = {}
         for home in homes:
-            node, stack = self.nodes[home], self._stack(home)
             content = self._packed(orders, home)
             size = payload_bytes(content)
             if down is not None:
                 down[home] = size
                 digest.update(unpacked(content)[0])
+            if self.sites and home not in self.nodes:
+                if again is not None:
+                    again[home] = _Again("it was not connected")
+                continue
+            node, stack = self.nodes[home], self._stack(home)
             # Never within a stack: who trains together must not depend on who else is on the node.
             if (
                 ready.get(node)
@@ -321,12 +404,19 @@ class Clients:
             return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
         return zip(homes, parts, strict=True)
 
-    def _replies(self, waiting: dict[str, tuple[int, ...]]) -> Iterable[tuple[tuple[int, ...], Message]]:
+    def _replies(
+        self, orders: Mapping[int, Order[R]], waiting: dict[str, tuple[int, ...]], again: dict[int, _Again]
+    ) -> Iterable[tuple[tuple[int, ...], Message]]:
+        """Replies as they come; who is in `again` is asked anew when its time has come."""
         begun = time.monotonic()
-        while waiting and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
-            for reply in self.grid.pull_messages(list(waiting)):
+        while (waiting or again) and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
+            for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
-            if waiting:  # looking costs time that workers could use
+            due = [home for home, missing in again.items() if missing.when <= time.monotonic()]
+            for home in due:
+                del again[home]
+            waiting |= self._send(orders, due, again=again) if due else {}
+            if waiting or again:  # looking costs time that workers could use
                 time.sleep(min(1.0, max(POLL_SECONDS, taken / 50)))
 
     def _read(self, content: RecordDict | str, home: int, order: Order[R]) -> R | str:
@@ -381,6 +471,7 @@ class ServerSide:
         embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
         journal: Where the strategy records what it kept and dropped.
         open_clients: Flower's grid -> the clients of this cell.
+        measures: Whether clients' models are measured after each round.
     """
 
     cell: Cell
@@ -390,6 +481,7 @@ class ServerSide:
     embed: Callable[[Sequence[str]], NDArray[np.float32]]
     journal: Journal
     open_clients: Callable[[Grid], Clients]
+    measures: bool = True
 
     def new_adapter(self, seed: int) -> Adapter:
         """What training of the clients' model starts from: the server has their base, too.
@@ -470,8 +562,8 @@ class RoundStrategy(Strategy, Generic[S]):
             for number in range(journal.checkpoint.round + 1, num_rounds + 1):
                 journal.round = number
                 state = self.round(clients, state)
-                evaluated = clients.ask(Evaluate())
-                result.evaluate_metrics_clientapp[number] = self._record(evaluated)
+                if self.server.measures:
+                    result.evaluate_metrics_clientapp[number] = self._record(clients.ask(Evaluate()))
                 spent = {} if journal.epsilon is None else {"privacy/epsilon": journal.epsilon}
                 tell(number, figures(journal.rows, number) | spent)
                 try:

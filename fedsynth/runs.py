@@ -47,6 +47,7 @@ class Journal:
         statements: What each home said of its privacy, the latest.
         totals: By name and client what is counted over the whole cell.
         kept: Share of the texts that the latest step of a funnel kept.
+        simulated: Whether the clients are; else they are real sites.
     """
 
     cell: Cell
@@ -60,6 +61,7 @@ class Journal:
     totals: dict[tuple[str, int], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     kept: float | None = None
+    simulated: bool = True
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -398,7 +400,8 @@ def privacy_line(journals: Sequence[Journal]) -> str:
     unit = spent[0].unit
     return (
         f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
-        f"({replaced:.2f} if replaced by another {unit}); largest over clients and seeds, each a world of its own"
+        f"({replaced:.2f} if replaced by another {unit}); largest over "
+        + ("clients and seeds, each a world of its own" if journals[0].simulated else "sites, in this run alone")
         + ("; simulated: noise reproducible" if any(s.simulated for s in spent) else "")
         + _assumptions(journals)
     )
@@ -412,7 +415,9 @@ def _assumptions(journals: Sequence[Journal]) -> str:
         f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
     )
     listed = data.labels == "all" and data.task == "classification"
-    taken = [] if data.world else (["label list"] if listed else []) + ["number of records"]
+    taken = (
+        [] if data.world or not journals[0].simulated else (["label list"] if listed else []) + ["number of records"]
+    )
     dropped = "; duplicates dropped across clients by the simulator, no site could" if data.duplicates == "drop" else ""
     return (
         f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{dropped}{missing}"

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from fedsynth.corpus import Corpus, Scores
 from fedsynth.lora import Adapter
@@ -244,6 +244,10 @@ class Code(StrEnum):
     BAD_ORDER = "bad_order"
     NO_TASK_MODEL = "no_task_model"
     WRONG_ADAPTER = "wrong_adapter"
+    WRONG_LABELS = "wrong_labels"
+    WRONG_DATA = "wrong_data"
+    AWAITS_APPROVAL = "awaits_approval"
+    NOT_APPROVED = "not_approved"
     SELF_CHECK_FAILED = "self_check_failed"
     FAILED = "failed"
 
@@ -272,6 +276,25 @@ class Envelope:
     exchange: int
     home: int
     stack: int = 0
+
+
+Output = Literal["text", "adapter", "scores", "metrics"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
+
+
+def outputs(order: Order[Any]) -> set[Output]:
+    """What the answer to an order would let out."""
+    kinds: dict[type[Order[Any]], set[Output]] = {
+        Synthesize: {"text"},
+        Finetune: {"adapter"},
+        SelfTrain: {"adapter", "metrics"},  # how many candidates were kept tells of private text
+        Score: {"scores"},
+        Evaluate: {"metrics"},
+        Adopt: set(),
+        Learn: set(),
+    }
+    more: set[Output] = {"adapter"} if isinstance(order, Synthesize) and order.share_adapter else set()
+    return kinds[type(order)] | more
 
 
 ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)

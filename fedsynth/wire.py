@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
@@ -13,11 +13,12 @@ from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
 from fedsynth.payload import decode, encode
 from fedsynth.privacy.plan import Statement
-from fedsynth.tasks import Code, Envelope, Order, Origin, Refused
+from fedsynth.tasks import Code, Envelope, Order, Origin, Output, Refused
 from fedsynth.typed import BadValue, build, plain
 
 T = TypeVar("T")
 RECORD = "fedsynth"
+KINDS: dict[type[Corpus | Adapter | Scores], Output] = {Corpus: "text", Adapter: "adapter", Scores: "scores"}
 
 
 class WillNotLeave(RuntimeError):
@@ -81,12 +82,12 @@ def _number(content: RecordDict, key: str) -> int:
     return number if isinstance(number, int) else -1
 
 
-def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
+def seal(answer: object, *, allowed: Collection[Output], waived: bool) -> bytes:
     """An answer as the bytes that leave, if every field of it may.
 
     Args:
         answer: One of the answer classes of `fedsynth.tasks`.
-        measuring: Figures of task models may leave: a simulation, or a site whose policy says so.
+        allowed: Kinds of things that may leave: all in a simulation, what its policy says at a site.
         waived: A release without guarantee was logged in this run's ledger.
 
     Raises:
@@ -100,11 +101,13 @@ def seal(answer: object, *, measuring: bool, waived: bool) -> bytes:
         value = getattr(answer, field.name)
         if not isinstance(origin, Origin):
             raise WillNotLeave(f"{name}.{field.name} declares no origin")
-        if origin is Origin.MEASURED and not measuring:
+        if origin is Origin.MEASURED and "metrics" not in allowed:
             raise WillNotLeave(f"{name}.{field.name} is measured on a private model, which this site does not allow")
         if origin is Origin.NO_GUARANTEE and not waived:
             raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
         for part in derived(value):
+            if KINDS[type(part)] not in allowed:
+                raise WillNotLeave(f"{name}.{field.name}: this site lets out no {KINDS[type(part)]}")
             _check_part(part, f"{name}.{field.name}", waived)
     for statement in _parts(answer, Statement):
         if statement.guarantee == "dp" and any(not part.grants for part in derived(answer)):

@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,7 @@ from fedsynth.privacy.release import NotReleasable
 from fedsynth.scenario import Client, TaskTraining
 from fedsynth.tasks import (
     ORDERS,
+    OUTPUTS,
     Adopt,
     Adopted,
     Code,
@@ -42,6 +44,7 @@ from fedsynth.tasks import (
     Learnt,
     Order,
     Origin,
+    Output,
     Refused,
     Score,
     Scored,
@@ -90,8 +93,8 @@ def with_field(answer: Any, name: str, value: object) -> Any:
     return replace(answer, **{name: value})
 
 
-def sealed(answer: object, measuring: bool = True, waived: bool = False) -> bytes:
-    return seal(answer, measuring=measuring, waived=waived)
+def sealed(answer: object, allowed: Sequence[Output] = OUTPUTS, waived: bool = False) -> bytes:
+    return seal(answer, allowed=allowed, waived=waived)
 
 
 # Declared origins
@@ -264,7 +267,7 @@ def test_text_without_a_guarantee_packs_only_when_waived_in_fields_of_any_origin
 def test_measured_figures_pack_only_where_measuring_is_allowed() -> None:
     answer = Evaluated({"accuracy": 0.5}, 600)
     with pytest.raises(WillNotLeave, match=r"Evaluated\.metrics is measured on a private model"):
-        sealed(answer, measuring=False, waived=True)
+        sealed(answer, allowed=("text", "adapter", "scores"), waived=True)
     assert decode(sealed(answer), Evaluated) == answer
 
 

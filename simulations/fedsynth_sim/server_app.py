@@ -18,7 +18,7 @@ from fedsynth.adapters import public_adapter
 from fedsynth.checkpoint import CHECKPOINTS
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
-from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy, nodes_by_home
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
@@ -29,8 +29,6 @@ from fedsynth.scenario import Cell, Endpoint
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.typed import BadValue
 
-from .workers import replace_the_dead
-
 app = ServerApp()
 
 
@@ -38,9 +36,13 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
     toml, out, _ = places(context.run_config, context.run_id)
-    replace_the_dead()
     try:
-        conduct(grid, toml, out)
+        deployed = Deployment.read(str(context.run_config.get("deployment", "")))
+        if deployed is None:
+            from .workers import replace_the_dead  # Ray: simulations only
+
+            replace_the_dead()
+        conduct(grid, toml, out, deployed)
     except BaseException as problem:
         traceback.print_exc()  # into the log: Flower keeps the message alone
         reason = " ".join(f"{problem}".split()) or type(problem).__name__
@@ -60,7 +62,7 @@ def _place_of(problem: BaseException) -> str:
     return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else ""
 
 
-def conduct(grid: Grid, toml: str, out: Path) -> None:
+def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None) -> None:
     """All cells; the metrics are written after each, so that a run that ends early leaves what it has."""
     started = time.monotonic()
     scenario = from_toml(toml)
@@ -75,13 +77,13 @@ def conduct(grid: Grid, toml: str, out: Path) -> None:
     for number, cell in enumerate(planned):
         append_event(out / "events.jsonl", {"event": "cell", "arm": cell.arm, "seed": cell.seed,
                                             "number": number, "cells": len(planned)})  # fmt: skip
-        journals.append(_one_cell(grid, cell, out))
+        journals.append(_one_cell(grid, cell, out, deployed))
         write_metrics(out, journals)
     summarize(scenario, out, time.monotonic() - started, journals)
 
 
-def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
-    journal = Journal(cell, out, out / "events.jsonl")
+def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> Journal:
+    journal = Journal(cell, out, out / "events.jsonl", simulated=deployed is None)
     if (done := journal.checkpoint.finished()) is not None:
         journal.restore(done)
         return journal
@@ -90,6 +92,8 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
     homes = 1 if data.pooled else data.clients
 
     def open_clients(grid: Grid) -> Clients:
+        if deployed is not None:
+            return Clients(grid, {}, cell, deployed.run, labels, journal, sites=deployed.sites)
         return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
@@ -98,7 +102,8 @@ def _one_cell(grid: Grid, cell: Cell, out: Path) -> Journal:
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
     asked, asked_too = Recalled(llm, "llm", journal), Recalled(professional, "professional", journal)
-    server = ServerSide(cell, labels, asked, asked_too, embed, journal, open_clients)
+    measures = deployed is None or deployed.measured
+    server = ServerSide(cell, labels, asked, asked_too, embed, journal, open_clients, measures)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     journal.close()
     journal.checkpoint.finish(journal.record())

@@ -1,0 +1,155 @@
+"""What stands in the place of Flower's `flwr-clientapp` at a site: the installed client app, never the server's code.
+
+A SuperNode starts a process for each message, which would load the bundle that the server sends and run it. Here the
+process takes message, context and the bundle's hash from the SuperNode as usual, and runs the client app of the
+installed package over site.toml. Nothing of the bundle is unpacked.
+
+A process that imports all that a client needs takes seconds. So `serve` imports it once, and forks a child for each
+message; a child starts from what was imported, and nothing that it reads or learns outlives it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+REPLACED = ("install_from_fab", "get_project_dir", "get_load_client_app_fn")
+STAND_IN = "flwr-clientapp"
+REFUSED = ("flwr-agentapp", "flwr-serverapp", "flwr-simulation")  # a server may ask for these; no site runs them
+SOCKET = "warm.socket"
+
+# Runs with the standard library alone, within some hundredths of a second: the warm process does the work.
+CLIENT = """\
+import json, os, socket, sys
+try:
+    with socket.socket(socket.AF_UNIX) as warm:
+        warm.connect({socket!r})
+        warm.sendall(json.dumps(sys.argv[1:]).encode() + b"\\n")
+        answer = warm.makefile().readline()
+except OSError:
+    answer = ""
+if answer:
+    sys.exit(int(answer))
+os.execv({python!r}, [{python!r}, "-P", "-m", "fedsynth.clients.process", *sys.argv[1:]])
+"""
+
+
+class UnknownFlower(RuntimeError):
+    """Flower's client process is not built as this version of fedsynth knows it."""
+
+
+def stand_ins(folder: Path, socket_path: Path) -> None:
+    """Writes the programs that come before Flower's own on the PATH of a SuperNode."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    client = CLIENT.format(socket=str(socket_path), python=sys.executable)
+    _program(folder / STAND_IN, f"#!{sys.executable} -PS\n{client}")
+    for name in REFUSED:
+        _program(folder / name, f"#!/bin/sh\necho '{name}: a site runs no code of a server' >&2\nexit 1\n")
+
+
+def _program(path: Path, text: str) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.chmod(0o700)
+    part.replace(path)
+
+
+def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> None:
+    """Handles one message; arguments are Flower's own.
+
+    Args:
+        arguments: Address of the SuperNode, token, ...
+        opener: Of the home; left out, the one of site.toml.
+
+    Raises:
+        UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
+    """
+    import flwr.supernode.runtime.run_clientapp as runtime
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+
+    from fedsynth.clients.app import client_app
+    from fedsynth.clients.site import BUNDLE, site_home
+
+    if missing := [name for name in REPLACED if not hasattr(runtime, name)]:
+        raise UnknownFlower(f"flwr.supernode.runtime.run_clientapp has no {missing[0]}: install flwr as pyproject says")
+
+    def load(_id: str, _version: str, bundle: str) -> Any:
+        os.environ[BUNDLE] = bundle
+        return client_app(opener or site_home, stock=False)
+
+    replaced: dict[str, Any] = {
+        "install_from_fab": lambda *_, **__: None,
+        "get_project_dir": lambda *_: Path(),
+        "get_load_client_app_fn": lambda **_: load,
+    }
+    for name in REPLACED:
+        setattr(runtime, name, replaced[name])
+    sys.argv = [STAND_IN, *arguments]
+    flwr_clientapp()
+
+
+def serve(path: Path, opener: Callable[..., Any] | None = None) -> NoReturn:
+    """Imports what a client needs, then handles each message in a child of its own; ends with its parent.
+
+    Args:
+        path: Of the Unix socket, in a folder of the site's user alone.
+        opener: As of `main`.
+    """
+    import peft  # noqa: F401 - all of these are for the children
+
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        print("warm", flush=True)
+        while True:
+            asked, _ = listener.accept()
+            threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else threading.active_count()
+            assert threads == 1, f"{threads} threads: a fork would copy the locks that others hold"
+            child = os.fork()
+            if child == 0:
+                listener.close()
+                _handle(asked, opener)
+            asked.close()
+            _reap()
+
+
+def _handle(asked: socket.socket, opener: Callable[..., Any] | None) -> NoReturn:
+    """In the child: one message, and its exit code to the program that stands in."""
+    code = 1
+    try:
+        with asked.makefile() as words:
+            arguments = json.loads(words.readline())
+        main(arguments, opener)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            asked.sendall(f"{code}\n".encode())
+        finally:
+            os._exit(code)
+
+
+def _reap() -> None:
+    """Takes leave of children that have ended."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(Path(sys.argv[2]))
+    main(sys.argv[1:])

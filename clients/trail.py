@@ -1,0 +1,79 @@
+"""A site's audit trail: what was asked, by whom, what was answered, what it cost, who let it go."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FIRST = "0" * 64
+
+
+class TrailBroken(ValueError):
+    """A line of the trail is not as it was written, or one is gone."""
+
+
+@dataclass(frozen=True)
+class Trail:
+    """One JSON object a line, each with the SHA-256 of the line before it: what is changed, put in or taken out shows.
+
+    Who may write the file can write all of it anew: an operator who wants more sends its last hash elsewhere.
+
+    Attributes:
+        path: Of the file; made with the first entry.
+        who: What stands in every entry: the SuperLink, the bundle, Flower's run.
+    """
+
+    path: Path
+    who: Mapping[str, Any]
+
+    def add(self, event: str, **facts: Any) -> None:
+        """One entry, on disk when this returns."""
+        with open(self.path, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            at = datetime.now(UTC).isoformat(timespec="seconds")
+            entry = {"at": at, "event": event, **facts, **self.who, "before": _digest(_last_line(file))}
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """All entries, oldest first, each checked against the one before.
+
+    Raises:
+        TrailBroken: With the number of the line.
+    """
+    before = FIRST
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
+        try:
+            entry = json.loads(line)
+            fits = entry["before"] == before
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise TrailBroken(f"{path}, line {number}: it does not follow from the line before; the trail was changed")
+        before = _digest(line)
+        yield entry
+
+
+def _last_line(file: Any) -> bytes:
+    """The last whole line; of a line that a full disk cut short, what is there: the chain shows it."""
+    end = file.seek(0, os.SEEK_END)
+    size = 4096
+    while True:
+        file.seek(max(0, end - size))
+        lines = file.read().splitlines()
+        if len(lines) > 1 or size >= end:
+            return bytes(lines[-1]) if lines else b""
+        size *= 2
+
+
+def _digest(line: bytes) -> str:
+    return hashlib.sha256(line).hexdigest() if line else FIRST
