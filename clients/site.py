@@ -131,8 +131,7 @@ class Site:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):
-            raise BadValue(f"name must be letters, digits, dots, dashes and underscores, at most 64, got {self.name!r}")
+        check_name(self.name)
         if not re.fullmatch(r"auto|cpu|cuda:\d+", self.device):
             raise BadValue(f'device must be "auto", "cpu" or "cuda:NUMBER", got {self.device!r}')
 
@@ -179,6 +178,16 @@ class Place:
     def model(self, name: str) -> str:
         """A model of site.toml as it is loaded."""
         return str(self.path(name)) if self.path(name).is_dir() else name
+
+
+def check_name(name: str) -> None:
+    """Refuses what cannot name a site.
+
+    Raises:
+        BadValue: If it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise BadValue(f"name must be letters, digits, dots, dashes and underscores, at most 64, got {name!r}")
 
 
 def load_site(path: Path) -> Place:

@@ -1,0 +1,177 @@
+"""`fedsynth site check`: what must hold before a site takes part; all of it is looked at on the site itself."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import http.client
+import shutil
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from fedsynth.clients.site import Place
+from fedsynth.clients.trail import entries
+from fedsynth.hub import weights_hash
+from fedsynth.models import check as check_model
+from fedsynth.models import load_tokenizer
+from fedsynth.sources import check as check_data
+from fedsynth.typed import BadValue
+
+MAX_SKEW = 5.0  # seconds that a site's clock may be ahead of the server's; Flower refuses its signature beyond
+MAX_BEHIND = 300.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        what: Was looked at.
+        state: `ok`, `warning` or `problem`.
+        says: In words.
+    """
+
+    what: str
+    state: str
+    says: str
+
+
+def check(place: Place) -> Iterator[Finding]:
+    """Every check, in order; nothing is sent but a request of the server's health."""
+    site = place.site
+    yield _found("site.toml", lambda: f"site {site.name!r}, data set {site.data.id!r}")
+    yield from _data(place)
+    yield from _models(place)
+    yield _found("budget", lambda: _budget(place))
+    yield _found("audit trail", lambda: _trail(place))
+    yield _found("state folder", lambda: check_state(place))
+    yield _found("key", lambda: check_key(place))
+    yield from _server(place)
+
+
+def _found(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, "ok", look())
+    except (BadValue, OSError, ValueError, RuntimeError) as problem:
+        return Finding(what, "problem", " ".join(str(problem).split()))
+
+
+def _data(place: Place) -> Iterator[Finding]:
+    try:
+        warnings = check_data(place.site.data, place.folder)
+    except BadValue as problem:
+        yield Finding("data", "problem", str(problem))
+        return
+    yield Finding("data", "ok", f"{place.site.data.records} records declared, unit: {place.site.data.unit_name}")
+    for warning in warnings:
+        yield Finding("data", "warning", warning)
+
+
+def _models(place: Place) -> Iterator[Finding]:
+    own = {"generator": place.site.models.generator, "task_model": place.site.models.task_model}
+    for role, name in own.items():
+        if name:
+            yield _found(role, lambda name=name, role=role: check_model(place.model(name), role) or f"{name} loads")  # type: ignore[misc]
+    for name in place.site.policy.models:
+        yield _found("model", lambda name=name: _loads(name))  # type: ignore[misc]
+    if not place.site.policy.models and not all(own.values()):
+        yield Finding("models", "warning", "policy.models is empty, and [models] does not name both: scenarios that "
+                                           "need another model are refused")  # fmt: skip
+
+
+def _loads(name: str) -> str:
+    load_tokenizer(name)
+    return f"{name} is here ({weights_hash(name)[:12]})"
+
+
+def _budget(place: Place) -> str:
+    cap = place.site.policy.lifetime
+    if not place.ledger.exists():
+        return f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; the ledger is made at the first order"
+    spent, delta = place.open_ledger().spent()
+    if spent >= cap.epsilon:
+        raise BadValue(f"epsilon {spent:.4g} of {cap.epsilon:g} is spent: nothing more will be answered")
+    return f"epsilon {spent:.4g} of {cap.epsilon:g} spent, at delta {delta:g} ({place.ledger})"
+
+
+def _trail(place: Place) -> str:
+    return f"{sum(1 for _ in entries(place.trail))} entries, each follows from the one before ({place.trail})"
+
+
+def check_state(place: Place) -> str:
+    """Whether the state folder is this user's alone and has room.
+
+    Raises:
+        BadValue: If not.
+    """
+    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mode = place.state.stat().st_mode & 0o077
+    if mode:
+        raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
+    free = shutil.disk_usage(place.state).free
+    if free < 2**30:
+        raise BadValue(
+            f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
+        )
+    return f"{place.state}, {free / 2**30:.0f} GiB free"
+
+
+def check_key(place: Place) -> str:
+    """Whether the site's key can be used, and nobody else reads it.
+
+    Raises:
+        BadValue: If not.
+    """
+    path = place.path(place.site.superlink.private_key)
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+    except OSError as problem:
+        raise BadValue(f"the key {path} cannot be read: {problem.strerror}") from problem
+    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
+        raise BadValue(f"{path} holds no OpenSSH private key without a password ({problem})") from problem
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadValue(f"{path} is no EC key: Flower takes those of `fedsynth site init` and `ssh-keygen -t ecdsa`")
+    if path.stat().st_mode & 0o077:
+        raise BadValue(f"{path} can be read by others: chmod 600 {path}")
+    return f"{path} is an EC key that only this user reads"
+
+
+def _server(place: Place) -> Iterator[Finding]:
+    """TLS, certificate and clock, by one request without content."""
+    link = place.site.superlink
+    host, _, port = link.address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
+        connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=context)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            said = connection.getresponse().headers.get("Date")
+            certificate = connection.sock.getpeercert() if connection.sock else None
+    except ssl.SSLCertVerificationError as problem:
+        why = f"the certificate of {link.address} is not accepted: {problem.verify_message}"
+        yield Finding("server", "problem", f"{why}; ask the coordinator, and do not go on")
+        return
+    except (OSError, ValueError, http.client.HTTPException) as problem:
+        why = f"{link.address} cannot be reached by TLS: {problem or type(problem).__name__}"
+        yield Finding("server", "problem", why)
+        return
+    until = dict(certificate or {}).get("notAfter", "")
+    yield Finding("server", "ok", f"{link.address} answers by TLS, its certificate is accepted (until {until})")
+    if said is None:
+        yield Finding("clock", "warning", "the server does not say its time")
+        return
+    ahead = time.time() - email.utils.parsedate_to_datetime(said).timestamp()
+    if -MAX_BEHIND < ahead < MAX_SKEW + 1:  # the server's date has whole seconds
+        yield Finding("clock", "ok", f"within {max(1, abs(round(ahead)))} s of the server's")
+        return
+    off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    yield Finding(
+        "clock", "problem", f"this clock is {off}: set it by NTP, or the server refuses this site's signature"
+    )
