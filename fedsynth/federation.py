@@ -195,9 +195,14 @@ class Clients:
     _round: int = 0
     _before: int = 0  # exchanges before the round's first
 
+    @property
+    def homes(self) -> Sequence[int]:
+        """Numbers of all clients."""
+        return range(len(self.sites)) if self.sites else sorted(self.nodes)
+
     def ask(self, order: Order[R]) -> dict[int, R]:
         """The same order to every home; typed answers by home, in order of homes."""
-        return self.ask_each(dict.fromkeys(range(len(self.sites)) if self.sites else sorted(self.nodes), order))
+        return self.ask_each(dict.fromkeys(self.homes, order))
 
     def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
         """One order per home, together; typed answers by home, in order of homes.

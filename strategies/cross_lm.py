@@ -52,7 +52,7 @@ class CrossLM(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """The LLM writes, clients score, the LLM learns from the scores, clients learn from the best texts."""
         learnt = set(state.learnt)
-        if self.config.feedback != "none" and (new := set(clients.nodes) - learnt):
+        if self.config.feedback != "none" and (new := set(clients.homes) - learnt):
             learnt |= self._learn(clients, new, None)
 
         written = self._written(state.adapter)
@@ -65,7 +65,7 @@ class CrossLM(RoundStrategy[State]):
                 adapter = self._taught(state.adapter, texts, written)
 
         corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
-        learnt |= self._learn(clients, set(clients.nodes), corpus)
+        learnt |= self._learn(clients, set(clients.homes), corpus)
         return State(state.round + 1, adapter, corpus, tuple(sorted(learnt)))
 
     def _learn(self, clients: Clients, homes: set[int], corpus: Corpus | None) -> set[int]:

@@ -45,7 +45,7 @@ class FDKT(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """One round, in the order of the paper: synthesize, select, augment, learn."""
         if self.config.demonstrations == "none":
-            corpora = self._augment({home: _nothing() for home in clients.nodes})
+            corpora = self._augment({home: _nothing() for home in clients.homes})
         else:
             # Privacy is spent here, on the clients; all that follows is post-processing.
             drafts = self._drafts(clients)
@@ -72,7 +72,7 @@ class FDKT(RoundStrategy[State]):
                 seed=self.seed("synthesize", home),
                 share_adapter=c.share_adapters,
             )
-            for home in clients.nodes
+            for home in clients.homes
         }
         drafts: dict[int, Corpus] = {}
         for home, answer in clients.ask_each(orders).items():

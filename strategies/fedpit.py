@@ -101,7 +101,7 @@ class FedPIT(RoundStrategy[State]):
 
     def round(self, clients: Clients, state: State) -> State:
         """Send the global adapter, let clients write, train and mix, average what comes back."""
-        start = state.adapters or dict.fromkeys(clients.nodes, self.server.new_adapter(self.seed("adapter")))
+        start = state.adapters or dict.fromkeys(clients.homes, self.server.new_adapter(self.seed("adapter")))
         answers = clients.ask_each({home: self._order(home, adapter) for home, adapter in start.items()})
         for home, answer in answers.items():
             self.server.journal.adapter(home, answer.adapter)

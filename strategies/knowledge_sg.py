@@ -65,7 +65,7 @@ class KnowledgeSG(RoundStrategy[State]):
             }
 
         # Step 6. With a quorum below 1 a client may have no adapter; then it keeps the base.
-        owners = {home: SERVER if SERVER in targets else home for home in clients.nodes}
+        owners = {home: SERVER if SERVER in targets else home for home in clients.homes}
         clients.ask_each({home: Adopt(targets[owner]) for home, owner in owners.items() if owner in targets})
         return replace(state, targets=targets)
 
@@ -73,7 +73,7 @@ class KnowledgeSG(RoundStrategy[State]):
         """Step 1: the clients' DP-SGD on whole records goes on from the last round; one adapter each, or their mean."""
         c, journal = self.config, self.server.journal
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
-        starts = {home: before.get(home, first) for home in clients.nodes}
+        starts = {home: before.get(home, first) for home in clients.homes}
         frozen_a = not c.personal and c.aggregation == "frozen_a"
         answers = clients.ask_each(
             {home: Finetune(start, self.seed("train", home), frozen_a) for home, start in starts.items()}

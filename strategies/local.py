@@ -37,6 +37,6 @@ class LocalOnly(RoundStrategy[State]):
 
     def round(self, clients: Clients, state: State) -> State:
         """One empty `Learn`."""
-        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.nodes}
+        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.homes}
         clients.ask_each({home: Learn(seed=seed) for home, seed in seeds.items()})
         return replace(state, round=state.round + 1)

@@ -55,7 +55,7 @@ class LoraAverage(RoundStrategy[State]):
         start = state.adapter or self.server.new_adapter(self.seed("adapter"))
         frozen_a = self.config.aggregation == "frozen_a"
         answers = clients.ask_each(
-            {home: Finetune(start, self.seed("train", home), frozen_a) for home in clients.nodes}
+            {home: Finetune(start, self.seed("train", home), frozen_a) for home in clients.homes}
         )
         adapter = aggregate(answers, start, self.config.aggregation, self.server.journal)
         self.server.journal.adapter(SERVER, adapter, "global")

@@ -1,0 +1,578 @@
+"""Real sites in process: their policies, what they let out, what they write down; and that they equal a simulation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from flwr.app import ArrayRecord, Context, Error, Message
+from flwr.common.constant import ErrorCode
+from inprocess import embed, play
+from local import LocalGrid
+from scripted import ScriptedLLM
+
+import fedsynth.federation
+from fedsynth.clients.app import client_app
+from fedsynth.clients.approval import Approvals
+from fedsynth.clients.home import Home, cell_of
+from fedsynth.clients.site import Place, Policy, Site, SuperLink, home_of, load_site
+from fedsynth.clients.trail import Trail, TrailBroken, entries
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data import label_list
+from fedsynth.examples import encode_slots
+from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy
+from fedsynth.payload import decode
+from fedsynth.privacy.ledger import Ledger
+from fedsynth.privacy.noise import simulated_key
+from fedsynth.privacy.plan import Budget
+from fedsynth.runs import Journal, guarantee_of, privacy_line
+from fedsynth.scenario_toml import from_toml, to_toml
+from fedsynth.site import decide, held_text, waiting
+from fedsynth.sources import SiteData
+from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
+from fedsynth.typed import BadValue
+from fedsynth.wire import KINDS
+
+NAMES = ("st-marys", "charite", "ukb")
+LABELS = ("heart", "skin")
+ROWS = 12
+MODEL: list[str] = []
+
+SCENARIO = """
+name = "tiny"
+seeds = [0]
+rounds = {rounds}
+[strategy]
+use = "fedsynth.strategies.fdkt:FDKT"
+per_label = 6
+min_words = 1
+written = 4
+shots = 2
+draft_tokens = 24
+judge = "likelihood"
+cluster_size = 4
+[data]
+source = "{file}"
+labels = ["heart", "skin"]
+clients = 3
+split = "natural"
+client_column = "site"
+unit = "person"
+test = {{ column = "part", equals = "test" }}
+[client]
+generator = "{model}"
+task_model = "{model}"
+budget = {{ epsilon = {epsilon} }}
+generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-3 }}
+task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
+[server]
+llm = "scripted"
+quorum = {quorum}
+answer_seconds = 20
+[arms.main]
+"""
+
+
+def canary(row: int) -> str:
+    return f"zq{row * 7919 + 104729:08x}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that has learnt to write short words and to end: drafts of noise, or without end, are dropped."""
+
+    def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
+        texts = ["".join(rng.choice(list("abcd "), 6)) for _ in range(16)]
+        corpus = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
+        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 16, 64) for e in slot]
+
+    MODEL.append(tiny.taught(tmp_path_factory.mktemp("model"), notes, steps=80, rate=1e-2))
+    return MODEL[0]
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> pd.DataFrame:
+    """Every site's notes, in the order of sites by name: that is how a natural split numbers them."""
+    rows = [
+        (
+            f"note {canary(index * 100 + i)} about a thing",
+            ("heart", "skin")[i % 2],
+            name,
+            "test" if i % 4 == 3 else "train",
+            f"{name} {i}",
+        )
+        for index, name in enumerate(sorted(NAMES))
+        for i in range(ROWS * 4 // 3)
+    ]
+    return pd.DataFrame(rows, columns=["text", "label", "site", "part", "person"])
+
+
+@pytest.fixture
+def toml(tmp_path: Path, notes: pd.DataFrame) -> str:
+    return scenario(tmp_path, notes)
+
+
+def scenario(tmp_path: Path, notes: pd.DataFrame, *, epsilon: float = 8.0, quorum: float = 1.0, rounds: int = 1) -> str:
+    notes.to_csv(tmp_path / "all.csv", index=False)
+    return SCENARIO.format(file=tmp_path / "all.csv", model=MODEL[0], epsilon=epsilon, quorum=quorum, rounds=rounds)
+
+
+POLICY = Policy(lifetime=Budget(10.0), minimum_records=1, approve_text=False)
+
+
+def places(
+    tmp_path: Path, notes: pd.DataFrame, policies: Mapping[str, Policy] | None = None, **data: Any
+) -> list[Place]:
+    """A folder for each site, with its own notes alone."""
+    made = []
+    for name in sorted(NAMES):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        notes[notes["site"] == name].to_csv(folder / "notes.csv", index=False)
+        facts: dict[str, Any] = {"labels": ("heart", "skin"), "test": {"column": "part", "equals": "test"}}
+        own = SiteData(id=f"{name}-1", source="notes.csv", person="person", records=ROWS, **_typed({**facts, **data}))
+        policy = (policies or {}).get(name, POLICY)
+        policy = replace(policy, models=policy.models or (MODEL[0],))
+        made.append(Place(Site(name, own, policy, SuperLink("127.0.0.1:9443")), folder))
+    return made
+
+
+def _typed(facts: dict[str, Any]) -> dict[str, Any]:
+    from fedsynth.scenario import TestRows
+
+    return {**facts, "test": TestRows(**facts["test"])}
+
+
+class SitesGrid(LocalGrid):
+    """Named nodes; some of them away for a while."""
+
+    def __init__(self, *args: Any, away: Mapping[str, int] = {}, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.away = dict(away)
+
+    def get_nodes(self) -> Any:
+        found = []
+        for number, (node, _) in enumerate(self.contexts.items()):
+            name = sorted(NAMES)[number]
+            status = "online"
+            if self.away.get(name, 0) > 0:
+                self.away[name] -= 1
+                status = "offline"
+            found.append(SimpleNamespace(node_id=node, name=name, status=status))
+        return found
+
+
+@dataclass
+class Deployed:
+    """A run between sites, in process."""
+
+    sites: list[Place]
+    toml: str
+    out: Path
+    away: Mapping[str, int] = field(default_factory=dict)
+    measured: bool = False
+    injected: bool = False
+    run_id: str = "simulated"  # the same in the simulation: then orders and keys are the same, too
+
+    def __post_init__(self) -> None:
+        self.whole = to_toml(from_toml(self.toml))
+        self.cell = cell_of(self.whole, "main", 0)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.cell, self.out, self.out / "events.jsonl", simulated=False)
+        app = client_app(self.open, stock=False)
+        self.grid = SitesGrid(app, len(self.sites), {"scenario-toml": self.whole}, away=self.away)
+
+    def open(self, context: Context, envelope: Envelope) -> Home:
+        index = int(str(context.node_config["partition-id"]))
+        ledger: dict[str, Any] = {}
+        if self.injected:
+            ledger["keys"] = lambda counter, binding: simulated_key(self.cell.seed, index, counter, binding)
+        return home_of(self.sites[index], self.cell, envelope, {"superlink": "127.0.0.1:9443"}, **ledger)
+
+    def run(self, llm: Any = None) -> Any:
+        labels = label_list(self.cell.scenario.data)
+        names = [place.site.name for place in self.sites]
+
+        def open_clients(grid: Any) -> Clients:
+            return Clients(grid, {}, self.cell, self.run_id, labels, self.journal, sites=names)
+
+        kind, config = load_strategy(self.cell.scenario.strategy)
+        llm = llm or ScriptedLLM()
+        server = ServerSide(self.cell, labels, llm, llm, embed, self.journal, open_clients, self.measured)
+        result = kind(config, server).start(self.grid, ArrayRecord(), num_rounds=self.cell.scenario.rounds)
+        self.journal.close()
+        return result
+
+    def codes(self) -> list[Code]:
+        """What was refused, in the order of orders."""
+        said = [r.content["fedsynth"] for r in self.grid.replies_in_order()]
+        return [decode(part["payload"], Refused).code for part in said if part["refused"]]
+
+    def texts(self) -> list[tuple[Any, ...]]:
+        """What sites released, by site and round."""
+        files = sorted((self.out / "corpora").rglob("drafts-*.parquet"))
+        return [tuple(map(tuple, pd.read_parquet(file)[["prompt", "answer"]].to_numpy())) for file in files]
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fedsynth.federation, "ASK_AGAIN_SECONDS", 0.05)
+
+
+def test_with_injected_keys_sites_release_what_the_simulation_does(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    simulated = play(toml, tmp_path / "simulation", llm=ScriptedLLM())
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run", injected=True)
+    deployed.run()
+    before = sorted((simulated.out / "corpora").rglob("drafts-*.parquet"))
+    assert [tuple(map(tuple, pd.read_parquet(f)[["prompt", "answer"]].to_numpy())) for f in before] == deployed.texts()
+    assert len(deployed.texts()) == 3
+    assert deployed.journal.epsilon == simulated.journal.epsilon
+
+
+def test_without_injected_keys_two_runs_differ_in_noise(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    runs = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        runs.append(Deployed(places(tmp_path / name, notes), toml, tmp_path / name / "run"))
+        runs[-1].run()
+    assert runs[0].texts() != runs[1].texts()
+
+
+def test_what_is_said_of_a_real_run_calls_nothing_simulated(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    deployed.run()
+    line = privacy_line([deployed.journal])
+    assert guarantee_of([deployed.journal]) == "dp"
+    assert "simulat" not in line
+    assert "read from the data" not in line
+    assert "largest over sites, in this run alone" in line
+
+
+def test_a_default_site_is_not_asked_for_figures_and_refuses_them(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    quiet = Deployed(places(tmp_path, notes), toml, tmp_path / "quiet")
+    quiet.run()
+    assert not quiet.grid.orders_of(Evaluate.task)
+    curious = Deployed(places(tmp_path, notes), toml, tmp_path / "curious", measured=True)
+    with pytest.raises(TooFewReplies, match=r"site '[\w-]+' refused: not_allowed\); the site's own log"):
+        curious.run()
+    assert curious.codes() == [Code.NOT_ALLOWED]
+
+
+def test_figures_leave_where_the_operator_allows_them(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    open_ = replace(POLICY, orders=(*POLICY.orders, "evaluate.evaluate"), outputs=("text", "metrics"))
+    deployed = Deployed(places(tmp_path, notes, dict.fromkeys(NAMES, open_)), toml, tmp_path / "run", measured=True)
+    assert set(deployed.run().evaluate_metrics_clientapp[1]) >= {"accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"strategies": ("fedsynth.strategies.local:LocalOnly",)}, Code.NOT_ALLOWED),
+        ({"orders": ("train.learn",)}, Code.NOT_ALLOWED),
+        ({"outputs": ("scores",)}, Code.NOT_ALLOWED),
+        ({"minimum_records": ROWS + 1}, Code.NOT_ALLOWED),
+        ({"models": ("assets:hospitals-slm",)}, Code.NOT_ALLOWED),
+        ({"bundles": ("a" * 64,)}, Code.NOT_ALLOWED),
+        ({"lifetime": Budget(2.0)}, Code.BUDGET_EXHAUSTED),
+    ],
+)
+def test_a_stricter_policy_wins_before_anything_is_read(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, change: dict[str, Any], code: Code
+) -> None:
+    strict = {"charite": replace(POLICY, **change)}
+    sites = places(tmp_path, notes, strict)
+    if code is not Code.BUDGET_EXHAUSTED:  # the MAC of the data is made before the charge
+        (tmp_path / "charite" / "notes.csv").unlink()
+    deployed = Deployed(sites, toml, tmp_path / "run")
+    with pytest.raises(TooFewReplies, match=f"site 'charite' refused: {code.value}"):
+        deployed.run()
+    assert code in deployed.codes()
+    assert sites[0].open_ledger().spent() == (0.0, POLICY.lifetime.delta)
+
+
+def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    less = {"charite": replace(POLICY, per_run=Budget(3.0))}
+    deployed = Deployed(places(tmp_path, notes, less), toml, tmp_path / "run")
+    deployed.run()
+    said = deployed.journal.statements
+    assert said[0].epsilon is not None
+    assert 2.8 < said[0].epsilon <= 3.0
+    assert said[1].epsilon is not None
+    assert 7.8 < said[1].epsilon <= 8.0
+
+
+def test_a_stricter_scenario_is_obeyed(tmp_path: Path, notes: pd.DataFrame) -> None:
+    lax = dict.fromkeys(NAMES, replace(POLICY, per_run=Budget(9.0)))
+    deployed = Deployed(places(tmp_path, notes, lax), scenario(tmp_path, notes, epsilon=2.0), tmp_path / "run")
+    deployed.run()
+    assert all(said.epsilon is not None and 1.8 < said.epsilon <= 2.0 for said in deployed.journal.statements.values())
+
+
+def test_runs_add_up_to_the_lifetime_cap_and_no_further(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    sites = places(tmp_path, notes)
+    Deployed(sites, toml, tmp_path / "first", run_id="first").run()
+    spent = sites[0].open_ledger().spent()
+    again = Deployed(sites, toml, tmp_path / "second", run_id="second")
+    with pytest.raises(TooFewReplies, match="budget_exhausted"):
+        again.run()
+    assert sites[0].open_ledger().spent() == spent
+    assert 7.8 < spent[0] <= 8.0
+
+
+def test_a_release_without_guarantee_does_not_leave_a_default_site(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    bare = toml.replace("[client]\n", '[client]\nguarantee = "none"\n')
+    sites = places(tmp_path, notes)
+    deployed = Deployed(sites, bare, tmp_path / "run")
+    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+        deployed.run()
+    assert not sites[0].open_ledger().entries()
+
+
+def test_a_site_with_other_labels_says_so_and_names_them_in_its_own_log_only(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    sites = places(tmp_path, notes)
+    sites[2] = replace(
+        sites[2], site=replace(sites[2].site, data=replace(sites[2].site.data, labels=("heart", "lung")))
+    )
+    deployed = Deployed(sites, toml, tmp_path / "run")
+    with pytest.raises(TooFewReplies, match="site 'ukb' refused: wrong_labels") as told:
+        deployed.run()
+    assert "lung" not in str(told.value)
+    assert "'lung'" in (sites[2].state / "site.log").read_text()
+
+
+def test_what_goes_wrong_at_a_site_reaches_the_server_as_a_code_only(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    sites = places(tmp_path, notes)
+    (tmp_path / "ukb" / "notes.csv").write_text(f"text,label\n{canary(1)},heart\n")  # without the column of test rows
+    deployed = Deployed(sites, toml, tmp_path / "run")
+    with pytest.raises(TooFewReplies, match="site 'ukb' refused: failed"):
+        deployed.run()
+    replies = b"".join(r.content["fedsynth"]["payload"] for r in deployed.grid.replies)
+    assert canary(1).encode() not in replies
+    assert b"part" not in decode_all(deployed)
+    assert "no column 'part'" in (sites[2].state / "site.log").read_text()
+
+
+def decode_all(deployed: Deployed) -> bytes:
+    return b"".join(bytes(r.content["fedsynth"]["payload"]) for r in deployed.grid.replies
+                    if r.content["fedsynth"]["refused"])  # fmt: skip
+
+
+class TestApproval:
+    """Synthetic text waits for a person."""
+
+    @pytest.fixture
+    def sites(self, tmp_path: Path, notes: pd.DataFrame) -> list[Place]:
+        return places(tmp_path, notes, {"charite": replace(POLICY, approve_text=True)})
+
+    def test_text_waits_is_shown_and_leaves_once_it_is_accepted(
+        self, tmp_path: Path, toml: str, sites: list[Place], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deployed = Deployed(sites, toml, tmp_path / "run")
+        seen: list[Any] = []
+        check = Approvals.check
+
+        def accepted_at_the_third_look(approvals: Approvals, order: str) -> None:
+            if order in [held["order"] for held in waiting(sites[0])]:
+                seen.append(held_text(sites[0], order[:10]))
+                if len(seen) == 3:
+                    decide(sites[0], order[:10], "accepted")
+            check(approvals, order)
+
+        monkeypatch.setattr(Approvals, "check", accepted_at_the_third_look)
+        deployed.run()
+        assert deployed.codes() == [Code.AWAITS_APPROVAL] * 2
+        assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
+        assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
+        events = [e["event"] for e in entries(sites[0].trail)]
+        assert events[:2] == ["asked", "stored"]
+        assert events.index("accepted") < events.index("answered")
+
+    def test_declined_text_never_leaves_and_what_was_charged_stays_charged(
+        self, tmp_path: Path, toml: str, sites: list[Place], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deployed = Deployed(sites, toml, tmp_path / "run")
+        check = Approvals.check
+
+        def declined(approvals: Approvals, order: str) -> None:
+            if approvals.folder == sites[0].approvals.folder and [
+                h for h in waiting(sites[0]) if h["decision"] == "waits"
+            ]:
+                decide(sites[0], order, "declined")
+            check(approvals, order)
+
+        monkeypatch.setattr(Approvals, "check", declined)
+        with pytest.raises(TooFewReplies, match="site 'charite' refused: not_approved"):
+            deployed.run()
+        assert 7.8 < sites[0].open_ledger().spent()[0] <= 8.0
+        assert (0, 1) in deployed.journal.silent  # what it spent is not in the server's figures, and they say so
+        with pytest.raises(BadValue, match="was declined by"):
+            decide(sites[0], waiting(sites[0])[0]["order"], "accepted")
+
+    def test_who_never_decides_is_a_missing_answer_with_its_reason(
+        self, tmp_path: Path, toml: str, sites: list[Place]
+    ) -> None:
+        deployed = Deployed(sites, toml.replace("answer_seconds = 20", "answer_seconds = 2"), tmp_path / "run")
+        with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits for approval"):
+            deployed.run()
+
+
+def test_a_site_that_is_away_is_asked_when_it_comes_back(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run", away={"charite": 3})
+    deployed.run()
+    assert len(deployed.texts()) == 3
+
+
+def test_a_quorum_goes_on_without_a_site_that_stays_away(tmp_path: Path, notes: pd.DataFrame) -> None:
+    text = scenario(tmp_path, notes, quorum=0.6).replace("answer_seconds = 20", "answer_seconds = 2")
+    deployed = Deployed(places(tmp_path, notes), text, tmp_path / "run", away={"ukb": 10**6})
+    deployed.run()
+    assert len(deployed.texts()) == 2
+
+
+def test_a_site_that_cannot_be_reached_is_asked_again_under_the_same_grant(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    lost = [5]
+
+    def unreachable(message: Message) -> Message | None:
+        if message.metadata.message_type == Synthesize.task and lost[0] > 0:
+            lost[0] -= 1
+            deployed.grid.app(message, deployed.grid.contexts[message.metadata.dst_node_id])  # its answer is lost
+            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "heartbeat"), reply_to=message)
+        return None
+
+    deployed.grid.spoil = unreachable
+    deployed.run()
+    for place in deployed.sites:
+        assert len([e for e in place.open_ledger().entries() if e["kind"] == "grant"]) == 1
+
+
+def test_a_run_id_or_arm_that_leads_elsewhere_is_refused(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run", run_id="../../elsewhere")
+    with pytest.raises(TooFewReplies, match="refused: failed"):
+        deployed.run()
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_an_order_lets_out_is_what_its_answer_class_holds() -> None:
+    from typing import get_type_hints
+
+    for order in ORDERS:
+        held = {KINDS[kind] for hint in get_type_hints(order.reply).values() for kind in KINDS
+                if hint is kind}  # fmt: skip
+        fields = {f.metadata["origin"].value for f in __import__("dataclasses").fields(order.reply)}
+        asked: Any = order.__new__(order)
+        object.__setattr__(asked, "share_adapter", False)
+        told = outputs(asked)
+        assert told - {"metrics"} == held, order
+        assert ("metrics" in told) == bool(fields & {"measured"} or order.task == "train.self_train"), order
+    assert set(OUTPUTS) == {*KINDS.values(), "metrics"}
+
+
+class TestTrail:
+    """The audit trail."""
+
+    def test_says_what_was_asked_answered_and_spent_and_by_whom(
+        self, tmp_path: Path, toml: str, notes: pd.DataFrame
+    ) -> None:
+        sites = places(tmp_path, notes)
+        Deployed(sites, toml, tmp_path / "run").run()
+        found = list(entries(sites[1].trail))
+        assert [e["event"] for e in found] == ["asked", "stored", "answered"] * 2
+        assert [e["task"] for e in found if e["event"] == "asked"] == [Synthesize.task, Learn.task]
+        stored, answered = found[1], found[2]
+        assert len(stored["grants"]) == 1
+        assert 7.8 < stored["epsilon"] <= 8.0
+        assert answered["bytes"] > 0
+        assert len(answered["sha256"]) == 64
+        assert {e["superlink"] for e in found} == {"127.0.0.1:9443"}
+        assert "zq" not in sites[1].trail.read_text()
+
+    def test_a_changed_a_missing_and_an_added_line_show(self, tmp_path: Path) -> None:
+        trail = Trail(tmp_path / "audit.jsonl", {"superlink": "here"})
+        for number in range(4):
+            trail.add("asked", number=number)
+        lines = trail.path.read_text().splitlines()
+        assert [e["number"] for e in entries(trail.path)] == [0, 1, 2, 3]
+        broken = {
+            "changed": [lines[0], lines[1].replace('"number": 1', '"number": 7'), *lines[2:]],
+            "missing": [lines[0], *lines[2:]],
+            "added": [*lines[:2], json.dumps({"event": "asked", "before": "0" * 64}), *lines[2:]],
+            "cut": [lines[0], lines[1][:20], *lines[2:]],
+        }
+        for changed in broken.values():
+            trail.path.write_text("\n".join(changed) + "\n")
+            with pytest.raises(TrailBroken, match=r"line [23]:"):
+                list(entries(trail.path))
+
+
+class TestFile:
+    """site.toml."""
+
+    def test_reads_back_what_the_template_says_once_it_is_filled_in(self, tmp_path: Path) -> None:
+        from fedsynth.site import template
+
+        asked = {"labels": ["heart", "skin"], "models": ["assets:hospitals-slm"], "task": "classification",
+                 "strategy": "fedsynth.strategies.fdkt:FDKT", "epsilon": 8.0}  # fmt: skip
+        text = template("st-marys", {"address": "fl.example.org:9443", "ca": "", "scenario": asked})
+        (tmp_path / "site.toml").write_text(text)
+        with pytest.raises(BadValue, match="records must be at least 1, got 0"):  # what only the site knows
+            load_site(tmp_path)
+        (tmp_path / "site.toml").write_text(text.replace("records = 0", "records = 250"))
+        site = load_site(tmp_path).site
+        assert site.data.labels == ("heart", "skin")
+        assert site.policy == Policy(lifetime=Budget(10.0), strategies=("fedsynth.strategies.fdkt:FDKT",),
+                                     models=("assets:hospitals-slm",))  # fmt: skip
+        assert site.superlink == SuperLink("fl.example.org:9443")
+        assert site.policy.approve_text
+        assert not site.policy.without_guarantee
+        assert "metrics" not in site.policy.outputs
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"orders": ("train.synthesise",)}, "no order 'train.synthesise'"),
+            ({"lifetime": Budget(10.0, 1e-3)}, "delta must be at most 1e-05, got 0.001"),
+            ({"per_run": Budget(11.0)}, "more than policy.lifetime"),
+            ({"bundles": ("abc",)}, "64 hexadecimal digits, got 'abc'"),
+        ],
+    )
+    def test_a_policy_that_cannot_be_meant_is_refused(self, change: dict[str, Any], message: str) -> None:
+        with pytest.raises(BadValue, match=message):
+            replace(POLICY, **change)
+
+
+def test_a_deployment_is_read_from_a_run_config() -> None:
+    assert Deployment.read("") is None
+    assert Deployment.read('{"run": "ab", "sites": ["x", "y"]}') == Deployment("ab", ("x", "y"), False)
+    with pytest.raises(BadValue, match="not JSON"):
+        Deployment.read("{")
+
+
+def test_a_ledger_that_is_gone_is_not_made_anew_in_the_midst_of_a_run(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    place = places(tmp_path, notes)[0]
+    ledger: Ledger = place.open_ledger()
+    place.ledger.unlink()
+    with pytest.raises(Exception, match="it is gone"):
+        ledger.spent()
