@@ -28,9 +28,11 @@ __all__ = [
     "find",
     "label_list",
     "misfits",
+    "misfitting",
     "open_site",
     "open_sites",
     "overlaps",
+    "undivided",
     "unified",
 ]
 
@@ -101,18 +103,32 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     Raises:
         BadValue: If a listed label and one of the source differ only in case or blanks.
     """
-    rows, found = read_rows(data), []
+    return misfitting(read_rows(data), data.source, None if data.task == "instructions" else labels)
+
+
+def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[str]:
+    """As `misfits`, of rows that were read.
+
+    Args:
+        rows: What the source holds.
+        source: Its name, for messages.
+        labels: The public label list; None where answers are responses.
+
+    Raises:
+        BadValue: If a listed label and one of the source differ only in case or blanks.
+    """
+    found = []
     if rows.incomplete:
         total = rows.incomplete + len(rows.table)
-        answer = "label" if data.task == "classification" else "response"
-        found.append(f"{data.source}: {rows.incomplete} of {total} rows have no text or no {answer}: they are left out")
-    if data.task == "instructions":
+        answer = "response" if labels is None else "label"
+        found.append(f"{source}: {rows.incomplete} of {total} rows have no text or no {answer}: they are left out")
+    if labels is None:
         return found
     counts = rows.table[LABEL].value_counts()
     try:
         refuse_alike([*labels, *counts.index])
     except BadValue as problem:
-        raise BadValue(f"data.labels and {data.source}: {problem}") from problem
+        raise BadValue(f"data.labels and {source}: {problem}") from problem
     unknown = counts[~counts.index.isin(labels)]
     if len(unknown):
         named = ", ".join(f"{label!r} {count}" for label, count in unknown.head(5).items())
@@ -326,6 +342,12 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
     if data.test_limit is not None:
         test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
     return Site(_corpus(train), _corpus(test))
+
+
+def undivided(rows: Rows) -> Site:
+    """All of a source as one site: rows that are held out are its test text, the others its training text."""
+    held = rows.table[HELD]
+    return Site(_corpus(rows.table[~held]), _corpus(rows.table[held]))
 
 
 def _corpus(table: pd.DataFrame) -> Corpus:

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedsynth.scenario import Data
+from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
@@ -41,6 +41,40 @@ class Rows:
     incomplete: int
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a source say what; None for what it does not say.
+
+    Attributes:
+        text: The text or instruction.
+        answer: The class name or response.
+        classes: Whether answers are class names: two spellings of one would be two classes.
+        test: Which rows are held out.
+        unit: The person; None: each row is a unit of its own.
+        client: Whose values are the natural clients.
+    """
+
+    text: str
+    answer: str
+    classes: bool = True
+    test: TestRows | None = None
+    unit: str | None = None
+    client: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        named = [self.text, self.answer, self.client, self.unit, self.test.column if self.test else None]
+        return list(dict.fromkeys(column for column in named if column is not None))
+
+
+@dataclass(frozen=True)
+class _OfHub:
+    name: str
+    subset: str | None
+    revision: str | None
+
+
 def read_rows(data: Data) -> Rows:
     """The rows that have a text and a label. Read once per process, and again when the source changes.
 
@@ -48,21 +82,13 @@ def read_rows(data: Data) -> Rows:
         BadValue: If the source or a column is missing or cannot be used, two labels differ only in case or blanks, or
             a person has both training and test rows.
     """
-    path = None if data.hub_name is not None else find(data.source)
-    # Arms that divide one source in different ways share what was read.
-    asked = Data(
-        data.source,
-        text=data.text,
-        label=data.label,
-        task=data.task,
-        response=data.response,
-        test=data.test,
-        client_column=data.client_column,
-        unit=data.unit,
-        revision=data.revision,
-        subset=data.subset,
+    place = find(data.source) if data.hub_name is None else _OfHub(data.hub_name, data.subset, data.revision)
+    classes = data.task == "classification"
+    columns = Columns(
+        data.text, data.label if classes else data.response, classes, data.test, data.unit, data.client_column
     )
-    return _read(asked, path, _stamp(path))
+    # Arms that divide one source in different ways share what was read.
+    return _read(data.source, columns, place, _stamp(place))
 
 
 def find(source: str) -> Path:
@@ -102,48 +128,61 @@ def _is_saved(place: Path) -> bool:
     return any((place / name).is_file() for name in SAVED)
 
 
-def _stamp(path: Path | None) -> tuple[int, ...]:
+def _stamp(place: Path | _OfHub) -> tuple[int, ...]:
     """Changes when the source does; a data set of the Hub is read once per process."""
-    if path is None:
+    if isinstance(place, _OfHub):
         return ()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     return tuple(p.stat().st_mtime_ns for p in files)
 
 
 @lru_cache(maxsize=4)
-def _read(data: Data, path: Path | None, _: tuple[int, ...]) -> Rows:
+def _read(source: str, columns: Columns, place: Path | _OfHub, _: tuple[int, ...]) -> Rows:
+    asked = columns.names
     try:
-        return _rows(data, _raw(data, path))
+        return rows_of(_from_hub(place, asked) if isinstance(place, _OfHub) else load_columns(place, asked), columns)
     except BadValue as problem:
-        raise BadValue(f"{data.source}: {problem}") from problem
+        raise BadValue(f"{source}: {problem}") from problem
 
 
-def _rows(data: Data, raw: pd.DataFrame) -> Rows:
-    for column in raw.columns:
-        _check_cells(raw[column], column)
-    _refuse_numbers(raw[data.text], data.text)
-    answer = answer_column(data)
-    found = pd.DataFrame({TEXT: _as_texts(raw[data.text]), LABEL: _as_texts(raw[answer])}, dtype=object)
-    whole = found.notna().all(axis=1)
+def rows_of(raw: pd.DataFrame, columns: Columns, *, strict: bool = True) -> Rows:
+    """The rows that have a text and an answer.
+
+    Args:
+        raw: The columns, as `load_columns` gives them.
+        columns: Which says what.
+        strict: Refuse what a single row holds. Else a cell that is no text counts as missing, and a row without a
+            person as incomplete: where an answer waits, no single record may decide whether there is one.
+
+    Raises:
+        BadValue: If no row can be used or the text column holds numbers; if strict, also for a cell that is no text, a
+            missing person, labels that differ only in case or blanks, test rows that no row is, or a person with
+            training and test rows.
+    """
+    if strict:
+        for column in raw.columns:
+            _check_cells(raw[column], column)
+    else:
+        raw = pd.DataFrame({c: [None if _misfit(value) else value for value in raw[c]] for c in raw}, dtype=object)
+    _refuse_numbers(raw[columns.text], columns.text)
+    found = pd.DataFrame({TEXT: _as_texts(raw[columns.text]), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
+    whole = found.notna().all(axis=1).to_numpy()
+    if columns.unit is not None and not strict:
+        whole = whole & np.array([name is not None for name in _as_texts(raw[columns.unit])], dtype=bool)
     if not whole.any():
-        raise BadValue(f"no row has both {data.text!r} and {answer!r} (it has {len(raw)} rows)")
-    found, raw = found[whole].reset_index(drop=True), raw[whole.to_numpy()].reset_index(drop=True)
-    found[UNIT] = found.index if data.unit is None else _names(raw, data.unit)
-    found[CLIENT] = "" if data.client_column is None else _names(raw, data.client_column)
-    found[HELD] = False if data.test is None else _held(raw[data.test.column], data.test.column, data.test.equals)
-    if data.task == "classification":
+        raise BadValue(f"no row has both {columns.text!r} and {columns.answer!r} (it has {len(raw)} rows)")
+    found, raw = found[whole].reset_index(drop=True), raw[whole].reset_index(drop=True)
+    found[UNIT] = found.index if columns.unit is None else _names(raw, columns.unit)
+    found[CLIENT] = "" if columns.client is None else _names(raw, columns.client)
+    found[HELD] = False if columns.test is None else _held(raw[columns.test.column], columns.test, strict)
+    if strict and columns.classes:
         refuse_alike(found[LABEL])
-    if data.unit is not None and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
+    if strict and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
         raise BadValue(
-            f"{both} values of the unit column {data.unit!r} have training and test rows: a person belongs in one of "
-            "the two, mend the test rows"
+            f"{both} values of the unit column {columns.unit!r} have training and test rows: a person belongs in one "
+            "of the two, mend the test rows"
         )
     return Rows(found, int((~whole).sum()))
-
-
-def answer_column(data: Data) -> str:
-    """The column of the class name or response."""
-    return data.label if data.task == "classification" else data.response
 
 
 def _names(raw: pd.DataFrame, column: str) -> list[str]:
@@ -153,12 +192,12 @@ def _names(raw: pd.DataFrame, column: str) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def _held(column: pd.Series[Any], name: str, equals: str) -> list[bool]:
+def _held(column: pd.Series[Any], test: TestRows, strict: bool) -> list[bool]:
     values = _as_texts(column)
-    if equals not in values:
+    if strict and test.equals not in values:
         known = ", ".join(repr(v) for v in list(dict.fromkeys(values))[:5])
-        raise BadValue(f"no row has {equals!r} in the test column {name!r}; it has {known}")
-    return [value == equals for value in values]
+        raise BadValue(f"no row has {test.equals!r} in the test column {test.column!r}; it has {known}")
+    return [value == test.equals for value in values]
 
 
 def _as_texts(column: pd.Series[Any]) -> list[str | None]:
@@ -175,17 +214,22 @@ def _as_text(value: object) -> str:
 def _check_cells(column: pd.Series[Any], name: str) -> None:
     """Refuses what no text column holds; row numbers count from 1, a header is not counted."""
     for row, value in enumerate(column, start=1):
-        if isinstance(value, bytes | bytearray | list | tuple | set | dict | np.ndarray):
-            raise BadValue(f"row {row} of column {name!r} holds {type(value).__name__} values, not text")
-        if not isinstance(value, str):
-            continue
-        if len(value) > MAX_CHARACTERS:
-            raise BadValue(
-                f"row {row} of column {name!r} has {len(value)} characters, at most {MAX_CHARACTERS} are read: "
-                "look for a quote that never closes, or cut the text"
-            )
-        if "\0" in value or not _encodes(value):
-            raise BadValue(f"row {row} of column {name!r} holds a character that is no text (NUL or half a pair)")
+        if misfit := _misfit(value):
+            raise BadValue(f"row {row} of column {name!r} {misfit}")
+
+
+def _misfit(value: object) -> str:
+    """Why a cell belongs in no text column; "" where it may."""
+    if isinstance(value, bytes | bytearray | memoryview | list | tuple | set | dict | np.ndarray):
+        return f"holds {type(value).__name__} values, not text"
+    if not isinstance(value, str):
+        return ""
+    if len(value) > MAX_CHARACTERS:
+        return (
+            f"has {len(value)} characters, at most {MAX_CHARACTERS} are read: look for a quote that never closes, or "
+            "cut the text"
+        )
+    return "holds a character that is no text (NUL or half a pair)" if "\0" in value or not _encodes(value) else ""
 
 
 def _encodes(text: str) -> bool:
@@ -219,12 +263,6 @@ def _is_number(value: object) -> bool:
 # --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
 
 
-def _raw(data: Data, path: Path | None) -> pd.DataFrame:
-    named = [data.text, answer_column(data), data.client_column, data.unit, data.test.column if data.test else None]
-    asked = list(dict.fromkeys(column for column in named if column is not None))
-    return _from_hub(data, asked) if path is None else load_columns(path, asked)
-
-
 def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
     """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
 
@@ -238,6 +276,16 @@ def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame
     except Exception as problem:
         raise BadValue(f"cannot be read: {_reason(problem)}") from problem
     return _as_objects(frame)
+
+
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[object]], asked: Sequence[str]) -> pd.DataFrame:
+    """As `load_columns`, of rows of values.
+
+    Raises:
+        BadValue: If a column is missing, or stands there twice.
+    """
+    places = {column: names.index(column) for column in _chosen(names, asked)}
+    return _as_objects(pd.DataFrame({c: [row[at] for row in rows] for c, at in places.items()}, dtype=object))
 
 
 def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
@@ -343,12 +391,12 @@ def _from_disk(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     return _from_dataset(datasets.load_from_disk(str(path)), asked)
 
 
-def _from_hub(data: Data, asked: Sequence[str]) -> pd.DataFrame:
+def _from_hub(place: _OfHub, asked: Sequence[str]) -> pd.DataFrame:
     """A data set by name; the library runs no code of the data set's author."""
     import datasets
 
     try:
-        found = datasets.load_dataset(data.hub_name, data.subset, revision=data.revision)
+        found = datasets.load_dataset(place.name, place.subset, revision=place.revision)
     except Exception as problem:
         raise BadValue(
             f"cannot be loaded: {_reason(problem)}; check data.source, data.subset and data.revision, log in with "

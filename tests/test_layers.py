@@ -1,4 +1,4 @@
-"""Who may import whom: layers from left to right, and a short list of those who may know Flower and torch."""
+"""Who may import whom: layers from left to right, and who may know Flower, torch and databases."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -22,11 +22,12 @@ teacher publictext pretraining gates llm remote tuning training examples generat
 batches adapters surroundings
 models dpsgd participation
 hub
-scenario scenario_toml scenario_keys privacy lora rouge data datacard tables world payload tokenizer checkpoint
+scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
 corpus typed assets instructions usage
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
+    "sqlalchemy": {"sources"},
     "flwr": {"wire", "federation", "clients.app", "clients.home", "clients.stock", "launch", "fedsynth_sim"},
     "torch": {
         "models",
