@@ -297,12 +297,14 @@ class Clients:
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         again: dict[int, _Again] = {}
+        known: dict[int, str] = {}
         waiting = self._send(orders, asked, down, digest, again)
         record.begin(digest.hexdigest())
         tries = dict.fromkeys(asked, 1)
         for homes, reply in self._replies(orders, waiting, again):
             if self.sites and (why := _why_later(reply)):
                 again[homes[0]] = _Again(why)
+                known[homes[0]] = f": {why}"
                 continue
             if reply.has_error() and tries[homes[0]] < TRIES:
                 # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
@@ -316,7 +318,7 @@ class Clients:
                 self.journal.count("bytes/down", home, down[home])
                 yield home, _kept(record, home, content, down[home])
         self._late |= {message: (homes, self.exchange, orders) for message, homes in waiting.items()}
-        vain = {home: IN_VAIN for homes in waiting.values() for home in homes}
+        vain = {home: IN_VAIN + known.get(home, "") for homes in waiting.values() for home in homes}
         vain |= {home: f"{IN_VAIN}: {missing.why}" for home, missing in again.items()}
         for home, why in sorted(vain.items()):
             self.journal.count("bytes/down", home, down[home])
