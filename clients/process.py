@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import sys
 import threading
@@ -37,7 +38,7 @@ except OSError:
     answer = ""
 if answer:
     sys.exit(int(answer))
-os.execv({python!r}, [{python!r}, "-P", "-m", "fedsynth.clients.process", *sys.argv[1:]])
+os.execv({python!r}, [{python!r}, "-P", *{client!r}, *sys.argv[1:]])
 """
 
 
@@ -45,11 +46,19 @@ class UnknownFlower(RuntimeError):
     """Flower's client process is not built as this version of fedsynth knows it."""
 
 
-def stand_ins(folder: Path, socket_path: Path) -> None:
-    """Writes the programs that come before Flower's own on the PATH of a SuperNode."""
+def stand_ins(folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
+    """Writes the programs that come before Flower's own on the PATH of a SuperExec.
+
+    Args:
+        folder: For them.
+        warm: Socket of the warm process.
+        client: How Python runs this module where no warm process answers.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    client = CLIENT.format(socket=str(socket_path), python=sys.executable)
-    _program(folder / STAND_IN, f"#!{sys.executable} -PS\n{client}")
+    script = folder / "hand_over.py"
+    _program(script, CLIENT.format(socket=str(warm), python=sys.executable, client=list(client)))
+    words = shlex.join([sys.executable, "-PS", str(script)])
+    _program(folder / STAND_IN, f'#!/bin/sh\nexec {words} "$@"\n')
     for name in REFUSED:
         _program(folder / name, f"#!/bin/sh\necho '{name}: a site runs no code of a server' >&2\nexit 1\n")
 

@@ -16,6 +16,7 @@ from fedsynth.clients.approval import Approvals
 from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of
 from fedsynth.clients.trail import Trail
 from fedsynth.data import label_list
+from fedsynth.invitation import check_name, host_and_port
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Cell, Client
@@ -43,9 +44,7 @@ class SuperLink:
     private_key: str = "keys/node"
 
     def __post_init__(self) -> None:
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or "/" in self.address:
-            raise BadValue(f"superlink.address must read HOST:PORT, got {self.address!r}")
+        host_and_port(self.address)
 
 
 @dataclass(frozen=True)
@@ -178,16 +177,6 @@ class Place:
     def model(self, name: str) -> str:
         """A model of site.toml as it is loaded."""
         return str(self.path(name)) if self.path(name).is_dir() else name
-
-
-def check_name(name: str) -> None:
-    """Refuses what cannot name a site.
-
-    Raises:
-        BadValue: If it cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise BadValue(f"name must be letters, digits, dots, dashes and underscores, at most 64, got {name!r}")
 
 
 def load_site(path: Path) -> Place:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-import tomllib
-from collections.abc import Mapping
+import uuid
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from fedsynth.certificates import write_new, write_node_keys
 from fedsynth.clients.approval import Decision
 from fedsynth.clients.process import SOCKET, stand_ins
-from fedsynth.clients.site import SITE, Place, check_name
+from fedsynth.clients.site import SITE, Place
 from fedsynth.clients.trail import Trail
 from fedsynth.corpus import Corpus
+from fedsynth.flower import OWNER, LaunchFailed, alone, ending, environment, interrupt, spawn, take_down
+from fedsynth.invitation import Invitation, check_name, read_invitation
 from fedsynth.payload import decode
 from fedsynth.site_check import check_key, check_state
 from fedsynth.tasks import ORDERS
@@ -43,132 +46,119 @@ def init(folder: Path, *, name: str, invitation: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     told = folder / f"{name}.pub"
     write_node_keys(folder / "keys" / "node", told, comment=name)
-    write_new(folder / "ca.crt", invited["ca"].encode())
+    write_new(folder / "ca.crt", invited.ca.encode())
     write_new(folder / "site.toml", template(name, invited).encode())  # last: with it the folder is a site's
     return told
 
 
-def read_invitation(path: Path) -> dict[str, Any]:
-    """What a coordinator wrote for sites: address, CA, and what the scenario asks for.
-
-    Raises:
-        BadValue: If it is none.
-    """
-    try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise BadValue(f"{path} is no invitation: {problem}; ask the coordinator for invitation.toml") from problem
-    for key in ("address", "ca"):
-        if not isinstance(found.get(key), str):
-            raise BadValue(f"{path} is no invitation: it has no {key}; ask the coordinator for invitation.toml")
-    return found
-
-
-def template(name: str, invited: Mapping[str, Any]) -> str:
+def template(name: str, invited: Invitation) -> str:
     """site.toml, with what the coordinator proposes filled in, for the operator to judge."""
-    import tomli_w
-
-    asked = dict(invited.get("scenario", {}))
-    labels = tomli_w.dumps({"labels": asked.get("labels", [])}).strip()
-    models = tomli_w.dumps({"models": asked.get("models", [])}).strip()
-    strategies = tomli_w.dumps({"strategies": [s] if (s := asked.get("strategy")) else []}).strip()
-    text = resources.files("fedsynth").joinpath("site.template.toml").read_text(encoding="utf-8")
+    asked = invited.scenario
     filled = {
         "@name@": name,
-        "@address@": str(invited["address"]),
-        "@task@": str(asked.get("task", "classification")),
-        "@labels@": labels,
-        "@models@": models,
-        "@strategies@": strategies,
-        "@asked@": f"{asked['epsilon']:g}" if "epsilon" in asked else "what it says",
+        "@address@": invited.address,
+        "@task@": asked.task,
+        "@labels@": _line(labels=asked.labels) if asked.labels else "",
+        "@models@": _line(models=asked.models),
+        "@strategies@": _line(strategies=asked.strategies),
+        "@asked@": "no budget" if asked.epsilon is None else f"epsilon {asked.epsilon:g}",
     }
+    text = resources.files("fedsynth").joinpath("site.template.toml").read_text(encoding="utf-8")
     for mark, value in filled.items():
         text = text.replace(mark, value)
+    if asked.task == "instructions":
+        text = text.replace('label = "label"           # TODO (of instructions: response = "response")',
+                            'response = "response"     # TODO')  # fmt: skip
     return text
 
 
-def start(place: Place, *, port: int = 0, process: tuple[str, ...] = ("-m", "fedsynth.clients.process")) -> int:
-    """Runs the SuperNode and the warm process beside it, until one ends or a signal comes.
+def _line(**values: tuple[str, ...]) -> str:
+    """`key = [...]` in TOML."""
+    return tomli_w.dumps({key: list(found) for key, found in values.items()}).strip()
+
+
+def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
+    """Runs the site's SuperNode until Ctrl-C or SIGTERM; everything that it started is gone then.
+
+    Four programs: the SuperNode, which talks to the server; the SuperExec, which starts a process for each message and
+    shows a secret that is made anew each time, so that no other program on this machine can take a message; in place
+    of Flower's client process a stand-in (`fedsynth.clients.process`); and the warm process that it hands over to.
 
     Args:
         place: The site.
-        port: Of the SuperNode's own API on 127.0.0.1; any free one by default.
-        process: How Python runs the warm process.
-
-    Returns:
-        The SuperNode's exit code.
+        port: Of the SuperNode's own API on 127.0.0.1; any free one if 0.
+        client: How Python runs `fedsynth.clients.process`.
 
     Raises:
         BadValue: If something stands in the way.
+        LaunchFailed: The SuperNode or the SuperExec ended by itself, or another one works in the state folder.
     """
     check_state(place)
     check_key(place)
-    warm_socket = _socket(place)
-    programs = place.state / "bin"
-    stand_ins(programs, warm_socket)
-    environment = _environment(place, programs)
-    children: list[subprocess.Popen[bytes]] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        warm = [sys.executable, "-P", *process, "serve", str(warm_socket)]
-        children.append(subprocess.Popen(warm, env=environment, cwd=place.state, preexec_fn=_end_with_parent))
-        children.append(
-            subprocess.Popen(_supernode(place, port or _free_port()), env=environment, cwd=place.state,
-                             preexec_fn=_end_with_parent)
-        )  # fmt: skip
-        return _watched(children)
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        for child in reversed(children):
-            with contextlib.suppress(ProcessLookupError):
-                child.terminate()
-        for child in children:
-            try:
-                child.wait(10)
-            except subprocess.TimeoutExpired:
-                child.kill()
+    with alone(place.state, f"another `fedsynth site start` works in {place.state}: end that one first"):
+        marker, port = uuid.uuid4().hex, port or _free_port()
+        (place.state / OWNER).write_text(marker)
+        secret = place.state / "superexec.secret"
+        secret.unlink(missing_ok=True)
+        write_new(secret, secrets.token_bytes(32), secret=True)
+        warm_socket, programs = _socket(place), place.state / "bin"
+        stand_ins(programs, warm_socket, client)
+        environment = _environment(place, programs, marker)
+        signal.signal(signal.SIGTERM, interrupt)
+        running: list[subprocess.Popen[bytes]] = []
+        try:
+            spawn(running, [sys.executable, "-P", *client, "serve", str(warm_socket)], environment, place.state)
+            supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
+            superexec = spawn(running, _superexec(port, secret, supernode.pid), environment, place.state)
+            _watch(running[0], supernode, superexec)
+        except KeyboardInterrupt:
+            print("ending the SuperNode and what runs on it", file=sys.stderr)
+        finally:
+            take_down(running, marker)
 
 
-def _watched(children: list[subprocess.Popen[bytes]]) -> int:
-    warm, supernode = children
-    while supernode.poll() is None:
-        if warm is not None and warm.poll() is not None:
-            print("fedsynth: the warm process has ended; messages now start their own, which takes seconds each",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            warm = None  # type: ignore[assignment]
+def _watch(
+    warm: subprocess.Popen[bytes], supernode: subprocess.Popen[bytes], superexec: subprocess.Popen[bytes]
+) -> None:
+    told = False
+    while supernode.poll() is None and superexec.poll() is None:
+        if warm.poll() is not None and not told:
+            print(f"fedsynth: the warm process died ({ending(warm.returncode)}): each message now takes some seconds "
+                  "more", file=sys.stderr, flush=True)  # fmt: skip
+            told = True
         time.sleep(0.2)
-    return supernode.returncode
+    who, code = ("SuperExec", superexec.poll()) if supernode.poll() is None else ("SuperNode", supernode.poll())
+    raise LaunchFailed(f"the {who} ended: {ending(code)}; its last lines say why")
 
 
-def _supernode(place: Place, port: int) -> list[str]:
+def _supernode(place: Place, port: int, secret: Path) -> list[str]:
     link = place.site.superlink
-    return [
-        "flower-supernode",
-        "--superlink", link.address,
-        "--root-certificates", str(place.path(link.root_certificates)),
-        "--auth-supernode-private-key", str(place.path(link.private_key)),
-        "--host", "127.0.0.1",
-        "--port", str(port),
-    ]  # fmt: skip
+    return ["flower-supernode", "--superlink", link.address,
+            "--root-certificates", str(place.path(link.root_certificates)),
+            "--auth-supernode-private-key", str(place.path(link.private_key)),
+            "--host", "127.0.0.1", "--port", str(port),
+            "--isolation", "process", "--superexec-auth-secret-file", str(secret)]  # fmt: skip
 
 
-def _environment(place: Place, programs: Path) -> dict[str, str]:
-    """The operator's environment, without what would reach outside, with the stand-ins first on the PATH."""
-    from fedsynth.launch import quiet_flower
+def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
+    # Without TLS: it stays on this machine, and shows the secret.
+    return ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}",
+            "--superexec-auth-secret-file", str(secret), "--parent-pid", str(supernode)]  # fmt: skip
 
+
+def _environment(place: Place, programs: Path, marker: str) -> dict[str, str]:
+    """The operator's, without what would reach outside, with the stand-ins first on the PATH."""
     device = place.site.device
     cards = {"auto": None, "cpu": ""}.get(device, device.removeprefix("cuda:"))
-    path = os.pathsep.join([str(programs), str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)])
+    common = environment(marker)
     return {
-        **os.environ,
-        **quiet_flower(),
+        **common,
         **({} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}),
         SITE: str(place.folder / "site.toml"),
         "FLWR_HOME": str(place.state / "flower"),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a process that forks must have one thread
         "TOKENIZERS_PARALLELISM": "false",
-        "PATH": path,
+        "PATH": os.pathsep.join([str(programs), common["PATH"]]),
     }
 
 
@@ -224,10 +214,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _end_with_parent() -> None:
-    """In a child, before its program: SIGTERM comes when the parent dies, however that one ended (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)

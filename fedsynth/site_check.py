@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from fedsynth.clients.site import Place
 from fedsynth.clients.trail import entries
 from fedsynth.hub import weights_hash
+from fedsynth.invitation import host_and_port
 from fedsynth.models import check as check_model
 from fedsynth.models import load_tokenizer
 from fedsynth.sources import check as check_data
@@ -145,11 +146,10 @@ def check_key(place: Place) -> str:
 def _server(place: Place) -> Iterator[Finding]:
     """TLS, certificate and clock, by one request without content."""
     link = place.site.superlink
-    host, _, port = link.address.rpartition(":")
-    host = host.strip("[]")
+    host, port = host_and_port(link.address)
     try:
         context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
-        connection = http.client.HTTPSConnection(host, int(port), timeout=10, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
         with contextlib.closing(connection):
             connection.request("GET", "/health")
             said = connection.getresponse().headers.get("Date")
