@@ -1,0 +1,187 @@
+"""A federation of real processes on this machine: one SuperLink, several SuperNodes, TLS, registered keys."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+NAMES = ("charite", "st-marys", "ukb")
+HERE = Path(__file__).parent
+START_SITE = """
+import sys
+from pathlib import Path
+from fedsynth.clients.site import load_site
+from fedsynth.site import start
+start(load_site(Path(sys.argv[1])), client=sys.argv[2:])
+"""
+
+
+def fedsynth(*arguments: object, cwd: Path, seconds: float = 120, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """One command, run to its end."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fedsynth.cli", *map(str, arguments)], cwd=cwd, env=environment(), text=True,
+        capture_output=True, timeout=seconds, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    """This process's, one thread, and the package that is tested."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@dataclass
+class Running:
+    """A program in the foreground of its own session, with its output in a file."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+
+    def wait_for(self, words: str, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while words not in self.said():
+            assert self.process.poll() is None, f"ended without saying {words!r}:\n{self.said()[-3000:]}"
+            assert time.monotonic() < end, f"did not say {words!r}:\n{self.said()[-3000:]}"
+            time.sleep(0.1)
+
+    def descendants(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, sign: signal.Signals = signal.SIGTERM, seconds: float = 20) -> None:
+        """Sends a signal and waits until the program and all that it started are gone."""
+        try:
+            below = self.descendants()
+        except psutil.NoSuchProcess:
+            below = []
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(sign)
+        self.process.wait(seconds)
+        _, alive = psutil.wait_procs(below, timeout=seconds)
+        left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert not left, [p.cmdline() for p in left]
+
+
+def spawn(command: Sequence[object], cwd: Path, log: Path, **more: Any) -> Running:
+    with log.open("ab") as out:
+        process = subprocess.Popen(list(map(str, command)), cwd=cwd, env={**environment(), **more}, stdout=out,
+                                   stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    return Running(process, log)
+
+
+@dataclass
+class Federation:
+    """Folders of a coordinator and of sites, and what runs in them."""
+
+    folder: Path
+    port: int
+    names: Sequence[str] = NAMES
+    server: Running | None = None
+    sites: dict[str, Running] = field(default_factory=dict)
+
+    @property
+    def coordinator(self) -> Path:
+        return self.folder / "coordinator"
+
+    def place(self, name: str) -> Path:
+        return self.folder / name
+
+    def start_server(self) -> Running:
+        self.server = spawn([sys.executable, "-P", "-m", "fedsynth.cli", "server", "start", self.coordinator],
+                            self.folder, self.folder / "server.log")  # fmt: skip
+        self.server.wait_for("the SuperLink listens")
+        return self.server
+
+    def start_site(self, name: str, *, injected: bool = False, wait: bool = True, **more: str) -> Running:
+        command: list[object] = [sys.executable, "-P", "-m", "fedsynth.cli", "site", "start", self.place(name)]
+        if injected:
+            command = [sys.executable, "-P", "-c", START_SITE, self.place(name), HERE / "injected_client.py"]
+        self.sites[name] = spawn(command, self.folder, self.folder / f"{name}.log", **more)
+        if wait:
+            self.sites[name].wait_for("SuperNode ID")
+            self.sites[name].wait_for("warm")
+        return self.sites[name]
+
+    def run(
+        self, scenario: str | Path, out: str, *arguments: object, code: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        return fedsynth("run", scenario, "--server", self.coordinator, "--out", self.folder / out, *arguments,
+                        cwd=self.folder, seconds=280, code=code)  # fmt: skip
+
+    def trail(self, name: str) -> list[dict[str, Any]]:
+        lines = (self.place(name) / "state" / "audit.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def end(self) -> None:
+        for site in self.sites.values():
+            with contextlib.suppress(Exception):
+                site.end()
+        if self.server is not None:
+            with contextlib.suppress(Exception):
+                self.server.end()
+
+
+@contextlib.contextmanager
+def federation(
+    folder: Path, scenario: str | Path, data: dict[str, pd.DataFrame], *, port: int, policy: str = "", **toml: str
+) -> Iterator[Federation]:
+    """A coordinator and sites that are registered; the SuperLink runs, no site does.
+
+    Args:
+        folder: For all of it.
+        scenario: The coordinator's.
+        data: Notes by site.
+        port: Of the SuperLink.
+        policy: Lines of [policy] in place of those that ask for a person and for many records.
+        toml: More replacements in site.toml, old text -> new.
+    """
+    made = Federation(folder, port, tuple(data))
+    fedsynth(
+        "server", "init", made.coordinator, "--port", port, "--scenario", scenario, "--test-certificates", cwd=folder
+    )
+    try:
+        made.start_server()
+        for name, notes in data.items():
+            place = made.place(name)
+            fedsynth(
+                "site", "init", place, "--name", name, "--invitation", made.coordinator / "invitation.toml", cwd=folder
+            )
+            notes.to_csv(place / "notes.csv", index=False)
+            fill_in(place, records=len(notes), policy=policy, **toml)
+            fedsynth("server", "invite", made.coordinator, place / f"{name}.pub", cwd=folder)
+        yield made
+    finally:
+        made.end()
+
+
+def fill_in(place: Path, *, records: int, policy: str = "", **toml: str) -> None:
+    """What an operator does with site.toml."""
+    text = (place / "site.toml").read_text()
+    changes = {
+        'person = "patient"        # TODO column that says whose row it is; or: independent_rows = true':
+            "independent_rows = true",
+        "records = 0": f"records = {records}",
+        "minimum_records = 100": "minimum_records = 1",
+        "approve_text = true": policy or "approve_text = false",
+        **toml,
+    }  # fmt: skip
+    for old, new in changes.items():
+        assert old in text, f"site.toml has no {old!r}:\n{text}"
+        text = text.replace(old, new)
+    (place / "site.toml").write_text(text)
