@@ -1,28 +1,52 @@
-"""A site's client process whose noise keys are a simulation's: for tests alone. No option of the package does this."""
+"""A site's client process whose noise keys are a simulation's, and which keeps what Flower's serialiser is given.
+
+For tests alone: no option of the package does either.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 from fedsynth.clients.process import main, serve
 
+DUMP = "FEDSYNTH_TEST_DUMP"  # a folder for the objects that are sent
+
 
 def opener(context: Any, envelope: Any) -> Any:
     """As `fedsynth.clients.site.site_home`, but for where the keys come from."""
-    import os
-
     from fedsynth.clients.home import cell_of
     from fedsynth.clients.site import SITE, home_of, load_site
     from fedsynth.privacy.noise import simulated_key
 
+    _keep_what_is_sent()
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
 
     def keys(counter: int, binding: str) -> bytes:
         return simulated_key(cell.seed, envelope.home, counter, binding)
 
     return home_of(load_site(Path(os.environ[SITE])), cell, envelope, {}, keys=keys)
+
+
+def _keep_what_is_sent() -> None:
+    """Every object of a reply as Flower serialises it."""
+    import flwr.supernode.runtime.run_clientapp as runtime
+
+    folder = os.environ.get(DUMP)
+    if folder is None or getattr(runtime, "_kept", False):
+        return
+    send = runtime.push_objects
+
+    def keep(objects: Any, *arguments: Any, **more: Any) -> Any:
+        for each in objects.values():
+            (Path(folder) / f"{type(each).__name__}-{uuid.uuid4().hex}").write_bytes(each.deflate())
+        return send(objects, *arguments, **more)
+
+    runtime.push_objects = keep
+    runtime._kept = True  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

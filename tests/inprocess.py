@@ -130,6 +130,7 @@ def play(
     professional: Any = None,
     spoil: Callable[[Message], Message | None] = lambda _: None,
     nodes: int | None = None,
+    run: str = "simulated",
 ) -> Played:
     """Runs all rounds of one cell, on as many nodes as clients unless told otherwise."""
     whole = to_toml(from_toml(toml))
@@ -144,7 +145,7 @@ def play(
     professional = llm if professional is None else Recalled(professional, "professional", journal)
 
     def open_clients(grid: Any) -> Clients:
-        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
+        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, run, labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
     strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients))

@@ -1,4 +1,4 @@
-"""A TCP proxy in this process that counts what passes, and can be cut: every connection is lost, new ones are refused."""
+"""A TCP proxy in this process that counts what passes, and can be cut: connections are lost, new ones refused."""
 
 from __future__ import annotations
 
