@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth import __version__
-from fedsynth.launch import LaunchFailed
+from fedsynth.flower import LaunchFailed
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import load, shipped_scenarios

@@ -23,8 +23,9 @@ from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.examples import check_room
 from fedsynth.federation import load_strategy
+from fedsynth.flower import STATUS
 from fedsynth.hub import pin
-from fedsynth.launch import APP, STATUS, launch
+from fedsynth.launch import APP, launch
 from fedsynth.models import check as check_model
 from fedsynth.models import device, gpu_memory, gpus, load_generator, load_tokenizer, models_of
 from fedsynth.payload import corpus_from_parquet
@@ -261,7 +262,7 @@ def run(
 
     Raises:
         BadValue: Something is wrong with scenario, data, models, budget or directory; nothing was run.
-        fedsynth.launch.LaunchFailed: The run did not complete; the message has the reason and the log.
+        fedsynth.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
     """
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -294,7 +295,7 @@ def resume(
 
     Raises:
         BadValue: If there is no run, or its clients' accounts are gone.
-        fedsynth.launch.LaunchFailed: The run did not complete, or still goes on.
+        fedsynth.flower.LaunchFailed: The run did not complete, or still goes on.
     """
     place = Path(out).absolute()
     if not (place / "scenario.toml").is_file():

@@ -14,6 +14,7 @@ comparison comparison_tables
 grids
 simulate watch dryrun probe
 fedsynth_sim launch
+flower
 strategies clients
 federation runs wire firewall tasks recall trackers
 classifier public_models world_models world_adapters
@@ -21,13 +22,13 @@ judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters surroundings
 models dpsgd participation
-hub
+hub certificates invitation
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables world payload tokenizer checkpoint
 corpus typed assets instructions usage
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
-    "flwr": {"wire", "federation", "clients.app", "clients.home", "clients.stock", "launch", "fedsynth_sim"},
+    "flwr": {"wire", "federation", "clients.app", "clients.home", "clients.stock", "flower", "fedsynth_sim"},
     "torch": {
         "models",
         "dpsgd",
