@@ -22,6 +22,7 @@ from fedsynth.typed import BadValue
 
 TEST_CA = "fedsynth CA for tests"  # by this issuer, such certificates are known again
 CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those that Flower takes for the keys of nodes
+NAMES = {"certificate": "server.crt", "key": "server.key", "ca": "ca.crt"}  # of files of certificates for tests
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -88,9 +89,9 @@ def write_certificates(folder: Path, hosts: Sequence[str], days: float = 365) ->
     by = authority(max(days, 365))
     certificate, key = issue(by, list(dict.fromkeys([*hosts, *LOOPBACK])), days)
     folder.mkdir(parents=True, exist_ok=True)
-    write_new(folder / "server.key", key, secret=True)
-    write_new(folder / "server.crt", certificate)
-    write_new(folder / "ca.crt", by.pem)
+    write_new(folder / NAMES["key"], key, secret=True)
+    write_new(folder / NAMES["certificate"], certificate)
+    write_new(folder / NAMES["ca"], by.pem)
 
 
 def write_node_keys(private: Path, public: Path, comment: str = "") -> None:
@@ -167,7 +168,23 @@ def check_pair(certificate: Path, key: Path) -> list[str]:
     return warnings
 
 
-def check_covers(certificate: Path, key: Path, ca: bytes, host: str) -> None:
+def read_authority(path: Path) -> str:
+    """A file of one or several CAs, as PEM.
+
+    Raises:
+        BadValue: If it holds none.
+    """
+    try:
+        text = path.read_text(encoding="ascii")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
+    except (ssl.SSLError, ValueError) as problem:
+        raise BadValue(f"{path} holds no CA's certificate as plain PEM ({problem})") from problem
+    except OSError as problem:
+        raise BadValue(f"{path} cannot be read: {problem.strerror}") from problem
+    return text
+
+
+def check_covers(certificate: Path, key: Path, ca: str, host: str) -> None:
     """Whether who trusts `ca` and connects to `host` accepts the certificate: a handshake is made in memory.
 
     Args:
@@ -180,10 +197,7 @@ def check_covers(certificate: Path, key: Path, ca: bytes, host: str) -> None:
     """
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     server.load_cert_chain(certificate, key, password=_no_password)
-    try:
-        client.load_verify_locations(cadata=ca.decode("ascii"))
-    except (ssl.SSLError, ValueError) as problem:
-        raise BadValue(f"the CA for {host} is no certificate as plain PEM ({problem})") from problem
+    client.load_verify_locations(cadata=ca)
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [client.wrap_bio(down, up, server_hostname=host), server.wrap_bio(up, down, server_side=True)]
     while ends:

@@ -28,6 +28,8 @@ OWNER = "marker"  # of the processes that work in a directory
 EVENTS = "events.jsonl"
 STATUS = "status.json"
 LOG = "flower.log"
+DEPLOYMENT = "deployment.json"  # of a run on real sites: fedsynth.deployment
+SERVER_PROCESS = "server.pid"  # in the private directory of a run on real sites: its ServerApp's process
 
 # For the C library: memory that is let go is kept for what comes next, which is as large: a training step of 15 million
 # parameters takes 4 % less time when its pages need not be found anew (docs/results.md).
@@ -36,6 +38,8 @@ KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 class LaunchFailed(RuntimeError):
     """The run did not complete; the message is one line with the reason and the place of the log."""
+
+    what = "the run failed"
 
 
 class CommandRefused(RuntimeError):
@@ -125,18 +129,15 @@ class Events:
         yield from (json.loads(line) for line in whole.splitlines() if line.strip())
 
 
-ANOTHER_RUN = "another run works in this directory ({}): wait for it, or end it"
-
-
 @contextlib.contextmanager
-def alone(folder: Path, otherwise: str = ANOTHER_RUN) -> Iterator[None]:
+def alone(folder: Path, otherwise: LaunchFailed | None = None) -> Iterator[None]:
     """Whoever works in a directory must be the only one: it holds a lock as long as it lives.
 
     What an earlier one has left is waited for (its supervisor takes the processes down), then killed.
 
     Args:
         folder: Where the lock lies.
-        otherwise: What is said, with the folder, if another one works there.
+        otherwise: Raised if another one works there; left out: says that it is a run.
 
     Raises:
         LaunchFailed: If another one works there.
@@ -145,7 +146,8 @@ def alone(folder: Path, otherwise: str = ANOTHER_RUN) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise LaunchFailed(otherwise.format(folder)) from None
+            said = f"another run works in this directory ({folder}): wait for it, or end it"
+            raise otherwise or LaunchFailed(said) from None
         if (folder / OWNER).is_file():
             marker = (folder / OWNER).read_text()
             for _ in range(100):

@@ -9,6 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
+cli_deployment
+submit
+superlink deployment
+invited
+server
 reporting forecast
 comparison comparison_tables
 grids
