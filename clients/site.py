@@ -239,7 +239,7 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         open=lambda: read(site.data, place.folder),
         simulated=False,
         rules=rules_of(place, cell, labels),
-        lock=place.state / "lock",
+        lock=place.state / "orders.lock",
         approvals=place.approvals,
         trail=Trail(place.trail, {"strategy": scenario.strategy.use, **who}),
     )

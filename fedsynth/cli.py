@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth import __version__
-from fedsynth.launch import LaunchFailed
+from fedsynth.cli_deployment import server_app, site_app
+from fedsynth.flower import LaunchFailed
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import load, shipped_scenarios
@@ -26,6 +27,8 @@ from fedsynth.watch import Watch
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
@@ -68,18 +71,30 @@ def run_command(
         Path | None, typer.Option("--resume", help="Go on with the run in this directory, which was ended too soon.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
+    server: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run on real sites, through the coordinator's server in DIR.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="With --server: names of sites; all that were let in by default.")] = "",
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
     track: Annotated[str, typer.Option(help="mlflow or wandb, or both with a comma: told when the run is done.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
-    """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine."""
+    """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine; with
+    --server on real sites, by default the coordinator's own scenario."""
     console = _console(error=True)
+    if server is not None:
+        if from_ is not None or clients is not None or workers is not None or port is not None:
+            raise BadValue("--from, --clients, --workers and --port are of simulations: leave them out with --server")
+        if not scenario and resume_ is None:
+            scenario = str(server / "scenario.toml")
+    elif sites:
+        raise BadValue("--sites names real sites: say with --server DIR which coordinator's")
     if sum([bool(scenario), from_ is not None, resume_ is not None]) != 1:
         raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
-    if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None):
+    if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None or sites):
         raise BadValue(
-            "--resume goes on with a run as it was begun: only --workers, --port, --track, --json go with it"
+            "--resume goes on with a run as it was begun: only --workers, --port, --server, --track, --json go with it"
         )
     trackers = [name.strip() for name in track.split(",") if name.strip()]
     if trackers:
@@ -89,6 +104,28 @@ def run_command(
     known = from_ or resume_
     asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds)
     # torch and Flower take seconds to import: help and misspelt keys need neither
+    if server is not None:
+        result = _run_on_sites(console, server, asked, sites, out, resume_)
+    else:
+        result = _simulate(console, asked, out, from_, resume_, workers, port)
+    if trackers:
+        from fedsynth.trackers import tell
+
+        tell(trackers, asked, result.metrics, result.out)
+    _print_table(console if as_json else _console(error=False), result)
+    if as_json:
+        print(json.dumps(result.summary))
+
+
+def _simulate(
+    console: Console,
+    asked: Scenario,
+    out: Path | None,
+    from_: Path | None,
+    resumed: Path | None,
+    workers: int | None,
+    port: int | None,
+) -> Any:
     from fedsynth.simulate import resume, run
 
     with Watch(console, asked) as watch:
@@ -98,17 +135,27 @@ def run_command(
 
             for line in differences(from_, asked):
                 watch.warn(f"not as in {from_}: {line}")
-        if resume_ is not None:
-            result = resume(resume_, workers=workers, port=port, **told)
-        else:
-            result = run(asked, out=out, workers=workers, port=port, **told)
-    if trackers:
-        from fedsynth.trackers import tell
+        if resumed is not None:
+            return resume(resumed, workers=workers, port=port, **told)
+        return run(asked, out=out, workers=workers, port=port, **told)
 
-        tell(trackers, asked, result.metrics, result.out)
-    _print_table(console if as_json else _console(error=False), result)
-    if as_json:
-        print(json.dumps(result.summary))
+
+def _run_on_sites(
+    console: Console, server: Path, asked: Scenario, sites: str, out: Path | None, resumed: Path | None
+) -> Any:
+    from fedsynth.deployment import chosen, deployed, read_deployment
+
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    if resumed is not None:
+        names = list(read_deployment(resumed.absolute()).sites)
+    planned = deployed(asked, len(chosen(server, names)))
+    from fedsynth import submit
+
+    with Watch(console, planned, planned.data.clients) as watch:
+        told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
+        if resumed is not None:
+            return submit.resume(server, resumed, **told)
+        return submit.submit(server, asked, out=out, names=names, **told)
 
 
 @app.command("compare")
@@ -457,7 +504,7 @@ def main() -> None:
     except LedgerUnusable as problem:
         _end(f"bad input: {problem}", BAD_INPUT)
     except LaunchFailed as problem:
-        _end(f"the run failed: {problem}", FAILED)
+        _end(f"{problem.what}: {problem}", FAILED)
     except (KeyboardInterrupt, typer.Abort):
         _end("interrupted; nothing of the run is left running", INTERRUPTED)
     except Exception as problem:

@@ -21,9 +21,9 @@ import pandas as pd
 from fedsynth import simulate
 from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points, utility
 from fedsynth.federation import load_strategy
+from fedsynth.flower import LaunchFailed
 from fedsynth.grids import Grid, at_epsilon, read_grid, refuse_another, scenario_of
 from fedsynth.grids import to_toml as grid_to_toml
-from fedsynth.launch import LaunchFailed
 from fedsynth.models import gpus
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Cell, Scenario
@@ -88,7 +88,7 @@ def compare(
 
     Raises:
         BadValue: Something is wrong with the grid or the directory; nothing was run.
-        fedsynth.launch.LaunchFailed: Some runs did not complete; all others did. The same call goes on.
+        fedsynth.flower.LaunchFailed: Some runs did not complete; all others did. The same call goes on.
     """
     whole = parts(grid)
     with _alone(out):

@@ -55,6 +55,11 @@ def locate(name: str) -> str:
     return name
 
 
+def elsewhere(name: str) -> bool:
+    """Whether a model's name is that of a folder which is not on this machine: at a site, perhaps."""
+    return Path(name).is_absolute() and not Path(name).exists()
+
+
 def locate_adapter(name: str) -> Path:
     """The folder of a shipped adapter, or a folder, in PEFT format.
 

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario import Endpoint, Precision, Scenario
+from fedsynth.scenario import Client, Endpoint, Precision, Scenario, Server
 from fedsynth.scenario_toml import cells
 from fedsynth.typed import BadValue
 
@@ -266,15 +266,23 @@ def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
     """Every model that the arms of a scenario name, with what it is for, each pair once; no endpoints."""
     found: dict[tuple[str, Role], None] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        client, server = cell.scenario.client, cell.scenario.server
-        task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
-        found |= {(client.generator, "generator"): None}
-        # Instructions need none.
-        found |= {(name, task): None for name in client.task_models or (client.task_model,) if name}
-        found |= {(name, "llm"): None for name in (server.llm, server.professional) if isinstance(name, str)}
-        if server.embedder is not None:
-            found |= {(server.embedder, "embedder"): None}
+        found |= dict.fromkeys([*client_models(cell.scenario.client), *server_models(cell.scenario.server)])
     return list(found)
+
+
+def client_models(client: Client) -> list[tuple[str, Role]]:
+    """The models that clients run, with what each is for."""
+    task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
+    # Instructions need no task model.
+    return [(client.generator, "generator"),
+            *((name, task) for name in client.task_models or (client.task_model,) if name)]  # fmt: skip
+
+
+def server_models(server: Server) -> list[tuple[str, Role]]:
+    """The models that the server runs, with what each is for; no endpoints."""
+    found: list[tuple[str, Role]] = [(name, "llm") for name in (server.llm, server.professional)
+                                     if isinstance(name, str)]  # fmt: skip
+    return found if server.embedder is None else [*found, (server.embedder, "embedder")]
 
 
 def endpoints_of(scenario: Scenario) -> list[Endpoint]:

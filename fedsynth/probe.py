@@ -26,7 +26,7 @@ import numpy as np
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site, divide, label_list, open_site
 from fedsynth.examples import token_ids
-from fedsynth.launch import KEEPING, LaunchFailed
+from fedsynth.flower import KEEPING, LaunchFailed
 from fedsynth.models import load_tokenizer
 from fedsynth.scenario import Cell, Client
 from fedsynth.scenario_toml import cells, from_toml, to_toml

@@ -187,7 +187,7 @@ def check_free(out: Path) -> None:
 
 
 def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
-    """Makes the run's directory and writes what is known before the run.
+    """Makes a simulation's directory and writes what is known before the run.
 
     Returns:
         The data cards. What they count is private text, so that `data.json` lies in the private directory.
@@ -197,16 +197,30 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """
     check_free(out)
     cards = data_cards(scenario)
+    begin(scenario, out, {}, {"data.json": cards})
+    return cards
+
+
+def begin(scenario: Scenario, out: Path, more: Mapping[str, Any], private: Mapping[str, Any]) -> None:
+    """Makes a run's directory, and the private one beside it.
+
+    Args:
+        scenario: What runs.
+        out: The directory; free.
+        more: JSON by the name of its file, in the directory.
+        private: Likewise, in the private one.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    beside = private_of(out)
+    beside.mkdir(mode=0o700, exist_ok=True)
     (out / FILE).write_text(json.dumps(surroundings(scenario), indent=1), encoding="utf-8")
-    private = private_of(out)
-    private.mkdir(mode=0o700, exist_ok=True)
-    (private / "data.json").write_text(json.dumps(cards, ensure_ascii=False), encoding="utf-8")
+    for folder, files in ((out, more), (beside, private)):
+        for name, value in files.items():
+            (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     # Last and at once: a directory that has it can be gone on with.
     part = out / "scenario.toml.part"
     part.write_text(to_toml(scenario), encoding="utf-8")
     part.replace(out / "scenario.toml")
-    return cards
 
 
 def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:

@@ -23,10 +23,20 @@ from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.examples import check_room
 from fedsynth.federation import load_strategy
+from fedsynth.flower import DEPLOYMENT, STATUS
 from fedsynth.hub import pin
-from fedsynth.launch import APP, STATUS, launch
+from fedsynth.launch import APP, launch
 from fedsynth.models import check as check_model
-from fedsynth.models import device, gpu_memory, gpus, load_generator, load_tokenizer, models_of
+from fedsynth.models import (
+    client_models,
+    device,
+    gpu_memory,
+    gpus,
+    load_generator,
+    load_tokenizer,
+    models_of,
+    server_models,
+)
 from fedsynth.payload import corpus_from_parquet
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import check_free, prepare, private_of
@@ -105,15 +115,9 @@ def check(scenario: Scenario) -> list[str]:
     seen: set[tuple[Any, ...]] = set()
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         resolved = cell.scenario
-        try:
-            kind, options = load_strategy(resolved.strategy)
-            kind.check(options, resolved)
-        except BadValue as problem:
-            raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
-        for name, role in models_of(resolved):
+        check_server(cell)
+        for name, role in client_models(resolved.client):
             check_model(name, role)
-        if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
-            public_adapter(resolved.server.adapter, resolved.server.llm)
         key = (resolved.data, resolved.client)
         if key in seen:
             continue
@@ -131,13 +135,41 @@ def check(scenario: Scenario) -> list[str]:
     return list(dict.fromkeys(warnings))
 
 
+def check_server(cell: Cell) -> None:
+    """What the server of an arm itself needs: options of the strategy, its models, its adapter.
+
+    Raises:
+        BadValue: What is wrong and the way out.
+    """
+    resolved = cell.scenario
+    try:
+        kind, options = load_strategy(resolved.strategy)
+        kind.check(options, resolved)
+    except BadValue as problem:
+        raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
+    for name, role in server_models(resolved.server):
+        check_model(name, role)
+    if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
+        public_adapter(resolved.server.adapter, resolved.server.llm)
+
+
 def pinned(scenario: Scenario) -> Scenario:
     """The scenario with the commits of all models and data from the hub, models of its arms included.
 
     Raises:
         BadValue: If a model of an arm that runs is not found.
     """
-    pins = {name: pin(name) for name, _ in models_of(scenario)}
+    found = with_models(scenario, {name: pin(name) for name, _ in models_of(scenario)})
+    return replace(found, data=pinned_data(scenario.data))
+
+
+def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
+    """The scenario with other names for models, those of its arms included.
+
+    Args:
+        scenario: Any.
+        pins: Old name -> new name; others stay.
+    """
 
     def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {key: pinned_name(value) if (table, key) in MODELS else value for key, value in values.items()}
@@ -156,7 +188,7 @@ def pinned(scenario: Scenario) -> Scenario:
         for arm, overrides in scenario.arms.items()
     }
     client, server = replace(scenario.client, **here("client")), replace(scenario.server, **here("server"))
-    return replace(scenario, client=client, server=server, arms=arms, data=pinned_data(scenario.data))
+    return replace(scenario, client=client, server=server, arms=arms)
 
 
 def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None:
@@ -261,7 +293,7 @@ def run(
 
     Raises:
         BadValue: Something is wrong with scenario, data, models, budget or directory; nothing was run.
-        fedsynth.launch.LaunchFailed: The run did not complete; the message has the reason and the log.
+        fedsynth.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
     """
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
@@ -294,11 +326,13 @@ def resume(
 
     Raises:
         BadValue: If there is no run, or its clients' accounts are gone.
-        fedsynth.launch.LaunchFailed: The run did not complete, or still goes on.
+        fedsynth.flower.LaunchFailed: The run did not complete, or still goes on.
     """
     place = Path(out).absolute()
     if not (place / "scenario.toml").is_file():
         raise BadValue(f"{place} holds no run: there is no scenario.toml; start one with --out")
+    if (place / DEPLOYMENT).is_file():
+        raise BadValue(f"{place} holds a run on sites: say with --server DIR which coordinator's")
     if done(place):
         return read(place)
     if not private_of(place).is_dir():

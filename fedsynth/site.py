@@ -95,7 +95,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
     """
     check_state(place)
     check_key(place)
-    with alone(place.state, f"another `fedsynth site start` works in {place.state}: end that one first"):
+    with alone(place.state, LaunchFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
         marker, port = uuid.uuid4().hex, port or _free_port()
         (place.state / OWNER).write_text(marker)
         secret = place.state / "superexec.secret"

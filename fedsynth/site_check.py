@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,8 +20,8 @@ from fedsynth.clients.site import Place
 from fedsynth.clients.trail import entries
 from fedsynth.hub import weights_hash
 from fedsynth.invitation import host_and_port
+from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
-from fedsynth.models import load_tokenizer
 from fedsynth.sources import check as check_data
 from fedsynth.typed import BadValue
 
@@ -75,15 +76,23 @@ def _data(place: Place) -> Iterator[Finding]:
 
 
 def _models(place: Place) -> Iterator[Finding]:
-    own = {"generator": place.site.models.generator, "task_model": place.site.models.task_model}
-    for role, name in own.items():
+    own: list[tuple[Role, str]] = [
+        ("generator", place.site.models.generator),
+        ("task_model", place.site.models.task_model),
+    ]
+    for role, name in own:
         if name:
-            yield _found(role, lambda name=name, role=role: check_model(place.model(name), role) or f"{name} loads")  # type: ignore[misc]
+            yield _found(role, partial(_fits, place.model(name), role))
     for name in place.site.policy.models:
-        yield _found("model", lambda name=name: _loads(name))  # type: ignore[misc]
-    if not place.site.policy.models and not all(own.values()):
+        yield _found("model", partial(_loads, name))
+    if not place.site.policy.models and not all(name for _, name in own):
         yield Finding("models", "warning", "policy.models is empty, and [models] does not name both: scenarios that "
                                            "need another model are refused")  # fmt: skip
+
+
+def _fits(name: str, role: Role) -> str:
+    check_model(name, role)
+    return f"{name} loads"
 
 
 def _loads(name: str) -> str:

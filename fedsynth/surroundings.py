@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from fedsynth import __version__
-from fedsynth.hub import version_of
+from fedsynth.hub import elsewhere, version_of
 from fedsynth.models import endpoints_of, gpu_names, models_of
 from fedsynth.scenario import Scenario
 from fedsynth.typed import BadValue
@@ -35,7 +35,7 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
                      "memory_gb": round(psutil.virtual_memory().total / 1e9), "gpus": gpu_names()},
         "code": _code(),
         "public_seeds": list(scenario.seeds),
-        "models": {name: version_of(name) for name, _ in models_of(scenario)},
+        "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
         # Which weights answer there, only their server knows.
         "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
     }  # fmt: skip

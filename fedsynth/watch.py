@@ -22,9 +22,10 @@ class Watch:
     Args:
         console: Where it shows.
         scenario: What runs.
+        sites: How many real sites run it; None: a simulation.
     """
 
-    def __init__(self, console: Console, scenario: Scenario) -> None:
+    def __init__(self, console: Console, scenario: Scenario, sites: int | None = None) -> None:
         self.console = console
         self.cells = len(cells(scenario))
         columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f} %"),
@@ -35,10 +36,10 @@ class Watch:
         self.rounds = scenario.rounds  # an arm with fewer fills its part of the bar at once
         self.last: tuple[str, str, int] = ("", "", 0)
         self.begun = time.monotonic()
-        console.print(
-            f"[bold]{scenario.name}[/]: {scenario.data.clients} clients, {self.cells} cells "
-            f"(arms x seeds), data {scenario.data.source}"
-        )
+        what = f"{scenario.data.clients} clients, {self.cells} cells (arms x seeds), data {scenario.data.source}"
+        if sites is not None:
+            what = f"{sites} site{'s' if sites > 1 else ''}, each with its own data"
+        console.print(f"[bold]{scenario.name}[/]: {what}")
 
     def __enter__(self) -> Watch:
         self.live.__enter__()
@@ -56,7 +57,7 @@ class Watch:
         if event.get("event") == "cell":
             self.at = int(event["number"])
             self._show(event, "", 0, 1)
-        elif event.get("event") in ("data", "workers"):
+        elif event.get("event") in ("data", "workers", "sites"):
             self.console.print(event["line"], markup=False, soft_wrap=True)
         elif event.get("event") == "warning":
             self.warn(event["text"])

@@ -23,9 +23,9 @@ import fedsynth.cli
 from fedsynth import comparison, simulate
 from fedsynth.comparison import compare, depends_on_epsilon, parts, read, shares
 from fedsynth.comparison_tables import NOTES, costs_table, utility_table
+from fedsynth.flower import LaunchFailed
 from fedsynth.grids import Grid, read_grid
 from fedsynth.grids import to_toml as to_toml_of
-from fedsynth.launch import LaunchFailed
 from fedsynth.reporting import comparison_page
 from fedsynth.reporting.page import render
 from fedsynth.runs import prepare, summarize, up

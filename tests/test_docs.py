@@ -14,7 +14,7 @@ from inprocess import play
 from scripted import ScriptedLLM
 
 import fedsynth.cli
-from fedsynth.launch import _environment
+from fedsynth.flower import environment
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_keys import keys, page
@@ -64,7 +64,7 @@ def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch:
     [line] = blocks(page_, "bash")
     assert line.startswith("PYTHONPATH=. fedsynth run")
     monkeypatch.setenv("PYTHONPATH", ".")
-    assert _environment("marker")["PYTHONPATH"] == str(tmp_path)
+    assert environment("marker")["PYTHONPATH"] == str(tmp_path)
     played = play(scenario, tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well"))
     assert played.metric("accuracy")
     [written] = played.metric("texts/written")

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsynth.launch import LaunchFailed, _Events, _Plan, _RunFailed, _watch, launch
+from fedsynth.flower import Events, LaunchFailed
+from fedsynth.launch import _Plan, _RunFailed, _watch, launch
 from fedsynth.simulate import concurrency, gpu_share
 
 ECHO = Path(__file__).parent / "data" / "echo_app"
@@ -113,7 +114,7 @@ def test_a_run_has_completed_when_both_flower_and_the_run_say_so(
 def test_only_whole_new_lines_are_events(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"of": "an earlier run"}\n')
-    events = _Events(path)
+    events = Events(path)
     with path.open("a") as file:
         file.write('{"n": 1}\n{"n":')
         file.flush()

@@ -9,11 +9,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
+cli_deployment
+site
+site_check submit
+superlink deployment
+invited
+server
 reporting forecast
 comparison comparison_tables
 grids
 simulate watch dryrun probe
 fedsynth_sim launch
+flower
 strategies clients
 federation runs wire firewall tasks recall trackers
 classifier public_models world_models world_adapters
@@ -21,14 +28,24 @@ judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters surroundings
 models dpsgd participation
-hub
+hub certificates invitation
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
 corpus typed assets instructions usage
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
     "sqlalchemy": {"sources"},
-    "flwr": {"wire", "federation", "clients.app", "clients.home", "clients.stock", "launch", "fedsynth_sim"},
+    "flwr": {
+        "wire",
+        "federation",
+        "clients.app",
+        "clients.home",
+        "clients.site",
+        "clients.process",
+        "clients.stock",
+        "flower",
+        "fedsynth_sim",
+    },
     "torch": {
         "models",
         "dpsgd",

@@ -17,7 +17,7 @@ from scripted import ScriptedLLM
 from fedsynth.checkpoint import Checkpoint
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation import Clients
-from fedsynth.launch import STATUS
+from fedsynth.flower import STATUS
 from fedsynth.lora import Adapter
 from fedsynth.payload import decode, encode
 from fedsynth.runs import Journal
@@ -178,11 +178,11 @@ def test_one_adapter_of_many_clients_is_written_once(tmp_path: Path) -> None:
 
 
 def test_two_do_not_go_on_with_one_run(tmp_path: Path) -> None:
-    from fedsynth.launch import LaunchFailed, _alone
+    from fedsynth.flower import LaunchFailed, alone
 
-    with _alone(tmp_path), pytest.raises(LaunchFailed, match="another run works in this directory"), _alone(tmp_path):
+    with alone(tmp_path), pytest.raises(LaunchFailed, match="another run works in this directory"), alone(tmp_path):
         pass
-    with _alone(tmp_path):
+    with alone(tmp_path):
         pass
 
 

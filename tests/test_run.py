@@ -18,7 +18,7 @@ import pytest
 from conftest import SESSION
 
 import fedsynth.cli
-from fedsynth.launch import MARKER
+from fedsynth.flower import MARKER
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.runs import private_of
 from fedsynth.simulate import resume

@@ -7,7 +7,7 @@ same records of simulated hospitals, in float32 with Adam and without a guarante
 adapters. Counted is the CPU time of all processes below the measuring one, in rounds after the first, with one worker:
 
 - `plain`: one process; the model is kept, an adapter is put in place, trained with PEFT and read. Also with the memory
-  settings that `fedsynth run` gives its workers (`launch.KEEPING`).
+  settings that `fedsynth run` gives its workers (`flower.KEEPING`).
 - `ours`: what a client of `fedsynth run` does, ledger and all; also with a guarantee, and with a wide base in bfloat16.
 - `usual`: a Flower ClientApp that builds its model for each message and learns by the model's own loss, as most
   examples do; its texts lie in a file, as tokens.
@@ -49,8 +49,8 @@ from fedsynth.batches import padded
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.data import open_site
 from fedsynth.examples import Example, encode_slots
+from fedsynth.flower import KEEPING
 from fedsynth.hub import weights_hash
-from fedsynth.launch import KEEPING
 from fedsynth.lora import Adapter, average
 from fedsynth.models import load_tokenizer
 from fedsynth.scenario import Cell

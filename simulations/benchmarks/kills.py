@@ -25,7 +25,7 @@ import pandas as pd
 import psutil
 from measuring import Bar, at_least, at_most, figure, options, told
 
-from fedsynth.launch import MARKER
+from fedsynth.flower import MARKER
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.simulate import done, read
 

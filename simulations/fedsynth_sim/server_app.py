@@ -19,6 +19,7 @@ from fedsynth.checkpoint import CHECKPOINTS
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
 from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.flower import SERVER_PROCESS
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
@@ -35,7 +36,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
-    toml, out, _ = places(context.run_config, context.run_id)
+    toml, out, private = places(context.run_config, context.run_id)
+    if context.run_config.get("deployment"):
+        (private / SERVER_PROCESS).write_text(str(os.getpid()))  # for who must end it: fedsynth.submit
     try:
         deployed = Deployment.read(str(context.run_config.get("deployment", "")))
         if deployed is None:
