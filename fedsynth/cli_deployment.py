@@ -133,7 +133,7 @@ def site_check(
     folder: Site, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per finding.")] = False
 ) -> None:
     """Check schema, labels, models, budget, key, certificate, clock and reachability; exit with 1 on a problem."""
-    from fedsynth.clients.site import load_site
+    from fedsynth.clients.policy import load_site
     from fedsynth.site_check import check
 
     console, worst = Console(highlight=False), False
@@ -154,7 +154,7 @@ def site_start(
     folder: Site, port: Annotated[int, typer.Option(help="Of the SuperNode's own API here; any free one.")] = 0
 ) -> None:
     """Run the site's SuperNode until it is stopped: Ctrl-C, SIGTERM."""
-    from fedsynth.clients.site import load_site
+    from fedsynth.clients.policy import load_site
     from fedsynth.site import start
 
     start(load_site(folder), port=port)
@@ -169,7 +169,7 @@ def site_approve(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List synthetic text that waits for a person; show it, let it go, or keep it."""
-    from fedsynth.clients.site import load_site
+    from fedsynth.clients.policy import load_site
     from fedsynth.site import decide, held_text, waiting
 
     if sum(map(bool, (show, accept, refuse))) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,20 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.certificates import write_new, write_node_keys
 from fedsynth.clients.approval import Decision
+from fedsynth.clients.policy import SITE, Place
 from fedsynth.clients.process import SOCKET, stand_ins
-from fedsynth.clients.site import SITE, Place
 from fedsynth.clients.trail import Trail
 from fedsynth.corpus import Corpus
 from fedsynth.flower import OWNER, LaunchFailed, alone, ending, environment, interrupt, spawn, take_down
 from fedsynth.invitation import Invitation, check_name, read_invitation
-from fedsynth.payload import decode
-from fedsynth.site_check import check_key, check_state
 from fedsynth.tasks import ORDERS
 from fedsynth.typed import BadValue
-from fedsynth.wire import derived
 
 
 def init(folder: Path, *, name: str, invitation: Path) -> Path:
@@ -75,6 +76,44 @@ def template(name: str, invited: Invitation) -> str:
 def _line(**values: tuple[str, ...]) -> str:
     """`key = [...]` in TOML."""
     return tomli_w.dumps({key: list(found) for key, found in values.items()}).strip()
+
+
+def check_state(place: Place) -> str:
+    """Whether the state folder is this user's alone and has room.
+
+    Raises:
+        BadValue: If not.
+    """
+    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mode = place.state.stat().st_mode & 0o077
+    if mode:
+        raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
+    free = shutil.disk_usage(place.state).free
+    if free < 2**30:
+        raise BadValue(
+            f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
+        )
+    return f"{place.state}, {free / 2**30:.0f} GiB free"
+
+
+def check_key(place: Place) -> str:
+    """Whether the site's key can be used, and nobody else reads it.
+
+    Raises:
+        BadValue: If not.
+    """
+    path = place.path(place.site.superlink.private_key)
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+    except OSError as problem:
+        raise BadValue(f"the key {path} cannot be read: {problem.strerror}") from problem
+    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
+        raise BadValue(f"{path} holds no OpenSSH private key without a password ({problem})") from problem
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadValue(f"{path} is no EC key: Flower takes those of `fedsynth site init` and `ssh-keygen -t ecdsa`")
+    if path.stat().st_mode & 0o077:
+        raise BadValue(f"{path} can be read by others: chmod 600 {path}")
+    return f"{path} is an EC key that only this user reads"
 
 
 def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
@@ -190,6 +229,9 @@ def held_text(place: Place, order: str) -> Corpus:
     Raises:
         BadValue: If there is no such order, or its answer holds no text.
     """
+    from fedsynth.payload import decode
+    from fedsynth.wire import derived  # brings Flower
+
     held = place.approvals.find(order)
     stored = place.open_ledger().answered(held["order"])
     if stored is None:

@@ -5,23 +5,19 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import http.client
-import shutil
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-
-from fedsynth.clients.site import Place
+from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
 from fedsynth.hub import weights_hash
 from fedsynth.invitation import host_and_port
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
+from fedsynth.site import check_key, check_state
 from fedsynth.sources import check as check_data
 from fedsynth.typed import BadValue
 
@@ -112,44 +108,6 @@ def _budget(place: Place) -> str:
 
 def _trail(place: Place) -> str:
     return f"{sum(1 for _ in entries(place.trail))} entries, each follows from the one before ({place.trail})"
-
-
-def check_state(place: Place) -> str:
-    """Whether the state folder is this user's alone and has room.
-
-    Raises:
-        BadValue: If not.
-    """
-    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mode = place.state.stat().st_mode & 0o077
-    if mode:
-        raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
-    free = shutil.disk_usage(place.state).free
-    if free < 2**30:
-        raise BadValue(
-            f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
-        )
-    return f"{place.state}, {free / 2**30:.0f} GiB free"
-
-
-def check_key(place: Place) -> str:
-    """Whether the site's key can be used, and nobody else reads it.
-
-    Raises:
-        BadValue: If not.
-    """
-    path = place.path(place.site.superlink.private_key)
-    try:
-        key = load_ssh_private_key(path.read_bytes(), password=None)
-    except OSError as problem:
-        raise BadValue(f"the key {path} cannot be read: {problem.strerror}") from problem
-    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
-        raise BadValue(f"{path} holds no OpenSSH private key without a password ({problem})") from problem
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise BadValue(f"{path} is no EC key: Flower takes those of `fedsynth site init` and `ssh-keygen -t ecdsa`")
-    if path.stat().st_mode & 0o077:
-        raise BadValue(f"{path} can be read by others: chmod 600 {path}")
-    return f"{path} is an EC key that only this user reads"
 
 
 def _server(place: Place) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 START_SITE = """
 import sys
 from pathlib import Path
-from fedsynth.clients.site import load_site
+from fedsynth.clients.policy import load_site
 from fedsynth.site import start
 start(load_site(Path(sys.argv[1])), client=sys.argv[2:])
 """

@@ -19,7 +19,8 @@ DUMP = "FEDSYNTH_TEST_DUMP"  # a folder for the objects that are sent
 def opener(context: Any, envelope: Any) -> Any:
     """As `fedsynth.clients.site.site_home`, but for where the keys come from."""
     from fedsynth.clients.home import cell_of
-    from fedsynth.clients.site import SITE, home_of, load_site
+    from fedsynth.clients.policy import SITE, load_site
+    from fedsynth.clients.site import home_of
     from fedsynth.privacy.noise import simulated_key
 
     _keep_what_is_sent()

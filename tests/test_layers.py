@@ -10,9 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
 cli_deployment
-site
 site_check submit
-superlink deployment
+site superlink deployment
 invited
 server
 reporting forecast

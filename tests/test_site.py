@@ -23,19 +23,21 @@ import fedsynth.federation
 from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.home import Home, cell_of
-from fedsynth.clients.site import Place, Policy, Site, SuperLink, home_of, load_site
+from fedsynth.clients.policy import Place, Policy, Site, SuperLink, load_site
+from fedsynth.clients.site import home_of
 from fedsynth.clients.trail import Trail, TrailBroken, entries
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import label_list
 from fedsynth.examples import encode_slots
 from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy
+from fedsynth.invitation import Invitation, Planned
 from fedsynth.payload import decode
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
 from fedsynth.runs import Journal, guarantee_of, privacy_line
 from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.site import decide, held_text, waiting
+from fedsynth.site import decide, held_text, template, waiting
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
 from fedsynth.typed import BadValue
@@ -529,11 +531,9 @@ class TestFile:
     """site.toml."""
 
     def test_reads_back_what_the_template_says_once_it_is_filled_in(self, tmp_path: Path) -> None:
-        from fedsynth.site import template
-
-        asked = {"labels": ["heart", "skin"], "models": ["assets:hospitals-slm"], "task": "classification",
-                 "strategy": "fedsynth.strategies.fdkt:FDKT", "epsilon": 8.0}  # fmt: skip
-        text = template("st-marys", {"address": "fl.example.org:9443", "ca": "", "scenario": asked})
+        planned = Planned("tiny", "classification", LABELS, ("fedsynth.strategies.fdkt:FDKT",), ("assets:hospitals-slm",), "dp",
+                          epsilon=8.0)  # fmt: skip
+        text = template("st-marys", Invitation("fl.example.org:9443", "", planned))
         (tmp_path / "site.toml").write_text(text)
         with pytest.raises(BadValue, match="records must be at least 1, got 0"):  # what only the site knows
             load_site(tmp_path)
