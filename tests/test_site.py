@@ -531,8 +531,8 @@ class TestFile:
     """site.toml."""
 
     def test_reads_back_what_the_template_says_once_it_is_filled_in(self, tmp_path: Path) -> None:
-        planned = Planned("tiny", "classification", LABELS, ("fedsynth.strategies.fdkt:FDKT",), ("assets:hospitals-slm",), "dp",
-                          epsilon=8.0)  # fmt: skip
+        use, model = ("fedsynth.strategies.fdkt:FDKT",), ("assets:hospitals-slm",)
+        planned = Planned("tiny", "classification", LABELS, use, model, "dp", epsilon=8.0)
         text = template("st-marys", Invitation("fl.example.org:9443", "", planned))
         (tmp_path / "site.toml").write_text(text)
         with pytest.raises(BadValue, match="records must be at least 1, got 0"):  # what only the site knows
