@@ -118,11 +118,13 @@ def assert_alike(out: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.relative_to(out)).read_bytes()
 
 
-def test_killed_twice_and_gone_on_with_by_more_workers_it_ends_as_one_that_was_left_alone(
-    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+@pytest.mark.parametrize(
+    "said", [{"synthesize": 1}, pytest.param({"synthesize": 1, "learn": 1}, marks=pytest.mark.full)]
+)
+def test_killed_and_gone_on_with_by_more_workers_it_ends_as_one_that_was_left_alone(
+    ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, said: dict[str, int]
 ) -> None:
     out, broken = ended[0], tmp_path / "broken"
-    said = {"synthesize": 1, "learn": 1}
     words = command("--clients", "3", "--arms", "fdkt", "--out", "broken", "--workers", "1")
     for phase, count in said.items():
         child = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
