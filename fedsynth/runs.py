@@ -327,9 +327,9 @@ PUBLIC = (
 def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(journals)
-    figures = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
+    measured = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
     worked = [WORKED] if journals[0].simulated else []
-    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": [*figures, *worked, *NOT_COVERED],
+    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": [*measured, *worked, *NOT_COVERED],
             "terms": _terms(journals)}  # fmt: skip
     spent = _spent(journals)
     if guarantee == "none" or not spent:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.flower import DEPLOYMENT
 from fedsynth.publictext import sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render
