@@ -24,6 +24,7 @@ from fedsynth.flower import (
     Commands,
     Events,
     LaunchFailed,
+    alive,
     alone,
     one_line,
     own_status,
@@ -241,12 +242,13 @@ def _stop(flwr: Commands, run: str, out: Path) -> None:
         flwr("stop", run)
     process = _serverapp(out)
     if process is not None:
+        end = time.monotonic() + STOPPING_SECONDS
+        while alive(process) and time.monotonic() < end:
+            time.sleep(0.1)
         with contextlib.suppress(psutil.NoSuchProcess):
-            try:
-                process.wait(STOPPING_SECONDS)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(STOPPING_SECONDS)
+            process.kill()
+        while alive(process):
+            time.sleep(0.05)
 
 
 def _serverapp(out: Path) -> psutil.Process | None:
