@@ -283,13 +283,14 @@ def test_a_run_waits_for_its_sites_and_then_goes_by_the_quorum(tmp_path: Path, m
     (folder / "server.toml").write_text(text.replace("wait_seconds = 600.0", "wait_seconds = 0.01"))
     asked_of = [invited.Site(name, "f", name, "s") for name in ("a", "b")]
     states = iter([{"a": "offline", "b": "registered"}, *[{"a": "online", "b": "registered"}] * 9])
-    monkeypatch.setattr(submit, "states_by", lambda *_: (next(states), []))
+    monkeypatch.setattr(submit, "states_by", lambda *_: (next(states), ["77"]))
     lines: list[str] = []
     wait: Any = submit._wait_for_sites
     tell = lambda event: lines.append(event["line"])  # noqa: E731
     with pytest.raises(BadValue, match=r"not online after 0.01 s \(wait_seconds of server.toml\): b; .*--sites"):
         wait(folder, None, hospitals(), asked_of, tell, lines.append)
-    assert lines[0] == "waiting for a (offline), b (registered): `fedsynth site start` there"
+    assert lines[0].startswith("registered with the SuperLink, and not in sites.toml: node 77; whoever")
+    assert lines[1] == "waiting for a (offline), b (registered): `fedsynth site start` there"
     half = hospitals(server=replace(hospitals().server, quorum=0.5))
     wait(folder, None, half, asked_of, None, lines.append)
     assert lines[-1] == "not online, the quorum goes on without them: b"
