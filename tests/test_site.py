@@ -168,7 +168,7 @@ class SitesGrid(LocalGrid):
             if self.away.get(name, 0) > 0:
                 self.away[name] -= 1
                 status = "offline"
-            found.append(SimpleNamespace(node_id=node, name=name, status=status))
+            found.append(SimpleNamespace(node_id=node, name=name, status=status, last_activated_at=""))
         return found
 
 
