@@ -101,14 +101,15 @@ CODES: dict[type[Exception], Code] = {
 }
 
 
-def client_app(open_home: Opener, *, stock: bool = True) -> ClientApp:
+def client_app(open_home: Opener, *, simulated: bool = True) -> ClientApp:
     """A ClientApp over homes.
 
     Args:
         open_home: Flower's context and the order's envelope -> the home it is for.
-        stock: Whether Flower's own strategies are answered, too; they belong to simulations.
+        simulated: Flower's own strategies are answered, too, and this process uses one thread.
     """
-    one_thread()
+    if simulated:
+        one_thread()
     app = ClientApp()
 
     @app.query("who")
@@ -132,7 +133,7 @@ def client_app(open_home: Opener, *, stock: bool = True) -> ClientApp:
 
         return handle
 
-    if stock:
+    if simulated:
         app.train()(usual(Finetune))  # Flower's own strategies: docs/flower-strategies.md
         app.evaluate()(usual(Evaluate))
     return app

@@ -112,6 +112,7 @@ class Site:
         models: Models that the site takes instead of the scenario's.
         state: Folder of ledger, task models, logs and audit trail; belongs to this site for ever.
         device: `auto` (a GPU where there is one), `cpu`, or the number of a GPU, as `cuda:1`.
+        threads: That one message may use on CPUs.
     """
 
     name: str
@@ -121,8 +122,10 @@ class Site:
     models: Models = field(default_factory=Models)
     state: str = "state"
     device: str = "auto"
+    threads: Count = 1
 
     def __post_init__(self) -> None:
+        in_range(self)
         check_name(self.name)
         if not re.fullmatch(r"auto|cpu|cuda:\d+", self.device):
             raise BadValue(f'device must be "auto", "cpu" or "cuda:NUMBER", got {self.device!r}')
@@ -147,7 +150,7 @@ class Place:
     @property
     def ledger(self) -> Path:
         """The account of the site's data set."""
-        return self.state / f"ledger-{self.site.data.id}.sqlite"
+        return self.state / "accounts" / self.site.data.id / "ledger.sqlite"
 
     @property
     def trail(self) -> Path:

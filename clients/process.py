@@ -91,7 +91,7 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
 
     def load(_id: str, _version: str, bundle: str) -> Any:
         os.environ[BUNDLE] = bundle
-        return client_app(opener or site_home, stock=False)
+        return client_app(opener or site_home, simulated=False)
 
     replaced: dict[str, Any] = {
         "install_from_fab": lambda *_, **__: None,

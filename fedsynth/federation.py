@@ -8,6 +8,7 @@ import json
 import math
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -121,8 +122,16 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, int]:
 
     A node's name is that under which an operator of the server registered its key, so that no site can claim to be
     another.
+
+    Raises:
+        TooFewReplies: If two nodes have the same name.
     """
-    known = {str(node.name): int(node.node_id) for node in grid.get_nodes() if node.status == "online"}
+    online = [node for node in grid.get_nodes() if node.status == "online"]
+    for name, count in Counter(str(node.name) for node in online).items():
+        if count > 1 and name in names:  # Flower makes keys unique, not names
+            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: who they are must be found out, and all "
+                                "but one removed, before anything is asked")  # fmt: skip
+    known = {str(node.name): int(node.node_id) for node in online}
     return {number: known[name] for number, name in enumerate(names) if name in known}
 
 

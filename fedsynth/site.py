@@ -195,6 +195,7 @@ def _environment(place: Place, programs: Path, marker: str) -> dict[str, str]:
         **({} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}),
         SITE: str(place.folder / "site.toml"),
         "FLWR_HOME": str(place.state / "flower"),
+        "OMP_NUM_THREADS": str(place.site.threads),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a process that forks must have one thread
         "TOKENIZERS_PARALLELISM": "false",
         "PATH": os.pathsep.join([str(programs), common["PATH"]]),

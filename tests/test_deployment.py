@@ -156,7 +156,7 @@ def test_the_run_says_what_was_spent_and_measures_nothing(ran: Ran) -> None:
 def test_each_site_keeps_an_account_a_trail_and_a_model_of_its_own(ran: Ran) -> None:
     for name in NAMES:
         state = ran.federation.place(name) / "state"
-        found = contents(state / f"ledger-{name}-1.sqlite")
+        found = contents(state / "accounts" / f"{name}-1" / "ledger.sqlite")
         assert not problems(found)
         assert [grant["state"] for grant in found["grants"]] == ["sent"]
         events = [(e["event"], e.get("task")) for e in ran.federation.trail(name)]

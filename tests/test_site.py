@@ -189,7 +189,7 @@ class Deployed:
         self.cell = cell_of(self.whole, "main", 0)
         self.out.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.cell, self.out, self.out / "events.jsonl", simulated=False)
-        app = client_app(self.open, stock=False)
+        app = client_app(self.open, simulated=False)
         self.grid = SitesGrid(app, len(self.sites), {"scenario-toml": self.whole}, away=self.away)
 
     def open(self, context: Context, envelope: Envelope) -> Home:
