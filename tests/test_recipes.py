@@ -124,7 +124,9 @@ def test_units_are_accepted_by_systemd(tmp_path: Path) -> None:
         text = re.sub(r"^(User|Group)=.*$", "", unit.read_text(), flags=re.MULTILINE)  # the user is made by hand
         name = unit.name.replace("@", "@north")
         (tmp_path / name).write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.MULTILINE))
-        done = subprocess.run([verify, "verify", "--man=no", tmp_path / name], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [verify, "verify", "--man=no", tmp_path / name], capture_output=True, text=True, check=False
+        )
         mine = [line for line in (done.stdout + done.stderr).splitlines() if name in line]
         assert (done.returncode, mine) == (0, [])
 
