@@ -129,8 +129,8 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, int]:
     online = [node for node in grid.get_nodes() if node.status == "online"]
     for name, count in Counter(str(node.name) for node in online).items():
         if count > 1 and name in names:  # Flower makes keys unique, not names
-            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: who they are must be found out, and all "
-                                "but one removed, before anything is asked")  # fmt: skip
+            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
+                                "but one, before anything is asked")  # fmt: skip
     known = {str(node.name): int(node.node_id) for node in online}
     return {number: known[name] for number, name in enumerate(names) if name in known}
 
