@@ -326,7 +326,7 @@ def report(
         print(json.dumps(found))
 
 
-Place = Annotated[Path, typer.Argument(help="A ledger.sqlite, a folder with ledgers, or a run's directory.")]
+Place = Annotated[Path, typer.Argument(help="A ledger's file, a site's folder, or a run's directory.")]
 
 
 @ledger_app.command("show")

@@ -314,6 +314,8 @@ class Clients:
         for homes, reply in self._replies(orders, waiting, again):
             if self.sites and (why := _why_later(reply)):
                 again[homes[0]] = _Again(why)
+                if known.get(homes[0]) != f": {why}":  # for whoever watches: somebody is to act there
+                    append_event(self.journal.events, {"event": "sites", "line": f"{self._name(homes[0])}: {why}"})
                 known[homes[0]] = f": {why}"
                 continue
             if reply.has_error() and tries[homes[0]] < TRIES:
