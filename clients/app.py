@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import sqlite3
+import sys
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -221,6 +224,11 @@ def _answer(
             return _Said(stored, False, home.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
         code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED)
+        if _no_room(problem):
+            code = Code.DISK_FULL
+            where = "the disk" if home is None else home.log_folder
+            print(f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
+                  "be resumed", file=sys.stderr, flush=True)  # fmt: skip
         if code is not Code.AWAITS_APPROVAL:
             _write_down(home, kind.task, traceback.format_exc())
         with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
@@ -261,6 +269,17 @@ def _cost(reply: object) -> dict[str, Any]:
     said = getattr(reply, "statement", None)
     figures = plain(said) if isinstance(said, Statement) else {}
     return {"grants": _grants(reply), **{k: figures[k] for k in ("guarantee", "epsilon", "delta") if k in figures}}
+
+
+def _no_room(problem: BaseException | None) -> bool:
+    """Whether a full disk is behind an exception."""
+    while problem is not None:
+        if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if getattr(problem, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+            return True
+        problem = problem.__cause__ or problem.__context__
+    return False
 
 
 def _write_down(home: Home | None, task: str, what: str) -> None:

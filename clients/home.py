@@ -171,17 +171,29 @@ class Home:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
+    @property
+    def log_folder(self) -> Path:
+        """Where the site's own log lies."""
+        return self.work if self.trail is None else self.trail.path.parent
+
     def log(self) -> logging.Logger:
         """The site's own log: what may hold private values is written here and nowhere else."""
         logger = logging.getLogger(f"fedsynth.home.{self.work}")
         if not logger.handlers:
-            place = self.work if self.trail is None else self.trail.path.parent
-            handler = logging.FileHandler(place / "site.log")
+            handler = _Strict(self.log_folder / "site.log")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(handler)
             logger.setLevel(logging.INFO)
             logger.propagate = False
         return logger
+
+
+class _Strict(logging.FileHandler):
+    """Raises what is amiss with its file, as a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's own
+        """Called while the exception is handled."""
+        raise
 
 
 def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -34,14 +35,24 @@ class Trail:
     who: Mapping[str, Any]
 
     def add(self, event: str, **facts: Any) -> None:
-        """One entry, on disk when this returns."""
-        with open(self.path, "a+b", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        """One entry, on disk when this returns.
+
+        Raises:
+            OSError: If it cannot be written, as on a full disk; nothing of it is there then.
+        """
+        with open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             at = datetime.now(UTC).isoformat(timespec="seconds")
             entry = {"at": at, "event": event, **facts, **self.who, "before": _digest(_last_line(file))}
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+            end = file.seek(0, os.SEEK_END)
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # the next entry must not follow from half a line
+                raise
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
@@ -64,7 +75,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _last_line(file: Any) -> bytes:
-    """The last whole line; of a line that a full disk cut short, what is there: the chain shows it."""
+    """The last line."""
     end = file.seek(0, os.SEEK_END)
     size = 4096
     while True:

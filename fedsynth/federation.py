@@ -117,8 +117,8 @@ class Deployment:
             raise BadValue(f"the run-config's deployment is not JSON: {problem}") from problem
 
 
-def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, int]:
-    """Which of the named sites are connected: number -> node id.
+def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]]:
+    """Which of the named sites are connected: number -> node id, and since when.
 
     A node's name is that under which an operator of the server registered its key, so that no site can claim to be
     another.
@@ -131,7 +131,7 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, int]:
         if count > 1 and name in names:  # Flower makes keys unique, not names
             raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
                                 "but one, before anything is asked")  # fmt: skip
-    known = {str(node.name): int(node.node_id) for node in online}
+    known = {str(node.name): (int(node.node_id), str(node.last_activated_at)) for node in online}
     return {number: known[name] for number, name in enumerate(names) if name in known}
 
 
@@ -201,6 +201,7 @@ class Clients:
     sites: Sequence[str] = ()
     # Messages whose time was over: the homes they are for, the exchange, and its orders.
     _late: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = field(default_factory=dict)
+    _since: dict[int, str] = field(default_factory=dict)  # by home: when the site connected that was asked
     _round: int = 0
     _before: int = 0  # exchanges before the round's first
 
@@ -375,7 +376,9 @@ class Clients:
         `again` sites that are not connected now, and when to try them."""
         sent: dict[str, tuple[int, ...]] = {}
         if self.sites:
-            self.nodes = nodes_by_name(self.grid, self.sites)
+            found = nodes_by_name(self.grid, self.sites)
+            self.nodes = {home: node for home, (node, _) in found.items()}
+            self._since |= {home: since for home, (_, since) in found.items()}
         ready: dict[int, dict[int, RecordDict]] = {}
         sizes: dict[int, int] = {}
         for home in homes:
@@ -426,16 +429,26 @@ class Clients:
         self, orders: Mapping[int, Order[R]], waiting: dict[str, tuple[int, ...]], again: dict[int, _Again]
     ) -> Iterable[tuple[tuple[int, ...], Message]]:
         """Replies as they come; who is in `again` is asked anew when its time has come."""
-        begun = time.monotonic()
+        begun = looked = time.monotonic()
         while (waiting or again) and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
             for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
                 yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            if self.sites and time.monotonic() - looked > ASK_AGAIN_SECONDS:
+                again |= self._lost(waiting)
+                looked = time.monotonic()
             due = [home for home, missing in again.items() if missing.when <= time.monotonic()]
             for home in due:
                 del again[home]
             waiting |= self._send(orders, due, again=again) if due else {}
             if waiting or again:  # looking costs time that workers could use
                 time.sleep(min(1.0, max(POLL_SECONDS, taken / 50)))
+
+    def _lost(self, waiting: dict[str, tuple[int, ...]]) -> dict[int, _Again]:
+        """Takes out of `waiting` whom nobody works for: a site that connected anew, as after a crash, has forgotten
+        what it was asked, and the SuperLink does not say so."""
+        now = nodes_by_name(self.grid, self.sites)
+        lost = [key for key, (home, *_) in waiting.items() if home in now and now[home][1] != self._since.get(home)]
+        return {waiting.pop(key)[0]: _Again("it was started anew", time.monotonic()) for key in lost}
 
     def _read(self, content: RecordDict | str, home: int, order: Order[R]) -> R | str:
         """The checked answer, or why there is none: one bad client must not end what a quorum allows."""

@@ -13,6 +13,8 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,15 @@ from fedsynth.flower import OWNER, LaunchFailed, alone, ending, environment, int
 from fedsynth.invitation import Invitation, check_name, read_invitation
 from fedsynth.tasks import ORDERS
 from fedsynth.typed import BadValue
+
+AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
+REFUSED_SECONDS = 90.0  # so long it may be refused; longer than a server takes to find a dead one out
+
+
+class SiteFailed(LaunchFailed):
+    """A site's SuperNode could not be started, or ended by itself; the message is one line."""
+
+    what = "the site failed"
 
 
 def init(folder: Path, *, name: str, invitation: Path) -> Path:
@@ -130,11 +141,11 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
 
     Raises:
         BadValue: If something stands in the way.
-        LaunchFailed: The SuperNode or the SuperExec ended by itself, or another one works in the state folder.
+        SiteFailed: The SuperNode ended by itself and would again, or another one works in the state folder.
     """
     check_state(place)
     check_key(place)
-    with alone(place.state, LaunchFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
+    with alone(place.state, SiteFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
         marker, port = uuid.uuid4().hex, port or _free_port()
         (place.state / OWNER).write_text(marker)
         secret = place.state / "superexec.secret"
@@ -145,29 +156,86 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         environment = _environment(place, programs, marker)
         signal.signal(signal.SIGTERM, interrupt)
         running: list[subprocess.Popen[bytes]] = []
+        patience = _Patience(place)
         try:
             spawn(running, [sys.executable, "-P", *client, "serve", str(warm_socket)], environment, place.state)
-            supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
-            superexec = spawn(running, _superexec(port, secret, supernode.pid), environment, place.state)
-            _watch(running[0], supernode, superexec)
+            while True:
+                supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
+                superexec = spawn(running, _superexec(port, secret, supernode.pid), environment, place.state)
+                said = _watch(running[0], supernode, superexec)
+                for program in (superexec, supernode):
+                    program.terminate()
+                    with suppress(subprocess.TimeoutExpired):
+                        program.wait(5.0)
+                    program.kill()
+                    program.wait()
+                del running[1:]
+                patience.wait(said)
         except KeyboardInterrupt:
             print("ending the SuperNode and what runs on it", file=sys.stderr)
         finally:
             take_down(running, marker)
 
 
+@dataclass
+class _Patience:
+    """Whether a SuperNode that ended is started anew. It gives up where a network is cut at the wrong moment; and a
+    server takes one that died for connected, and refuses the next, until it has missed its heartbeats for a minute."""
+
+    place: Place
+    begun: float = field(default_factory=time.monotonic)
+    first: float | None = None  # when the first of several ended that hardly lived
+
+    def wait(self, said: str) -> None:
+        """Returns when the next is to be started.
+
+        Args:
+            said: How the one before ended.
+
+        Raises:
+            SiteFailed: If none would live longer, with what the operator can do.
+        """
+        from fedsynth.site_check import server  # brings the models' libraries, which a site that runs well needs not
+
+        found = {finding.what: finding.says for finding in server(self.place) if finding.state == "problem"}
+        for what in ("certificate", "clock"):
+            if what in found:
+                raise SiteFailed(f"{said}: {found[what]}")
+        now = time.monotonic()
+        if "server" in found or now - self.begun > REFUSED_SECONDS:
+            self.first = None
+            _tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
+        elif self.first is None:
+            self.first = now
+            _tell(f"{said}: {_refused(self.place)}; it is tried again for {REFUSED_SECONDS:.0f} s")
+        elif now - self.first > REFUSED_SECONDS:
+            raise SiteFailed(f"{said}: {_refused(self.place)}")
+        time.sleep(AGAIN_SECONDS)
+        self.begun = time.monotonic()
+
+
+def _refused(place: Place) -> str:
+    return (f"{place.site.superlink.address} did not let this site in. Either its key is not registered there: send "
+            f"{place.site.name}.pub to the coordinator. Or another SuperNode shows the same key, or did until it was "
+            "killed less than a minute ago")  # fmt: skip
+
+
+def _tell(line: str) -> None:
+    print(f"fedsynth: {line}", file=sys.stderr, flush=True)
+
+
 def _watch(
     warm: subprocess.Popen[bytes], supernode: subprocess.Popen[bytes], superexec: subprocess.Popen[bytes]
-) -> None:
+) -> str:
+    """How SuperNode or SuperExec ended, as soon as one has."""
     told = False
     while supernode.poll() is None and superexec.poll() is None:
         if warm.poll() is not None and not told:
-            print(f"fedsynth: the warm process died ({ending(warm.returncode)}): each message now takes some seconds "
-                  "more", file=sys.stderr, flush=True)  # fmt: skip
+            _tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
             told = True
         time.sleep(0.2)
     who, code = ("SuperExec", superexec.poll()) if supernode.poll() is None else ("SuperNode", supernode.poll())
-    raise LaunchFailed(f"the {who} ended: {ending(code)}; its last lines say why")
+    return f"the {who} ended ({ending(code)})"
 
 
 def _supernode(place: Place, port: int, secret: Path) -> list[str]:

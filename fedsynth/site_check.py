@@ -50,7 +50,7 @@ def check(place: Place) -> Iterator[Finding]:
     yield _found("audit trail", lambda: _trail(place))
     yield _found("state folder", lambda: check_state(place))
     yield _found("key", lambda: check_key(place))
-    yield from _server(place)
+    yield from server(place)
 
 
 def _found(what: str, look: Callable[[], str]) -> Finding:
@@ -110,8 +110,9 @@ def _trail(place: Place) -> str:
     return f"{sum(1 for _ in entries(place.trail))} entries, each follows from the one before ({place.trail})"
 
 
-def _server(place: Place) -> Iterator[Finding]:
-    """TLS, certificate and clock, by one request without content."""
+def server(place: Place) -> Iterator[Finding]:
+    """TLS, certificate and clock, by one request without content; what is a problem is told as `server`, `certificate`
+    or `clock`."""
     link = place.site.superlink
     host, port = host_and_port(link.address)
     try:
@@ -123,7 +124,7 @@ def _server(place: Place) -> Iterator[Finding]:
             certificate = connection.sock.getpeercert() if connection.sock else None
     except ssl.SSLCertVerificationError as problem:
         why = f"the certificate of {link.address} is not accepted: {problem.verify_message}"
-        yield Finding("server", "problem", f"{why}; ask the coordinator, and do not go on")
+        yield Finding("certificate", "problem", f"{why}; ask the coordinator, and do not go on")
         return
     except (OSError, ValueError, http.client.HTTPException) as problem:
         why = f"{link.address} cannot be reached by TLS: {problem or type(problem).__name__}"

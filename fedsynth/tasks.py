@@ -249,6 +249,7 @@ class Code(StrEnum):
     AWAITS_APPROVAL = "awaits_approval"
     NOT_APPROVED = "not_approved"
     SELF_CHECK_FAILED = "self_check_failed"
+    DISK_FULL = "disk_full"
     FAILED = "failed"
 
 

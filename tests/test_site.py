@@ -168,7 +168,7 @@ class SitesGrid(LocalGrid):
             if self.away.get(name, 0) > 0:
                 self.away[name] -= 1
                 status = "offline"
-            found.append(SimpleNamespace(node_id=node, name=name, status=status))
+            found.append(SimpleNamespace(node_id=node, name=name, status=status, last_activated_at=""))
         return found
 
 
@@ -448,7 +448,8 @@ def test_two_nodes_of_one_name_are_refused_before_anything_is_asked(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
     deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
-    nodes = [SimpleNamespace(node_id=number, name=name, status="online") for number, name in enumerate([*NAMES, "ukb"])]
+    at: dict[str, Any] = {"status": "online", "last_activated_at": ""}
+    nodes = [SimpleNamespace(node_id=number, name=name, **at) for number, name in enumerate([*NAMES, "ukb"])]
     deployed.grid.get_nodes = lambda: nodes  # type: ignore[method-assign]
     with pytest.raises(TooFewReplies, match="2 SuperNodes are registered as 'ukb'"):
         deployed.run()
