@@ -409,6 +409,8 @@ class TestApproval:
         monkeypatch.setattr(Approvals, "check", accepted_at_the_third_look)
         deployed.run()
         assert deployed.codes() == [Code.AWAITS_APPROVAL] * 2
+        told = (tmp_path / "run" / "events.jsonl").read_text()
+        assert told.count("site 'charite': its answer waits for approval there") == 1  # not at each look
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
         assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
         events = [e["event"] for e in entries(sites[0].trail)]
