@@ -111,7 +111,13 @@ def serve(path: Path, opener: Callable[..., Any] | None = None) -> NoReturn:
         path: Of the Unix socket, in a folder of the site's user alone.
         opener: As of `main`.
     """
-    import peft  # noqa: F401 - all of these are for the children
+    # All of these are for the children. None starts a thread, not even Flower's.
+    import flwr.supernode.cli.flwr_clientapp
+    import flwr.supernode.runtime.run_clientapp
+    import peft  # noqa: F401
+
+    import fedsynth.clients.app
+    import fedsynth.clients.site  # noqa: F401
 
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
