@@ -191,9 +191,9 @@ class Home:
 class _Strict(logging.FileHandler):
     """Raises what is amiss with its file, as a full disk."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802 - logging's own
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's own
         """Called while the exception is handled."""
-        raise  # noqa: PLE0704
+        raise
 
 
 def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:

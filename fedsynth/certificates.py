@@ -209,7 +209,7 @@ def check_covers(certificate: Path, key: Path, ca: str, host: str) -> None:
                 pass
             except ssl.SSLCertVerificationError as problem:
                 raise BadValue(f"who connects to {host} would refuse the certificate {certificate}: "
-                               f"{problem.verify_message}") from problem  # fmt: skip
+                               f"{problem.verify_message.rstrip('.')}") from problem  # fmt: skip
 
 
 def for_tests(certificate: Path) -> bool:

@@ -326,7 +326,7 @@ def report(
         print(json.dumps(found))
 
 
-Place = Annotated[Path, typer.Argument(help="A ledger.sqlite, a folder with ledgers, or a run's directory.")]
+Place = Annotated[Path, typer.Argument(help="A ledger's file, a site's folder, or a run's directory.")]
 
 
 @ledger_app.command("show")
@@ -453,11 +453,12 @@ def _print_table(console: Console, result: Any) -> None:
     console.print("privacy, arm by arm:")
     for arm, said in result.privacy.items():
         console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
-    console.print(
-        "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
-        "private text there: epsilon does not cover these figures, and real sites do not answer them by default.",
-        soft_wrap=True,
-    )
+    if names:
+        console.print(
+            "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
+            "private text there: epsilon does not cover these figures, and real sites do not answer them by default.",
+            soft_wrap=True,
+        )
     console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
 
 

@@ -195,11 +195,10 @@ def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(held))
         return
-    table = Table()
-    for head in ("order", "asked", "run", "texts", "decision", "by"):
-        table.add_column(head)
+    table = Table("order", "asked (UTC)", "run", "texts", "decision", "by")
     for each in held:
+        asked = each["asked"][:19].replace("T", " ")
         table.add_row(
-            each["order"][:12], each["asked"], each["run"], str(each["texts"]), each["decision"], each.get("by", "")
+            each["order"][:12], asked, each["run"][:12], str(each["texts"]), each["decision"], each.get("by", "")
         )
     Console().print(table)

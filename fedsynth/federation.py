@@ -8,6 +8,7 @@ import json
 import math
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
@@ -121,8 +122,15 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]
 
     A node's name is that under which an operator of the server registered its key, so that no site can claim to be
     another.
+
+    Raises:
+        TooFewReplies: If two nodes have the same name.
     """
     online = [node for node in grid.get_nodes() if node.status == "online"]
+    for name, count in Counter(str(node.name) for node in online).items():
+        if count > 1 and name in names:  # Flower makes keys unique, not names
+            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
+                                "but one, before anything is asked")  # fmt: skip
     known = {str(node.name): (int(node.node_id), str(node.last_activated_at)) for node in online}
     return {number: known[name] for number, name in enumerate(names) if name in known}
 
@@ -306,6 +314,8 @@ class Clients:
         for homes, reply in self._replies(orders, waiting, again):
             if self.sites and (why := _why_later(reply)):
                 again[homes[0]] = _Again(why)
+                if known.get(homes[0]) != f": {why}":  # for whoever watches: somebody is to act there
+                    append_event(self.journal.events, {"event": "sites", "line": f"{self._name(homes[0])}: {why}"})
                 known[homes[0]] = f": {why}"
                 continue
             if reply.has_error() and tries[homes[0]] < TRIES:

@@ -306,9 +306,9 @@ def guarantee_of(journals: Sequence[Journal]) -> str:
     return "none" if pooled or open_ else "dp"
 
 
+MEASURED = "test figures: measured on task models that learnt private text and stay at their clients"
+WORKED = "how long a simulated client worked (seconds): it depends on what was drawn of its text, and no site tells it"
 NOT_COVERED = (
-    "test figures: measured on task models that learnt private text and stay at their clients",
-    "how long a simulated client worked (seconds): it depends on what was drawn of its text, and no site tells it",
     "tuning: settings come from public or simulated data; tuning on private text would cost more",
     "a server that does not run the published bundle: Flower clients execute the code that it sends",
     "what the base models had read before",
@@ -327,7 +327,9 @@ PUBLIC = (
 def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(journals)
-    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": list(NOT_COVERED),
+    measured = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
+    worked = [WORKED] if journals[0].simulated else []
+    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": [*measured, *worked, *NOT_COVERED],
             "terms": _terms(journals)}  # fmt: skip
     spent = _spent(journals)
     if guarantee == "none" or not spent:

@@ -171,7 +171,7 @@ def check(folder: Path) -> list[str]:
         try:
             certificates.check_covers(certificate, key, ca, public)
         except BadValue as problem:
-            raise BadValue(f"{problem}; {folder / INVITATION} names it to the sites") from problem
+            raise BadValue(f"{problem}; {folder / INVITATION} names it to sites") from problem
         if certificates.for_tests(certificate) and not _loopback(public):
             warnings.append(f"the certificate {certificate} is for tests, and sites connect to {public}: have one made")
     return warnings
@@ -217,7 +217,7 @@ def reach(folder: Path, config: ServerConfig) -> None:
             pass
     except ssl.SSLCertVerificationError as problem:
         raise BadValue(f"the SuperLink at {config.local} has a certificate that {config.ca} does not vouch for: "
-                       f"{problem.verify_message}") from problem  # fmt: skip
+                       f"{problem.verify_message.rstrip('.')}") from problem  # fmt: skip
     except ssl.SSLError as problem:
         raise BadValue(f"what answers at {config.local} is no SuperLink over TLS ({problem.reason})") from problem
     except OSError as problem:

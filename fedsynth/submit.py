@@ -25,12 +25,13 @@ from fedsynth.flower import (
     Commands,
     Events,
     LaunchFailed,
+    alive,
     alone,
     one_line,
     own_status,
 )
 from fedsynth.hub import elsewhere, pin
-from fedsynth.invited import Site, states_by
+from fedsynth.invited import Site, sites, states_by
 from fedsynth.launch import APP
 from fedsynth.models import models_of
 from fedsynth.runs import begin, check_free, private_of
@@ -141,7 +142,10 @@ def _wait_for_sites(
     seconds = read_config(server).wait_seconds
     end, told = time.monotonic() + seconds, ""
     while True:
-        states, _ = _answered(lambda: states_by(flwr, asked_of))
+        states, others = _answered(lambda: states_by(flwr, sites(server)))
+        if others and not told:
+            _warn(on_warning, f"registered with the SuperLink, and not in sites.toml: node {', '.join(others)}; "
+                              "whoever reaches its control API can register keys, under any name")  # fmt: skip
         away = [site.name for site in asked_of if states[site.name] != "online"]
         if gone := [name for name in away if states[name] == "unknown"]:
             raise BadValue(f"the SuperLink does not know the site {gone[0]!r} (a new database?): remove it, and let it "
@@ -151,7 +155,7 @@ def _wait_for_sites(
         line = f"waiting for {', '.join(f'{name} ({states[name]})' for name in away)}: `fedsynth site start` there"
         if on_event is not None and line != told:
             on_event({"event": "sites", "line": line})
-            told = line
+        told = line
         if time.monotonic() > end:
             break
         time.sleep(min(LOOK_SECONDS, seconds))
@@ -242,12 +246,13 @@ def _stop(flwr: Commands, run: str, out: Path) -> None:
         flwr("stop", run)
     process = _serverapp(out)
     if process is not None:
+        end = time.monotonic() + STOPPING_SECONDS
+        while alive(process) and time.monotonic() < end:
+            time.sleep(0.1)
         with contextlib.suppress(psutil.NoSuchProcess):
-            try:
-                process.wait(STOPPING_SECONDS)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(STOPPING_SECONDS)
+            process.kill()
+        while alive(process):
+            time.sleep(0.05)
 
 
 def _serverapp(out: Path) -> psutil.Process | None:

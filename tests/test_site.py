@@ -442,6 +442,18 @@ def test_a_site_that_is_away_is_asked_when_it_comes_back(tmp_path: Path, toml: s
     assert len(deployed.texts()) == 3
 
 
+def test_two_nodes_of_one_name_are_refused_before_anything_is_asked(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    at: dict[str, Any] = {"status": "online", "last_activated_at": ""}
+    nodes = [SimpleNamespace(node_id=number, name=name, **at) for number, name in enumerate([*NAMES, "ukb"])]
+    deployed.grid.get_nodes = lambda: nodes  # type: ignore[method-assign]
+    with pytest.raises(TooFewReplies, match="2 SuperNodes are registered as 'ukb'"):
+        deployed.run()
+    assert not deployed.grid.orders
+
+
 def test_a_quorum_goes_on_without_a_site_that_stays_away(tmp_path: Path, notes: pd.DataFrame) -> None:
     text = scenario(tmp_path, notes, quorum=0.6).replace("answer_seconds = 20", "answer_seconds = 2")
     deployed = Deployed(places(tmp_path, notes), text, tmp_path / "run", away={"ukb": 10**6})

@@ -30,9 +30,7 @@ def ledgers_in(place: Path) -> list[Path]:
     folders = [place, place.with_name(f"{place.name}.private")]
     found = sorted({path for folder in folders if folder.is_dir() for path in folder.rglob("ledger.sqlite")})
     if not found:
-        raise LedgerUnusable(
-            f"no ledger in {place}: name a ledger.sqlite, a site's state directory, or a run's directory"
-        )
+        raise LedgerUnusable(f"no ledger in {place}: name a ledger's file, a site's folder, or a run's directory")
     return found
 
 

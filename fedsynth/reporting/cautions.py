@@ -60,7 +60,8 @@ def cautions(
     found: list[tuple[str, str]] = []
     if bare := [arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none"]:
         found.append(("No guarantee.", NONE.format(listed(bare))))
-    found.append(("Test figures are not covered by epsilon.", MEASURED))
+    if len(_task_figures(metrics)):
+        found.append(("Test figures are not covered by epsilon.", MEASURED))
     spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", arm=arm)) for arm in arms}
     paid = {arm: epsilon for arm, epsilon in spent.items() if epsilon}
     if paid and max(paid.values()) > ALIKE * min(paid.values()):
@@ -92,13 +93,17 @@ def _delta_units(figures: Figures, arm: str) -> float:
     return (units or 0.0) * (delta or 0.0)
 
 
+def _task_figures(metrics: pd.DataFrame) -> pd.DataFrame:
+    return metrics[(metrics["client"] != SERVER) & ~metrics["metric"].str.contains("/")]
+
+
 def _without_answer(said: Mapping[str, Any], metrics: pd.DataFrame, arm: str, homes: int) -> list[str]:
     """Clients that were silent once, or have no task figure in the last round of a seed."""
     gone = {(int(seed), int(client)) for seed, client in said.get("terms", {}).get("silent", [])}
     own = metrics[metrics["arm"] == arm]
-    rows = own[(own["client"] != SERVER) & ~own["metric"].str.contains("/")]
+    rows = _task_figures(own)
     last = rows[rows["round"] == rows["round"].max()]
-    for seed in own["seed"].unique():
+    for seed in own["seed"].unique() if len(rows) else ():  # real sites give none
         there = set(last.loc[last["seed"] == seed, "client"])
         gone |= {(int(seed), client) for client in range(homes) if client not in there}
     words = [f"client {client} (seed {seed})" for seed, client in sorted(gone)]

@@ -70,6 +70,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         f"{', '.join(arms)}: {'arms' if len(arms) > 1 else 'one arm'} of a Flower simulation with data "
         f"{run['source']}, {seeds} seed{'s' if seeds > 1 else ''}."
     )
+    if run.get("sites"):
+        lead = f"{', '.join(arms)}, between the sites {', '.join(run['sites'])}, each with its own data."
     banner = (
         "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
         "figures. No private text was read for it."

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.flower import DEPLOYMENT
 from fedsynth.publictext import sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render
@@ -64,6 +65,7 @@ def build(out: Path) -> dict[str, Any]:
         BadValue: If it is none, the run did not end, or text lies there that must not.
     """
     privacy, versions = _json(out / "privacy.json"), _json(out / FILE, needed=False)
+    sites = list(_json(out / DEPLOYMENT, needed=False).get("sites", []))
     scenario, metrics = read_scenario(out), _metrics(out)
     arms = [str(arm) for arm in dict.fromkeys(metrics["arm"])]
     of_arm = {cell.arm: cell.scenario for cell in cells(scenario)}
@@ -83,7 +85,8 @@ def build(out: Path) -> dict[str, Any]:
     add_curves(figures, metrics)
     add_yields(figures, metrics)
     # Text without a guarantee may hold a person's words; a simulated world has no persons.
-    bare = {arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none" and scenario.data.world is None}
+    simulated_world = scenario.data.world is not None and not sites
+    bare = {arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none" and not simulated_world}
     texts = [text for text in released(out) if text.arm not in bare]
     described = _texts(figures, texts, scenario, sorted(int(seed) for seed in metrics["seed"].unique()))
     described["bare"] = sorted(bare & {path.name for path in (out / "corpora").glob("*")})
@@ -94,7 +97,8 @@ def build(out: Path) -> dict[str, Any]:
         "audience": "shareable",
         "run": {
             "name": scenario.name,
-            "source": _short(scenario.data.source),
+            "source": "of each site, its own" if sites else _short(scenario.data.source),
+            "sites": sites,
             "task": scenario.data.task,
             "unit": scenario.data.unit_name,
             "seeds": sorted(int(seed) for seed in metrics["seed"].unique()),

@@ -1,0 +1,1 @@
+"""A stand-in for the Flower app of runs on sites."""

@@ -1,0 +1,5 @@
+"""Never asked."""
+
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
