@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Half of the tests that start whole runs, one after the other; all others meanwhile in a second process.
 RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py)
 
-.PHONY: run test check bench docs .venv
+.PHONY: run test deployment check bench docs .venv
 
 run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
@@ -15,6 +15,9 @@ test: $(READY)
 	@$(BIN)/python -m pytest $(RUNS) > .venv/runs.log 2>&1 & runs=$$!; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNS)); rest=$$?; \
 	wait $$runs; runs=$$?; cat .venv/runs.log; test $$runs -eq 0 -a $$rest -eq 0
+
+deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: a quarter of an hour and more
+	@$(BIN)/python -m pytest -m deployment --timeout 600
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

@@ -21,6 +21,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import psutil
 import tomli_w
 
 from fedsynth.certificates import write_new, write_node_keys
@@ -36,6 +37,9 @@ from fedsynth.tasks import ORDERS
 from fedsynth.typed import BadValue
 
 AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
+SHORT_SECONDS = 45.0  # a SuperNode that lived no longer was not let in
+SILENT_SECONDS = 30.0  # without a connection; between two tries of its own Flower waits up to 20
+LOOK_SECONDS = 2.0
 REFUSED_SECONDS = 90.0  # so long it may be refused; longer than a server takes to find a dead one out
 
 
@@ -153,7 +157,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
             while True:
                 supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
                 superexec = spawn(running, _superexec(port, secret, supernode.pid), alone_on_path, place.state)
-                said = _watch(running[0], supernode, superexec)
+                said = _watch(place, running[0], supernode, superexec, port)
                 for program in (superexec, supernode):
                     program.terminate()
                     with suppress(subprocess.TimeoutExpired):
@@ -186,12 +190,12 @@ class _Patience:
         Raises:
             SiteFailed: If none would live longer, with what the operator can do.
         """
-        found = {finding.what: finding.says for finding in server(self.place) if finding.state == "problem"}
+        found = _problems(self.place)
         for what in ("certificate", "clock"):
             if what in found:
                 raise SiteFailed(f"{said}: {found[what]}")
         now = time.monotonic()
-        if "server" in found or now - self.begun > REFUSED_SECONDS:
+        if "server" in found or now - self.begun > SHORT_SECONDS:
             self.first = None
             _tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
         elif self.first is None:
@@ -214,17 +218,44 @@ def _tell(line: str) -> None:
 
 
 def _watch(
-    warm: subprocess.Popen[bytes], supernode: subprocess.Popen[bytes], superexec: subprocess.Popen[bytes]
+    place: Place,
+    warm: subprocess.Popen[bytes],
+    supernode: subprocess.Popen[bytes],
+    superexec: subprocess.Popen[bytes],
+    port: int,
 ) -> str:
-    """How SuperNode or SuperExec ended, as soon as one has."""
-    told = False
+    """How SuperNode or SuperExec ended, as soon as one has, or works no more."""
+    told, looked, seen = False, 0.0, time.monotonic()
     while supernode.poll() is None and superexec.poll() is None:
         if warm.poll() is not None and not told:
             _tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
             told = True
+        now = time.monotonic()
+        if now - looked > LOOK_SECONDS:
+            looked = now
+            seen = now if _connected(supernode, port) else seen
+        if now - seen > SILENT_SECONDS:
+            # Where TLS is cut in its handshake Flower gives up, and its process stays without doing anything.
+            if "server" not in _problems(place):
+                return "the SuperNode lost its connection and does not try again"
+            seen = time.monotonic()
         time.sleep(0.2)
     who, code = ("SuperExec", superexec.poll()) if supernode.poll() is None else ("SuperNode", supernode.poll())
     return f"the {who} ended ({ending(code)})"
+
+
+def _connected(supernode: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether it holds a connection to somewhere, beside those to its own port."""
+    try:
+        held = psutil.Process(supernode.pid).net_connections("tcp")
+    except psutil.Error:
+        return True  # it has ended, or this system does not tell
+    return any(each.raddr and each.laddr.port != port for each in held)
+
+
+def _problems(place: Place) -> dict[str, str]:
+    """What stands between this site and its server: `server`, `certificate` or `clock`, and words."""
+    return {finding.what: finding.says for finding in server(place) if finding.state == "problem"}
 
 
 def _supernode(place: Place, port: int, secret: Path) -> list[str]:

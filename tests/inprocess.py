@@ -131,6 +131,7 @@ def play(
     spoil: Callable[[Message], Message | None] = lambda _: None,
     nodes: int | None = None,
     run: str = "simulated",
+    measures: bool = True,
 ) -> Played:
     """Runs all rounds of one cell, on as many nodes as clients unless told otherwise."""
     whole = to_toml(from_toml(toml))
@@ -148,7 +149,7 @@ def play(
         return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, run, labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
-    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients))
+    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients, measures))
     played, one_round = Played(cell, grid, journal, out), strategy.round
 
     def remembered(clients: Clients, state: Any) -> Any:

@@ -25,6 +25,7 @@ task = "instructions"
 clients = {clients}
 split = "natural"
 client_column = "site"
+unit = "person"
 test = {{ column = "part", equals = "test" }}
 [client]
 generator = "assets:tiny-slm"
@@ -38,6 +39,7 @@ answer_seconds = {answer_seconds}
 [arms.main]
 """
 SITE_TOML = {
+    "independent_rows = true": 'person = "person"',
     f"records = {ROWS}": f"records = {ROWS - ROWS // 10}",
     "# test = {": "test = {",
     'equals = "test" }   #': 'equals = "test" } #',
@@ -57,6 +59,7 @@ def records(names: tuple[str, ...]) -> dict[str, pd.DataFrame]:
             {
                 "text": [f"note {canary(2 * (1000 * site + i))} of thing {i % 5}" for i in range(ROWS)],
                 "response": [f"ward {i % 5}; {canary(2 * (1000 * site + i) + 1)}" for i in range(ROWS)],
+                "person": [f"{name}-{i}" for i in range(ROWS)],
                 "part": ["test" if i >= ROWS - ROWS // 10 else "train" for i in range(ROWS)],
                 "site": name,
             }
@@ -98,9 +101,9 @@ def same(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> bo
 
 
 def simulated(text: str, folder: Path, run: str) -> dict[str, dict[str, Any]]:
-    """The adapters of the same scenario in this process."""
+    """The adapters of the same scenario in this process; unmeasured, or exchanges would be numbered otherwise."""
     folder.mkdir()
-    return adapters(play(text, folder, "main", llm=ScriptedLLM(), run=run).out)
+    return adapters(play(text, folder, "main", llm=ScriptedLLM(), run=run, measures=False).out)
 
 
 def account(ledger: Path) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class Hall:
     proxy: Proxy  # between north and the server
     text: str  # of the scenario
     fault: str = ""
+    latest: Running | None = None  # run
 
     def begin(self, fault: str) -> None:
         """New accounts for a fault: site.toml is read for each order."""
@@ -78,7 +79,8 @@ class Hall:
         """A run in the background."""
         command = [sys.executable, "-P", "-m", "fedsynth.cli", "run", *arguments, "--server",
                    self.federation.coordinator]  # fmt: skip
-        return spawn(command, self.federation.folder, self.federation.folder / f"{self.fault}.log")
+        self.latest = spawn(command, self.federation.folder, self.federation.folder / f"{self.fault}.log")
+        return self.latest
 
     def run(self) -> Running:
         return self.submit(self.federation.coordinator / "scenario.toml", "--out", self.out)
@@ -112,19 +114,15 @@ class Hall:
         """No process works on any more, but for those that stand."""
 
         def idle() -> bool:
-            working = [p for each in (*self.federation.sites.values(), self.federation.server)
-                       if each is not None and each.process.poll() is None for p in each.descendants()]  # fmt: skip
-            standing = 3 * sum(s.process.poll() is None for s in self.federation.sites.values()) + 2
-            states = [load_site(self.federation.place(name)).state for name in NAMES]
-            marks = [
-                p
-                for place in [self.federation.coordinator / "flower", *states]
-                if (place / OWNER).exists()
-                for p in marked((place / OWNER).read_text())
-            ]
-            return len([p for p in working if _works(p)]) <= standing and {p.pid for p in marks if _works(p)} <= {
-                p.pid for p in working
-            }
+            programs = [p for p in (*self.federation.sites.values(), self.federation.server) if p is not None]
+            alive = [program for program in programs if program.process.poll() is None]
+            below = {p.pid for program in alive for p in program.descendants() if _works(p)}
+            places = [self.federation.coordinator / "flower"]
+            places += [load_site(self.federation.place(name)).state for name in NAMES]
+            marks = [(place / OWNER).read_text() for place in places if (place / OWNER).exists()]
+            # A site stands with three programs, the server with two; what bears their marks is one of them.
+            standing = sum(2 if program is self.federation.server else 3 for program in alive)
+            return len(below) == standing and {p.pid for m in marks for p in marked(m) if _works(p)} <= below
 
         until(idle, "everything ended", 40)
 
@@ -158,14 +156,16 @@ def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hall]:
 
 
 @pytest.fixture
-def hall(standing: Hall) -> Hall:
+def hall(standing: Hall) -> Iterator[Hall]:
     """With everything that should stand."""
     if standing.federation.server is None or standing.federation.server.process.poll() is not None:
         standing.federation.start_server()
     for name in NAMES:
         if standing.federation.sites[name].process.poll() is not None:
             standing.federation.start_site(name, injected=True)
-    return standing
+    yield standing
+    if standing.latest is not None and standing.latest.process.poll() is None:  # the test has failed
+        standing.latest.end(signal.SIGINT)
 
 
 def test_a_site_killed_in_mid_training_goes_on_when_it_is_started_again(hall: Hall, tmp_path: Path) -> None:

@@ -1,0 +1,275 @@
+"""Between real processes, what takes longer: state at the server, sizes by message, a site as it is left."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import instructed
+import numpy as np
+import pytest
+from deployment import NAMES, Federation, Running, federation, fedsynth, spawn
+from flwr.app import ConfigRecord, RecordDict
+from proxy import Proxy
+from test_deployment import FDKT, drafts, free_port
+from test_faults import edited, last_line, until
+
+from fedsynth.clients.policy import load_site
+from fedsynth.clients.trail import entries
+from fedsynth.payload import decode
+from fedsynth.simulate import read
+from fedsynth.tasks import Adopted, Finetuned
+from fedsynth.wire import unpacked
+from fedsynth.world import load_world, private_notes
+
+pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(480)]
+FIRST, *_ = SITES = tuple(sorted(NAMES))
+OVERHEAD = 30_000  # bytes of one message beside its payload: Flower's own fields, signatures, HTTP, TLS
+
+
+@dataclass
+class Said:
+    """When a program said what, as it says it: Flower's SuperNode writes no times."""
+
+    running: Running
+    lines: list[tuple[float, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._follow, daemon=True).start()
+
+    def _follow(self) -> None:
+        while self.running.process.poll() is None:
+            new = self.running.said().splitlines()[len(self.lines) : -1 or None]
+            self.lines += [(time.time(), line) for line in new]
+            time.sleep(0.02)
+
+    def windows(self, begin: str, end: str) -> dict[str, list[tuple[float, float]]]:
+        """By message type, from the line that names it to the next that says `end`."""
+        found: dict[str, list[tuple[float, float]]] = {}
+        for number, (at, line) in enumerate(self.lines):
+            if match := re.search(rf"{begin}: (\S+) message", line):
+                until = next(t for t, later in self.lines[number:] if end in later)
+                found.setdefault(match[1], []).append((at, until))
+        return found
+
+
+@dataclass
+class Ran:
+    federation: Federation
+    text: str
+    out: Path
+    dump: Path
+    proxy: Proxy
+    said: Said
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    folder = tmp_path_factory.mktemp("federation")
+    text = instructed.scenario(folder, SITES)
+    (folder / "scenario.toml").write_text(text)
+    (folder / "dump").mkdir()
+    port = free_port()
+    proxy = Proxy(port)
+    data = instructed.records(SITES)
+    with federation(folder, folder / "scenario.toml", data, port=port, **instructed.SITE_TOML) as made:
+        first = made.place(FIRST) / "site.toml"
+        first.write_text(first.read_text().replace(f":{port}", f":{proxy.port}"))
+        for name in SITES:
+            made.start_site(name, injected=True, wait=False, FEDSYNTH_TEST_DUMP=str(folder / "dump"))
+        said = Said(made.sites[FIRST])
+        made.run(made.coordinator / "scenario.toml", "run", "--json")
+        yield Ran(made, text, folder / "run", folder / "dump", proxy, said)
+        proxy.close()
+
+
+def run_of(out: Path) -> str:
+    return str(json.loads((out / "deployment.json").read_text())["run"])
+
+
+def test_two_rounds_with_state_at_the_server_release_what_the_simulation_does(ran: Ran, tmp_path: Path) -> None:
+    found = instructed.adapters(ran.out)
+    assert len(found) == 2 * (3 + 1)  # in each round three sites', and the server's mean
+    assert instructed.same(instructed.simulated(ran.text, tmp_path / "simulated", run_of(ran.out)), found)
+    for name in SITES:
+        account = instructed.account(load_site(ran.federation.place(name)).ledger)
+        assert [grant["state"] for grant in account["grants"]] == ["sent", "sent"]
+        assert len(account["reservations"]) == 1
+        assert 7.5 < account["epsilon"] <= 8.0
+
+
+def test_sizes_by_message_type_at_the_socket_are_those_of_the_payloads(ran: Ran) -> None:
+    """Means: a TCP proxy before one site; the lines of its SuperNode tell which message passes."""
+    up, down = ran.said.windows("Sending", "Sent successfully"), ran.said.windows("Receiving", "Received successfully")
+    kinds = {"train.finetune", "train.adopt"}
+    assert set(up) == set(down) == kinds
+    assert [len(each) for each in (*up.values(), *down.values())] == [2] * 4
+
+    def passed(way: str, begin: float, end: float) -> int:
+        return ran.proxy.bytes(way, begin - 0.1, end + 0.1)
+
+    adapter = max(len(payload) for payload in payloads(ran.dump))
+    sizes = {
+        (kind, way): [passed(way, *window) for window in found[kind]]
+        for way, found in (("up", up), ("down", down)) for kind in kinds
+    }  # fmt: skip
+    print(f"\n{adapter=} {sizes}")
+    for size in (*sizes["train.finetune", "up"], *sizes["train.finetune", "down"], *sizes["train.adopt", "down"]):
+        assert 0.9 * adapter < size < 1.1 * adapter + OVERHEAD
+    for size in sizes["train.adopt", "up"]:
+        assert size < OVERHEAD
+    rows = read(ran.out).metrics
+    told = rows[(rows["client"] == 0) & (rows["metric"] == "bytes/up")]["value"].sum()
+    assert told <= sum(sum(sizes[kind, "up"]) for kind in kinds) <= told + 4 * OVERHEAD
+
+
+def payloads(dump: Path) -> list[bytes]:
+    """What left, as Flower's serialiser was given it."""
+    found = []
+    for file in dump.glob("ConfigRecord-*"):
+        payload, refused, seconds = unpacked(RecordDict({"fedsynth": ConfigRecord.inflate(file.read_bytes())}))
+        assert not refused
+        assert seconds is None
+        found.append(payload)
+    return found
+
+
+def test_no_canary_is_in_any_adapter_that_left_and_the_search_finds_one_that_is_planted(ran: Ran) -> None:
+    answers: list[Any] = []
+    for payload in payloads(ran.dump):
+        try:
+            answers.append(decode(payload, Finetuned))
+        except Exception:
+            answers.append(decode(payload, Adopted))
+    assert sorted(type(answer).__name__ for answer in answers) == ["Adopted"] * 6 + ["Finetuned"] * 6
+    canaries = [instructed.canary(row) for site in range(3) for row in range(2000 * site, 2000 * site + 60)]
+
+    def found_in(answer: Any) -> set[str]:
+        arrays = answer.adapter.arrays.values() if isinstance(answer, Finetuned) else ()
+        said = repr(answer) + "".join(array.tobytes().decode("latin-1") for array in arrays)
+        return {token for token in canaries if token in said}
+
+    assert [found_in(answer) for answer in answers] == [set()] * 12
+    trained = next(answer for answer in answers if isinstance(answer, Finetuned))
+    name, array = next(iter(trained.adapter.arrays.items()))
+    planted = np.array(array)
+    text = canaries[5].encode() + b"  "
+    planted.reshape(-1)[: len(text) // 4] = np.frombuffer(text[: len(text) // 4 * 4], np.float32)
+    holding = replace(trained.adapter, arrays={**trained.adapter.arrays, name: planted})
+    assert found_in(replace(trained, adapter=holding)) == {canaries[5]}
+    raw = b"".join(file.read_bytes() for file in ran.dump.iterdir())
+    assert not any(token.encode() in raw for token in canaries)
+
+
+def test_an_adapter_without_a_guarantee_does_not_leave_a_site(ran: Ran, tmp_path: Path) -> None:
+    """The policy's lines on this are as the template leaves them."""
+    (tmp_path / "scenario.toml").write_text(instructed.scenario(tmp_path, (FIRST,), guarantee="none"))
+    done = ran.federation.run(tmp_path / "scenario.toml", "without", "--sites", FIRST, code=1)
+    assert f"site '{FIRST}' refused: not_allowed" in done.stderr
+    assert not instructed.adapters(ran.federation.folder / "without")
+    place = load_site(ran.federation.place(FIRST))
+    assert "policy.without_guarantee is false" in (place.state / "site.log").read_text()
+    assert len(instructed.account(place.ledger)["reservations"]) == 1  # of the run before
+
+
+def test_without_injected_keys_noise_is_new_in_each_run(ran: Ran, tmp_path: Path) -> None:
+    """The last of this module: the site runs as it does at an operator's."""
+    text = instructed.scenario(tmp_path, (FIRST,), rounds=1)
+    (tmp_path / "scenario.toml").write_text(text)
+    ran.federation.sites[FIRST].end()
+    ran.federation.start_site(FIRST)
+    found = []
+    for number in range(2):
+        with edited(ran.federation.place(FIRST) / "site.toml", id=f'"drawn-{number}"'):
+            ran.federation.run(tmp_path / "scenario.toml", f"drawn-{number}", "--sites", FIRST)
+        out = ran.federation.folder / f"drawn-{number}"
+        found.append(instructed.adapters(out))
+        assert not instructed.same(instructed.simulated(text, tmp_path / f"simulated-{number}", run_of(out)), found[-1])
+    assert found[0].keys() == found[1].keys()
+    assert not instructed.same(*found)
+
+
+@pytest.fixture(scope="module")
+def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """One site of notes; its policy is as `fedsynth site init` leaves it."""
+    folder = tmp_path_factory.mktemp("default")
+    world = load_world("hospitals")
+    corpus = private_notes(world, 0, 120, 0, split="train")
+    import pandas as pd
+
+    notes = pd.DataFrame({"text": corpus.prompts, "label": corpus.answers, "part": "train", "site": "alone"})
+    notes.to_csv(folder / "all.csv", index=False)
+    text = FDKT.format(file=folder / "all.csv", labels=json.dumps(list(world.labels)))
+    (folder / "scenario.toml").write_text(text.replace("clients = 3", "clients = 1").replace('unit = "person"\n', ""))
+    keep = {"minimum_records = 1": "minimum_records = 100"}
+    with federation(folder, folder / "scenario.toml", {"alone": notes}, port=free_port(),
+                    policy="approve_text = true", **keep) as made:  # fmt: skip
+        made.start_site("alone")
+        yield made
+
+
+def begun(made: Federation, name: str) -> tuple[Running, str]:
+    """A run that waits for a person at the site, and the order that waits."""
+    command = ["run", made.coordinator / "scenario.toml", "--out", made.folder / name, "--server", made.coordinator]
+    run = spawn([sys.executable, "-P", "-m", "fedsynth.cli", *command], made.folder, made.folder / f"{name}.log")
+    place = load_site(made.place("alone"))
+    held = until(lambda: [h for h in place.approvals.all() if h["decision"] == "waits"
+                          and place.open_ledger().answered(h["order"])], "text waits")  # fmt: skip
+    return run, held[0]["order"]
+
+
+def approve(made: Federation, *arguments: str) -> str:
+    return fedsynth("site", "approve", made.place("alone"), "--json", *arguments, cwd=made.folder).stdout
+
+
+def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Federation) -> None:
+    run, order = begun(default, "approved")
+    [held] = json.loads(approve(default))
+    assert (held["order"], held["task"], held["decision"]) == (order, "train.synthesize", "waits")
+    shown = [json.loads(line) for line in approve(default, "--show", order[:8]).splitlines()]
+    assert len(shown) == held["texts"] > 10
+    time.sleep(8)  # the server asks again meanwhile
+    out = default.folder / "approved"
+    assert drafts(out) == []
+    assert run.process.poll() is None
+    run.end(signal.SIGINT)
+
+    deployment = json.loads((out / "deployment.json").read_text())
+    (out / "deployment.json").write_text(json.dumps(deployment | {"measured": True}))  # a coordinator who is curious
+    assert json.loads(approve(default, "--accept", order[:8]))["decision"] == "accepted"
+    resume = ("run", "--resume", out, "--server", default.coordinator)
+    curious = fedsynth(*resume, cwd=default.folder, code=1)
+    assert "evaluate: 0 of 1 clients answered, 1 needed (site 'alone' refused: not_allowed)" in curious.stderr
+    [released] = drafts(out)
+    assert [prompt for prompt, _ in released] == [each["text"] for each in shown]
+    (out / "deployment.json").write_text(json.dumps(deployment))
+    fedsynth(*resume, cwd=default.folder)
+
+    place = load_site(default.place("alone"))
+    account = instructed.account(place.ledger)
+    assert [grant["state"] for grant in account["grants"]] == ["sent"]
+    assert not [row for row in read(out).metrics["metric"] if row in ("accuracy", "macro_f1")]
+    said = [(e["event"], e.get("task")) for e in entries(place.trail)]
+    assert ("accepted", None) in said
+    assert ("refused", "evaluate.evaluate") in said
+
+
+def test_text_that_a_person_refuses_ends_the_run_in_one_line_and_stays_paid(default: Federation) -> None:
+    with edited(default.place("alone") / "site.toml", id='"alone-2"'):
+        run, order = begun(default, "declined")
+        place = load_site(default.place("alone"))
+        assert json.loads(approve(default, "--refuse", order))["decision"] == "declined"
+        assert run.process.wait(60) == 1
+        assert "site 'alone' refused: not_approved" in last_line(run)
+        assert drafts(default.folder / "declined") == []
+        account = instructed.account(place.ledger)
+        assert [grant["state"] for grant in account["grants"]] == ["stored"]
+        assert account["epsilon"] > 7
