@@ -234,6 +234,8 @@ def _why(own: dict[str, Any], flower: dict[str, Any]) -> str:
     if said or flower["status"] == "finished:stopped":
         return "the run was stopped (`flwr stop`), or its server ended"
     details = str(flower.get("status-details") or "N/A")
+    if "No heartbeat" in details:
+        return "the ServerApp was killed, or its machine stood still: the SuperLink heard no more of it"
     return f"the ServerApp ended without writing {STATUS}" if details == "N/A" else details
 
 

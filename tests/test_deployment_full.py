@@ -47,7 +47,8 @@ class Said:
 
     def _follow(self) -> None:
         while self.running.process.poll() is None:
-            new = self.running.said().splitlines()[len(self.lines) : -1 or None]
+            whole, _, _ = self.running.said().rpartition("\n")
+            new = whole.splitlines()[len(self.lines) :]
             self.lines += [(time.time(), line) for line in new]
             time.sleep(0.02)
 
