@@ -34,7 +34,7 @@ from fedsynth.clients.together import Meet, Trains, together
 from fedsynth.corpus import Corpus
 from fedsynth.firewall import Rejected, check_order
 from fedsynth.models import one_thread
-from fedsynth.payload import BadPayload
+from fedsynth.payload import BadPayload, decode
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
@@ -70,6 +70,7 @@ from fedsynth.wire import (
 )
 
 Opener = Callable[[Context, Envelope], Home]
+Unopened = Callable[[str, str], None]
 
 # What a client does for each order; these functions never see Flower.
 FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
@@ -104,12 +105,13 @@ CODES: dict[type[Exception], Code] = {
 }
 
 
-def client_app(open_home: Opener, *, simulated: bool = True) -> ClientApp:
+def client_app(open_home: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:
     """A ClientApp over homes.
 
     Args:
         open_home: Flower's context and the order's envelope -> the home it is for.
         simulated: Flower's own strategies are answered, too, and this process uses one thread.
+        unopened: Told of an order for which no home could be opened; left out, this process's own output is.
     """
     if simulated:
         one_thread()
@@ -125,7 +127,7 @@ def client_app(open_home: Opener, *, simulated: bool = True) -> ClientApp:
         register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
 
         def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
-            return Message(answer(kind, message.content, context, open_home), reply_to=message)
+            return Message(answer(kind, message.content, context, open_home, unopened=unopened), reply_to=message)
 
         register(action)(handle)
 
@@ -146,7 +148,12 @@ Reader = Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]]
 
 
 def answer(
-    kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener, read: Reader = unpack_order
+    kind: type[Order[Any]],
+    content: RecordDict,
+    context: Context,
+    open_home: Opener,
+    read: Reader = unpack_order,
+    unopened: Unopened | None = None,
 ) -> RecordDict:
     """The reply to a message, order by order: sealed bytes, or a constant code. No text of an exception leaves.
 
@@ -156,7 +163,8 @@ def answer(
     orders = parted(content)
     for stack in _stacks(orders):
         begun = time.process_time()
-        said = together([_answer(kind, order, context, open_home, read, alone=len(orders) == 1) for order in stack])
+        alone = len(orders) == 1
+        said = together([_answer(kind, order, context, open_home, read, unopened, alone=alone) for order in stack])
         each = (time.process_time() - begun) / len(stack)
         replies += [pack_answer(a.data, refused=a.refused, seconds=each if a.simulated else None) for a in said]
     return joined(replies)
@@ -187,7 +195,14 @@ def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
 
 
 def _answer(
-    kind: type[Order[Any]], content: RecordDict, context: Context, open_home: Opener, read: Reader, *, alone: bool
+    kind: type[Order[Any]],
+    content: RecordDict,
+    context: Context,
+    open_home: Opener,
+    read: Reader,
+    unopened: Unopened | None,
+    *,
+    alone: bool,
 ) -> Trains[_Said]:
     home: Home | None = None
     try:
@@ -198,11 +213,12 @@ def _answer(
         home = open_home(context, envelope)
         if not (alone or home.simulated):
             raise BadOrder("a site answers one order a message")
-        _enter(home, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=payload_bytes(content))
+        asked = {"order": digest, "task": kind.task, "envelope": asdict(envelope), "bytes": payload_bytes(content)}
         with home.locked():
             stored = home.ledger.answered(digest)
+            _enter(home, "asked", **asked) if stored is None else None  # who waits is asked again and again
+            _check(order, home)
             if stored is None:
-                _check(order, home)
                 reply = FUNCTIONS[kind](home, order, digest)
                 if isinstance(reply, Generator):
                     reply = yield from reply
@@ -210,15 +226,16 @@ def _answer(
                 # A process that is killed hardly ever leaves the answers of some who trained together: those who train
                 # again do so among the same, to the same weights.
                 yield Meet()
-                if home.rules.approval and home.approvals is not None and (texts := _texts(reply)):
-                    home.approvals.hold(digest, task=kind.task, run=home.run, texts=texts)
+                _hold(home, kind, digest, stored, reply)
                 if _under_grant(reply):
                     home.ledger.store(digest, stored, derived_from=_grants(reply))
                 else:
                     home.ledger.store_answer(digest, stored)
                 _enter(home, "stored", order=digest, **_cost(reply))
+            elif not home.ledger.sent(digest):  # approval may have been asked for since it was stored
+                _hold(home, kind, digest, stored, decode(stored, kind.reply))
             if home.approvals is not None:
-                home.approvals.check(digest)
+                home.approvals.check(digest, hashlib.sha256(stored).hexdigest())
             home.ledger.mark_sent(digest)
             _enter(home, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
             return _Said(stored, False, home.simulated)
@@ -230,9 +247,9 @@ def _answer(
             print(f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
                   "be resumed", file=sys.stderr, flush=True)  # fmt: skip
         if code is not Code.AWAITS_APPROVAL:
-            _write_down(home, kind.task, traceback.format_exc())
-        with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
-            _enter(home, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
+            with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
+                _enter(home, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
+            _write_down(home, kind.task, traceback.format_exc(), unopened)
         return _Said(refusal(code), True, home is not None and home.simulated)
 
 
@@ -259,9 +276,13 @@ def _enter(home: Home | None, event: str, **facts: Any) -> None:
         home.trail.add(event, **facts)
 
 
-def _texts(reply: object) -> int:
-    """How many synthetic texts an answer holds."""
-    return sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
+def _hold(home: Home, kind: type[Order[Any]], digest: str, stored: bytes, reply: object) -> None:
+    """Makes an answer with synthetic text wait for a person, where the site asks for that; before it is stored."""
+    texts = sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
+    if home.rules.approval and home.approvals is not None and texts:
+        facts = {"task": kind.task, "run": home.run, "texts": texts}
+        if home.approvals.hold(digest, hashlib.sha256(stored).hexdigest(), **facts):
+            _enter(home, "waits", order=digest, texts=texts)
 
 
 def _cost(reply: object) -> dict[str, Any]:
@@ -282,14 +303,18 @@ def _no_room(problem: BaseException | None) -> bool:
     return False
 
 
-def _write_down(home: Home | None, task: str, what: str) -> None:
-    """To the site's own log; before a home is known, or if that log cannot be written, to this process's own output."""
+def _write_down(home: Home | None, task: str, what: str, unopened: Unopened | None) -> None:
+    """To the site's own log; of a simulation to this process's own output, before a home is known or if that log cannot
+    be written. A site's output goes elsewhere than its log, and may not hold what a traceback does."""
     try:
         if home is not None:
             return home.log().error("%s: %s", task, what)
-    except OSError:
+        if unopened is not None:
+            return unopened(task, what)
+    except (OSError, BadValue):
         pass
-    return logging.getLogger(__name__).error("%s: %s", task, what)
+    site = unopened is not None or (home is not None and not home.simulated)
+    return logging.getLogger(__name__).error("%s: %s", task, "the site's log cannot be written" if site else what)
 
 
 def _under_grant(reply: object) -> bool:

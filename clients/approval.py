@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 from dataclasses import dataclass
@@ -33,13 +32,24 @@ class Approvals:
 
     folder: Path
 
-    def hold(self, order: str, **facts: Any) -> None:
-        """From now on the answer of an order waits; called before it is stored, so that none slips through."""
-        if not self._file(order).exists():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write(order, {"order": order, "decision": "waits", "asked": _now(), **facts})
+    def hold(self, order: str, sha256: str, **facts: Any) -> bool:
+        """From now on the answer of an order waits; called before it is stored, so that none slips through.
 
-    def check(self, order: str) -> None:
+        Args:
+            order: Its digest.
+            sha256: Of the answer: what is decided is about these bytes; a training that is repeated gives others.
+            facts: More for who decides.
+
+        Returns:
+            Whether it did not wait before.
+        """
+        if self._file(order).exists() and self._read(self._file(order))["sha256"] == sha256:
+            return False
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._write(order, {"order": order, "sha256": sha256, "decision": "waits", "asked": _now(), **facts})
+        return True
+
+    def check(self, order: str, sha256: str) -> None:
         """Whether the answer of an order may go.
 
         Raises:
@@ -48,7 +58,7 @@ class Approvals:
         if not self._file(order).exists():
             return
         held = self._read(self._file(order))
-        if held["decision"] == "waits":
+        if held["decision"] == "waits" or held["sha256"] != sha256:
             raise AwaitsApproval(f"order {order[:12]} waits for `fedsynth site approve`")
         if held["decision"] != "accepted":
             raise NotApproved(f"order {order[:12]} was declined by {held.get('by')}")
@@ -69,16 +79,20 @@ class Approvals:
             raise BadValue(f"{'no' if not found else 'more than one'} order starts with {start!r}; there are: {known}")
         return found[0]
 
-    def decide(self, start: str, decision: Decision) -> dict[str, Any]:
-        """Lets an answer go, or not; once it has gone, it has gone.
+    def undecided(self, start: str) -> dict[str, Any]:
+        """As `find`, of one that waits.
 
         Raises:
-            BadValue: If there is no such order, or it was decided before.
+            BadValue: Also if it was decided before.
         """
         held = self.find(start)
         if held["decision"] != "waits":
             raise BadValue(f"order {held['order'][:12]} was {held['decision']} by {held['by']} at {held['decided']}")
-        held |= {"decision": decision, "by": getpass.getuser(), "decided": _now()}
+        return held
+
+    def decide(self, held: dict[str, Any], decision: Decision, by: str) -> dict[str, Any]:
+        """Lets an answer go, or not; once it has gone, it has gone."""
+        held = {**held, "decision": decision, "by": by, "decided": _now()}
         self._write(held["order"], held)
         return held
 

@@ -178,14 +178,19 @@ class Home:
 
     def log(self) -> logging.Logger:
         """The site's own log: what may hold private values is written here and nowhere else."""
-        logger = logging.getLogger(f"fedsynth.home.{self.work}")
-        if not logger.handlers:
-            handler = _Strict(self.log_folder / "site.log")
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-            logger.addHandler(handler)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
-        return logger
+        return site_log(self.log_folder)
+
+
+def site_log(folder: Path) -> logging.Logger:
+    """The log site.log in a folder."""
+    logger = logging.getLogger(f"fedsynth.home.{folder}")
+    if not logger.handlers:
+        handler = _Strict(folder / "site.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    return logger
 
 
 class _Strict(logging.FileHandler):

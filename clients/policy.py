@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fedsynth.privacy.ledger import Ledger
 
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
+CLIP_NORMS = (1e-6, 1e6)  # beyond, single precision does not keep a unit's sum within the bound
+MOST_RATE, MOST_ALPHA = 1e3, 1e6  # learning rate, LoRA alpha
 UNDER_GUARANTEE = tuple(o.task for o in ORDERS if o.task not in ("train.self_train", "evaluate.evaluate"))
 
 
@@ -62,8 +64,9 @@ class Policy:
         per_run: What one run may spend; a scenario that asks for more gets this.
         strategies: Strategies that may ask, as a scenario names them.
         orders: Orders that are answered.
-        outputs: Kinds of what may leave: text, adapter, scores, metrics. Metrics are figures of models that learnt
-            private text, on test rows; no epsilon covers them.
+        outputs: Kinds of what may leave: text, adapter, scores, metrics. Who has an adapter can sample text from it
+            that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
+            covers them.
         without_guarantee: Whether something may leave without a mechanism. The data's epsilon is infinite from then on.
         minimum_records: Fewer declared records take part in nothing.
         models: Models of a scenario that may be loaded here.
@@ -75,7 +78,7 @@ class Policy:
     per_run: Budget | None = None
     strategies: tuple[str, ...] = ()
     orders: tuple[str, ...] = UNDER_GUARANTEE
-    outputs: tuple[Output, ...] = ("text", "adapter", "scores")
+    outputs: tuple[Output, ...] = ("text", "scores")
     without_guarantee: bool = False
     minimum_records: Count = 100
     models: tuple[str, ...] = ()
@@ -110,7 +113,9 @@ class Site:
         policy: What the operator allows.
         superlink: How to reach the server.
         models: Models that the site takes instead of the scenario's.
-        state: Folder of ledger, task models, logs and audit trail; belongs to this site for ever.
+        state: Folder of task models, logs and audit trail; belongs to this site for ever.
+        accounts: Folder of the ledgers, one for each data set, for ever; left out, in `state`. A hospital in two
+            federations names the same one in both: it is one data set, and one account.
         device: `auto` (a GPU where there is one), `cpu`, or the number of a GPU, as `cuda:1`.
         threads: That one message may use on CPUs.
     """
@@ -121,6 +126,7 @@ class Site:
     superlink: SuperLink
     models: Models = field(default_factory=Models)
     state: str = "state"
+    accounts: str = ""
     device: str = "auto"
     threads: Count = 1
 
@@ -150,7 +156,8 @@ class Place:
     @property
     def ledger(self) -> Path:
         """The account of the site's data set."""
-        return self.state / "accounts" / self.site.data.id / "ledger.sqlite"
+        folder = self.path(self.site.accounts) if self.site.accounts else self.state / "accounts"
+        return folder / self.site.data.id / "ledger.sqlite"
 
     @property
     def trail(self) -> Path:
@@ -162,15 +169,15 @@ class Place:
         """What waits for a person."""
         return Approvals(self.state / "approvals")
 
-    def open_ledger(self, **more: Any) -> Ledger:
-        """The account, made with the first call.
+    def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
+        """The account.
 
         Raises:
-            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used.
+            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, or there is none and it is not to be made.
         """
         from fedsynth.privacy.ledger import Ledger  # most commands need none
 
-        return Ledger(self.ledger, dataset=self.site.data.id, cap=self.site.policy.lifetime, **more)
+        return Ledger(self.ledger, dataset=self.site.data.id, cap=self.site.policy.lifetime, create=create, **more)
 
     def model(self, name: str) -> str:
         """A model of site.toml as it is loaded."""

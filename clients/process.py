@@ -1,7 +1,7 @@
 """What stands in the place of Flower's `flwr-clientapp` at a site: the installed client app, never the server's code.
 
-A SuperNode starts a process for each message, which would load the bundle that the server sends and run it. Here the
-process takes message, context and the bundle's hash from the SuperNode as usual, and runs the client app of the
+A SuperNode has a process started for each message, which would load the bundle that the server sends and run it. Here
+the process takes message, context and the bundle's hash from the SuperNode as usual, and runs the client app of the
 installed package over site.toml. Nothing of the bundle is unpacked.
 
 A process that imports all that a client needs takes seconds. So `serve` imports it once, and forks a child for each
@@ -14,31 +14,38 @@ import json
 import os
 import shlex
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-REPLACED = ("install_from_fab", "get_project_dir", "get_load_client_app_fn")
 STAND_IN = "flwr-clientapp"
-REFUSED = ("flwr-agentapp", "flwr-serverapp", "flwr-simulation")  # a server may ask for these; no site runs them
 SOCKET = "warm.socket"
+PROBE = "--probe"  # asked of a stand-in before it is relied on
+IMPORTED = ("fedsynth.clients.app", "fedsynth.clients.site", "flwr.supernode.cli.flwr_clientapp", "peft", "sqlalchemy")
+REPLACED = ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "push_message", "push_task_output")
 
-# Runs with the standard library alone, within some hundredths of a second: the warm process does the work.
+# Runs with the standard library alone, within some hundredths of a second: the warm process does the work. A message is
+# handed over once: whoever took it and died cannot be followed by another under the same token.
 CLIENT = """\
 import json, os, socket, sys
-try:
-    with socket.socket(socket.AF_UNIX) as warm:
+if sys.argv[1:] == [{probe!r}]:
+    sys.exit(0)
+with socket.socket(socket.AF_UNIX) as warm:
+    try:
         warm.connect({socket!r})
+    except OSError:
+        os.execv({python!r}, [{python!r}, "-P", *{client!r}, *sys.argv[1:]])
+    try:
         warm.sendall(json.dumps(sys.argv[1:]).encode() + b"\\n")
         answer = warm.makefile().readline()
-except OSError:
-    answer = ""
-if answer:
-    sys.exit(int(answer))
-os.execv({python!r}, [{python!r}, "-P", *{client!r}, *sys.argv[1:]])
+    except OSError:
+        answer = ""
+sys.exit(int(answer or 1))
 """
 
 
@@ -46,21 +53,38 @@ class UnknownFlower(RuntimeError):
     """Flower's client process is not built as this version of fedsynth knows it."""
 
 
+class CannotStandIn(RuntimeError):
+    """The program that takes the place of Flower's own cannot be run."""
+
+
 def stand_ins(folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
-    """Writes the programs that come before Flower's own on the PATH of a SuperExec.
+    """Writes the programs that a SuperExec finds in place of Flower's own: all that it may start, for whatever a server
+    asks, are the one that handles a message here.
 
     Args:
-        folder: For them.
+        folder: For them; the only one on the SuperExec's PATH, so that there is nothing else to find.
         warm: Socket of the warm process.
         client: How Python runs this module where no warm process answers.
+
+    Raises:
+        UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
+        CannotStandIn: If programs in the folder cannot be run.
     """
+    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
+
+    _check_flower()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     script = folder / "hand_over.py"
-    _program(script, CLIENT.format(socket=str(warm), python=sys.executable, client=list(client)))
+    text = CLIENT.format(probe=PROBE, socket=str(warm), python=sys.executable, client=list(client))
+    _program(script, text)
     words = shlex.join([sys.executable, "-PS", str(script)])
-    _program(folder / STAND_IN, f'#!/bin/sh\nexec {words} "$@"\n')
-    for name in REFUSED:
-        _program(folder / name, f"#!/bin/sh\necho '{name}: a site runs no code of a server' >&2\nexit 1\n")
+    for name in sorted({STAND_IN, *TASK_TYPE_TO_COMMAND.values()}):
+        _program(folder / name, f'#!/bin/sh\nexec {words} "$@"\n')
+    try:
+        subprocess.run([folder / STAND_IN, PROBE], check=True, timeout=60, capture_output=True)
+    except (OSError, subprocess.SubprocessError) as problem:
+        why = f"programs in {folder} cannot be run ({problem}): is it mounted noexec?"
+        raise CannotStandIn(f"{why} Name another `state` folder in site.toml") from problem
 
 
 def _program(path: Path, text: str) -> None:
@@ -68,6 +92,14 @@ def _program(path: Path, text: str) -> None:
     part.write_text(text)
     part.chmod(0o700)
     part.replace(path)
+
+
+def _check_flower() -> Any:
+    """The module of Flower's client process, if it is as we know it."""
+    runtime = import_module("flwr.supernode.runtime.run_clientapp")
+    if missing := [name for name in REPLACED if not hasattr(runtime, name)]:
+        raise UnknownFlower(f"flwr.supernode.runtime.run_clientapp has no {missing[0]}: install flwr as pyproject says")
+    return runtime
 
 
 def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> None:
@@ -80,23 +112,35 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
     Raises:
         UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
     """
-    import flwr.supernode.runtime.run_clientapp as runtime
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     from fedsynth.clients.app import client_app
-    from fedsynth.clients.site import BUNDLE, site_home
+    from fedsynth.clients.site import BUNDLE, site_home, unopened
 
-    if missing := [name for name in REPLACED if not hasattr(runtime, name)]:
-        raise UnknownFlower(f"flwr.supernode.runtime.run_clientapp has no {missing[0]}: install flwr as pyproject says")
+    runtime = _check_flower()
+    push_message, push_task_output = runtime.push_message, runtime.push_task_output
+    pushed: list[bool] = []
 
     def load(_id: str, _version: str, bundle: str) -> Any:
         os.environ[BUNDLE] = bundle
-        return client_app(opener or site_home, simulated=False)
+        return client_app(opener or site_home, simulated=False, unopened=unopened)
+
+    def push(*arguments: Any, **more: Any) -> None:
+        push_message(*arguments, **more)
+        pushed.append(True)
+
+    def finish(*arguments: Any, **more: Any) -> None:
+        # A task that is finished without a reply is waited for by nobody: the SuperNode would be deaf from then on.
+        # Unfinished, it is found out by its missing heartbeats, and the server is told.
+        if pushed:
+            push_task_output(*arguments, **more)
 
     replaced: dict[str, Any] = {
         "install_from_fab": lambda *_, **__: None,
         "get_project_dir": lambda *_: Path(),
         "get_load_client_app_fn": lambda **_: load,
+        "push_message": push,
+        "push_task_output": finish,
     }
     for name in REPLACED:
         setattr(runtime, name, replaced[name])
@@ -111,14 +155,8 @@ def serve(path: Path, opener: Callable[..., Any] | None = None) -> NoReturn:
         path: Of the Unix socket, in a folder of the site's user alone.
         opener: As of `main`.
     """
-    # All of these are for the children. None starts a thread, not even Flower's.
-    import flwr.supernode.cli.flwr_clientapp
-    import flwr.supernode.runtime.run_clientapp
-    import peft  # noqa: F401
-
-    import fedsynth.clients.app
-    import fedsynth.clients.site  # noqa: F401
-
+    for name in IMPORTED:
+        import_module(name)
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))

@@ -11,10 +11,10 @@ from typing import Any
 
 from flwr.app import Context
 
-from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of
-from fedsynth.clients.policy import SITE, Place, load_site
+from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
+from fedsynth.clients.policy import CLIP_NORMS, MOST_ALPHA, MOST_RATE, SITE, Place, load_site
 from fedsynth.clients.trail import Trail
-from fedsynth.data import label_list
+from fedsynth.invitation import public_labels
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Cell, Client
 from fedsynth.sources import read
@@ -38,7 +38,7 @@ def site_home(context: Context, envelope: Envelope) -> Home:
 
 
 def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> Home:
-    """`site_home` for a resolved cell.
+    """`site_home` for a resolved cell. No file of the site but site.toml and its account is opened for it.
 
     Args:
         place: The site.
@@ -52,24 +52,40 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         raise BadValue("run and arm name folders here: letters, digits, dots, dashes and underscores")
     work = place.state / "runs" / envelope.run / cell.arm / f"seed-{cell.seed}"
     work.mkdir(parents=True, exist_ok=True, mode=0o700)
-    labels = label_list(scenario.data)
+    # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
+    labels = public_labels(scenario.data)
+    config = client_of(place, scenario.client.of(envelope.home))
     return Home(
         index=envelope.home,
-        config=client_of(place, scenario.client.of(envelope.home)),
+        config=config,
         labels=labels,
         records=site.data.records,
         rounds=scenario.rounds,
-        unit=site.data.unit_name,
+        unit="row" if site.data.person is None else "person",  # not what the site calls its column
         work=work,
         run=f"{envelope.run}/{cell.arm}/{cell.seed}",
         ledger=place.open_ledger(**ledger),
         open=lambda: read(site.data, place.folder),
         simulated=False,
-        rules=rules_of(place, cell, labels),
-        lock=place.state / "orders.lock",
+        rules=rules_of(place, cell, config, labels),
+        lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
         trail=Trail(place.trail, {"strategy": scenario.strategy.use, **who}),
     )
+
+
+def unopened(task: str, why: str) -> None:
+    """Writes down that an order came for which no home could be opened; the reason may hold private values.
+
+    Args:
+        task: Of the order.
+        why: A traceback.
+    """
+    place = load_site(Path(os.environ[SITE]))
+    Trail(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
+        "refused", task=task, why="no home could be opened for the order: site.log"
+    )
+    site_log(place.state).error("%s: %s", task, why)
 
 
 def client_of(place: Place, asked: Client) -> Client:
@@ -86,19 +102,26 @@ def client_of(place: Place, asked: Client) -> Client:
     return found
 
 
-def rules_of(place: Place, cell: Cell, labels: tuple[str, ...]) -> Rules:
-    """The site's policy, held against a scenario. Nothing private is read for it."""
+def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) -> Rules:
+    """The site's policy, held against a scenario. Nothing private is read for it.
+
+    Args:
+        place: The site.
+        cell: What is asked.
+        config: What would run here: `client_of`.
+        labels: The scenario's.
+    """
     policy = place.site.policy
     return Rules(
         orders=frozenset(policy.orders),
         outputs=frozenset(policy.outputs),
         without_guarantee=policy.without_guarantee,
         approval=policy.approve_text,
-        objection=_objection(place, cell, labels),
+        objection=_objection(place, cell, config, labels),
     )
 
 
-def _objection(place: Place, cell: Cell, labels: tuple[str, ...]) -> Exception | None:
+def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) -> Exception | None:
     site, policy, scenario = place.site, place.site.policy, cell.scenario
     if policy.strategies and scenario.strategy.use not in policy.strategies:
         return NotAllowed(f"the strategy {scenario.strategy.use!r} is none of policy.strategies")
@@ -114,16 +137,30 @@ def _objection(place: Place, cell: Cell, labels: tuple[str, ...]) -> Exception |
     if set(labels) != set(site.data.labels):
         strange, missing = sorted(set(labels) - set(site.data.labels)), sorted(set(site.data.labels) - set(labels))
         return WrongLabels(f"of the scenario's labels data.labels has not {strange}; the scenario has not {missing}")
-    client = scenario.client.of(0)
-    named = {"generator": client.generator, "task_model": client.task_model}
+    named = {"generator": config.generator, "task_model": config.task_model}
     for role, name in named.items():
         if name and not getattr(site.models, role) and name not in policy.models:
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
+    return _out_of_range(config)
+
+
+def _out_of_range(config: Client) -> Exception | None:
+    """Numbers that a server chose beyond which the privacy statement was never shown to hold."""
+    low, high = CLIP_NORMS
+    for training in (config.generator_training, config.scorer_training):
+        if not low <= training.clip_norm <= high:
+            return NotAllowed(f"clip_norm must lie in {low:g}..{high:g} at a site, got {training.clip_norm:g}")
+        if training.learning_rate > MOST_RATE or training.alpha > MOST_ALPHA:
+            return NotAllowed(f"learning_rate may be {MOST_RATE:g} at most, alpha {MOST_ALPHA:g}, got "
+                              f"{training.learning_rate:g} and {training.alpha:g}")  # fmt: skip
+    if not low <= config.score_norm <= high:
+        return NotAllowed(f"score_norm must lie in {low:g}..{high:g} at a site, got {config.score_norm:g}")
     return None
 
 
 def _asker(place: Place, context: Context) -> dict[str, Any]:
     return {
+        "dataset": place.site.data.id,
         "superlink": place.site.superlink.address,
         "flower_run": str(context.run_id),
         "bundle": os.environ.get(BUNDLE, ""),

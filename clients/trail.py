@@ -24,7 +24,8 @@ class TrailBroken(ValueError):
 class Trail:
     """One JSON object a line, each with the SHA-256 of the line before it: what is changed, put in or taken out shows.
 
-    Who may write the file can write all of it anew: an operator who wants more sends its last hash elsewhere.
+    Lines that are taken off the end do not show, and who may write the file can write all of it anew: an operator who
+    wants more sends its last hash elsewhere. A line that a killed process left half written is named by the next one.
 
     Attributes:
         path: Of the file; made with the first entry.
@@ -43,9 +44,14 @@ class Trail:
         with open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             at = datetime.now(UTC).isoformat(timespec="seconds")
-            entry = {"at": at, "event": event, **facts, **self.who, "before": _digest(_last_line(file))}
-            line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+            last = _last_line(file)
+            entry = {"at": at, "event": event, **facts, **self.who, "before": _digest(last)}
             end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            torn = end > 0 and file.read(1) != b"\n"  # its process was killed within the writing
+            entry |= {"torn": True} if torn else {}
+            line = b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+            file.seek(end)
             try:
                 if file.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
@@ -62,16 +68,29 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
         TrailBroken: With the number of the line.
     """
     before = FIRST
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), start=1):
-        try:
-            entry = json.loads(line)
-            fits = entry["before"] == before
-        except (ValueError, KeyError, TypeError):
-            fits = False
-        if not fits:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line and number == len(lines):
+            return
+        entry = _parsed(line)
+        if entry is None and number == len(lines):
+            return  # being written, or torn: the next entry says so
+        follows = _parsed(lines[number]) if number < len(lines) else None
+        if entry is None and follows is not None and follows.get("torn") and follows.get("before") == _digest(line):
+            before = _digest(line)
+            continue
+        if entry is None or entry.get("before") != before:
             raise TrailBroken(f"{path}, line {number}: it does not follow from the line before; the trail was changed")
         before = _digest(line)
         yield entry
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _last_line(file: Any) -> bytes:

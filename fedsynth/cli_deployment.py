@@ -116,14 +116,20 @@ def _say(line: str) -> None:
 @site_app.command("init")
 def site_init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder: new.")],
-    name: Annotated[str, typer.Option(help="Of the site, as the coordinator will register it.")],
-    invitation: Annotated[Path, typer.Option(help="The coordinator's invitation.toml.")],
+    name: Annotated[str, typer.Option(help="Of the site, as the coordinator will register it.")] = "",
+    invitation: Annotated[Path | None, typer.Option(help="The coordinator's invitation.toml.")] = None,
+    renewed: Annotated[bool, typer.Option("--new-key", help="Instead, a new key for a site that is there.")] = False,
 ) -> None:
     """Make a site's folder: site.toml to be edited, a key, the CA's certificate."""
-    from fedsynth.site import init
+    from fedsynth.site import init, new_key
 
-    public = init(folder, name=name, invitation=invitation)
-    print(f"made {folder / 'site.toml'}: read it and fill it in")
+    if renewed:
+        public = new_key(folder)
+    elif not name or invitation is None:
+        raise BadValue("a site needs a --name and the coordinator's --invitation; or, if it is there, --new-key")
+    else:
+        public = init(folder, name=name, invitation=invitation)
+        print(f"made {folder / 'site.toml'}: read it and fill it in")
     print(f"send {public} to the coordinator, and tell its fingerprint another way: ssh-keygen -lf {public}")
     print(f"then: fedsynth site check {folder}, fedsynth site start {folder}")
 
@@ -181,7 +187,7 @@ def site_approve(
             print(
                 json.dumps({"text": prompt, "answer": answer}, ensure_ascii=False)
                 if as_json
-                else f"[{answer}] {prompt}"
+                else f"[{_visible(answer)}] {_visible(prompt)}"
             )
         return
     if accept or refuse:
@@ -189,6 +195,11 @@ def site_approve(
         print(json.dumps(held) if as_json else f"{held['order'][:12]}: {held['decision']} by {held['by']}")
         return
     _list(waiting(place), as_json=as_json)
+
+
+def _visible(text: str) -> str:
+    """On one line, with nothing that a terminal would obey: a server has a part in what these texts are."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -39,7 +39,9 @@ from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payl
 R = TypeVar("R")
 S = TypeVar("S")
 WHO = "query.who"
-ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached, or whose answer waits for a person
+ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached
+APPROVAL_SECONDS = 30.0  # a site whose answer waits for a person
+NOT_ASKED = "was never connected"
 POLL_SECONDS = 0.05
 LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
 IN_VAIN = "gave no answer in time"
@@ -143,6 +145,9 @@ class _Again:
     when: float = field(default_factory=lambda: time.monotonic() + ASK_AGAIN_SECONDS)
 
 
+WAITS = "its answer waits for approval there"
+
+
 def _why_later(reply: Message) -> str | None:
     """Why a site is to be asked once more; None if what it says is an answer."""
     if reply.has_error():
@@ -153,7 +158,7 @@ def _why_later(reply: Message) -> str | None:
         waits = refused and decode(payload, Refused).code is Code.AWAITS_APPROVAL
     except (BadPayload, BadValue):
         return None
-    return "its answer waits for approval there" if waits else None
+    return WAITS if waits else None
 
 
 def _first_line(reply: Message) -> str:
@@ -202,6 +207,7 @@ class Clients:
     # Messages whose time was over: the homes they are for, the exchange, and its orders.
     _late: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = field(default_factory=dict)
     _since: dict[int, str] = field(default_factory=dict)  # by home: when the site connected that was asked
+    _pushed: set[int] = field(default_factory=set)  # homes that the latest exchange's orders were sent to
     _round: int = 0
     _before: int = 0  # exchanges before the round's first
 
@@ -241,7 +247,8 @@ class Clients:
             found = self._read(content, home, orders[home])
             if isinstance(found, str):
                 reasons[home] = found
-                self._miss(home, order)
+                if found != NOT_ASKED:
+                    self._miss(home, order)
             else:
                 self._note(home, found)
                 if home not in fates:
@@ -307,13 +314,15 @@ class Clients:
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         again: dict[int, _Again] = {}
+        self._pushed = set()
         known: dict[int, str] = {}
         waiting = self._send(orders, asked, down, digest, again)
         record.begin(digest.hexdigest())
         tries = dict.fromkeys(asked, 1)
         for homes, reply in self._replies(orders, waiting, again):
             if self.sites and (why := _why_later(reply)):
-                again[homes[0]] = _Again(why)
+                seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
+                again[homes[0]] = _Again(why, time.monotonic() + seconds)
                 if known.get(homes[0]) != f": {why}":  # for whoever watches: somebody is to act there
                     append_event(self.journal.events, {"event": "sites", "line": f"{self._name(homes[0])}: {why}"})
                 known[homes[0]] = f": {why}"
@@ -331,7 +340,8 @@ class Clients:
                 yield home, _kept(record, home, content, down[home])
         self._late |= {message: (homes, self.exchange, orders) for message, homes in waiting.items()}
         vain = {home: IN_VAIN + known.get(home, "") for homes in waiting.values() for home in homes}
-        vain |= {home: f"{IN_VAIN}: {missing.why}" for home, missing in again.items()}
+        for home, missing in again.items():
+            vain[home] = f"{IN_VAIN}: {missing.why}" if home in self._pushed else NOT_ASKED
         for home, why in sorted(vain.items()):
             self.journal.count("bytes/down", home, down[home])
             yield home, _kept(record, home, why, down[home])
@@ -411,6 +421,7 @@ class Clients:
     def _push(
         self, orders: Mapping[int, Order[R]], node: int, contents: Mapping[int, RecordDict]
     ) -> dict[str, tuple[int, ...]]:
+        self._pushed |= set(contents)
         task = orders[next(iter(contents))].task
         message = Message(joined(list(contents.values())), message_type=task, dst_node_id=node)
         [key] = self.grid.push_messages([message])

@@ -6,6 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tomli_w
 
@@ -15,6 +16,7 @@ from fedsynth.scenario_toml import cells
 from fedsynth.typed import BadValue, build, plain
 
 FILE = "invitation.toml"
+HOST = re.compile(r"[A-Za-z0-9._:%-]+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 HEADER = """\
 # An invitation to a federation: `fedsynth site init DIR --name NAME --invitation invitation.toml` reads it.
@@ -40,7 +42,7 @@ class Planned:
     """
 
     name: str
-    task: str
+    task: Literal["classification", "instructions"]
     labels: tuple[str, ...]
     strategies: tuple[str, ...]
     models: tuple[str, ...]
@@ -132,7 +134,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     numbered = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
-    if not colon or not bare or "/" in host or (":" in bare and bare == host) or not numbered:
+    if not colon or not HOST.fullmatch(bare) or (":" in bare and bare == host) or not numbered:
         raise BadValue(f"an address must read HOST:PORT, as superlink.example.org:9443 or [::1]:9443, got {address!r}")
     return bare, int(port)
 

@@ -76,8 +76,8 @@ def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
                 if "already in use" not in str(problem):
                     raise BadValue(str(problem)) from problem
                 raise BadValue(f"the SuperLink knows the key {fingerprint}, though {SITES} does not: it was removed, "
-                               "or registered by other means. Flower takes a key once: the site makes a new one, in "
-                               "a new folder, with `fedsynth site init`") from problem  # fmt: skip
+                               "or registered by other means. Flower takes a key once: the site makes a new one by "
+                               "`fedsynth site init DIR --new-key`, and keeps its account") from problem  # fmt: skip
         made = Site(name, fingerprint, str(answer["node-id"]), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
         _write_sites(folder, [*known, made])
     return made

@@ -338,8 +338,9 @@ def _privacy(journals: Sequence[Journal]) -> dict[str, Any]:
     figures = worst.to_dict()
     figures["delta"] = max(s.delta for s in spent)
     figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
-    if worst.unit == "row":
-        plans = {_plan_of(s) for s in spent}
+    figures["unit"] = " or ".join(sorted({s.unit for s in spent}))
+    if rows_only := [s for s in spent if s.unit == "row"]:
+        plans = {_plan_of(s) for s in rows_only}
         figures["epsilon_rows"] = {
             str(rows): up(max(group_epsilon(plan, rows, plan.delta) for plan in plans), 2) for rows in ROWS_OF_A_PERSON
         }
@@ -413,7 +414,7 @@ def privacy_line(journals: Sequence[Journal]) -> str:
         return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
     epsilon, delta = up(max(s.epsilon or 0.0 for s in spent), 3), max(s.delta for s in spent)
     replaced = up(max(s.epsilon_replace_one or 0.0 for s in spent), 2)
-    unit = spent[0].unit
+    unit = " or ".join(sorted({s.unit for s in spent}))  # sites may differ in what they protect
     return (
         f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
         f"({replaced:.2f} if replaced by another {unit}); largest over "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import secrets
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -21,18 +23,16 @@ from typing import Any
 
 import psutil
 import tomli_w
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.certificates import write_new, write_node_keys
 from fedsynth.clients.approval import Decision
 from fedsynth.clients.policy import SITE, Place
-from fedsynth.clients.process import SOCKET, stand_ins
-from fedsynth.clients.trail import Trail
+from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
+from fedsynth.clients.trail import Trail, entries
 from fedsynth.corpus import Corpus
 from fedsynth.flower import OWNER, LaunchFailed, alone, ending, environment, interrupt, spawn, take_down
 from fedsynth.invitation import Invitation, check_name, read_invitation
+from fedsynth.site_ready import check_key, check_state, server
 from fedsynth.tasks import ORDERS
 from fedsynth.typed import BadValue
 
@@ -67,6 +67,26 @@ def init(folder: Path, *, name: str, invitation: Path) -> Path:
     return told
 
 
+def new_key(folder: Path) -> Path:
+    """A new key for a site: one that was removed at the server is never taken again. Account and trail stay.
+
+    Returns:
+        The public half, to be sent to the coordinator. The old halves stay under other names.
+
+    Raises:
+        BadValue: If the folder holds no site.
+    """
+    from fedsynth.clients.policy import load_site
+
+    place = load_site(folder)
+    private, public = place.path(place.site.superlink.private_key), place.path(f"{place.site.name}.pub")
+    for path in (private, public):
+        if path.exists():
+            path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+    write_node_keys(private, public, comment=place.site.name)
+    return public
+
+
 def template(name: str, invited: Invitation) -> str:
     """site.toml, with what the coordinator proposes filled in, for the operator to judge."""
     asked = invited.scenario
@@ -93,50 +113,15 @@ def _line(**values: tuple[str, ...]) -> str:
     return tomli_w.dumps({key: list(found) for key, found in values.items()}).strip()
 
 
-def check_state(place: Place) -> str:
-    """Whether the state folder is this user's alone and has room.
-
-    Raises:
-        BadValue: If not.
-    """
-    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mode = place.state.stat().st_mode & 0o077
-    if mode:
-        raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
-    free = shutil.disk_usage(place.state).free
-    if free < 2**30:
-        raise BadValue(
-            f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
-        )
-    return f"{place.state}, {free / 2**30:.0f} GiB free"
-
-
-def check_key(place: Place) -> str:
-    """Whether the site's key can be used, and nobody else reads it.
-
-    Raises:
-        BadValue: If not.
-    """
-    path = place.path(place.site.superlink.private_key)
-    try:
-        key = load_ssh_private_key(path.read_bytes(), password=None)
-    except OSError as problem:
-        raise BadValue(f"the key {path} cannot be read: {problem.strerror}") from problem
-    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
-        raise BadValue(f"{path} holds no OpenSSH private key without a password ({problem})") from problem
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise BadValue(f"{path} is no EC key: Flower takes those of `fedsynth site init` and `ssh-keygen -t ecdsa`")
-    if path.stat().st_mode & 0o077:
-        raise BadValue(f"{path} can be read by others: chmod 600 {path}")
-    return f"{path} is an EC key that only this user reads"
-
-
 def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
     """Runs the site's SuperNode until Ctrl-C or SIGTERM; everything that it started is gone then.
 
     Four programs: the SuperNode, which talks to the server; the SuperExec, which starts a process for each message and
-    shows a secret that is made anew each time, so that no other program on this machine can take a message; in place
-    of Flower's client process a stand-in (`fedsynth.clients.process`); and the warm process that it hands over to.
+    shows a secret that is made anew each time; in place of Flower's client process a stand-in
+    (`fedsynth.clients.process`), the only program on the SuperExec's PATH; and the warm process that it hands over to.
+
+    Flower gives the token of a message to its process as an argument, which other users of this machine can read
+    unless /proc is mounted with hidepid=2: a site's machine should have no users who are not trusted with its data.
 
     Args:
         place: The site.
@@ -156,8 +141,14 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         secret.unlink(missing_ok=True)
         write_new(secret, secrets.token_bytes(32), secret=True)
         warm_socket, programs = _socket(place), place.state / "bin"
-        stand_ins(programs, warm_socket, client)
-        environment = _environment(place, programs, marker)
+        try:
+            stand_ins(programs, warm_socket, client)
+        except (CannotStandIn, UnknownFlower) as problem:
+            raise BadValue(str(problem)) from problem
+        _open_account(place)
+        environment = _environment(place, marker)
+        # Nothing but the stand-ins can be found by who starts what a server asks for.
+        alone_on_path = {**environment, "PATH": str(programs)}
         signal.signal(signal.SIGTERM, interrupt)
         running: list[subprocess.Popen[bytes]] = []
         patience = _Patience(place)
@@ -165,7 +156,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
             spawn(running, [sys.executable, "-P", *client, "serve", str(warm_socket)], environment, place.state)
             while True:
                 supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
-                superexec = spawn(running, _superexec(port, secret, supernode.pid), environment, place.state)
+                superexec = spawn(running, _superexec(port, secret, supernode.pid), alone_on_path, place.state)
                 said = _watch(place, running[0], supernode, superexec, port)
                 for program in (superexec, supernode):
                     program.terminate()
@@ -264,14 +255,12 @@ def _connected(supernode: subprocess.Popen[bytes], port: int) -> bool:
 
 def _problems(place: Place) -> dict[str, str]:
     """What stands between this site and its server: `server`, `certificate` or `clock`, and words."""
-    from fedsynth.site_check import server  # brings the models' libraries, which a site that runs well needs not
-
     return {finding.what: finding.says for finding in server(place) if finding.state == "problem"}
 
 
 def _supernode(place: Place, port: int, secret: Path) -> list[str]:
     link = place.site.superlink
-    return ["flower-supernode", "--superlink", link.address,
+    return [_flower("flower-supernode"), "--superlink", link.address,
             "--root-certificates", str(place.path(link.root_certificates)),
             "--auth-supernode-private-key", str(place.path(link.private_key)),
             "--host", "127.0.0.1", "--port", str(port),
@@ -280,12 +269,34 @@ def _supernode(place: Place, port: int, secret: Path) -> list[str]:
 
 def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
     # Without TLS: it stays on this machine, and shows the secret.
-    return ["flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{port}",
+    return [_flower("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}",
             "--superexec-auth-secret-file", str(secret), "--parent-pid", str(supernode)]  # fmt: skip
 
 
-def _environment(place: Place, programs: Path, marker: str) -> dict[str, str]:
-    """The operator's, without what would reach outside, with the stand-ins first on the PATH."""
+def _flower(program: str) -> str:
+    """A program of Flower beside this Python, by its whole path."""
+    found = shutil.which(program, path=str(Path(sys.prefix) / "bin"))
+    if found is None:
+        raise BadValue(f"{program} is not beside this Python ({Path(sys.prefix) / 'bin'}): is flwr installed there?")
+    return found
+
+
+def _open_account(place: Place) -> None:
+    """Makes the account of the site's data, the first time; one that is gone is not begun anew.
+
+    Raises:
+        BadValue: If the audit trail knows the data set, and there is no account of it.
+        fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used.
+    """
+    known = place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail))
+    if not known:
+        raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit "
+                       "trail knows of orders for it: what they spent would be forgotten; restore it")  # fmt: skip
+    place.open_ledger(create=True)
+
+
+def _environment(place: Place, marker: str) -> dict[str, str]:
+    """The operator's, without what would reach outside."""
     device = place.site.device
     cards = {"auto": None, "cpu": ""}.get(device, device.removeprefix("cuda:"))
     common = environment(marker)
@@ -297,7 +308,6 @@ def _environment(place: Place, programs: Path, marker: str) -> dict[str, str]:
         "OMP_NUM_THREADS": str(place.site.threads),
         "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a process that forks must have one thread
         "TOKENIZERS_PARALLELISM": "false",
-        "PATH": os.pathsep.join([str(programs), common["PATH"]]),
     }
 
 
@@ -309,7 +319,8 @@ def _socket(place: Place) -> Path:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     folder = Path(f"/tmp/fedsynth-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o077:
+    found = folder.lstat()  # of a link its owner could lead elsewhere later
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise BadValue(f"{folder} belongs to someone else: name a shorter `state` folder in site.toml")
     return folder / f"{digest}.socket"
 
@@ -347,9 +358,14 @@ def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
     Raises:
         BadValue: If there is no such order, or it was decided before.
     """
-    held = place.approvals.decide(order, decision)
-    Trail(place.trail, {}).add(decision, order=held["order"], by=held["by"])
-    return held
+    held = place.approvals.undecided(order)
+    stored = place.open_ledger().answered(held["order"])
+    if stored is None or hashlib.sha256(stored).hexdigest() != held["sha256"]:
+        raise BadValue(f"order {held['order'][:12]} has no stored answer yet: its training has not ended")
+    by = f"{pwd.getpwuid(os.getuid()).pw_name} (uid {os.getuid()})"
+    # First: no text leaves of which the trail does not say who let it go.
+    Trail(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
+    return place.approvals.decide(held, decision, by)
 
 
 def _free_port() -> int:

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import email.utils
-import http.client
-import ssl
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
 from fedsynth.hub import weights_hash
-from fedsynth.invitation import host_and_port
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
-from fedsynth.site import check_key, check_state
+from fedsynth.site_ready import Finding, check_key, check_state, server
 from fedsynth.sources import check as check_data
 from fedsynth.typed import BadValue
-
-MAX_SKEW = 5.0  # seconds that a site's clock may be ahead of the server's; Flower refuses its signature beyond
-MAX_BEHIND = 300.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        what: Was looked at.
-        state: `ok`, `warning` or `problem`.
-        says: In words.
-    """
-
-    what: str
-    state: str
-    says: str
 
 
 def check(place: Place) -> Iterator[Finding]:
@@ -108,38 +83,3 @@ def _budget(place: Place) -> str:
 
 def _trail(place: Place) -> str:
     return f"{sum(1 for _ in entries(place.trail))} entries, each follows from the one before ({place.trail})"
-
-
-def server(place: Place) -> Iterator[Finding]:
-    """TLS, certificate and clock, by one request without content; what is a problem is told as `server`, `certificate`
-    or `clock`."""
-    link = place.site.superlink
-    host, port = host_and_port(link.address)
-    try:
-        context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
-        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            said = connection.getresponse().headers.get("Date")
-            certificate = connection.sock.getpeercert() if connection.sock else None
-    except ssl.SSLCertVerificationError as problem:
-        why = f"the certificate of {link.address} is not accepted: {problem.verify_message}"
-        yield Finding("certificate", "problem", f"{why}; ask the coordinator, and do not go on")
-        return
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        why = f"{link.address} cannot be reached by TLS: {problem or type(problem).__name__}"
-        yield Finding("server", "problem", why)
-        return
-    until = dict(certificate or {}).get("notAfter", "")
-    yield Finding("server", "ok", f"{link.address} answers by TLS, its certificate is accepted (until {until})")
-    if said is None:
-        yield Finding("clock", "warning", "the server does not say its time")
-        return
-    ahead = time.time() - email.utils.parsedate_to_datetime(said).timestamp()
-    if -MAX_BEHIND < ahead < MAX_SKEW + 1:  # the server's date has whole seconds
-        yield Finding("clock", "ok", f"within {max(1, abs(round(ahead)))} s of the server's")
-        return
-    off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
-    yield Finding(
-        "clock", "problem", f"this clock is {off}: set it by NTP, or the server refuses this site's signature"
-    )

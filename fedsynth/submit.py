@@ -149,7 +149,7 @@ def _wait_for_sites(
         away = [site.name for site in asked_of if states[site.name] != "online"]
         if gone := [name for name in away if states[name] == "unknown"]:
             raise BadValue(f"the SuperLink does not know the site {gone[0]!r} (a new database?): remove it, and let it "
-                           "in anew with another key")  # fmt: skip
+                           "in again; a new database takes the same key")  # fmt: skip
         if not away:
             return
         line = f"waiting for {', '.join(f'{name} ({states[name]})' for name in away)}: `fedsynth site start` there"

@@ -24,8 +24,12 @@ START_SITE = """
 import sys
 from pathlib import Path
 from fedsynth.clients.policy import load_site
+from fedsynth.privacy.noise import simulated_key
 from fedsynth.site import start
-start(load_site(Path(sys.argv[1])), client=sys.argv[2:])
+place, index = load_site(Path(sys.argv[1])), int(sys.argv[2])
+place.state.mkdir(mode=0o700, exist_ok=True)
+place.open_ledger(create=True, keys=lambda counter, binding: simulated_key(0, index, counter, binding))
+start(place, client=sys.argv[3:])
 """
 
 
@@ -111,7 +115,15 @@ class Federation:
     def start_site(self, name: str, *, injected: bool = False, wait: bool = True, **more: str) -> Running:
         command: list[object] = [sys.executable, "-P", "-m", "fedsynth.cli", "site", "start", self.place(name)]
         if injected:
-            command = [sys.executable, "-P", "-c", START_SITE, self.place(name), HERE / "injected_client.py"]
+            command = [
+                sys.executable,
+                "-P",
+                "-c",
+                START_SITE,
+                self.place(name),
+                sorted(self.names).index(name),
+                HERE / "injected_client.py",
+            ]
         self.sites[name] = spawn(command, self.folder, self.folder / f"{name}.log", **more)
         if wait:
             self.sites[name].wait_for("SuperNode ID")
@@ -179,6 +191,7 @@ def fill_in(place: Path, *, records: int, policy: str = "", **toml: str) -> None
         "records = 0": f"records = {records}",
         "minimum_records = 100": "minimum_records = 1",
         "approve_text = true": policy or "approve_text = false",
+        'outputs = ["text", "scores"]  ': 'outputs = ["text", "adapter", "scores"]  ',
         **toml,
     }  # fmt: skip
     for old, new in changes.items():

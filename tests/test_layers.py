@@ -12,6 +12,7 @@ cli
 cli_deployment
 site_check submit
 site superlink deployment
+site_ready
 invited
 server
 reporting forecast

@@ -23,7 +23,7 @@ from local import LocalGrid
 from scripted import ScriptedLLM
 
 import fedsynth.federation
-from fedsynth.clients.app import client_app
+from fedsynth.clients.app import answer, client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.clients.policy import Place, Policy, Site, SuperLink, load_site
@@ -38,13 +38,13 @@ from fedsynth.payload import decode
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
-from fedsynth.runs import Journal, guarantee_of, privacy_line
+from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
 from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.site import decide, held_text, template, waiting
+from fedsynth.site import _open_account, decide, held_text, template, waiting
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
 from fedsynth.typed import BadValue
-from fedsynth.wire import KINDS
+from fedsynth.wire import KINDS, pack_order, unpack_answer
 
 NAMES = ("st-marys", "charite", "ukb")
 LABELS = ("heart", "skin")
@@ -76,7 +76,7 @@ test = {{ column = "part", equals = "test" }}
 generator = "{model}"
 task_model = "{model}"
 budget = {{ epsilon = {epsilon} }}
-generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-3 }}
+generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-2 }}
 task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 [server]
 llm = "scripted"
@@ -186,6 +186,7 @@ class Deployed:
     away: Mapping[str, int] = field(default_factory=dict)
     measured: bool = False
     injected: bool = False
+    accounts: bool = True  # made where there are none
     run_id: str = "simulated"  # the same in the simulation: then orders and keys are the same, too
 
     def __post_init__(self) -> None:
@@ -193,15 +194,21 @@ class Deployed:
         self.cell = cell_of(self.whole, "main", 0)
         self.out.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.cell, self.out, self.out / "events.jsonl", simulated=False)
+        for index, place in enumerate(self.sites):
+            if not place.ledger.exists() and self.accounts:
+                place.open_ledger(create=True, **self.keys(index))
         app = client_app(self.open, simulated=False)
         self.grid = SitesGrid(app, len(self.sites), {"scenario-toml": self.whole}, away=self.away)
 
     def open(self, context: Context, envelope: Envelope) -> Home:
         index = int(str(context.node_config["partition-id"]))
-        ledger: dict[str, Any] = {}
-        if self.injected:
-            ledger["keys"] = lambda counter, binding: simulated_key(self.cell.seed, index, counter, binding)
-        return home_of(self.sites[index], self.cell, envelope, {"superlink": "127.0.0.1:9443"}, **ledger)
+        return home_of(self.sites[index], self.cell, envelope, {"superlink": "127.0.0.1:9443"}, **self.keys(index))
+
+    def keys(self, index: int) -> dict[str, Any]:
+        """A simulation's, or none: a site's own."""
+        if not self.injected:
+            return {}
+        return {"keys": lambda counter, binding: simulated_key(self.cell.seed, index, counter, binding)}
 
     def run(self, llm: Any = None) -> Any:
         labels = label_list(self.cell.scenario.data)
@@ -231,6 +238,7 @@ class Deployed:
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedsynth.federation, "ASK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.federation, "APPROVAL_SECONDS", 0.05)
 
 
 def test_with_injected_keys_sites_release_what_the_simulation_does(
@@ -395,21 +403,22 @@ class TestApproval:
         seen: list[Any] = []
         check = Approvals.check
 
-        def accepted_at_the_third_look(approvals: Approvals, order: str) -> None:
+        def accepted_at_the_third_look(approvals: Approvals, order: str, sha256: str) -> None:
             if order in [held["order"] for held in waiting(sites[0])]:
                 seen.append(held_text(sites[0], order[:10]))
                 if len(seen) == 3:
                     decide(sites[0], order[:10], "accepted")
-            check(approvals, order)
+            check(approvals, order, sha256)
 
         monkeypatch.setattr(Approvals, "check", accepted_at_the_third_look)
         deployed.run()
         assert deployed.codes() == [Code.AWAITS_APPROVAL] * 2
+        told = (tmp_path / "run" / "events.jsonl").read_text()
+        assert told.count("site 'charite': its answer waits for approval there") == 1  # not at each look
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
         assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
         events = [e["event"] for e in entries(sites[0].trail)]
-        assert events[:2] == ["asked", "stored"]
-        assert events.index("accepted") < events.index("answered")
+        assert events == ["asked", "waits", "stored", "accepted", "answered", "asked", "stored", "answered"]
 
     def test_declined_text_never_leaves_and_what_was_charged_stays_charged(
         self, tmp_path: Path, toml: str, sites: list[Place], monkeypatch: pytest.MonkeyPatch
@@ -417,12 +426,12 @@ class TestApproval:
         deployed = Deployed(sites, toml, tmp_path / "run")
         check = Approvals.check
 
-        def declined(approvals: Approvals, order: str) -> None:
+        def declined(approvals: Approvals, order: str, sha256: str) -> None:
             if approvals.folder == sites[0].approvals.folder and [
                 h for h in waiting(sites[0]) if h["decision"] == "waits"
             ]:
                 decide(sites[0], order, "declined")
-            check(approvals, order)
+            check(approvals, order, sha256)
 
         monkeypatch.setattr(Approvals, "check", declined)
         with pytest.raises(TooFewReplies, match="site 'charite' refused: not_approved"):
@@ -641,11 +650,132 @@ def test_a_deployment_is_read_from_a_run_config() -> None:
         Deployment.read("{")
 
 
-def test_a_ledger_that_is_gone_is_not_made_anew_in_the_midst_of_a_run(
+def test_an_account_that_is_gone_is_never_begun_anew_by_a_message(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
+    sites = places(tmp_path, notes)
+    for place in sites[1:]:
+        place.open_ledger(create=True)
+    with pytest.raises(TooFewReplies, match="site 'charite' refused: failed"):
+        Deployed(sites, toml, tmp_path / "run", accounts=False).run()
+    assert not sites[0].ledger.exists()
+
+
+def test_a_start_makes_the_account_once_and_asks_for_the_one_that_the_trail_knows(
+    tmp_path: Path, notes: pd.DataFrame
+) -> None:
     place = places(tmp_path, notes)[0]
-    ledger: Ledger = place.open_ledger()
+    _open_account(place)
+    assert place.ledger.exists()
+    Trail(place.trail, {"dataset": place.site.data.id}).add("asked")
+    _open_account(place)
     place.ledger.unlink()
-    with pytest.raises(Exception, match="it is gone"):
-        ledger.spent()
+    with pytest.raises(BadValue, match="the account of the data set 'charite-1' is gone"):
+        _open_account(place)
+
+
+@pytest.mark.parametrize("labels", ["", 'labels = "all"\n'])
+def test_a_scenario_cannot_make_a_site_read_its_files_to_find_labels(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, labels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probing = toml.replace('labels = ["heart", "skin"]\n', labels)
+    deployed = Deployed(places(tmp_path, notes), probing, tmp_path / "run")
+    context = next(iter(deployed.grid.contexts.values()))
+    order = pack_order(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
+    (tmp_path / "all.csv").unlink()  # what the scenario names; what is there would be an answer
+    sealed = answer(Synthesize, order, context, deployed.open, unopened=lambda task, why: None)
+    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+    notes.to_csv(tmp_path / "all.csv", index=False)
+    sealed = answer(Synthesize, order, context, deployed.open, unopened=lambda task, why: None)
+    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+
+
+def test_a_model_of_a_list_by_client_is_held_against_the_policy_too(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    more = toml.replace("[client]\n", f'[client]\ntask_models = ["{MODEL[0]}", "assets:tiny-slm", "{MODEL[0]}"]\n')
+    with pytest.raises(TooFewReplies, match="site 'st-marys' refused: not_allowed"):
+        Deployed(places(tmp_path, notes), more, tmp_path / "run").run()
+
+
+@pytest.mark.parametrize("setting", ["clip_norm = 1e-37", "clip_norm = 1e30", "learning_rate = 1e9", "alpha = 1e30"])
+def test_numbers_beyond_which_the_bound_was_never_shown_are_refused(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, setting: str
+) -> None:
+    wild = toml.replace("steps = 3, learning_rate = 1e-2", f"steps = 3, {setting}")
+    assert setting in wild
+    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+        Deployed(places(tmp_path, notes), wild, tmp_path / "run").run()
+
+
+def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    sites = places(tmp_path, notes, {"charite": replace(POLICY, approve_text=True)})
+    short = toml.replace("answer_seconds = 20", "answer_seconds = 2")
+    with pytest.raises(TooFewReplies, match="its answer waits for approval"):
+        Deployed(sites, short, tmp_path / "run").run()
+    decide(sites[0], waiting(sites[0])[0]["order"], "accepted")
+    strict = replace(sites[0], site=replace(sites[0].site, policy=replace(POLICY, outputs=("scores",))))
+    with pytest.raises(TooFewReplies, match="site 'charite' refused: not_allowed"):
+        Deployed([strict, *sites[1:]], short, tmp_path / "again").run()
+
+
+def test_approval_that_is_asked_for_later_holds_for_what_is_stored(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites = places(tmp_path, notes)
+    with monkeypatch.context() as patched:  # its process dies when the answer is stored, and not yet sent
+        patched.setattr(Ledger, "mark_sent", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(TooFewReplies):
+            Deployed(sites, toml, tmp_path / "run").run()
+    careful = replace(
+        sites[0], site=replace(sites[0].site, policy=replace(POLICY, approve_text=True, models=(MODEL[0],)))
+    )
+    short = toml.replace("answer_seconds = 20", "answer_seconds = 2")
+    with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits"):
+        Deployed([careful, *sites[1:]], short, tmp_path / "again").run()
+
+
+def test_a_site_that_was_never_reached_is_not_charged_when_the_run_goes_on(tmp_path: Path, notes: pd.DataFrame) -> None:
+    text = scenario(tmp_path, notes, quorum=0.6).replace("answer_seconds = 20", "answer_seconds = 2")
+    sites = places(tmp_path, notes)
+    first = Deployed(sites, text, tmp_path / "run", away={"ukb": 10**6})
+    with pytest.raises(RuntimeError, match="the server dies"):
+        first.run(llm=DyingLLM())
+    assert (2, 1) not in first.journal.silent
+    again = Deployed(sites, text, tmp_path / "run")  # ukb is back
+    again.run()
+    assert not sites[2].open_ledger().entries()
+
+
+class DyingLLM(ScriptedLLM):
+    """Ends its server."""
+
+    def complete(self, *_: Any, **__: Any) -> list[str]:
+        raise RuntimeError("the server dies")
+
+
+def test_units_of_sites_that_differ_are_all_named(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    sites = places(tmp_path, notes)
+    rows = replace(sites[2].site.data, person=None, independent_rows=True)
+    sites[2] = replace(sites[2], site=replace(sites[2].site, data=rows))
+    deployed = Deployed(sites, toml, tmp_path / "run")
+    deployed.run()
+    assert "-DP per person or row" in privacy_line([deployed.journal])
+    told = _privacy([deployed.journal])["largest_over_clients"]
+    assert told["unit"] == "person or row"
+    assert set(told["epsilon_rows"]) == {"2", "5", "10"}
+
+
+def test_a_line_that_a_killed_process_left_half_written_does_not_look_like_a_change(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "audit.jsonl", {})
+    trail.add("asked", number=0)
+    with trail.path.open("ab") as file:
+        file.write(b'{"at": "2026-')
+    assert [e["number"] for e in entries(trail.path)] == [0]
+    trail.add("asked", number=1)
+    trail.add("asked", number=2)
+    found = list(entries(trail.path))
+    assert [e["number"] for e in found] == [0, 1, 2]
+    assert [e.get("torn", False) for e in found] == [False, True, False]

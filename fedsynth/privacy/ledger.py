@@ -127,6 +127,7 @@ class Ledger:
             default; simulations pass `simulated_key` of their run and client.
         durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
             costs a third.
+        create: Make the file if there is none; else that is an error: an account that is gone must not begin anew.
 
     Raises:
         LedgerUnusable: If the file is another data set's, of another schema, or damaged.
@@ -140,6 +141,7 @@ class Ledger:
         cap: Budget | None,
         keys: Callable[[int, str], bytes] = _site_keys,
         durable: bool = True,
+        create: bool = True,
     ) -> None:
         self.path = path
         self.dataset = dataset
@@ -148,6 +150,8 @@ class Ledger:
         self._durable = durable
         self._open: tuple[Hashable, sqlite3.Connection] | None = None
         if not path.exists():
+            if not create:
+                raise self._unusable("it is gone")
             self._create()
         os.chmod(path, 0o600)  # a copy from a backup may have come with wider access
         with self._transaction() as db:
@@ -171,6 +175,12 @@ class Ledger:
         with self._transaction() as db:
             row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (order,)).fetchone()
         return None if row is None else bytes(row[0])
+
+    def sent(self, order: str) -> bool:
+        """Whether the answer of an order was handed over to be sent."""
+        with self._transaction() as db:
+            row = db.execute("SELECT sent FROM answers WHERE order_digest = ?", (order,)).fetchone()
+        return row is not None and bool(row[0])
 
     def charge(self, plan: DPPlan, binding: Binding, run: str, *, budget: Budget | None = None) -> Grant:
         """Pays for one round of a plan before any private text is opened.

@@ -1,0 +1,111 @@
+"""What a site needs to reach its server: a folder, a key, a certificate that is accepted, a clock."""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import http.client
+import shutil
+import ssl
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+
+from fedsynth.clients.policy import Place
+from fedsynth.invitation import host_and_port
+from fedsynth.typed import BadValue
+
+MAX_SKEW = 5.0  # seconds that a site's clock may be ahead of the server's; Flower refuses its signature beyond
+MAX_BEHIND = 300.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        what: Was looked at.
+        state: `ok`, `warning` or `problem`.
+        says: In words.
+    """
+
+    what: str
+    state: str
+    says: str
+
+
+def check_state(place: Place) -> str:
+    """Whether the state folder is this user's alone and has room.
+
+    Raises:
+        BadValue: If not.
+    """
+    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    mode = place.state.stat().st_mode & 0o077
+    if mode:
+        raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
+    free = shutil.disk_usage(place.state).free
+    if free < 2**30:
+        raise BadValue(
+            f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
+        )
+    return f"{place.state}, {free / 2**30:.0f} GiB free"
+
+
+def check_key(place: Place) -> str:
+    """Whether the site's key can be used, and nobody else reads it.
+
+    Raises:
+        BadValue: If not.
+    """
+    path = place.path(place.site.superlink.private_key)
+    try:
+        key = load_ssh_private_key(path.read_bytes(), password=None)
+    except OSError as problem:
+        raise BadValue(f"the key {path} cannot be read: {problem.strerror}") from problem
+    except (ValueError, TypeError, UnsupportedAlgorithm) as problem:
+        raise BadValue(f"{path} holds no OpenSSH private key without a password ({problem})") from problem
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise BadValue(f"{path} is no EC key: Flower takes those of `fedsynth site init` and `ssh-keygen -t ecdsa`")
+    if path.stat().st_mode & 0o077:
+        raise BadValue(f"{path} can be read by others: chmod 600 {path}")
+    return f"{path} is an EC key that only this user reads"
+
+
+def server(place: Place) -> Iterator[Finding]:
+    """TLS, certificate and clock, by one request without content; what is a problem is told as `server`, `certificate`
+    or `clock`."""
+    link = place.site.superlink
+    host, port = host_and_port(link.address)
+    try:
+        context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
+        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            said = connection.getresponse().headers.get("Date")
+            certificate = connection.sock.getpeercert() if connection.sock else None
+    except ssl.SSLCertVerificationError as problem:
+        why = f"the certificate of {link.address} is not accepted: {problem.verify_message}"
+        yield Finding("certificate", "problem", f"{why}; ask the coordinator, and do not go on")
+        return
+    except (OSError, ValueError, http.client.HTTPException) as problem:
+        why = f"{link.address} cannot be reached by TLS: {problem or type(problem).__name__}"
+        yield Finding("server", "problem", why)
+        return
+    until = dict(certificate or {}).get("notAfter", "")
+    yield Finding("server", "ok", f"{link.address} answers by TLS, its certificate is accepted (until {until})")
+    if said is None:
+        yield Finding("clock", "warning", "the server does not say its time")
+        return
+    ahead = time.time() - email.utils.parsedate_to_datetime(said).timestamp()
+    if -MAX_BEHIND < ahead < MAX_SKEW + 1:  # the server's date has whole seconds
+        yield Finding("clock", "ok", f"within {max(1, abs(round(ahead)))} s of the server's")
+        return
+    off = f"{abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the server's"
+    yield Finding(
+        "clock", "problem", f"this clock is {off}: set it by NTP, or the server refuses this site's signature"
+    )
