@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -159,6 +162,7 @@ class SitesGrid(LocalGrid):
     def __init__(self, *args: Any, away: Mapping[str, int] = {}, **more: Any) -> None:
         super().__init__(*args, **more)
         self.away = dict(away)
+        self.connected = ""
 
     def get_nodes(self) -> Any:
         found = []
@@ -168,7 +172,7 @@ class SitesGrid(LocalGrid):
             if self.away.get(name, 0) > 0:
                 self.away[name] -= 1
                 status = "offline"
-            found.append(SimpleNamespace(node_id=node, name=name, status=status, last_activated_at=""))
+            found.append(SimpleNamespace(node_id=node, name=name, status=status, last_activated_at=self.connected))
         return found
 
 
@@ -487,6 +491,63 @@ def test_a_site_that_cannot_be_reached_is_asked_again_under_the_same_grant(
     deployed.run()
     for place in deployed.sites:
         assert len([e for e in place.open_ledger().entries() if e["kind"] == "grant"]) == 1
+
+
+def test_a_site_that_connected_anew_is_asked_anew_under_the_same_grant(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    grid, pull = deployed.grid, deployed.grid.pull_messages
+    lost: list[str] = []
+
+    def forgetful(ids: Any) -> Any:
+        """The first site's first order was taken, and forgotten with the program that died."""
+        if not lost:
+            lost.append(next(iter(ids)))
+            grid._waiting.pop(lost[0])
+            grid.connected = "later"
+        return pull([each for each in ids if each not in lost])
+
+    grid.pull_messages = forgetful  # type: ignore[method-assign]
+    deployed.run()
+    assert len(deployed.texts()) == 3
+    for place in deployed.sites:
+        assert [entry["state"] for entry in place.open_ledger().entries() if entry["kind"] == "grant"] == ["sent"]
+
+
+def test_a_full_disk_has_a_code_and_one_line_at_the_site(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedsynth.privacy.ledger.Ledger.store", full)
+        with pytest.raises(TooFewReplies, match="refused: disk_full"):
+            deployed.run()
+    assert "no room is left in" in capfd.readouterr().err
+    again = Deployed(deployed.sites, toml, tmp_path / "run")
+    again.run()
+    assert len(again.texts()) == 3
+    for place in again.sites:
+        assert [entry["state"] for entry in place.open_ledger().entries() if entry["kind"] == "grant"] == ["sent"]
+
+
+def test_an_entry_of_the_trail_that_a_full_disk_cuts_short_leaves_nothing(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "audit.jsonl", {})
+    trail.add("asked")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # a file that may grow by 10 bytes is cut as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "audit.jsonl").stat().st_size + 10, limits[1]))
+        with pytest.raises(OSError):
+            trail.add("stored")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    trail.add("answered")
+    assert [entry["event"] for entry in entries(tmp_path / "audit.jsonl")] == ["asked", "answered"]
 
 
 def test_a_run_id_or_arm_that_leads_elsewhere_is_refused(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
