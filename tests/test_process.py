@@ -6,12 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import flwr.supernode.cli.flwr_clientapp
 import flwr.supernode.runtime.run_clientapp as runtime
 import pytest
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
@@ -110,7 +109,7 @@ class TestMessage:
             runtime.push_message(None, None, None)
             runtime.push_task_output(None, None, "", "")
 
-        monkeypatch.setattr(sys.modules["flwr.supernode.cli.flwr_clientapp"], "flwr_clientapp", played)
+        monkeypatch.setattr(import_module("flwr.supernode.cli.flwr_clientapp"), "flwr_clientapp", played)
         main([])
         assert ends == ["reply", "finished"]
 
@@ -127,7 +126,7 @@ class TestMessage:
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("FEDSYNTH_BUNDLE", "")
-        monkeypatch.setattr(sys.modules["flwr.supernode.cli.flwr_clientapp"], "flwr_clientapp", played)
+        monkeypatch.setattr(import_module("flwr.supernode.cli.flwr_clientapp"), "flwr_clientapp", played)
         main([])
         assert type(loaded[0]).__name__ == "ClientApp"
         assert os.environ["FEDSYNTH_BUNDLE"] == "h"
