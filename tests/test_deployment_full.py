@@ -192,6 +192,7 @@ def test_without_injected_keys_noise_is_new_in_each_run(ran: Ran, tmp_path: Path
     found = []
     for number in range(2):
         with edited(ran.federation.place(FIRST) / "site.toml", id=f'"drawn-{number}"'):
+            load_site(ran.federation.place(FIRST)).open_ledger(create=True)
             ran.federation.run(tmp_path / "scenario.toml", f"drawn-{number}", "--sites", FIRST)
         out = ran.federation.folder / f"drawn-{number}"
         found.append(instructed.adapters(out))
@@ -212,7 +213,8 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     notes.to_csv(folder / "all.csv", index=False)
     text = FDKT.format(file=folder / "all.csv", labels=json.dumps(list(world.labels)))
     (folder / "scenario.toml").write_text(text.replace("clients = 3", "clients = 1").replace('unit = "person"\n', ""))
-    keep = {"minimum_records = 1": "minimum_records = 100"}
+    outputs = 'outputs = ["text", "scores"]  '
+    keep = {"minimum_records = 1": "minimum_records = 100", outputs.replace('"scores', '"adapter", "scores'): outputs}
     with federation(folder, folder / "scenario.toml", {"alone": notes}, port=free_port(),
                     policy="approve_text = true", **keep) as made:  # fmt: skip
         made.start_site("alone")
@@ -267,6 +269,7 @@ def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Fede
 
 def test_text_that_a_person_refuses_ends_the_run_in_one_line_and_stays_paid(default: Federation) -> None:
     with edited(default.place("alone") / "site.toml", id='"alone-2"'):
+        load_site(default.place("alone")).open_ledger(create=True)
         run, order = begun(default, "declined")
         place = load_site(default.place("alone"))
         assert json.loads(approve(default, "--refuse", order))["decision"] == "declined"

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from fedsynth.clients.trail import entries
 from fedsynth.flower import OWNER, marked
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.noise import simulated_key
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(420)]
 NAMES = ("north", "south")
@@ -69,11 +71,12 @@ class Hall:
     latest: Running | None = None  # run
 
     def begin(self, fault: str) -> None:
-        """New accounts for a fault: site.toml is read for each order."""
+        """New accounts for a fault: site.toml is read for each order. Their keys are a simulation's, too."""
         self.fault = fault
-        for name in NAMES:
+        for index, name in enumerate(NAMES):
             file = self.federation.place(name) / "site.toml"
             file.write_text(re.sub(r'(?m)^id = "[^"]*"', f'id = "{name}-{fault}"', file.read_text()))
+            load_site(file).open_ledger(create=True, keys=partial(simulated_key, 0, index))
 
     def submit(self, *arguments: object) -> Running:
         """A run in the background."""
