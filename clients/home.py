@@ -43,7 +43,7 @@ class WrongData(RuntimeError):
 
 @dataclass(frozen=True)
 class Rules:
-    """What a client may be asked, and what may leave it. A simulation allows everything.
+    """What a client may be asked, and what may leave it.
 
     Attributes:
         orders: Names of orders.
@@ -58,6 +58,10 @@ class Rules:
     without_guarantee: bool = True
     approval: bool = False
     objection: Exception | None = None
+
+
+EVERYTHING = Rules()
+COVERED = Rules(outputs=frozenset(kind for kind in OUTPUTS if kind != "metrics"), without_guarantee=False)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class Home:
         open: Reads the client's text; before the charge for its keyed MAC only.
         stacked: Its adapter may train in one pass with those of other homes of a simulation.
         simulated: Noise comes from the run seed and is reproducible.
-        rules: What may be asked, and what may leave.
+        allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee covers.
         lock: Held while an order is worked on; left out, a file in `work`.
         approvals: Where text waits for a person, if `rules.approval`.
         trail: Where a site keeps what it was asked and answered.
@@ -95,10 +99,15 @@ class Home:
     open: Callable[[], Site]
     simulated: bool
     stacked: bool = False
-    rules: Rules = Rules()
+    allowed: Rules | None = None
     lock: Path | None = None
     approvals: Approvals | None = None
     trail: Trail | None = None
+
+    @property
+    def rules(self) -> Rules:
+        """What may be asked, and what may leave."""
+        return self.allowed or (EVERYTHING if self.simulated else COVERED)
 
     @cached_property
     def site(self) -> Site:

@@ -67,7 +67,7 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         ledger=place.open_ledger(**ledger),
         open=lambda: read(site.data, place.folder),
         simulated=False,
-        rules=rules_of(place, cell, config, labels),
+        allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
         trail=Trail(place.trail, {"strategy": scenario.strategy.use, **who}),
