@@ -4,9 +4,9 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY := .venv/.ready
 
 # Half of the tests that start whole runs, one after the other; all others meanwhile in a second process.
-RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py)
+RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py test_deployment.py test_server.py)
 
-.PHONY: run test deployment check bench docs .venv
+.PHONY: run test slow deployment check bench docs .venv
 
 run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
@@ -15,6 +15,9 @@ test: $(READY)
 	@$(BIN)/python -m pytest $(RUNS) > .venv/runs.log 2>&1 & runs=$$!; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNS)); rest=$$?; \
 	wait $$runs; runs=$$?; cat .venv/runs.log; test $$runs -eq 0 -a $$rest -eq 0
+
+slow: $(READY)  ## what takes too long for `make test`, but for the deployments
+	@$(BIN)/python -m pytest -m "full and not deployment" --timeout 600
 
 deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: a quarter of an hour and more
 	@$(BIN)/python -m pytest -m deployment --timeout 600

@@ -81,7 +81,8 @@ class Home:
         open: Reads the client's text; before the charge for its keyed MAC only.
         stacked: Its adapter may train in one pass with those of other homes of a simulation.
         simulated: Noise comes from the run seed and is reproducible.
-        allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee covers.
+        allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee
+            covers.
         lock: Held while an order is worked on; left out, a file in `work`.
         approvals: Where text waits for a person, if `rules.approval`.
         trail: Where a site keeps what it was asked and answered.

@@ -37,13 +37,8 @@ def run(words: list[str], place: Path) -> str:
     return done.stdout
 
 
-SMALL = ["client.generator_training.steps=3", "client.task_training.augmented_epochs=1", "strategy.written=16",
-         "client.task_training.private_epochs=1", "strategy.per_label=3"]  # fmt: skip
-
-
-@pytest.mark.parametrize("sets", [pytest.param([], id="as it stands", marks=pytest.mark.full),
-                                  pytest.param([f"--set={item}" for item in SMALL], id="in small")])  # fmt: skip
-def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path, sets: list[str]) -> None:
+@pytest.mark.full
+def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
     page = ROOT / "docs" / "tutorial.md"
     [script] = blocks(page, "python")
     [scenario] = blocks(page, "toml")
@@ -51,7 +46,7 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path, sets: list[str
     run([sys.executable, "-c", script], tmp_path)
     (tmp_path / "tickets.toml").write_text(scenario)
     assert len(scenario.splitlines()) <= 20
-    said = run([*FEDSYNTH, *shlex.split(line)[1:], *sets], tmp_path)
+    said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
     assert "fdkt" in said
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
     assert {"summary.json", "metrics.parquet"} <= named

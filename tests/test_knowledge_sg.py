@@ -230,6 +230,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, models: tuple[str, str]) 
     return place, text
 
 
+@pytest.mark.full
 def test_the_server_process_opens_no_clients_file(recorded: tuple[Path, str]) -> None:
     place, _ = recorded
     arguments = [str(place / "scenario.toml"), str(place / "replies"), str(place / "audited"), "3"]

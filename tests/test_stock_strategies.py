@@ -499,6 +499,7 @@ def main(grid: Grid, context) -> None:
 """
 
 
+@pytest.mark.full
 def test_the_page_on_flowers_strategies_runs(tmp_path: Path) -> None:
     text = PAGE.read_text()
     client, server = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
