@@ -213,10 +213,11 @@ def _answer(
         home = open_home(context, envelope)
         if not (alone or home.simulated):
             raise BadOrder("a site answers one order a message")
-        asked = {"order": digest, "task": kind.task, "envelope": asdict(envelope), "bytes": payload_bytes(content)}
         with home.locked():
             stored = home.ledger.answered(digest)
-            _enter(home, "asked", **asked) if stored is None else None  # who waits is asked again and again
+            if stored is None and home.trail is not None:  # who waits is asked again and again
+                size = payload_bytes(content)
+                _enter(home, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
             _check(order, home)
             if stored is None:
                 reply = FUNCTIONS[kind](home, order, digest)
