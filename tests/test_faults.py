@@ -76,6 +76,7 @@ class Hall:
         for index, name in enumerate(NAMES):
             file = self.federation.place(name) / "site.toml"
             file.write_text(re.sub(r'(?m)^id = "[^"]*"', f'id = "{name}-{fault}"', file.read_text()))
+            load_site(file).state.mkdir(mode=0o700, exist_ok=True)
             load_site(file).open_ledger(create=True, keys=partial(simulated_key, 0, index))
 
     def submit(self, *arguments: object) -> Running:
