@@ -53,6 +53,7 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
     assert named <= {p.name for p in (tmp_path / "runs" / "tickets").iterdir()}
 
 
+@pytest.mark.full
 def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page_ = ROOT / "docs" / "your-own-strategy.md"
     [code], [scenario] = blocks(page_, "python"), blocks(page_, "toml")

@@ -67,6 +67,7 @@ def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.full
 def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
     text = 'name = "two"\n[data]\nquoted = """it\'s"""\n'  # a scenario travels as one string of many lines
     seen: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}

@@ -261,6 +261,7 @@ def test_ctrl_c_ends_with_one_line_and_leaves_no_process(tmp_path: Path) -> None
     wait_for(lambda: marked() <= before, seconds=20)
 
 
+@pytest.mark.full
 def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_clients(tmp_path: Path) -> None:
     before = marked()
     slow = ["--set", "client.task_training.private_epochs=12", "--set", "rounds=3"]
@@ -284,6 +285,7 @@ def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_
     wait_for(lambda: marked() <= before, seconds=20)
 
 
+@pytest.mark.full
 def test_run_from_python(tmp_path: Path) -> None:
     from fedsynth.scenario_toml import load
 
