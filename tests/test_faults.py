@@ -368,7 +368,7 @@ def test_a_site_with_a_key_that_nobody_registered_gets_nothing(hall: Hall, tmp_p
     impatient = START_SITE.replace("from fedsynth.site import start", "import fedsynth.site\nfedsynth.site.REFUSED_"
                                    "SECONDS = 3\nfrom fedsynth.site import start")  # fmt: skip
     with edited(site_file(hall), private_key='"keys/other"'):
-        started = spawn([sys.executable, "-P", "-c", impatient, place, "-m", "fedsynth.clients.process"], tmp_path,
+        started = spawn([sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.clients.process"], tmp_path,
                         tmp_path / "start.log")  # fmt: skip
         assert started.process.wait(120) == 1
     assert "did not let this site in" in last_line(started)
