@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from fedsynth.invitation import check_name, host_and_port
 from fedsynth.privacy.plan import Budget
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, Output
-from fedsynth.typed import BadValue, Count, build, in_range
+from fedsynth.typed import BadValue, Count, build, in_range, toml_file
 
 if TYPE_CHECKING:
     from fedsynth.privacy.ledger import Ledger
@@ -191,12 +190,5 @@ def load_site(path: Path) -> Place:
         BadValue: If it cannot be read, or says what does not fit; the message names file and key.
     """
     file = path / "site.toml" if path.is_dir() else path
-    try:
-        tree = tomllib.loads(file.read_text(encoding="utf-8"))
-        return Place(build(Site, tree), file.absolute().parent)
-    except OSError as problem:
-        raise BadValue(f"{file}: cannot be read ({problem.strerror}): make one with `fedsynth site init`") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise BadValue(f"{file}: not TOML: {problem}") from problem
-    except BadValue as problem:
-        raise BadValue(f"{file}: {problem}") from problem
+    with toml_file(file, "make one with `fedsynth site init`") as table:
+        return Place(build(Site, table), file.absolute().parent)

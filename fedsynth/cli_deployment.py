@@ -121,7 +121,7 @@ def site_init(
     renewed: Annotated[bool, typer.Option("--new-key", help="Instead, a new key for a site that is there.")] = False,
 ) -> None:
     """Make a site's folder: site.toml to be edited, a key, the CA's certificate."""
-    from fedsynth.site import init, new_key
+    from fedsynth.site_init import init, new_key
 
     if renewed:
         public = new_key(folder)
@@ -161,7 +161,7 @@ def site_start(
 ) -> None:
     """Run the site's SuperNode until it is stopped: Ctrl-C, SIGTERM."""
     from fedsynth.clients.policy import load_site
-    from fedsynth.site import start
+    from fedsynth.site_start import start
 
     start(load_site(folder), port=port)
 
@@ -176,7 +176,7 @@ def site_approve(
 ) -> None:
     """List synthetic text that waits for a person; show it, let it go, or keep it."""
     from fedsynth.clients.policy import load_site
-    from fedsynth.site import decide, held_text, waiting
+    from fedsynth.site_approve import decide, held_text
 
     if sum(map(bool, (show, accept, refuse))) > 1:
         raise BadValue("one of --show, --accept and --refuse at a time")
@@ -194,7 +194,7 @@ def site_approve(
         held = decide(place, accept or refuse, "accepted" if accept else "declined")
         print(json.dumps(held) if as_json else f"{held['order'][:12]}: {held['decision']} by {held['by']}")
         return
-    _list(waiting(place), as_json=as_json)
+    _list(place.approvals.all(), as_json=as_json)
 
 
 def _visible(text: str) -> str:

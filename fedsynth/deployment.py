@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsynth.federation import Deployment
 from fedsynth.flower import DEPLOYMENT
 from fedsynth.invitation import public_labels
 from fedsynth.invited import Site, sites
+from fedsynth.nodes import Deployment
 from fedsynth.scenario import Participation, Scenario
 from fedsynth.scenario_toml import cells
 from fedsynth.typed import BadValue

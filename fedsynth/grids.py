@@ -15,7 +15,7 @@ from fedsynth.evaluation.comparing import METRICS
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, load
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import BadValue, build, plain, toml_file
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,8 @@ def read_grid(path: Path) -> Grid:
     Raises:
         BadValue: If it is none; the message names file, key and the nearest right one.
     """
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        return resolved(build(Grid, {"name": path.stem, **tree}), path.parent)
-    except OSError as problem:
-        raise BadValue(f"no grid {str(path)!r}: {problem.strerror}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise BadValue(f"{path}: not TOML: {problem}") from problem
-    except BadValue as problem:
-        raise BadValue(f"{path}: {problem}") from problem
+    with toml_file(path) as table:
+        return resolved(build(Grid, {"name": path.stem, **table}), path.parent)
 
 
 def asked_for(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,7 @@ import tomli_w
 from fedsynth.data import label_list
 from fedsynth.scenario import Data, Scenario
 from fedsynth.scenario_toml import cells
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import BadValue, build, plain, toml_file
 
 FILE = "invitation.toml"
 HOST = re.compile(r"[A-Za-z0-9._:%-]+")
@@ -110,14 +109,8 @@ def read_invitation(path: Path) -> Invitation:
     Raises:
         BadValue: If there is none, or it is not valid.
     """
-    try:
-        return build(Invitation, tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as problem:
-        raise BadValue(f"the invitation {path} cannot be read: {problem.strerror}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise BadValue(f"{path}: not TOML: {problem}") from problem
-    except BadValue as problem:
-        raise BadValue(f"{path}: {problem}") from problem
+    with toml_file(path, "the coordinator sends it: invitation.toml") as table:
+        return build(Invitation, table)
 
 
 def invitation_toml(made: Invitation) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from fedsynth import certificates
 from fedsynth.flower import CommandRefused, Commands
 from fedsynth.invitation import check_name
 from fedsynth.server import commands, flower_home, read_config
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import BadValue, build, plain, toml_file
 
 SITES = "sites.toml"
 SITES_TEXT = """\
@@ -111,10 +110,10 @@ def sites(folder: Path) -> tuple[Site, ...]:
         BadValue: If sites.toml is not valid.
     """
     path = folder / SITES
-    try:
-        return build(Sites, tomllib.loads(path.read_text(encoding="utf-8"))).sites if path.exists() else ()
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, BadValue) as problem:
-        raise BadValue(f"{path}: {problem}") from problem
+    if not path.exists():
+        return ()
+    with toml_file(path) as table:
+        return build(Sites, table).sites
 
 
 def states(folder: Path) -> tuple[dict[str, str], list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import tomli_w
 
 from fedsynth.scenario import Cell, Scenario
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import BadValue, build, plain, toml_file
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -68,17 +68,12 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
         path = shipped[str(name)]
     if not path.is_file():
         raise BadValue(f"no scenario file {str(path)!r}")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    with toml_file(path) as tree:
         for item in sets:
             tree = _merge(tree, _parse_set(item))
         tree = _with_absolute_paths(tree, path.parent)
         arms = {name: _with_absolute_paths(over, path.parent) for name, over in _table(tree, "arms").items()}
         return from_tree({**tree, "arms": arms} if arms else tree)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise BadValue(f"{path}: not TOML: {problem}") from problem
-    except BadValue as problem:
-        raise BadValue(f"{path}: {problem}") from problem
 
 
 def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -183,4 +178,8 @@ def _parse_set(item: str) -> dict[str, Any]:
     try:
         return tomllib.loads(f"{key.strip()} = {value.strip()}")
     except tomllib.TOMLDecodeError:
-        return tomllib.loads(f"{key.strip()} = {tomli_w.dumps({'v': value.strip()}).partition('=')[2].strip()}")
+        text = tomli_w.dumps({"v": value.strip()}).partition("=")[2].strip()  # a string without its quotes
+    try:
+        return tomllib.loads(f"{key.strip()} = {text}")
+    except tomllib.TOMLDecodeError as problem:
+        raise BadValue(f"--set {item!r}: {key.strip()!r} is no TOML key ({problem})") from problem

@@ -7,7 +7,6 @@ import os
 import socket
 import ssl
 import subprocess
-import tomllib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from fedsynth.invitation import FILE as INVITATION
 from fedsynth.invitation import Invitation, host_and_port, invitation_toml, joined, planned, read_invitation
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import to_toml
-from fedsynth.typed import BadValue, Positive, Range, build, in_range, plain
+from fedsynth.typed import BadValue, Positive, Range, build, in_range, plain, toml_file
 
 CONFIG, SCENARIO = "server.toml", "scenario.toml"
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere -> where this machine's programs find it
@@ -138,16 +137,8 @@ def read_config(folder: Path) -> ServerConfig:
     Raises:
         BadValue: If there is none, or it is not valid.
     """
-    path = folder / CONFIG
-    try:
-        found = build(ServerConfig, tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as problem:
-        raise BadValue(f"{str(folder)!r} is no coordinator's folder ({path}: {problem.strerror}): make one with "
-                       "`fedsynth server init`") from problem  # fmt: skip
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise BadValue(f"{path}: not TOML: {problem}") from problem
-    except BadValue as problem:
-        raise BadValue(f"{path}: {problem}") from problem
+    with toml_file(folder / CONFIG, "make a coordinator's folder with `fedsynth server init`") as table:
+        found = build(ServerConfig, table)
     at = folder.absolute()
     return replace(found, certificate=str(at / found.certificate), key=str(at / found.key), ca=str(at / found.ca))
 

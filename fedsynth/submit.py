@@ -15,7 +15,6 @@ import psutil
 import tomli_w
 
 from fedsynth.deployment import chosen, deployed, read_deployment
-from fedsynth.federation import Deployment
 from fedsynth.flower import (
     DEPLOYMENT,
     EVENTS,
@@ -34,6 +33,7 @@ from fedsynth.hub import elsewhere, pin
 from fedsynth.invited import Site, sites, states_by
 from fedsynth.launch import APP
 from fedsynth.models import models_of
+from fedsynth.nodes import Deployment
 from fedsynth.runs import begin, check_free, private_of
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, from_toml, to_toml

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import tomllib
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 T = TypeVar("T")
@@ -31,6 +34,29 @@ class Range:
 Count: TypeAlias = Annotated[int, Range("be at least 1", lambda value: value >= 1)]
 Positive: TypeAlias = Annotated[float, Range("be finite and above 0", lambda value: value > 0 and math.isfinite(value))]
 Share: TypeAlias = Annotated[float, Range("lie in (0, 1]", lambda value: 0 < value <= 1)]
+
+
+@contextmanager
+def toml_file(path: Path, missing: str = "") -> Iterator[dict[str, Any]]:
+    """The table of a TOML file; what its user finds wrong with it is said with the file's name.
+
+    Args:
+        path: Of the file.
+        missing: What to do if there is none.
+
+    Raises:
+        BadValue: If it cannot be read, is not TOML, or the body of the `with` statement raises one.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise BadValue(f"{path} cannot be read: {problem.strerror}" + (f"; {missing}" if missing else "")) from problem
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise BadValue(f"{path}: not TOML: {problem}") from problem
+    try:
+        yield table
+    except BadValue as problem:
+        raise BadValue(f"{path}: {problem}") from problem
 
 
 def in_range(values: Any, table: str = "") -> None:

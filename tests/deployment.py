@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from fedsynth.clients.policy import load_site
 from fedsynth.privacy.noise import simulated_key
-from fedsynth.site import start
+from fedsynth.site_start import start
 place, index = load_site(Path(sys.argv[1])), int(sys.argv[2])
 place.state.mkdir(mode=0o700, exist_ok=True)
 place.open_ledger(create=True, keys=lambda counter, binding: simulated_key(0, index, counter, binding))

@@ -17,7 +17,8 @@ from scripted import ScriptedLLM
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.data import label_list
-from fedsynth.federation import Clients, ServerSide, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, ServerSide, load_strategy
+from fedsynth.nodes import nodes_by_home
 from fedsynth.payload import decode
 from fedsynth.recall import Recalled
 from fedsynth.runs import Journal, private_of

@@ -10,7 +10,8 @@ import pytest
 from flwr.app import Message
 from inprocess import Played, play
 
-from fedsynth.federation import WHO, Clients
+from fedsynth.exchanges import Clients
+from fedsynth.nodes import WHO
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 
 

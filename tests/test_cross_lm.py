@@ -28,12 +28,13 @@ from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
 from fedsynth.examples import encode_slots, encode_text
-from fedsynth.federation import Clients, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, load_strategy
 from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
 from fedsynth.hub import locate_adapter, weights_hash
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import load_generator, load_tokenizer
+from fedsynth.nodes import TooFewReplies, nodes_by_home
 from fedsynth.participation import fates
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness

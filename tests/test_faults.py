@@ -365,8 +365,7 @@ def test_a_site_with_a_key_that_nobody_registered_gets_nothing(hall: Hall, tmp_p
     stopped(hall)
     place = hall.federation.place("north")
     write_node_keys(place / "keys" / "other", tmp_path / "other.pub")
-    impatient = START_SITE.replace("from fedsynth.site import start", "import fedsynth.site\nfedsynth.site.REFUSED_"
-                                   "SECONDS = 3\nfrom fedsynth.site import start")  # fmt: skip
+    impatient = f"import fedsynth.site_watch\nfedsynth.site_watch.REFUSED_SECONDS = 3\n{START_SITE}"
     with edited(site_file(hall), private_key='"keys/other"'):
         started = spawn([sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.clients.process"], tmp_path,
                         tmp_path / "start.log")  # fmt: skip

@@ -21,8 +21,9 @@ from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.curation import well_formed
 from fedsynth.examples import encode_slots
-from fedsynth.federation import Clients, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
+from fedsynth.nodes import TooFewReplies, nodes_by_home
 from fedsynth.payload import decode
 from fedsynth.runs import Journal, guarantee_of, private_of
 from fedsynth.scenario import Cell

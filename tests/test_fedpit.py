@@ -25,11 +25,12 @@ from fedsynth.clients.finetune import in_use
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import ifd
-from fedsynth.federation import TooFewReplies, load_strategy
+from fedsynth.federation import load_strategy
 from fedsynth.firewall import Rejected, check_answer, check_order
 from fedsynth.instructions import ASK, REPLY, asked, parse_record
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, average, mix
+from fedsynth.nodes import TooFewReplies
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.rouge import nearest, rouge_l
 from fedsynth.runs import privacy_line

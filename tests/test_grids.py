@@ -125,7 +125,7 @@ def test_a_bad_grid_is_refused_with_the_place_and_the_reason(old: str, new: str,
 def test_a_grid_without_scenarios_or_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadValue, match="has no scenarios"):
         grid(tmp_path, "seeds = [0]\nscenarios = {}\n")
-    with pytest.raises(BadValue, match="no grid"):
+    with pytest.raises(BadValue, match="cannot be read: No such file"):
         read_grid(tmp_path / "nowhere.toml")
 
 

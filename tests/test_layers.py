@@ -10,8 +10,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
 cli_deployment
-site_check submit
-site superlink deployment
+site_init site_check site_start site_approve submit
+site_watch superlink deployment
 site_ready
 invited
 server
@@ -22,7 +22,7 @@ simulate watch dryrun probe
 fedsynth_sim launch
 flower
 strategies clients
-federation runs wire firewall tasks recall trackers
+federation exchanges nodes runs wire firewall tasks recall trackers
 classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
@@ -38,7 +38,10 @@ MAY_IMPORT = {
     "flwr": {
         "wire",
         "federation",
+        "exchanges",
+        "nodes",
         "clients.app",
+        "clients.answer",
         "clients.home",
         "clients.site",
         "clients.process",

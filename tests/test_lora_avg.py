@@ -12,9 +12,9 @@ from inprocess import Played, canary, instructions, play
 
 from fedsynth.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.clients import app
-from fedsynth.federation import TooFewReplies
 from fedsynth.hub import weights_hash
 from fedsynth.lora import Adapter, average, only_b, stacked, update
+from fedsynth.nodes import TooFewReplies
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import epsilon
 from fedsynth.runs import privacy_line

@@ -14,7 +14,7 @@ from flwr.app import Error, Message
 from inprocess import Played, instructions, play
 from scripted import ScriptedLLM
 
-from fedsynth.federation import TooFewReplies
+from fedsynth.nodes import TooFewReplies
 from fedsynth.participation import Fate, fates, slowness
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.plan import Statement
@@ -218,7 +218,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
         return pull(grid, [key for key in wanted if key not in slow])
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
-    monkeypatch.setattr("fedsynth.federation.TRIES", 1)
+    monkeypatch.setattr("fedsynth.exchanges.TRIES", 1)
     run = play(toml, tmp_path)
     [(home, exchange)] = run.journal.silent
     assert exchange == 1

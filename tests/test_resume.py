@@ -16,7 +16,7 @@ from scripted import ScriptedLLM
 
 from fedsynth.checkpoint import Checkpoint
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.federation import Clients
+from fedsynth.exchanges import Clients
 from fedsynth.flower import STATUS
 from fedsynth.lora import Adapter
 from fedsynth.payload import decode, encode

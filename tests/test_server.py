@@ -204,7 +204,7 @@ def test_without_a_superlink_the_way_out_is_named(tmp_path: Path) -> None:
     write_node_keys(tmp_path / "node", tmp_path / "st-marys.pub")
     with pytest.raises(BadValue, match=f"no SuperLink answers at 127.0.0.1:{port} .*fedsynth server start"):
         invited.invite(folder, tmp_path / "st-marys.pub")
-    with pytest.raises(BadValue, match="no coordinator's folder"):
+    with pytest.raises(BadValue, match="cannot be read: No such file or directory; make a coordinator"):
         invited.invite(tmp_path, tmp_path / "st-marys.pub")
     with pytest.raises(BadValue, match="name has letters"):
         invited.invite(folder, tmp_path / "st-marys.pub", "../etc")
@@ -218,7 +218,7 @@ def test_without_a_superlink_the_way_out_is_named(tmp_path: Path) -> None:
         ("server init NEW --test-certificates --scenario hospital", "no scenario 'hospital'"),
         ("server invite DIR", "name a site's public key"),
         ("server invite DIR --list --remove st-marys", "name a site's public key"),
-        ("server start NEW", "no coordinator's folder"),
+        ("server start NEW", "cannot be read: No such file or directory; make a coordinator"),
         ("run --server DIR --workers 2", "are of simulations: leave them out with --server"),
         ("run --server DIR", "are 4 runs, and each would be charged"),
         ("run hospitals --sites st-marys", "say with --server DIR"),

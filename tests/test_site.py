@@ -22,8 +22,9 @@ from inprocess import embed, play
 from local import LocalGrid
 from scripted import ScriptedLLM
 
-import fedsynth.federation
-from fedsynth.clients.app import answer, client_app
+import fedsynth.exchanges
+from fedsynth.clients.answer import answer
+from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.clients.policy import Place, Policy, Site, SuperLink, load_site
@@ -32,15 +33,18 @@ from fedsynth.clients.trail import Trail, TrailBroken, entries
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import label_list
 from fedsynth.examples import encode_slots
-from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy
+from fedsynth.federation import Clients, ServerSide, load_strategy
 from fedsynth.invitation import Invitation, Planned
+from fedsynth.nodes import Deployment, TooFewReplies
 from fedsynth.payload import decode
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
 from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
 from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.site import _open_account, decide, held_text, template, waiting
+from fedsynth.site_approve import decide, held_text
+from fedsynth.site_init import template
+from fedsynth.site_start import _open_account
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
 from fedsynth.typed import BadValue
@@ -237,8 +241,8 @@ class Deployed:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.federation, "ASK_AGAIN_SECONDS", 0.05)
-    monkeypatch.setattr(fedsynth.federation, "APPROVAL_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.exchanges, "ASK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.exchanges, "APPROVAL_SECONDS", 0.05)
 
 
 def test_with_injected_keys_sites_release_what_the_simulation_does(
@@ -404,7 +408,7 @@ class TestApproval:
         check = Approvals.check
 
         def accepted_at_the_third_look(approvals: Approvals, order: str, sha256: str) -> None:
-            if order in [held["order"] for held in waiting(sites[0])]:
+            if order in [held["order"] for held in sites[0].approvals.all()]:
                 seen.append(held_text(sites[0], order[:10]))
                 if len(seen) == 3:
                     decide(sites[0], order[:10], "accepted")
@@ -428,7 +432,7 @@ class TestApproval:
 
         def declined(approvals: Approvals, order: str, sha256: str) -> None:
             if approvals.folder == sites[0].approvals.folder and [
-                h for h in waiting(sites[0]) if h["decision"] == "waits"
+                h for h in sites[0].approvals.all() if h["decision"] == "waits"
             ]:
                 decide(sites[0], order, "declined")
             check(approvals, order, sha256)
@@ -439,7 +443,7 @@ class TestApproval:
         assert 7.8 < sites[0].open_ledger().spent()[0] <= 8.0
         assert (0, 1) in deployed.journal.silent  # what it spent is not in the server's figures, and they say so
         with pytest.raises(BadValue, match="was declined by"):
-            decide(sites[0], waiting(sites[0])[0]["order"], "accepted")
+            decide(sites[0], sites[0].approvals.all()[0]["order"], "accepted")
 
     def test_who_never_decides_is_a_missing_answer_with_its_reason(
         self, tmp_path: Path, toml: str, sites: list[Place]
@@ -715,7 +719,7 @@ def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
     short = toml.replace("answer_seconds = 20", "answer_seconds = 2")
     with pytest.raises(TooFewReplies, match="its answer waits for approval"):
         Deployed(sites, short, tmp_path / "run").run()
-    decide(sites[0], waiting(sites[0])[0]["order"], "accepted")
+    decide(sites[0], sites[0].approvals.all()[0]["order"], "accepted")
     strict = replace(sites[0], site=replace(sites[0].site, policy=replace(POLICY, outputs=("scores",))))
     with pytest.raises(TooFewReplies, match="site 'charite' refused: not_allowed"):
         Deployed([strict, *sites[1:]], short, tmp_path / "again").run()

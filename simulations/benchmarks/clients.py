@@ -193,7 +193,8 @@ def simulated(server: Callable[[Any], None], client_app: Any, nodes: int) -> Non
 def ours(size: str, model: Path, guarantee: str = "none", precision: str = "float32") -> list[float]:
     """Our clients under our server's own calls."""
     from fedsynth.clients.app import client_app
-    from fedsynth.federation import Clients, nodes_by_home
+    from fedsynth.exchanges import Clients
+    from fedsynth.nodes import nodes_by_home
     from fedsynth.runs import Journal
     from fedsynth.tasks import Finetune
 

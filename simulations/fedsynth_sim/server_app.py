@@ -18,11 +18,12 @@ from fedsynth.adapters import public_adapter
 from fedsynth.checkpoint import CHECKPOINTS
 from fedsynth.data import label_list
 from fedsynth.embedding import Embedder
-from fedsynth.federation import Clients, Deployment, ServerSide, TooFewReplies, load_strategy, nodes_by_home
+from fedsynth.federation import Clients, ServerSide, load_strategy
 from fedsynth.flower import SERVER_PROCESS
 from fedsynth.hub import pin
 from fedsynth.llm import LocalLLM
 from fedsynth.models import models_of
+from fedsynth.nodes import Deployment, TooFewReplies, nodes_by_home
 from fedsynth.recall import Recalled
 from fedsynth.remote import EndpointFailed, RemoteLLM
 from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics

@@ -1,0 +1,111 @@
+"""Which node is which client: by the partition that it holds, or by the name of a site's registered key."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedsynth.typed import BadValue, build
+
+WHO = "query.who"
+POLL_SECONDS = 0.05
+
+
+class TooFewReplies(RuntimeError):
+    """Fewer clients gave a usable answer than the quorum asks for; the message names them and what they said."""
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A run between real sites; a run-config without one is a simulation.
+
+    Attributes:
+        run: Public id of the run: sites know its orders again by it, also after a restart.
+        sites: Names under which the sites' keys were registered; their order numbers the clients.
+        measured: Ask for figures of the sites' models on their test rows: no epsilon covers them, and sites refuse
+            unless their policies allow them.
+    """
+
+    run: str
+    sites: tuple[str, ...]
+    measured: bool = False
+
+    @classmethod
+    def read(cls, text: str) -> Deployment | None:
+        """From a run-config's JSON; None if it is empty.
+
+        Raises:
+            BadValue: If it is no deployment.
+        """
+        if not text:
+            return None
+        try:
+            return build(cls, json.loads(text), "deployment")
+        except json.JSONDecodeError as problem:
+            raise BadValue(f"the run-config's deployment is not JSON: {problem}") from problem
+
+
+def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 120.0) -> dict[int, int]:
+    """Which node hosts which home; node ids are random, so each node is asked for its partition.
+
+    Where there are fewer nodes than homes, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of homes.
+
+    Args:
+        grid: Flower's.
+        homes: Number of homes.
+        stack: Homes that train in one pass: the first so many, the next, ...
+        seconds: How long to wait for all nodes: their registration races the start of a run.
+
+    Raises:
+        TooFewReplies: If fewer nodes register and answer than there are partitions.
+    """
+    end = time.monotonic() + seconds
+    places: dict[int, int] = {}
+    partitions = 1
+    while len(places) < partitions:
+        if time.monotonic() > end:
+            raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold")
+        new = [node for node in grid.get_node_ids() if node not in places.values()]
+        asked = [Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node) for node in new]
+        if not asked:
+            time.sleep(POLL_SECONDS)
+            continue
+        for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())):
+            if reply.has_error():
+                raise TooFewReplies(f"a SuperNode could not run the client app: {first_line(reply)}")
+            facts = reply.content["who"]
+            if not isinstance(facts, ConfigRecord):
+                raise TooFewReplies("a SuperNode's client app does not say which partition it holds")
+            places[int(str(facts["partition-id"]))] = reply.metadata.src_node_id
+            partitions = int(str(facts["num-partitions"]))
+    ordered = [places[p] for p in sorted(places)]
+    return {home: ordered[home // stack % len(ordered)] for home in range(homes)}
+
+
+def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]]:
+    """Which of the named sites are connected: number -> node id, and since when.
+
+    A node's name is that under which an operator of the server registered its key, so that no site can claim to be
+    another.
+
+    Raises:
+        TooFewReplies: If two nodes have the same name.
+    """
+    online = [node for node in grid.get_nodes() if node.status == "online"]
+    for name, count in Counter(str(node.name) for node in online).items():
+        if count > 1 and name in names:  # Flower makes keys unique, not names
+            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
+                                "but one, before anything is asked")  # fmt: skip
+    known = {str(node.name): (int(node.node_id), str(node.last_activated_at)) for node in online}
+    return {number: known[name] for number, name in enumerate(names) if name in known}
+
+
+def first_line(reply: Message) -> str:
+    """What an error's reply says, in one line."""
+    return ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200]

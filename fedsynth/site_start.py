@@ -1,0 +1,158 @@
+"""`fedsynth site start`: the programs of a site, until they are ended."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from fedsynth.certificates import write_new
+from fedsynth.clients.policy import SITE, Place
+from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
+from fedsynth.clients.trail import entries
+from fedsynth.flower import OWNER, alone, environment, interrupt, spawn, take_down
+from fedsynth.site_ready import check_key, check_state
+from fedsynth.site_watch import Patience, SiteFailed, watch
+from fedsynth.typed import BadValue
+
+
+def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
+    """Runs the site's SuperNode until Ctrl-C or SIGTERM; everything that it started is gone then.
+
+    Four programs: the SuperNode, which talks to the server; the SuperExec, which starts a process for each message and
+    shows a secret that is made anew each time; in place of Flower's client process a stand-in
+    (`fedsynth.clients.process`), the only program on the SuperExec's PATH; and the warm process that it hands over to.
+
+    Flower gives the token of a message to its process as an argument, which other users of this machine can read
+    unless /proc is mounted with hidepid=2: a site's machine should have no users who are not trusted with its data.
+
+    Args:
+        place: The site.
+        port: Of the SuperNode's own API on 127.0.0.1; any free one if 0.
+        client: How Python runs `fedsynth.clients.process`.
+
+    Raises:
+        BadValue: If something stands in the way.
+        SiteFailed: The SuperNode ended by itself and would again, or another one works in the state folder.
+    """
+    check_state(place)
+    check_key(place)
+    with alone(place.state, SiteFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
+        marker, port = uuid.uuid4().hex, port or _free_port()
+        (place.state / OWNER).write_text(marker)
+        secret = place.state / "superexec.secret"
+        secret.unlink(missing_ok=True)
+        write_new(secret, secrets.token_bytes(32), secret=True)
+        warm_socket, programs = _socket(place), place.state / "bin"
+        try:
+            stand_ins(programs, warm_socket, client)
+        except (CannotStandIn, UnknownFlower) as problem:
+            raise BadValue(str(problem)) from problem
+        _open_account(place)
+        environment = _environment(place, marker)
+        # Nothing but the stand-ins can be found by who starts what a server asks for.
+        alone_on_path = {**environment, "PATH": str(programs)}
+        signal.signal(signal.SIGTERM, interrupt)
+        running: list[subprocess.Popen[bytes]] = []
+        patience = Patience(place)
+        try:
+            spawn(running, [sys.executable, "-P", *client, "serve", str(warm_socket)], environment, place.state)
+            while True:
+                supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
+                superexec = spawn(running, _superexec(port, secret, supernode.pid), alone_on_path, place.state)
+                said = watch(place, running[0], supernode, superexec, port)
+                for program in (superexec, supernode):
+                    program.terminate()
+                    with suppress(subprocess.TimeoutExpired):
+                        program.wait(5.0)
+                    program.kill()
+                    program.wait()
+                del running[1:]
+                patience.wait(said)
+        except KeyboardInterrupt:
+            print("ending the SuperNode and what runs on it", file=sys.stderr)
+        finally:
+            take_down(running, marker)
+
+
+def _supernode(place: Place, port: int, secret: Path) -> list[str]:
+    link = place.site.superlink
+    return [_flower("flower-supernode"), "--superlink", link.address,
+            "--root-certificates", str(place.path(link.root_certificates)),
+            "--auth-supernode-private-key", str(place.path(link.private_key)),
+            "--host", "127.0.0.1", "--port", str(port),
+            "--isolation", "process", "--superexec-auth-secret-file", str(secret)]  # fmt: skip
+
+
+def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
+    # Without TLS: it stays on this machine, and shows the secret.
+    return [_flower("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}",
+            "--superexec-auth-secret-file", str(secret), "--parent-pid", str(supernode)]  # fmt: skip
+
+
+def _flower(program: str) -> str:
+    """A program of Flower beside this Python, by its whole path."""
+    found = shutil.which(program, path=str(Path(sys.prefix) / "bin"))
+    if found is None:
+        raise BadValue(f"{program} is not beside this Python ({Path(sys.prefix) / 'bin'}): is flwr installed there?")
+    return found
+
+
+def _open_account(place: Place) -> None:
+    """Makes the account of the site's data, the first time; one that is gone is not begun anew.
+
+    Raises:
+        BadValue: If the audit trail knows the data set, and there is no account of it.
+        fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used.
+    """
+    known = place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail))
+    if not known:
+        raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit "
+                       "trail knows of orders for it: what they spent would be forgotten; restore it")  # fmt: skip
+    place.open_ledger(create=True)
+
+
+def _environment(place: Place, marker: str) -> dict[str, str]:
+    """The operator's, without what would reach outside."""
+    device = place.site.device
+    cards = {"auto": None, "cpu": ""}.get(device, device.removeprefix("cuda:"))
+    common = environment(marker)
+    return {
+        **common,
+        **({} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}),
+        SITE: str(place.folder / "site.toml"),
+        "FLWR_HOME": str(place.state / "flower"),
+        "OMP_NUM_THREADS": str(place.site.threads),
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a process that forks must have one thread
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _socket(place: Place) -> Path:
+    """Of the warm process; paths of Unix sockets are short."""
+    path = place.state / SOCKET
+    if len(str(path)) < 100:
+        return path
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    folder = Path(f"/tmp/fedsynth-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()  # of a link its owner could lead elsewhere later
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise BadValue(f"{folder} belongs to someone else: name a shorter `state` folder in site.toml")
+    return folder / f"{digest}.socket"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,112 @@
+"""How a site's SuperNode ended, and whether it is started again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+from fedsynth.clients.policy import Place
+from fedsynth.flower import LaunchFailed, ending
+from fedsynth.site_ready import server
+
+AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
+SHORT_SECONDS = 45.0  # a SuperNode that lived no longer was not let in
+SILENT_SECONDS = 30.0  # without a connection; between two tries of its own Flower waits up to 20
+LOOK_SECONDS = 2.0
+REFUSED_SECONDS = 90.0  # so long it may be refused; longer than a server takes to find a dead one out
+
+
+class SiteFailed(LaunchFailed):
+    """A site's SuperNode could not be started, or ended by itself; the message is one line."""
+
+    what = "the site failed"
+
+
+@dataclass
+class Patience:
+    """Whether a SuperNode that ended is started anew. It gives up where a network is cut at the wrong moment; and a
+    server takes one that died for connected, and refuses the next, until it has missed its heartbeats for a minute."""
+
+    place: Place
+    begun: float = field(default_factory=time.monotonic)
+    first: float | None = None  # when the first of several ended that hardly lived
+
+    def wait(self, said: str) -> None:
+        """Returns when the next is to be started.
+
+        Args:
+            said: How the one before ended.
+
+        Raises:
+            SiteFailed: If none would live longer, with what the operator can do.
+        """
+        found = _problems(self.place)
+        for what in ("certificate", "clock"):
+            if what in found:
+                raise SiteFailed(f"{said}: {found[what]}")
+        now = time.monotonic()
+        if "server" in found or now - self.begun > SHORT_SECONDS:
+            self.first = None
+            _tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
+        elif self.first is None:
+            self.first = now
+            _tell(f"{said}: {_refused(self.place)}; it is tried again for {REFUSED_SECONDS:.0f} s")
+        elif now - self.first > REFUSED_SECONDS:
+            raise SiteFailed(f"{said}: {_refused(self.place)}")
+        time.sleep(AGAIN_SECONDS)
+        self.begun = time.monotonic()
+
+
+def _refused(place: Place) -> str:
+    return (f"{place.site.superlink.address} did not let this site in. Either its key is not registered there: send "
+            f"{place.site.name}.pub to the coordinator. Or another SuperNode shows the same key, or did until it was "
+            "killed less than a minute ago")  # fmt: skip
+
+
+def _tell(line: str) -> None:
+    print(f"fedsynth: {line}", file=sys.stderr, flush=True)
+
+
+def watch(
+    place: Place,
+    warm: subprocess.Popen[bytes],
+    supernode: subprocess.Popen[bytes],
+    superexec: subprocess.Popen[bytes],
+    port: int,
+) -> str:
+    """How SuperNode or SuperExec ended, as soon as one has, or works no more."""
+    told, looked, seen = False, 0.0, time.monotonic()
+    while supernode.poll() is None and superexec.poll() is None:
+        if warm.poll() is not None and not told:
+            _tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
+            told = True
+        now = time.monotonic()
+        if now - looked > LOOK_SECONDS:
+            looked = now
+            seen = now if _connected(supernode, port) else seen
+        if now - seen > SILENT_SECONDS:
+            # Where TLS is cut in its handshake Flower gives up, and its process stays without doing anything.
+            if "server" not in _problems(place):
+                return "the SuperNode lost its connection and does not try again"
+            seen = time.monotonic()
+        time.sleep(0.2)
+    who, code = ("SuperExec", superexec.poll()) if supernode.poll() is None else ("SuperNode", supernode.poll())
+    return f"the {who} ended ({ending(code)})"
+
+
+def _connected(supernode: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether it holds a connection to somewhere, beside those to its own port."""
+    try:
+        held = psutil.Process(supernode.pid).net_connections("tcp")
+    except psutil.Error:
+        return True  # it has ended, or this system does not tell
+    return any(each.raddr and each.laddr.port != port for each in held)
+
+
+def _problems(place: Place) -> dict[str, str]:
+    """What stands between this site and its server: `server`, `certificate` or `clock`, and words."""
+    return {finding.what: finding.says for finding in server(place) if finding.state == "problem"}
