@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -208,6 +209,21 @@ def own_status(out: Path) -> dict[str, Any]:
         return dict(json.loads((out / STATUS).read_text()))
     except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or half written
         return {}
+
+
+def free_port(wanted: int | None = None) -> int:
+    """A port of 127.0.0.1 that can be used now: the wanted one, or any.
+
+    Raises:
+        LaunchFailed: If the wanted one cannot.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise LaunchFailed(f"port {wanted} on 127.0.0.1 cannot be used: {error.strerror}") from None
+        return int(probe.getsockname()[1])
 
 
 def listens(process: subprocess.Popen[bytes], port: int) -> bool:

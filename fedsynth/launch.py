@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from fedsynth.flower import (
     alone,
     ending,
     environment,
+    free_port,
     keep_output,
     kill_all,
     last_words,
@@ -101,7 +101,7 @@ def launch(
             gpu_share=gpu_share,
             out=str(out),
             logs=str(logs),
-            port=_free_port(port),
+            port=free_port(port),
             marker=uuid.uuid4().hex,
             log_from=(logs / LOG).stat().st_size if (logs / LOG).exists() else 0,
         )
@@ -164,16 +164,6 @@ class _Plan:
     port: int
     marker: str
     log_from: int  # what stands before in the log is an earlier attempt's
-
-
-def _free_port(wanted: int | None) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted or 0))
-        except OSError as error:
-            raise LaunchFailed(f"port {wanted} on 127.0.0.1 cannot be used: {error.strerror}") from None
-        return int(probe.getsockname()[1])
 
 
 # ---- The supervisor: everything below runs in a process of its own ----

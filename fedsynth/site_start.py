@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from fedsynth.certificates import write_new
 from fedsynth.clients.policy import SITE, Place
 from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
 from fedsynth.clients.trail import entries
-from fedsynth.flower import OWNER, alone, environment, interrupt, spawn, take_down
+from fedsynth.flower import OWNER, alone, environment, free_port, interrupt, spawn, take_down
 from fedsynth.site_ready import check_key, check_state
 from fedsynth.site_watch import Patience, SiteFailed, watch
 from fedsynth.typed import BadValue
@@ -48,7 +47,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
     check_state(place)
     check_key(place)
     with alone(place.state, SiteFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
-        marker, port = uuid.uuid4().hex, port or _free_port()
+        marker, port = uuid.uuid4().hex, free_port(port)
         (place.state / OWNER).write_text(marker)
         secret = place.state / "superexec.secret"
         secret.unlink(missing_ok=True)
@@ -150,9 +149,3 @@ def _socket(place: Place) -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise BadValue(f"{folder} belongs to someone else: name a shorter `state` folder in site.toml")
     return folder / f"{digest}.socket"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from inprocess import play
+from inprocess import canary, play
 from scripted import ScriptedLLM
 
 from fedsynth.privacy.audit import contents, problems
@@ -45,11 +45,6 @@ SITE_TOML = {
     'equals = "test" }   #': 'equals = "test" } #',
     'column = "split"': 'column = "part"',
 }
-
-
-def canary(row: int) -> str:
-    """Each private record's own high-entropy token."""
-    return f"zq{row * 7919 + 104729:08x}"
 
 
 def records(names: tuple[str, ...]) -> dict[str, pd.DataFrame]:

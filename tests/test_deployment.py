@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import pandas as pd
 import pytest
 from deployment import NAMES, Federation, federation
 from flwr.app import RecordDict
-from inprocess import play
+from inprocess import canary, play
 from proxy import Proxy
 from scripted import ScriptedLLM
 
+from fedsynth.flower import free_port
 from fedsynth.payload import decode
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.tasks import Learnt, Synthesized
@@ -53,17 +53,6 @@ task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 llm = "assets:tiny-llm"
 [arms.fdkt]
 """
-
-
-def canary(row: int) -> str:
-    """Each private note's own high-entropy token."""
-    return f"zq{row * 7919 + 104729:08x}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def notes_of_sites() -> dict[str, pd.DataFrame]:

@@ -19,11 +19,12 @@ import pytest
 from deployment import NAMES, Federation, Running, federation, fedsynth, spawn
 from flwr.app import ConfigRecord, RecordDict
 from proxy import Proxy
-from test_deployment import FDKT, drafts, free_port
+from test_deployment import FDKT, drafts
 from test_faults import edited, last_line, until
 
 from fedsynth.clients.policy import load_site
 from fedsynth.clients.trail import entries
+from fedsynth.flower import free_port
 from fedsynth.payload import decode
 from fedsynth.simulate import read
 from fedsynth.tasks import Adopted, Finetuned

@@ -25,13 +25,12 @@ import psutil
 import pytest
 from deployment import START_SITE, Federation, Running, federation, fedsynth, spawn
 from proxy import Proxy
-from test_deployment import free_port
 from test_deployment import scenario as classes
 
 from fedsynth.certificates import write_certificates, write_node_keys
 from fedsynth.clients.policy import load_site
 from fedsynth.clients.trail import entries
-from fedsynth.flower import OWNER, marked
+from fedsynth.flower import OWNER, free_port, marked
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.noise import simulated_key

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import tiny
 from flwr.app import ArrayRecord, Error, Message
+from inprocess import canary
 from local import LocalGrid
 from resuming import Died, dies_everywhere
 from scripted import ScriptedLLM
@@ -73,11 +74,6 @@ strategy.use = "fedsynth.strategies.local:LocalOnly"
 strategy.use = "fedsynth.strategies.local:LocalOnly"
 data.pooled = true
 """
-
-
-def canary(row: int) -> str:
-    """Each private record's own high-entropy token: one shared by all would be a fact about the population."""
-    return f"zq{row * 7919 + 104729:08x}"
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import ssl
 import stat
 import subprocess
@@ -27,7 +26,7 @@ import fedsynth.cli
 from fedsynth import certificates, invited, simulate, submit
 from fedsynth.certificates import check_covers, check_pair, fingerprint, write_certificates, write_node_keys
 from fedsynth.deployment import chosen, deployed
-from fedsynth.flower import MARKER, OWNER, CommandRefused, Events, LaunchFailed, alive
+from fedsynth.flower import MARKER, OWNER, CommandRefused, Events, LaunchFailed, alive, free_port
 from fedsynth.invitation import host_and_port, planned, read_invitation
 from fedsynth.launch import APP
 from fedsynth.scenario import Scenario
@@ -38,12 +37,6 @@ from fedsynth.typed import BadValue
 
 STAND_IN = Path(__file__).parent / "data" / "sites_app"
 SECONDS = 60.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def coordinator(folder: Path, **more: Any) -> Path:

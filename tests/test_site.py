@@ -18,7 +18,7 @@ import pytest
 import tiny
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.common.constant import ErrorCode
-from inprocess import embed, play
+from inprocess import canary, embed, play
 from local import LocalGrid
 from scripted import ScriptedLLM
 
@@ -88,10 +88,6 @@ quorum = {quorum}
 answer_seconds = 20
 [arms.main]
 """
-
-
-def canary(row: int) -> str:
-    return f"zq{row * 7919 + 104729:08x}"
 
 
 @pytest.fixture(scope="module", autouse=True)
