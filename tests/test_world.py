@@ -34,14 +34,6 @@ STYLE = Style("c/o", "hx of", ("walk-in", "today"), ("plan", "review-soon"), ";"
 NOTE = "walk-in today adult m ; c/o heart-pain and fever ; hx of skin-bleed ; plan review-soon"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def hospitals() -> World:
     return load_world("hospitals")
