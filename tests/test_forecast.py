@@ -15,6 +15,7 @@ import tiny
 from inprocess import canary, instructions, play
 
 import fedsynth.cli
+import fedsynth.client_work
 import fedsynth.dryrun
 import fedsynth.forecast
 import fedsynth.probe
@@ -299,5 +300,5 @@ def test_json_is_the_last_line_and_has_the_promised_shape(
 def test_every_order_of_this_package_is_foreseen() -> None:
     from fedsynth.tasks import ORDERS
 
-    assert set(ORDERS) == set(fedsynth.dryrun.WORK)
-    assert Adopt in fedsynth.dryrun.WORK
+    assert set(ORDERS) == set(fedsynth.client_work.WORK)
+    assert Adopt in fedsynth.client_work.WORK

@@ -18,7 +18,7 @@ server
 reporting forecast
 comparison comparison_tables
 grids
-simulate watch dryrun probe
+simulate watch dryrun dry_models client_work probe
 fedsynth_sim launch
 flower
 strategies clients
