@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.common.constant import ErrorCode
 from inprocess import canary, embed, play
@@ -706,6 +707,16 @@ def test_numbers_beyond_which_the_bound_was_never_shown_are_refused(
     assert setting in wild
     with pytest.raises(TooFewReplies, match="refused: not_allowed"):
         Deployed(places(tmp_path, notes), wild, tmp_path / "run").run()
+
+
+def test_half_precision_on_a_gpu_where_its_bound_was_never_measured_is_refused(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsynth.clients.site.device", lambda: torch.device("cuda"))
+    half = toml.replace("steps = 3, learning_rate = 1e-2", 'steps = 3, precision = "bfloat16"')
+    assert half != toml
+    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+        Deployed(places(tmp_path, notes), half, tmp_path / "run").run()
 
 
 def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
