@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedsynth.classifier import classify
@@ -26,14 +27,24 @@ def evaluate(home: Home, adapter: Adapter | None = None) -> Evaluated:
         adapter: Measure the generator with this adapter instead, which has a loss on either kind of task.
     """
     if adapter is not None:
-        scored = _scored(home, respond(home, adapter)) if home.instructs else {}
+        scored = _scored(home, respond(home, home.test.prompts, adapter)) if home.instructs else {}
         return Evaluated({**scored, "loss": _loss(home, adapter)}, examples=len(home.test))
+    found = answers(home, home.test.prompts)
+    figures = _scored(home, found) if home.instructs else scores(home.test.answers, found, home.labels)
+    return Evaluated(figures, examples=len(home.test))
+
+
+def answers(home: Home, texts: Sequence[str]) -> list[str]:
+    """What the client's model answers to each text: a label, or a response.
+
+    Raises:
+        fedsynth.clients.learn.NoTaskModel: If it has learnt no labels yet.
+    """
     if home.instructs:
-        return Evaluated(_scored(home, respond(home)), examples=len(home.test))
+        return respond(home, texts)
     tokenizer = load_tokenizer(home.config.task_model)
-    classes = classify(task_model(home), tokenizer, home.test.prompts, home.config.task_training.max_tokens)
-    answers = [home.labels[i] for i in classes]
-    return Evaluated(scores(home.test.answers, answers, home.labels), examples=len(home.test))
+    classes = classify(task_model(home), tokenizer, texts, home.config.task_training.max_tokens)
+    return [home.labels[i] for i in classes]
 
 
 def _scored(home: Home, found: list[str]) -> dict[str, float]:
@@ -52,17 +63,18 @@ def _loss(home: Home, adapter: Adapter) -> float:
     return mean_loss(model, [example for slot in slots for example in slot], pad=pad, batch=batch)
 
 
-def respond(home: Home, adapter: Adapter | None = None) -> list[str]:
-    """What an adapter responds to the test set's instructions, greedy.
+def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:
+    """What an adapter responds to instructions, greedy.
 
     Args:
         home: The client.
+        instructions: Any number.
         adapter: None: the one in use, or the base alone before there is one.
     """
     name, adapter = home.config.generator, adapter or in_use(home)
     precision = home.config.generator_training.precision
     model = load_generator(name, precision).to(device()) if adapter is None else on_base(home, adapter)
     writer = LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1)
-    prompts = [asked(prompt) for prompt in home.test.prompts]
+    prompts = [asked(instruction) for instruction in instructions]
     written = writer.complete(prompts, max_tokens=home.config.answer_tokens, temperature=0.0, seed=0)
     return [parse_response(text) for text in written]

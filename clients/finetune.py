@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from fedsynth.adapters import with_adapter
 from fedsynth.clients.home import Home
+from fedsynth.clients.kept import keep_facts
 from fedsynth.clients.together import ToTrain, Trains
 from fedsynth.corpus import Corpus
 from fedsynth.examples import Example, check_room, encode_slots
@@ -159,6 +160,7 @@ def put_to_use(home: Home, adapter: Adapter) -> None:
     part = home.work / f"{IN_USE}.part"
     part.write_bytes(encode(Adopt(adapter)))
     part.replace(home.work / IN_USE)
+    keep_facts(home)
 
 
 def in_use(home: Home) -> Adapter | None:

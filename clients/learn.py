@@ -8,6 +8,7 @@ from fedsynth.adapters import new_adapter, read_adapter
 from fedsynth.classifier import fit_classifier, new_task_model
 from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarantee
 from fedsynth.clients.home import Home
+from fedsynth.clients.kept import keep_facts
 from fedsynth.hub import weights_hash
 from fedsynth.models import device, load_tokenizer, load_weights, save_weights
 from fedsynth.tasks import Learn, Learnt
@@ -34,6 +35,7 @@ def learn(home: Home, order: Learn) -> Learnt:
     epochs = settings.private_epochs
     fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
     save_weights(model, home.work / WEIGHTS)
+    keep_facts(home)
     return Learnt(received=0 if order.corpus is None else len(order.corpus))
 
 

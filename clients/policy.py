@@ -143,6 +143,13 @@ class Place:
     site: Site
     folder: Path
 
+    @property
+    def cards(self) -> dict[str, str]:
+        """What makes programs see the GPUs of `device` alone, for their environment."""
+        if self.site.device == "auto":
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": self.site.device.removeprefix("cpu").removeprefix("cuda:")}
+
     def path(self, name: str) -> Path:
         """Where a file or folder that site.toml names lies."""
         return self.folder / name

@@ -197,6 +197,41 @@ def site_approve(
     _list(place.approvals.all(), as_json=as_json)
 
 
+@site_app.command("model")
+def site_model(
+    folder: Site,
+    run: Annotated[str, typer.Option(help="Of this run, or of the one that starts so.")] = "",
+    texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer its texts: CSV, JSONL, Parquet.")] = None,
+    column: Annotated[str, typer.Option(help="Of the texts.")] = "text",
+    out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Where the answers go: new.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per model.")] = False,
+) -> None:
+    """Measure the models that runs left here on your test rows, or answer texts with the latest. Nothing leaves."""
+    from fedsynth.clients.policy import load_site
+    from fedsynth.site_model import answer_file, measured, models
+
+    if (texts is None) != (out is None):
+        raise BadValue("--texts FILE and --out FILE.csv go together")
+    place = load_site(folder)
+    found = models(place, run)
+    if texts is not None and out is not None:
+        kept = found[-1][1]
+        count = answer_file(place, *found[-1], texts, column, out)
+        _say(f"{out}: {count} answers of the model that {kept.run} left")
+        return
+    rows = [(kept, *measured(place, path, kept)) for path, kept in found]
+    if as_json:
+        for kept, figures, examples in rows:
+            print(json.dumps({"run": kept.run, "learnt": kept.learnt, "metrics": figures, "test_rows": examples}))
+        return
+    names = sorted({name for _, figures, _ in rows for name in figures})
+    table = Table("run", "learnt (UTC)", *names, "test rows")
+    for kept, figures, examples in rows:
+        values = [f"{figures[name]:.3f}" if name in figures else "-" for name in names]
+        table.add_row(kept.run, kept.learnt[:19].replace("T", " "), *values, str(examples) if examples else "none")
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
 def _visible(text: str) -> str:
     """On one line, with nothing that a terminal would obey: a server has a part in what these texts are."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

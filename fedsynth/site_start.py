@@ -123,12 +123,9 @@ def _open_account(place: Place) -> None:
 
 def _environment(place: Place, marker: str) -> dict[str, str]:
     """The operator's, without what would reach outside."""
-    device = place.site.device
-    cards = {"auto": None, "cpu": ""}.get(device, device.removeprefix("cuda:"))
-    common = environment(marker)
     return {
-        **common,
-        **({} if cards is None else {"CUDA_VISIBLE_DEVICES": cards}),
+        **environment(marker),
+        **place.cards,
         SITE: str(place.folder / "site.toml"),
         "FLWR_HOME": str(place.state / "flower"),
         "OMP_NUM_THREADS": str(place.site.threads),

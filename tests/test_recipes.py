@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
+import pandas as pd
 import pytest
 import typer
 import yaml
@@ -302,12 +304,16 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
                         (tmp_path / "terminal-1.first").write_text(mine.said())
                         mine.log.write_text("")
                 else:
-                    if "ledger show" in line:
+                    if line == "fedsynth site model north":
                         terminal["1"].wait()  # the run, which goes on by itself
                     mine.wait()
         one, two = ((tmp_path / "terminal-1.first").read_text() + terminal["1"].said(), terminal["2"].said())
     assert "budget_exhausted" in one
     assert "epsilon 7.988" in two
+    assert re.search(r"accuracy.*macro_f1.*test rows", two)
+    assert set(pd.read_csv(tmp_path / "north" / "answers.csv")["answer"]) <= set(
+        tomllib.loads(scenario)["data"]["labels"]
+    )
     assert "consistent" in two
     assert not re.search("^problem ", two, re.MULTILINE)
     assert json.loads((tmp_path / "runs" / "first" / "status.json").read_text())["status"] == "completed"

@@ -45,6 +45,7 @@ from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
 from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.site_approve import decide, held_text
 from fedsynth.site_init import template
+from fedsynth.site_model import answer_file, measured, models
 from fedsynth.site_start import _open_account
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
@@ -289,6 +290,38 @@ def test_figures_leave_where_the_operator_allows_them(tmp_path: Path, toml: str,
     open_ = replace(POLICY, orders=(*POLICY.orders, "evaluate.evaluate"), outputs=("text", "metrics"))
     deployed = Deployed(places(tmp_path, notes, dict.fromkeys(NAMES, open_)), toml, tmp_path / "run", measured=True)
     assert set(deployed.run().evaluate_metrics_clientapp[1]) >= {"accuracy"}
+
+
+def test_a_site_measures_and_uses_the_model_that_a_run_left_after_the_run(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    open_ = replace(POLICY, orders=(*POLICY.orders, "evaluate.evaluate"), outputs=("text", "metrics"))
+    sites = places(tmp_path, notes, dict.fromkeys(NAMES, open_))
+    deployed = Deployed(sites, toml, tmp_path / "run", measured=True)
+    deployed.run()
+    told = {(home, metric): value for *_, home, metric, value in deployed.journal.rows}
+    for number, place in enumerate(sites):
+        [(folder, kept)] = models(place, "simul")
+        assert kept.run == "simulated/main/0"
+        assert kept.labels == LABELS
+        figures, rows = measured(place, folder, kept)  # what the run itself saw
+        assert figures == {name: told[number, name] for name in ("accuracy", "macro_f1")}
+        assert rows == (notes["site"] == place.site.name).sum() - ROWS
+    texts, out = tmp_path / "more.csv", tmp_path / "answers.csv"
+    pd.DataFrame({"note": ["heart of stone", "skin of teeth"], "other": [1, 2]}).to_csv(texts, index=False)
+    assert answer_file(place, folder, kept, texts, "note", out) == 2
+    found = pd.read_csv(out)
+    assert found["note"].tolist() == ["heart of stone", "skin of teeth"]
+    assert set(found["answer"]) <= set(LABELS)
+    assert out.stat().st_mode & 0o777 == 0o600  # texts may be private
+    with pytest.raises(BadValue, match="already"):
+        answer_file(place, folder, kept, texts, "note", out)
+    with pytest.raises(BadValue, match="no run 'other' left a model"):
+        models(place, "other")
+    texts.write_text("note,number\nfirst,1\n ,2\n")
+    with pytest.raises(BadValue, match=r"more\.csv: row 2 has no text in column 'note'; 1 in all"):
+        answer_file(place, folder, kept, texts, "note", tmp_path / "new.csv")
+    assert not (tmp_path / "new.csv").exists()
 
 
 @pytest.mark.parametrize(
