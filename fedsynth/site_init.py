@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
@@ -43,9 +43,10 @@ def new_key(folder: Path) -> Path:
     """
     place = load_site(folder)
     private, public = place.path(place.site.superlink.private_key), place.path(f"{place.site.name}.pub")
+    now = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
     for path in (private, public):
         if path.exists():
-            path.rename(path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}"))
+            path.rename(path.with_name(f"{path.name}.{now}"))
     write_node_keys(private, public, comment=place.site.name)
     return public
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 import fedsynth.cli
-from fedsynth import certificates, invited, simulate, submit
+from fedsynth import certificates, invited, simulate, site_init, submit
 from fedsynth.certificates import check_covers, check_pair, fingerprint, write_certificates, write_node_keys
 from fedsynth.deployment import chosen, deployed
 from fedsynth.flower import MARKER, OWNER, CommandRefused, Events, LaunchFailed, alive, free_port
@@ -189,6 +189,27 @@ def test_sites_cannot_be_sent_to_every_address_nor_shown_a_files_labels(tmp_path
     assert not (tmp_path / "dir").exists()
     with pytest.raises(BadValue, match="HOST:PORT"):
         host_and_port("https://superlink.example.org")
+
+
+def test_a_new_key_of_a_site_leaves_its_old_one_and_all_else_where_it_is(tmp_path: Path) -> None:
+    invitation, place = coordinator(tmp_path / "dir") / "invitation.toml", tmp_path / "st-marys"
+    public = site_init.init(place, name="st-marys", invitation=invitation)
+    first, private = public.read_text(), (place / "keys" / "node").read_bytes()
+    site_toml = (place / "site.toml").read_text().replace("records = 0 ", "records = 9 ")
+    (place / "site.toml").write_text(site_toml)
+    assert site_init.new_key(place) == public
+    assert site_init.new_key(place) == public  # at once again: neither of the old ones is lost
+    assert first not in public.read_text()
+    assert (place / "site.toml").read_text() == site_toml
+    kept = sorted(place.glob("st-marys.pub.*")), sorted((place / "keys").glob("node.*"))
+    assert [len(files) for files in kept] == [2, 2]
+    assert kept[0][0].read_text() == first
+    assert kept[1][0].read_bytes() == private
+    assert {file.stat().st_mode & 0o777 for file in (place / "keys").iterdir()} == {0o600}
+    with pytest.raises(BadValue, match="holds a site already"):
+        site_init.init(place, name="st-marys", invitation=invitation)
+    with pytest.raises(BadValue, match="cannot be read"):
+        site_init.new_key(tmp_path / "nowhere")
 
 
 def test_without_a_superlink_the_way_out_is_named(tmp_path: Path) -> None:
