@@ -160,7 +160,8 @@ def put_to_use(home: Home, adapter: Adapter) -> None:
     part = home.work / f"{IN_USE}.part"
     part.write_bytes(encode(Adopt(adapter)))
     part.replace(home.work / IN_USE)
-    keep_facts(home)
+    if home.instructs:  # what a classifier's generator writes with is no model to answer with
+        keep_facts(home)
 
 
 def in_use(home: Home) -> Adapter | None:

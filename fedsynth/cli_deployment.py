@@ -203,7 +203,7 @@ def site_model(
     run: Annotated[str, typer.Option(help="Of this run, or of the one that starts so.")] = "",
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer its texts: CSV, JSONL, Parquet.")] = None,
     column: Annotated[str, typer.Option(help="Of the texts.")] = "text",
-    out: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Where the answers go: new.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Where the answers go: new.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per model.")] = False,
 ) -> None:
     """Measure the models that runs left here on your test rows, or answer texts with the latest. Nothing leaves."""
@@ -211,25 +211,34 @@ def site_model(
     from fedsynth.site_model import answer_file, measured, models
 
     if (texts is None) != (out is None):
-        raise BadValue("--texts FILE and --out FILE.csv go together")
+        raise BadValue("--texts FILE and --out FILE.jsonl go together")
     place = load_site(folder)
-    found = models(place, run)
+    found, unread = models(place, run)
+    for problem in unread:
+        _say(f"warning: {problem}; move the file away to hear no more of it")
     if texts is not None and out is not None:
-        kept = found[-1][1]
-        count = answer_file(place, *found[-1], texts, column, out)
-        _say(f"{out}: {count} answers of the model that {kept.run} left")
+        count, by = answer_file(place, *found[-1], texts, column, out), found[-1][1].run
+        if as_json:
+            print(json.dumps({"run": by, "out": str(out), "answers": count}))
+        else:
+            _say(f"{out}: {count} answers of the model that {by} left")
         return
-    rows = [(kept, *measured(place, path, kept)) for path, kept in found]
+    rows = [measured(place, *each) for each in found]
     if as_json:
-        for kept, figures, examples in rows:
-            print(json.dumps({"run": kept.run, "learnt": kept.learnt, "metrics": figures, "test_rows": examples}))
+        for row in rows:
+            print(json.dumps(asdict(row)))
         return
-    names = sorted({name for _, figures, _ in rows for name in figures})
+    names = sorted({name for row in rows for name in row.metrics})
     table = Table("run", "learnt (UTC)", *names, "test rows")
-    for kept, figures, examples in rows:
-        values = [f"{figures[name]:.3f}" if name in figures else "-" for name in names]
-        table.add_row(kept.run, kept.learnt[:19].replace("T", " "), *values, str(examples) if examples else "none")
+    for row in rows:
+        values = [f"{row.metrics[name]:.3f}" if name in row.metrics else "-" for name in names]
+        table.add_row(row.run, row.learnt[:19].replace("T", " "), *values, str(row.test_rows) if row.test_rows else "-")
     Console(width=None if Console().is_terminal else 140).print(table)
+    for row in rows:
+        if row.problem:
+            _say(f"{row.run} cannot be used: {row.problem}")
+    if place.site.data.test is None:
+        _say("site.toml names no test rows (data.test), so there is nothing to measure on")
 
 
 def _visible(text: str) -> str:

@@ -222,7 +222,9 @@ def free_port(wanted: int | None = None) -> int:
         try:
             probe.bind(("127.0.0.1", wanted or 0))
         except OSError as error:
-            raise LaunchFailed(f"port {wanted} on 127.0.0.1 cannot be used: {error.strerror}") from None
+            raise LaunchFailed(
+                f"port {wanted} on 127.0.0.1 cannot be used: {error.strerror}; name another, or none"
+            ) from None
         return int(probe.getsockname()[1])
 
 

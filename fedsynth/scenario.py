@@ -172,7 +172,8 @@ class GeneratorTraining:
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
         clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
         precision: Of the frozen base. `auto` is bfloat16 on CPUs that compute in it where the model is wide enough for
-            that to pay: name one where results must be the same on different machines.
+            that to pay: name one where results must be the same on different machines. Real sites with a GPU
+            refuse `bfloat16`.
     """
 
     expected_batch: Count = 50

@@ -42,10 +42,20 @@ def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
     """
     held = place.approvals.undecided(order)
     _stored(place, held)
-    by = f"{pwd.getpwuid(os.getuid()).pw_name} (uid {os.getuid()})"
+    by = _user()
     # First: no text leaves of which the trail does not say who let it go.
     Trail(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
     return place.approvals.decide(held, decision, by)
+
+
+def _user() -> str:
+    """Who runs this command, as the system knows them; and for whom, if it was sudo that says so."""
+    uid = os.getuid()
+    try:
+        name = f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:  # in a container
+        name = f"uid {uid}"
+    return f"{name} for {os.environ['SUDO_USER']}" if "SUDO_USER" in os.environ else name
 
 
 def _stored(place: Place, held: dict[str, Any]) -> bytes:

@@ -10,7 +10,7 @@ from fedsynth.clients.trail import entries
 from fedsynth.hub import weights_hash
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
-from fedsynth.site_ready import Finding, check_key, check_state, server
+from fedsynth.site_ready import Finding, check_account, check_key, check_state, server
 from fedsynth.sources import check as check_data
 from fedsynth.typed import BadValue
 
@@ -73,8 +73,11 @@ def _loads(name: str) -> str:
 
 def _budget(place: Place) -> str:
     cap = place.site.policy.lifetime
+    check_account(place)
     if not place.ledger.exists():
-        return f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; the ledger is made at the first order"
+        return (
+            f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; `fedsynth site start` makes the ledger"
+        )
     spent, delta = place.open_ledger().spent()
     if spent >= cap.epsilon:
         raise BadValue(f"epsilon {spent:.4g} of {cap.epsilon:g} is spent: nothing more will be answered")

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.clients.policy import Place
+from fedsynth.clients.trail import entries
 from fedsynth.invitation import host_and_port
 from fedsynth.typed import BadValue
 
@@ -54,6 +55,18 @@ def check_state(place: Place) -> str:
             f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
         )
     return f"{place.state}, {free / 2**30:.0f} GiB free"
+
+
+def check_account(place: Place) -> None:
+    """Whether the account of the site's data is there, or was never begun: one that is gone is not begun anew.
+
+    Raises:
+        BadValue: If the audit trail knows the data set, and there is no account of it.
+    """
+    if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail)):
+        return
+    raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "
+                   "knows of orders for it: what they spent would be forgotten; restore it")  # fmt: skip
 
 
 def check_key(place: Place) -> str:

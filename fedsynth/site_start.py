@@ -18,9 +18,8 @@ from pathlib import Path
 from fedsynth.certificates import write_new
 from fedsynth.clients.policy import SITE, Place
 from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
-from fedsynth.clients.trail import entries
-from fedsynth.flower import OWNER, alone, environment, free_port, interrupt, spawn, take_down
-from fedsynth.site_ready import check_key, check_state
+from fedsynth.flower import OWNER, LaunchFailed, alone, environment, free_port, interrupt, spawn, take_down
+from fedsynth.site_ready import check_account, check_key, check_state
 from fedsynth.site_watch import Patience, SiteFailed, watch
 from fedsynth.typed import BadValue
 
@@ -47,7 +46,11 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
     check_state(place)
     check_key(place)
     with alone(place.state, SiteFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
-        marker, port = uuid.uuid4().hex, free_port(port)
+        marker = uuid.uuid4().hex
+        try:
+            port = free_port(port)
+        except LaunchFailed as problem:
+            raise SiteFailed(str(problem)) from problem
         (place.state / OWNER).write_text(marker)
         secret = place.state / "superexec.secret"
         secret.unlink(missing_ok=True)
@@ -108,16 +111,8 @@ def _flower(program: str) -> str:
 
 
 def _open_account(place: Place) -> None:
-    """Makes the account of the site's data, the first time; one that is gone is not begun anew.
-
-    Raises:
-        BadValue: If the audit trail knows the data set, and there is no account of it.
-        fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used.
-    """
-    known = place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail))
-    if not known:
-        raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit "
-                       "trail knows of orders for it: what they spent would be forgotten; restore it")  # fmt: skip
+    """Makes the account of the site's data, the first time."""
+    check_account(place)
     place.open_ledger(create=True)
 
 

@@ -50,7 +50,8 @@ def toml_file(path: Path, missing: str = "") -> Iterator[dict[str, Any]]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as problem:
-        raise BadValue(f"{path} cannot be read: {problem.strerror}" + (f"; {missing}" if missing else "")) from problem
+        way_out = f"; {missing}" if missing and isinstance(problem, FileNotFoundError) else ""
+        raise BadValue(f"{path} cannot be read: {problem.strerror}{way_out}") from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise BadValue(f"{path}: not TOML: {problem}") from problem
     try:

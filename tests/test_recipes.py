@@ -311,7 +311,7 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
     assert "budget_exhausted" in one
     assert "epsilon 7.988" in two
     assert re.search(r"accuracy.*macro_f1.*test rows", two)
-    assert set(pd.read_csv(tmp_path / "north" / "answers.csv")["answer"]) <= set(
+    assert set(pd.read_json(tmp_path / "north" / "answers.jsonl", lines=True)["answer"]) <= set(
         tomllib.loads(scenario)["data"]["labels"]
     )
     assert "consistent" in two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -301,27 +302,67 @@ def test_a_site_measures_and_uses_the_model_that_a_run_left_after_the_run(
     deployed.run()
     told = {(home, metric): value for *_, home, metric, value in deployed.journal.rows}
     for number, place in enumerate(sites):
-        [(folder, kept)] = models(place, "simul")
-        assert kept.run == "simulated/main/0"
-        assert kept.labels == LABELS
-        figures, rows = measured(place, folder, kept)  # what the run itself saw
-        assert figures == {name: told[number, name] for name in ("accuracy", "macro_f1")}
-        assert rows == (notes["site"] == place.site.name).sum() - ROWS
-    texts, out = tmp_path / "more.csv", tmp_path / "answers.csv"
+        [(folder, kept)], unread = models(place, "simul")
+        assert (kept.run, kept.labels, unread) == ("simulated/main/0", LABELS, [])
+        here = measured(place, folder, kept)
+        assert here.metrics == {
+            name: told[number, name] for name in ("accuracy", "macro_f1")
+        }  # what the run itself saw
+        assert here.test_rows == (notes["site"] == place.site.name).sum() - ROWS
+    texts, out = tmp_path / "more.csv", tmp_path / "answers.jsonl"
     pd.DataFrame({"note": ["heart of stone", "skin of teeth"], "other": [1, 2]}).to_csv(texts, index=False)
     assert answer_file(place, folder, kept, texts, "note", out) == 2
-    found = pd.read_csv(out)
-    assert found["note"].tolist() == ["heart of stone", "skin of teeth"]
-    assert set(found["answer"]) <= set(LABELS)
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [each["text"] for each in found] == ["heart of stone", "skin of teeth"]
+    assert {each["answer"] for each in found} <= set(LABELS)
     assert out.stat().st_mode & 0o777 == 0o600  # texts may be private
-    with pytest.raises(BadValue, match="already"):
-        answer_file(place, folder, kept, texts, "note", out)
-    with pytest.raises(BadValue, match="no run 'other' left a model"):
-        models(place, "other")
+
+
+@pytest.fixture
+def left(tmp_path: Path, toml: str, notes: pd.DataFrame) -> Place:
+    """A site at which a run left a model."""
+    place = places(tmp_path, notes)[0]
+    deployed = Deployed([place], toml.replace("clients = 3", "clients = 1"), tmp_path / "run")
+    deployed.run()
+    return place
+
+
+def test_texts_that_cannot_be_answered_are_refused_before_the_work(left: Place, tmp_path: Path) -> None:
+    [(folder, kept)], _ = models(left)
+    texts, out = tmp_path / "more.csv", tmp_path / "new.jsonl"
     texts.write_text("note,number\nfirst,1\n ,2\n")
-    with pytest.raises(BadValue, match=r"more\.csv: row 2 has no text in column 'note'; 1 in all"):
-        answer_file(place, folder, kept, texts, "note", tmp_path / "new.csv")
-    assert not (tmp_path / "new.csv").exists()
+    for column, said in (
+        ("note", r"more\.csv: row 2 has no text in column 'note'; 1 in all"),
+        ("text", "no column 'text'"),
+    ):
+        with pytest.raises(BadValue, match=said):
+            answer_file(left, folder, kept, texts, column, out)
+    for name, said in (
+        ("answers.csv", r"must name a \.jsonl file"),
+        ("no/where.jsonl", "No such file"),
+        ("more.jsonl", "exists"),
+    ):
+        (tmp_path / "more.jsonl").write_text("")
+        with pytest.raises(BadValue, match=said):
+            answer_file(left, folder, kept, left.folder / "notes.csv", "text", tmp_path / name)
+    assert not out.exists()
+    with pytest.raises(BadValue, match="no run 'other' left a model"):
+        models(left, "other")
+
+
+def test_a_model_that_cannot_be_used_says_why_and_hides_no_other(left: Place, tmp_path: Path) -> None:
+    [(folder, kept)], _ = models(left)
+    assert measured(left, folder, replace(kept, base="0" * 64)).problem.endswith("has now: put those back")
+    other = folder.parent.parent.parent / "second" / "main" / "seed-0"
+    shutil.copytree(folder, other)
+    (other / "task_model.safetensors").unlink()
+    [*_, last], unread = models(left)
+    assert measured(left, other, last[1]).problem == "evaluate was asked before learn"
+    assert not unread
+    (other / "model.json").write_text("{")
+    [(same, _)], [said] = models(left)
+    assert same == folder
+    assert said.startswith(str(other / "model.json"))
 
 
 @pytest.mark.parametrize(
@@ -706,6 +747,9 @@ def test_a_start_makes_the_account_once_and_asks_for_the_one_that_the_trail_know
     place.ledger.unlink()
     with pytest.raises(BadValue, match="the account of the data set 'charite-1' is gone"):
         _open_account(place)
+    [said] = [finding for finding in check(place) if finding.what == "budget"]
+    assert said.state == "problem"
+    assert "is gone" in said.says
 
 
 @pytest.mark.parametrize("labels", ["", 'labels = "all"\n'])

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import tiny
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsynth import tasks
-from fedsynth.clients import app as client
+from fedsynth.clients import answer as client
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.data import Site
@@ -587,8 +588,8 @@ def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
 
 def test_private_text_is_stopped_in_one_place_only() -> None:
     """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
-    packers = [p for p in Path(client.__file__).parent.glob("*.py") if "pack_answer(" in p.read_text()]
-    assert [p.name for p in packers] == ["app.py"]
+    packers = [p for p in Path(client.__file__).parent.glob("*.py") if re.search(r"\bpack_answer\(", p.read_text())]
+    assert [p.name for p in packers] == ["answer.py"]
 
 
 # Adapters and scores at the firewall
