@@ -45,6 +45,7 @@ from fedsynth.privacy.plan import Budget
 from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
 from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.site_approve import decide, held_text
+from fedsynth.site_check import check
 from fedsynth.site_init import template
 from fedsynth.site_model import answer_file, measured, models
 from fedsynth.site_start import _open_account
