@@ -185,6 +185,20 @@ def test_a_site_killed_in_mid_training_goes_on_when_it_is_started_again(hall: Ha
     hall.nothing_left()
 
 
+def test_a_message_whose_process_is_killed_is_answered_after_all(hall: Hall, tmp_path: Path) -> None:
+    """Means: SIGKILL to the child that handles the message, as the system does where memory is short, while the ledger
+    says `running`. Flower finds its missing heartbeats out, the server asks again, and the site goes on."""
+    hall.begin("message")
+    run = hall.run()
+    until(lambda: hall.grants("north") == ["running"], "north trains")
+    serving = [p for p in hall.federation.sites["north"].descendants() if "serve" in p.cmdline()]
+    [child] = [p for p in serving if p.ppid() in {other.pid for other in serving}]
+    child.kill()
+    assert run.process.wait(280) == 0, run.said()
+    hall.charged_once(tmp_path)
+    hall.nothing_left()
+
+
 def test_a_network_cut_for_longer_than_heartbeats_is_survived(hall: Hall, tmp_path: Path) -> None:
     """Means: the TCP proxy before the site drops its connections in mid-training, and closes new ones at once for 75 s:
     Flower takes the site for gone meanwhile."""
