@@ -135,7 +135,12 @@ def _named(row: Mapping[str, Any], epsilon: float | None) -> str:
 
 def _task(figures: Figures, report: Mapping[str, Any], task: str) -> list[Block]:
     """Of each scenario its first metric as figures, all metrics as tables."""
-    blocks: list[Block] = []
+    note = (
+        "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed "
+        "and client, at equal epsilon; “better in”: so many of the pairs. A difference whose interval holds 0 "
+        "shows nothing."
+    )
+    blocks: list[Block] = [Paragraph(note, quiet=True)]
     for scenario, terms in report["scenarios"].items():
         metrics = _metrics(report, task, scenario)
         if not metrics:
@@ -196,12 +201,7 @@ def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, sce
             number("difference", sign=True), interval("difference_low", "difference_high", sign=True),
             "-" if number("better") == "-" else (number("better_pairs", digits=0), " of ", number("pairs", digits=0)),
         ])  # fmt: skip
-    note = (
-        "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed "
-        "and client, at equal epsilon; “better in”: so many of the pairs. A difference whose interval holds 0 "
-        "shows nothing."
-    )
-    return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", note=note, words=frozenset({0, 1}))
+    return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", words=frozenset({0, 1}))
 
 
 def _first_up(metric: str) -> str:
@@ -230,7 +230,8 @@ def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
                     if x is not None and y is not None:
                         marks.append(Mark(p["utility"], p["low"], p["high"], y, x=figures.rows[x]["value"], x_row=x))
                 series.append(Series(arm, tuple(marks)))
-            if sum(bool(s.marks) for s in series) > 1:
+            spread = any(m.x for s in series for m in s.marks if m)  # else one column over a price that nobody pays
+            if sum(bool(s.marks) for s in series) > 1 and spread:
                 caption = f"{scenario}: {NAMES.get(metric, metric)} against {said}"
                 svg = draw.scatter(series, title=caption, x_name=said, y_name=NAMES.get(metric, metric), x_digits=2)
                 plots.append(Plot(svg, caption))
