@@ -19,7 +19,7 @@ test: $(READY)
 slow: $(READY)  ## what takes too long for `make test`, but for the deployments
 	@$(BIN)/python -m pytest -m "full and not deployment" --timeout 600
 
-deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: a quarter of an hour and more
+deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: some 25 minutes
 	@$(BIN)/python -m pytest -m deployment --timeout 600
 
 check: $(READY)

@@ -208,10 +208,6 @@ def test_a_command_that_does_not_exist_would_be_found() -> None:
         understood(["fedsynth", "server", "start", "x", "--plain"])
 
 
-def _hears_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, where the tests run in the background
-
-
 class Terminal:
     """A shell that is told one block after the other."""
 
@@ -225,8 +221,7 @@ class Terminal:
             program.chmod(0o755)
         env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self.shell = subprocess.Popen(["bash", "-m"], cwd=folder, stdin=subprocess.PIPE, stdout=log.open("ab"), env=env,
-                                      stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                      preexec_fn=_hears_ctrl_c)  # fmt: skip
+                                      stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
 
     def type(self, block: str) -> None:
         assert self.shell.stdin is not None
@@ -293,6 +288,8 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
                     for run in runs:
                         run.send_signal(signal.SIGINT)
                     mine.wait()
+                if line == "fedsynth site model north":
+                    terminal["1"].wait()  # the run, which goes on by itself
                 mine.type(line)
                 if "start coordinator" in line:
                     mine.wait()
@@ -304,8 +301,6 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
                         (tmp_path / "terminal-1.first").write_text(mine.said())
                         mine.log.write_text("")
                 else:
-                    if line == "fedsynth site model north":
-                        terminal["1"].wait()  # the run, which goes on by itself
                     mine.wait()
         one, two = ((tmp_path / "terminal-1.first").read_text() + terminal["1"].said(), terminal["2"].said())
     assert "budget_exhausted" in one
