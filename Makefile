@@ -3,8 +3,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY := .venv/.ready
 
-# Half of the tests that start whole runs, one after the other; all others meanwhile in a second process.
-RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py test_deployment.py test_server.py)
+# Tests that start whole runs, and those of sites, one after the other; all others, for as long, in a second process.
+RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py test_deployment.py test_server.py test_site.py)
 
 .PHONY: run test slow deployment check bench docs .venv
 
