@@ -85,7 +85,7 @@ def answer_file(place: Place, folder: Path, kept: Kept, texts: Path, column: str
         Number of texts.
 
     Raises:
-        BadValue: If the texts cannot be read, one is missing, or `out` is there or cannot be written.
+        BadValue: If the texts cannot be read, one or all are missing, or `out` is there or cannot be written.
     """
     if out.suffix.lower() != ".jsonl":
         raise BadValue(f"--out must name a .jsonl file, got {str(out)!r}")
@@ -93,6 +93,8 @@ def answer_file(place: Place, folder: Path, kept: Kept, texts: Path, column: str
         found: list[object] = load_columns(texts, [column])[column].tolist()
     except BadValue as problem:
         raise BadValue(f"{texts}: {problem}") from problem
+    if not found:
+        raise BadValue(f"{texts} has no rows: there is nothing to answer")
     asked = [text for text in found if isinstance(text, str) and text.strip()]
     if len(asked) < len(found):
         row = next(i for i, text in enumerate(found) if not (isinstance(text, str) and text.strip()))

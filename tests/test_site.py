@@ -346,6 +346,9 @@ def test_texts_that_cannot_be_answered_are_refused_before_the_work(left: Place, 
         (tmp_path / "more.jsonl").write_text("")
         with pytest.raises(BadValue, match=said):
             answer_file(left, folder, kept, left.folder / "notes.csv", "text", tmp_path / name)
+    texts.write_text("note,number\n")
+    with pytest.raises(BadValue, match="has no rows: there is nothing to answer"):
+        answer_file(left, folder, kept, texts, "note", out)
     assert not out.exists()
     with pytest.raises(BadValue, match="no run 'other' left a model"):
         models(left, "other")
