@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +25,18 @@ class Provenance(StrEnum):
 
 
 def same(text: str) -> str:
-    """A text without the differences that do not make it another one: case and white space."""
-    return " ".join(text.casefold().split())
+    """A text without the differences that do not make it another one, to compare by: never to write in its place.
+
+    These are case, compatibility forms and composition (Unicode's NFKC), characters without a glyph (category Cf: of no
+    width, soft hyphens, marks of direction), and white space around it or doubled. Labels, privacy units, clients and
+    duplicates are told apart by it.
+    """
+    folded = text
+    # Twice: case folding undoes a composition, and a compatibility form may fold to what has a case, or a blank.
+    for _ in range(2):
+        folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
+        folded = "".join(char for char in folded if unicodedata.category(char) != "Cf")
+    return " ".join(folded.split())
 
 
 class Source(Protocol):

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from fedsynth.corpus import Corpus, Provenance, pool
+from fedsynth.corpus import Corpus, Provenance, pool, same
 
 PUBLIC = Provenance.PUBLIC
 
@@ -84,3 +84,41 @@ def test_a_pool_with_text_that_has_no_guarantee_has_none() -> None:
     granted = Corpus(("a",), ("x",), Provenance.LLM_WRITTEN, grants=("g",))
     ungranted = Corpus(("b",), ("y",), Provenance.LLM_WRITTEN)
     assert pool([granted, ungranted]).grants == ()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("PAT003", "pat003"),
+        ("PAT003", " PAT003\t"),
+        ("two  words", "two words"),
+        ("caf\u00e9", "cafe\u0301"),  # one character; a letter and its accent
+        ("\uff30\uff21\uff34\uff13", "pat3"),  # full-width
+        ("\ufb01le", "FILE"),  # the ligature fi
+        ("stra\u00dfe", "STRASSE"),
+        ("a\u200bb", "ab"),  # a zero-width space
+        ("\ufeffPAT003", "PAT003"),  # a byte order mark
+        ("a\u00adb", "ab"),  # a soft hyphen
+        ("\u202epat", "pat"),  # turned round
+        ("no\u00a0break", "no break"),
+        ("\u0130", "i\u0307"),  # dotted capital I
+        ("\u1fb3", "\u1fbc"),  # alpha with iota below, small and capital
+        ("a\u0301\u0323", "a\u0323\u0301"),  # accents in either order
+    ],
+)
+def test_spellings_of_one_text_are_the_same(one: str, other: str) -> None:
+    assert same(one) == same(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a b", "ab"), ("caf\u00e9", "cafe"), ("pat-3", "pat3"), ("\u6302", "\u5931")]
+)
+def test_other_texts_are_not_the_same(one: str, other: str) -> None:
+    assert same(one) != same(other)
+
+
+def test_what_is_the_same_stays_so() -> None:
+    for code in range(0x20000):
+        if not 0xD800 <= code < 0xE000:
+            once = same(chr(code))
+            assert same(once) == once, hex(code)
