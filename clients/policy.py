@@ -12,7 +12,7 @@ from fedsynth.invitation import check_name, host_and_port
 from fedsynth.privacy.plan import Budget
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, Output
-from fedsynth.typed import BadValue, Count, build, in_range, toml_file
+from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
 
 if TYPE_CHECKING:
     from fedsynth.privacy.ledger import Ledger
@@ -117,6 +117,8 @@ class Site:
             federations names the same one in both: it is one data set, and one account.
         device: `auto` (a GPU where there is one), `cpu`, or the number of a GPU, as `cuda:1`.
         threads: That one message may use on CPUs.
+        start_seconds: How long the site's programs may take to start. What has died is noticed at once: this clock is
+            for a SuperNode that stands still before its first connection.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Site:
     accounts: str = ""
     device: str = "auto"
     threads: Count = 1
+    start_seconds: Positive = 600.0
 
     def __post_init__(self) -> None:
         in_range(self)

@@ -57,7 +57,9 @@ class CannotStandIn(RuntimeError):
     """The program that takes the place of Flower's own cannot be run."""
 
 
-def stand_ins(folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth.clients.process")) -> None:
+def stand_ins(
+    folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth.clients.process"), seconds: float = 600.0
+) -> None:
     """Writes the programs that a SuperExec finds in place of Flower's own: all that it may start, for whatever a server
     asks, are the one that handles a message here.
 
@@ -65,6 +67,7 @@ def stand_ins(folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth
         folder: For them; the only one on the SuperExec's PATH, so that there is nothing else to find.
         warm: Socket of the warm process.
         client: How Python runs this module where no warm process answers.
+        seconds: How long a first program may take to run: site.toml's `start_seconds`.
 
     Raises:
         UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
@@ -81,7 +84,10 @@ def stand_ins(folder: Path, warm: Path, client: Sequence[str] = ("-m", "fedsynth
     for name in sorted({STAND_IN, *TASK_TYPE_TO_COMMAND.values()}):
         _program(folder / name, f'#!/bin/sh\nexec {words} "$@"\n')
     try:
-        subprocess.run([folder / STAND_IN, PROBE], check=True, timeout=60, capture_output=True)
+        subprocess.run([folder / STAND_IN, PROBE], check=True, timeout=seconds, capture_output=True)
+    except subprocess.TimeoutExpired as problem:
+        raise CannotStandIn(f"{folder / STAND_IN} did not run within {seconds:g} s (start_seconds of site.toml): wait "
+                            "until this machine is less busy, or raise that key") from problem  # fmt: skip
     except (OSError, subprocess.SubprocessError) as problem:
         why = f"programs in {folder} cannot be run ({problem}): is it mounted noexec?"
         raise CannotStandIn(f"{why} Name another `state` folder in site.toml") from problem

@@ -17,8 +17,9 @@ from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.cli_deployment import server_app, site_app
-from fedsynth.flower import LaunchFailed
+from fedsynth.flower import LaunchFailed, check_flower
 from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.proxy import past_proxies
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import load, shipped_scenarios
 from fedsynth.typed import BadValue
@@ -126,6 +127,7 @@ def _simulate(
     workers: int | None,
     port: int | None,
 ) -> Any:
+    check_flower()
     from fedsynth.simulate import resume, run
 
     with Watch(console, asked) as watch:
@@ -143,6 +145,7 @@ def _simulate(
 def _run_on_sites(
     console: Console, server: Path, asked: Scenario, sites: str, out: Path | None, resumed: Path | None
 ) -> Any:
+    check_flower()
     from fedsynth.deployment import chosen, deployed, read_deployment
 
     names = [name.strip() for name in sites.split(",") if name.strip()]
@@ -174,6 +177,7 @@ def compare_command(
     """Run scenarios x epsilons x seeds, or go on with them, and compare their arms: docs/compare.md."""
     if parallel is not None and parallel < 1:
         raise BadValue(f"--parallel must be at least 1, got {parallel}")
+    check_flower()
     from fedsynth.grids import asked_for, is_grid, read_grid
 
     if len(grid) == 1 and is_grid(Path(grid[0])):
@@ -216,6 +220,7 @@ def check_command(
 ) -> None:
     """Check SCENARIO and foresee what a run of it would spend, send, hold and take; nothing is trained or charged."""
     asked = _asked(scenario, set_, arms, clients, seeds)
+    check_flower()
     from fedsynth.forecast import forecast
 
     console = _console(error=True)
@@ -494,6 +499,7 @@ def _figure(value: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Entry point: one line and a non-zero exit for whatever goes wrong."""
+    os.environ.update(past_proxies(os.environ))  # a tracker's server, a mirror of the hub: they may be on this machine
     try:
         # Typer turns Ctrl-C into an exit code, and hands codes back instead of exiting where it does not stand alone.
         code = app(standalone_mode=False)

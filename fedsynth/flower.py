@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -19,10 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+
+from fedsynth.proxy import past_proxies
+from fedsynth.typed import BadValue
 
 MARKER = "FEDSYNTH_RUN"  # in the environment of every process that belongs together
 OWNER = "marker"  # of the processes that work in a directory
@@ -35,6 +40,33 @@ SERVER_PROCESS = "server.pid"  # in the private directory of a run on real sites
 # For the C library: memory that is let go is kept for what comes next, which is as large: a training step of 15 million
 # parameters takes 4 % less time when its pages need not be found anew (docs/results.md).
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+# From the first to before the second: versions whose programs, and whose client process (fedsynth.clients.process), are
+# as this package knows them. pyproject.toml says the same.
+FLOWER = ((1, 41), (1, 43))
+
+
+def check_flower() -> str:
+    """Whether the installed Flower is one that this package works with: others may lack what a site replaces.
+
+    Returns:
+        Its version, in words.
+
+    Raises:
+        BadValue: If it is not, or there is none.
+    """
+    (first, second), (beyond, minor) = FLOWER
+    wanted = f"flwr[simulation]>={first}.{second},<{beyond}.{minor}"
+    way_out = f"pip install '{wanted}', in an environment of its own if another program needs that one"
+    try:
+        found = version("flwr")
+    except PackageNotFoundError:
+        raise BadValue(f"Flower is not installed beside this Python: {way_out}") from None
+    numbers = re.match(r"(\d+)\.(\d+)", found)
+    if numbers is None or not FLOWER[0] <= (int(numbers[1]), int(numbers[2])) < FLOWER[1]:
+        raise BadValue(f"Flower {found} is installed, and this fedsynth works with {wanted}: {way_out}")
+    return f"flwr {found}"
 
 
 class LaunchFailed(RuntimeError):
@@ -159,14 +191,24 @@ def alone(folder: Path, otherwise: LaunchFailed | None = None) -> Iterator[None]
         yield
 
 
-def environment(marker: str) -> dict[str, str]:
-    """The caller's environment without what would let Flower's programs reach outside themselves or meet others."""
+def environment(marker: str, *here: str) -> dict[str, str]:
+    """The caller's environment without what would let Flower's programs reach outside themselves or meet others.
+
+    Args:
+        marker: Of the processes that belong together.
+        here: More names under which they find this machine.
+
+    Raises:
+        BadValue: If the installed Flower is none that this package works with.
+    """
+    check_flower()
     # Relative entries mean the caller's working directory, not that of Flower's processes.
     path = [str(Path(p).absolute()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     return {
         **KEEPING,
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("RAY_")},
         **({"PYTHONPATH": os.pathsep.join(path)} if path else {}),
+        **past_proxies(os.environ, *here),
         "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",  # a killed process leaves its last words
         "OMP_NUM_THREADS": "1",  # a worker per CPU, a thread per worker
@@ -178,8 +220,18 @@ def environment(marker: str) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",  # those could not serve: they lack the run's environment
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_worker_niceness": "0",  # beyond the launcher's own; by default 15, with which a busy machine starves them
         MARKER: marker,
     }
+
+
+def ray_clocks(seconds: float) -> dict[str, str]:
+    """Ray's own clocks of its start, of 20 to 100 s each, set to `seconds`, as its environment variables."""
+    whole = str(math.ceil(seconds))
+    names = ("raylet_start_wait_time_s", "worker_register_timeout_seconds", "gcs_server_request_timeout_seconds",
+             "gcs_rpc_server_reconnect_timeout_s", "NUM_REDIS_GET_RETRIES")  # fmt: skip
+    milliseconds = str(min(math.ceil(1000 * seconds), 2**31 - 1))
+    return {**{f"RAY_{name}": whole for name in names}, "RAY_agent_register_timeout_ms": milliseconds}
 
 
 def keep_output(program: str, folder: Path, log: Path, path: str) -> str | None:

@@ -45,10 +45,19 @@ from fedsynth.flower import (
     listens,
     one_line,
     own_status,
+    ray_clocks,
 )
 
 APP = Path(__file__).parent / "app"  # a link to simulations/ in a checkout, the same files in a wheel
 SIMULATION = "flwr-simulation"
+# What a run stands on beside its SuperLink: SuperExec starts the simulation, that starts Ray. None ends before the run.
+PARTS = (SIMULATION, "flower-superexec", "gcs_server", "raylet")
+RAY_DIES = (  # the 15 s are Ray's own, for the port of an agent that it starts; nothing moves them
+    "the system kills it where memory is short, and Ray gives up after 15 s where its start gets less than a twentieth "
+    "of a core; wait until the machine is less busy"
+)
+ENDING_SECONDS = 5.0  # from Ray's orderly end to that of the simulation
+PATIENCE = 3  # looks that the SuperLink leaves unanswered, half a minute each, before that is a failure
 
 
 def launch(
@@ -62,6 +71,7 @@ def launch(
     logs: Path,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     port: int | None = None,
+    start_seconds: float = 3600.0,
     poll: float = 0.2,
 ) -> None:
     """Run a Flower app as a simulation; return when it completed and no process of it is left.
@@ -80,6 +90,7 @@ def launch(
         logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
         on_event: Called with each new event, in this thread.
         port: Port of the SuperLink on 127.0.0.1; any free one if None.
+        start_seconds: How long SuperLink, simulation and Ray may each take to start, if none of them dies.
         poll: Seconds between two looks at the events.
 
     Raises:
@@ -102,6 +113,7 @@ def launch(
             out=str(out),
             logs=str(logs),
             port=free_port(port),
+            start_seconds=start_seconds,
             marker=uuid.uuid4().hex,
             log_from=(logs / LOG).stat().st_size if (logs / LOG).exists() else 0,
         )
@@ -162,6 +174,7 @@ class _Plan:
     out: str
     logs: str
     port: int
+    start_seconds: float
     marker: str
     log_from: int  # what stands before in the log is an earlier attempt's
 
@@ -216,7 +229,7 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
     path = keep_output(SIMULATION, programs, log_path, os.environ["PATH"])
     if path is None:
         raise _RunFailed(f"{SIMULATION} is not on the PATH: is flwr[simulation] installed beside this Python?")
-    os.environ.update(FLWR_HOME=str(flower), RAY_TMPDIR=str(ray), PATH=path)
+    os.environ.update(FLWR_HOME=str(flower), RAY_TMPDIR=str(ray), PATH=path, **ray_clocks(plan.start_seconds))
 
     log = log_path.open("ab")
     with spawning:
@@ -229,9 +242,11 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
         )
         flwr = Commands(os.environ, cwd, log)
 
+    begun = time.monotonic()
     while not listens(superlink, plan.port):
         if superlink.poll() is not None:
             raise _RunFailed(_last_words(plan) or f"the SuperLink did not start: {ending(superlink.returncode)}")
+        _check_clock(plan, begun, "the SuperLink does not listen")
         time.sleep(0.05)
 
     each = f"client-resources-num-cpus=1 client-resources-num-gpus={plan.gpu_share}"
@@ -242,21 +257,42 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
 
 def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Callable[[], dict[str, Any]]) -> None:
     """Return when the run has completed in Flower's words and in ours; raise _RunFailed as soon as it cannot."""
-    simulation: psutil.Process | None = None
-    next_look = 0.0
+    parts: dict[str, psutil.Process] = {}
+    flower: dict[str, Any] = {"status": "pending"}
+    begun, next_look, refused, ray_ended = time.monotonic(), 0.0, 0, 0.0
     while True:
         own = own_status(Path(plan.out))
         if own.get("status") == "failed":
             raise _RunFailed(own.get("reason") or "the ServerApp failed without a reason")
         if superlink.poll() is not None:
             raise _RunFailed(f"the SuperLink died in mid-run: {ending(superlink.returncode)}")
-        simulation = simulation or _simulation()
-        ended = simulation is not None and not alive(simulation)
-        if ended or time.monotonic() >= next_look:
+        parts |= _parts(set(PARTS) - set(parts))
+        dead = {name for name, process in parts.items() if not alive(process)}
+        if SIMULATION in dead or time.monotonic() >= next_look:
             next_look = time.monotonic() + 5.0
-            flower = flower_status()
-            if flower["status"].startswith("finished") or ended:
+            try:
+                flower, refused = flower_status(), 0
+            except CommandRefused:  # it may be busy; whether it lives is looked at above
+                refused += 1
+                if refused == PATIENCE:
+                    raise
+        if flower["status"].startswith("finished"):
+            break
+        starting = flower["status"] in ("pending", "starting")
+        if SIMULATION in dead:
+            if not starting:
                 break
+            # It took longer to start than Flower waits for it: then Flower starts another one.
+            del parts[SIMULATION]
+        if "flower-superexec" in dead:
+            raise _RunFailed(_last_words(plan, "SuperExec died in mid-run"))
+        if dead and own.get("status") != "completed":
+            ray_ended = ray_ended or time.monotonic()
+            if time.monotonic() - ray_ended > ENDING_SECONDS:
+                who = " and ".join(sorted(dead))
+                raise _RunFailed(f"Ray's {who} died in mid-run: {RAY_DIES}")
+        if starting:
+            _check_clock(plan, begun, "Flower has not started the simulation")
         time.sleep(0.1)
 
     own = own_status(Path(plan.out))
@@ -270,12 +306,22 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
         raise _RunFailed(f"the ServerApp ended without writing {STATUS}")
 
 
-def _simulation() -> psutil.Process | None:
-    for process in psutil.Process().children(recursive=True):
+def _check_clock(plan: _Plan, begun: float, what: str) -> None:
+    taken = time.monotonic() - begun
+    if taken > plan.start_seconds:
+        raise _RunFailed(f"{what} after {taken:.0f} s (server.start_seconds): the machine is too busy; wait until it "
+                         "is less so, or raise that key")  # fmt: skip
+
+
+def _parts(names: set[str]) -> dict[str, psutil.Process]:
+    """Those of a run's processes that work now, by name."""
+    found = {}
+    for process in psutil.Process().children(recursive=True) if names else ():
         with contextlib.suppress(psutil.Error):
-            if any(Path(word).name == SIMULATION for word in process.cmdline()[:2]):
-                return process
-    return None
+            for name in names & {Path(word).name for word in process.cmdline()[:2]}:
+                if alive(process):
+                    found[name] = process
+    return found
 
 
 def _short_temporary_folder() -> str | None:

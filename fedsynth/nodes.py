@@ -51,7 +51,7 @@ class Deployment:
             raise BadValue(f"the run-config's deployment is not JSON: {problem}") from problem
 
 
-def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 120.0) -> dict[int, int]:
+def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 3600.0) -> dict[int, int]:
     """Which node hosts which home; node ids are random, so each node is asked for its partition.
 
     Where there are fewer nodes than homes, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of homes.
@@ -60,23 +60,26 @@ def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 12
         grid: Flower's.
         homes: Number of homes.
         stack: Homes that train in one pass: the first so many, the next, ...
-        seconds: How long to wait for all nodes: their registration races the start of a run.
+        seconds: How long to wait for all nodes (server.start_seconds): their registration races the start of a run.
 
     Raises:
         TooFewReplies: If fewer nodes register and answer than there are partitions.
     """
-    end = time.monotonic() + seconds
+    begun = time.monotonic()
     places: dict[int, int] = {}
     partitions = 1
     while len(places) < partitions:
-        if time.monotonic() > end:
-            raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold")
+        taken = time.monotonic() - begun
+        if taken > seconds:
+            raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold after "
+                                f"{taken:.0f} s (server.start_seconds): the machine is too busy; wait until it is less "
+                                "so, take fewer --workers, or raise that key")  # fmt: skip
         new = [node for node in grid.get_node_ids() if node not in places.values()]
         asked = [Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node) for node in new]
         if not asked:
             time.sleep(POLL_SECONDS)
             continue
-        for reply in grid.send_and_receive(asked, timeout=max(1.0, end - time.monotonic())):
+        for reply in grid.send_and_receive(asked, timeout=max(1.0, seconds - taken)):
             if reply.has_error():
                 raise TooFewReplies(f"a SuperNode could not run the client app: {first_line(reply)}")
             facts = reply.content["who"]

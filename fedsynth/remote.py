@@ -22,7 +22,8 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
-from fedsynth.scenario import Endpoint
+from fedsynth.proxy import no_proxies
+from fedsynth.scenario import Endpoint, host_of
 from fedsynth.typed import BadValue
 from fedsynth.usage import Used
 
@@ -76,7 +77,8 @@ class RemoteLLM:
             api_key=key or "none",  # the package insists on one, and would take OPENAI_API_KEY for it
             timeout=timeout,
             max_retries=retries,
-            http_client=DefaultHttpxClient(timeout=timeout, follow_redirects=False),
+            # On this machine: past any proxy that the environment names.
+            http_client=DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url))),
         )
         self._client.organization = self._client.project = None
         self.used = Used()  # as far as the server tells

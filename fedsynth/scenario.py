@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
@@ -389,7 +389,7 @@ class Endpoint:
     concurrency: Count = 8
 
     def __post_init__(self) -> None:
-        host = _host(self.endpoint)
+        host = host_of(self.endpoint)
         if not self.model:
             raise BadValue("model is empty: name the model that the endpoint serves")
         if self.key_env is not None and not self.key_env.isidentifier():
@@ -397,14 +397,14 @@ class Endpoint:
             raise BadValue(
                 "key_env must name an environment variable, as OPENAI_API_KEY; a key is no part of a scenario"
             )
-        if self.key_env is not None and self.endpoint.startswith("http:") and not _is_loopback(host):
+        if self.key_env is not None and self.endpoint.startswith("http:") and not is_loopback(host):
             raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
         in_range(self)
         if self.retries < 0:
             raise BadValue(f"retries must be at least 0, got {self.retries}")
 
 
-def _host(endpoint: str) -> str:
+def host_of(endpoint: str) -> str:
     """The host of an endpoint's address, which holds nothing but scheme, host, port and path."""
     try:
         parts = urlsplit(endpoint)
@@ -417,13 +417,6 @@ def _host(endpoint: str) -> str:
     return host
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 @dataclass(frozen=True)
 class Server:
     """What the server runs.
@@ -434,6 +427,8 @@ class Server:
         embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
             itself, which no endpoint can be.
         answer_seconds: How long one exchange may take before the run ends with a reason.
+        start_seconds: Simulations: how long SuperLink, Ray and the SuperNodes may take to be there. What has died is
+            noticed at once: this clock is for a machine so busy that nothing gets on.
         quorum: Share of the asked clients that must answer.
         professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
         public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
@@ -444,6 +439,7 @@ class Server:
     adapter: str | None = None
     embedder: str | None = None
     answer_seconds: Positive = 3600.0
+    start_seconds: Positive = 3600.0
     quorum: Share = 1.0
     professional: str | Endpoint | None = None
     public: str | None = None

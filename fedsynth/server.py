@@ -40,6 +40,7 @@ key = {key}  # PEM without a password; mode 0600
 ca = {ca}  # PEM: who vouches for the certificate
 
 wait_seconds = {wait_seconds}  # how long a run waits for its sites to be online before it begins
+start_seconds = {start_seconds}  # how long the SuperLink may take to start; if it dies, that is noticed at once
 """
 
 
@@ -52,6 +53,7 @@ class ServerConfig:
         local: HOST:PORT that programs on this machine connect to.
         certificate, key, ca: Files; absolute once they are read.
         wait_seconds: How long a run waits for its sites to be online before it begins.
+        start_seconds: How long the SuperLink may take to start; if it dies, that is noticed at once.
     """
 
     host: str
@@ -61,6 +63,7 @@ class ServerConfig:
     key: str
     ca: str
     wait_seconds: Positive = 600.0
+    start_seconds: Positive = 600.0
 
     def __post_init__(self) -> None:
         in_range(self)
@@ -221,7 +224,8 @@ def flower_environment(folder: Path, marker: str) -> dict[str, str]:
     """The environment of Flower's programs that belong to a coordinator's folder."""
     # A server stands for months: it asks for work once a second.
     own = {"FLWR_HOME": str(flower_home(folder)), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
-    return {**environment(marker), **own}
+    here, _ = host_and_port(read_config(folder).local)
+    return {**environment(marker, here), **own}
 
 
 def _loopback(host: str) -> bool:

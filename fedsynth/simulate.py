@@ -379,5 +379,6 @@ def _launched(
         logs=private_of(place) / "logs",
         on_event=on_event,
         port=port,
+        start_seconds=asked.server.start_seconds,
     )
     return read(place)

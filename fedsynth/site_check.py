@@ -7,6 +7,7 @@ from functools import partial
 
 from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
+from fedsynth.flower import check_flower
 from fedsynth.hub import weights_hash
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
@@ -19,6 +20,7 @@ def check(place: Place) -> Iterator[Finding]:
     """Every check, in order; nothing is sent but a request of the server's health."""
     site = place.site
     yield _found("site.toml", lambda: f"site {site.name!r}, data set {site.data.id!r}")
+    yield _found("Flower", check_flower)
     yield from _data(place)
     yield from _models(place)
     yield _found("budget", lambda: _budget(place))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
-import http.client
+import os
 import shutil
 import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import httpx
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
 from fedsynth.invitation import host_and_port
+from fedsynth.proxy import is_loopback, names_proxy, no_proxies
 from fedsynth.typed import BadValue
 
 MAX_SKEW = 5.0  # seconds that a site's clock may be ahead of the server's; Flower refuses its signature beyond
@@ -93,21 +94,24 @@ def server(place: Place) -> Iterator[Finding]:
     """TLS, certificate and clock, by one request without content; what is a problem is told as `server`, `certificate`
     or `clock`."""
     link = place.site.superlink
-    host, port = host_and_port(link.address)
+    host, _ = host_and_port(link.address)
     try:
         context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
-        connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            said = connection.getresponse().headers.get("Date")
-            certificate = connection.sock.getpeercert() if connection.sock else None
-    except ssl.SSLCertVerificationError as problem:
-        why = f"the certificate of {link.address} is not accepted: {problem.verify_message}"
-        yield Finding("certificate", "problem", f"{why}; ask the coordinator, and do not go on")
-        return
-    except (OSError, ValueError, http.client.HTTPException) as problem:
-        why = f"{link.address} cannot be reached by TLS: {problem or type(problem).__name__}"
-        yield Finding("server", "problem", why)
+        # As the SuperNode goes: by the proxy that the environment names, unless the server is on this machine.
+        with httpx.Client(verify=context, timeout=10, mounts=no_proxies(host)) as client:
+            answer = client.get(f"https://{link.address}/health")
+            said = answer.headers.get("Date")
+            certificate = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert()
+    except (OSError, ValueError, httpx.HTTPError) as problem:
+        causes = list(_causes(problem))
+        for cause in causes:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                why = f"the certificate of {link.address} is not accepted: {cause.verify_message}"
+                yield Finding("certificate", "problem", f"{why}; ask the coordinator, and do not go on")
+                return
+        why = f"{link.address} cannot be reached by TLS: {causes[-1] or type(problem).__name__}"
+        proxy = "" if is_loopback(host) or not names_proxy(os.environ) else " (through the proxy of the environment)"
+        yield Finding("server", "problem", why + proxy)
         return
     until = dict(certificate or {}).get("notAfter", "")
     yield Finding("server", "ok", f"{link.address} answers by TLS, its certificate is accepted (until {until})")
@@ -122,3 +126,11 @@ def server(place: Place) -> Iterator[Finding]:
     yield Finding(
         "clock", "problem", f"this clock is {off}: set it by NTP, or the server refuses this site's signature"
     )
+
+
+def _causes(problem: BaseException) -> Iterator[BaseException]:
+    """What went wrong, and what that came of: the last one is the first that happened."""
+    found: BaseException | None = problem
+    while found is not None:
+        yield found
+        found = found.__cause__

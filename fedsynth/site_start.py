@@ -18,7 +18,19 @@ from pathlib import Path
 from fedsynth.certificates import write_new
 from fedsynth.clients.policy import SITE, Place
 from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
-from fedsynth.flower import OWNER, LaunchFailed, alone, environment, free_port, interrupt, spawn, take_down
+from fedsynth.flower import (
+    OWNER,
+    LaunchFailed,
+    alone,
+    check_flower,
+    environment,
+    free_port,
+    interrupt,
+    spawn,
+    take_down,
+)
+from fedsynth.invitation import host_and_port
+from fedsynth.proxy import is_loopback
 from fedsynth.site_ready import check_account, check_key, check_state
 from fedsynth.site_watch import Patience, SiteFailed, watch
 from fedsynth.typed import BadValue
@@ -43,6 +55,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         BadValue: If something stands in the way.
         SiteFailed: The SuperNode ended by itself and would again, or another one works in the state folder.
     """
+    check_flower()
     check_state(place)
     check_key(place)
     with alone(place.state, SiteFailed(f"another `fedsynth site start` works in {place.state}: end that one first")):
@@ -57,7 +70,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         write_new(secret, secrets.token_bytes(32), secret=True)
         warm_socket, programs = _socket(place), place.state / "bin"
         try:
-            stand_ins(programs, warm_socket, client)
+            stand_ins(programs, warm_socket, client, place.site.start_seconds)
         except (CannotStandIn, UnknownFlower) as problem:
             raise BadValue(str(problem)) from problem
         _open_account(place)
@@ -72,7 +85,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
             while True:
                 supernode = spawn(running, _supernode(place, port, secret), environment, place.state)
                 superexec = spawn(running, _superexec(port, secret, supernode.pid), alone_on_path, place.state)
-                said = watch(place, running[0], supernode, superexec, port)
+                said, lived = watch(place, running[0], supernode, superexec, port)
                 for program in (superexec, supernode):
                     program.terminate()
                     with suppress(subprocess.TimeoutExpired):
@@ -80,7 +93,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
                     program.kill()
                     program.wait()
                 del running[1:]
-                patience.wait(said)
+                patience.wait(said, lived)
         except KeyboardInterrupt:
             print("ending the SuperNode and what runs on it", file=sys.stderr)
         finally:
@@ -118,8 +131,9 @@ def _open_account(place: Place) -> None:
 
 def _environment(place: Place, marker: str) -> dict[str, str]:
     """The operator's, without what would reach outside."""
+    host, _ = host_and_port(place.site.superlink.address)
     return {
-        **environment(marker),
+        **environment(marker, *([host] if is_loopback(host) else [])),
         **place.cards,
         SITE: str(place.folder / "site.toml"),
         "FLWR_HOME": str(place.state / "flower"),

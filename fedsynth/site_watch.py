@@ -5,12 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
 from fedsynth.clients.policy import Place
-from fedsynth.flower import LaunchFailed, ending
+from fedsynth.flower import LaunchFailed, ending, listens
 from fedsynth.site_ready import server
 
 AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
@@ -32,14 +32,14 @@ class Patience:
     server takes one that died for connected, and refuses the next, until it has missed its heartbeats for a minute."""
 
     place: Place
-    begun: float = field(default_factory=time.monotonic)
     first: float | None = None  # when the first of several ended that hardly lived
 
-    def wait(self, said: str) -> None:
+    def wait(self, said: str, lived: float) -> None:
         """Returns when the next is to be started.
 
         Args:
             said: How the one before ended.
+            lived: How many seconds after it had started.
 
         Raises:
             SiteFailed: If none would live longer, with what the operator can do.
@@ -49,7 +49,7 @@ class Patience:
             if what in found:
                 raise SiteFailed(f"{said}: {found[what]}")
         now = time.monotonic()
-        if "server" in found or now - self.begun > SHORT_SECONDS:
+        if "server" in found or lived > SHORT_SECONDS:
             self.first = None
             _tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
         elif self.first is None:
@@ -58,7 +58,6 @@ class Patience:
         elif now - self.first > REFUSED_SECONDS:
             raise SiteFailed(f"{said}: {_refused(self.place)}")
         time.sleep(AGAIN_SECONDS)
-        self.begun = time.monotonic()
 
 
 def _refused(place: Place) -> str:
@@ -77,9 +76,13 @@ def watch(
     supernode: subprocess.Popen[bytes],
     superexec: subprocess.Popen[bytes],
     port: int,
-) -> str:
-    """How SuperNode or SuperExec ended, as soon as one has, or works no more."""
-    told, looked, seen = False, 0.0, time.monotonic()
+) -> tuple[str, float]:
+    """How SuperNode or SuperExec ended, as soon as one has, or works no more; and how many seconds after its start.
+
+    Raises:
+        SiteFailed: If the SuperNode lives, and does not come to its start.
+    """
+    begun, started, told, looked, seen = time.monotonic(), 0.0, False, 0.0, 0.0
     while supernode.poll() is None and superexec.poll() is None:
         if warm.poll() is not None and not told:
             _tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
@@ -87,15 +90,20 @@ def watch(
         now = time.monotonic()
         if now - looked > LOOK_SECONDS:
             looked = now
-            seen = now if _connected(supernode, port) else seen
+            if not started and listens(supernode, port):  # it does so before it connects
+                started = now
+            seen = now if not started or _connected(supernode, port) else seen
+        if not started and now - begun > place.site.start_seconds:
+            raise SiteFailed(f"the SuperNode has not started after {now - begun:.0f} s (start_seconds of site.toml): "
+                             "wait until this machine is less busy, or raise that key")  # fmt: skip
         if now - seen > SILENT_SECONDS:
             # Where TLS is cut in its handshake Flower gives up, and its process stays without doing anything.
             if "server" not in _problems(place):
-                return "the SuperNode lost its connection and does not try again"
+                return "the SuperNode lost its connection and does not try again", now - started
             seen = time.monotonic()
         time.sleep(0.2)
     who, code = ("SuperExec", superexec.poll()) if supernode.poll() is None else ("SuperNode", supernode.poll())
-    return f"the {who} ended ({ending(code)})"
+    return f"the {who} ended ({ending(code)})", time.monotonic() - started if started else 0.0
 
 
 def _connected(supernode: subprocess.Popen[bytes], port: int) -> bool:

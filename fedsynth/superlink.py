@@ -18,6 +18,7 @@ from fedsynth.flower import (
     OWNER,
     LaunchFailed,
     alone,
+    check_flower,
     ending,
     interrupt,
     keep_output,
@@ -34,7 +35,6 @@ from fedsynth.typed import BadValue
 
 SUPERLINK_LOG = "superlink.log"
 SERVERAPP = "flwr-serverapp"
-LISTENING_SECONDS = 60.0
 
 
 class ServerFailed(LaunchFailed):
@@ -55,9 +55,10 @@ def start(folder: Path, tell: Callable[[str], None]) -> None:
         tell: Called with lines for the terminal; the log's own lines go to standard output as they come.
 
     Raises:
-        BadValue: What is wrong in the folder.
+        BadValue: What is wrong in the folder, or Flower is none that this package works with.
         ServerFailed: The SuperLink or the SuperExec died, or another one works in the folder.
     """
+    check_flower()
     folder = folder.absolute()
     for warning in check(folder):
         tell(f"warning: {warning}")
@@ -120,14 +121,15 @@ def _environment(folder: Path, marker: str) -> dict[str, str]:
 
 
 def _wait_for(superlink: subprocess.Popen[bytes], config: ServerConfig, log: Path, since: int, shown: _Tail) -> None:
-    end = time.monotonic() + LISTENING_SECONDS
+    begun = time.monotonic()
     while not listens(superlink, config.port):
         shown.show()
         if superlink.poll() is not None:
             said = last_words(log, since, f"the SuperLink did not start: {ending(superlink.returncode)}")
             raise ServerFailed(f"{one_line(said)} (log: {log})")
-        if time.monotonic() > end:
-            raise ServerFailed(f"the SuperLink does not listen after {LISTENING_SECONDS:.0f} s (log: {log})")
+        if (taken := time.monotonic() - begun) > config.start_seconds:
+            raise ServerFailed(f"the SuperLink does not listen after {taken:.0f} s (start_seconds of {CONFIG}): wait "
+                               f"until this machine is less busy, or raise that key (log: {log})")  # fmt: skip
         time.sleep(0.05)
     try:
         reach(log.parent, config)

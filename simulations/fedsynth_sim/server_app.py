@@ -98,7 +98,8 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
     def open_clients(grid: Grid) -> Clients:
         if deployed is not None:
             return Clients(grid, {}, cell, deployed.run, labels, journal, sites=deployed.sites)
-        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, "simulated", labels, journal)
+        found = nodes_by_home(grid, homes, stack=cell.scenario.stack, seconds=models.start_seconds)
+        return Clients(grid, found, cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
