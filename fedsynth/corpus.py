@@ -39,6 +39,39 @@ def same(text: str) -> str:
     return " ".join(folded.split())
 
 
+def alike(texts: Iterable[str]) -> list[list[str]]:
+    """Groups of different texts that are the `same`, sorted."""
+    groups: dict[str, list[str]] = {}
+    for text in sorted(set(texts)):
+        groups.setdefault(same(text), []).append(text)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def told_apart(spellings: Sequence[str]) -> str:
+    """Spellings of one text in quotes; where they differ, what nobody sees is escaped: 'PAT003' and 'PAT003\\u0020'."""
+    start = _shared(spellings)
+    end = _shared([text[start:][::-1] for text in spellings])
+    return " and ".join(
+        "'" + "".join(_shown(text, place, start <= place < len(text) - end) for place in range(len(text))) + "'"
+        for text in spellings
+    )
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """How many characters all of them begin with."""
+    return next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), min(map(len, texts)))
+
+
+def _shown(text: str, place: int, differs: bool) -> str:
+    """One character of a text; a blank is seen between two words, letters that may be composed are seen where all of
+    the spellings have them."""
+    char, beside = text[place], text[max(0, place - 1) : place] + text[place + 1 : place + 2]
+    seen = char.isprintable() and (char.isascii() or not differs)
+    if seen and (char != " " or not differs or (len(beside) == 2 and not any(c.isspace() for c in beside))):
+        return char
+    return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
+
+
 class Source(Protocol):
     """What something else is made of: public, under grants, or without a guarantee (neither)."""
 

@@ -16,7 +16,19 @@ import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance, pool, same
 from fedsynth.scenario import Data
-from fedsynth.tables import CLIENT, HELD, LABEL, TEXT, UNIT, Rows, find, read_rows, refuse_alike
+from fedsynth.tables import (
+    CLIENT,
+    HELD,
+    LABEL,
+    NAMED,
+    TEXT,
+    UNIT,
+    Rows,
+    find,
+    nothing_to_test_on,
+    read_rows,
+    refuse_alike,
+)
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 
@@ -94,16 +106,41 @@ def label_list(data: Data) -> tuple[str, ...]:
 
 
 def misfits(data: Data, labels: Sequence[str]) -> list[str]:
-    """Warnings: rows that are left out, rows whose label is not listed, listed labels that no row has.
+    """Warnings: rows that are left out, spellings that are merged, rows whose label is not listed, listed labels that no
+    row has.
 
     Args:
         data: A source of one's own, no world.
         labels: The public label list.
 
     Raises:
-        BadValue: If a listed label and one of the source differ only in case or blanks.
+        BadValue: If a listed label and one of the source are spellings of one, or no row to learn from or to test on
+            has a listed label.
     """
-    return misfitting(read_rows(data), data.source, None if data.task == "instructions" else labels)
+    rows = read_rows(data)
+    merged = f"{data.source}: {rows.merged} spellings of persons or clients are merged into others of them"
+    if data.task == "instructions":
+        return [*misfitting(rows, data.source, None), *([merged] if rows.merged else [])]
+    warnings = misfitting(rows, data.source, labels)
+    held = rows.table[HELD]
+    for name, part in (("training", rows.table[~held]), ("test", rows.table[held])):
+        if len(part) and not part[LABEL].isin(labels).any():
+            _refuse_unlisted(data, "" if data.test is None else f"{name} ", part[LABEL].value_counts(), labels)
+    return [*warnings, *([merged] if rows.merged else [])]
+
+
+def _refuse_unlisted(data: Data, name: str, counts: pd.Series[int], labels: Sequence[str]) -> None:
+    if data.test is not None and name == "test " and list(counts.index) == ["-1"]:
+        raise BadValue(f"{data.source}: {nothing_to_test_on(int(counts.iloc[0]), data.test)}")
+    has = ", ".join(f"{label!r} {count}" for label, count in counts.head(NAMED).items())
+    raise BadValue(
+        f"{data.source}: no {name}row has a label of data.labels ({_few(labels)}); there are {has}"
+        f"{', ...' if len(counts) > NAMED else ''}: list them as the source has them"
+    )
+
+
+def _few(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels[:NAMED])) + (", ..." if len(labels) > NAMED else "")
 
 
 def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[str]:
@@ -115,7 +152,7 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[st
         labels: The public label list; None where answers are responses.
 
     Raises:
-        BadValue: If a listed label and one of the source differ only in case or blanks.
+        BadValue: If a listed label and one of the source are spellings of one.
     """
     found = []
     if rows.incomplete:
@@ -191,7 +228,7 @@ def divide(data: Data, seed: int) -> Division:
 def overlaps(sites: Sequence[Site]) -> tuple[int, int]:
     """Texts in the training text of more than one client, and texts in both training and test text of any clients.
 
-    Texts are the same that differ only in case or white space.
+    Texts are equal that are the `same`.
     """
     train = pd.DataFrame(
         [(index, same) for index, site in enumerate(sites) for same in unified(site.train.prompts)],

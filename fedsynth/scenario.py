@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
+from fedsynth.corpus import alike, told_apart
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
@@ -70,8 +71,12 @@ class Data:
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
         test_limit: At most so many test units per client, likewise.
-        duplicates: Equal texts (but for case and white space) at two clients, or in training and test text, are
-            refused; or of all equal texts, those of one client too, one is kept, before the source is divided.
+        duplicates: Equal texts (but for what is no difference in `spellings`) at two clients, or in training and test
+            text, are refused; or of all equal texts, those of one client too, one is kept, before the source is
+            divided.
+        spellings: Persons or clients that are written in several ways (case, blanks, composed characters and those
+            without a glyph make no difference) are refused; or merged, each into one. Labels of several spellings are
+            refused in any case.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
         pooled: One home that holds all clients' text: a baseline that only a simulator can build.
@@ -99,6 +104,7 @@ class Data:
     limit: Count | None = None
     test_limit: Count | None = None
     duplicates: Literal["refuse", "drop"] = "refuse"
+    spellings: Literal["refuse", "merge"] = "refuse"
     revision: str | None = None
     subset: str | None = None
     pooled: bool = False
@@ -114,10 +120,14 @@ class Data:
             raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
         if self.world is not None and (self.unit or self.test or self.client_column or self.split != "iid"):
             raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
+        if self.labels != "all" and (found := alike(self.labels)):
+            raise BadValue(f"labels holds a class in several spellings: {', '.join(map(told_apart, found))}")
         if self.world is not None and (self.limit or self.test_limit or self.duplicates != "refuse"):
             raise BadValue(
                 "limit, test_limit and duplicates belong to data files; a simulated world has train_per_client"
             )
+        if self.spellings != "refuse" and not (self.unit or self.client_column):
+            raise BadValue("spellings is about persons and clients: name their column as unit or client_column")
         if self.task == "instructions" and self.labels != "all":
             raise BadValue('labels belong to task = "classification"; responses are not of a list')
         if self.task == "instructions" and self.split in ("dirichlet", "pathological"):

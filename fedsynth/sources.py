@@ -207,7 +207,7 @@ def check(data: SiteData, folder: Path) -> list[str]:
 
 def _rows(data: SiteData, folder: Path, *, strict: bool) -> Rows:
     try:
-        raw = _asked(data, folder) if data.query else _loaded(folder / data.source, data.columns.names)
+        raw = _asked(data, folder) if data.query else _loaded(folder / data.source, data.columns.names, strict)
         return rows_of(raw, data.columns, strict=strict)
     except BadValue as problem:
         raise BadValue(f"{_name(data)}: {problem}") from None
@@ -222,10 +222,10 @@ def _unless_url(value: str) -> str:
     return "a URL" if "://" in value else repr(value)
 
 
-def _loaded(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _loaded(path: Path, columns: Sequence[str], strict: bool) -> pd.DataFrame:
     if not path.is_file():
         raise BadValue(f"no such file in {path.parent.absolute()}")
-    return load_columns(path, columns)
+    return load_columns(path, columns, strict=strict)
 
 
 # --- Databases --------------------------------------------------------------------------------------------------------

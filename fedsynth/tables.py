@@ -7,17 +7,20 @@ import json
 import numbers
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from fedsynth.corpus import alike, same, told_apart
+from fedsynth.csv_faults import separator, swallowed
 from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
 
@@ -35,10 +38,12 @@ class Rows:
             the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
             (none without `data.test`). Never changed in place: it is remembered.
         incomplete: Rows left out because they have no text or no label.
+        merged: Spellings of persons and clients that stand for another one (`data.spellings`).
     """
 
     table: pd.DataFrame
     incomplete: int
+    merged: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Columns:
         test: Which rows are held out.
         unit: The person; None: each row is a unit of its own.
         client: Whose values are the natural clients.
+        spellings: What becomes of persons and clients that are written in several ways; None: they are refused, and no
+            key says otherwise.
     """
 
     text: str
@@ -60,6 +67,7 @@ class Columns:
     test: TestRows | None = None
     unit: str | None = None
     client: str | None = None
+    spellings: Literal["refuse", "merge"] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -79,13 +87,19 @@ def read_rows(data: Data) -> Rows:
     """The rows that have a text and a label. Read once per process, and again when the source changes.
 
     Raises:
-        BadValue: If the source or a column is missing or cannot be used, two labels differ only in case or blanks, or
-            a person has both training and test rows.
+        BadValue: If the source or a column is missing or cannot be used, labels, persons or clients are spellings of
+            one, a quote swallows rows, or a person has both training and test rows.
     """
     place = find(data.source) if data.hub_name is None else _OfHub(data.hub_name, data.subset, data.revision)
     classes = data.task == "classification"
     columns = Columns(
-        data.text, data.label if classes else data.response, classes, data.test, data.unit, data.client_column
+        data.text,
+        data.label if classes else data.response,
+        classes,
+        data.test,
+        data.unit,
+        data.client_column,
+        data.spellings,
     )
     # Arms that divide one source in different ways share what was read.
     return _read(data.source, columns, place, _stamp(place))
@@ -108,20 +122,23 @@ def find(source: str) -> Path:
     raise BadValue(f"no data file {source!r} (looked in {', '.join(str(p.parent.absolute()) for p in places)})")
 
 
+ALIKE = "differ only in case, blanks or what cannot be seen"
+NAMED = 5  # groups of spellings in a message
+
+
 def refuse_alike(labels: Iterable[str]) -> None:
     """Two spellings of one class would be two classes.
 
     Raises:
-        BadValue: If labels differ only in case or surrounding blanks; they are named.
+        BadValue: If labels are the `same`; they are named so that the difference is seen.
     """
-    spellings: dict[str, list[str]] = {}
-    for label in sorted(set(labels)):
-        spellings.setdefault(label.strip().casefold(), []).append(label)
-    if alike := [" and ".join(map(repr, same)) for same in spellings.values() if len(same) > 1]:
-        more = f", and {len(alike) - 5} more" if len(alike) > 5 else ""
-        raise BadValue(
-            f"labels differ only in case or surrounding blanks: {', '.join(alike[:5])}{more}; write each class one way"
-        )
+    if found := alike(labels):
+        raise BadValue(f"labels {ALIKE}: {_spelt(found)}; write each class one way")
+
+
+def _spelt(found: Sequence[Sequence[str]]) -> str:
+    more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(map(told_apart, found[:NAMED])) + more
 
 
 def _is_saved(place: Path) -> bool:
@@ -156,8 +173,8 @@ def rows_of(raw: pd.DataFrame, columns: Columns, *, strict: bool = True) -> Rows
 
     Raises:
         BadValue: If no row can be used or the text column holds numbers; if strict, also for a cell that is no text, a
-            missing person, labels that differ only in case or blanks, test rows that no row is, or a person with
-            training and test rows.
+            missing person, labels, persons or clients that are spellings of one, test rows that no row is or that
+            have no label, or a person with training and test rows.
     """
     if strict:
         for column in raw.columns:
@@ -171,10 +188,15 @@ def rows_of(raw: pd.DataFrame, columns: Columns, *, strict: bool = True) -> Rows
         whole = whole & np.array([name is not None for name in _as_texts(raw[columns.unit])], dtype=bool)
     if not whole.any():
         raise BadValue(f"no row has both {columns.text!r} and {columns.answer!r} (it has {len(raw)} rows)")
+    held = np.zeros(len(raw), dtype=bool) if columns.test is None else _held(raw[columns.test.column], columns.test)
+    if strict and columns.test is not None:
+        _refuse_no_test(raw[columns.test.column], columns, held, found)
     found, raw = found[whole].reset_index(drop=True), raw[whole].reset_index(drop=True)
     found[UNIT] = found.index if columns.unit is None else _names(raw, columns.unit)
     found[CLIENT] = "" if columns.client is None else _names(raw, columns.client)
-    found[HELD] = False if columns.test is None else _held(raw[columns.test.column], columns.test, strict)
+    found[HELD] = held[whole]
+    merged = sum(_one_spelling(found, column, name, columns.spellings)
+                 for column, name in ((UNIT, columns.unit), (CLIENT, columns.client)) if strict and name)  # fmt: skip
     if strict and columns.classes:
         refuse_alike(found[LABEL])
     if strict and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
@@ -182,7 +204,7 @@ def rows_of(raw: pd.DataFrame, columns: Columns, *, strict: bool = True) -> Rows
             f"{both} values of the unit column {columns.unit!r} have training and test rows: a person belongs in one "
             "of the two, mend the test rows"
         )
-    return Rows(found, int((~whole).sum()))
+    return Rows(found, int((~whole).sum()), merged)
 
 
 def _names(raw: pd.DataFrame, column: str) -> list[str]:
@@ -192,18 +214,59 @@ def _names(raw: pd.DataFrame, column: str) -> list[str]:
     return [name for name in names if name is not None]
 
 
-def _held(column: pd.Series[Any], test: TestRows, strict: bool) -> list[bool]:
-    values = _as_texts(column)
-    if strict and test.equals not in values:
-        known = ", ".join(repr(v) for v in list(dict.fromkeys(values))[:5])
-        raise BadValue(f"no row has {test.equals!r} in the test column {test.column!r}; it has {known}")
-    return [value == test.equals for value in values]
+def _one_spelling(found: pd.DataFrame, column: str, name: str, spellings: str | None) -> int:
+    """Refuses persons or clients that are written in several ways, or merges them in `found`: how many spellings then
+    stand for another one."""
+    if not (several := alike(found[column])):
+        return 0
+    if spellings != "merge":
+        what = "person" if column == UNIT else "client"
+        way_out = ', or say data.spellings = "merge"' if spellings else ""
+        raise BadValue(
+            f"{len(several)} {what}s of the column {name!r} are written in ways that {ALIKE}: {_spelt(several)}; write "
+            f"each one way{way_out}"
+        )
+    found[column] = [same(value) for value in found[column]]
+    return sum(len(group) - 1 for group in several)
+
+
+def _held(column: pd.Series[Any], test: TestRows) -> np.ndarray[Any, Any]:
+    return np.array([value == test.equals for value in _as_texts(column)], dtype=bool)
+
+
+def _refuse_no_test(column: pd.Series[Any], columns: Columns, held: np.ndarray[Any, Any], found: pd.DataFrame) -> None:
+    """Refuses test rows that are not there, or that nothing can be measured on."""
+    assert columns.test is not None
+    equals, name = columns.test.equals, columns.test.column
+    if not held.any():
+        known = ", ".join(repr(v) for v in list(dict.fromkeys(_as_texts(column)))[:5])
+        raise BadValue(f"no row has {equals!r} in the test column {name!r}; it has {known}")
+    if not found[held].notna().all(axis=1).any():
+        answered = found[held][LABEL].notna().any()
+        lacks = "text" if answered else HIDDEN if columns.classes else "response"
+        raise BadValue(nothing_to_test_on(int(held.sum()), columns.test, lacks))
+
+
+HIDDEN = "label (-1 hides it)"
+
+
+def nothing_to_test_on(rows: int, test: TestRows, lacks: str = HIDDEN) -> str:
+    """What to say of test rows that all lack something."""
+    return (
+        f"{rows} rows are {test.equals!r} in the test column {test.column!r}, none of them has a {lacks}; name another "
+        "split"
+    )
 
 
 def _as_texts(column: pd.Series[Any]) -> list[str | None]:
     """Each cell as text; None for a missing or blank one."""
     texts = [None if gone else _as_text(value) for value, gone in zip(column, column.isna(), strict=True)]
-    return [text if text and text.strip() else None for text in texts]
+    return [None if text is None or _blank(text) else text for text in texts]
+
+
+def _blank(text: str) -> bool:
+    """Whether nobody sees anything of it."""
+    return all(char.isspace() or unicodedata.category(char) == "Cf" for char in text)
 
 
 def _as_text(value: object) -> str:
@@ -263,14 +326,19 @@ def _is_number(value: object) -> bool:
 # --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
 
 
-def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
+def load_columns(path: Path, asked: Sequence[str] | None = None, *, strict: bool = True) -> pd.DataFrame:
     """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
+
+    Args:
+        path: Of it.
+        asked: Columns.
+        strict: Refuse a quote of a CSV file that swallows rows (`csv_faults.swallowed`).
 
     Raises:
         BadValue: If it cannot be read, or has no such column; the message does not name the file.
     """
     try:
-        frame = _loader(path)(path, asked)
+        frame = _loader(path)(path, asked, strict)
     except BadValue:
         raise
     except Exception as problem:
@@ -298,7 +366,7 @@ def _reason(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
-Loader = Callable[[Path, Sequence[str] | None], pd.DataFrame]
+Loader = Callable[[Path, Sequence[str] | None, bool], pd.DataFrame]
 
 
 def _loader(path: Path) -> Loader:
@@ -341,18 +409,25 @@ def decoded(path: Path) -> str:
     return text
 
 
-def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+def _from_csv(path: Path, asked: Sequence[str] | None, strict: bool) -> pd.DataFrame:
     """Text as it stands in the file: "01" and "None" are labels like any other."""
     text = decoded(path)
+    if strict and (found := swallowed(text)):
+        raise ValueError(f"{found[0]}{f' (and {len(found) - 1} more such quotes)' if len(found) > 1 else ''}")
     head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
-    chosen = _chosen([str(name) for name in head.iloc[0]], asked)
+    names = [str(name) for name in head.iloc[0]]
+    if sign := separator(text, names, asked or ()):
+        raise BadValue(
+            f"its columns are parted by {sign!r}, not by commas: save it with commas, or as JSONL or Parquet"
+        )
+    chosen = _chosen(names, asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
         frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
     return frame[chosen]
 
 
-def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+def _from_jsonl(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -374,7 +449,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _from_parquet(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+def _from_parquet(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
     try:
         file = pq.ParquetFile(path)
     except Exception as problem:
@@ -385,7 +460,7 @@ def _from_parquet(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     return frame
 
 
-def _from_disk(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+def _from_disk(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
     import datasets  # takes a second to import
 
     return _from_dataset(datasets.load_from_disk(str(path)), asked)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from fedsynth.corpus import Corpus, Provenance
+from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.curation import refuse_private
 from fedsynth.instructions import one_line
 
@@ -274,7 +274,20 @@ def check_labels(labels: Sequence[str]) -> None:
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(f"labels must be distinct, and at least one, got {list(labels)}")
     for label in labels:
-        if not label.strip() or label != one_line(label) or ":" in label:
-            raise ValueError(
-                f"label {label!r} cannot stand in a prompt's line: it is blank, or holds a colon or line end"
-            )
+        if wrong := _in_no_line(label):
+            raise ValueError(f"label {label!r} cannot stand in a prompt's line: it {wrong}")
+
+
+def _in_no_line(label: str) -> str:
+    """Why a label can stand in no line of a prompt; "" for one that can."""
+    if not same(label):
+        return "is blank"
+    if ":" in label:
+        return "holds a colon"
+    if label.splitlines() != [label]:
+        return "holds a line end"
+    if label != label.strip():
+        return f"{'begins' if label[0].isspace() else 'ends'} with a blank"
+    if odd := [char for char in label if char.isspace() and char != " "]:
+        return f"holds white space that is no blank ({odd[0]!a})"
+    return "holds two blanks in a row" if "  " in label else ""

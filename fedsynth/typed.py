@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, time
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise BadValue(f"{key} must be a list, got {value!r}")
+        if unquoted := _unquoted(kind, value):
+            raise BadValue(f"{key} must be {_name(kind)}{unquoted}, got {value!r}")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_build(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
         if len(args) != len(value):
@@ -153,7 +156,7 @@ def _build_scalar(kind: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise BadValue(f"{key} must be {_name(kind)}, got {value!r} ({_name(type(value))})")
+        raise BadValue(f"{key} must be {_name(kind)}, got {value!r} ({_name(type(value))}){_unquoted(kind, value)}")
     return value
 
 
@@ -168,7 +171,22 @@ def _build_union(options: tuple[Any, ...], value: Any, key: str) -> Any:
     for option, problem in zip(options, problems, strict=True):
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             raise problem
-    raise BadValue(f"{key} must be {' or '.join(_name(o) for o in options if o is not type(None))}, got {value!r}")
+    wanted = " or ".join(_name(o) for o in options if o is not type(None))
+    unquoted = next(filter(None, (_unquoted(option, value) for option in options if option is not str)), "")
+    raise BadValue(f"{key} must be {wanted}{unquoted}, got {value!r}")
+
+
+def _unquoted(kind: Any, value: Any) -> str:
+    """The way out where a number, a date or true stands in place of text; "" elsewhere."""
+    if kind is str and isinstance(value, bool | int | float | date | time):
+        return ": write it in quotes"
+    if (
+        typing.get_args(kind) == (str, ...)
+        and isinstance(value, list | tuple)
+        and any(_unquoted(str, v) for v in value)
+    ):
+        return ": write them in quotes"
+    return ""
 
 
 def _build_dataclass(kind: type, value: Any, key: str) -> Any:
@@ -213,6 +231,8 @@ def _name(kind: Any) -> str:
     }
     if typing.get_origin(kind) is Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list of texts" if typing.get_args(kind)[0] is str else "a list"
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 

@@ -192,7 +192,7 @@ WHOLE = {"text": "a b", "label": "flu", "person": "p", "part": "train"}
         ({"person": {"name": "x"}}, False, "row 2 of column 'person' holds dict values"),
         ({"label": "\ud800"}, False, "row 2 of column 'label' holds a character"),
         ({"text": 12}, True, None),
-        ({"label": "Flu "}, True, "labels differ only in case or surrounding blanks: 'Flu ' and 'flu'"),
+        ({"label": "Flu "}, True, "labels differ only in case, blanks or what cannot be seen: 'Flu\\u0020' and 'flu'"),
         ({"label": "cholera"}, True, None),
     ],
 )
@@ -281,7 +281,7 @@ ONE = {"source": "notes.csv", "person": "person"}
         ({"independent_rows": True}, "data.person and independent_rows = true exclude each other"),
         ({"labels": ()}, "data.labels is missing: list the classes"),
         ({"labels": ("flu", "flu")}, "data.labels holds a class twice: ['flu', 'flu']"),
-        ({"labels": ("flu", "Flu ")}, "labels differ only in case or surrounding blanks: 'Flu ' and 'flu'"),
+        ({"labels": ("flu", "Flu ")}, "differ only in case, blanks or what cannot be seen: 'Flu\\u0020' and 'flu'"),
         ({"labels": ("flu", " ")}, "data.labels holds an empty name (' ')"),
         ({"task": "instructions"}, "data.labels belongs to task"),
         ({"task": "instructions", "labels": (), "label": "kind"}, "data.label is the column of task"),

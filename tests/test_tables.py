@@ -177,8 +177,8 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.csv", "text,label\n1.5,x\n002,y\n", "column 'text' holds numbers, not text: name the text's"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "column 'text' holds numbers, not text"),
         ("a.jsonl", '{"text": true, "label": "x"}\n', "column 'text' holds bool values, not text"),
-        ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case or surrounding blanks: 'Billing' "
-         "and 'billing '; write each class one way"),
+        ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case, blanks or what cannot "
+         "be seen: 'Billing' and 'billing\\u0020'; write each class one way"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
@@ -252,5 +252,5 @@ def test_left_out_rows_unknown_labels_and_absent_ones_are_warned_about(tmp_path:
 
 def test_a_listed_label_in_another_spelling_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\na,billing\nb,login\n")
-    with pytest.raises(BadValue, match=r"data.labels and .*: labels differ only in case .*: 'Billing' and 'billing'"):
+    with pytest.raises(BadValue, match=r"data.labels and .*: labels differ only in case.*: 'Billing' and 'billing'"):
         misfits(Data(str(path)), ("Billing", "login"))

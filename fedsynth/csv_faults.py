@@ -1,0 +1,196 @@
+"""What a parser of CSV reads without a word: a quote that swallows rows, columns that no comma parts."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LINE_END = re.compile(r"\r\n|\r|\n")
+# A quote at the beginning of a field holds all up to the next that is not doubled; elsewhere it is a sign like others.
+QUOTED = r'"(?:[^"]*+(?:""[^"]*+)*+)(?:"|\Z)'
+RECORD = re.compile(rf"(?:{QUOTED})?+[^,\r\n]*+(?:,(?:{QUOTED})?+[^,\r\n]*+)*+(?:\r\n|\r|\n|\Z)")
+FIELD = re.compile(r'(?:"(?P<inside>[^"]*+(?:""[^"]*+)*+)(?P<close>"|\Z))?+(?P<rest>[^,\r\n]*+)')
+SEPARATORS = ";\t|"
+FREE = 3  # line ends that a quote must swallow before commas alone say that they are rows
+ROWS, SHARE = 8, 0.5  # of so many rows, a column with fewer different values than this share is a list, as of labels
+
+
+@dataclass(frozen=True)
+class Swallowed:
+    """A quote that begins a field and closes lines later.
+
+    Attributes:
+        line: Where it stands, from 1.
+        lines: That its cell holds, its own among them.
+        closes: Whether another quote ends it; else the end of the file.
+    """
+
+    line: int
+    lines: int
+    closes: bool
+
+    def __str__(self) -> str:
+        end = f"closes in line {self.line + self.lines - 1}" if self.closes else "never closes"
+        return (
+            f"a quote in line {self.line} begins a field and {end}: {self.lines} "
+            f"{'lines stand' if self.lines > 1 else 'line stands'} in one cell; if they are rows, take the quote out; "
+            "if they are one text, save the file as JSONL or Parquet"
+        )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A field: what stands between its quotes, if it has any, and after them."""
+
+    inside: str
+    closes: bool
+    rest: str
+
+    @property
+    def value(self) -> str:
+        return self.inside.replace('""', '"') + self.rest
+
+    @property
+    def ends(self) -> int:
+        """Line ends in it; that of the file is none."""
+        return len(LINE_END.findall(self.inside if self.closes else self.inside.rstrip()))
+
+
+def swallowed(text: str) -> list[Swallowed]:
+    """Quotes that swallow rows, in order.
+
+    A text of several lines in quotes is no fault, whatever commas it has. A quote is one if the file ends before it
+    closes; if it closes lines later in the middle of a field; or if its lines look like the rows around it: they have
+    as many commas, from where it begins to where it closes, and their fields are what other rows have in these columns.
+
+    Args:
+        text: Of the file, its header first.
+    """
+    found: list[Swallowed] = []
+    head, columns = 0, list[_Column]()  # of the header: how many fields; what they hold is read when it is needed
+    line, counted = 1, 0
+    for match in RECORD.finditer(text) if '"' in text else ():
+        record = match[0].rstrip("\r\n")
+        if (head or not record) and match.end() < len(text) and not LINE_END.search(record):
+            continue
+        cells = _cells(record)
+        line, counted = line + len(LINE_END.findall(text, counted, match.start())), match.start()
+        at = line
+        for place, cell in enumerate(cells):
+            fault = not cell.closes or (cell.ends > 0 and cell.rest.strip() != "")
+            if not fault and cell.ends and not head:
+                fault = "," in LINE_END.split(cell.inside)[0]  # a name of several lines is none, but two names are
+            elif not fault and cell.ends and (rows := _as_rows(cell, place, len(cells), head)):
+                columns = columns or _columns(text, head)
+                fault = _like_others(rows, columns)
+            found += [Swallowed(at, cell.ends + 1, cell.closes)] if fault else []
+            at += cell.ends
+        head = head or len(cells)
+    return found
+
+
+def _cells(record: str) -> list[_Cell]:
+    """Of a record without the line end behind it."""
+    cells, at = [], 0
+    while True:
+        match = FIELD.match(record, at)
+        assert match is not None  # it matches an empty text, too
+        cells.append(_Cell(match["inside"] or "", match["close"] != "", match["rest"]))
+        if match.end() >= len(record):
+            return cells
+        at = match.end() + 1
+
+
+def _as_rows(cell: _Cell, place: int, cells: int, columns: int) -> list[dict[int, str]]:
+    """What the lines of a cell are as rows: fields by column; nothing if their commas say that they are none.
+
+    Args:
+        cell: Of several lines.
+        place: Its column.
+        cells: That its row has.
+        columns: That the header has.
+    """
+    first, *between, last = (line.split(",") for line in LINE_END.split(cell.inside))
+    whole = [line for line in between if line != [""]]
+    closes = columns + place - cells  # the column where it closes, for the row there to be whole
+    if columns < 2 or len(first) != columns - place or len(last) != closes + 1:
+        return []
+    if any(len(line) != columns for line in whole):
+        return []
+    return [dict(enumerate(first, place)), *(dict(enumerate(line)) for line in [*whole, last])]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What a column holds in rows of one line each.
+
+    Attributes:
+        values: All of them.
+        listed: Whether they are a list: of labels, persons, splits.
+        numbers: Whether all are numbers.
+        spaced: Whether some begin with a blank.
+    """
+
+    values: frozenset[str]
+    listed: bool
+    numbers: bool
+    spaced: bool
+
+    def may_hold(self, value: str) -> bool:
+        """Whether a value is like the others, if not one of them."""
+        if value in self.values:
+            return True
+        # In prose there is a blank after a comma, or the line ends.
+        return value.strip() != "" and (self.spaced or value[0] != " ") and (not self.numbers or _is_number(value))
+
+
+def _columns(text: str, size: int) -> list[_Column]:
+    records = [match[0].rstrip("\r\n") for match in RECORD.finditer(text)]
+    rows = [cells for r in records if not LINE_END.search(r) and len(cells := _cells(r)) == size][1:]
+    found = []
+    for place in range(size):
+        values = frozenset(row[place].value for row in rows)
+        listed = len(rows) >= ROWS and len(values) <= SHARE * len(rows)
+        numbers = len(rows) > 0 and all(map(_is_number, values))
+        found.append(_Column(values, listed, numbers, any(value.startswith(" ") for value in values)))
+    return found
+
+
+def _like_others(rows: Sequence[dict[int, str]], columns: Sequence[_Column]) -> bool:
+    """Whether rows look like others: most of those that have a column that is a list, by that; else all, if enough."""
+    shaped = [all(columns[place].may_hold(value) for place, value in row.items()) for row in rows]
+    lists = [{place: value for place, value in row.items() if columns[place].listed} for row in rows]
+    told = [
+        shape and any(value in columns[place].values for place, value in known.items())
+        for shape, known in zip(shaped, lists, strict=True)
+        if known
+    ]
+    return 2 * sum(told) > len(told) if told else len(rows) > FREE and all(shaped)
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def separator(text: str, names: Sequence[str], asked: Sequence[str]) -> str | None:
+    """What parts the columns of a file whose header has not all that are asked for; None if it may be the comma.
+
+    Args:
+        text: Of the file.
+        names: Of its columns, parted by commas.
+        asked: Columns.
+    """
+    if set(asked) <= set(names):
+        return None
+    head = next(line for line in LINE_END.split(text) if line.strip())
+    for sign in SEPARATORS:
+        found = next(csv.reader([head], delimiter=sign))
+        if len(found) > 1 and (len(names) == 1 or set(asked) <= {name.strip() for name in found}):
+            return sign
+    return None
