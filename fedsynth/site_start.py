@@ -20,7 +20,8 @@ from fedsynth.clients.policy import SITE, Place
 from fedsynth.clients.process import SOCKET, CannotStandIn, UnknownFlower, stand_ins
 from fedsynth.flower import OWNER, LaunchFailed, alone, environment, free_port, interrupt, spawn, take_down
 from fedsynth.site_ready import check_account, check_key, check_state
-from fedsynth.site_watch import Patience, SiteFailed, watch
+from fedsynth.site_rows import check_rows, source_changed
+from fedsynth.site_watch import Patience, SiteFailed, tell, watch
 from fedsynth.typed import BadValue
 
 
@@ -61,6 +62,9 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         except (CannotStandIn, UnknownFlower) as problem:
             raise BadValue(str(problem)) from problem
         _open_account(place)
+        check_rows(place)
+        if changed := source_changed(place):
+            tell(changed)
         environment = _environment(place, marker)
         # Nothing but the stand-ins can be found by who starts what a server asks for.
         alone_on_path = {**environment, "PATH": str(programs)}
