@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fedsynth.folders import private_folder
 from fedsynth.typed import BadValue
 
 Decision = Literal["waits", "accepted", "declined"]
@@ -45,7 +46,7 @@ class Approvals:
         """
         if self._file(order).exists() and self._read(self._file(order))["sha256"] == sha256:
             return False
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(self.folder)
         self._write(order, {"order": order, "sha256": sha256, "decision": "waits", "asked": _now(), **facts})
         return True
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from fedsynth.classifier import classify
 from fedsynth.clients.finetune import in_use, on_base, slots_of
+from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
+from fedsynth.examples import readable
 from fedsynth.instructions import asked, parse_response
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
@@ -35,16 +37,20 @@ def evaluate(home: Home, adapter: Adapter | None = None) -> Evaluated:
 
 
 def answers(home: Home, texts: Sequence[str]) -> list[str]:
-    """What the client's model answers to each text: a label, or a response.
+    """What the client's model answers to each text: a label, or a response; "" to one that its tokenizer cannot read.
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If it has learnt no labels yet.
     """
     if home.instructs:
         return respond(home, texts)
-    tokenizer = load_tokenizer(home.config.task_model)
-    classes = classify(task_model(home), tokenizer, texts, home.config.task_training.max_tokens)
-    return [home.labels[i] for i in classes]
+    tokenizer, found = load_tokenizer(home.config.task_model), [""] * len(texts)
+    places = [place for place, text in enumerate(texts) if readable(tokenizer, text)]
+    read = [texts[place] for place in places]
+    classes = classify(task_model(home), tokenizer, read, home.config.task_training.max_tokens)
+    for place, number in zip(places, classes, strict=True):
+        found[place] = home.labels[number]
+    return found
 
 
 def _scored(home: Home, found: list[str]) -> dict[str, float]:
@@ -56,11 +62,12 @@ def _scored(home: Home, found: list[str]) -> dict[str, float]:
 
 
 def _loss(home: Home, adapter: Adapter) -> float:
-    """On the test set as it would be trained on, a row being a unit of its own."""
+    """On the test set as it would be trained on, a row being a unit of its own; 0 where none can be read."""
     model = on_base(home, adapter).eval()
     slots = slots_of(home, replace(home.test, units=None), len(home.test))
     pad, batch = load_tokenizer(home.config.generator).pad_token_id, home.config.generator_training.microbatch
-    return mean_loss(model, [example for slot in slots for example in slot], pad=pad, batch=batch)
+    examples = [example for slot in slots for example in slot]
+    return mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
 
 
 def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:
@@ -74,7 +81,7 @@ def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = N
     name, adapter = home.config.generator, adapter or in_use(home)
     precision = home.config.generator_training.precision
     model = load_generator(name, precision).to(device()) if adapter is None else on_base(home, adapter)
-    writer = LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1)
+    writer = Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))
     prompts = [asked(instruction) for instruction in instructions]
     written = writer.complete(prompts, max_tokens=home.config.answer_tokens, temperature=0.0, seed=0)
     return [parse_response(text) for text in written]

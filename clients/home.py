@@ -18,6 +18,7 @@ from fedsynth.clients.approval import Approvals
 from fedsynth.clients.trail import Trail
 from fedsynth.corpus import Corpus
 from fedsynth.data import Site, label_list, open_site, open_sites
+from fedsynth.folders import private_folder
 from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
@@ -225,7 +226,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
     if not 0 <= index < homes:
         raise ValueError(f"home must lie in 0..{homes - 1}, got {index}")
     work = private / cell.arm / f"seed-{cell.seed}" / f"client-{index}"
-    work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(work)
     dataset = f"{scenario.data.source}#{index}"
 
     def keys(counter: int, binding: str) -> bytes:

@@ -7,14 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedsynth import rowstore
 from fedsynth.clients.approval import Approvals
+from fedsynth.folders import private_folder
 from fedsynth.invitation import check_name, host_and_port
 from fedsynth.privacy.plan import Budget
-from fedsynth.sources import SiteData
+from fedsynth.sources import SiteData, laid_out
 from fedsynth.tasks import ORDERS, Output
 from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
 
 if TYPE_CHECKING:
+    from fedsynth.data import Site as Texts
     from fedsynth.privacy.ledger import Ledger
 
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
@@ -163,10 +166,14 @@ class Place:
         return self.path(self.site.state)
 
     @property
+    def accounts(self) -> Path:
+        """The folder of accounts, one for each data set."""
+        return self.path(self.site.accounts) if self.site.accounts else self.state / "accounts"
+
+    @property
     def ledger(self) -> Path:
         """The account of the site's data set."""
-        folder = self.path(self.site.accounts) if self.site.accounts else self.state / "accounts"
-        return folder / self.site.data.id / "ledger.sqlite"
+        return self.accounts / self.site.data.id / "ledger.sqlite"
 
     @property
     def trail(self) -> Path:
@@ -186,7 +193,28 @@ class Place:
         """
         from fedsynth.privacy.ledger import Ledger  # most commands need none
 
+        if create:
+            private_folder(self.ledger.parent)
         return Ledger(self.ledger, dataset=self.site.data.id, cap=self.site.policy.lifetime, create=create, **more)
+
+    @property
+    def rows(self) -> Path:
+        """The site's rows as they were imported; an account may be another site's, too, which reads other columns."""
+        return self.state / "rows.jsonl"
+
+    @property
+    def imported(self) -> rowstore.Imported | None:
+        """What is said of the rows that were imported as site.toml now declares them; None where none were."""
+        found = rowstore.about(self.rows)
+        return found if found is not None and found.declared == self.site.data.digest else None
+
+    def open_rows(self, ledger: Ledger) -> Texts:
+        """The site's text: the rows that were imported. Neither file nor database is opened.
+
+        Raises:
+            fedsynth.rowstore.RowsUnusable: If they are not what was written under the account's key.
+        """
+        return laid_out(rowstore.read(self.rows, ledger.mac_key), self.site.data)
 
     def model(self, name: str) -> str:
         """A model of site.toml as it is loaded."""

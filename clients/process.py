@@ -23,6 +23,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedsynth.folders import private_folder
+
 STAND_IN = "flwr-clientapp"
 SOCKET = "warm.socket"
 PROBE = "--probe"  # asked of a stand-in before it is relied on
@@ -76,7 +78,7 @@ def stand_ins(
     from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
     _check_flower()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private_folder(folder)
     script = folder / "hand_over.py"
     text = CLIENT.format(probe=PROBE, socket=str(warm), python=sys.executable, client=list(client))
     _program(script, text)

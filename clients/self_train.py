@@ -9,9 +9,10 @@ from peft import PeftModel
 
 from fedsynth.adapters import read_adapter
 from fedsynth.clients.finetune import on_base, put_to_use, slots_of
+from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.examples import Slot, token_ids
+from fedsynth.examples import Slot, readable, token_ids
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, mix
 from fedsynth.models import load_tokenizer
@@ -61,11 +62,12 @@ def syn_gen(home: Home, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
     tokenizer = load_tokenizer(home.config.generator)
     # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
     longest = home.config.generator_training.max_tokens
-    shown = [line for line in lines(home.train) if len(token_ids(tokenizer, line)) <= longest]
+    local = home.train.take(row for row, text in enumerate(home.train.prompts) if text)
+    shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
     return generate(
-        LocalLLM(on_base(home, order.start).eval(), tokenizer, workers=1),
+        Fitting(LocalLLM(on_base(home, order.start).eval(), tokenizer, workers=1)),
         shown,
-        home.train,
+        local,
         candidates=order.candidates,
         shots=order.shots,
         max_tokens=order.max_tokens,
@@ -75,7 +77,7 @@ def syn_gen(home: Home, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
 
 def syn_sel(home: Home, order: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
     """The candidates that are learnt, chosen with the local adapter in place."""
-    llm = LocalLLM(local, load_tokenizer(home.config.generator), workers=1)
+    llm = Fitting(LocalLLM(local, load_tokenizer(home.config.generator), workers=1))
     return select(llm, candidates, keep=order.keep, by=order.selection, seed=order.writing_seed)
 
 

@@ -14,11 +14,11 @@ from flwr.app import Context
 from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
 from fedsynth.clients.policy import CLIP_NORMS, MOST_ALPHA, MOST_RATE, SITE, Place, load_site
 from fedsynth.clients.trail import Trail
+from fedsynth.folders import private_folder
 from fedsynth.invitation import public_labels
 from fedsynth.models import device
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Cell, Client
-from fedsynth.sources import read
 from fedsynth.tasks import Envelope
 from fedsynth.typed import BadValue
 
@@ -52,10 +52,11 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
     if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) for name in (envelope.run, cell.arm)):
         raise BadValue("run and arm name folders here: letters, digits, dots, dashes and underscores")
     work = place.state / "runs" / envelope.run / cell.arm / f"seed-{cell.seed}"
-    work.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(work)
     # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
     labels = public_labels(scenario.data)
     config = client_of(place, scenario.client.of(envelope.home))
+    account = place.open_ledger(**ledger)
     return Home(
         index=envelope.home,
         config=config,
@@ -65,8 +66,8 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         unit="row" if site.data.person is None else "person",  # not what the site calls its column
         work=work,
         run=f"{envelope.run}/{cell.arm}/{cell.seed}",
-        ledger=place.open_ledger(**ledger),
-        open=lambda: read(site.data, place.folder),
+        ledger=account,
+        open=lambda: place.open_rows(account),
         simulated=False,
         allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
@@ -142,6 +143,8 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
     for role, name in named.items():
         if name and not getattr(site.models, role) and name not in policy.models:
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
+    if place.imported is None:
+        return NotAllowed("no row has been imported as site.toml declares them: fedsynth site check")
     return _out_of_range(config)
 
 

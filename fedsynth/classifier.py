@@ -18,7 +18,7 @@ from fedsynth.adapters import attach_lora
 from fedsynth.batches import longest_of, padded, token_rows
 from fedsynth.corpus import Corpus
 from fedsynth.embedding import Embedder
-from fedsynth.examples import token_ids, unit_rows
+from fedsynth.examples import readable, token_ids, unit_rows
 from fedsynth.models import Kind, device, kind_of, load_classifier
 from fedsynth.scenario import TaskTraining
 
@@ -104,8 +104,8 @@ def fit_classifier(
     """
     number = {label: i for i, label in enumerate(labels)}
     reader = model.embedder.tokenizer if isinstance(model, Probe) else tokenizer
-    readable = (_readable(reader, text) for text in corpus.prompts)
-    rows = [i for i, (y, good) in enumerate(zip(corpus.answers, readable, strict=True)) if y in number and good]
+    good = (readable(reader, text) for text in corpus.prompts)
+    rows = [i for i, (y, read) in enumerate(zip(corpus.answers, good, strict=True)) if y in number and read]
     if not rows:
         return  # nothing to learn from is no reason to fail: a client may hold other classes only
     prompts = [corpus.prompts[i] for i in rows]
@@ -297,15 +297,6 @@ def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:
     where = next(model.parameters()).device
     logits: Tensor = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits
     return logits.float()
-
-
-def _readable(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer takes a text: a record that fails the whole answer would show in the answer."""
-    try:
-        token_ids(tokenizer, text)
-    except Exception:  # each tokenizer has its own
-        return False
-    return True
 
 
 def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any) -> list[list[int]]:

@@ -61,10 +61,11 @@ def encode_slots(
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
-    A unit is a person where the corpus names persons; its first rows are used. A row with an unknown label and a text
-    that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of one unit changes
-    another's slot, or whether there is an answer. Declare at least as many units as there are: of more, only the first
-    `records` are used, and taking one of them away would let the next one in (then the replace-one figure holds).
+    A unit is a person where the corpus names persons; its first rows that have a text are used. A row with an unknown
+    label and a text that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of
+    one unit changes another's slot, or whether there is an answer. Declare at least as many units as there are: of
+    more, only the first `records` are used, and taking one of them away would let the next one in (then the replace-one
+    figure holds).
 
     Args:
         tokenizer: Public.
@@ -90,10 +91,11 @@ def encode_slots(
 
 
 def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list[int]]:
-    """The first rows of each privacy unit in as many slots as were declared; none where there is no unit."""
+    """The first rows of each privacy unit that have a text, in as many slots as were declared; none where there is no
+    unit. A row without a text holds its unit's place, and is none of its rows."""
     rows: dict[Hashable, list[int]] = {}
     for row, unit in enumerate(corpus.units if corpus.units is not None else range(len(corpus))):
-        rows.setdefault(unit, []).append(row)
+        rows.setdefault(unit, []).extend([row] if corpus.prompts[row] else [])
     slots = [found[:rows_per_unit] for found in rows.values()][:records]
     return [*slots, *([] for _ in range(records - len(slots)))]
 
@@ -142,6 +144,14 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     """A text's tokens, without the special ones that some tokenizers add."""
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def readable(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer makes tokens of a text: a record that fails the whole answer would show in the answer."""
+    try:
+        return bool(token_ids(tokenizer, text))
+    except Exception:  # each tokenizer has its own
+        return False
 
 
 def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int) -> None:

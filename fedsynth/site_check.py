@@ -1,4 +1,4 @@
-"""`fedsynth site check`: what must hold before a site takes part; all of it is looked at on the site itself."""
+"""`fedsynth site check`: imports a site's rows, and looks at what must hold before it takes part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedsynth.hub import weights_hash
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
 from fedsynth.site_ready import Finding, check_account, check_key, check_state, server
-from fedsynth.sources import check as check_data
+from fedsynth.site_rows import import_rows
 from fedsynth.typed import BadValue
 
 
@@ -39,13 +39,11 @@ def _found(what: str, look: Callable[[], str]) -> Finding:
 
 def _data(place: Place) -> Iterator[Finding]:
     try:
-        warnings = check_data(place.site.data, place.folder)
-    except BadValue as problem:
-        yield Finding("data", "problem", str(problem))
-        return
-    yield Finding("data", "ok", f"{place.site.data.records} records declared, unit: {place.site.data.unit_name}")
-    for warning in warnings:
-        yield Finding("data", "warning", warning)
+        yield from import_rows(place)
+    except (BadValue, OSError, ValueError, RuntimeError) as problem:
+        kept = place.imported
+        stay = f"; orders go on with the rows as imported at {kept.at}" if kept else ""
+        yield Finding("data", "problem", f"nothing was imported: {' '.join(str(problem).split())}{stay}")
 
 
 def _models(place: Place) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from fedsynth.clients.kept import Kept, all_kept
 from fedsynth.clients.policy import Place
 from fedsynth.hub import weights_hash
 from fedsynth.privacy.ledger import LedgerUnusable
-from fedsynth.sources import read
+from fedsynth.site_rows import check_rows
 from fedsynth.tables import load_columns
 from fedsynth.typed import BadValue
 
@@ -61,6 +61,7 @@ def measured(place: Place, folder: Path, kept: Kept) -> Measured:
     if place.site.data.test is None:
         return Measured(kept.run, kept.learnt, {}, 0)
     try:
+        check_rows(place)
         found = evaluate(_home(place, folder, kept))
     except (ValueError, RuntimeError, OSError) as problem:  # one that cannot be used must not hide the others
         return Measured(kept.run, kept.learnt, {}, 0, str(problem))
@@ -139,6 +140,6 @@ def _home(place: Place, folder: Path, kept: Kept) -> Home:
         work=folder,
         run=kept.run,
         ledger=ledger,
-        open=lambda: read(data, place.folder),
+        open=lambda: place.open_rows(ledger),
         simulated=False,
     )

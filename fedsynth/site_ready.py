@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
+from fedsynth.folders import OTHERS, close, private_folder
 from fedsynth.invitation import host_and_port
 from fedsynth.proxy import is_loopback, names_proxy, no_proxies
 from fedsynth.typed import BadValue
@@ -41,21 +42,27 @@ class Finding:
 
 
 def check_state(place: Place) -> str:
-    """Whether the state folder is this user's alone and has room.
+    """Whether the state folder is this user's alone and has room. Folders in it, and that of the accounts, that others
+    can read are closed to them: older versions made some with the umask's mode.
 
     Raises:
         BadValue: If not.
     """
-    place.state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    mode = place.state.stat().st_mode & 0o077
-    if mode:
+    private_folder(place.state)
+    if place.state.stat().st_mode & OTHERS:
         raise BadValue(f"{place.state} can be read by others: chmod 700 {place.state}")
+    try:
+        opened = [*close(place.state), *(close(place.accounts) if place.accounts.is_dir() else [])]
+    except OSError as problem:
+        raise BadValue(f"{problem.filename} can be read by others, and is not this user's to close: make it so"
+                       ) from problem  # fmt: skip
     free = shutil.disk_usage(place.state).free
     if free < 2**30:
         raise BadValue(
             f"{place.state} has {free / 2**20:.0f} MiB free: make room for models and answers, 1 GiB at least"
         )
-    return f"{place.state}, {free / 2**30:.0f} GiB free"
+    told = f"; {len(opened)} folders that others could read are closed to them now" if opened else ""
+    return f"{place.state}, {free / 2**30:.0f} GiB free{told}"
 
 
 def check_account(place: Place) -> None:

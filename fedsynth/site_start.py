@@ -32,7 +32,8 @@ from fedsynth.flower import (
 from fedsynth.invitation import host_and_port
 from fedsynth.proxy import is_loopback
 from fedsynth.site_ready import check_account, check_key, check_state
-from fedsynth.site_watch import Patience, SiteFailed, watch
+from fedsynth.site_rows import check_rows, source_changed
+from fedsynth.site_watch import Patience, SiteFailed, tell, watch
 from fedsynth.typed import BadValue
 
 
@@ -74,6 +75,9 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         except (CannotStandIn, UnknownFlower) as problem:
             raise BadValue(str(problem)) from problem
         _open_account(place)
+        check_rows(place)
+        if changed := source_changed(place):
+            tell(changed)
         environment = _environment(place, marker)
         # Nothing but the stand-ins can be found by who starts what a server asks for.
         alone_on_path = {**environment, "PATH": str(programs)}

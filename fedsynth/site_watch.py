@@ -12,11 +12,13 @@ import psutil
 from fedsynth.clients.policy import Place
 from fedsynth.flower import LaunchFailed, ending, listens
 from fedsynth.site_ready import server
+from fedsynth.site_rows import source_changed
 
 AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
 SHORT_SECONDS = 45.0  # a SuperNode that lived no longer was not let in
 SILENT_SECONDS = 30.0  # without a connection; between two tries of its own Flower waits up to 20
 LOOK_SECONDS = 2.0
+READ_SECONDS = 60.0  # between two looks at whether the site's file has changed
 REFUSED_SECONDS = 90.0  # so long it may be refused; longer than a server takes to find a dead one out
 
 
@@ -51,10 +53,10 @@ class Patience:
         now = time.monotonic()
         if "server" in found or lived > SHORT_SECONDS:
             self.first = None
-            _tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
+            tell(f"{said}; it is started again" + (f" ({found['server']})" if found else ""))
         elif self.first is None:
             self.first = now
-            _tell(f"{said}: {_refused(self.place)}; it is tried again for {REFUSED_SECONDS:.0f} s")
+            tell(f"{said}: {_refused(self.place)}; it is tried again for {REFUSED_SECONDS:.0f} s")
         elif now - self.first > REFUSED_SECONDS:
             raise SiteFailed(f"{said}: {_refused(self.place)}")
         time.sleep(AGAIN_SECONDS)
@@ -66,7 +68,8 @@ def _refused(place: Place) -> str:
             "killed less than a minute ago")  # fmt: skip
 
 
-def _tell(line: str) -> None:
+def tell(line: str) -> None:
+    """A line to the site's operator."""
     print(f"fedsynth: {line}", file=sys.stderr, flush=True)
 
 
@@ -83,11 +86,17 @@ def watch(
         SiteFailed: If the SuperNode lives, and does not come to its start.
     """
     begun, started, told, looked, seen = time.monotonic(), 0.0, False, 0.0, 0.0
+    read, changed = begun, source_changed(place)  # which `site start` has told
     while supernode.poll() is None and superexec.poll() is None:
         if warm.poll() is not None and not told:
-            _tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
+            tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
             told = True
         now = time.monotonic()
+        if now - read > READ_SECONDS:
+            read, before = now, changed
+            changed = source_changed(place)
+            if changed and changed != before:
+                tell(changed)
         if now - looked > LOOK_SECONDS:
             looked = now
             if not started and listens(supernode, port):  # it does so before it connects

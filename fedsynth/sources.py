@@ -1,22 +1,25 @@
-"""A site's own rows: a file beside its site.toml, or a query to its database."""
+"""A site's own rows: read from a file beside its site.toml, or by a query to its database; and laid out as units."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
-
-from fedsynth.data import Site, misfitting, overlaps, undivided, unified
+from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.data import Site, overlaps, unified
+from fedsynth.rowstore import Record
+from fedsynth.rowwise import Lost, Read, read_file, result, text_of, tried
 from fedsynth.scenario import TestRows
-from fedsynth.tables import Columns, Rows, columns_of, load_columns, refuse_alike, rows_of
-from fedsynth.typed import BadValue, Count, in_range
+from fedsynth.tables import Columns, refuse_alike
+from fedsynth.typed import BadValue, Count, in_range, plain
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL, Engine
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 ENDINGS = (".csv", ".jsonl", ".parquet")
 WRITES = {"INSERT", "UPDATE", "DELETE", "MERGE", "INTO"}  # of these, SQL allows some within a SELECT or WITH
 PATIENCE = 10  # seconds to wait for a database to answer
+NOT_READ = ("database_env", "labels", "records", "spellings")  # of the keys: they do not change what a row is
+NAMED = 5  # labels, persons or splits in a message
+TOLD = 10  # rows in a message
 MANY = 20  # rows: who has more of them, and ten times as many as half of all persons have, may be no person
 
 
@@ -46,6 +52,8 @@ class SiteData:
             and sampling depend on it, never on the real number; of more, only the first take part.
         labels: The public label list of a classification.
         test: Rows held out for testing; without it there are none.
+        spellings: Persons that are written in several ways (`fedsynth.corpus.same`) are refused by `fedsynth site
+            check`; or merged. An order takes them for one in any case.
     """
 
     id: str
@@ -61,6 +69,7 @@ class SiteData:
     records: Count
     labels: tuple[str, ...] = ()
     test: TestRows | None = None
+    spellings: Literal["refuse", "merge"] = "refuse"
 
     def __post_init__(self) -> None:
         in_range(self, "data")
@@ -90,6 +99,13 @@ class SiteData:
                 raise BadValue(f"data.{role} is empty: name a column")
             if shared := [other for other, name in roles.items() if other != role and name == column]:
                 raise BadValue(f"data.{role} and data.{shared[0]} both name the column {column!r}: they must differ")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what decides how rows are read: with other words they have to be imported anew. Labels and
+        `records` play no part in that."""
+        facts = {name: value for name, value in plain(self).items() if name not in NOT_READ}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _check_place(self) -> None:
         if bool(self.source) == bool(self.query):
@@ -136,81 +152,251 @@ class SiteData:
         return Columns(self.text, self.label if classes else self.response, classes, self.test, self.person)
 
 
-def read(data: SiteData, folder: Path) -> Site:
-    """The site's training and test text, in the order of the source.
+@dataclass(frozen=True)
+class Gathered:
+    """A source, row by row, with what its operator should know. Only `records` are kept.
 
-    No single row decides whether this succeeds (docs/privacy.md): a cell that is no text counts as missing, rows
-    without text, answer or person are left out, and a label that is not listed teaches nothing. `check` refuses them.
+    Attributes:
+        records: In the order of the source.
+        rows: How many of them are more than a blank line.
+        counted: How rows are counted: "line" or "row".
+        damaged: Number and reason of each row that cannot be read, and is an empty one in its place.
+        incomplete: Number and reason of each row that lacks a text, an answer or a person; likewise.
+        notes: What else to look at.
+        spelt: Persons that are written in several ways, each with its spellings.
+        splits: Values of the test column.
+    """
+
+    records: Sequence[Record]
+    rows: int
+    counted: str
+    damaged: Sequence[tuple[int, str]]
+    incomplete: Sequence[tuple[int, str]]
+    notes: Sequence[str]
+    spelt: Sequence[Sequence[str]]
+    splits: Sequence[str]
+
+
+def gathered(data: SiteData, folder: Path) -> Gathered:
+    """All rows of a source. A row that cannot be read is an empty one: it stops nothing, and changes no other.
 
     Args:
         data: What is read.
         folder: That of site.toml: where a path begins.
 
     Raises:
-        BadValue: If the source or a column is missing or cannot be used, the text column holds numbers, or no row has
-            what is needed. The message stays at the site.
+        BadValue: If the source or a column is missing, or the database refuses the query. The message stays at the
+            site.
     """
-    return undivided(_rows(data, folder, strict=False))
+    columns = data.columns
+    try:
+        found = _asked(data, folder) if data.query else read_file(folder / data.source, columns.names)
+    except BadValue as problem:
+        raise BadValue(f"{_name(data)}: {problem}") from None
+    records, damaged, incomplete = list[Record](), list[tuple[int, str]](), list[tuple[int, str]]()
+    spelt, splits = dict[str, dict[str, None]](), dict[str, None]()
+    for row in found.rows:
+        if row.blank:
+            records.append(Record(None, False, "", ""))
+            continue
+        cells = {name: text_of(row.cells.get(name)) for name in columns.names}
+        bad = [f"{name!r} {cell.why}" for name, cell in cells.items() if isinstance(cell, Lost)]
+        lacks = [name for name in (columns.text, columns.answer, columns.unit) if name and cells[name] is None]
+        if row.broken or bad:
+            damaged.append((row.number, row.broken or ", ".join(bad)))
+        elif lacks:
+            incomplete.append((row.number, f"no {' and no '.join(map(repr, lacks))}"))
+        split = cells[columns.test.column] if columns.test else None
+        if isinstance(split, str):
+            splits[split] = None
+        held = columns.test is not None and isinstance(split, str) and same(split) == same(columns.test.equals)
+        unit: str | int | None = len(records)
+        if columns.unit is not None:
+            person = cells[columns.unit]
+            unit = _person(person)
+            if isinstance(person, str) and unit is not None:
+                spelt.setdefault(str(unit), {})[person] = None
+            if columns.test and (isinstance(split, Lost) or (row.broken and columns.test.column not in row.cells)):
+                unit = None  # whether it is to learn from cannot be known either
+        text, answer = cells[columns.text], cells[columns.answer]
+        whole = not (row.broken or bad or lacks)
+        records.append(Record(unit, held, str(text) if whole else "", str(answer) if whole else ""))
+    return Gathered(
+        records,
+        sum(not row.blank for row in found.rows),
+        found.counted,
+        damaged,
+        incomplete,
+        found.notes,
+        [sorted(group) for group in spelt.values() if len(group) > 1],
+        list(splits),
+    )
 
 
-def check(data: SiteData, folder: Path) -> list[str]:
-    """What is wrong with a site's data, for the eyes of the site alone: it names labels and counts.
+def _person(cell: str | Lost | None) -> str | None:
+    """The one spelling of a person, from this cell alone: `same`, and a whole number without its fraction (3, 3.0, "3"
+    and "3.0" are one; "03" is another). None for no text: whose row it is, nobody knows."""
+    if not isinstance(cell, str):
+        return None
+    return same(re.sub(r"(?a)^(-?\d+)\.0+$", r"\1", cell.strip())) or None
 
-    Args:
-        data: What is read; a query twice.
-        folder: That of site.toml.
 
-    Returns:
-        Warnings, a line each: what does not fit, but can be used.
+def laid_out(records: Sequence[Record], data: SiteData) -> Site:
+    """The site's training and test text: what orders work with. Each row becomes what it becomes whatever the others
+    hold (docs/deployment/data.md).
 
-    Raises:
-        BadValue: If the data cannot be used as it is: as `read`, also for what a single row holds, and for a query that
-            gives other rows the second time.
+    Training rows stand in their order, unreadable ones as empty texts, so that a unit's place is that of its first row.
+    A row of no person that could be read takes an empty place where it stands, as long as it takes none of `records`
+    from a person: it may be one more row of a person who has a place. Test rows that cannot be read are left out.
     """
-    rows = _rows(data, folder, strict=True)
-    site = undivided(rows)
-    if data.query and undivided(_rows(data, folder, strict=True)) != site:
-        raise BadValue(
-            "data.query gave other rows when it was asked again, and other rows are charged again: let ORDER BY end "
-            "with a column that no two rows share, and WHERE leave out what is still being written"
+    listed = {same(label): label for label in reversed(data.labels)}
+    answers = {record.answer for record in records}
+    known = {answer: answer if answer in data.labels else listed.get(same(answer), answer) for answer in answers}
+    spare = data.records - len(units_of(records))
+    train, test = list[tuple[Hashable, Record]](), list[tuple[Hashable, Record]]()
+    for number, record in enumerate(records):
+        if record.held:
+            test += [(number if record.unit is None else record.unit, record)] if record.text else []
+        elif record.unit is not None:
+            train.append((record.unit, record))
+        elif spare > 0:
+            spare -= 1
+            train.append((-1 - number, record))  # no other row's, and no number of one
+    return Site(*(
+        Corpus(
+            tuple(record.text for _, record in rows),
+            tuple(known[record.answer] for _, record in rows),
+            Provenance.PRIVATE,
+            units=tuple(unit for unit, _ in rows),
         )
-    warnings = misfitting(rows, _name(data), data.labels if data.task == "classification" else None)
-    if data.query and (driver := _url(data.database_env).get_backend_name()) not in ("postgresql", "sqlite"):
-        warnings.append(f"a {driver} database is not opened read-only: use an account that may only read")
-    unit = f"values of {data.person!r}" if data.person else "rows"
-    units = Counter(site.train.units or ())
-    if len(units) != data.records:
-        effect = (
-            f"only the first {data.records} take part"
-            if len(units) > data.records
-            else "those that are missing count as empty ones"
+        for rows in (train, test)
+    ))  # fmt: skip
+
+
+def units_of(records: Sequence[Record]) -> Counter[str | int]:
+    """The units that training rows name, and how many rows each has."""
+    return Counter(record.unit for record in records if record.unit is not None and not record.held)
+
+
+def misread(data: SiteData, found: Gathered) -> str:
+    """Why rows must not be used as they are: persons of several spellings, unless `data.spellings` merges them; ""
+    if they may be. What nobody sees of a spelling is escaped."""
+    if not found.spelt or data.spellings == "merge":
+        return ""
+    named = ", ".join(" and ".join(map(ascii, group)) for group in found.spelt[:NAMED])
+    more = f", and {len(found.spelt) - NAMED} more" if len(found.spelt) > NAMED else ""
+    return (
+        f"{_name(data)}: {len(found.spelt)} persons of the column {data.person!r} are written in several ways: {named}"
+        f'{more}; write each person one way, or say data.spellings = "merge"'
+    )
+
+
+def warnings(data: SiteData, found: Gathered) -> list[str]:
+    """What does not fit but can be used, a line each, for the eyes of the site alone: it names labels and counts."""
+    name, site = _name(data), laid_out(found.records, data)
+    answer = data.columns.answer
+    said = [f"{name}: {note}" for note in found.notes]
+    if found.damaged:
+        said.append(
+            f"{name}: {len(found.damaged)} of {found.rows} rows cannot be read and are empty ones in their places: "
+            f"{_told(found.counted, found.damaged)}"
         )
-        warnings.append(
-            f"the training text has {len(units)} {unit}, declared are {data.records} (data.records): {effect}"
+    if found.incomplete:
+        said.append(
+            f"{name}: {len(found.incomplete)} of {found.rows} rows lack a text, {answer} or person and are empty ones: "
+            f"{_told(found.counted, found.incomplete)}"
         )
-    sizes = sorted(units.values())
-    if sizes and sizes[-1] > max(MANY, 10 * sizes[len(sizes) // 2]):
-        warnings.append(
-            f"one of the {unit} has {sizes[-1]} of {len(site.train)} training rows, half of them have at most "
-            f"{sizes[len(sizes) // 2]}: is it a person, or does it stand for unknown ones?"
-        )
-    texts = Counter(unified(site.train.prompts))
-    if repeated := len(site.train) - len(texts):
-        warnings.append(
+    if found.spelt:
+        said.append(f"{len(found.spelt)} persons are written in several ways, and each counts as one (data.spellings)")
+    texts = [record.text for record in found.records if record.text]
+    if texts and all(map(_is_number, texts)):
+        said.append(f"column {data.text!r} holds numbers alone: is it the text's column?")
+    if data.labels:
+        said += _labels(data, found)
+    if data.test is not None:
+        said += _test_rows(data, found, len(site.test))
+    said += _units(data, found, site)
+    usable = [text for text in site.train.prompts if text]
+    if repeated := len(usable) - len(set(unified(usable))):
+        said.append(
             f"{repeated} training rows repeat the text of another one: if they are of one person, give them one value "
             "in a column of persons, or leave them out"
         )
     if both := overlaps([site])[1]:
-        warnings.append(f"{both} texts are training text and test text: measured on them, a model looks too good")
-    return warnings
+        said.append(f"{both} texts are training text and test text: measured on them, a model looks too good")
+    return said
 
 
-def _rows(data: SiteData, folder: Path, *, strict: bool) -> Rows:
+def _told(counted: str, rows: Sequence[tuple[int, str]]) -> str:
+    named = ", ".join(f"{counted} {number} ({why})" for number, why in rows[:TOLD])
+    return named + (f", and {len(rows) - TOLD} more" if len(rows) > TOLD else "")
+
+
+def _labels(data: SiteData, found: Gathered) -> list[str]:
+    said = []
+    rows = Counter(record.answer for record in found.records if record.text)
+    listed = {same(label) for label in data.labels}
+    other = {label: count for label, count in rows.items() if label not in data.labels}
+    if respelt := [label for label in other if same(label) in listed]:
+        named = ", ".join(map(ascii, respelt[:NAMED])) + (", ..." if len(respelt) > NAMED else "")
+        said.append(
+            f"{sum(other[label] for label in respelt)} rows have a label of data.labels in another spelling ({named}): "
+            "they count as that label"
+        )
+    if unknown := Counter({label: count for label, count in other.items() if same(label) not in listed}):
+        named = ", ".join(f"{label!r} {count}" for label, count in unknown.most_common(NAMED))
+        named += ", ..." if len(unknown) > NAMED else ""
+        said.append(
+            f"{unknown.total()} rows have a label that data.labels lacks ({named}): they count as records, and nothing "
+            "is learnt from them"
+        )
+    there = {same(label) for label in rows}
+    if absent := [label for label in data.labels if same(label) not in there]:
+        said.append(f"no row has the label {', '.join(map(repr, absent))} of data.labels")
+    return said
+
+
+def _test_rows(data: SiteData, found: Gathered, count: int) -> list[str]:
+    assert data.test is not None
+    if not count:
+        known = ", ".join(map(repr, found.splits[:NAMED])) or "no value"
+        return [f"no row to test on: none that can be read has {data.test.equals!r} in the test column "
+                f"{data.test.column!r}; it has {known}"]  # fmt: skip
+    train = units_of(found.records)
+    if data.person and (both := len({record.unit for record in found.records if record.held} & set(train))):
+        return [f"{both} values of {data.person!r} have training and test rows: a person belongs in one of the two"]
+    return []
+
+
+def _units(data: SiteData, found: Gathered, site: Site) -> list[str]:
+    said = []
+    unit, units = f"values of {data.person!r}" if data.person else "rows", units_of(found.records)
+    if len(units) > data.records:
+        said.append(
+            f"the training text has {len(units)} {unit}, declared are {data.records} (data.records): only the first "
+            f"{data.records} take part. If one of them is taken out of the source, the next one moves in, so that this "
+            "costs the replace-one figure; epsilon holds for one that stays and is emptied"
+        )
+    elif len(units) < data.records:
+        said.append(
+            f"the training text has {len(units)} {unit}, declared are {data.records} (data.records): those that are "
+            "missing count as empty ones"
+        )
+    sizes = sorted(units.values())
+    if sizes and sizes[-1] > max(MANY, 10 * sizes[len(sizes) // 2]):
+        said.append(
+            f"one of the {unit} has {sizes[-1]} of {len(site.train)} training rows, half of them have at most "
+            f"{sizes[len(sizes) // 2]}: is it a person, or does it stand for unknown ones?"
+        )
+    return said
+
+
+def _is_number(text: str) -> bool:
     try:
-        raw = _asked(data, folder) if data.query else _loaded(folder / data.source, data.columns.names, strict)
-        return rows_of(raw, data.columns, strict=strict)
-    except BadValue as problem:
-        raise BadValue(f"{_name(data)}: {problem}") from None
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _name(data: SiteData) -> str:
@@ -220,12 +406,6 @@ def _name(data: SiteData) -> str:
 def _unless_url(value: str) -> str:
     """A value for a message: a URL may hold a password."""
     return "a URL" if "://" in value else repr(value)
-
-
-def _loaded(path: Path, columns: Sequence[str], strict: bool) -> pd.DataFrame:
-    if not path.is_file():
-        raise BadValue(f"no such file in {path.parent.absolute()}")
-    return load_columns(path, columns, strict=strict)
 
 
 # --- Databases --------------------------------------------------------------------------------------------------------
@@ -264,10 +444,10 @@ def _not_read_only(query: str) -> str:
     return ""
 
 
-def _asked(data: SiteData, folder: Path) -> pd.DataFrame:
-    """The columns of the query's result, cells as the driver gives them."""
+def _asked(data: SiteData, folder: Path) -> Read:
+    """The query's result, cells as the driver gives them."""
     names, rows = _fetched(_engine(data.database_env, folder), data.query, data.database_env)
-    return columns_of(names, rows, data.columns.names)
+    return result(names, rows, data.columns.names)
 
 
 def _url(env: str) -> URL:
@@ -302,7 +482,7 @@ def _engine(env: str, folder: Path) -> Engine:
             raise BadValue(
                 f"{env} names no SQLite file that is there: sqlite:///FILE, beside site.toml, or sqlite:////PATH"
             )
-        options["creator"] = lambda: sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        options["creator"] = lambda: _sqlite(path)
     elif url.get_backend_name() == "postgresql":
         options["execution_options"] = {"postgresql_readonly": True}
         options["connect_args"] = {} if "connect_timeout" in url.query else {"connect_timeout": PATIENCE}
@@ -318,6 +498,13 @@ def _engine(env: str, folder: Path) -> Engine:
     raise BadValue(problem)
 
 
+def _sqlite(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    # Else one text that is not UTF-8 would fail the whole result.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
+    return connection
+
+
 def _fetched(engine: Engine, query: str, env: str) -> tuple[list[str], Sequence[Sequence[object]]]:
     """Names of columns and rows.
 
@@ -329,14 +516,29 @@ def _fetched(engine: Engine, query: str, env: str) -> tuple[list[str], Sequence[
         with engine.connect() as connection:
             connected = True
             # As it stands: neither a colon nor a per cent sign is a parameter.
-            result = connection.execution_options(no_parameters=True).exec_driver_sql(query)
-            return list(result.keys()), result.all()
+            found = connection.execution_options(no_parameters=True).exec_driver_sql(query)
+            names = list(found.keys())
+            return names, _each_cell(found.cursor) if engine.driver == "psycopg" else found.all()
     except Exception as failure:
         cause = getattr(failure, "orig", None) or failure
         said = _why_failed(cause) if connected else _why_unreachable(cause)
     if not connected:
         raise BadValue(f"the database that {env} names cannot be opened: {said}")
     raise BadValue(f"the database refuses it: {said}")
+
+
+def _each_cell(cursor: Any) -> list[list[object]]:
+    """A result of psycopg, cell by cell: a date beyond Python's years would fail the whole of it."""
+    from psycopg.adapt import Transformer
+
+    raw, loaders = cursor.pgresult, Transformer(cursor)
+    load = [loaders.get_loader(raw.ftype(column), raw.fformat(column)).load for column in range(raw.nfields)]
+
+    def cell(row: int, column: int) -> object:
+        value = raw.get_value(row, column)
+        return None if value is None else tried(lambda: load[column](value))
+
+    return [[cell(row, column) for column in range(raw.nfields)] for row in range(raw.ntuples)]
 
 
 def _why_unreachable(cause: BaseException) -> str:

@@ -12,7 +12,7 @@ cli
 cli_deployment
 site_init site_check site_model site_start site_approve submit
 site_watch superlink deployment
-site_ready
+site_ready site_rows
 invited
 server
 reporting forecast
@@ -30,7 +30,7 @@ batches adapters surroundings
 models dpsgd participation
 hub certificates invitation
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
-corpus csv_faults typed assets instructions usage proxy
+corpus csv_faults typed assets instructions usage proxy folders rowwise rowstore
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {

@@ -48,6 +48,7 @@ from fedsynth.site_approve import decide, held_text
 from fedsynth.site_check import check
 from fedsynth.site_init import template
 from fedsynth.site_model import answer_file, measured, models
+from fedsynth.site_rows import import_rows
 from fedsynth.site_start import _open_account
 from fedsynth.sources import SiteData
 from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
@@ -191,6 +192,7 @@ class Deployed:
     measured: bool = False
     injected: bool = False
     accounts: bool = True  # made where there are none
+    imports: bool = True  # `fedsynth site check`, where there was none
     run_id: str = "simulated"  # the same in the simulation: then orders and keys are the same, too
 
     def __post_init__(self) -> None:
@@ -201,6 +203,8 @@ class Deployed:
         for index, place in enumerate(self.sites):
             if not place.ledger.exists() and self.accounts:
                 place.open_ledger(create=True, **self.keys(index))
+            if place.ledger.exists() and place.imported is None and self.imports:
+                list(import_rows(place))
         app = client_app(self.open, simulated=False)
         self.grid = SitesGrid(app, len(self.sites), {"scenario-toml": self.whole}, away=self.away)
 

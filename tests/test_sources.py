@@ -14,13 +14,16 @@ from typing import Any
 import pandas as pd
 import postgres
 import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site
+from fedsynth.examples import unit_rows
 from fedsynth.privacy.noise import data_mac
 from fedsynth.scenario import TestRows
-from fedsynth.sources import SiteData, _engine, check, read
+from fedsynth.sources import SiteData, _engine, gathered, laid_out, misread, warnings
 from fedsynth.typed import BadValue, build
 
 TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
@@ -35,10 +38,10 @@ NOTES = [  # id, person, text, label, part; one has no text
 ]
 COLUMNS = ("id", "person", "text", "label", "part")
 TRAIN = Corpus(
-    ("cough and fever", "wheeze at night", "fever is gone", 'café, 100% "sure"; it\'s\nnew :here'),
-    ("flu", "asthma", "flu", "asthma"),
+    ("cough and fever", "wheeze at night", "fever is gone", "", 'café, 100% "sure"; it\'s\nnew :here'),
+    ("flu", "asthma", "flu", "", "asthma"),
     Provenance.PRIVATE,
-    units=("7", "3", "7", "5"),
+    units=("7", "3", "7", "9", "5"),
 )
 TEST = Corpus(("rash on the arm",), ("eczema",), Provenance.PRIVATE, units=("4",))
 LABELS = ("asthma", "eczema", "flu")
@@ -58,9 +61,19 @@ def site(**more: Any) -> SiteData:
     return SiteData(**{**known, **more})
 
 
-def said(data: SiteData, folder: Path, step: Any = read) -> str:
+def read(data: SiteData, folder: Path) -> Site:
+    """What orders of a site work with."""
+    return laid_out(gathered(data, folder).records, data)
+
+
+def check(data: SiteData, folder: Path) -> list[str]:
+    """What a site is told."""
+    return warnings(data, gathered(data, folder))
+
+
+def said(data: SiteData, folder: Path) -> str:
     with pytest.raises(BadValue) as caught:
-        step(data, folder)
+        gathered(data, folder)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
@@ -128,25 +141,28 @@ def test_the_same_rows_are_the_same_corpus_from_every_source(
     found = read(site(**place, test=TestRows("part", "test")), tmp_path)
     assert found == Site(TRAIN, TEST)
     assert data_mac(KEY, found.train) == data_mac(KEY, TRAIN)
-    assert data_mac(KEY, found.train) != data_mac(KEY, TRAIN.take([1, 0, 2, 3]))  # the order counts
+    assert data_mac(KEY, found.train) != data_mac(KEY, TRAIN.take([1, 0, 2, 3, 4]))  # the order counts
 
 
 def test_rows_have_the_order_that_the_query_says(database: postgres.Server, tmp_path: Path) -> None:
     back = site(query="SELECT * FROM notes ORDER BY id DESC", test=TestRows("part", "test"))
-    assert read(back, tmp_path).train == TRAIN.take([3, 2, 1, 0])
+    assert read(back, tmp_path).train == TRAIN.take([4, 3, 2, 1, 0])
 
 
 def test_independent_rows_are_units_of_their_own_and_without_test_rows_all_are_to_train_on(file_database: Path) -> None:
     found = read(site(query=QUERY, independent_rows=True), file_database)
-    assert found.train.units == (0, 1, 2, 3, 4)  # the row without text is none
+    assert found.train.units == (0, 1, 2, 3, 4, 5)
+    assert [not text for text in found.train.prompts] == [False, False, False, True, False, False]  # in its place
     assert found.test == Corpus((), (), Provenance.PRIVATE, units=())
 
 
 def test_a_response_is_an_answer_of_instructions(tmp_path: Path) -> None:
     lines(tmp_path, {"text": "what helps?", "response": "rest"}, {"text": "and then?", "response": None})
     data = site(source="notes.jsonl", task="instructions", labels=(), independent_rows=True)
-    assert read(data, tmp_path).train.answers == ("rest",)
-    assert check(data, tmp_path)[0] == "notes.jsonl: 1 of 2 rows have no text or no response: they are left out"
+    assert read(data, tmp_path).train.answers == ("rest", "")
+    assert check(data, tmp_path)[0] == (
+        "notes.jsonl: 1 of 2 rows lack a text, response or person and are empty ones: line 2 (no 'response')"
+    )
 
 
 def test_an_absolute_path_is_read_where_it_is(tmp_path: Path) -> None:
@@ -174,47 +190,298 @@ def test_numbers_and_dates_of_a_database_name_persons(database: postgres.Server,
         assert read(site(query=query.format(column)), tmp_path).train.units == (name,)
 
 
-# --- No single row decides whether there is an answer -----------------------------------------------------------------
+# --- No single row decides anything about another ---------------------------------------------------------------------
 
+DEEP = b"[" * 10_000 + b"]" * 10_000
 WHOLE = {"text": "a b", "label": "flu", "person": "p", "part": "train"}
+PERSONS = ("p1", "p2", "p1", "p3", "p4")
+HEADER = b"text,label,person\n"
 
 
-@pytest.mark.parametrize(
-    ("odd", "kept", "refused"),
-    [
-        ({"text": None}, False, None),
-        ({"text": "  "}, False, None),
-        ({"label": None}, False, None),
-        ({"person": None}, False, "1 rows have no value in column 'person'"),
-        ({"text": "a\0b"}, False, "row 2 of column 'text' holds a character that is no text"),
-        ({"text": ["a", "b"]}, False, "row 2 of column 'text' holds list values, not text"),
-        ({"text": "a" * 1_000_001}, False, "row 2 of column 'text' has 1000001 characters"),
-        ({"person": {"name": "x"}}, False, "row 2 of column 'person' holds dict values"),
-        ({"label": "\ud800"}, False, "row 2 of column 'label' holds a character"),
-        ({"text": 12}, True, None),
-        ({"label": "Flu "}, True, "labels differ only in case, blanks or what cannot be seen: 'Flu\\u0020' and 'flu'"),
-        ({"label": "cholera"}, True, None),
-    ],
-)
-def test_an_odd_row_stops_no_reading_and_changes_no_other(
-    tmp_path: Path, odd: dict[str, Any], kept: bool, refused: str | None
+def line(row: int, kind: str, **odd: Any) -> bytes:
+    """A row of a small table; the person stands before what is damaged."""
+    cells = {"person": PERSONS[row], "text": f"note {row}", "label": LABELS[row % 3], **odd}
+    if kind == "jsonl":
+        return json.dumps(cells).encode()
+    return f"{cells['text']},{cells['label']},{cells['person']}".encode()
+
+
+def cell(column: str, raw: bytes) -> Any:
+    """Damage: bytes in the place of a cell."""
+    return lambda row, kind: line(row, kind, **{column: "@"}).replace(b'"@"' if kind == "jsonl" else b"@", raw)
+
+
+BOTH: dict[str, Any] = {
+    "a byte that is no UTF-8": lambda row, kind: line(row, kind).replace(b"note", b"n\xffte"),
+    "no UTF-8 in the label": lambda row, kind: line(row, kind, label="@").replace(b"@", b"fl\xe9"),
+    "a NUL": lambda row, kind: line(row, kind).replace(b"note", b"n\0te"),
+    "half a character": lambda row, kind: line(row, kind).replace(b"note", b"\xed\xa0\x80"),
+    "an empty text": lambda row, kind: line(row, kind, text=""),
+    "a blank text": lambda row, kind: line(row, kind, text=" \u200b"),
+    "no label": lambda row, kind: line(row, kind, label=""),
+    "a label that is not listed": lambda row, kind: line(row, kind, label="cholera"),
+    "a blank person": lambda row, kind: line(row, kind, person=" "),
+    "a person that is no UTF-8": lambda row, kind: line(row, kind, person="@").replace(b"@", b"M\xfcller"),
+    "a number of 5,000 digits": lambda row, kind: line(row, kind, text="@").replace(b'"@"', b"9" * 5000).replace(
+        b"@", b"9" * 5000
+    ),
+    "a cell that is too long": lambda row, kind: line(row, kind, text="a" * 1_000_001),
+    "a blank line": lambda row, kind: b" ",
+    "binary": lambda row, kind: bytes(range(11, 200)).replace(b"\r", b""),
+}  # fmt: skip
+CSV: dict[str, Any] = {
+    "a field too many": lambda row, kind: line(row, kind, label="flu,mild"),
+    "a field too few": lambda row, kind: b"note",
+    "a quote that opens": lambda row, kind: b'"' + line(row, kind),
+    "a quote that opens, and a comma": lambda row, kind: b'"so, ' + line(row, kind),
+    "a quote within": lambda row, kind: line(row, kind, text='5" tall'),
+}
+JSON: dict[str, Any] = {
+    "no JSON": lambda row, kind: b"note",
+    "cut off": lambda row, kind: line(row, kind)[:-4],
+    "no object": lambda row, kind: b'["note"]',
+    "nested deeply": cell("text", DEEP),
+    "nested deeply and never closed": cell("text", DEEP[:10_000]),
+    "a table as text": cell("text", b'{"a": 1}'),
+    "a list as label": cell("label", b'["flu"]'),
+    "a number as label": cell("label", b"3.5"),
+    "true as text": cell("text", b"true"),
+    "null": cell("text", b"null"),
+    "half a pair": cell("text", b'"\\ud800"'),
+    "no number": cell("text", b"1e999999999"),
+    "not a number": cell("text", b"NaN"),
+    "twice": lambda row, kind: line(row, kind)[:-1] + b', "text": "other"}',
+    "an unknown escape": cell("text", b'"\\q"'),
+}
+DAMAGE = [("csv", name, make) for name, make in {**BOTH, **CSV}.items()]
+DAMAGE += [("jsonl", name, make) for name, make in {**BOTH, **JSON}.items()]
+
+
+def table(folder: Path, kind: str, damage: Any = None, at: int = -1) -> None:
+    rows = [damage(row, kind) if row == at else line(row, kind) for row in range(len(PERSONS))]
+    (folder / f"notes.{kind}").write_bytes((HEADER if kind == "csv" else b"") + b"\n".join(rows) + b"\n")
+
+
+def by_unit(data: SiteData, folder: Path) -> dict[Any, list[tuple[str, str]]]:
+    """What is learnt of each unit that takes part, as training would see it."""
+    train = read(data, folder).train
+    assert train.units is not None
+    taking = [rows for rows in unit_rows(train, data.records, rows_per_unit=2) if rows]
+    return {train.units[rows[0]]: [(train.prompts[r], train.answers[r]) for r in rows] for rows in taking}
+
+
+@pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
+def test_no_damage_to_a_row_changes_the_slot_of_another_unit(tmp_path: Path, kind: str, damage: str, make: Any) -> None:
+    persons = site(source=f"notes.{kind}", records=4)  # no more and no fewer than there are
+    rows = site(source=f"notes.{kind}", independent_rows=True, records=4)  # one fewer: none may move up
+    table(tmp_path, kind)
+    whole = by_unit(persons, tmp_path)
+    assert {unit: len(found) for unit, found in whole.items()} == {"p1": 2, "p2": 1, "p3": 1, "p4": 1}
+    alone = unit_rows(read(rows, tmp_path).train, rows.records)
+    assert alone == [[0], [1], [2], [3]]
+    for at, person in enumerate(PERSONS):
+        table(tmp_path, kind, make, at)
+        found = by_unit(persons, tmp_path)
+        others = [{unit: each for unit, each in known.items() if unit != person} for known in (found, whole)]
+        assert others[0] == others[1]
+        train = read(rows, tmp_path).train
+        slots = unit_rows(train, rows.records)
+        if damage != "a blank line":  # which a file may hold anywhere, and which is no row
+            assert len(train) == len(PERSONS)
+            assert [slot for place, slot in enumerate(slots) if place != at] == [[n] for n in range(4) if n != at]
+            assert slots[at : at + 1] in ([[]], [[at]], [])  # empty, or itself; nobody else
+        gathered(persons, tmp_path)  # nothing is refused
+        warnings(persons, gathered(persons, tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
+def test_a_source_of_damaged_rows_alone_is_a_source_of_empty_slots(
+    tmp_path: Path, kind: str, damage: str, make: Any
 ) -> None:
-    data = lines(tmp_path, WHOLE, {**WHOLE, **odd}, {**WHOLE, "text": "c d"})
-    train = read(data, tmp_path).train
-    assert [(train.prompts[i], train.answers[i]) for i in (0, -1)] == [("a b", "flu"), ("c d", "flu")]
-    assert len(train) == 2 + kept
-    if refused is None:
-        check(data, tmp_path)
-    else:
-        assert refused in said(data, tmp_path, check)
+    (tmp_path / f"notes.{kind}").write_bytes(
+        (HEADER if kind == "csv" else b"") + b"\n".join(make(n, kind) for n in [0, 1])
+    )
+    for more in ({}, {"independent_rows": True}):
+        train = read(site(source=f"notes.{kind}", records=4, **more), tmp_path).train
+        assert len(unit_rows(train, 4)) == 4
+    assert check(site(source=f"notes.{kind}", records=4), tmp_path)
 
 
-@pytest.mark.parametrize(("part", "wrong"), [("test", "1 values of the unit column"), ("train", "no row has 'test'")])
-def test_test_rows_stop_no_reading_either(tmp_path: Path, part: str, wrong: str) -> None:
-    lines(tmp_path, WHOLE, {**WHOLE, "text": "c d", "part": part})
+def test_a_person_keeps_their_place_where_the_first_row_cannot_be_read(tmp_path: Path) -> None:
+    table(tmp_path, "jsonl", BOTH["a NUL"], at=0)
+    train = read(site(source="notes.jsonl", records=3), tmp_path).train
+    assert unit_rows(train, 3, rows_per_unit=2) == [[2], [1], [3]]  # p1 learns the row that is left; p4 stays out
+
+
+def test_a_row_of_no_known_person_takes_an_empty_place_and_never_a_persons(tmp_path: Path) -> None:
+    table(tmp_path, "csv", CSV["a field too many"], at=1)  # p2's only row: whose it is cannot be known
+    assert [len(rows) for rows in unit_rows(read(site(records=4), tmp_path).train, 4)] == [1, 0, 1, 1]
+    table(tmp_path, "csv", CSV["a field too many"], at=2)  # one of p1's two: all four persons take part as before
+    train = read(site(records=4), tmp_path).train
+    assert unit_rows(train, 4, rows_per_unit=2) == [[0], [1], [2], [3]]
+    assert train.units == ("p1", "p2", "p3", "p4")
+
+
+def test_many_rows_of_a_person_that_cannot_be_read_push_nobody_out(tmp_path: Path) -> None:
+    rows = [line(n, "csv", person="@").replace(b"@", b"M\xfcller") for n in range(3)] + [line(3, "csv"), line(4, "csv")]
+    (tmp_path / "notes.csv").write_bytes(HEADER + b"\n".join(rows))
+    found = read(site(records=3), tmp_path).train
+    assert [[found.prompts[row] for row in rows] for rows in unit_rows(found, 3)] == [[], ["note 3"], ["note 4"]]
+
+
+def test_one_word_in_a_column_of_numbers_changes_no_other_cell(tmp_path: Path) -> None:
+    rows = [{**WHOLE, "text": f"note {n}", "person": n} for n in range(3)]
+    for odd in (2, 2.0, "2", "two"):
+        lines(tmp_path, *rows[:2], {**rows[2], "person": odd})
+        assert read(site(source="notes.jsonl"), tmp_path).train.units == ("0", "1", "two" if odd == "two" else "2")
+    for texts in ([1, 2.0, 3.5], [1, 2.0, "a word"]):
+        lines(tmp_path, *({**WHOLE, "text": text, "person": n} for n, text in enumerate(texts)))
+        assert read(site(source="notes.jsonl"), tmp_path).train.prompts[:2] == ("1", "2")
+
+
+@pytest.mark.parametrize("odd", ["test", "train", "", 7, None, ["test"], "\0", "Test "])
+def test_a_test_row_is_one_by_its_own_mark(tmp_path: Path, odd: Any) -> None:
+    lines(tmp_path, WHOLE, {**WHOLE, "person": "q", "part": odd}, {**WHOLE, "person": "r", "part": "test"})
     data = site(source="notes.jsonl", test=TestRows("part", "test"))
-    assert read(data, tmp_path).train.prompts[0] == "a b"
-    assert wrong in said(data, tmp_path, check)
+    found = read(data, tmp_path)
+    assert found.train.units is not None
+    assert found.train.units[0] == "p"
+    assert found.test.units == (("q", "r") if odd in ("test", "Test ") else ("r",))
+    check(data, tmp_path)
+
+
+def test_test_rows_that_cannot_be_read_are_left_out_and_learnt_by_nobody(tmp_path: Path) -> None:
+    lines(tmp_path, WHOLE, {**WHOLE, "text": "\0", "part": "test"}, {**WHOLE, "text": "c d", "part": "test"})
+    found = read(site(source="notes.jsonl", test=TestRows("part", "test")), tmp_path)
+    assert (found.train.prompts, found.test.prompts) == (("a b",), ("c d",))
+
+
+def test_a_parquet_file_is_read_cell_by_cell(tmp_path: Path) -> None:
+    texts = pa.array([b"note 0", b"n\xffte", b"note 2"]).cast(pa.binary()).view(pa.string())
+    days = pa.array([0, 10**9, 1], pa.int32()).view(pa.date32())  # the second is in a year that Python has not
+    columns = {"text": texts, "label": pa.array(["flu", "flu", None]), "person": days}
+    pq.write_table(pa.table(columns), tmp_path / "notes.parquet")
+    found = gathered(site(source="notes.parquet"), tmp_path)
+    assert found.damaged == [(2, "'text' is not UTF-8, 'person' cannot be read")]
+    assert found.incomplete == [(3, "no 'label'")]
+    assert [record.unit for record in found.records] == ["1970-01-01", None, "1970-01-02"]
+    assert [record.text for record in found.records] == ["note 0", "", ""]
+
+
+def test_a_damaged_page_of_a_parquet_file_loses_its_own_rows(tmp_path: Path) -> None:
+    frame = pd.DataFrame([{**WHOLE, "text": f"note {n} {n * 7919}", "person": f"p{n}"} for n in range(6)])
+    path = tmp_path / "notes.parquet"
+    pq.write_table(pa.Table.from_pandas(frame), path, row_group_size=3, compression="gzip", use_dictionary=False)
+    whole = gathered(site(source="notes.parquet"), tmp_path).records
+    at = pq.ParquetFile(path).metadata.row_group(0).column(0).data_page_offset
+    raw = bytearray(path.read_bytes())
+    raw[at + 40 : at + 50] = bytes(10)
+    path.write_bytes(raw)
+    found = gathered(site(source="notes.parquet"), tmp_path)
+    assert [number for number, _ in found.damaged] == [1, 2, 3]
+    assert found.records[3:] == whole[3:]
+    assert [record.unit for record in found.records] == [record.unit for record in whole]
+
+
+def test_a_query_is_read_cell_by_cell(
+    database: postgres.Server, file_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTES_DB", database.url())
+    day = "CASE WHEN id = 2 THEN 'infinity'::date ELSE DATE '2024-05-01' + id END"  # the first is no date of Python's
+    found = gathered(site(query=f"SELECT text, label, {day} AS person FROM notes ORDER BY id"), file_database)
+    assert found.damaged == [(2, "'person' cannot be read")]
+    assert [record.unit for record in found.records][:3] == ["2024-05-02", None, "2024-05-04"]
+    monkeypatch.setenv("NOTES_DB", "sqlite:///notes.db")
+    text = "CASE WHEN id = 2 THEN CAST(x'6e6fff' AS TEXT) ELSE text END"
+    found = gathered(site(query=f"SELECT {text} AS text, label, person FROM notes ORDER BY id"), file_database)
+    assert found.damaged == [(2, "'text' is not UTF-8")]
+    assert [record.unit for record in found.records] == ["7", "3", "7", "9", "4", "5"]
+    with sqlite3.connect(file_database / "notes.db") as connection:
+        connection.execute("UPDATE notes SET text = x'00ff' WHERE id = 1")
+    assert (1, "'text' holds bytes values, not text") in gathered(site(query=QUERY), file_database).damaged
+
+
+def test_a_quote_that_takes_rows_with_it_is_told_with_its_line(tmp_path: Path) -> None:
+    rows = [line(n, "csv") for n in range(5)]
+    rows[1] = b'"' + rows[1]
+    (tmp_path / "notes.csv").write_bytes(HEADER + b"\n".join(rows))
+    told = "notes.csv: line 3: a quote that does not close before a comma or line end is read as text"
+    assert told in check(site(), tmp_path)
+    rows[3] = rows[3].replace(b",", b'",', 1)  # by chance, CSV takes this quote for the end of the other
+    (tmp_path / "notes.csv").write_bytes(HEADER + b"\n".join(rows))
+    [told, *_] = check(site(), tmp_path)
+    assert told == (
+        "notes.csv: line 3: a quote closes 2 line(s) further on, 3 lines look like rows of their own and are in one "
+        "cell"
+    )
+    (tmp_path / "notes.csv").write_bytes(HEADER + b'"two,\nlines, all\r\nof one",flu,p\n')
+    assert not [each for each in check(site(), tmp_path) if "quote" in each]
+    assert read(site(), tmp_path).train.prompts == ("two,\nlines, all\r\nof one",)
+
+
+def test_what_cannot_be_read_is_told_by_line_and_kind_and_not_by_content(tmp_path: Path) -> None:
+    rows = [line(n, "jsonl") for n in range(5)]
+    rows[1] = rows[1].replace(b"note 1", b"secret \\u0000")
+    rows[3] = b"secret " + rows[3]
+    (tmp_path / "notes.jsonl").write_bytes(b"\n\n".join(rows))
+    [told, *_] = check(site(source="notes.jsonl"), tmp_path)
+    assert told == (
+        "notes.jsonl: 2 of 5 rows cannot be read and are empty ones in their places: line 3 ('text' holds a NUL), line "
+        "7 (is not JSON)"
+    )
+    assert "secret" not in " ".join(check(site(source="notes.jsonl"), tmp_path))
+
+
+# --- One person is one unit, however written ------------------------------------------------------------------------
+
+SPELLINGS = ["PAT003", "PAT003 ", "pat003", "PA\u200bT003", "\uff30AT003", " PAT003\u00a0"]
+
+
+@pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0"])
+def test_spellings_of_a_person_are_one_unit_at_an_order_and_refused_by_the_check(tmp_path: Path, other: str) -> None:
+    first = {"caf\u00e9": "cafe\u0301", "3.0": "3"}.get(other, "PAT003")
+    lines(tmp_path, {**WHOLE, "person": first}, {**WHOLE, "person": other}, {**WHOLE, "person": "q"})
+    data = site(source="notes.jsonl")
+    found = gathered(data, tmp_path)
+    assert unit_rows(laid_out(found.records, data).train, 2, rows_per_unit=2) == [[0, 1], [2]]
+    told = misread(data, found)
+    assert f"{min(first, other)!a} and {max(first, other)!a}" in told
+    assert told.startswith("notes.jsonl: 1 persons of the column 'person' are written in several ways: ")
+    merging = site(source="notes.jsonl", spellings="merge")
+    assert misread(merging, found) == ""
+    assert "1 persons are written in several ways, and each counts as one (data.spellings)" in check(merging, tmp_path)
+    assert merging.digest == data.digest  # rows are imported the same
+
+
+@pytest.mark.parametrize("other", ["PAT004", "03", "3.5", "Pat 003", "\u0441\u0430f\u00e9"])
+def test_other_persons_are_other_units(tmp_path: Path, other: str) -> None:
+    lines(tmp_path, *({**WHOLE, "person": person} for person in ("PAT003", "3", "cafe\u0301", other)))
+    data = site(source="notes.jsonl")
+    assert len(set(read(data, tmp_path).train.units or ())) == 4
+    assert misread(data, gathered(data, tmp_path)) == ""
+
+
+def test_a_persons_spelling_depends_on_their_own_cell_alone(tmp_path: Path) -> None:
+    for rest in ([], [{**WHOLE, "person": "PAT003"}], [{**WHOLE, "person": 3.5}, {**WHOLE, "person": None}]):
+        lines(tmp_path, {**WHOLE, "person": "pAt003"}, *rest)
+        assert gathered(site(source="notes.jsonl"), tmp_path).records[0].unit == "pat003"
+
+
+def test_a_text_is_kept_as_it_was_written_and_no_row_is_dropped_as_anothers_copy(tmp_path: Path) -> None:
+    texts = ["Cafe\u0301  \uff21\n\u200bx ", "Cafe\u0301  \uff21\n\u200bx ", "caf\u00e9 a x"]
+    lines(tmp_path, *({**WHOLE, "text": text, "person": n} for n, text in enumerate(texts)))
+    assert read(site(source="notes.jsonl"), tmp_path).train.prompts == tuple(texts)
+
+
+def test_another_spelling_of_a_listed_label_is_that_label_and_is_told(tmp_path: Path) -> None:
+    rows = [{**WHOLE, "label": label, "person": n} for n, label in enumerate(["Flu ", "flu", "influenza", "\uff46lu"])]
+    lines(tmp_path, *rows)
+    data = site(source="notes.jsonl", labels=("flu",), records=4)
+    assert read(data, tmp_path).train.answers == ("flu", "flu", "influenza", "flu")
+    assert (
+        "2 rows have a label of data.labels in another spelling ('Flu ', '\\uff46lu'): they count as that label"
+        in check(data, tmp_path)
+    )
 
 
 def test_the_real_number_changes_no_declared_one(tmp_path: Path) -> None:
@@ -224,6 +491,15 @@ def test_the_real_number_changes_no_declared_one(tmp_path: Path) -> None:
     assert len(read(many, tmp_path).train) == 9  # which of them take part says fedsynth.examples
 
 
+@pytest.mark.parametrize("key", ["source", "query", "text", "label", "person", "independent_rows", "test", "id"])
+def test_other_words_about_reading_are_another_import(key: str) -> None:
+    known = site()
+    other: Any = {"independent_rows": True, "test": TestRows("part", "test"), "id": "n2", "query": QUERY}
+    more = {"query": QUERY} if key == "query" else {key: other.get(key, "other.csv" if key == "source" else "other")}
+    assert site(**more).digest != known.digest
+    assert site(records=9, labels=("flu",)).digest == known.digest
+
+
 # --- What is refused --------------------------------------------------------------------------------------------------
 
 
@@ -231,35 +507,32 @@ def test_the_real_number_changes_no_declared_one(tmp_path: Path) -> None:
     ("content", "wrong"),
     [
         ("text,label,who\na,flu,p\n", "notes.csv: no column 'person'; it has text, label, who"),
-        ("text,label,person\n1.5,flu,p\n2,flu,q\n", "notes.csv: column 'text' holds numbers, not text: name the"),
-        ("text,label,person\n,flu,p\na,,q\n", "notes.csv: no row has both 'text' and 'label' (it has 2 rows)"),
+        ("text;label;person\na;flu;p\n", "no column 'text'; it has text;label;person; are its columns parted by ';'?"),
+        ("text,label,text,person\na,flu,b,p\n", "notes.csv: the column 'text' stands there twice"),
         ("", "notes.csv: cannot be read: it is empty"),
-        (b"text,label,person\ncaf\xe9,flu,p\n", "byte 0xe9 in line 2 is not UTF-8"),
+        ("text,label,person\n".encode("utf-16"), "notes.csv: cannot be read: its encoding is UTF-16: save it as UTF-8"),
         (None, "notes.csv: no such file in "),
     ],
 )
 def test_a_file_that_is_not_what_was_declared_is_refused(tmp_path: Path, content: Any, wrong: str) -> None:
     if content is not None:
         (tmp_path / "notes.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    for step in (read, check):
-        assert wrong in said(site(), tmp_path, step)
+    assert wrong in said(site(), tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("column", "wrong"),
+    ("column", "told"),
     [
-        ("image", "row 1 of column 'text' holds bytes values, not text"),
-        ("parts", "row 1 of column 'text' holds list values, not text"),
-        ("amount", "column 'text' holds numbers, not text"),
-        ("day", "column 'text' holds date values, not text"),
+        ("image", "row 1 ('text' holds bytes values, not text)"),
+        ("parts", "row 1 ('text' holds list values, not text)"),
+        ("amount", "column 'text' holds numbers alone: is it the text's column?"),
     ],
 )
-def test_a_column_of_a_database_that_is_no_text_is_refused(
-    database: postgres.Server, tmp_path: Path, column: str, wrong: str
+def test_a_column_of_a_database_that_is_no_text_is_told(
+    database: postgres.Server, tmp_path: Path, column: str, told: str
 ) -> None:
     data = site(query=f"SELECT {column} AS text, label, id AS person FROM odd ORDER BY id")
-    assert f"data.query: {wrong}" in said(data, tmp_path, check)
-    said(data, tmp_path)
+    assert told in " ".join(check(data, tmp_path))
 
 
 ONE = {"source": "notes.csv", "person": "person"}
@@ -395,10 +668,9 @@ def test_a_database_that_cannot_be_reached_is_named_by_its_variable(
         monkeypatch.delenv("NOTES_DB", raising=False)
     else:
         monkeypatch.setenv("NOTES_DB", url)
-    for step in (read, check):
-        found = said(site(query=QUERY), tmp_path, step)
-        assert wrong in found
-        assert "hunter2" not in found
+    found = said(site(query=QUERY), tmp_path)
+    assert wrong in found
+    assert "hunter2" not in found
 
 
 @pytest.mark.parametrize(
@@ -494,16 +766,13 @@ def test_what_the_server_says_of_a_query_is_told_unless_it_holds_a_value(
     ("query", "wrong"),
     [
         ("SELECT * FROM nowhere ORDER BY id", "the database refuses it: no such table: nowhere"),
-        ("SELECT CAST(x'6e6f746573ff' AS TEXT) AS text FROM notes ORDER BY id", "the database refuses it: Operational"),
         ("SELECT text, label FROM notes ORDER BY id", "no column 'person'; it has text, label"),
         ("SELECT text, label, text, person FROM notes ORDER BY id", "the column 'text' stands there twice"),
-        ("SELECT * FROM notes WHERE id > 9 ORDER BY id", "no row has both 'text' and 'label' (it has 0 rows)"),
     ],
 )
 def test_a_query_that_gives_other_columns_is_refused(file_database: Path, query: str, wrong: str) -> None:
     found = said(site(query=query), file_database)
     assert found.startswith(f"data.query: {wrong}")
-    assert "notes\\xff" not in found
 
 
 # --- What a site is told ----------------------------------------------------------------------------------------------
@@ -524,12 +793,14 @@ def test_a_site_is_told_what_does_not_fit(tmp_path: Path) -> None:
     lines(tmp_path, *rows)
     data = site(source="notes.jsonl", labels=("flu", "asthma"), records=5, test=TestRows("part", "test"))
     assert check(data, tmp_path) == [
-        "notes.jsonl: 1 of 57 rows have no text or no label: they are left out",
+        "notes.jsonl: 1 of 57 rows lack a text, label or person and are empty ones: line 56 (no 'text')",
         "1 rows have a label that data.labels lacks ('cholera' 1): they count as records, and nothing is learnt from "
         "them",
         "no row has the label 'asthma' of data.labels",
-        "the training text has 6 values of 'person', declared are 5 (data.records): only the first 5 take part",
-        "one of the values of 'person' has 50 of 55 training rows, half of them have at most 1: is it a person, or "
+        "the training text has 7 values of 'person', declared are 5 (data.records): only the first 5 take part. If one "
+        "of them is taken out of the source, the next one moves in, so that this costs the replace-one figure; epsilon "
+        "holds for one that stays and is emptied",
+        "one of the values of 'person' has 50 of 56 training rows, half of them have at most 1: is it a person, or "
         "does it stand for unknown ones?",
         "1 training rows repeat the text of another one: if they are of one person, give them one value in a column of "
         "persons, or leave them out",
@@ -543,12 +814,6 @@ def test_too_few_records_are_filled_with_empty_ones(tmp_path: Path) -> None:
         "the training text has 1 values of 'person', declared are 10 (data.records): those that are missing count as "
         "empty ones"
     ]
-
-
-def test_a_query_that_gives_its_rows_in_any_order_is_refused(file_database: Path, database: postgres.Server) -> None:
-    table = "FROM notes, generate_series(1, 20) AS copies"
-    wrong = said(site(query=f"SELECT text, label, person {table} ORDER BY random()"), file_database, check)
-    assert wrong.startswith("data.query gave other rows when it was asked again, and other rows are charged again")
 
 
 def test_a_postgresql_is_missed_loudly_where_it_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
