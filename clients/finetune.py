@@ -89,7 +89,7 @@ def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: b
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)
         if home.stacked:
-            check_stack(model, plan, pad=tokenizer.pad_token_id)
+            check_stack(model, plan, settings, pad=tokenizer.pad_token_id)
     while len(_passed) >= _REMEMBERED:
         _passed.pop(next(iter(_passed)))
     _passed[asked] = None

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from fedsynth.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
-from fedsynth.corpus import Corpus, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.hub import weights_hash
 from fedsynth.models import device, load_named, load_tokenizer, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
-from fedsynth.selfcheck import check_streams, self_check
+from fedsynth.selfcheck import LISTED, check_list, self_check
 from fedsynth.tasks import Score, Scored
 from fedsynth.training import Randomness, private, train_generator, trainable
 
@@ -64,7 +64,8 @@ def _noised(home: Home, order: Score, digest: str) -> Scored:
     """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each order."""
     plan = home.config.score_plan(home.records, home.rounds)
     model = task_model(home)
-    check_streams(plan.sampling_rate)
+    listed = Corpus(("",) * LISTED, tuple(str(n % 2) for n in range(LISTED)), Provenance.PUBLIC)
+    check_list(lambda values, public: protected(values, listed, plan, public), plan)
 
     weights = hashlib.sha256((home.work / WEIGHTS).read_bytes()).hexdigest()
     binding = home.binding(digest, plan, model=weights, training=home.config.task_training)

@@ -16,7 +16,6 @@ from fedsynth.clients.policy import CLIP_NORMS, MOST_ALPHA, MOST_RATE, SITE, Pla
 from fedsynth.clients.trail import Trail
 from fedsynth.folders import private_folder
 from fedsynth.invitation import public_labels
-from fedsynth.models import device
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario import Cell, Client
 from fedsynth.tasks import Envelope
@@ -157,9 +156,6 @@ def _out_of_range(config: Client) -> Exception | None:
         if training.learning_rate > MOST_RATE or training.alpha > MOST_ALPHA:
             return NotAllowed(f"learning_rate may be {MOST_RATE:g} at most, alpha {MOST_ALPHA:g}, got "
                               f"{training.learning_rate:g} and {training.alpha:g}")  # fmt: skip
-        if training.precision == "bfloat16" and device().type == "cuda":
-            # That one text moves no other's gradient was measured on CPUs only.
-            return NotAllowed("precision = 'bfloat16' is for CPUs here, and this site trains on a GPU: ask for 'auto'")
     if not low <= config.score_norm <= high:
         return NotAllowed(f"score_norm must lie in {low:g}..{high:g} at a site, got {config.score_norm:g}")
     return None

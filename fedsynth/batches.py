@@ -41,12 +41,9 @@ def longest_of(config: Any, tokenizer: Any, longest: int | None = None) -> int |
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False, step: int = 1) -> tuple[Tensor, Tensor]:
-    """Token ids, and 1 where a row's own tokens stand; each of shape (rows, longest row), on the CPU.
-
-    The longest row is rounded up to a multiple of `step`.
-    """
-    width = -(-max(len(row) for row in rows) // step) * step
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, and 1 where a row's own tokens stand; each of shape (rows, longest row), on the CPU."""
+    width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), pad, dtype=torch.long)
     present = torch.zeros((len(rows), width), dtype=torch.long)
     for i, row in enumerate(rows):

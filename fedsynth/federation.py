@@ -89,6 +89,12 @@ class RoundStrategy(Strategy, Generic[S]):
         if scenario.data.task not in cls.tasks:
             raise BadValue(f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
                            f"this scenario has {scenario.data.task!r}")  # fmt: skip
+        client = scenario.client
+        half = client.generator_training.precision == "bfloat16"
+        if half and client.guarantee == "dp" and cls.trains_generator(config):
+            raise BadValue('client.generator_training.precision = "bfloat16" gives no guarantee: in it one text can '
+                           'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
+                           'is float32 under client.guarantee = "dp"')  # fmt: skip
         if hasattr(config, "check"):
             config.check(scenario)
 
@@ -96,6 +102,11 @@ class RoundStrategy(Strategy, Generic[S]):
     def spends(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
         """Whether any of the budget is spent under `dp`; what spends nothing is the same at every epsilon."""
         return True
+
+    @classmethod
+    def trains_generator(cls, config: Any) -> bool:
+        """Whether the generator's training is what spends: it is checked before a run."""
+        return cls.spends(config)
 
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config

@@ -181,9 +181,9 @@ class GeneratorTraining:
         learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
         clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
-        precision: Of the frozen base. `auto` is bfloat16 on CPUs that compute in it where the model is wide enough for
-            that to pay: name one where results must be the same on different machines. Real sites with a GPU
-            refuse `bfloat16`.
+        precision: Of the generator's frozen base. `auto` is float32 under `dp`, where `bfloat16` is refused: in it no
+            clip norm bounds what a text moves. Else `auto` is bfloat16 on CPUs that compute in it where the model is
+            wide enough for that to pay: name one where arms or machines are compared. A scorer is float32.
     """
 
     expected_batch: Count = 50
@@ -288,7 +288,7 @@ class Client:
         scores: Under `dp`, what protects scores of the server's texts (CrossLM). `model`: a classifier of its own,
             trained once under DP-SGD, gives those of all rounds. `noise`: the task model gives them, and each round's
             list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
-        scorer_training: `scores = "model"`: DP-SGD settings; `learns` has no meaning there.
+        scorer_training: `scores = "model"`: DP-SGD settings; `learns` and `precision` have no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
         stacked: Simulations: the adapters of so many clients train in one pass of the model, each on its own text; left
             out, of as many as that pays for. Results are the same but for rounding.
@@ -370,10 +370,12 @@ class Client:
         )
 
     def of(self, index: int) -> Client:
-        """What the client `index` runs: this, with its own one of `task_models`."""
-        if not self.task_models:
-            return self
-        return replace(self, task_model=self.task_models[index % len(self.task_models)])
+        """What the client `index` runs: this, with its own one of `task_models`, and with what `precision = "auto"` is
+        under a guarantee."""
+        own, training = self, self.generator_training
+        if self.guarantee == "dp" and training.precision == "auto":
+            own = replace(own, generator_training=replace(training, precision="float32"))
+        return replace(own, task_model=self.task_models[index % len(self.task_models)]) if self.task_models else own
 
 
 @dataclass(frozen=True)

@@ -112,26 +112,28 @@ def check(scenario: Scenario) -> list[str]:
         BadValue: What is wrong and the way out.
     """
     warnings: list[str] = []
-    seen: set[tuple[Any, ...]] = set()
+    read: set[tuple[Any, ...]] = set()
+    planned: set[tuple[Any, ...]] = set()
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         resolved = cell.scenario
         check_server(cell)
         for name, role in client_models(resolved.client):
             check_model(name, role)
-        key = (resolved.data, resolved.client)
-        if key in seen:
-            continue
-        seen.add(key)
         labels = label_list(resolved.data)
-        if resolved.data.task == "classification":
-            try:
-                check_labels(labels)
-            except ValueError as problem:
-                raise BadValue(str(problem)) from problem
-        if resolved.data.world is None:
-            warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
-        if resolved.client.guarantee == "dp":
-            _check_budget(scenario, cell, labels)
+        if (resolved.data, resolved.client) not in read:
+            read.add((resolved.data, resolved.client))
+            if resolved.data.task == "classification":
+                try:
+                    check_labels(labels)
+                except ValueError as problem:
+                    raise BadValue(str(problem)) from problem
+            if resolved.data.world is None:
+                warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
+        kind, options = load_strategy(resolved.strategy)
+        key = (resolved.data, resolved.client, resolved.rounds, kind.trains_generator(options))
+        if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
+            planned.add(key)
+            _check_budget(scenario, cell, labels, scores=not kind.trains_generator(options))
     return list(dict.fromkeys(warnings))
 
 
@@ -191,16 +193,25 @@ def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
     return replace(scenario, client=client, server=server, arms=arms)
 
 
-def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str]) -> None:
-    """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens."""
-    client, data = cell.scenario.client, cell.scenario.data
+def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scores: bool) -> None:
+    """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens.
+
+    Args:
+        scenario: Whose seeds count.
+        cell: Of an arm that spends.
+        labels: Of its data.
+        scores: Scores are what it spends on, not the training of a generator.
+    """
+    client, data = cell.scenario.client.of(0), cell.scenario.data
     homes = 1 if data.pooled else data.clients
     worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
     records = min(declared_records(world, index) for world in worlds for index in range(homes))
     try:
-        planned = client.plan(records, cell.scenario.rounds)
+        planned = (client.score_plan if scores else client.plan)(records, cell.scenario.rounds)
     except BudgetTooSmall as problem:
         raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
+    if scores:
+        return
     settings = client.generator_training
     tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
     try:

@@ -52,18 +52,18 @@ def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -
 def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
     """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
     that are learnt, (examples, positions), `IGNORED` elsewhere."""
-    where, step = next(model.parameters()).device, padding_step(model)
+    where = next(model.parameters()).device
     if _reads_and_writes(model):
         within: Any = getattr(model, "_module", model)  # Opacus wraps it
-        given, present = padded([e.tokens[: e.start] for e in examples], pad, step=step)
-        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED, step=step)[0].to(where)
+        given, present = padded([e.tokens[: e.start] for e in examples], pad)
+        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
         # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
         before = within.prepare_decoder_input_ids_from_labels(wanted)
         read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
         logits = _float(model(**read, use_cache=False).logits)
     else:
-        tokens, present = padded([e.tokens for e in examples], pad, step=step)
-        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED, step=step)
+        tokens, present = padded([e.tokens for e in examples], pad)
+        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
         length = tokens.shape[1]
         # What comes before all learnt tokens needs no logits: they cost as much as some layers.
         first = max(0, min(min(e.start for e in examples) - 1, length - 2))
@@ -75,18 +75,6 @@ def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tupl
 
 def _float(logits: Tensor) -> Tensor:
     return logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
-
-
-_STEP = 16
-
-
-def padding_step(model: nn.Module) -> int:
-    """To a multiple of how many tokens examples are padded.
-
-    In half precision the gradient of an example moves with the length to which it is padded, by up to 1 % of the clip
-    norm as measured: it may depend on the example alone, not on who else was drawn (docs/privacy.md).
-    """
-    return _STEP if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1
 
 
 def _reads_and_writes(model: nn.Module) -> bool:
@@ -141,23 +129,19 @@ def clipped_sums(
 
 def _microbatches(model: nn.Module, units: Sequence[Slot], microbatch: int) -> Iterator[list[int]]:
     """The numbers of the units that are passed together: `microbatch` examples at most (more only where one unit has
-    more), sorted by length; in half precision of one padded length each."""
-    step, both = padding_step(model), _reads_and_writes(model)
+    more), sorted by length."""
+    both = _reads_and_writes(model)
 
-    def shape(number: int) -> tuple[int, ...]:
-        """Of its longest example, as it is padded: what is read and what is written, or all in one."""
+    def shape(number: int) -> tuple[int, int]:
+        """Of its longest example: what is read and what is written, or all in one."""
         ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in units[number]]
-        return tuple(-(-size // step) for size in (max(n - s for s, n in ends), max(s for s, _ in ends)))
+        return max(n - s for s, n in ends), max(s for s, _ in ends)
 
     ordered = sorted((number for number, unit in enumerate(units) if unit), key=shape)
     at = 0
     while at < len(ordered):
         end, rows = at + 1, len(units[ordered[at]])
-        while (
-            end < len(ordered)
-            and rows + len(units[ordered[end]]) <= microbatch
-            and (step == 1 or shape(ordered[end]) == shape(ordered[at]))
-        ):
+        while end < len(ordered) and rows + len(units[ordered[end]]) <= microbatch:
             rows += len(units[ordered[end]])
             end += 1
         yield ordered[at:end]

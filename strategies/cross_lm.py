@@ -45,6 +45,11 @@ class CrossLM(RoundStrategy[State]):
         """Not where no client is asked for scores."""
         return config.feedback != "none"
 
+    @classmethod
+    def trains_generator(cls, config: CrossLMOptions) -> bool:  # noqa: ARG003
+        """Never: scores are all that clients give."""
+        return False
+
     def initial(self) -> State:
         """The LLM as it came."""
         return State()

@@ -25,6 +25,7 @@ strategies clients
 federation exchanges nodes runs wire firewall tasks recall trackers
 classifier public_models world_models world_adapters
 judges mentor apprentice selfgen feedback selfcheck
+loopcheck
 teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
 batches adapters surroundings
 models dpsgd participation
@@ -55,6 +56,7 @@ MAY_IMPORT = {
         "training",
         "examples",
         "selfcheck",
+        "loopcheck",
         "classifier",
         "generation",
         "llm",

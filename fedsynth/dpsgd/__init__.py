@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
-from fedsynth.dpsgd.recording import UnknownWeight, full_precision
+from fedsynth.dpsgd.recording import HalfPrecision, UnknownWeight, check_bounded, full_precision
 from fedsynth.scenario import Clipping
 
-__all__ = ["CLIPPING", "LARGEST_NORM", "MARGIN", "Clipper", "Clipping", "UnknownWeight", "clipper"]
+__all__ = [
+    "CLIPPING",
+    "LARGEST_NORM",
+    "MARGIN",
+    "Clipper",
+    "Clipping",
+    "HalfPrecision",
+    "UnknownWeight",
+    "clipper",
+]
 
 CLIPPING: tuple[Clipping, ...] = get_args(Clipping)
 
@@ -74,6 +83,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
     Raises:
         UnknownWeight: If a trainable weight belongs to a layer of which no gradient per example is known, or is less
             precise than float32.
+        HalfPrecision: If there is a clip norm, and any of the model is less precise than float32.
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
@@ -82,6 +92,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
     if math.isinf(clip_norm):
         yield Unclipped(model)
         return
+    check_bounded(model)
     modes = {"bookkeeping": bookkeeping.clipper, "hooks": opacus_modes.hooks, "ghost": opacus_modes.ghost}
     with full_precision():
         opened: Any = modes[clipping](model, clip_norm)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 class UnknownWeight(NotImplementedError):
     """A trainable weight is used in a way of which no gradient per example is known; nothing was trained."""
+
+
+class HalfPrecision(ValueError):
+    """A model computes in less than float32, and is to be trained under a clip norm: nothing bounds a unit there."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,22 @@ def check_precision(device: torch.device) -> None:
     if torch.is_autocast_enabled(device.type):
         raise ValueError("norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
                          "makes a frozen base faster")  # fmt: skip
+
+
+def check_bounded(model: nn.Module) -> None:
+    """Whether C can bound what one unit moves: everything of a model that computes is float32 at least.
+
+    Half-precision kernels round otherwise for another number of rows: 32 equal units instead of 31 moved a sum by 1.034
+    C on one CPU, while on another no number of rows changed anything (docs/privacy.md).
+
+    Raises:
+        HalfPrecision: If something is less precise.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        computes = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)  # a buffer may hold positions
+        if computes and tensor.dtype not in (torch.float32, torch.float64):
+            raise HalfPrecision(f"{name!r} is {tensor.dtype}, and there a unit's gradient can depend on how many others"
+                                " are passed with it, so that no clip norm bounds what it moves")  # fmt: skip
 
 
 def check_unused(weights: Mapping[str, nn.Parameter]) -> None:

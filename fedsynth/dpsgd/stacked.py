@@ -7,6 +7,7 @@ rounding of another order of additions). What is saved is the work per operation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from fedsynth.dpsgd.bookkeeping import clip_factors, numbered, square_norms, uni
 from fedsynth.dpsgd.recording import (
     Record,
     UnknownWeight,
+    check_bounded,
     check_examples,
     check_precision,
     full_precision,
@@ -112,7 +114,10 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
 
     Raises:
         UnknownWeight: If a trainable weight is not of a plain LoRA on a linear layer, or has no factors.
+        HalfPrecision: If there is a clip norm, and any of the model is less precise than float32.
     """
+    if math.isfinite(clip_norm):
+        check_bounded(model)
     if any(torch.finfo(stack.dtype).bits < 32 for stack in factors.values()):
         raise UnknownWeight("the clients' factors must be float32: sums and noise would be rounded to less")
     weights, places = _side_by_side({w: factors[w] for w in model.parameters() if w.requires_grad and w in factors})
