@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.numpy import load_file
-from safetensors.torch import save_file
+from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -72,11 +74,7 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
     Raises:
         WrongAdapter: If the adapter's base, tensors or shapes are not those of this model.
     """
-    if adapter.base != (own := weights_hash(name)):
-        raise WrongAdapter(
-            f"the adapter belongs to a model with weights {adapter.base[:12]}, {name!r} has {own[:12]}: server and "
-            "clients must use the same base"
-        )
+    _check_base(adapter.base, name)
     borrowed = _borrowed(name, adapter.rank, adapter.alpha, precision)
     _check_fits(adapter, borrowed.weights)
     arrays = [torch.from_numpy(np.ascontiguousarray(adapter.arrays[n])) for n in borrowed.weights]
@@ -129,6 +127,14 @@ def _by_name(model: PeftModel) -> dict[str, nn.Parameter]:
     """LoRA weights by the names under which PEFT saves them."""
     places = {weight.data_ptr(): weight for weight in model.parameters()}
     return {name: places[tensor.data_ptr()] for name, tensor in _adapter_weights(model).items()}
+
+
+def _check_base(base: str, name: str) -> None:
+    if base != (own := weights_hash(name)):
+        raise WrongAdapter(
+            f"the adapter belongs to a model with weights {base[:12]}, {name!r} has {own[:12]}: server and "
+            "clients must use the same base"
+        )
 
 
 def _check_fits(adapter: Adapter, weights: Mapping[str, nn.Parameter]) -> None:
@@ -243,7 +249,7 @@ def stack_of(model: PeftModel, adapters: Sequence[Adapter]) -> Stack:
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     """Writes an adapter so that `PeftModel.from_pretrained` loads it on top of the model named `base`."""
     folder.mkdir(parents=True, exist_ok=True)
-    modules = sorted({n.removeprefix("base_model.model.").partition(".lora_")[0] for n in adapter.arrays})
+    modules = sorted(_layers(adapter.arrays))
     config = _lora_config(adapter.rank, adapter.alpha, modules)
     # Told from the layers: who saves a client's adapter need not have the client's model.
     sides = {side for module in modules for side in ("encoder", "decoder") if side in module.split(".")}
@@ -258,45 +264,120 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
 
 
 GUARANTEE = "grants.json"  # beside an adapter's weights
-PLAIN = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "modules_to_save": None, "bias": "none"}
+USED = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Of where the adapter comes from and how it was trained; PEFT itself sets `fan_in_fan_out` by the kind of each layer.
+OF_NO_MATTER = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+                "lora_dropout", "fan_in_fan_out")  # fmt: skip
+STARTS = (True, False, "gaussian")  # of `init_lora_weights`: others, as "pissa" and "olora", change the base itself
 
 
 def load_adapter(name: str, base: str) -> Adapter:
-    """A plain LoRA in PEFT format for the model named `base`, with what `save_adapter` wrote of its guarantee.
+    """A LoRA in PEFT format for the model named `base`, with what `save_adapter` wrote of its guarantee.
 
-    One that others made, without that, is public: so whoever names it declares, as of any model.
+    Layers that it does not adapt get a fresh A and a B of zeros: they are as they were, and can learn from there.
+    One that others made, without what is said of its guarantee, is public: so whoever names it declares, as of any
+    model.
 
     Args:
         name: `assets:NAME`, or a folder.
         base: Of the model that it is put into.
 
     Raises:
-        BadValue: If there is none, it is no plain LoRA, or it is not one of that model.
+        BadValue: If there is none, it is not one of that model, or it says something that is not put to use here.
     """
     folder = locate_adapter(name)
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        arrays = load_file(folder / "adapter_model.safetensors")
+        tensors = load_file(folder / "adapter_model.safetensors")
         known = folder / GUARANTEE
         facts = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        rank, alpha = config["r"], config["lora_alpha"]
     except Exception as problem:  # safetensors has exceptions of its own for bad bytes
         raise BadValue(f"the adapter {name!r} cannot be read ({problem}): name a folder in PEFT format") from problem
-    if other := {key: config[key] for key, value in PLAIN.items() if config.get(key, value) != value}:
-        raise BadValue(f"the adapter {name!r} is no plain LoRA ({other}): only weights of A and B can be put to use")
-    adapter = Adapter(
-        {n: np.asarray(a, np.float32) for n, a in sorted(arrays.items())},
-        rank,
-        alpha,
-        facts.get("base_sha256", weights_hash(base)),
-        tuple(facts.get("grants", ())),
-        bool(facts.get("public", not known.is_file())),
-    )
     try:
-        with_adapter(base, adapter)
+        _check_base(facts.get("base_sha256", weights_hash(base)), base)
+        _check_understood(config)
+        if config.get("use_rslora"):  # Kalajdzievski 2023: alpha / sqrt(rank)
+            alpha *= rank**0.5
+        model = fresh_lora(base, rank=rank, alpha=alpha, seed=0)
+        start = read_adapter(model, weights_hash(base))
+        _check_tensors(tensors, start, _chosen_layers(config, model))
     except WrongAdapter as problem:
         raise BadValue(f"the adapter {name!r}: {problem}") from problem
-    return adapter
+    arrays = {**start.arrays, **{n: _array(t) for n, t in tensors.items()}}
+    public = bool(facts.get("public", not known.is_file()))
+    return replace(start, arrays=arrays, grants=tuple(facts.get("grants", ())), public=public)
+
+
+def _check_understood(config: Mapping[str, Any]) -> None:
+    """Refuses, by name, every key that may change what the tensors mean and is neither used here nor at its default."""
+    if config.get("peft_type") != "LORA":
+        raise WrongAdapter(f"it is no LoRA, its peft_type is {config.get('peft_type')!r}: name one that is")
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise WrongAdapter(f"r must be a whole number from 1 and lora_alpha a finite one, got {rank!r} and {alpha!r}")
+    defaults: dict[str, Any] = LoraConfig().to_dict() | {"init_lora_weights": None}  # type: ignore[no-untyped-call]
+    other = []
+    for key, value in config.items():
+        if key in (*USED, *OF_NO_MATTER, "peft_type") or (key == "init_lora_weights" and value in STARTS):
+            continue
+        off = value in (None, {}, []) if key not in defaults else value == defaults[key] or not (value or defaults[key])
+        if not off:
+            told = f"{key} = {json.dumps(value)[:80]}"
+            other.append(told if key in defaults else f"{told} (unknown to the installed PEFT)")
+    if other:
+        raise WrongAdapter(f"only what A and B hold can be put to use, and its adapter_config.json says more: "
+                           f"{', '.join(other)}; merge it into a model of its own (PEFT's merge_and_unload), and name "
+                           "that as the model")  # fmt: skip
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], whole: Adapter, chosen: set[str]) -> None:
+    """Refuses tensors that are not those of the layers that the adapter's configuration chooses, and names them.
+
+    Args:
+        tensors: By the names under which PEFT saves them.
+        whole: Of all layers that can be adapted.
+        chosen: Layers of the base model.
+    """
+    if strange := sorted(chosen - _layers(whole.arrays)):
+        raise WrongAdapter(f"it adapts {_listed(strange)}: only linear layers but the heads can be adapted here")
+    if lack := sorted(chosen - _layers(tensors)):
+        raise WrongAdapter(f"it has no tensors for {_listed(lack)}, which its target_modules name")
+    if surplus := sorted(_layers(tensors) - chosen):
+        raise WrongAdapter(f"it has tensors for {_listed(surplus)}, which its target_modules do not name in this model")
+    wanted = {n: a.shape for n, a in whole.arrays.items() if _layers([n]) <= chosen}
+    found = {n: tuple(t.shape) for n, t in tensors.items()}
+    if wrong := sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n)):
+        shapes = f"{wrong[0]} is {found.get(wrong[0], 'absent')}, not {wanted.get(wrong[0], 'absent')}"
+        raise WrongAdapter(f"its tensors are not those of LoRA of rank {whole.rank} on this model: {shapes}")
+
+
+def _chosen_layers(config: Mapping[str, Any], adapted: PeftModel) -> set[str]:
+    """The layers of the base that PEFT adapts by a configuration; `adapted` is the base with LoRA on all layers."""
+    targets = config.get("target_modules")
+    if not targets:
+        raise WrongAdapter("its adapter_config.json names no target_modules: write there which layers it adapts")
+    linear = _layers(_adapter_weights(adapted))
+    within = tuple(f"{layer}." for layer in linear)
+    body = cast(nn.Module, adapted.base_model.model)
+    names = [name for name, _ in body.named_modules() if not name.startswith(within)]
+    choice = {key: config[key] for key in ("exclude_modules", "layers_to_transform", "layers_pattern") if key in config}
+    try:
+        if targets == "all-linear":
+            targets = sorted(linear)
+        asked = LoraConfig(target_modules=targets, **choice)
+        return {name for name in names if check_target_module_exists(asked, name)}
+    except (ValueError, TypeError, re.error) as problem:
+        raise WrongAdapter(f"its choice of layers cannot be read ({problem})") from problem
+
+
+def _layers(names: Iterable[str]) -> set[str]:
+    """Those of the base model that LoRA weights belong to, by the names under which PEFT saves these."""
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+
+
+def _listed(layers: Sequence[str]) -> str:
+    return ", ".join(layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
 
 
 def public_adapter(name: str, base: str) -> Adapter:

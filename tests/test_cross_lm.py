@@ -818,7 +818,7 @@ def test_an_adapter_in_peft_format_is_read_back_and_put_into_the_llm(tmp_path: P
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"use_rslora": True}, "no plain LoRA"), ({"peft_type": "IA3"}, "no plain LoRA"), ({"r": 3}, "rank 3")],
+    [({"use_dora": True}, "use_dora = true"), ({"peft_type": "IA3"}, "no LoRA"), ({"r": 3}, "rank 3")],
 )
 def test_an_adapter_that_cannot_be_used_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     folder = saved(tmp_path / "lora", tiny.folder())
