@@ -118,16 +118,17 @@ def check(scenario: Scenario) -> list[str]:
         check_server(cell)
         for name, role in client_models(resolved.client):
             check_model(name, role)
-        key = (resolved.data, resolved.client)
-        if key in seen:
-            continue
-        seen.add(key)
         labels = label_list(resolved.data)
         if resolved.data.task == "classification":
             try:
                 check_labels(labels)
             except ValueError as problem:
                 raise BadValue(str(problem)) from problem
+        warnings += server_warnings(cell)
+        key = (resolved.data, resolved.client)
+        if key in seen:
+            continue
+        seen.add(key)
         if resolved.data.world is None:
             warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
         if resolved.client.guarantee == "dp":
@@ -151,6 +152,12 @@ def check_server(cell: Cell) -> None:
         check_model(name, role)
     if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
         public_adapter(resolved.server.adapter, resolved.server.llm)
+
+
+def server_warnings(cell: Cell) -> list[str]:
+    """What is possible with an arm's method and options, and hardly meant so."""
+    kind, options = load_strategy(cell.scenario.strategy)
+    return kind.warnings(options, label_list(cell.scenario.data))
 
 
 def pinned(scenario: Scenario) -> Scenario:
