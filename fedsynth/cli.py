@@ -446,13 +446,21 @@ def _print_table(console: Console, result: Any) -> None:
     table = Table(title=result.summary["scenario"])
     for head in heads:
         table.add_column(head, no_wrap=True)
+    losses = {arm: found["losses"] for arm, found in arms.items() if found.get("losses")}
+    if losses:
+        table.add_column("left by filters", overflow="fold", min_width=20)
     for arm, found in arms.items():
         figures = [_figure(found["metrics"].get(n)) for n in names]
+        told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
         epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
         guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
-        table.add_row(arm, *figures, guarantee, epsilon, *moved)
+        table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
     console.print(table)
+    for arm, found in losses.items():
+        if few := [loss["line"] for loss in found if loss["few"]]:
+            console.print(f"{arm}: {'; '.join(few)}: its figures are not those of its method", markup=False,
+                          soft_wrap=True)  # fmt: skip
     for line in missing(result.metrics):
         console.print(line, markup=False, soft_wrap=True)
     console.print("privacy, arm by arm:")

@@ -291,6 +291,20 @@ def at_most(corpus: Corpus, count: int) -> Kept:
     return Kept(corpus.take(range(len(corpus) - beyond)), {f"beyond {count}": beyond} if beyond else {})
 
 
+def asked_for(kept: Kept, labels: Sequence[str], missing: Mapping[str, int]) -> Kept:
+    """What a first step kept of all that was asked for, and not only of what came.
+
+    Args:
+        kept: Of what came.
+        labels: That texts were asked for.
+        missing: Reason -> texts that never came.
+    """
+    left = set(kept.corpus.answers)
+    lost = tuple(label for label in labels if label not in left)
+    dropped = Counter({reason: count for reason, count in missing.items() if count}) + Counter(kept.dropped)
+    return replace(kept, dropped=dict(dropped), lost=lost)
+
+
 def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:
     """A funnel's lines from its named steps, in order."""
     return [

@@ -106,7 +106,7 @@ def label_list(data: Data) -> tuple[str, ...]:
 
 
 def misfits(data: Data, labels: Sequence[str]) -> list[str]:
-    """Warnings: rows that are left out, spellings that are merged, rows whose label is not listed, labels without one.
+    """Warnings: rows that are left out, spellings that are merged, unlisted labels, listed ones that no row has.
 
     Args:
         data: A source of one's own, no world.

@@ -99,6 +99,16 @@ class RoundStrategy(Strategy, Generic[S]):
             config.check(scenario)
 
     @classmethod
+    def warnings(cls, config: Any, labels: Sequence[str]) -> list[str]:
+        """What to know before a run that is possible all the same. Options may have `warnings(labels)`, too.
+
+        Args:
+            config: The method's options.
+            labels: The public label list; empty where the task is to follow instructions.
+        """
+        return list(config.warnings(labels)) if hasattr(config, "warnings") else []
+
+    @classmethod
     def spends(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
         """Whether any of the budget is spent under `dp`; what spends nothing is the same at every epsilon."""
         return True

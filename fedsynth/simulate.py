@@ -129,6 +129,7 @@ def check(scenario: Scenario) -> list[str]:
                     raise BadValue(str(problem)) from problem
             if resolved.data.world is None:
                 warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
+        warnings += server_warnings(cell)
         kind, options = load_strategy(resolved.strategy)
         key = (resolved.data, resolved.client, resolved.rounds, kind.trains_generator(options))
         if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
@@ -153,6 +154,12 @@ def check_server(cell: Cell) -> None:
         check_model(name, role)
     if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
         public_adapter(resolved.server.adapter, resolved.server.llm)
+
+
+def server_warnings(cell: Cell) -> list[str]:
+    """What is possible with an arm's method and options, and hardly meant so."""
+    kind, options = load_strategy(cell.scenario.strategy)
+    return kind.warnings(options, label_list(cell.scenario.data))
 
 
 def pinned(scenario: Scenario) -> Scenario:

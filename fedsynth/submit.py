@@ -38,7 +38,7 @@ from fedsynth.runs import begin, check_free, private_of
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, from_toml, to_toml
 from fedsynth.server import commands, read_config
-from fedsynth.simulate import Result, check_server, done, read, with_models
+from fedsynth.simulate import Result, check_server, done, read, server_warnings, with_models
 from fedsynth.superlink import SERVERAPP, SUPERLINK_LOG
 from fedsynth.surroundings import differences
 from fedsynth.typed import BadValue, plain
@@ -90,6 +90,8 @@ def submit(
     with commands(server, read_config(server)) as flwr:
         for cell in cells(asked):
             check_server(cell)
+            for line in server_warnings(cell):
+                _warn(on_warning, line)
         asked = pinned(asked)
         _wait_for_sites(server, flwr, asked, asked_of, on_event, on_warning)
         begin(asked, place, {DEPLOYMENT: plain(deployment)}, {})

@@ -80,6 +80,11 @@ class Watch:
 
     def _line(self, event: dict[str, Any], cell: str, phase: str, number: int) -> str:
         turn = f" round {number}/{self.rounds}" if self.rounds > 1 and number else ""
-        told = [f"kept {event['kept']:.0%}"] if event.get("kept") is not None else []
+        told = [f"kept {_percent(event['kept'])}"] if event.get("kept") is not None else []
         told += [f"epsilon {event['epsilon']:.2f}"] if event.get("epsilon") is not None else []
         return f"[{self.at + 1}/{self.cells}] {cell}{turn}: {phase}" + (f" ({', '.join(told)})" if told else "")
+
+
+def _percent(share: float) -> str:
+    """Neither all nor nothing unless it is."""
+    return f"{share:.0%}" if share in (0, 1) else f"{min(max(share, 0.01), 0.99):.0%}"

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
-from fedsynth.curation import deduplicate, well_formed, yields
+from fedsynth.curation import asked_for, deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.feedback import Ranked, aggregate, first_adapter, ranked, shuffled, taught
 from fedsynth.llm import LocalLLM, TextModel
@@ -93,8 +93,9 @@ class CrossLM(RoundStrategy[State]):
             top_p=c.top_p,
             max_tokens=c.max_tokens,
             seed=self.seed("write"),
-        )[0].corpus
-        formed = well_formed(raw, labels=self.server.labels, min_words=c.min_words)
+        )[0]
+        formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words)
+        formed = asked_for(formed, self.server.labels[: c.written], raw.dropped)
         unique = deduplicate(formed.corpus)
         for stage in yields([("written", formed), ("written_unique", unique)]):
             journal.stage(SERVER, stage)

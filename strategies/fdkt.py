@@ -5,11 +5,11 @@ Federated Domain-specific Knowledge Transfer (arXiv 2405.14212). One round; priv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.curation import Kept, clusters, deduplicate, well_formed, yields
+from fedsynth.curation import Kept, asked_for, clusters, deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.judges import best_of
 from fedsynth.strategies.options import FDKTOptions
@@ -77,10 +77,10 @@ class FDKT(RoundStrategy[State]):
         drafts: dict[int, Corpus] = {}
         for home, answer in clients.ask_each(orders).items():
             journal.corpus(home, "drafts", answer.corpus)
-            journal.metric(home, "yield/drafts/unfinished", answer.unfinished)
             if answer.adapter is not None:
                 journal.adapter(home, answer.adapter)
-            drafts[home] = self._curate(home, "drafts", answer.corpus)
+            missing = {"unfinished": answer.unfinished}
+            drafts[home] = self._curate(home, "drafts", answer.corpus, self.server.labels, missing)
         return drafts
 
     def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
@@ -129,16 +129,20 @@ class FDKT(RoundStrategy[State]):
         )
         corpora: dict[int, Corpus] = {}
         for home, answer in written.items():
-            journal.metric(home, "yield/written/unreadable", sum(answer.dropped.values()))
             journal.metric(home, "yield/written/without_demonstrations", sum(answer.bare.values()))
-            corpora[home] = self._curate(home, "written", answer.corpus)
+            labels, came = self.server.labels[: c.written], len(answer.corpus) + sum(answer.dropped.values())
+            missing = {**answer.dropped, "not written": max(0, c.written - came)}
+            corpora[home] = self._curate(home, "written", answer.corpus, labels, missing)
             journal.corpus(home, "written", corpora[home])
         return corpora
 
-    def _curate(self, home: int, name: str, corpus: Corpus) -> Corpus:
+    def _curate(
+        self, home: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
+    ) -> Corpus:
+        """The texts that are texts, each once; noted beside those that were asked for and never came."""
         formed = well_formed(corpus, labels=self.server.labels, min_words=self.config.min_words)
         unique = deduplicate(formed.corpus)
-        self._note(home, [(name, formed), (f"{name}_unique", unique)])
+        self._note(home, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
         return unique.corpus
 
     def _note(self, home: int, steps: list[tuple[str, Kept]]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from fedsynth.curation import Stage
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.lora import Adapter, average
 from fedsynth.runs import SERVER
@@ -105,8 +106,8 @@ class FedPIT(RoundStrategy[State]):
         answers = clients.ask_each({home: self._order(home, adapter) for home, adapter in start.items()})
         for home, answer in answers.items():
             self.server.journal.adapter(home, answer.adapter)
-            for step, count in answer.funnel.items():
-                self.server.journal.metric(home, f"yield/self-generated/{step}", count)
+            if stage := _stage(answer.funnel):
+                self.server.journal.stage(home, stage)
 
         adapters = {home: answer.adapter for home, answer in answers.items()}
         if self.config.aggregate:
@@ -120,3 +121,13 @@ class FedPIT(RoundStrategy[State]):
     def _order(self, home: int, start: Adapter) -> SelfTrain:
         options = {name: value for name, value in asdict(self.config).items() if name != "aggregate"}
         return SelfTrain(start, self.seed("train", home), self.seed("write", home), **options)
+
+
+def _stage(funnel: Mapping[str, int]) -> Stage | None:
+    """What became of a client's candidates; None if it was to write none."""
+    if "asked" not in funnel:
+        return None
+    asked, kept = funnel["asked"], funnel.get("kept", 0)
+    dropped = {reason: count for reason, count in funnel.items() if reason not in ("asked", "kept")}
+    beyond = asked - kept - sum(dropped.values())
+    return Stage("self-generated", asked, kept, {**dropped, "beyond the best": beyond} if beyond > 0 else dropped, ())

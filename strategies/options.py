@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -62,6 +63,46 @@ class FDKTOptions:
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
+
+    def check(self, scenario: Scenario) -> None:
+        """An endpoint that can do what is asked of the LLM."""
+        if not self.augments or not _chats(scenario.server.llm):
+            return
+        if self.demonstrations == "none":
+            raise BadValue(f"{NO_LINE}: name one that goes on after a prompt, or a model with weights, as server.llm")
+        if self.demonstrations == "per_label":
+            raise BadValue(f'{NO_LINE}: say strategy.demonstrations = "all_labels"')
+        if self.judge == "likelihood":
+            raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
+
+    def warnings(self, labels: Sequence[str]) -> list[str]:
+        """Labels that the LLM writes no text of."""
+        return few_texts(self.written, labels) if self.augments else []
+
+    @property
+    def augments(self) -> bool:
+        """Whether the LLM writes."""
+        return self.texts == "llm" or self.demonstrations == "none"
+
+
+NO_SCORES = 'an endpoint with api = "chat" scores no text'
+NO_LINE = 'an endpoint with api = "chat" goes on after no line of text'
+
+
+def _chats(model: str | Endpoint | None) -> bool:
+    return isinstance(model, Endpoint) and model.api == "chat"
+
+
+def few_texts(written: int, labels: Sequence[str]) -> list[str]:
+    """A warning where fewer texts are asked of the LLM than there are labels: texts are asked for label by label."""
+    if written >= len(labels):
+        return []
+    none = labels[written:]
+    named = ", ".join(map(repr, none[:5])) + (", ..." if len(none) > 5 else "")
+    return [
+        f"strategy.written = {written} is less than the {len(labels)} labels: the LLM writes no text of {len(none)} of "
+        f"them ({named}); ask for {len(labels)} at least"
+    ]
 
 
 @dataclass(frozen=True)
@@ -124,8 +165,8 @@ class KnowledgeSGOptions:
         if isinstance(professional, str) and weights_hash(professional) == weights_hash(client.generator):
             raise BadValue(f"the professional model {professional!r} is the clients' own, it would teach itself: name "
                            "one that knows more as server.professional")  # fmt: skip
-        if isinstance(professional, Endpoint) and professional.api == "chat" and self.judge == "likelihood":
-            raise BadValue('an endpoint with api = "chat" scores no text: say strategy.judge = "instruction"')
+        if _chats(professional) and self.judge == "likelihood":
+            raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
         if self.instructions == "public" and server.public is None:
             raise BadValue('strategy.instructions = "public" needs server.public: where they come from')
         if self.instructions == "dp" and self.adopts == "target" and client.generator_training.learns != "record":
@@ -162,6 +203,10 @@ class CrossLMOptions:
     def __post_init__(self) -> None:
         in_range(self, "strategy")
 
+    def warnings(self, labels: Sequence[str]) -> list[str]:
+        """Labels that the LLM writes no text of."""
+        return few_texts(self.written, labels)
+
     @property
     def teaches(self) -> bool:
         """Whether the LLM changes."""
@@ -172,6 +217,9 @@ class CrossLMOptions:
         if self.teaches and isinstance(scenario.server.llm, Endpoint):
             raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
                            'say strategy.teaching.update = "none"')  # fmt: skip
+        if _chats(scenario.server.llm):
+            raise BadValue(f"{NO_LINE}, and CrossLM's texts go on after a label's name: name one that goes on after a "
+                           "prompt, or a model with weights, as server.llm")  # fmt: skip
         client, data = scenario.client, scenario.data
         if self.feedback == "none" or client.guarantee == "none":
             return

@@ -551,7 +551,7 @@ def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer
     check_answer(order, answer, ())
     with pytest.raises(Rejected, match="kept"):
         check_answer(order, replace(answer, funnel={"kept": 7}), ())
-    assert run.metric("yield/self-generated/asked") == [6.0]
+    assert run.metric("yield/self-generated/in") == [6.0]
 
 
 def test_what_follows_the_true_fields_is_no_part_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from fedsynth.reporting.page import listed
 from fedsynth.reporting.statistics import Figures
-from fedsynth.runs import SERVER
+from fedsynth.runs import SERVER, losses
 from fedsynth.scenario import Scenario
 
 LARGE_DELTA = 0.1  # of delta times the number of units: then a mechanism that publishes single units would pass
@@ -35,6 +35,8 @@ SIMULATED = (
     "statement is about sites that draw their own."
 )
 SILENT = "In {}: {}. What they may have spent is not in these figures."
+LITTLE = "{}: {}. Its figures are not those of its method."
+BARE = "{}: {}. Such a client learnt from nothing that the method made."
 LOST = "In {} a step of curation left no text of some labels at some clients."
 POOLED = "{} has all clients' text in one place and one test set: it is not compared client by client."
 
@@ -79,6 +81,12 @@ def cautions(
     gone = {arm: _without_answer(privacy.get(arm, {}), metrics, arm, homes[arm]) for arm in arms}
     silent = "Clients without an answer."
     found += [(silent, SILENT.format(arm, listed(clients))) for arm, clients in gone.items() if clients]
+    of_filters = losses(metrics)
+    for words, few in ((LITTLE, True), (BARE, False)):
+        told = {arm: [str(loss) for loss in own if loss.few == few and (few or loss.bare)]
+                for arm, own in of_filters.items()}  # fmt: skip
+        name = "Hardly any text left." if few else "Clients without text."
+        found += [(name, words.format(arm, "; ".join(lines))) for arm, lines in told.items() if lines]
     lost = metrics[metrics["metric"].str.endswith("/labels_lost") & (metrics["value"] > 0)]
     if len(lost):
         found.append(("Labels lost.", LOST.format(listed([str(arm) for arm in dict.fromkeys(lost["arm"])]))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from string import Formatter
 from typing import Any
 
 from fedsynth.reporting import figures as draw
@@ -121,6 +122,7 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
     main = metrics[0] if metrics else None
     held = main + HELD_OUT if main and main + HELD_OUT in figures.metrics("utility") else None
     heads = ["arm", *([_name(main), "95 % interval"] if main else []), *(["held-out clients"] if held else [])]
+    lost: Mapping[str, Any] = report.get("losses", {})
     rows: list[list[Cell]] = []
     for arm in arms:
         row: list[Cell] = [arm]
@@ -129,8 +131,9 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         if held:
             row.append(_spread(figures, "utility", held, arm))
         rows.append(
-            [*row, _guarantee(report, arm), figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3)]
-        )
+            [*row, _guarantee(report, arm), figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3),
+             *([_left(figures, arm, lost.get(arm, ()))] if lost else [])]
+        )  # fmt: skip
     note = (
         "Means over clients, then mean ± standard deviation over seeds. Intervals: percentile bootstrap over seeds, "
         "then clients within each." if main else ""
@@ -144,8 +147,20 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
                   f"{_first_up(main)} above that of {baseline}, pair by pair, with its 95 % interval", baseline),
         ]  # fmt: skip
         blocks.append(Plots([p for p in plots if p is not None]))
-    words = frozenset({0, len(heads)})
-    return [*blocks, Table([*heads, "guarantee", "epsilon"], rows, note=note, words=words)]
+    words = frozenset({0, len(heads), len(heads) + 2})
+    heads += ["guarantee", "epsilon", *(["left by filters"] if lost else [])]
+    return [*blocks, Table(heads, rows, note=note, words=words)]
+
+
+def _left(figures: Figures, arm: str, lost: Sequence[Mapping[str, str]]) -> Cell:
+    """What is told of an arm's losses, each number with its row."""
+    parts: list[Cell] = []
+    for loss in lost:
+        parts += ["; "] if parts else []
+        for words, number, *_ in Formatter().parse(loss["words"]):
+            row = figures.row("loss", f"{loss['what']}/{number}", "sum", arm=arm)
+            parts += [words, figures.number(row, 0)] if number else [words]
+    return _joined(*parts) if parts else "-"
 
 
 def _guarantee(report: Mapping[str, Any], arm: str) -> str:
@@ -408,7 +423,7 @@ def _stages(figures: Figures, arm: str) -> dict[str, dict[str, int]]:
         stage, _, what = metric.partition("/")
         row = figures.row("yield", metric, "mean", arm=arm)
         if row is not None:
-            stages.setdefault(stage, {})["in" if what == "asked" else what.removeprefix("dropped/")] = row
+            stages.setdefault(stage, {})[what.removeprefix("dropped/")] = row
     return stages
 
 

@@ -21,6 +21,7 @@ from fedsynth.reporting.statistics import (
     add_costs,
     add_curves,
     add_differences,
+    add_losses,
     add_privacy,
     add_server,
     add_utility,
@@ -38,7 +39,7 @@ from fedsynth.reporting.texts import (
     shown_labels,
     simulated_reference,
 )
-from fedsynth.runs import SERVER
+from fedsynth.runs import SERVER, losses
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.surroundings import FILE
@@ -84,6 +85,8 @@ def build(out: Path) -> dict[str, Any]:
     add_differences(figures, metrics, alike, baseline, tuned_on)
     add_curves(figures, metrics)
     add_yields(figures, metrics)
+    lost = losses(metrics)
+    add_losses(figures, lost)
     # Text without a guarantee may hold a person's words; a simulated world has no persons.
     simulated_world = scenario.data.world is not None and not sites
     bare = {arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none" and not simulated_world}
@@ -112,6 +115,7 @@ def build(out: Path) -> dict[str, Any]:
         "pooled": apart,
         "baseline": baseline,
         "privacy": privacy,
+        "losses": {arm: [{"what": loss.what, "words": loss.words} for loss in own] for arm, own in lost.items()},
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
         "texts": described,
         "examples": _examples(texts, arms),

@@ -11,7 +11,7 @@ import pandas as pd
 
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.reporting.page import Number
-from fedsynth.runs import SERVER, up
+from fedsynth.runs import SERVER, Loss, up
 
 COLUMNS = ("row", "part", "arm", "baseline", "seed", "round", "client", "metric", "statistic", "value")
 HELD_OUT = "_held_out_clients"
@@ -196,6 +196,14 @@ def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
             # A reason that a client never had is not recorded there: it counts as 0.
             means = (sums[metric].groupby(level="seed").sum() / clients).fillna(0.0)
             _add_mean(figures, "yield", str(metric).removeprefix("yield/"), means, arm=str(arm))
+
+
+def add_losses(figures: Figures, found: Mapping[str, Sequence[Loss]]) -> None:
+    """What filters left of an arm's texts, over all clients, rounds and seeds, where it is to be told."""
+    for arm, own in found.items():
+        for loss in own:
+            for name in ("asked", "left", "most", "clients", "bare", "narrowed"):
+                figures.add("loss", f"{loss.what}/{name}", "sum", getattr(loss, name), arm=arm)
 
 
 def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
