@@ -105,10 +105,10 @@ def source_changed(place: Place) -> str:
         return ""
     path, go_on = place.path(place.site.data.source), f"orders go on with the rows as imported at {about.at}"
     try:
-        size, changed = _stamp(place)
-        if (size, changed) == (about.size, about.changed):
+        found = path.stat()
+        if (found.st_size, found.st_mtime_ns) == (about.size, about.changed):
             return ""
-        if size == about.size and keyed_mac(place.open_ledger().mac_key, path.read_bytes()) == about.mac:
+        if found.st_size == about.size and keyed_mac(place.open_ledger().mac_key, path.read_bytes()) == about.mac:
             return ""
     except OSError as problem:
         return f"{path} cannot be read ({problem.strerror}): {go_on}"
