@@ -136,7 +136,12 @@ class FDKT(RoundStrategy[State]):
         return corpora
 
     def _curate(self, home: int, name: str, corpus: Corpus) -> Corpus:
-        formed = well_formed(corpus, labels=self.server.labels, min_words=self.config.min_words)
+        formed = well_formed(
+            corpus,
+            labels=self.server.labels,
+            min_words=self.config.min_words,
+            sentences=self.config.sentences,
+        )
         unique = deduplicate(formed.corpus)
         self._note(home, [(name, formed), (f"{name}_unique", unique)])
         return unique.corpus
