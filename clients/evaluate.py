@@ -19,6 +19,7 @@ from fedsynth.lora import Adapter
 from fedsynth.models import device, load_generator, load_tokenizer
 from fedsynth.tasks import Evaluated
 from fedsynth.training import mean_loss
+from fedsynth.world import task_part
 
 
 def evaluate(home: Home, adapter: Adapter | None = None) -> Evaluated:
@@ -54,11 +55,8 @@ def answers(home: Home, texts: Sequence[str]) -> list[str]:
 
 
 def _scored(home: Home, found: list[str]) -> dict[str, float]:
-    """Each response up to as many fields as the true one has, where it has several: a planted reference that a model
-    learnt to write behind them (`data.planted`) is no part of the task, and no test response ends with one."""
-    fields = [true.count(";") + 1 for true in home.test.answers]
-    cut = [";".join(text.split(";")[:n]) if n > 1 else text for n, text in zip(fields, found, strict=True)]
-    return instruction_scores(home.test.answers, cut)
+    """Whole responses against the true ones; of a simulated world the part that its task asks for."""
+    return instruction_scores(home.test.answers, found if home.world is None else [task_part(text) for text in found])
 
 
 def _loss(home: Home, adapter: Adapter) -> float:

@@ -87,6 +87,7 @@ class Home:
         lock: Held while an order is worked on; left out, a file in `work`.
         approvals: Where text waits for a person, if `rules.approval`.
         trail: Where a site keeps what it was asked and answered.
+        world: The simulated world that its text is of; None for text of people.
     """
 
     index: int
@@ -105,6 +106,7 @@ class Home:
     lock: Path | None = None
     approvals: Approvals | None = None
     trail: Trail | None = None
+    world: str | None = None
 
     @property
     def rules(self) -> Rules:
@@ -245,6 +247,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         open=lambda: _site(cell, index),
         simulated=True,
         stacked=scenario.stack > 1,
+        world=scenario.data.world,
     )
 
 

@@ -12,7 +12,8 @@ from fedsynth.clients.finetune import on_base, put_to_use, slots_of
 from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.examples import Slot, readable, token_ids
+from fedsynth.encoding import token_ids
+from fedsynth.examples import Slot, readable
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, mix
 from fedsynth.models import load_tokenizer

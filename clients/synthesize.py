@@ -7,6 +7,7 @@ from fedsynth.clients.finetune import check, on_base, slots_of
 from fedsynth.clients.home import Home
 from fedsynth.clients.together import ToTrain, Trains
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.encoding import text_rows
 from fedsynth.examples import control_code
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
@@ -28,8 +29,8 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Trains[Synthesized
         return (yield from _without_guarantee(home, order, start))
     plan = home.plan()
     tokenizer = load_tokenizer(name)
-    longest_code = max(len(tokenizer(control_code(label))["input_ids"]) for label in home.labels)
-    check(home, start, plan, longest=longest_code + 1 + order.max_tokens)
+    longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in home.labels])))
+    check(home, start, plan, longest=longest_code + 1 + order.max_tokens)  # with BOS
 
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
@@ -71,6 +72,6 @@ def _sample(home: Home, adapter: Adapter, order: Synthesize) -> tuple[list[str],
         seed=order.seed,
     )
     # A text as long as the limit was cut before its end.
-    finished = [len(tokenizer(t, add_special_tokens=False)["input_ids"]) < order.max_tokens for t in texts]
+    finished = [len(row) < order.max_tokens for row in text_rows(tokenizer, texts)]
     kept = [i for i, done in enumerate(finished) if done]
     return [texts[i].strip() for i in kept], [codes[i] for i in kept], len(codes) - len(kept)

@@ -8,7 +8,8 @@ from collections import Counter
 from fedsynth.adapters import merged, read_adapter, with_adapter
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept
-from fedsynth.examples import Learns, encode_records, token_ids
+from fedsynth.encoding import token_ids
+from fedsynth.examples import Learns, encode_records
 from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, made_of

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedsynth.encoding import prompt_rows, surrounded, text_rows
 from fedsynth.models import Kind, context_of, kind_of
 
 T = TypeVar("T")
@@ -18,18 +19,24 @@ def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | 
     """Token ids of each text as a model of this kind reads them.
 
     A causal model reads exactly one BOS, where its tokenizer has one, and then the text. The others read what their
-    tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a text that is cut keeps that.
+    tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a text that is cut keeps that. Else there is
+    no control token, whatever a text spells.
     """
-    if not texts:
-        return []
+    return _as_read(tokenizer, text_rows(tokenizer, texts), kind, longest)
+
+
+def given_rows(
+    tokenizer: Any, prompts: Sequence[str], kind: Kind, continuations: Sequence[str] | None = None
+) -> list[list[int]]:
+    """As `token_rows`, of prompts: their line ends are the model's own (`encoding.prompt_rows`)."""
+    return _as_read(tokenizer, prompt_rows(tokenizer, prompts, continuations), kind)
+
+
+def _as_read(tokenizer: Any, rows: list[list[int]], kind: Kind, longest: int | None = None) -> list[list[int]]:
     if kind != "causal":
-        cut: dict[str, Any] = {} if longest is None else {"truncation": True, "max_length": longest}
-        found: list[list[int]] = tokenizer(list(texts), **cut)["input_ids"]
-        return found
-    rows: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    rows = rows if bos is None else [row if row[:1] == [bos] else [bos, *row] for row in rows]
-    return [row[:longest] for row in rows]
+        return surrounded(tokenizer, rows, longest)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*bos, *row][:longest] for row in rows]
 
 
 def longest_of(config: Any, tokenizer: Any, longest: int | None = None) -> int | None:

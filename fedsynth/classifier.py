@@ -18,7 +18,8 @@ from fedsynth.adapters import attach_lora
 from fedsynth.batches import longest_of, padded, token_rows
 from fedsynth.corpus import Corpus
 from fedsynth.embedding import Embedder
-from fedsynth.examples import readable, token_ids, unit_rows
+from fedsynth.encoding import token_ids
+from fedsynth.examples import readable, unit_rows
 from fedsynth.models import Kind, device, kind_of, load_classifier
 from fedsynth.scenario import TaskTraining
 

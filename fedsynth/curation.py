@@ -14,11 +14,19 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedsynth.corpus import Corpus, Provenance, same
-from fedsynth.instructions import ASK, REPLY
 from fedsynth.rouge import nearest, words
+from fedsynth.sentences import code_or_markup
 
-EDGES = " -._~/\\*|#" + "\t\r\n"  # what FDKT strips at both ends of a text; the line's end is ours
-BROKEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # control characters, line ends, halves of pairs
+EDGES = " -._~/\\*|#"  # what FDKT strips at both ends of a text of one line
+# Control characters and halves of pairs; tabs, line ends and page ends are white space that people type.
+BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
+# What shows a text in another order than it has (overrides, embeddings, isolates), and tags, which nothing shows. Marks
+# of direction (U+200E, U+200F, U+061C) stand in honest Hebrew and Arabic text.
+DISGUISED = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
+TAGGED = ("gbeng", "gbsct", "gbwls")  # flags whose emoji are written with tags: England, Scotland, Wales
+FLAG = re.compile(
+    "\U0001f3f4(?:" + "|".join("".join(chr(0xE0000 + ord(c)) for c in name) for name in TAGGED) + ")\U000e007f"
+)
 
 
 @dataclass(frozen=True)
@@ -72,41 +80,71 @@ def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
     )
 
 
-def well_formed(corpus: Corpus, *, labels: Sequence[str], min_words: int, max_words: int | None = None) -> Kept:
-    """Texts that could be notes of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
+def well_formed(
+    corpus: Corpus, *, labels: Sequence[str], min_words: int, max_words: int | None = None, sentences: bool = False
+) -> Kept:
+    """Texts that could be private ones of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
+
+    Whatever people write passes: any script, several lines, headings and times ("Plan: continue", "at 3:45"), lists.
 
     Args:
         corpus: Texts and their class names.
         labels: The public ones; other answers are dropped.
-        min_words: Words are what white space separates. FDKT: 10.
+        min_words: As `fedsynth.rouge.words` counts them; a text of signs alone, as an emoji, counts as one. FDKT: 10.
         max_words: None for no limit.
+        sentences: Drop what looks like code, JSON or markup (`fedsynth.sentences`).
 
     Raises:
         ValueError: If the corpus is private.
     """
     refuse_private(corpus)
     known = set(labels)
-    # A label with a colon is how a prompt's lines begin: such a text ran on into the next example.
-    marker = re.compile(r"(?<!\w)(?:" + "|".join(re.escape(label) for label in labels) + r")\s*:", re.IGNORECASE)
 
     def reason(text: str, label: str) -> str | None:
-        words = len(text.split())
         if label not in known:
             return "unknown label"
-        if BROKEN.search(text):
-            return "control character"
-        if "\ufffd" in text:
-            return "replacement character"
-        if marker.search(text):
+        if (broken := _broken(text)) is not None:
+            return broken
+        if _runs_on(text, label):
             return "template marker"
-        if words < min_words:
+        count = _count(text)
+        if count < min_words:
             return "too short"
-        if max_words is not None and words > max_words:
+        if max_words is not None and count > max_words:
             return "too long"
-        return None
+        return "code or markup" if sentences and code_or_markup(text) else None
 
-    stripped = replace(corpus, prompts=tuple(text.strip(EDGES) for text in corpus.prompts))
+    stripped = replace(corpus, prompts=tuple(map(_stripped, corpus.prompts)))
     return keep_rows(stripped, [reason(t, y) for t, y in zip(stripped.prompts, stripped.answers, strict=True)])
+
+
+def _stripped(text: str) -> str:
+    """Without FDKT's edges; of several lines the first may be the first point of a list, and keeps its dash."""
+    bare = text.strip()
+    return bare if "\n" in bare else bare.strip(EDGES)
+
+
+def _broken(text: str) -> str | None:
+    """What of a text no person types, if anything."""
+    if BROKEN.search(text):
+        return "control character"
+    if DISGUISED.search(FLAG.sub("", text)):
+        return "bidi or tag character"
+    return "replacement character" if "\ufffd" in text else None
+
+
+def _runs_on(text: str, label: str) -> bool:
+    """Whether a text went on with further examples: each line after its first begins as a prompt's lines do.
+
+    Two such lines at least, and of the label that was asked for: a label with a colon is a heading elsewhere.
+    """
+    more = [line for line in text.split("\n") if line.strip()][1:]
+    return len(more) > 1 and all(line.startswith(f"{label}:") for line in more)
+
+
+def _count(text: str) -> int:
+    """Words of a text; one of signs alone is no empty text."""
+    return len(words(text)) or int(bool(text.strip()))
 
 
 def deduplicate(corpus: Corpus) -> Kept:
@@ -223,13 +261,16 @@ def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
     return shares
 
 
-def well_formed_instructions(corpus: Corpus, *, min_words: int = 1, answered: bool = False) -> Kept:
-    """Instructions, and the responses that some have, that can stand in a record (fedsynth.instructions).
+def well_formed_instructions(
+    corpus: Corpus, *, min_words: int = 1, answered: bool = False, sentences: bool = False
+) -> Kept:
+    """Instructions, and the responses that some have, that people could have written.
 
     Args:
         corpus: Instructions and responses, "" for none.
-        min_words: Of an instruction, as `fedsynth.rouge.words` counts them; one without a word is always dropped.
+        min_words: Of an instruction, as in `well_formed`; an empty one is always dropped.
         answered: Drop instructions without a response.
+        sentences: Drop what looks like code, JSON or markup (`fedsynth.sentences`).
 
     Raises:
         ValueError: If the corpus is private.
@@ -237,16 +278,13 @@ def well_formed_instructions(corpus: Corpus, *, min_words: int = 1, answered: bo
     refuse_private(corpus)
 
     def reason(prompt: str, answer: str) -> str | None:
-        count, both = len(words(prompt)), f" {prompt} {answer}"
-        if BROKEN.search(both):
-            return "control character"
-        if "\ufffd" in both:
-            return "replacement character"
-        if ASK in both or REPLY in both:
-            return "template marker"
-        if count < max(1, min_words):
+        if (broken := _broken(prompt) or _broken(answer)) is not None:
+            return broken
+        if _count(prompt) < max(1, min_words):
             return "too short"
-        return "no response" if answered and not answer.strip() else None
+        if answered and not answer.strip():
+            return "no response"
+        return "code or markup" if sentences and (code_or_markup(prompt) or code_or_markup(answer)) else None
 
     return _regardless_of_labels(corpus, [reason(x, y) for x, y in zip(corpus.prompts, corpus.answers, strict=True)])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedsynth.corpus import Corpus
 from fedsynth.data import Division, LeftOut, Site, divide, label_list, overlaps, unified
+from fedsynth.rouge import words
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells
 from fedsynth.typed import plain
@@ -28,8 +29,8 @@ def data_card(sites: Sequence[Site], labels: Sequence[str], left_out: LeftOut = 
         left_out: Rows of the source that no client has.
 
     Returns:
-        A tree for JSON. Lengths are in words of the training text; p95 is the shortest length that 95 % of the texts do
-        not exceed.
+        A tree for JSON. Lengths are in words of the training text (`fedsynth.rouge.words`); p95 is the shortest length
+        that 95 % of the texts do not exceed.
     """
     between, across = overlaps(sites)
     clients = [_client(site, labels) for site in sites]
@@ -72,13 +73,13 @@ def card_line(cards: Mapping[str, Any]) -> str:
     clients = [client for card in found for client in card["clients"]]
     classes = [card["total"]["classes"] for card in found]
     dropped = [card["total"]["left_out"]["duplicates"] for card in found]
-    words = [card["total"]["words"]["median"] for card in found]
+    lengths = [card["total"]["words"]["median"] for card in found]
     kinds = f"{_range(classes)} labels ({_range([c['labels_present'] for c in clients])} per client), "
     return (
         f"data: {_range([len(card['clients']) for card in found])} clients, "
         f"{_range([c['train'] for c in clients])} training and {_range([c['test'] for c in clients])} test texts, "
         f"{kinds if any(classes) else ''}"
-        f"{_range(words)} words in the median, {_range(dropped)} duplicates dropped"
+        f"{_range(lengths)} words in the median, {_range(dropped)} duplicates dropped"
     )
 
 
@@ -100,7 +101,7 @@ def _client(site: Site, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def _lengths(corpus: Corpus) -> list[int]:
-    return [len(text.split()) for text in corpus.prompts]
+    return [len(words(text)) for text in corpus.prompts]
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, float]:

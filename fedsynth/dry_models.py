@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedsynth import tuning
 from fedsynth.adapters import public_adapter
 from fedsynth.embedding import Embedder
+from fedsynth.encoding import text_rows
 from fedsynth.llm import LocalLLM
 from fedsynth.probe import busy
 from fedsynth.scenario import Cell, Endpoint
@@ -101,8 +102,7 @@ def on_paper(tally: Tally) -> Iterator[None]:
         known = tally.add(key, len(prompts), sample, lanes * llm.batch_size, lanes=lanes)
         pool = vocabulary(known)
         texts = [varied(known[i % len(known)], pool, tally.labels, rng) for i in range(len(prompts))]
-        counts = llm.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        tally.written += sum(map(len, counts))
+        tally.written += sum(map(len, text_rows(llm.tokenizer, texts)))
         return texts
 
     def scored(llm: LocalLLM, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:

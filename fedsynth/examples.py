@@ -10,6 +10,7 @@ from torch import nn
 
 from fedsynth.batches import token_rows
 from fedsynth.corpus import Corpus
+from fedsynth.encoding import token_ids
 from fedsynth.instructions import ASK, asked, record
 from fedsynth.models import Kind, context_of
 
@@ -127,7 +128,10 @@ def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: K
 
 
 def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
-    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long."""
+    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long.
+
+    The end of text stands at the end alone: line ends of the text and names of control tokens in it are text.
+    """
     if kind == "seq2seq":
         [head] = token_rows(tokenizer, [given], kind)
     else:
@@ -138,12 +142,6 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
     # limit, and drafts without an end are not used.
     body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
     return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
-
-
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without the special ones that some tokenizers add."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def readable(tokenizer: Any, text: str) -> bool:

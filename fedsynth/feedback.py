@@ -22,7 +22,7 @@ from fedsynth.teacher import OPEN_LINE
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
-MEASURED = 200  # texts, at most: each is scored after every label
+MEASURED = 200  # labelled texts, at most: each is scored after every label
 
 Aggregation: TypeAlias = Literal["mean", "max"]
 
@@ -72,8 +72,10 @@ class Taught:
 
     Attributes:
         adapter: Its guarantee is that of its start and of the texts that scores chose.
-        metrics: `llm/label_accuracy` before the round, on the texts that it is about to learn; `llm/loss`, mean of the
-            last pass; `general/perplexity_before` and `general/perplexity`, where there is public text.
+        metrics: `llm/loss`, mean of the last pass; `llm/chosen_label_accuracy`, how often the LLM as it was agrees with
+            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. Before
+            and after the round, where there is public text: `general/perplexity_before` and `general/perplexity`; where
+            it has labels: `llm/test_label_accuracy_before` and `llm/test_label_accuracy`.
     """
 
     adapter: Adapter
@@ -138,6 +140,7 @@ def taught(
     labels: Sequence[str],
     public: Sequence[str],
     seed: int,
+    tests: Corpus | None = None,
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -150,6 +153,7 @@ def taught(
         labels: All that there are.
         public: Texts to measure perplexity on.
         seed: Public; of the order.
+        tests: Public texts with labels, to measure how often the LLM tells them.
     """
     settings = teaching.tuning
     tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
@@ -158,14 +162,17 @@ def taught(
     def encoded(given: str, text: str) -> Example:
         return encode_text(tokenizer, given, text, settings.max_tokens, kind)
 
-    def surprise(when: str) -> dict[str, float]:
-        return {when: perplexity(model, [encoded("", text) for text in public], pad=pad)} if public else {}
+    def ability(when: str) -> dict[str, float]:
+        found = {}
+        if public:
+            found[f"general/perplexity{when}"] = perplexity(model, [encoded("", text) for text in public], pad=pad)
+        if tests is not None and len(tests):
+            found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels)
+        return found
 
+    judge = LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0)))
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
-    known = label_accuracy(
-        LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0))), few, labels
-    )
-    metrics = {"llm/label_accuracy": known, **surprise("general/perplexity_before")}
+    metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels), **ability("_before")}
     guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
     codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
     if teaching.update == "likelihood":
@@ -176,7 +183,7 @@ def taught(
         loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
     adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
-    return Taught(adapter, {**metrics, **learnt, **surprise("general/perplexity")})
+    return Taught(adapter, {**metrics, **learnt, **ability("")})
 
 
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:

@@ -1,38 +1,69 @@
-"""An instruction and its response as one line of text, and back."""
+"""An instruction and its response as one line of text, and back; whatever they hold."""
 
 from __future__ import annotations
+
+import re
 
 ASK = "question:"
 REPLY = " answer:"  # its blank belongs to it, as byte-level tokenizers would put it into the next token
 
+# A text stands in a record without line ends and marks of its own: two signs that hardly any text holds write those. No
+# other text changes, backslashes included, and what a model writes that never learnt the signs is not taken for them.
+LINE_END = "\u240a"  # symbol for line feed
+AS_IS = "\u241b"  # symbol for escape: the next character is itself, and no part of a mark
+MARK = re.compile(f"{ASK.strip()}|{REPLY.strip()}")
+SIGN = re.compile(f"[{LINE_END}{AS_IS}]")
+WRITTEN = re.compile(f"{AS_IS}(.)| ?{LINE_END} ?", re.DOTALL)
+NEXT = re.compile(rf"(?:^|\n)\s*{ASK}")  # a model that goes on with a record begins a line
+
 
 def asked(prompt: str) -> str:
     """What a model goes on from with the response."""
-    return f"{ASK} {one_line(prompt)}{REPLY}"
+    return f"{ASK} {in_line(prompt)}{REPLY}"
 
 
 def record(prompt: str, answer: str) -> str:
-    """Instruction and response as one line, without a line end."""
-    return f"{asked(prompt)} {one_line(answer)}"
+    """Instruction and response as one line, without a line end; `parse_record` gives them back.
+
+    White space around a text is no part of it.
+    """
+    return f"{asked(prompt)} {in_line(answer)}"
 
 
 def parse_record(text: str) -> tuple[str, str] | None:
-    """Instruction and response of what a model wrote after `ASK`; None where one of them is missing.
+    """Instruction and response of what a model wrote after `ASK`; None where one of them is missing, or a mark is
+    there twice.
 
     A text that goes on with further instructions is read up to the first of them.
     """
     prompt, mark, answer = text.removeprefix(ASK).partition(REPLY)
     answer = answer.partition(ASK)[0]
-    if not mark or not prompt.strip() or not answer.strip():
+    if not mark or ASK in prompt or REPLY in answer or not prompt.strip() or not answer.strip():
         return None
-    return one_line(prompt), one_line(answer)
+    return of_line(prompt), of_line(answer)
 
 
 def parse_response(text: str) -> str:
-    """The response in what a model wrote after `asked`: up to a next instruction; "" for none."""
-    return one_line(text.partition(ASK)[0])
+    """The response in what a model wrote after `asked`: up to a line that begins a next instruction; "" for none.
+
+    A mark within a line is the response's own: not every model that responds has learnt records.
+    """
+    return of_line(NEXT.split(text, maxsplit=1)[0])
+
+
+def in_line(text: str) -> str:
+    """A text as it stands in a record."""
+    held = SIGN.sub(lambda sign: AS_IS + sign[0], text.strip())
+    held = MARK.sub(lambda mark: f"{mark[0][:-1]}{AS_IS}{mark[0][-1]}", held)
+    # Blanks around the sign leave the words beside it the tokens that they have elsewhere.
+    return held.replace("\n", f" {LINE_END} ")
+
+
+def of_line(line: str) -> str:
+    """The text that `in_line` wrote so; any other text as it stands, without white space around it."""
+    return WRITTEN.sub(lambda sign: sign[1] or "\n", line.strip()).strip()
 
 
 def one_line(text: str) -> str:
-    """A text as it stands in a prompt: a line end would look like the next example."""
+    """A text as it stands in a prompt that is only read: a line end would look like the next example."""
     return " ".join(text.split())

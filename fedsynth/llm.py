@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fedsynth.adapters import merged
-from fedsynth.batches import by_length, padded, token_rows
+from fedsynth.batches import by_length, given_rows, padded
 from fedsynth.embedding import Embedder
+from fedsynth.encoding import text_rows
 from fedsynth.lora import Adapter
 from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.usage import Used
@@ -170,7 +171,8 @@ class LocalLLM:
         """One continuation per prompt, in order, without its end mark.
 
         Args:
-            prompts: Plain text; no chat template is applied.
+            prompts: Plain text; no chat template is applied, and the name of a control token is text. A line end is the
+                end of text of a model that has learnt lines.
             max_tokens: At most so many new tokens each.
             temperature: 0 takes the likeliest token each time.
             top_p: In (0, 1]; see `Draw`.
@@ -205,15 +207,16 @@ class LocalLLM:
 
         found = self._by_length([len(t) for t in tokens], continuations)
         self.used.read += sum(map(len, tokens))
-        self.used.written += sum(map(len, self.tokenizer(found, add_special_tokens=False)["input_ids"])) if found else 0
+        self.used.written += sum(map(len, text_rows(self.tokenizer, found)))
         return found
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
 
-        A continuation's tokens are those that prompt + continuation has beyond the prompt's own. Where the tokenizer
-        merges across the border, and for a seq2seq LM, the two are tokenised apart, so that the prompt's tokens are
-        always conditioned on and never scored.
+        Continuations are texts: whatever they spell is no control token, their line ends included. A continuation's
+        tokens are those that prompt + continuation has beyond the prompt's own. Where the tokenizer merges across the
+        border, and for a seq2seq LM, the two are tokenised apart, so that the prompt's tokens are always conditioned on
+        and never scored.
 
         Raises:
             ValueError: If the lists differ in length, a continuation is empty, or a pair exceeds the context.
@@ -223,10 +226,11 @@ class LocalLLM:
         if self.kind == "seq2seq":
             return self._score_seq2seq(prompts, continuations)
         starts = self._tokens(prompts)
-        whole = self._tokens([p + c for p, c in zip(prompts, continuations, strict=True)])
+        whole = given_rows(self.tokenizer, prompts, self.kind, continuations)
+        apart = text_rows(self.tokenizer, continuations)
         for i, (start, both) in enumerate(zip(starts, whole, strict=True)):
             if both[: len(start)] != start:
-                whole[i] = start + self.tokenizer(continuations[i], add_special_tokens=False)["input_ids"]
+                whole[i] = start + apart[i]
             if len(whole[i]) == len(start):
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
             if not start:
@@ -253,7 +257,7 @@ class LocalLLM:
 
     def _score_seq2seq(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         starts = self._tokens(prompts)
-        wanted = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in continuations]
+        wanted = text_rows(self.tokenizer, continuations)
         for i, row in enumerate(wanted):
             if not row:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
@@ -282,7 +286,7 @@ class LocalLLM:
         return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        return token_rows(self.tokenizer, texts, self.kind)
+        return given_rows(self.tokenizer, texts, self.kind)
 
     def _check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
         longest = max(lengths, default=0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Kept, keep_rows, refuse_private, well_formed_instructions
-from fedsynth.instructions import asked, one_line, parse_response
+from fedsynth.instructions import asked, in_line, one_line, parse_response
 
 if TYPE_CHECKING:
     from fedsynth.llm import TextModel  # brings torch, which a scripted or remote model does not need
@@ -91,7 +91,7 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
     responses = _responses(professional, instructions, max_tokens)
     rows = [row for row, response in enumerate(responses) if response]
     certainty = professional.score(
-        [asked(instructions.prompts[row]) for row in rows], [f" {responses[row]}" for row in rows]
+        [asked(instructions.prompts[row]) for row in rows], [f" {in_line(responses[row])}" for row in rows]
     )
     best = sorted(zip(rows, certainty, strict=True), key=lambda item: -item[1])
     chosen = {row for row, _ in best[: math.ceil(share * len(instructions))]}

@@ -25,7 +25,7 @@ import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import Site, divide, label_list, open_site
-from fedsynth.examples import token_ids
+from fedsynth.encoding import token_ids
 from fedsynth.flower import KEEPING, LaunchFailed
 from fedsynth.models import load_tokenizer
 from fedsynth.scenario import Cell, Client
@@ -232,7 +232,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     from fedsynth.clients.finetune import on_base  # these bring torch
     from fedsynth.clients.home import declared_records
     from fedsynth.examples import control_code
-    from fedsynth.instructions import ASK, asked
+    from fedsynth.instructions import ASK, asked, in_line
     from fedsynth.llm import LocalLLM
     from fedsynth.privacy.plan import statement
     from fedsynth.selfgen import lines
@@ -270,7 +270,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         shown = [line for line in lines(texts.train) if len(token_ids(tokenizer, line)) <= longest]
         shots = "".join(f"{line}\n" for line in shown[: unit.shots])
         return written([shots + ASK], 64), 64
-    prompts, answers = [asked(p) for p in texts.train.prompts], [f" {a}" for a in texts.train.answers]
+    prompts, answers = [asked(p) for p in texts.train.prompts], [f" {in_line(a)}" for a in texts.train.answers]
     return lambda n: writer(64).score(prompts[:n], answers[:n]), 64
 
 

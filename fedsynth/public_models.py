@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from fedsynth.encoding import prompt_rows
 from fedsynth.llm import LocalLLM
 from fedsynth.models import load_tokenizer
 from fedsynth.pretraining import (
@@ -26,7 +27,7 @@ from fedsynth.pretraining import (
     save_model,
     shape_of,
 )
-from fedsynth.publictext import Lines, PublicText, blocks, encode, read
+from fedsynth.publictext import Lines, PublicText, blocks, read
 from fedsynth.tokenizer import train_tokenizer
 from fedsynth.typed import BadValue, Positive, in_range
 
@@ -116,7 +117,7 @@ def pretrain_from_text(
     shape = shape_of(wanted.width, wanted.layers)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(wanted, learn, out)
-    tokens = sum(map(len, encode(tokenizer, [f" {t}\n" for t in learn.texts])))
+    tokens = sum(map(len, prompt_rows(tokenizer, [f" {t}\n" for t in learn.texts])))
     steps = wanted.steps or math.ceil(wanted.epochs * tokens / (wanted.batch_rows * wanted.row_tokens))
     reading = Reading(
         steps=steps,
@@ -138,7 +139,7 @@ def pretrain_from_text(
         f"{len(learn.texts):,} texts, {tokens:,} tokens of {len(tokenizer):,}; {parameters:,} parameters; "
         f"{steps:,} steps of {reading.tokens_per_step:,} tokens; {len(held.texts):,} texts held out"
     )
-    measured = encode(tokenizer, [f" {t}\n" for t in held.texts])
+    measured = prompt_rows(tokenizer, [f" {t}\n" for t in held.texts])
     glance = measured[:: max(1, len(measured) // CHECKED_LINES)]
     losses: list[float] = []
     first, began = trained.done, time.monotonic()

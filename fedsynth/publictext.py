@@ -6,16 +6,16 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerFast
 
 from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.encoding import prompt_rows
 from fedsynth.tables import decoded, find, load_columns
 from fedsynth.typed import BadValue
-from fedsynth.world import load_world, public_notes
+from fedsynth.world import labelled_notes, load_world, public_notes
 
 # Lines of one topic in a block, and how often: as the blocks of the simulated worlds, so that a model learns to go on
 # after any number of demonstrations, none included.
@@ -106,8 +106,8 @@ def blocks(lines: Lines, tokenizer: PreTrainedTokenizerFast, seed: int) -> Itera
     A block holds lines `topic: text` of one topic, or (a share of them, and all lines without a topic) lines of bare
     text.
     """
-    bare = encode(tokenizer, [f" {t}\n" for t in lines.texts])
-    named = encode(
+    bare = prompt_rows(tokenizer, [f" {t}\n" for t in lines.texts])
+    named = prompt_rows(
         tokenizer, [f"{y}: {t}\n" if y else f" {t}\n" for t, y in zip(lines.texts, lines.topics, strict=True)]
     )
     by_topic: dict[str, list[int]] = {}
@@ -132,12 +132,6 @@ def _dealt(rows: Sequence[int], together: bool, rng: Generator) -> Iterator[list
         at += size
 
 
-def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, without special tokens around it."""
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return found
-
-
 def sample(source: str, count: int, seed: int) -> Corpus:
     """Public texts at random, without answers, for a method or control that reads some.
 
@@ -155,3 +149,28 @@ def sample(source: str, count: int, seed: int) -> Corpus:
     rows = np.random.default_rng(seed).permutation(len(lines.texts))[:count]
     texts = tuple(lines.texts[row] for row in rows.tolist())
     return Corpus(texts, ("",) * len(texts), Provenance.PUBLIC)
+
+
+def labelled(source: str, labels: Sequence[str], count: int, seed: int) -> Corpus:
+    """Public texts at random with their labels, to measure on; none where the source has no labels of these.
+
+    Args:
+        source: As of `sample`; of a file the columns `text` and `label`.
+        labels: The public list; rows of other labels are left out.
+        count: At most so many.
+        seed: Of the draw.
+
+    Raises:
+        BadValue: If there is no such world or file.
+    """
+    if source.startswith("world:"):
+        found = labelled_notes(load_world(source.removeprefix("world:")), count, seed)
+        return found.take(row for row, label in enumerate(found.answers) if label in labels)
+    path = find(source)
+    table = None if path.suffix == ".txt" else load_columns(path)
+    if table is None or "label" not in table.columns:
+        return Corpus((), (), Provenance.PUBLIC)
+    pairs = zip(table["text"].fillna("").astype(str), table["label"].fillna("").astype(str), strict=True)
+    known = [(" ".join(text.split()), label) for text, label in pairs if text.strip() and label in labels]
+    order = np.random.default_rng([seed, 0x1ABE1]).permutation(len(known))[:count].tolist()
+    return Corpus(tuple(known[i][0] for i in order), tuple(known[i][1] for i in order), Provenance.PUBLIC)

@@ -444,7 +444,8 @@ class Server:
         quorum: Share of the asked clients that must answer.
         professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
         public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
-            a .txt with one per line).
+            a .txt with one per line). CrossLM measures the LLM on them; on those with a `label` of the list, also how
+            often it tells the label.
     """
 
     llm: str | Endpoint

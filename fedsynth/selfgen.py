@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import keep_rows, well_formed_instructions
+from fedsynth.curation import Kept, keep_rows, well_formed_instructions
 from fedsynth.evaluation.fidelity import ifd
-from fedsynth.instructions import ASK, REPLY, asked, parse_response, record
+from fedsynth.instructions import ASK, REPLY, asked, of_line, parse_response, record
 from fedsynth.rouge import nearest
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def generate(
         seed: Of the demonstrations.
     """
     drafts = write_instructions(llm, shown, candidates, shots=shots, max_tokens=max_tokens, seed=seed)
-    formed = well_formed_instructions(drafts, min_words=MIN_WORDS)
+    formed = well_formed_instructions(drafts.corpus, min_words=MIN_WORDS)
     prompts = formed.corpus.prompts
     new = keep_rows(formed.corpus, _alike(prompts, local.prompts, "instruction like a local one"))
     answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_tokens=max_tokens, seed=seed)
@@ -57,7 +57,7 @@ def generate(
     unlike = keep_rows(answered.corpus, _alike(whole, texts(local), "record like a local one"))
     single = keep_rows(unlike.corpus, _repeated(texts(unlike.corpus)))
     funnel = {"asked": candidates}
-    for step in (formed, new, answered, unlike, single):
+    for step in (drafts, formed, new, answered, unlike, single):
         for reason, count in step.dropped.items():
             funnel[reason] = funnel.get(reason, 0) + count
     return single.corpus, funnel
@@ -65,12 +65,16 @@ def generate(
 
 def write_instructions(
     llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_tokens: int, seed: int
-) -> Corpus:
+) -> Kept:
     """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
     rng = np.random.default_rng([seed, 0])
     prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
     written = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
-    return Corpus(tuple(map(_instruction, written)), ("",) * count, Provenance.SELF_GENERATED)
+    told = [_instruction(text) for text in written]
+    drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
+    # An instruction's own words are no marks (`in_line`): this one ran on into the next record.
+    kept = keep_rows(drafts, ["template marker" if ASK in line else None for line in told])
+    return replace(kept, lost=())
 
 
 def _instruction(text: str) -> str:

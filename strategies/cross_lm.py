@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
 from fedsynth.curation import asked_for, deduplicate, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.feedback import Ranked, aggregate, first_adapter, ranked, shuffled, taught
+from fedsynth.feedback import MEASURED, Ranked, aggregate, first_adapter, ranked, shuffled, taught
 from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter, digest_of
-from fedsynth.publictext import sample
+from fedsynth.publictext import labelled, sample
 from fedsynth.recall import Recalled
 from fedsynth.runs import SERVER
 from fedsynth.strategies.options import CrossLMOptions
@@ -94,7 +94,7 @@ class CrossLM(RoundStrategy[State]):
             max_tokens=c.max_tokens,
             seed=self.seed("write"),
         )[0]
-        formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words)
+        formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences)
         formed = asked_for(formed, self.server.labels[: c.written], raw.dropped)
         unique = deduplicate(formed.corpus)
         for stage in yields([("written", formed), ("written_unique", unique)]):
@@ -123,7 +123,10 @@ class CrossLM(RoundStrategy[State]):
         assert isinstance(models.llm, str)  # refused at load
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
         seed = self.server.cell.public_seed("public")
-        public = () if models.public is None else sample(models.public, teaching.measured, seed).prompts
+        public, tests = Corpus((), (), Provenance.PUBLIC), None
+        if models.public is not None:
+            public = sample(models.public, teaching.measured, seed)
+            tests = labelled(models.public, self.server.labels, MEASURED, seed)
         journal.progress("teach", 0, 1)
         done = taught(
             models.llm,
@@ -132,7 +135,8 @@ class CrossLM(RoundStrategy[State]):
             written,
             teaching,
             labels=self.server.labels,
-            public=public,
+            public=public.prompts,
+            tests=tests,
             seed=self.seed("teach"),
         )
         journal.adapter(SERVER, done.adapter, "llm", base=models.llm)

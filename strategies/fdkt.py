@@ -140,7 +140,12 @@ class FDKT(RoundStrategy[State]):
         self, home: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
     ) -> Corpus:
         """The texts that are texts, each once; noted beside those that were asked for and never came."""
-        formed = well_formed(corpus, labels=self.server.labels, min_words=self.config.min_words)
+        formed = well_formed(
+            corpus,
+            labels=self.server.labels,
+            min_words=self.config.min_words,
+            sentences=self.config.sentences,
+        )
         unique = deduplicate(formed.corpus)
         self._note(home, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
         return unique.corpus

@@ -96,7 +96,7 @@ class KnowledgeSG(RoundStrategy[State]):
             how = (c.temperature, c.top_p, c.max_tokens)
             raw = write(base, writer, c.written, *how, seed=self.seed("write", owner))
 
-        formed = well_formed_instructions(raw.corpus, min_words=c.min_words)
+        formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences)
         fresh = novel(formed.corpus, c.novelty)
         good = judged(professional, fresh.corpus, c.judge, c.judge_share, c.response_tokens)
         few = at_most(good.corpus, c.pairs)

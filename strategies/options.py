@@ -25,7 +25,9 @@ class FDKTOptions:
         draft_temperature: Of the clients' sampling.
         draft_top_p: Of the clients' sampling.
         draft_tokens: Longest draft.
-        min_words: Shorter texts are dropped (10 in the paper's code, for reviews; notes are shorter).
+        min_words: Texts of fewer words are dropped (10 in the paper's code, for reviews; notes are shorter). In scripts
+            without blanks between words each character is one.
+        sentences: Sentences are asked for: texts that look like code, JSON or markup are dropped.
         judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
         judge_rivals: Other labels that the likelihood judge compares a draft's own with.
         cluster_size: Drafts that the judge compares at once (4 in the paper's code).
@@ -47,6 +49,7 @@ class FDKTOptions:
     draft_top_p: Share = 0.95
     draft_tokens: Count = 48
     min_words: Count = 10
+    sentences: bool = False
     judge: Literal["likelihood", "instruction", "none"] = "likelihood"
     judge_rivals: Count = 16
     cluster_size: Count = 4
@@ -120,7 +123,8 @@ class KnowledgeSGOptions:
         temperature: Of the DP model.
         top_p: Of the DP model.
         max_tokens: Longest record.
-        min_words: Shorter instructions are dropped.
+        min_words: Instructions of fewer words are dropped.
+        sentences: Sentences are asked for: instructions that look like code, JSON or markup are dropped.
         novelty: Instructions as close to an earlier one (ROUGE-L) are dropped; at 1 only those with the same words.
         judge: `likelihood` (a base LM scores), `instruction` (an LLM that follows instructions), `none`.
         judge_share: `likelihood`: share of the instructions that stay.
@@ -141,6 +145,7 @@ class KnowledgeSGOptions:
     top_p: Share = 1.0
     max_tokens: Count = 64
     min_words: Count = 3
+    sentences: bool = False
     novelty: Share = 0.7  # Self-Instruct (arXiv 2212.10560)
     judge: Judge = "likelihood"
     judge_share: Share = 0.8
@@ -184,7 +189,8 @@ class CrossLMOptions:
         keep: Share of each label's texts, by score, that the LLM and the clients learn from.
         teaching: How the LLM learns from them.
         written: Texts that the LLM writes in a round, before any are dropped.
-        min_words: Shorter texts are dropped.
+        min_words: Texts of fewer words are dropped.
+        sentences: Sentences are asked for: texts that look like code, JSON or markup are dropped.
         temperature: Of the LLM.
         top_p: Of the LLM.
         max_tokens: Longest text of the LLM.
@@ -196,6 +202,7 @@ class CrossLMOptions:
     teaching: Teaching = field(default_factory=Teaching)
     written: Count = 800
     min_words: Count = 5
+    sentences: bool = False
     temperature: Positive = 1.0
     top_p: Share = 0.95
     max_tokens: Count = 48

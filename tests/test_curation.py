@@ -1,5 +1,11 @@
+import re
+import time
+from collections.abc import Sequence
+
 import numpy as np
+import pandas as pd
 import pytest
+from typed_text import LABELS, LINES, SHAPED, SHARED, TYPED, cases, faq
 
 from fedsynth import curation
 from fedsynth.corpus import Corpus, Provenance
@@ -15,6 +21,7 @@ from fedsynth.curation import (
     yields,
 )
 from fedsynth.rouge import nearest
+from fedsynth.sentences import code_or_markup
 
 
 def notes(*rows: tuple[str, str], provenance: Provenance = Provenance.DP_SYNTHETIC) -> Corpus:
@@ -38,13 +45,20 @@ def test_texts_are_stripped_of_the_edges_that_fdkt_names() -> None:
     ("text", "label", "reason"),
     [
         ("one two three", "z", "unknown label"),
-        ("one two\nthree", "a", "control character"),
         ("one two\x07 three", "a", "control character"),
-        ("one two\u2028three", "a", "control character"),
+        ("one two\x85\x92 three", "a", "control character"),
         ("one two \ufffd three", "a", "replacement character"),
-        ("one two B: three", "a", "template marker"),
-        ("one two a b : three", "a", "template marker"),
-        ("one - two", "a", None),
+        ("one two \u202ethree", "a", "bidi or tag character"),
+        ("one \u2067two\u2069 three", "a", "bidi or tag character"),
+        ("one two three" + "".join(chr(0xE0000 + ord(c)) for c in "yes"), "a", "bidi or tag character"),
+        ("one two\na: three\na: four", "a", "template marker"),
+        ("one two\nthree", "a", None),
+        ("one two\u2028three", "a", None),
+        ("one two B: three", "a", None),  # an ordinary heading, or a time
+        ("one two\na: three", "a", None),
+        ("one\na: two\nb: three", "a", None),
+        ("one two a b : three", "a", None),
+        ("one - two", "a", "too short"),
         ("one two", "a", "too short"),
         ("...... one two ......", "a", "too short"),
         ("one two three four five six", "a", "too long"),
@@ -57,6 +71,146 @@ def test_a_text_is_dropped_for_the_reason_that_is_named(text: str, label: str, r
     kept = well_formed(notes((text, label)), labels=["a", "b", "a b"], min_words=3, max_words=5)
     assert kept.dropped == ({} if reason is None else {reason: 1})
     assert len(kept.corpus) == (reason is None)
+
+
+def form(texts: Sequence[str], labels: Sequence[str], known: Sequence[str]) -> Kept:
+    return well_formed(Corpus(tuple(texts), tuple(labels), Provenance.PUBLIC), labels=known, min_words=1)
+
+
+def test_texts_of_people_pass_whatever_their_script_and_shape() -> None:
+    for label in LABELS:
+        kept = form(TYPED, [label] * len(TYPED), LABELS)
+        assert kept.dropped == {}
+        shaped = kept.corpus.prompts[len(LINES) :]
+        assert shaped == tuple(text.strip() for text in SHAPED)  # a list keeps the dash of its first point
+    corpus = Corpus(TYPED, TYPED[::-1], Provenance.PUBLIC)
+    assert well_formed_instructions(corpus, answered=True).corpus == corpus
+
+
+def test_a_filter_that_drops_line_ends_or_labels_with_a_colon_is_found_out() -> None:
+    marker = re.compile(r"(?<!\w)(?:" + "|".join(map(re.escape, LABELS)) + r")\s*:", re.IGNORECASE)
+    assert sum(bool(re.search("[\x00-\x1f\u2028\u2029]", text)) for text in TYPED) > 8
+    assert sum(bool(marker.search(text)) for text in TYPED) > 5
+
+
+def test_words_are_those_of_the_script() -> None:
+    texts = ("心が痛いので休む", "ผมปวดหัว", "어제 보낸 송금", "one two three")
+    kept = well_formed(notes(*((t, "a") for t in texts)), labels=["a"], min_words=4)
+    assert kept.corpus.prompts == texts[:2]
+    assert kept.dropped == {"too short": 2}  # three words each
+
+
+def test_signs_alone_are_one_word_and_edges_alone_none() -> None:
+    rows = notes(("👍", "a"), ("?!", "a"), ("...", "a"), (" \n ", "a"))
+    assert well_formed(rows, labels=["a"], min_words=1).corpus.prompts == ("👍", "?!")
+    assert well_formed(rows, labels=["a"], min_words=2).dropped == {"too short": 4}
+
+
+def test_flags_that_are_written_with_tags_pass_and_hidden_words_behind_one_do_not() -> None:
+    tags = {name: "".join(chr(0xE0000 + ord(c)) for c in name) for name in ("gbsct", "hi")}
+    flag = f"\U0001f3f4{tags['gbsct']}\U000e007f"
+    kept = well_formed(notes((f"from {flag}", "a"), (f"from {flag}{tags['hi']}", "a")), labels=["a"], min_words=1)
+    assert kept.corpus.prompts == (f"from {flag}",)
+    assert kept.dropped == {"bidi or tag character": 1}
+
+
+# Rows of each file that `make test` looks at: the whole takes half a minute.
+@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared/data beside this checkout")
+def test_no_text_of_real_data_is_dropped_by_form(every: int) -> None:
+    for name, text, label in (
+        ("banking77", "text", "label"),
+        ("medical_abstracts", "text", "label"),
+        ("public_dialogues", "text", "intent"),
+        ("medquad", "answer", "question_type"),
+    ):
+        table = pd.read_parquet(SHARED / "data" / f"{name}.parquet", columns=[text, label])[::every].fillna("")
+        texts, labels = table[text].astype(str).tolist(), table[label].astype(str).tolist()
+        kept = form(texts, labels, sorted(set(labels)))
+        assert kept.dropped.get("too short", 0) == sum(not t.strip() for t in texts)
+        assert set(kept.dropped) <= {"too short"}
+        assert sum(map(code_or_markup, texts)) <= len(texts) / 1000
+
+
+@pytest.mark.skipif(not cases(), reason="no ../shared/cases beside this checkout")
+def test_no_text_of_the_cases_is_dropped_by_form() -> None:
+    for name, (texts, labels) in cases().items():
+        assert form(texts, labels, sorted(set(labels))).dropped == {}, name
+    rows = asked(*faq())
+    assert well_formed_instructions(rows, answered=True).corpus == rows
+    texts, labels = cases()["chinese"]
+    assert well_formed(notes(*zip(texts, labels, strict=True)), labels=labels, min_words=10).dropped == {}
+
+
+# --- sentences ---
+
+CODE = (
+    "def f(x):\n    return x + 1",
+    "import numpy as np\nprint(np.zeros(3))",
+    "for row in rows:\n    total += row.value",
+    "function add(a, b) { return a + b; }",
+    "const f = (x) => x * 2;",
+    "if (x > 0) {\n  y = 1;\n} else {\n  y = 2;\n}",
+    "public static void main(String[] args) {",
+    '#include <stdio.h>\nint main() { printf("hi"); }',
+    "SELECT name, age FROM patients WHERE age > 65",
+    '{"label": "billing", "text": "where is my refund"}',
+    '[{"a": 1}, {"a": 2}]',
+    'here it is: "name": "Anna", "age": 41, "open": true',
+    "<p>Dear team,</p>",
+    '<a href="https://a.example">here</a>',
+    "<?xml version='1.0'?>",
+    "line one<br/>line two",
+    "```\nanything\n```",
+    "## Summary\nall is well",
+    "| a | b |\n|---|---|\n| 1 | 2 |",
+    "see [the page](https://a.example/x)",
+    "\\begin{itemize}\\item rest\\end{itemize}",
+    "body { color: red; }",
+    "$ sudo apt install x",
+    "try:\n    run()\nexcept ValueError:\n    pass",
+)
+
+
+@pytest.mark.parametrize("text", CODE)
+def test_code_json_and_markup_are_dropped_where_sentences_are_asked_for(text: str) -> None:
+    rows, wanted = notes((text, "a")), {"code or markup": 1}
+    assert well_formed(rows, labels=["a"], min_words=1, sentences=True).dropped == wanted
+    assert well_formed(rows, labels=["a"], min_words=1).dropped == {}
+    assert well_formed_instructions(asked((text, "b")), sentences=True).dropped == wanted
+    assert well_formed_instructions(asked(("b", text)), sentences=True).dropped == wanted
+
+
+HONEST = (
+    "a < b and b > c, so a<b>c holds",
+    "write to <anna.b@clinic.example>, anna@b.example or see https://a.example/x?y=1&z=[2]#top",
+    "Na = 140, K = 4.1; CRP: < 5; HbA1c = 7.2 %; BP 150/90 -> 140/85",
+    "BP 150/90 => start amlodipine (5 mg); K+ ++, pain +/-",
+    "- rest;\n- fluids;\n- paracetamol (500 mg);\n- review",
+    "# of days: 3\n#1 problem: rent",
+    'He said "pain": 3 of 10, then "none": 0.',
+    "Dear <name>,\nyour order [7] (see page(s) 2) is {urgent}",
+    "if (possible) call me; while waiting: rest; for the nurse: dose",
+    "return to clinic in 2 weeks; import duties apply from May",
+    "class of drug: statin\nfunction: liver ok\nprivate practice, static lung compliance (low)",
+    "I select the card from the list and update the app set",
+    "Subject: Re: order\nFrom: me\n>> quoted\n---\n***\n===",
+    "the price is $20 or $ 15, see C:\\Users\\me and e.g.(this)",
+    "x != y once",
+    "*very* important, _really_; 50 % ~ half; i.e. 1|2",
+)
+
+
+@pytest.mark.parametrize("text", [*HONEST, *TYPED])
+def test_sentences_lists_and_values_pass_where_sentences_are_asked_for(text: str) -> None:
+    assert not code_or_markup(text)
+
+
+def test_a_long_text_is_looked_at_in_little_time() -> None:
+    for part in ("SELECT ", "<a b", "|---", "[x](", "a.b(", "x = y", "if (", "# ", '"a": '):
+        started = time.process_time()
+        code_or_markup(part * 300_000)
+        assert time.process_time() - started < 1.0, part
 
 
 def test_the_kept_rows_keep_their_order_provenance_and_grants_and_lost_labels_are_named() -> None:
@@ -220,12 +374,13 @@ def asked(*rows: tuple[str, str]) -> Corpus:
         ("心が痛い", "", None),  # a word each
         ("one two", "x", "too short"),
         ("... ... ...", "x", "too short"),
-        ("one two three\n", "x", "control character"),
+        ("one two\nthree", "x\n\n- y", None),
         ("one two three", "x\x00", "control character"),
         ("one two \ufffd three", "x", "replacement character"),
-        ("one two question: three", "x", "template marker"),
-        ("one two answer: three", "x", "template marker"),
-        ("one two three", "answer: x", "template marker"),
+        ("one two three", "x\u202e", "bidi or tag character"),
+        ("one two question: three", "x", None),
+        ("one two answer: three", "x", None),
+        ("one two three", "answer: x", None),
     ],
 )
 def test_an_instruction_is_dropped_for_the_reason_that_is_named(prompt: str, answer: str, reason: str | None) -> None:

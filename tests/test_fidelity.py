@@ -20,13 +20,13 @@ def cloud(rows: int, width: int, seed: int, *, shift: float = 0.0) -> np.ndarray
 
 def test_ifd_is_the_ratio_of_mean_losses_with_and_without_the_prompt() -> None:
     logs = {
-        ("question: what helps ? answer:", " rest"): -1.0,
-        ("question: why ? answer:", " so it is"): -6.0,
+        ("question: what ␊ helps ? answer:", " rest"): -1.0,
+        ("question: why ? answer:", " so ␊ it is"): -6.0,
         ("question: answer:", " rest"): -4.0,
-        ("question: answer:", " so it is"): -3.0,
+        ("question: answer:", " so ␊ it is"): -3.0,
     }
     llm = ScriptedLLM(likelihood=lambda prompt, continuation: logs[prompt, continuation])
-    assert ifd(llm, ["what\nhelps ?", "why ?"], ["rest", "so  it is"]) == [0.25, 2.0]
+    assert ifd(llm, ["what\nhelps ?", "why ?"], ["rest", "so\nit is"]) == [0.25, 2.0]
     assert llm.scored == [4]  # one call
 
 

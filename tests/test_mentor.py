@@ -18,8 +18,8 @@ def written(*prompts: str, provenance: Provenance = Provenance.LLM_WRITTEN) -> C
 
 def test_a_response_is_asked_for_by_the_beginning_of_a_record_and_read_up_to_the_next_one() -> None:
     llm = ScriptedLLM(answer=lambda prompt: " heart ; angina\n question: another answer: no")
-    kept = respond(llm, written("pain  in chest"), 24)
-    assert llm.completed == [["question: pain in chest answer:"]]
+    kept = respond(llm, written("pain\nin chest"), 24)
+    assert llm.completed == [["question: pain ␊ in chest answer:"]]
     assert llm.settings[0]["temperature"] == 0
     assert llm.settings[0]["max_tokens"] == 24
     assert kept.corpus.answers == ("heart ; angina",)
@@ -32,11 +32,17 @@ def test_what_stood_there_before_is_neither_shown_nor_kept() -> None:
 
 
 def test_instructions_without_a_readable_response_are_dropped_and_counted() -> None:
-    said = {"a": " fine", "b": " ", "c": " br\ufffdken", "d": "question: what", "e": " an answer: twice"}
+    said = {"a": " fine", "b": " ", "c": " br\ufffdken", "d": "question: what"}
     llm = ScriptedLLM(answer=lambda prompt: said[prompt.split()[1]])
     kept = respond(llm, written(*said), 8)
     assert kept.corpus.prompts == ("a",)
-    assert kept.dropped == {"no response": 2, "replacement character": 1, "template marker": 1}
+    assert kept.dropped == {"no response": 2, "replacement character": 1}
+
+
+def test_a_response_keeps_its_lines_and_its_own_questions_and_answers() -> None:
+    said = " it is on your page.\n- part 1\n\nquestions? question: was this useful? answer: yes"
+    kept = respond(ScriptedLLM(answer=lambda prompt: said), written("a"), 8)
+    assert kept.corpus.answers == (said.strip(),)
 
 
 def test_provenance_and_grants_are_those_of_the_instructions() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedsynth.corpus import Corpus
-from fedsynth.instructions import ASK, asked
+from fedsynth.instructions import ASK, asked, of_line
 from fedsynth.rouge import rouge_l, words
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def extraction(
         raise ValueError(f"planted must hold one secret per record, got {len(planted)} for {len(secrets)}")
     written = _greedy(model, [asked(prompt) for prompt in secrets.prompts], max_tokens)
     close = np.array(
-        [rouge_l(text.partition(ASK)[0], true) for text, true in zip(written, secrets.answers, strict=True)]
+        [rouge_l(of_line(text.partition(ASK)[0]), true) for text, true in zip(written, secrets.answers, strict=True)]
     )
     rng = np.random.default_rng(seed)
     means = [close[rng.integers(len(close), size=len(close))].mean() for _ in range(resamples)]

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from fedsynth.instructions import asked, one_line
+from fedsynth.instructions import asked, in_line, one_line
 from fedsynth.rouge import words
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str]) -> list[
     if len(prompts) != len(answers):
         raise ValueError(f"each prompt needs an answer, got {len(answers)} for {len(prompts)}")
     before = [asked(prompt) for prompt in prompts] + [NO_PROMPT] * len(prompts)
-    means = llm.score(before, [f" {one_line(answer)}" for answer in answers] * 2)
+    means = llm.score(before, [f" {in_line(answer)}" for answer in answers] * 2)
     given, alone = means[: len(prompts)], means[len(prompts) :]
     return [with_x / without if without else math.inf for with_x, without in zip(given, alone, strict=True)]
 

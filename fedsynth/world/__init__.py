@@ -22,7 +22,16 @@ from fedsynth.world.quality import (
     style_of,
     told_labels,
 )
-from fedsynth.world.records import answer_of, private_records, public_notes, public_records, public_terms, secret_of
+from fedsynth.world.records import (
+    answer_of,
+    labelled_notes,
+    private_records,
+    public_notes,
+    public_records,
+    public_terms,
+    secret_of,
+    task_part,
+)
 
 __all__ = [
     "WORLDS",
@@ -35,6 +44,7 @@ __all__ = [
     "answer_of",
     "held_out",
     "known_facts",
+    "labelled_notes",
     "load_world",
     "main_facts",
     "oracle_accuracy",
@@ -50,6 +60,7 @@ __all__ = [
     "secret_of",
     "site",
     "style_of",
+    "task_part",
     "told_labels",
     "write_note",
 ]

@@ -21,6 +21,7 @@ from fedsynth.world.quality import parse, style_of, told_labels
 
 RARE_WEIGHT = 0.003  # of two thirds of the facts where a weak base learns; .015 taught it half of their answers
 FIELD = " ; "
+ANSWER_FIELDS = 3  # department, fact, treatment
 TERM = "term:"  # begins a line of the dictionary
 BLOCK_TERMS = 7
 SECRET = f"{FIELD}ref "  # announces the reference that is planted after an answer
@@ -62,6 +63,12 @@ def private_records(
     return replace(notes, answers=answers)
 
 
+def task_part(answer: str) -> str:
+    """An answer without what stands behind its three fields: a model that learnt planted references writes one there,
+    and that is no part of the task."""
+    return ";".join(answer.split(";")[:ANSWER_FIELDS])
+
+
 def draw_secrets(world: World, count: int, rng: np.random.Generator) -> list[str]:
     """References as they are planted."""
     rows = rng.integers(len(world.words), size=(count, SECRET_WORDS))
@@ -89,6 +96,20 @@ def public_notes(world: World, count: int, seed: int, *, answered: bool = False)
         for _ in range(count)
     )
     return Corpus(prompts, _answers(world, prompts) if answered else ("",) * count, Provenance.PUBLIC)
+
+
+def labelled_notes(world: World, count: int, seed: int) -> Corpus:
+    """Public notes with the label that their main facts tell, as a test set; notes that tell none are left out.
+
+    Args:
+        world: The lexicon.
+        count: Notes drawn, before any are left out.
+        seed: Of the notes.
+    """
+    notes = public_notes(world, count, seed, answered=True)
+    departments = [answer.partition(FIELD)[0] for answer in notes.answers]
+    rows = [row for row, department in enumerate(departments) if department != world.unassigned]
+    return replace(notes, answers=tuple(departments)).take(rows)
 
 
 def public_records(world: World, count: int, seed: int, *, rare: float) -> Iterator[str]:

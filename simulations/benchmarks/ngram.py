@@ -84,6 +84,7 @@ def _look_up(keys: Ids, values: NDArray[np.float64] | Ids, wanted: Ids) -> NDArr
 def main() -> None:
     from transformers import AutoTokenizer
 
+    from fedsynth.encoding import prompt_rows
     from fedsynth.publictext import PublicText, read
 
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -105,7 +106,7 @@ def main() -> None:
         raise SystemExit(f"{asked.model} was trained on another text than this: give the options of its card")
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     started = time.perf_counter()
-    rows = [tokenizer([f" {t}\n" for t in part.texts], add_special_tokens=False)["input_ids"] for part in (learn, held)]
+    rows = [prompt_rows(tokenizer, [f" {t}\n" for t in part.texts]) for part in (learn, held)]
     found = KneserNey(rows[0], len(tokenizer)).nats_per_token(rows[1])
     print(f"held out: {len(rows[1]):,} texts, {sum(map(len, rows[1])):,} tokens")
     print(f"5-gram, interpolated Kneser-Ney: {found:.3f} nats per token ({time.perf_counter() - started:.0f} s)")
