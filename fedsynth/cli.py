@@ -199,6 +199,9 @@ def compare_command(
     for task in done.tables["tables"]:
         shown.print(utility_table(done.tables, task))
         shown.print(costs_table(done.tables, task))
+    for run, of_arm in done.tables["few_texts"].items():
+        for arm, few in of_arm.items():
+            shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
     from fedsynth.reporting.comparison_page import write
 
     page, _ = write(done.out)
@@ -419,6 +422,7 @@ def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, s
     return found
 
 
+NOT_ITS_OWN = "its figures are not those of its method"
 COLUMNS = {
     "accuracy": "accuracy",
     "accuracy_held_out_clients": "held-out clients",
@@ -457,10 +461,8 @@ def _print_table(console: Console, result: Any) -> None:
         guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
     console.print(table)
-    for arm, found in losses.items():
-        if few := [loss["line"] for loss in found if loss["few"]]:
-            console.print(f"{arm}: {'; '.join(few)}: its figures are not those of its method", markup=False,
-                          soft_wrap=True)  # fmt: skip
+    for arm, few in result.few.items():
+        console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
     for line in missing(result.metrics):
         console.print(line, markup=False, soft_wrap=True)
     console.print("privacy, arm by arm:")

@@ -398,8 +398,9 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
     known = terms(grid)
     levels, spent = utility(frame, known), costs(frame)
     marked = pareto(points(frame, {name: t.metric for name, t in known.items()}))
-    privacy = {part.name: {arm: said["line"] for arm, said in simulate.read(place_of(part, out)).privacy.items()}
-               for part in runs}  # fmt: skip
+    read_back = {part.name: simulate.read(place_of(part, out)) for part in runs}
+    privacy = {name: {arm: said["line"] for arm, said in run.privacy.items()} for name, run in read_back.items()}
+    few = {name: {arm: "; ".join(lines) for arm, lines in run.few.items()} for name, run in read_back.items()}
     tables = {
         "name": grid.name,
         "out": str(out),
@@ -409,6 +410,7 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
                    for task in frame["task"].unique()},
         "points": _records(marked),
         "privacy": privacy,
+        "few_texts": {name: arms for name, arms in few.items() if arms},
     }  # fmt: skip
     frame.to_parquet(out / f"{FRAME}.part", index=False)
     (out / f"{FRAME}.part").replace(out / FRAME)

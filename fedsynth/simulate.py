@@ -77,15 +77,24 @@ class Result:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes."""
+        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes, and what filters
+        left of its texts, where that is to be told."""
         rows = []
         for arm, found in self.summary["arms"].items():
             row: dict[str, Any] = {"arm": arm, "guarantee": found["guarantee"], "epsilon": found["epsilon"]}
             for metric, value in found["metrics"].items():
                 if not metric.startswith(("yield/", "exchange/")):
                     row[metric], row[f"{metric}_std"] = value["mean"], value["std"]
-            rows.append({**row, "bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]})
+            row |= {"bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]}
+            rows.append({**row, "losses": "; ".join(loss["line"] for loss in found.get("losses", []))})
         return pd.DataFrame(rows).set_index("arm")
+
+    @property
+    def few(self) -> dict[str, list[str]]:
+        """By arm what filters left, where that is so little that the arm's figures are not its method's."""
+        told = {arm: found.get("losses", []) for arm, found in self.summary["arms"].items()}
+        few = {arm: [loss["line"] for loss in own if loss["few"]] for arm, own in told.items()}
+        return {arm: lines for arm, lines in few.items() if lines}
 
     def difference(self, arm: str, baseline: str, metric: str = "accuracy") -> Difference:
         """Mean paired difference of two arms over (seed, client), with its bootstrap interval."""

@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from fedsynth.corpus import Corpus, Provenance, pool, same
+from fedsynth.corpus import Corpus, Provenance, alike, pool, same, told_apart
 
 PUBLIC = Provenance.PUBLIC
 
@@ -122,3 +122,32 @@ def test_what_is_the_same_stays_so() -> None:
         if not 0xD800 <= code < 0xE000:
             once = same(chr(code))
             assert same(once) == once, hex(code)
+
+
+@pytest.mark.parametrize(
+    ("spellings", "said"),
+    [
+        (["PAT003", "PAT003 "], r"'PAT003' and 'PAT003\u0020'"),
+        (["caf\u00e9", "cafe\u0301"], r"'cafe\u0301' and 'caf\u00e9'"),
+        (["two words", "two  words"], r"'two \u0020words' and 'two words'"),
+        (["PAT 003", "pat 003"], "'PAT 003' and 'pat 003'"),
+        (["\u6302\u5931", "\u6302\u5931 "], "'\u6302\u5931' and '\u6302\u5931\\u0020'"),  # what is alike stays readable
+        (["a\u200bb", "ab"], r"'ab' and 'a\u200bb'"),
+        (["a\nb", "a b"], r"'a\u000ab' and 'a b'"),
+        (["\U000e0041p", "p"], r"'p' and '\U000e0041p'"),
+    ],
+)
+def test_spellings_are_shown_so_that_they_differ(spellings: list[str], said: str) -> None:
+    [found] = alike([*spellings, "another"])
+    assert told_apart(found) == said
+
+
+def test_spellings_of_one_text_never_look_alike() -> None:
+    signs = ["a", "A", "\u00e9", "e\u0301", "E\u0301", " ", "  ", "\u00a0", "\u200b", "\uff41", "\u00ad", "\n"]
+    texts = [one + two + three for one in signs for two in signs for three in signs]
+    found = alike(texts)
+    assert len(found) > 10
+    for group in found:
+        shown = told_apart(group).split("' and '")
+        assert len(set(shown)) == len(group)
+        assert all(part.isprintable() for part in shown)

@@ -550,3 +550,44 @@ def test_patients_of_a_world_have_several_of_the_same_notes() -> None:
     assert list(five.train.units or ()) == sorted(five.train.units or ())
     with pytest.raises(BadValue, match=r"a data file names its persons by data\.unit"):
         Data("notes.csv", notes_per_patient=3)
+
+
+# --- Spellings --------------------------------------------------------------------------------------------------------
+
+
+def test_persons_and_clients_that_are_merged_are_dealt_whole(tmp_path: Path) -> None:
+    ids = [f"{('PAT', 'pat')[i % 2]}{i // 4:03}{' ' * (i % 4 // 2)}" for i in range(80)]
+    data = save(table(80, patient=ids), tmp_path / "persons.csv")
+    with pytest.raises(BadValue, match="20 persons of the column 'patient'"):
+        open_sites(replace(data, unit="patient"), 1)
+    sites = open_sites(replace(data, unit="patient", spellings="merge"), 1)
+    units = [{*corpus.units} for site in sites for corpus in (site.train, site.test) if corpus.units]
+    assert sorted(unit for own in units for unit in own) == [f"pat{i:03}" for i in range(20)]  # each in one place
+
+    wards = [("North", "north ", "South")[i % 3] for i in range(30)]
+    data = replace(save(table(30, ward=wards), tmp_path / "wards.csv"), split="natural", client_column="ward")
+    with pytest.raises(BadValue, match=r"1 clients of the column 'ward' .*'North' and 'north\\u0020'"):
+        open_sites(data, 1)
+    north, south = open_sites(replace(data, spellings="merge"), 1)
+    assert (len(everything([north])), len(everything([south]))) == (20, 10)
+
+
+@pytest.mark.parametrize("other", ["NOTE  3", "note 3\u200b", "n\uff4fte 3"])
+def test_texts_that_are_the_same_are_duplicates_wherever_they_are(tmp_path: Path, other: str) -> None:
+    frame = table(40)
+    frame.loc[17, "text"] = other
+    data = save(frame, tmp_path / "twice.csv")
+    with pytest.raises(BadValue, match="1 texts are in the training text of more than one client, 0 in training"):
+        open_sites(data, 3)
+    with pytest.raises(BadValue, match="0 texts are in the training text of more than one client, 1 in training"):
+        open_sites(data, 0)
+    division = divide(replace(data, duplicates="drop"), 1)
+    assert division.left_out.duplicates == 1
+    assert "note 3" in everything(list(division.sites))
+
+
+def test_spellings_need_a_column_to_be_about(tmp_path: Path) -> None:
+    with pytest.raises(BadValue, match="name their column as unit or client_column"):
+        Data("notes.csv", spellings="merge")
+    with pytest.raises(BadValue, match=r"labels holds a class in several spellings: 'Flu' and 'flu'"):
+        Data("notes.csv", labels=("Flu", "flu"))

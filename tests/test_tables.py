@@ -177,6 +177,11 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.csv", "text,label\n1.5,x\n002,y\n", "column 'text' holds numbers, not text: name the text's"),
         ("a.jsonl", '{"text": 3, "label": "x"}\n', "column 'text' holds numbers, not text"),
         ("a.jsonl", '{"text": true, "label": "x"}\n', "column 'text' holds bool values, not text"),
+        ("a.csv", "text;label\na, b;x\n", "its columns are parted by ';', not by commas: save it with commas, or as"),
+        ("a.csv", "text\tlabel\na\tx\n", "its columns are parted by '\\t'"),
+        ("a.csv", "text,label\na,Caf\u00e9\nb,Cafe\u0301\n", r"'Cafe\u0301' and 'Caf\u00e9'; write each class one way"),
+        ("a.csv", "text,label\n\u200b,x\na,\u00ad\n", "no row has both 'text' and 'label' (it has 2 rows)"),
+        ("a.csv", 'text,label\na,x\n"b c,x\nd,y\n', "a quote in line 3 begins a field and never closes: 2 lines stand"),
         ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case, blanks or what cannot "
          "be seen: 'Billing' and 'billing\\u0020'; write each class one way"),
     ],
@@ -254,3 +259,96 @@ def test_a_listed_label_in_another_spelling_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\na,billing\nb,login\n")
     with pytest.raises(BadValue, match=r"data.labels and .*: labels differ only in case.*: 'Billing' and 'billing'"):
         misfits(Data(str(path)), ("Billing", "login"))
+
+
+# --- Spellings --------------------------------------------------------------------------------------------------------
+
+PERSONS = ["PAT1", "PAT1 ", "pat1", "caf\u00e9", "cafe\u0301", "p2\u200b", "p2", "other"]
+SEEN = ["'PAT1' and 'PAT1\\u0020' and 'pat1'", "'cafe\\u0301' and 'caf\\u00e9'", "'p2' and 'p2\\u200b'"]
+
+
+def spelt(path: Path, column: str) -> Path:
+    frame = pd.DataFrame({"text": [f"note {i}" for i in range(8)], "label": ["x", "y"] * 4, column: PERSONS})
+    frame.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize(("column", "key", "what"), [("who", "unit", "persons"), ("ward", "client_column", "clients")])
+def test_a_person_or_client_in_several_spellings_is_refused_or_merged(
+    tmp_path: Path, column: str, key: str, what: str
+) -> None:
+    path = spelt(tmp_path / "a.parquet", column)
+    said = refused(path, **{key: column})
+    assert said.startswith(
+        f"3 {what} of the column {column!r} are written in ways that differ only in case, blanks or "
+    )
+    assert all(shown in said for shown in SEEN)
+    assert said.endswith('; write each one way, or say data.spellings = "merge"')
+    found = read_rows(Data(str(path), spellings="merge", **{key: column}))
+    names = found.table["unit" if key == "unit" else "client"].tolist()
+    assert [names.index(name) for name in names] == [0, 0, 0, 3, 3, 5, 5, 7]
+    assert found.table["text"].tolist() == [f"note {i}" for i in range(8)]  # no text is written anew
+    assert found.merged == 4
+    told = misfits(Data(str(path), spellings="merge", **{key: column}), ("x", "y"))
+    assert told == [f"{path}: 4 spellings of persons or clients are merged into others of them"]
+
+
+def test_labels_in_several_spellings_are_refused_although_persons_are_merged(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,who\na,Flu,p\nb,flu,P\n")
+    assert "labels differ only in case" in refused(path, unit="who", spellings="merge")
+
+
+def test_a_person_with_training_and_test_rows_under_two_spellings_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,part,who\na,x,train,p\nb,y,test,P\nc,y,train,q\n")
+    said = refused(path, test=TestRows("part", "test"), unit="who", spellings="merge")
+    assert said.startswith("1 values of the unit column 'who' have training and test rows")
+
+
+def test_many_persons_in_several_spellings_are_counted(tmp_path: Path) -> None:
+    rows = "".join(f"note {i},x,P{i // 2}{' ' * (i % 2)}\n" for i in range(40))
+    said = refused(write(tmp_path / "a.csv", f"text,label,who\n{rows}"), unit="who")
+    assert said.startswith("20 persons of")
+    assert said.count(" and 'P") == 5
+    assert ", and 15 more; " in said
+
+
+def test_a_person_whose_name_nobody_sees_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,who\na,x,p\nb,y,\u200b\n")
+    assert refused(path, unit="who") == "1 rows have no value in column 'who'"
+
+
+# --- Labels that nothing can be measured on ---------------------------------------------------------------------------
+
+
+def test_test_rows_whose_labels_are_hidden_are_counted(tmp_path: Path) -> None:
+    hidden = saved()
+    hidden["test"] = hidden["test"].map(lambda row: {"label": -1})
+    hidden.save_to_disk(tmp_path / "notes")
+    said = refused(tmp_path / "notes", test=TestRows("split", "test"))
+    assert said == (
+        "2 rows are 'test' in the test column 'split', none of them has a label (-1 hides it); name another split"
+    )
+    path = write(tmp_path / "a.csv", "text,response,part\na,x,train\nb,,test\n")
+    said = refused(path, test=TestRows("part", "test"), task="instructions")
+    assert said == "1 rows are 'test' in the test column 'part', none of them has a response; name another split"
+
+
+def test_a_file_that_hides_labels_as_a_number_is_told_the_same(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label,part\na,0,train\nb,1,train\nc,-1,test\nd,-1,test\n")
+    with pytest.raises(BadValue, match=r"2 rows are 'test' .*, none of them has a label \(-1 hides it\)"):
+        misfits(Data(str(path), test=TestRows("part", "test")), ("0", "1"))
+    assert misfits(Data(str(path), test=TestRows("part", "test")), ("0", "1", "-1")) == []
+
+
+def test_labels_that_no_row_has_are_told_beside_those_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,0.0\nb,1.0\nc,0.0\n")
+    with pytest.raises(
+        BadValue, match=r"no row has a label of data.labels \('0', '1'\); there are '0.0' 2, '1.0' 1: list"
+    ):
+        misfits(Data(str(path)), ("0", "1"))
+    parted = write(tmp_path / "b.csv", "text,label,part\na,x,train\nb,y,test\n")
+    for listed, part in ((("x",), "test"), (("y",), "training")):
+        with pytest.raises(BadValue, match=f"no {part} row has a label of data.labels"):
+            misfits(Data(str(parted), test=TestRows("part", "test")), listed)
+    pd.DataFrame({"text": ["a", "b"], "label": [0.0, 1.0]}).to_parquet(tmp_path / "a.parquet")
+    assert misfits(Data(str(tmp_path / "a.parquet")), ("0", "1")) == []  # there a whole number is one

@@ -15,6 +15,7 @@ from fedsynth.teacher import (
     Mode,
     augment,
     blocks_prompt,
+    check_labels,
     line_prompt,
     parse_blocks,
     parse_line,
@@ -261,6 +262,33 @@ def test_an_empty_answer_gives_no_text() -> None:
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask(ScriptedLLM(), {0: drafts(3)}, **options)
+
+
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ("", "is blank"),
+        (" \t", "is blank"),
+        ("\u200b", "is blank"),
+        ("a:b", "holds a colon"),
+        ("a\nb", "holds a line end"),
+        ("a\n", "holds a line end"),
+        ("\u6302\u5931 ", "ends with a blank"),
+        (" a", "begins with a blank"),
+        ("a  b", "holds two blanks in a row"),
+        ("a\tb", r"holds white space that is no blank ('\t')"),
+        ("a\u00a0b", r"holds white space that is no blank ('\xa0')"),
+    ],
+)
+def test_a_label_that_stands_in_no_line_is_told_why(label: str, why: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_labels(["other", label])
+    assert str(caught.value) == f"label {label!r} cannot stand in a prompt's line: it {why}"
+
+
+@pytest.mark.parametrize("label", ["a b", "\u6302\u5931", "plan (old)", "a-b_c", "St\u00f6rung"])
+def test_a_label_of_words_stands_in_a_line(label: str) -> None:
+    check_labels([label])
 
 
 # --- judges ---

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ class Outer:
     maybe: Inner | None = None
     either: int | str | None = None
     labels: Literal["all"] | tuple[str, ...] = "all"
+    names: tuple[str, ...] = ()
     anything: Any = None
 
 
@@ -141,6 +143,13 @@ def test_a_missing_key_is_named_with_its_place() -> None:
         ({"either": True}, "either must be a whole number or text, got True"),
         ({"labels": "al"}, "labels must be 'all' or"),
         ({"labels": [1]}, "labels must be 'all' or"),
+        ({"labels": [0, 1]}, "labels must be 'all' or a list of texts: write them in quotes, got [0, 1]"),
+        ({"labels": ["a", 1.5]}, "a list of texts: write them in quotes, got ['a', 1.5]"),
+        ({"labels": [True, False]}, "a list of texts: write them in quotes, got [True, False]"),
+        ({"labels": [date(2024, 1, 1)]}, "a list of texts: write them in quotes"),
+        ({"labels": 3}, "labels must be 'all' or a list of texts, got 3"),
+        ({"names": [1, 2]}, "names must be a list of texts: write them in quotes, got [1, 2]"),
+        ({"name": 3}, "name must be text, got 3 (a whole number): write it in quotes"),
     ],
 )
 def test_a_wrong_value_names_key_value_and_what_fits(more: dict[str, Any], said: str) -> None:

@@ -64,6 +64,12 @@ def cautions(
         found.append(("No guarantee.", NONE.format(listed(bare))))
     if len(_task_figures(metrics)):
         found.append(("Test figures are not covered by epsilon.", MEASURED))
+    of_filters = losses(metrics)
+    for words, few in ((LITTLE, True), (BARE, False)):
+        told = {arm: [str(loss) for loss in own if loss.few == few and (few or loss.bare)]
+                for arm, own in of_filters.items()}  # fmt: skip
+        name = "Hardly any text left." if few else "Clients without text."
+        found += [(name, words.format(arm, "; ".join(lines))) for arm, lines in told.items() if lines]
     spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", arm=arm)) for arm in arms}
     paid = {arm: epsilon for arm, epsilon in spent.items() if epsilon}
     if paid and max(paid.values()) > ALIKE * min(paid.values()):
@@ -81,12 +87,6 @@ def cautions(
     gone = {arm: _without_answer(privacy.get(arm, {}), metrics, arm, homes[arm]) for arm in arms}
     silent = "Clients without an answer."
     found += [(silent, SILENT.format(arm, listed(clients))) for arm, clients in gone.items() if clients]
-    of_filters = losses(metrics)
-    for words, few in ((LITTLE, True), (BARE, False)):
-        told = {arm: [str(loss) for loss in own if loss.few == few and (few or loss.bare)]
-                for arm, own in of_filters.items()}  # fmt: skip
-        name = "Hardly any text left." if few else "Clients without text."
-        found += [(name, words.format(arm, "; ".join(lines))) for arm, lines in told.items() if lines]
     lost = metrics[metrics["metric"].str.endswith("/labels_lost") & (metrics["value"] > 0)]
     if len(lost):
         found.append(("Labels lost.", LOST.format(listed([str(arm) for arm in dict.fromkeys(lost["arm"])]))))

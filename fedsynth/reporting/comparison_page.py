@@ -113,6 +113,8 @@ def _cautions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
          "would charge the same people, and their epsilons would add up."),
         ("Test figures are not covered by epsilon.", "They are measured at the clients, on test sets declared public."),
     ]  # fmt: skip
+    few = [f"{run}, {arm}: {told}" for run, arms in report.get("few_texts", {}).items() for arm, told in arms.items()]
+    found += [("Hardly any text left.", f"{told}. These figures are not those of the method.") for told in few]
     without = sorted({f"{p['arm']} ({p['scenario']})" for p in report["points"] if p["guarantee"] == "none"})
     if without:
         found.append(("No guarantee.", f"No epsilon holds for {listed(without)}."))

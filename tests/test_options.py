@@ -1,0 +1,110 @@
+"""What methods refuse, and what they warn of, before any work is spent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+
+from fedsynth.federation import load_strategy
+from fedsynth.scenario import Scenario
+from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.simulate import check, server_warnings
+from fedsynth.strategies.options import FDKTOptions, few_texts
+from fedsynth.typed import BadValue
+
+CHAT = '{ endpoint = "http://127.0.0.1:9/v1", model = "large", api = "chat" }'
+PLAIN = CHAT.replace('"chat"', '"completions"')
+FDKT, CROSS_LM = "fdkt:FDKT", "cross_lm:CrossLM"
+
+
+def scenario(method: str, options: str, llm: str, labels: str = '"all"') -> Scenario:
+    made = from_toml(
+        f'name = "own"\n[strategy]\nuse = "fedsynth.strategies.{method}"\n{options}\n[data]\nlabels = {labels}\n'
+        'source = "world:hospitals"\nclients = 1\ntrain_per_client = 8\ntest_per_client = 8\n[client]\n'
+        f'generator = "{tiny.folder()}"\ntask_model = "{tiny.folder()}"\nguarantee = "none"\n[server]\nllm = {llm}\n'
+        f'embedder = "{tiny.folder()}"\n'
+    )
+    return cells(made)[0].scenario
+
+
+def refusal(method: str, options: str, llm: str) -> str:
+    with pytest.raises(BadValue) as caught:
+        check(scenario(method, options, llm))
+    return str(caught.value)
+
+
+# As KnowledgeSG says it: 'an endpoint with api = "chat" ...: say strategy.KEY = "VALUE"'.
+@pytest.mark.parametrize(
+    ("method", "options", "way_out"),
+    [
+        (FDKT, "", 'say strategy.demonstrations = "all_labels"'),
+        (FDKT, 'judge = "instruction"', 'say strategy.demonstrations = "all_labels"'),
+        (FDKT, 'demonstrations = "all_labels"', 'scores no text: say strategy.judge = "instruction"'),
+        (FDKT, 'demonstrations = "none"\njudge = "none"', "a model with weights, as server.llm"),
+        (CROSS_LM, 'feedback = "none"', "a model with weights, as server.llm"),
+        (CROSS_LM, 'teaching.update = "none"', "a model with weights, as server.llm"),
+    ],
+)
+def test_a_chat_endpoint_is_not_given_lines_to_go_on_with(method: str, options: str, way_out: str) -> None:
+    said = refusal(method, options, CHAT)
+    assert 'an endpoint with api = "chat" ' in said
+    assert way_out in said
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "llm"),
+    [
+        (FDKT, 'demonstrations = "all_labels"\njudge = "instruction"', CHAT),
+        (FDKT, 'demonstrations = "all_labels"\njudge = "none"', CHAT),
+        (FDKT, 'texts = "drafts"', CHAT),  # no LLM takes part
+        (FDKT, "", PLAIN),
+        (CROSS_LM, 'feedback = "none"', PLAIN),
+    ],
+)
+def test_what_an_endpoint_can_do_is_taken(method: str, options: str, llm: str) -> None:
+    resolved = scenario(method, options, llm)
+    kind, config = load_strategy(resolved.strategy)
+    kind.check(config, resolved)
+
+
+def test_labels_beyond_the_texts_that_are_written_are_named() -> None:
+    labels = [f"class {i}" for i in range(10)]
+    assert few_texts(10, labels) == []
+    [said] = few_texts(8, labels)
+    assert said == (
+        "strategy.written = 8 is less than the 10 labels: the LLM writes no text of 2 of them ('class 8', 'class 9'); "
+        "ask for 10 at least"
+    )
+    assert "('class 1', 'class 2', 'class 3', 'class 4', 'class 5', ...)" in few_texts(1, labels)[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "warned"),
+    [
+        (FDKT, "written = 3", True),
+        (FDKT, 'written = 3\ndemonstrations = "none"\ntexts = "drafts"', True),
+        (FDKT, 'written = 3\ntexts = "drafts"', False),
+        (FDKT, "written = 100", False),
+        (CROSS_LM, 'written = 3\nfeedback = "none"', True),
+    ],
+)
+def test_the_check_tells_of_labels_without_text(method: str, options: str, warned: bool) -> None:
+    asked = scenario(method, options, f'"{tiny.folder()}"')
+    assert ["strategy.written = 3" in line for line in server_warnings(cells(asked)[0])] == [True] * warned
+    assert any("strategy.written = 3" in line for line in check(asked)) == warned
+
+
+def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
+    from scripted import ScriptedLLM
+
+    from fedsynth.corpus import Corpus, Provenance
+    from fedsynth.teacher import augment
+
+    labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
+    settings: dict[str, Any] = {"shots": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    nothing = {0: Corpus((), (), Provenance.PUBLIC)}
+    written = augment(ScriptedLLM(), nothing, labels=labels, per_site=3, mode=mode, **settings)[0]
+    assert set(labels) - set(written.corpus.answers) == {"d"}
+    assert "('d')" in few_texts(3, labels)[0]
