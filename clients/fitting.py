@@ -6,48 +6,65 @@ Whether there is an answer must not depend on one private text (docs/privacy.md)
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from fedsynth.batches import token_rows
 from fedsynth.llm import LocalLLM
+
+T = TypeVar("T")
 
 
 class Fitting:
     """`LocalLLM` for prompts that hold private text.
 
     Args:
-        model: What completes and scores those that fit.
+        llm: What completes and scores those that fit.
     """
 
-    def __init__(self, model: LocalLLM):
-        self.model = model
+    def __init__(self, llm: LocalLLM):
+        self.llm = llm
 
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
     ) -> list[str]:
         """As `LocalLLM.complete`; "" for a prompt that does not fit."""
-        fits = [place for place, prompt in enumerate(prompts) if self._fits(prompt, max_tokens)]
-        found = [""] * len(prompts)
-        written = self.model.complete(
-            [prompts[i] for i in fits], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
-        for place, text in zip(fits, written, strict=True):
-            found[place] = text
-        return found
+
+        def those(rows: Sequence[int]) -> list[str]:
+            chosen = [prompts[row] for row in rows]
+            return self.llm.complete(chosen, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+
+        return _whatever_fits(those, len(prompts), lambda row: self._fits(prompts[row], max_tokens), "")
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """As `LocalLLM.score`; no likelihood at all for a pair that does not fit."""
-        pairs = list(zip(prompts, continuations, strict=True))
-        fits = [place for place, (prompt, text) in enumerate(pairs) if self._fits(prompt + text, 0)]
-        found = [-math.inf] * len(pairs)
-        scored = self.model.score([prompts[i] for i in fits], [continuations[i] for i in fits])
-        for place, value in zip(fits, scored, strict=True):
-            found[place] = value
-        return found
+
+        def those(rows: Sequence[int]) -> list[float]:
+            return self.llm.score([prompts[row] for row in rows], [continuations[row] for row in rows])
+
+        return _whatever_fits(
+            those, len(prompts), lambda row: self._fits(prompts[row] + continuations[row], 0), -math.inf
+        )
 
     def _fits(self, text: str, more: int) -> bool:
         try:
-            [tokens] = token_rows(self.model.tokenizer, [text], self.model.kind)
+            [tokens] = token_rows(self.llm.tokenizer, [text], self.llm.kind)
         except Exception:  # each tokenizer has its own
             return False
-        return self.model.context is None or len(tokens) + more <= self.model.context
+        return self.llm.context is None or len(tokens) + more <= self.llm.context
+
+
+def _whatever_fits(
+    work: Callable[[Sequence[int]], list[T]], count: int, fits: Callable[[int], bool], instead: T
+) -> list[T]:
+    """The work on all rows; where that fails, on those that fit."""
+    try:
+        return work(range(count))
+    except Exception:  # of the model's checks, or the tokenizer's own
+        rows = [row for row in range(count) if fits(row)]
+        if len(rows) == count:
+            raise
+    found = [instead] * count
+    for row, each in zip(rows, work(rows), strict=True):
+        found[row] = each
+    return found

@@ -138,7 +138,7 @@ def site_init(
 def site_check(
     folder: Site, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per finding.")] = False
 ) -> None:
-    """Check schema, labels, models, budget, key, certificate, clock and reachability; exit with 1 on a problem."""
+    """Import the rows; check models, budget, key, certificate, clock and reachability; exit with 1 on a problem."""
     from fedsynth.clients.policy import load_site
     from fedsynth.site_check import check
 

@@ -44,7 +44,6 @@ __all__ = [
     "open_site",
     "open_sites",
     "overlaps",
-    "undivided",
     "unified",
 ]
 
@@ -378,12 +377,6 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
     if data.test_limit is not None:
         test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
     return Site(_corpus(train), _corpus(test))
-
-
-def undivided(rows: Rows) -> Site:
-    """All of a source as one site: rows that are held out are its test text, the others its training text."""
-    held = rows.table[HELD]
-    return Site(_corpus(rows.table[~held]), _corpus(rows.table[held]))
 
 
 def _corpus(table: pd.DataFrame) -> Corpus:

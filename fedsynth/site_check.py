@@ -76,7 +76,7 @@ def _budget(place: Place) -> str:
     check_account(place)
     if not place.ledger.exists():
         return (
-            f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; `fedsynth site start` makes the ledger"
+            f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; the ledger is made with the first import"
         )
     spent, delta = place.open_ledger().spent()
     if spent >= cap.epsilon:

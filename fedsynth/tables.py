@@ -346,16 +346,6 @@ def load_columns(path: Path, asked: Sequence[str] | None = None, *, strict: bool
     return _as_objects(frame)
 
 
-def columns_of(names: Sequence[str], rows: Sequence[Sequence[object]], asked: Sequence[str]) -> pd.DataFrame:
-    """As `load_columns`, of rows of values.
-
-    Raises:
-        BadValue: If a column is missing, or stands there twice.
-    """
-    places = {column: names.index(column) for column in _chosen(names, asked)}
-    return _as_objects(pd.DataFrame({c: [row[at] for row in rows] for c, at in places.items()}, dtype=object))
-
-
 def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.astype(object)
     return frame.where(frame.notna(), None)

@@ -18,6 +18,9 @@ from typing import Any
 import pandas as pd
 import psutil
 
+from fedsynth.clients.policy import load_site
+from fedsynth.site_rows import import_rows
+
 NAMES = ("charite", "st-marys", "ukb")
 HERE = Path(__file__).parent
 START_SITE = """
@@ -25,10 +28,12 @@ import sys
 from pathlib import Path
 from fedsynth.clients.policy import load_site
 from fedsynth.privacy.noise import simulated_key
+from fedsynth.site_rows import import_rows
 from fedsynth.site_start import start
 place, index = load_site(Path(sys.argv[1])), int(sys.argv[2])
 place.state.mkdir(mode=0o700, exist_ok=True)
 place.open_ledger(create=True, keys=lambda counter, binding: simulated_key(0, index, counter, binding))
+list(import_rows(place))
 start(place, client=sys.argv[3:])
 """
 
@@ -114,7 +119,9 @@ class Federation:
 
     def start_site(self, name: str, *, injected: bool = False, wait: bool = True, **more: str) -> Running:
         command: list[object] = [sys.executable, "-P", "-m", "fedsynth.cli", "site", "start", self.place(name)]
-        if injected:
+        if not injected:
+            list(import_rows(load_site(self.place(name))))  # as `fedsynth site check` does
+        else:
             command = [
                 sys.executable,
                 "-P",

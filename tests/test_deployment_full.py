@@ -27,6 +27,7 @@ from fedsynth.clients.trail import entries
 from fedsynth.flower import free_port
 from fedsynth.payload import decode
 from fedsynth.simulate import read
+from fedsynth.site_rows import import_rows
 from fedsynth.tasks import Adopted, Finetuned
 from fedsynth.wire import unpacked
 from fedsynth.world import load_world, private_notes
@@ -193,7 +194,7 @@ def test_without_injected_keys_noise_is_new_in_each_run(ran: Ran, tmp_path: Path
     found = []
     for number in range(2):
         with edited(ran.federation.place(FIRST) / "site.toml", id=f'"drawn-{number}"'):
-            load_site(ran.federation.place(FIRST)).open_ledger(create=True)
+            list(import_rows(load_site(ran.federation.place(FIRST))))  # makes the account, too
             ran.federation.run(tmp_path / "scenario.toml", f"drawn-{number}", "--sites", FIRST)
         out = ran.federation.folder / f"drawn-{number}"
         found.append(instructed.adapters(out))
@@ -270,7 +271,7 @@ def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Fede
 
 def test_text_that_a_person_refuses_ends_the_run_in_one_line_and_stays_paid(default: Federation) -> None:
     with edited(default.place("alone") / "site.toml", id='"alone-2"'):
-        load_site(default.place("alone")).open_ledger(create=True)
+        list(import_rows(load_site(default.place("alone"))))  # makes the account, too
         run, order = begun(default, "declined")
         place = load_site(default.place("alone"))
         assert json.loads(approve(default, "--refuse", order))["decision"] == "declined"

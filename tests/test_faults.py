@@ -34,6 +34,7 @@ from fedsynth.flower import OWNER, free_port, marked
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.noise import simulated_key
+from fedsynth.site_rows import import_rows
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(420)]
 NAMES = ("north", "south")
@@ -77,6 +78,7 @@ class Hall:
             file.write_text(re.sub(r'(?m)^id = "[^"]*"', f'id = "{name}-{fault}"', file.read_text()))
             load_site(file).state.mkdir(mode=0o700, exist_ok=True)
             load_site(file).open_ledger(create=True, keys=partial(simulated_key, 0, index))
+            list(import_rows(load_site(file)))
 
     def submit(self, *arguments: object) -> Running:
         """A run in the background."""
