@@ -39,6 +39,7 @@ from fedsynth.participation import fates
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
+from fedsynth.publictext import labelled
 from fedsynth.runs import Journal, guarantee_of, privacy_line
 from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
 from fedsynth.scenario_toml import cells, from_toml, load
@@ -49,7 +50,7 @@ from fedsynth.tasks import Evaluate, Learn, Score, Scored
 from fedsynth.training import clipped_sum, next_token_losses, trainable
 from fedsynth.tuning import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue
-from fedsynth.world import load_world, private_notes, site, write_note
+from fedsynth.world import load_world, main_facts, private_notes, site, told_labels, write_note
 from fedsynth.world_adapters import WRONG, mislabelled, mislabelled_notes
 
 torch.set_num_threads(1)
@@ -137,9 +138,10 @@ def toml(tmp_path_factory: pytest.TempPathFactory, llm: str) -> str:
     frame = pd.DataFrame({"text": [f"{words(y, rng)} {canary(i)}" for i, y in enumerate(labels)], "label": labels})
     place = tmp_path_factory.mktemp("data")
     frame.to_csv(place / "notes.csv", index=False)
-    (place / "public.txt").write_text("".join(f"{words(LABELS[i % 2], rng)}\n" for i in range(60)))
+    public = pd.DataFrame([(words(y, rng), y) for y in LABELS * 30] + [("abc", "other")], columns=["text", "label"])
+    public.to_csv(place / "public.csv", index=False)
     return SCENARIO.format(
-        rounds=ROUNDS, file=place / "notes.csv", public=place / "public.txt", slm=tiny.folder(), llm=llm,
+        rounds=ROUNDS, file=place / "notes.csv", public=place / "public.csv", slm=tiny.folder(), llm=llm,
         bert=families.folder("bert"),
     )  # fmt: skip
 
@@ -268,12 +270,57 @@ def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) 
     assert len(before) == len(after) == ROUNDS
     assert before[1] == after[0]
     assert {client for _, _, _, client, metric, _ in run.journal.rows if metric == "general/perplexity"} == {-1}
-    assert len(run.metric("llm/label_accuracy")) == len(run.metric("scores/mean")) == ROUNDS
+    assert len(run.metric("llm/chosen_label_accuracy")) == len(run.metric("scores/mean")) == ROUNDS
     folder = run.out / "adapters" / "main" / "seed-0" / f"round-{ROUNDS}-llm"
     assert (
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
         == runs.llm.tokenizer.name_or_path
     )
+
+
+def test_how_often_the_llm_tells_a_label_is_measured_on_public_texts_that_no_score_chose(runs: Runs, llm: str) -> None:
+    run = runs["main"]
+    before, after = run.metric("llm/test_label_accuracy_before"), run.metric("llm/test_label_accuracy")
+    assert before[1] == after[0]
+    assert 0.3 < before[0] < 0.7
+    assert after[-1] > 0.9
+    tests = labelled(run.cell.scenario.server.public, LABELS, 200, 3)
+    assert tests.counts() == {"heart": 30, "skin": 30}  # all of the file that are of the list, in any order
+    last = LocalLLM.load(llm, adapter=run.states[-1].adapter, batch_size=256)
+    assert label_accuracy(last, tests, LABELS) == pytest.approx(after[-1], abs=0.02)
+    assert runs["shuffled"].metric("llm/test_label_accuracy")[-1] < 0.7
+
+
+def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_as_well(llm: str) -> None:
+    rng = np.random.default_rng(4)
+    written = Corpus(tuple(words(y, rng) for y in LABELS * 20), LABELS * 20, Provenance.PUBLIC)
+    asked = LocalLLM.load(llm, batch_size=256).score(
+        [f"{y}:" for y in (*written.answers, *written.answers[::-1])], [f" {x}" for x in written.prompts] * 2
+    )
+    # Scores that come of the LLM's own likelihoods choose where it is right by chance.
+    agrees = Scores(tuple(a - b for a, b in zip(asked[:40], asked[40:], strict=True)))
+    start = new_adapter(llm, rank=2, alpha=4.0, seed=0)
+    metrics = taught(
+        llm, start, ranked(written, agrees, 0.35), written, Teaching(tuning=Tuning(epochs=1)), labels=LABELS,
+        public=(), seed=0, tests=written,
+    ).metrics  # fmt: skip
+    assert metrics["llm/chosen_label_accuracy"] > 0.9
+    assert 0.3 < metrics["llm/test_label_accuracy_before"] < 0.7
+    assert "llm/label_accuracy" not in metrics
+
+
+def test_public_texts_come_with_labels_where_their_source_has_them(tmp_path: Path) -> None:
+    world = load_world("hospitals")
+    notes = labelled("world:hospitals", world.labels, 100, 0)
+    assert 80 < len(notes) <= 100
+    assert notes.provenance is Provenance.PUBLIC
+    for text, label in zip(notes.prompts, notes.answers, strict=True):
+        assert told_labels(world, main_facts(world, text)) == {label}
+    assert set(labelled("world:hospitals", world.labels[:2], 100, 0).answers) == set(world.labels[:2])
+    (tmp_path / "public.txt").write_text("one text\n")
+    pd.DataFrame({"text": ["a"]}).to_csv(tmp_path / "bare.csv", index=False)
+    for bare in ("public.txt", "bare.csv"):
+        assert len(labelled(str(tmp_path / bare), world.labels, 9, 0)) == 0
 
 
 def test_texts_after_the_scores_are_under_their_guarantee(runs: Runs) -> None:

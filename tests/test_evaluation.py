@@ -1,10 +1,18 @@
 """Figures by hand."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
+from typed_text import LINES, faq
 
+from fedsynth.clients.evaluate import _scored
+from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.utility import paired_difference, scores
+from fedsynth.instructions import ASK, SIGN, in_line, parse_response
+from fedsynth.rouge import words
 
 
 def test_scores_by_hand() -> None:
@@ -54,3 +62,34 @@ def test_arms_of_different_lengths_are_compared_in_their_own_last_rounds() -> No
     metrics = pd.DataFrame(rows, columns=["arm", "seed", "round", "client", "metric", "value"])
     found = paired_difference(metrics, "long", "short")
     assert (found.mean, found.pairs) == (pytest.approx(0.4), 4)
+
+
+# --- Responses of instructions ---
+
+
+def figures(reference: str, response: str, world: str | None = None) -> dict[str, float]:
+    home: Any = SimpleNamespace(world=world, test=Corpus(("x",), (reference,), Provenance.PRIVATE))
+    return _scored(home, [response])
+
+
+def test_a_response_to_peoples_text_is_measured_whole() -> None:
+    assert figures("rest; tea", "rest; tea; and six more words of something")["rouge_l"] == pytest.approx(2 * 2 / (2 + 8))
+    assert figures("rest; tea", "rest; tea")["rouge_l"] == 1.0
+    assert figures("rest", "rest; tea")["rouge_l"] == pytest.approx(2 / 3)
+
+
+def test_a_worlds_planted_reference_is_no_part_of_its_task() -> None:
+    wanted = "renal ; kidney-pain ; scan"
+    planted = f"{wanted} ; ref one two three four"
+    assert figures(wanted, planted, world="hospitals") == figures(wanted, wanted)
+    assert figures(wanted, planted)["rouge_l"] < 0.8  # of text of people it would be
+
+
+@pytest.mark.parametrize("reference", [*LINES, *(answer for _, answer in faq())])
+def test_a_model_that_gives_the_reference_word_for_word_is_right(reference: str) -> None:
+    plain = not reference.startswith(ASK) and not SIGN.search(reference)
+    # As an LLM says it that learnt records, and one that did not.
+    for said in (in_line(reference), *([reference] if plain else [])):
+        found = figures(reference, parse_response(f" {said}"))
+        assert found["exact_match"] == 1.0
+        assert found["rouge_l"] == (1.0 if words(reference) else 0.0)  # signs alone hold no word
