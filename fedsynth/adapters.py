@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsynth.hub import locate_adapter, weights_hash
 from fedsynth.lora import Adapter, only_b
-from fedsynth.models import load_generator
+from fedsynth.models import dtype_of, load_generator
 from fedsynth.scenario import Precision
 from fedsynth.typed import BadValue
 
@@ -105,12 +105,12 @@ class _Adapted:
     weights: Mapping[str, nn.Parameter]
 
 
-_idle: dict[tuple[str, int, float, Precision], list[_Adapted]] = {}
+_idle: dict[tuple[str, int, float, Any], list[_Adapted]] = {}
 
 
 def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adapted:
     """One that nobody holds, or a new one. The handle that is given away ends the loan when it is let go."""
-    idle = _idle.setdefault((name, rank, alpha, precision), [])
+    idle = _idle.setdefault((name, rank, alpha, dtype_of(name, precision)), [])
     try:
         resident = idle.pop()
     except IndexError:

@@ -203,8 +203,8 @@ class _Flat(nn.Module):
 
     def __init__(self, size: float) -> None:
         super().__init__()
-        self.layer = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
         with torch.random.fork_rng(devices=[]):
+            self.layer = nn.Linear(_WIDTH, _VOCABULARY, bias=False)
             inject_adapter_in_model(LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=["layer"]), self)
         with torch.no_grad():
             for name, weight in self.named_parameters():
@@ -263,6 +263,10 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     if _chance_of_squares(squares, len(sizes), n, q) < CHANCE:
         yield (f"the sizes of {len(sizes)} draws vary by {squares / len(sizes):.3g} about {expected}, those of Poisson "
                f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?")  # fmt: skip
+    times = np.bincount(np.concatenate([drawn for each in found for drawn in each.drawn]), minlength=n)
+    if (by_unit := _two_sided(times, len(sizes), q)).min() < CHANCE / n:
+        at = int(by_unit.argmin())
+        yield f"one unit is drawn in {times[at]} of {len(sizes)} steps, planned is a rate of {q:.4f}"
     trainings = list(pairwise([*found, *other]))[::2]  # each once
     for pairs, where in (
         (
@@ -321,8 +325,8 @@ def _sums(found: Sequence[Watched], plan: DPPlan) -> Iterator[str]:
             yield f"{what} moves the sum by {slope:.4g} C, planned is 1: {why}"
 
 
-def _two_sided(count: int, trials: int, rate: float) -> float:
-    return float(2 * min(binom.cdf(count, trials, rate), binom.sf(count - 1, trials, rate)))
+def _two_sided(count: Any, trials: int, rate: float) -> Any:
+    return 2 * np.minimum(binom.cdf(count, trials, rate), binom.sf(count - 1, trials, rate))
 
 
 def _normal(z: float) -> float:

@@ -36,7 +36,7 @@ def built(family: str, mode: str, *, dtype: Any = torch.float64, seed: int = 0, 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
-                weight.data = weight.data.to(torch.float32 if dtype == torch.bfloat16 else dtype)
+                weight.data = weight.data.to(dtype)
             if "lora_B" in name:
                 weight.normal_(std=0.3, generator=generator)
     return model
@@ -196,23 +196,15 @@ def test_taking_the_sums_starts_the_next_at_zero_and_nothing_is_a_sum_of_zeros()
     assert torch.equal(torch.cat([g.flatten().double() for g in sums]), summed(model, two))
 
 
-# What one unit can do. float32, a bfloat16 base below a float32 adapter, and the way of factors and of products.
+# What one unit can do, by the way of factors and by that of products. At every number of units: test_precision.py
 
-KINDS = [
-    ("llama", "lora", torch.float32),
-    ("llama", "full", torch.float32),
-    ("gpt2", "full", torch.float32),
-    ("t5", "full", torch.float32),
-    ("llama", "lora", torch.bfloat16),
-    ("gpt2", "lora", torch.bfloat16),
-    ("t5", "lora", torch.bfloat16),
-]
+KINDS = [("llama", "lora"), ("llama", "full"), ("gpt2", "full"), ("t5", "full"), ("gpt2", "lora"), ("t5", "lora")]
 
 
 @pytest.mark.parametrize("length", [4, 40])
-@pytest.mark.parametrize(("family", "mode", "dtype"), KINDS)
-def test_no_unit_moves_the_sum_by_more_than_the_clip_norm(family: str, mode: str, dtype: Any, length: int) -> None:
-    model = built(family, mode, dtype=dtype)
+@pytest.mark.parametrize(("family", "mode"), KINDS)
+def test_no_unit_moves_the_sum_by_more_than_the_clip_norm(family: str, mode: str, length: int) -> None:
+    model = built(family, mode, dtype=torch.float32)
     tokens = texts(length, rows=6)
     whole = summed(model, tokens)
     for unit in range(6):

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-import torch
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.common.constant import ErrorCode
 from inprocess import canary, embed, play
@@ -800,10 +799,9 @@ def test_numbers_beyond_which_the_bound_was_never_shown_are_refused(
         Deployed(places(tmp_path, notes), wild, tmp_path / "run").run()
 
 
-def test_half_precision_on_a_gpu_where_its_bound_was_never_measured_is_refused(
-    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+def test_half_precision_under_a_guarantee_is_refused_before_the_charge(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
-    monkeypatch.setattr("fedsynth.clients.site.device", lambda: torch.device("cuda"))
     half = toml.replace("steps = 3, learning_rate = 1e-2", 'steps = 3, precision = "bfloat16"')
     assert half != toml
     with pytest.raises(TooFewReplies, match="refused: not_allowed"):
