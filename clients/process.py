@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import CodeType
 from typing import Any, NoReturn
 
 from fedsynth.folders import private_folder
@@ -103,11 +104,19 @@ def _program(path: Path, text: str) -> None:
 
 
 def _check_flower() -> Any:
-    """The module of Flower's client process, if it is as we know it."""
+    """The module of Flower's client process, if it is as we know it: it finds what is replaced by name at each call."""
     runtime = import_module("flwr.supernode.runtime.run_clientapp")
-    if missing := [name for name in REPLACED if not hasattr(runtime, name)]:
-        raise UnknownFlower(f"flwr.supernode.runtime.run_clientapp has no {missing[0]}: install flwr as pyproject says")
+    found = _names(runtime.run_clientapp.__code__) & set(vars(runtime))
+    if missing := [name for name in REPLACED if name not in found]:
+        why = f"flwr.supernode.runtime.run_clientapp does not use {missing[0]}"
+        raise UnknownFlower(f"{why}: install flwr in the range that `fedsynth version` is made for (pyproject.toml)")
     return runtime
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names that a function and those within it use."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
 
 
 def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -223,6 +224,12 @@ def environment(marker: str, *here: str) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # beyond the launcher's own; by default 15, with which a busy machine starves them
         MARKER: marker,
     }
+
+
+def ray_token() -> dict[str, str]:
+    """What lets the processes of one run alone into its Ray, as its environment variables: else whoever reaches a port
+    of this machine can have code run there (CVE-2023-48022)."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def ray_clocks(seconds: float) -> dict[str, str]:

@@ -46,17 +46,20 @@ from fedsynth.flower import (
     one_line,
     own_status,
     ray_clocks,
+    ray_token,
 )
 
 APP = Path(__file__).parent / "app"  # a link to simulations/ in a checkout, the same files in a wheel
 SIMULATION = "flwr-simulation"
 # What a run stands on beside its SuperLink: SuperExec starts the simulation, that starts Ray. None ends before the run.
-PARTS = (SIMULATION, "flower-superexec", "gcs_server", "raylet")
+RAY = {"gcs_server", "raylet"}
+PARTS = {SIMULATION, "flower-superexec", *RAY}
 RAY_DIES = (  # the 15 s are Ray's own, for the port of an agent that it starts; nothing moves them
     "the system kills it where memory is short, and Ray gives up after 15 s where its start gets less than a twentieth "
     "of a core; wait until the machine is less busy"
 )
-ENDING_SECONDS = 5.0  # from Ray's orderly end to that of the simulation
+ENDING_SECONDS = 10.0  # between the ends of Ray's two programs, where the simulation ends them
+LOOK_SECONDS = 5.0  # between two looks at what Flower says of a run
 PATIENCE = 3  # looks that the SuperLink leaves unanswered, half a minute each, before that is a failure
 
 
@@ -229,7 +232,8 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
     path = keep_output(SIMULATION, programs, log_path, os.environ["PATH"])
     if path is None:
         raise _RunFailed(f"{SIMULATION} is not on the PATH: is flwr[simulation] installed beside this Python?")
-    os.environ.update(FLWR_HOME=str(flower), RAY_TMPDIR=str(ray), PATH=path, **ray_clocks(plan.start_seconds))
+    os.environ.update(FLWR_HOME=str(flower), RAY_TMPDIR=str(ray), PATH=path)
+    os.environ.update(ray_clocks(plan.start_seconds) | ray_token())
 
     log = log_path.open("ab")
     with spawning:
@@ -259,17 +263,17 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
     """Return when the run has completed in Flower's words and in ours; raise _RunFailed as soon as it cannot."""
     parts: dict[str, psutil.Process] = {}
     flower: dict[str, Any] = {"status": "pending"}
-    begun, next_look, refused, ray_ended = time.monotonic(), 0.0, 0, 0.0
+    begun, next_look, refused, alone = time.monotonic(), 0.0, 0, 0.0
     while True:
         own = own_status(Path(plan.out))
         if own.get("status") == "failed":
             raise _RunFailed(own.get("reason") or "the ServerApp failed without a reason")
         if superlink.poll() is not None:
             raise _RunFailed(f"the SuperLink died in mid-run: {ending(superlink.returncode)}")
-        parts |= _parts(set(PARTS) - set(parts))
+        parts |= _parts(PARTS - set(parts))
         dead = {name for name, process in parts.items() if not alive(process)}
         if SIMULATION in dead or time.monotonic() >= next_look:
-            next_look = time.monotonic() + 5.0
+            next_look = time.monotonic() + LOOK_SECONDS
             try:
                 flower, refused = flower_status(), 0
             except CommandRefused:  # it may be busy; whether it lives is looked at above
@@ -286,11 +290,10 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
             del parts[SIMULATION]
         if "flower-superexec" in dead:
             raise _RunFailed(_last_words(plan, "SuperExec died in mid-run"))
-        if dead and own.get("status") != "completed":
-            ray_ended = ray_ended or time.monotonic()
-            if time.monotonic() - ray_ended > ENDING_SECONDS:
-                who = " and ".join(sorted(dead))
-                raise _RunFailed(f"Ray's {who} died in mid-run: {RAY_DIES}")
+        if len(dead & RAY) == 1:  # both: the simulation has ended them, and ends itself
+            alone = alone or time.monotonic()
+            if time.monotonic() - alone > ENDING_SECONDS:
+                raise _RunFailed(f"Ray's {' '.join(dead & RAY)} died in mid-run: {RAY_DIES}")
         if starting:
             _check_clock(plan, begun, "Flower has not started the simulation")
         time.sleep(0.1)

@@ -7,6 +7,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -85,3 +86,13 @@ class Proxy:
         for end in pair:
             self._open.discard(end)
             end.close()
+
+
+DEAD = "http://127.0.0.1:9"  # where nobody listens
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+
+
+def behind_a_dead_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment whose proxies, in small letters and capitals, answer to nobody, without any exception."""
+    kept = {name: value for name, value in environment.items() if not name.lower().endswith("_proxy")}
+    return kept | {spelt: DEAD for name in PROXIES for spelt in (name, name.upper())}

@@ -1,5 +1,6 @@
 """The launcher with real processes: how runs end, and that none leaves anything behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,10 @@ from typing import Any
 
 import psutil
 import pytest
+from proxy import behind_a_dead_proxy
 
-from fedsynth.flower import Events, LaunchFailed
+import fedsynth.launch as module
+from fedsynth.flower import CommandRefused, Events, LaunchFailed, environment, ray_clocks
 from fedsynth.launch import _Plan, _RunFailed, _watch, launch
 from fedsynth.simulate import concurrency, gpu_share
 
@@ -30,7 +33,11 @@ TAG = "FEDSYNTH_TEST"  # inherited by everything that a test starts
 def leftovers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
     """The processes of this test's runs that are still there; after every test there is none."""
     tag = uuid.uuid4().hex
-    monkeypatch.setenv(TAG, tag)
+    # Every run here passes proxies by that answer to nobody.
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**behind_a_dead_proxy({}), TAG: tag}.items():
+        monkeypatch.setenv(name, value)
 
     def find() -> list[str]:
         found = []
@@ -90,6 +97,10 @@ def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
     assert not any(map(alive, workers["a"] | workers["b"]))
 
 
+def planned(folder: Path, start_seconds: float = 60.0) -> _Plan:
+    return _Plan("", {}, 2, 2, 0.0, str(folder), str(folder), 0, start_seconds, marker="", log_from=0)
+
+
 @pytest.mark.parametrize(
     ("flower", "own", "reason"),
     [
@@ -104,12 +115,95 @@ def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
 def test_a_run_has_completed_when_both_flower_and_the_run_say_so(
     tmp_path: Path, flower: dict[str, Any], own: dict[str, Any], reason: str | None
 ) -> None:
-    plan = _Plan("", {}, 2, 2, 0.0, out=str(tmp_path), logs=str(tmp_path), port=0, marker="", log_from=0)
+    plan = planned(tmp_path)
     (tmp_path / "status.json").write_text(json.dumps(own))
     (tmp_path / "flower.log").write_text("SomeError: last words\nfarewell\n")
     superlink: Any = SimpleNamespace(poll=lambda: None)
     with pytest.raises(_RunFailed, match=reason) if reason else nullcontext():
         _watch(plan, superlink, lambda: flower)
+
+
+class TestWhatARunStandsOn:
+    """Processes that a run needs, played by this test."""
+
+    LIVES, DEAD = SimpleNamespace(status=lambda: "sleeping"), SimpleNamespace(status=lambda: "zombie")
+
+    @pytest.fixture
+    def watch(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        def watch(parts: list[dict[str, Any]], said: list[Any], own: str = "", **plan: float) -> None:
+            """Looks at processes, and asks Flower, until each list has one entry left, which stays."""
+            found, told = iter(parts[:-1]), iter(said[:-1])
+            monkeypatch.setattr(module, "_parts", lambda _: next(found, parts[-1]))
+            monkeypatch.setattr(module, "ENDING_SECONDS", 0.0)
+            monkeypatch.setattr(module, "LOOK_SECONDS", 0.0)
+            monkeypatch.setattr(module.time, "sleep", lambda _: None)
+            (tmp_path / "flower.log").touch()
+            (tmp_path / "status.json").write_text(json.dumps({"status": own}))
+
+            def status() -> dict[str, Any]:
+                answer = next(told, said[-1])
+                if isinstance(answer, Exception):
+                    raise answer
+                return {"status": answer}
+
+            _watch(planned(tmp_path, **plan), SimpleNamespace(poll=lambda: None), status)  # type: ignore[arg-type]
+
+        return watch
+
+    def test_a_simulation_that_flower_gave_up_before_it_began_is_followed_by_another(
+        self, watch: Callable[..., None]
+    ) -> None:
+        sim = module.SIMULATION
+        watch([{sim: self.LIVES}, {sim: self.DEAD}, {}, {sim: self.LIVES}],
+              ["pending", "starting", "finished:completed"], "completed")  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("name", "status", "reason"),
+        [
+            (module.SIMULATION, "running", "the simulation process died in mid-run"),
+            ("flower-superexec", "pending", "SuperExec died in mid-run"),
+            ("raylet", "running", r"Ray's raylet died in mid-run: .*wait until the machine is less busy"),
+            ("gcs_server", "starting", "Ray's gcs_server died in mid-run"),
+        ],
+    )
+    def test_one_that_dies_ends_the_run_at_once(
+        self, watch: Callable[..., None], name: str, status: str, reason: str
+    ) -> None:
+        begun = time.monotonic()
+        with pytest.raises(_RunFailed, match=reason):
+            watch([{name: self.LIVES}, {name: self.DEAD}], [status], start_seconds=3600.0)
+        assert time.monotonic() - begun < 5
+
+    def test_ray_is_ended_by_the_simulation_before_that_ends_itself(self, watch: Callable[..., None]) -> None:
+        ended = {"raylet": self.DEAD, "gcs_server": self.DEAD}
+        watch([ended, ended, {}], ["running", "running", "finished:completed"], "completed")
+
+    def test_the_clock_of_the_start_is_named_with_the_time_and_the_way_out(self, watch: Callable[..., None]) -> None:
+        said = r"has not started the simulation after \d+ s \(server.start_seconds\): .*raise that key"
+        with pytest.raises(_RunFailed, match=said):
+            watch([{}], ["pending"], start_seconds=0.05)
+
+    def test_that_clock_is_not_one_of_the_run(self, watch: Callable[..., None]) -> None:
+        watch([{}], ["running", "running", "finished:completed"], "completed", start_seconds=1e-9)
+
+    def test_a_superlink_that_is_slow_to_answer_is_asked_again(self, watch: Callable[..., None]) -> None:
+        slow = CommandRefused("timed out")
+        watch([{module.SIMULATION: self.LIVES}, {}], [slow, slow, "finished:completed"], "completed")
+        with pytest.raises(CommandRefused):
+            watch([{}], [slow])
+
+
+def test_ray_is_given_the_time_of_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", environment("m") | ray_clocks(1234.5))
+    from ray._private import ray_constants
+
+    code = "from ray._private import ray_constants as c; print(c.GCS_SERVER_REQUEST_TIMEOUT_SECONDS)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env=dict(os.environ)) == "1235\n"
+    assert ray_constants.RAY_WORKER_NICENESS in os.environ
+    # Of the others its programs read the names, which are in them.
+    program = (Path(ray_constants.__file__).parents[1] / "core/src/ray/raylet/raylet").read_bytes()
+    for name in set(ray_clocks(1)) - {"RAY_NUM_REDIS_GET_RETRIES"} | {"RAY_worker_niceness"}:
+        assert name.encode() in program, name
 
 
 def test_only_whole_new_lines_are_events(tmp_path: Path) -> None:
@@ -147,10 +241,12 @@ def test_taken_port_is_named(tmp_path: Path) -> None:
 
 def test_killed_worker_fails_the_run(tmp_path: Path) -> None:
     workers: list[int] = []
+    niceness: list[int] = []
 
     def kill_a_worker(event: dict[str, Any]) -> None:
         if event["event"] == "answer":
             workers.append(event["pid"])
+            niceness.append(psutil.Process(event["pid"]).nice())
         if event["event"] == "asked":
             time.sleep(0.5)  # the question has reached the worker
             os.kill(workers[0], signal.SIGKILL)
@@ -158,22 +254,65 @@ def test_killed_worker_fails_the_run(tmp_path: Path) -> None:
     with pytest.raises(LaunchFailed, match="clients failed") as failure:
         echo(tmp_path, kill_a_worker, sleep=3.0)
     assert "\n" not in str(failure.value)
+    assert niceness == [psutil.Process().nice()] * 2  # the launcher's own: by default Ray's workers stand back by 15
 
 
-@pytest.mark.parametrize("victim", ["flower-superlink", "flwr-simulation"])
+FULL = [pytest.param(name, marks=pytest.mark.full) for name in ("flower-superexec", "raylet")]
+
+
+@pytest.mark.parametrize("victim", ["flower-superlink", "flwr-simulation", *FULL])
 def test_death_of_flower_itself_fails_the_run(tmp_path: Path, victim: str) -> None:
     killed = []
 
     def kill(event: dict[str, Any]) -> None:
         if event["event"] == "started":
             simulation = psutil.Process(event["pid"])
-            chain = [simulation, *simulation.parents()]
-            next(p for p in chain if any(victim in word for word in p.cmdline())).kill()
+            while not (found := named(simulation, victim)):  # Ray starts beside the ServerApp
+                time.sleep(0.02)
+            found[0].kill()
             killed.append(time.monotonic())
 
     with pytest.raises(LaunchFailed, match=r"died in mid-run"):
         echo(tmp_path, kill)
+    assert killed
     assert time.monotonic() - killed[0] < 20  # Flower itself notices after a minute
+
+
+STRANGER = """
+import ray, sys
+try:
+    ray.init(address=sys.argv[1], logging_level="ERROR")
+except ConnectionError as refused:
+    sys.exit(str(refused))
+"""
+
+
+@pytest.mark.full
+def test_nobody_but_the_run_can_have_code_run_by_its_workers(tmp_path: Path) -> None:
+    said = []
+
+    def visit(event: dict[str, Any]) -> None:
+        if event["event"] == "asked":
+            [raylet] = named(psutil.Process(children[0]), "raylet")
+            [address] = [word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--gcs-address=")]
+            env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
+            said.append(subprocess.run([sys.executable, "-c", STRANGER, address], env=env, capture_output=True,
+                                       text=True, check=False).stderr)  # fmt: skip
+        elif event["event"] == "started":
+            children.append(event["pid"])
+
+    children: list[int] = []
+    echo(tmp_path, visit, sleep=30.0)
+    assert "Failed to connect to Ray cluster" in said[0]
+
+
+def named(simulation: psutil.Process, victim: str) -> list[psutil.Process]:
+    around = [simulation, *simulation.parents(), *simulation.children(recursive=True)]
+    found = []
+    for process in around:
+        with contextlib.suppress(psutil.Error):
+            found += [process] if any(victim == Path(word).name for word in process.cmdline()[:2]) else []
+    return found
 
 
 @pytest.mark.parametrize(("sent", "when"), [(signal.SIGINT, "asked"), (signal.SIGKILL, "started")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import os
 import socket
@@ -84,8 +86,36 @@ def test_a_probe_asks_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", REPLACED)
 def test_a_flower_that_is_built_otherwise_is_not_worked_with(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(runtime, name)
-    with pytest.raises(UnknownFlower, match=name):
+    with pytest.raises(UnknownFlower, match=f"does not use {name}"):
         main(["--token", "t"])
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_flower_that_has_what_is_replaced_and_does_not_use_it_is_not_worked_with(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the bundle would be unpacked and run by what took its place."""
+    source = inspect.getsource(runtime.run_clientapp).replace(name, "its_successor")
+    place: dict[str, Any] = {**vars(runtime)}
+    exec(source, place)
+    monkeypatch.setattr(runtime, "run_clientapp", place["run_clientapp"])
+    with pytest.raises(UnknownFlower, match=f"does not use {name}"):
+        main(["--token", "t"])
+
+
+def test_what_flower_calls_takes_what_it_is_given() -> None:
+    """The calls of Flower's own code that a site answers, as they stand there."""
+    source = inspect.getsource(runtime.run_clientapp)
+    calls = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)}
+    assert {
+        "install_from_fab(fab.content, skip_prompt=True)",
+        "get_project_dir(run.fab_id, run.fab_version, fab.hash_str)",
+        "get_load_client_app_fn(default_app_ref='', app_path=None, multi_app=True)",
+        "load_client_app_fn(run.fab_id, run.fab_version, fab.hash_str)",
+        "client_app(message=message, context=context)",
+        "push_message(client, reply_message, context)",
+        "push_task_output(client=client, context=context, sub_status=sub_status, details=details)",
+    } <= calls
 
 
 class TestMessage:

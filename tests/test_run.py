@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 from conftest import SESSION
+from proxy import behind_a_dead_proxy
 
 import fedsynth.cli
 from fedsynth.flower import MARKER
@@ -37,7 +38,13 @@ def command(*more: str) -> list[str]:
 
 def run(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        arguments, cwd=cwd, env={**os.environ, **more}, capture_output=True, text=True, timeout=240, check=False
+        arguments,
+        cwd=cwd,
+        env=behind_a_dead_proxy({**os.environ, **more}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import ssl
 import stat
@@ -21,6 +22,7 @@ import psutil
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from proxy import behind_a_dead_proxy
 
 import fedsynth.cli
 from fedsynth import certificates, invited, simulate, site_init, submit
@@ -368,12 +370,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     place = tmp_path_factory.mktemp("coordinator")
     folder = coordinator(place / "dir", port=free_port())
     command = [sys.executable, "-m", "fedsynth.cli", "server", "start", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    env = behind_a_dead_proxy(os.environ)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
         try:
             assert process.stderr is not None
             line = process.stderr.readline()
             assert "sites connect to 127.0.0.1" in line, line
-            with commands(folder, read_config(folder)) as flwr:
+            with pytest.MonkeyPatch.context() as during:
+                during.setattr(os, "environ", env)
+                connected = commands(folder, read_config(folder))
+                flwr = connected.__enter__()
+            with flwr:
                 yield SimpleNamespace(folder=folder, config=read_config(folder), flwr=flwr)
         finally:
             process.send_signal(signal.SIGTERM)

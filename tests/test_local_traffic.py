@@ -1,0 +1,209 @@
+"""What a machine says to itself goes through no proxy of its environment; what it says to others does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import httpx
+import httpx2
+import pytest
+import ray
+import requests
+from proxy import DEAD, behind_a_dead_proxy
+
+from fedsynth.certificates import authority
+from fedsynth.flower import environment
+from fedsynth.proxy import is_loopback, past_proxies
+from fedsynth.remote import EndpointFailed, RemoteLLM
+from fedsynth.server import flower_environment
+from fedsynth.site_ready import server
+from fedsynth.site_start import _environment
+
+AWAY = "http://hub.example.test/models"
+
+
+class Listener:
+    """An HTTP server on this machine that notes what it is asked; as a proxy it refuses tunnels."""
+
+    def __init__(self) -> None:
+        asked: list[str] = []
+        self.asked = asked
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
+            def do_CONNECT(self) -> None:
+                asked.append(f"CONNECT {self.path}")
+                self.send_error(502)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = int(self.server.server_port)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    made = Listener()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def proxy(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    """This process's environment names a proxy that listens, and no exception."""
+    made = Listener()
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in behind_a_dead_proxy({}):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{made.port}")
+    yield made
+    made.close()
+
+
+CLIENTS: dict[str, Callable[[str], object]] = {
+    "httpx": lambda url: httpx.get(url, timeout=5),  # Flower's command line and SuperNode, the hub
+    "httpx2": lambda url: httpx2.get(url, timeout=5),  # openai
+    "requests": lambda url: requests.get(url, timeout=5),  # MLflow
+    "urllib": lambda url: urllib.request.build_opener().open(url, timeout=5).close(),
+}
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("own", [None, "intranet.example.test,10.0.0.7"])
+def test_each_client_goes_past_the_proxy_to_this_machine_and_through_it_to_others(
+    client: str, own: str | None, listener: Listener, proxy: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if own:
+        monkeypatch.setenv("NO_PROXY", own)  # in capitals alone: what is set in small letters must not hide it
+    for name, value in past_proxies(os.environ).items():
+        monkeypatch.setenv(name, value)
+    for host in ("127.0.0.1", "localhost"):
+        CLIENTS[client](f"http://{host}:{listener.port}/")
+    assert (listener.asked, proxy.asked) == (["/", "/"], [])
+    CLIENTS[client](AWAY)
+    assert proxy.asked == [AWAY]
+    assert os.environ["no_proxy"].startswith(own or "127.0.0.1")
+
+
+def test_without_it_each_client_asks_the_proxy_for_this_machine(listener: Listener, proxy: Listener) -> None:
+    for ask in CLIENTS.values():
+        ask(f"http://127.0.0.1:{listener.port}/")
+    assert listener.asked == []
+    assert proxy.asked == [f"http://127.0.0.1:{listener.port}/"] * len(CLIENTS)
+
+
+@pytest.mark.parametrize("completed", [True, False])
+def test_grpc_goes_past_the_proxy_to_this_machine(completed: bool) -> None:
+    served = grpc.server(ThreadPoolExecutor(1))
+    port = served.add_insecure_port("127.0.0.1:0")
+    served.start()
+    env = behind_a_dead_proxy(os.environ)
+    code = (f"import grpc; channel = grpc.insecure_channel('127.0.0.1:{port}')\n"
+            f"grpc.channel_ready_future(channel).result(timeout={30 if completed else 1})")  # fmt: skip
+    # In a process of its own: gRPC reads the environment once.
+    done = subprocess.run([sys.executable, "-c", code], env=env | (past_proxies(env) if completed else {}),
+                          capture_output=True, check=False)  # fmt: skip
+    served.stop(None)
+    assert (done.returncode == 0) == completed
+
+
+def test_what_the_user_wrote_stays_and_what_lacks_is_added() -> None:
+    env = behind_a_dead_proxy({}) | {"no_proxy": " 10.0.0.1 , localhost,.corp.example", "no_grpc_proxy": "a.example"}
+    found = past_proxies(env)
+    assert set(found) == {"no_proxy", "NO_PROXY", "no_grpc_proxy"}
+    assert found["no_proxy"].startswith(" 10.0.0.1 , localhost,.corp.example,127.0.0.1,::1,")
+    assert found["no_proxy"].count("localhost") == 1
+    assert found["NO_PROXY"] == found["no_proxy"]
+    assert found["no_grpc_proxy"].startswith("a.example,127.0.0.1,localhost,::1,")
+
+
+def test_every_address_of_this_machine_is_named_and_no_other() -> None:
+    named = past_proxies(behind_a_dead_proxy({}), "fl.example.org")["no_proxy"].split(",")
+    assert ray.util.get_node_ip_address() in named  # where Ray's processes find each other
+    assert socket.gethostname() in named
+    assert named[-1] == "fl.example.org"
+    assert not {"*", "0.0.0.0", ""} & set(named)
+
+
+@pytest.mark.parametrize("star", ["*", "a.example, *"])
+def test_who_wants_no_proxy_at_all_gets_none(star: str) -> None:
+    assert set(past_proxies(behind_a_dead_proxy({}) | {"no_proxy": star}).values()) == {star}
+
+
+def test_without_a_proxy_nothing_is_set() -> None:
+    assert (
+        past_proxies({"PATH": "/bin", "http_proxy": "", "NO_PROXY": "a"}) == {}
+    )  # one exception hides macOS's proxies
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("localhost", True), ("::1", True), ("10.0.0.1", False),
+     ("localhost.example.org", False), ("0.0.0.0", False)],
+)  # fmt: skip
+def test_which_hosts_are_always_this_machine(host: str, here: bool) -> None:
+    assert is_loopback(host) == here
+
+
+def test_programs_of_runs_servers_and_sites_start_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", behind_a_dead_proxy(os.environ))
+    (tmp_path / "server.toml").write_text('host = "0.0.0.0"\nport = 1\nlocal = "fl.example.org:1"\ncertificate = "a"\n'
+                                          'key = "b"\nca = "c"\n')  # fmt: skip
+    link = SimpleNamespace(address="127.0.0.2:9443")
+    place: Any = SimpleNamespace(
+        cards={}, folder=tmp_path, state=tmp_path, site=SimpleNamespace(superlink=link, threads=1)
+    )
+    for env, more in ((environment("m"), None), (flower_environment(tmp_path, "m"), "fl.example.org"),
+                      (_environment(place, "m"), "127.0.0.2")):  # fmt: skip
+        assert {"127.0.0.1", "localhost", "::1", *([more] if more else [])} <= set(env["no_proxy"].split(","))
+        assert env["http_proxy"] == DEAD
+    link.address = "fl.example.org:9443"  # another machine: the site's proxy leads there
+    assert "fl.example.org" not in _environment(place, "m")["no_proxy"]
+
+
+def test_an_endpoint_here_is_asked_directly_and_one_elsewhere_through_the_proxy(
+    listener: Listener, proxy: Listener
+) -> None:
+    # In a process whose environment nobody completed: a notebook.
+    for url, told in ((f"http://127.0.0.1:{listener.port}/v1", listener), ("http://llm.example.test/v1", proxy)):
+        with pytest.raises(EndpointFailed):  # what answers is no model
+            RemoteLLM(url, "small", retries=0).complete(["a"], max_tokens=1, temperature=0.0, seed=0)
+        assert [path.partition("/v1")[2] for path in told.asked] == ["/completions"]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "fl.example.test:9443"])
+def test_a_site_looks_for_its_server_the_way_its_supernode_goes(tmp_path: Path, proxy: Listener, address: str) -> None:
+    (tmp_path / "ca.crt").write_bytes(authority().pem)
+    place: Any = SimpleNamespace(
+        site=SimpleNamespace(superlink=SimpleNamespace(address=address, root_certificates="ca.crt")),
+        path=lambda name: tmp_path / name,
+    )
+    [finding] = server(place)
+    assert (finding.what, finding.state) == ("server", "problem")
+    assert proxy.asked == ([] if address.startswith("127.") else [f"CONNECT {address}"])
+    assert ("through the proxy of the environment" in finding.says) == bool(proxy.asked)

@@ -1,0 +1,234 @@
+"""How runs, servers and sites start: whose clock it is, and with which Flower."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from inprocess import instructions
+from local import LocalGrid
+from scripted import ScriptedLLM
+
+import fedsynth.cli
+from fedsynth import flower, site_watch, superlink
+from fedsynth.app.fedsynth_sim import server_app
+from fedsynth.clients.process import STAND_IN, CannotStandIn, stand_ins
+from fedsynth.flower import FLOWER, LaunchFailed, check_flower, environment
+from fedsynth.nodes import TooFewReplies, nodes_by_home
+from fedsynth.scenario import Server
+from fedsynth.scenario_toml import from_toml
+from fedsynth.server import ServerConfig
+from fedsynth.site_check import check
+from fedsynth.site_watch import Patience, SiteFailed, watch
+from fedsynth.typed import BadValue
+
+ROOT = Path(__file__).parent.parent
+LATE = r"after \d+ s \({key}\).*raise that key"
+
+
+class Slow(LocalGrid):
+    """Its nodes are there after so many looks."""
+
+    looks = 3
+
+    def get_node_ids(self) -> Any:
+        self.looks -= 1
+        return super().get_node_ids() if self.looks < 0 else []
+
+
+def answer(message: Any, context: Any) -> Any:
+    from flwr.app import ConfigRecord, Message, RecordDict
+
+    return Message(RecordDict({"who": ConfigRecord(dict(context.node_config))}), reply_to=message)
+
+
+# ---- A run ----
+
+
+def test_nodes_are_waited_for_as_long_as_the_scenario_says_and_the_line_names_key_time_and_way_out() -> None:
+    assert nodes_by_home(Slow(answer, 1, {}), 1, seconds=60.0) == {0: 1000}  # type: ignore[arg-type]
+    said = LATE.format(key=r"server\.start_seconds")
+    with pytest.raises(TooFewReplies, match="0 of 1 SuperNodes said which partition they hold " + said):
+        nodes_by_home(LocalGrid(answer, 0, {}), 1, seconds=0.1)  # type: ignore[arg-type]
+
+
+def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_app, "_llm", lambda *_: ScriptedLLM())
+    monkeypatch.setattr(server_app, "_embedder", lambda *_: SimpleNamespace(embed=None))
+    toml = instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage") + "server.start_seconds = 0.2\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scenario.toml").write_text(toml)  # the launcher's work
+    begun = time.monotonic()
+    with pytest.raises(TooFewReplies, match=r"server\.start_seconds"):
+        server_app.conduct(LocalGrid(answer, 0, {}), toml, tmp_path / "run")  # type: ignore[arg-type]
+    assert time.monotonic() - begun < 60
+
+
+def test_the_launcher_gets_the_same_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsynth import simulate
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(simulate, "launch", lambda _, **more: told.update(more))
+    monkeypatch.setattr(simulate, "read", lambda _: None)
+    scenario = from_toml(instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage"))
+    server = replace(scenario.server, start_seconds=77.0)
+    simulate._launched(replace(scenario, server=server), "", tmp_path, 1, None, None)
+    assert told["start_seconds"] == 77.0
+
+
+def test_by_default_a_busy_machine_has_an_hour() -> None:
+    assert Server("m").start_seconds == 3600  # what dies is noticed at once, so nothing is lost by it
+    with pytest.raises(BadValue, match=r"server\.start_seconds must be finite and above 0"):
+        Server("m", start_seconds=0.0)
+
+
+# ---- A server ----
+
+
+def test_a_superlink_that_does_not_listen_is_waited_for_by_server_toml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ServerConfig("127.0.0.1", 1, "127.0.0.1:1", "c", "k", "a", start_seconds=0.05)
+    monkeypatch.setattr(superlink, "listens", lambda *_: False)
+    lives, quiet, log = SimpleNamespace(poll=lambda: None), SimpleNamespace(show=lambda: None), tmp_path / "log"
+    with pytest.raises(LaunchFailed, match=LATE.format(key=r"start_seconds of server\.toml")):
+        superlink._wait_for(lives, config, log, 0, quiet)  # type: ignore[arg-type]
+
+
+# ---- A site ----
+
+
+def supernode(polls: int | None) -> Any:
+    """A process that ends after it was looked at so many times."""
+    left = iter(range(polls)) if polls is not None else iter(int, 1)
+    return SimpleNamespace(pid=1, returncode=1, poll=lambda: None if next(left, None) is not None else 1)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A site whose server answers; its SuperNode is looked at all the time, and for silent after no time."""
+    monkeypatch.setattr(site_watch, "_problems", lambda _: {})
+    monkeypatch.setattr(site_watch, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(site_watch, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(site_watch, "_connected", lambda *_: False)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    link = SimpleNamespace(address="fl.example.org:9443")
+    return SimpleNamespace(site=SimpleNamespace(start_seconds=60.0, superlink=link, name="north"))
+
+
+def test_a_supernode_is_silent_only_once_it_has_started(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = time.monotonic()
+    monkeypatch.setattr(site_watch, "listens", lambda *_: time.monotonic() - begun > 0.3)  # importing takes it so long
+    said, lived = watch(place, supernode(None), supernode(None), supernode(None), 1)
+    assert said == "the SuperNode lost its connection and does not try again"
+    assert time.monotonic() - begun > 0.3
+    assert lived < 0.3
+
+
+def test_a_supernode_that_never_starts_is_waited_for_by_site_toml(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_watch, "listens", lambda *_: False)
+    place.site.start_seconds = 0.1
+    with pytest.raises(SiteFailed, match=LATE.format(key=r"start_seconds of site\.toml")):
+        watch(place, supernode(None), supernode(None), supernode(None), 1)
+
+
+def test_a_supernode_that_dies_is_noticed_before_its_clock_is_over(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_watch, "listens", lambda *_: False)
+    assert watch(place, supernode(None), supernode(3), supernode(None), 1) == ("the SuperNode ended (exit code 1)", 0.0)
+
+
+@pytest.mark.parametrize(("lived", "again"), [(1.0, False), (46.0, True)])
+def test_how_long_a_supernode_lived_is_counted_from_its_start(
+    place: Any, capsys: pytest.CaptureFixture[str], lived: float, again: bool
+) -> None:
+    Patience(place).wait("it ended", lived)
+    assert ("it is started again" in capsys.readouterr().err) == again
+
+
+def test_a_program_that_takes_too_long_to_run_is_told_from_one_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(command: Any, *, timeout: float, **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    with pytest.raises(CannotStandIn, match=rf"{STAND_IN} did not run within 7 s \(start_seconds of site\.toml\)"):
+        stand_ins(tmp_path, tmp_path / "no.socket", seconds=7.0)
+
+
+# ---- Which Flower ----
+
+
+@pytest.mark.parametrize("version", ["1.41.0", "1.41.3", "1.42.0", "1.42.1.post1"])
+def test_a_flower_of_the_range_is_worked_with(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower, "version", lambda _: version)
+    assert check_flower() == f"flwr {version}"
+
+
+@pytest.mark.parametrize("version", ["1.40.9", "1.43.0", "1.43.0.dev20261101", "2.0.0", "0.42.0", "unknown"])
+def test_another_flower_is_refused_with_its_version_and_the_way_out(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower, "version", lambda _: version)
+    way_out = re.escape("flwr[simulation]>=1.41,<1.43: pip install 'flwr[simulation]>=1.41,<1.43'")
+    with pytest.raises(BadValue, match=f"^Flower {re.escape(version)} is installed, .* works with {way_out}"):
+        check_flower()
+    with pytest.raises(BadValue, match="is installed"):
+        environment("m")  # no program of Flower starts without it
+
+
+def test_where_there_is_no_flower_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(flower, "version", missing)
+    with pytest.raises(BadValue, match="Flower is not installed beside this Python: pip install"):
+        check_flower()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["run", "hospitals"], ["check", "hospitals"], ["compare", "hospitals"], ["server", "start", "DIR"],
+     ["site", "start", "DIR"], ["run", "--server", "DIR"]],
+)  # fmt: skip
+def test_every_command_that_needs_flower_says_so_before_anything_else(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    site = (ROOT / "fedsynth" / "site.template.toml").read_text()
+    site = re.sub(r"^@\w+@\n", "", site, flags=re.M).replace("@name@", "north").replace("@address@", "127.0.0.1:1")
+    site = site.replace("@task@", "instructions").replace("@asked@", "8").replace("records = 0", "records = 100")
+    (tmp_path / "site.toml").write_text(site.replace('label = "label"', 'response = "response"'))
+    (tmp_path / "scenario.toml").write_text((ROOT / "simulations/scenarios/hospitals.toml").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flower, "version", lambda _: "1.99.0")
+    monkeypatch.setattr(sys, "argv", ["fedsynth", *(str(tmp_path) if word == "DIR" else word for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    said = capfd.readouterr().err
+    assert said.startswith("fedsynth: bad input: Flower 1.99.0 is installed"), said
+    assert ended.value.code == 2
+
+
+def test_a_sites_check_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(flower, "version", lambda _: "1.99.0")
+    place: Any = SimpleNamespace(site=SimpleNamespace(name="north", data=SimpleNamespace(id="d")))
+    said = {finding.what: finding for _, finding in zip(range(2), check(place), strict=False)}
+    assert (said["Flower"].state, said["Flower"].says[:27]) == ("problem", "Flower 1.99.0 is installed,")
+
+
+def test_pyproject_and_constraints_name_the_range_and_the_tested_version() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (first, second), (beyond, minor) = FLOWER
+    assert f"flwr[simulation]>={first}.{second},<{beyond}.{minor}" in listed
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#")
+    assert pins["flwr"].startswith("1.42.")
+    assert tuple(map(int, pins["certifi"].split(".")[:3])) >= (2026, 10, 19)
