@@ -38,7 +38,8 @@ def site_home(context: Context, envelope: Envelope) -> Home:
 
 
 def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> Home:
-    """`site_home` for a resolved cell. No file of the site but site.toml and its account is opened for it.
+    """`site_home` for a resolved cell. No file of the site but site.toml, its account and what stands above its rows is
+    opened for it.
 
     Args:
         place: The site.

@@ -250,8 +250,8 @@ def laid_out(records: Sequence[Record], data: SiteData) -> Site:
     from a person: it may be one more row of a person who has a place. Test rows that cannot be read are left out.
     """
     listed = {same(label): label for label in reversed(data.labels)}
-    answers = {record.answer for record in records}
-    known = {answer: answer if answer in data.labels else listed.get(same(answer), answer) for answer in answers}
+    found = {record.answer for record in records} - set(data.labels) if listed else set()
+    label = {answer: listed.get(same(answer), answer) for answer in found}
     spare = data.records - len(units_of(records))
     train, test = list[tuple[Hashable, Record]](), list[tuple[Hashable, Record]]()
     for number, record in enumerate(records):
@@ -265,7 +265,7 @@ def laid_out(records: Sequence[Record], data: SiteData) -> Site:
     return Site(*(
         Corpus(
             tuple(record.text for _, record in rows),
-            tuple(known[record.answer] for _, record in rows),
+            tuple(label.get(record.answer, record.answer) for _, record in rows),
             Provenance.PRIVATE,
             units=tuple(unit for unit, _ in rows),
         )
@@ -299,7 +299,7 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
     if found.damaged:
         said.append(
             f"{name}: {len(found.damaged)} of {found.rows} rows cannot be read and are empty ones in their places: "
-            f"{_told(found.counted, found.damaged)}"
+            f"{_told(found.counted, found.damaged)}{_way_out(found.damaged)}"
         )
     if found.incomplete:
         said.append(
@@ -330,6 +330,10 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
 def _told(counted: str, rows: Sequence[tuple[int, str]]) -> str:
     named = ", ".join(f"{counted} {number} ({why})" for number, why in rows[:TOLD])
     return named + (f", and {len(rows) - TOLD} more" if len(rows) > TOLD else "")
+
+
+def _way_out(rows: Sequence[tuple[int, str]]) -> str:
+    return "; save it as UTF-8" if any("UTF-8" in why for _, why in rows) else ""
 
 
 def _labels(data: SiteData, found: Gathered) -> list[str]:

@@ -206,9 +206,10 @@ def test_the_global_model_writes_and_the_local_one_selects(
     seen: dict[str, str] = {}
 
     def noting(name: str, function: Any) -> Any:
-        return lambda llm, *a, **k: [seen.update({name: digest(read_adapter(llm.llm.model, ""))}), function(llm, *a, **k)][
-            1
-        ]
+        return lambda llm, *a, **k: [
+            seen.update({name: digest(read_adapter(llm.llm.model, ""))}),
+            function(llm, *a, **k),
+        ][1]
 
     monkeypatch.setattr(client, "generate", noting("generate", client.generate))
     monkeypatch.setattr(client, "select", noting("select", client.select))
