@@ -56,6 +56,11 @@ def test_p95_is_the_length_that_95_of_100_texts_do_not_exceed() -> None:
     assert card["clients"][0]["words"] == {"min": 1, "median": 1.0, "p95": 1, "max": 7}
 
 
+def test_lengths_are_in_words_of_the_script() -> None:
+    card = data_card([Site(corpus(("心が痛い", "x"), ("ผมปวด, b/c", "x")), corpus(("t", "x")))], ("x",))
+    assert card["clients"][0]["words"] == {"min": 4, "median": 5.5, "p95": 7, "max": 7}  # a character each; b and c
+
+
 def test_the_line_gives_ranges_over_clients_and_seeds() -> None:
     one = data_card(SITES, ("flu", "asthma"))
     other = data_card(SITES[:1], ("flu", "asthma"), LeftOut(duplicates=4))

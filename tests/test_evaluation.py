@@ -73,7 +73,7 @@ def figures(reference: str, response: str, world: str | None = None) -> dict[str
 
 
 def test_a_response_to_peoples_text_is_measured_whole() -> None:
-    assert figures("rest; tea", "rest; tea; and six more words of something")["rouge_l"] == pytest.approx(2 * 2 / (2 + 8))
+    assert figures("rest; tea", "rest; tea; and six more words of it")["rouge_l"] == pytest.approx(2 * 2 / (2 + 8))
     assert figures("rest; tea", "rest; tea")["rouge_l"] == 1.0
     assert figures("rest", "rest; tea")["rouge_l"] == pytest.approx(2 / 3)
 
@@ -89,7 +89,7 @@ def test_a_worlds_planted_reference_is_no_part_of_its_task() -> None:
 def test_a_model_that_gives_the_reference_word_for_word_is_right(reference: str) -> None:
     plain = not reference.startswith(ASK) and not SIGN.search(reference)
     # As an LLM says it that learnt records, and one that did not.
-    for said in (in_line(reference), *([reference] if plain else [])):
+    for said in [in_line(reference)] + [reference] * plain:
         found = figures(reference, parse_response(f" {said}"))
         assert found["exact_match"] == 1.0
         assert found["rouge_l"] == (1.0 if words(reference) else 0.0)  # signs alone hold no word

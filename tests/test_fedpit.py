@@ -24,6 +24,7 @@ from fedsynth.clients import self_train as client
 from fedsynth.clients.finetune import in_use
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data import Site
 from fedsynth.evaluation.fidelity import ifd
 from fedsynth.federation import load_strategy
 from fedsynth.firewall import Rejected, check_answer, check_order
@@ -40,7 +41,7 @@ from fedsynth.selfgen import generate, lines, respond, select, texts, write_inst
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.tasks import Adopt, Finetune, SelfTrain
 from fedsynth.typed import BadValue
-from fedsynth.world import secret_of
+from fedsynth.world import load_world, private_records, secret_of
 
 STRATEGY = "fedsynth.strategies.fedpit:FedPIT"
 FEDIT = "fedsynth.strategies.lora_avg:LoraAverage"
@@ -555,11 +556,14 @@ def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer
     assert run.metric("yield/self-generated/in") == [6.0]
 
 
-def test_what_follows_the_true_fields_is_no_part_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = played(tmp_path, strategy=FEDIT, clients=1).home(0)
-    true = home.test.answers  # of two fields
-    for extra, exact in (("; ref one two", 1.0), ("", 1.0)):
-        monkeypatch.setattr(measure, "respond", lambda *_, extra=extra: [y + extra for y in true])
-        assert measure.evaluate(home).metrics["exact_match"] == exact
-    monkeypatch.setattr(measure, "respond", lambda *_: [f"ref; {y}" for y in true])
-    assert measure.evaluate(home).metrics["exact_match"] == 0.0
+def test_what_follows_the_true_fields_is_no_part_of_a_worlds_task_and_an_error_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = played(tmp_path, strategy=FEDIT, clients=1).home(0)
+    notes = private_records(load_world("hospitals"), 0, 5, 0, split="test")
+    world = replace(file, world="hospitals", open=lambda: Site(file.train, notes))
+    for home, exact in ((file, 0.0), (world, 1.0)):
+        true = home.test.answers
+        for said, right in ((lambda y: f"{y} ; ref one two", exact), (str, 1.0), (lambda y: f"ref; {y}", 0.0)):
+            monkeypatch.setattr(measure, "respond", lambda *_, said=said, true=true: [said(y) for y in true])
+            assert measure.evaluate(home).metrics["exact_match"] == right
