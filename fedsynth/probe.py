@@ -34,7 +34,6 @@ from fedsynth.typed import build, plain
 
 Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
 SEED = 0x0D127E87  # of dummy text: no run's, whose seeds are small numbers
-NICE = 15  # as Ray starts workers: they wait for whatever else runs
 LONG_ENOUGH = 1.0  # seconds of a measurement that a larger one would hardly better
 
 
@@ -372,7 +371,6 @@ def main() -> None:
     from fedsynth.models import one_thread
 
     one_thread()
-    os.nice(NICE)
     imported, begun = time.process_time(), scheduled()
     asked = json.load(sys.stdin)
     scenario = from_toml(asked["scenario"])

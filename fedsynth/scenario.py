@@ -435,7 +435,8 @@ class Server:
 
     Attributes:
         llm: Causal or seq2seq model, named as a client's, or an endpoint.
-        adapter: LoRA of the llm that it starts with: `assets:NAME`, or a folder in PEFT format.
+        adapter: LoRA of the llm that it starts with: `assets:NAME`, or a folder in PEFT format. Layers that it does not
+            adapt stay as they are; what its configuration says beyond that is used as PEFT does, or refused by name.
         embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
             itself, which no endpoint can be.
         answer_seconds: How long one exchange may take before the run ends with a reason.
