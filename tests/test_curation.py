@@ -115,7 +115,7 @@ def test_flags_that_are_written_with_tags_pass_and_hidden_words_behind_one_do_no
 
 
 # Rows of each file that `make test` looks at: the whole takes half a minute.
-@pytest.mark.parametrize("every", [40, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.parametrize("every", [200, pytest.param(1, marks=pytest.mark.full)])
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="no ../shared/data beside this checkout")
 def test_no_text_of_real_data_is_dropped_by_form(every: int) -> None:
     for name, text, label in (
