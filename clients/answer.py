@@ -28,7 +28,7 @@ from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.together import Meet, Trains, together
 from fedsynth.corpus import Corpus
 from fedsynth.firewall import Rejected, check_order
-from fedsynth.payload import BadPayload, decode
+from fedsynth.payload import decode
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
@@ -159,7 +159,7 @@ def _answer(
     try:
         try:
             order, envelope, digest = read(content, kind)
-        except (BadPayload, BadValue) as problem:
+        except BadValue as problem:
             raise BadOrder(str(problem)) from problem
         home = open_home(context, envelope)
         if not (alone or home.simulated):

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, visible
 
 FAILED = 1
 server_app = typer.Typer(no_args_is_help=True, help="A coordinator's SuperLink for real sites: docs/deployment.")
@@ -187,7 +187,7 @@ def site_approve(
             print(
                 json.dumps({"text": prompt, "answer": answer}, ensure_ascii=False)
                 if as_json
-                else f"[{_visible(answer)}] {_visible(prompt)}"
+                else f"[{visible(answer)}] {visible(prompt)}"
             )
         return
     if accept or refuse:
@@ -239,11 +239,6 @@ def site_model(
             _say(f"{row.run} cannot be used: {row.problem}")
     if place.site.data.test is None:
         _say("site.toml names no test rows (data.test), so there is nothing to measure on")
-
-
-def _visible(text: str) -> str:
-    """On one line, with nothing that a terminal would obey: a server has a part in what these texts are."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:

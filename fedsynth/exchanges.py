@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedsynth.checkpoint import Exchange
 from fedsynth.corpus import Corpus, Scores
@@ -21,12 +23,13 @@ from fedsynth.lora import Adapter
 from fedsynth.nodes import POLL_SECONDS, TooFewReplies, first_line, nodes_by_name
 from fedsynth.participation import Fate, fates
 from fedsynth.payload import BadPayload, decode
+from fedsynth.privacy.claims import UNITS
 from fedsynth.privacy.plan import Statement
 from fedsynth.runs import SERVER, Journal, append_event
 from fedsynth.scenario import Cell
 from fedsynth.tasks import Code, Envelope, Evaluate, Order, Refused
 from fedsynth.typed import BadValue
-from fedsynth.wire import derived, joined, pack_answer, pack_order, parted, payload_bytes, unpack_answer, unpacked
+from fedsynth.wire import derived, joined, pack_order, parted, payload_bytes, unpacked
 
 R = TypeVar("R")
 ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached
@@ -34,8 +37,12 @@ APPROVAL_SECONDS = 30.0  # a site whose answer waits for a person
 NOT_ASKED = "was never connected"
 WAITS = "its answer waits for approval there"
 IN_VAIN = "gave no answer in time"
+UNUSABLE = "sent an unusable answer"
 LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
 TRIES = 3  # to get an order answered by a client whose worker dies
+# What Flower raises while it unpacks what a SuperNode made up; of a connection that is gone it raises others.
+UNPACKING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError,
+             struct.error, DecodeError)  # fmt: skip
 
 
 @dataclass
@@ -100,16 +107,15 @@ class Clients:
         self.journal.progress(name, 0, len(orders))
         # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
         said = self._said(orders, asked) if len(orders) - len(reasons) >= needed else ()
-        for home, content in said:
-            found = self._read(content, home, orders[home])
-            if isinstance(found, str):
-                reasons[home] = found
-                if found != NOT_ASKED:
+        for home, heard in said:
+            if heard.why is not None:
+                reasons[home] = heard.why
+                if heard.why != NOT_ASKED:
                     self._miss(home, order)
             else:
-                self._note(home, found)
+                self._note(home, heard.answer)
                 if home not in fates:
-                    answers[home] = found
+                    answers[home] = heard.answer
             if len(orders) - len(reasons) < needed:
                 break
             self.journal.progress(name, len(answers), len(orders))
@@ -152,9 +158,8 @@ class Clients:
         for home in sorted(set(reasons) - set(fates)):
             self.journal.metric(home, f"{place}/failed", 1)
 
-    def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, RecordDict | str]]:
-        """What each home says, as it comes, or why it says nothing: from this exchange's record, where a run goes on
-        behind it."""
+    def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, _Heard]]:
+        """What each home says, as it comes: from this exchange's record, where a run goes on behind it."""
         self._collect_late()
         record = self.journal.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(orders, asked))
@@ -164,9 +169,9 @@ class Clients:
             self._late |= {
                 message: (homes, self.exchange, orders) for message, homes in self._send(orders, late).items()
             }
-            for home, answer, facts in found:
+            for home, data, facts in found:
                 self.journal.count("bytes/down", home, facts["down"])
-                yield home, facts.get("why") or pack_answer(answer, refused=facts["refused"], seconds=facts["seconds"])
+                yield home, self._counted(home, self._recalled(data, facts, orders[home]))
             return
         down: dict[int, int] = {}
         digest = hashlib.sha256()
@@ -177,14 +182,14 @@ class Clients:
         record.begin(digest.hexdigest())
         tries = dict.fromkeys(asked, 1)
         for homes, reply in self._replies(orders, waiting, again):
-            if self.sites and (why := _why_later(reply)):
+            if self.sites and reply is not None and (why := _why_later(reply)):
                 seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
                 again[homes[0]] = _Again(why, time.monotonic() + seconds)
                 if known.get(homes[0]) != f": {why}":  # for whoever watches: somebody is to act there
                     append_event(self.journal.events, {"event": "sites", "line": f"{self._name(homes[0])}: {why}"})
                 known[homes[0]] = f": {why}"
                 continue
-            if reply.has_error() and tries[homes[0]] < TRIES:
+            if reply is not None and reply.has_error() and tries[homes[0]] < TRIES:
                 # Their worker died. The same orders again, under the same grants: stored answers are sent as they are.
                 # In smaller messages, so that a home that kills its worker takes no other with it in the end.
                 whole = len({self._stack(home) for home in homes}) > 1
@@ -193,27 +198,31 @@ class Clients:
                 tries |= {home: tries[home] + 1 for home in homes}
                 continue
             for home, content in self._contents(reply, homes):
+                heard = self._heard(content, orders[home])
+                _keep(record, home, heard, down[home])
                 self.journal.count("bytes/down", home, down[home])
-                yield home, _kept(record, home, content, down[home])
+                yield home, self._counted(home, heard)
         self._late |= {message: (homes, self.exchange, orders) for message, homes in waiting.items()}
         vain = {home: IN_VAIN + known.get(home, "") for homes in waiting.values() for home in homes}
         for home, missing in again.items():
             vain[home] = f"{IN_VAIN}: {missing.why}" if home in self._pushed else NOT_ASKED
         for home, why in sorted(vain.items()):
+            heard = _Heard(why=why)
+            _keep(record, home, heard, down[home])
             self.journal.count("bytes/down", home, down[home])
-            yield home, _kept(record, home, why, down[home])
+            yield home, heard
         record.close()
 
     def _collect_late(self) -> None:
         """What came after its time is not used, but it was released: what it says of privacy holds."""
         if not self._late:
             return
-        for reply in self.grid.pull_messages(list(self._late)):
-            homes, exchange, orders = self._late.pop(reply.metadata.reply_to_message_id)
+        for key, reply in self._pulled(list(self._late)):
+            homes, exchange, orders = self._late.pop(key)
             for home, content in self._contents(reply, homes):
-                answer: Any = self._read(content, home, orders[home])
-                if not isinstance(answer, str):
-                    self._note(home, answer)
+                heard = self._counted(home, self._heard(content, orders[home]))
+                if heard.why is None:
+                    self._note(home, heard.answer)
                     self.journal.silent.discard((home, exchange))
 
     def close(self) -> None:
@@ -284,8 +293,10 @@ class Clients:
         [key] = self.grid.push_messages([message])
         return {str(key): tuple(contents)}
 
-    def _contents(self, reply: Message, homes: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
+    def _contents(self, reply: Message | None, homes: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
         """Each home's part of a reply, or why there is none."""
+        if reply is None:
+            return [(home, f"{UNUSABLE}: its message cannot be read") for home in homes]
         if reply.has_error():
             return [(home, f"its worker failed: {first_line(reply)}") for home in homes]
         parts = parted(reply.content)
@@ -293,14 +304,33 @@ class Clients:
             return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
         return zip(homes, parts, strict=True)
 
+    def _pulled(self, keys: Sequence[str]) -> Iterator[tuple[str, Message | None]]:
+        """Replies to messages that are there now; None for one that cannot even be unpacked.
+
+        Those of sites are asked for one by one: Flower unpacks all that it is asked for together, and hands out none
+        if one cannot be. And which message a reply is to is what was asked for, not what a site writes into it.
+        """
+        if not self.sites:
+            for reply in self.grid.pull_messages(keys):
+                yield reply.metadata.reply_to_message_id, reply
+            return
+        for key in keys:
+            try:
+                replies = list(self.grid.pull_messages([key]))
+            except UNPACKING:
+                yield key, None
+            else:
+                yield from ((key, reply) for reply in replies[:1])
+
     def _replies(
         self, orders: Mapping[int, Order[R]], waiting: dict[str, tuple[int, ...]], again: dict[int, _Again]
-    ) -> Iterable[tuple[tuple[int, ...], Message]]:
-        """Replies as they come; who is in `again` is asked anew when its time has come."""
+    ) -> Iterable[tuple[tuple[int, ...], Message | None]]:
+        """Replies as they come, None for one that cannot be unpacked; who is in `again` is asked anew when its time has
+        come."""
         begun = looked = time.monotonic()
         while (waiting or again) and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
-            for reply in self.grid.pull_messages(list(waiting)) if waiting else ():
-                yield waiting.pop(reply.metadata.reply_to_message_id), reply
+            for key, reply in self._pulled(list(waiting)) if waiting else ():
+                yield waiting.pop(key), reply
             if self.sites and time.monotonic() - looked > ASK_AGAIN_SECONDS:
                 again |= self._lost(waiting)
                 looked = time.monotonic()
@@ -318,22 +348,43 @@ class Clients:
         lost = [key for key, (home, *_) in waiting.items() if home in now and now[home][1] != self._since.get(home)]
         return {waiting.pop(key)[0]: _Again("it was started anew", time.monotonic()) for key in lost}
 
-    def _read(self, content: RecordDict | str, home: int, order: Order[R]) -> R | str:
+    def _heard(self, content: RecordDict | str, order: Order[Any]) -> _Heard:
         """The checked answer, or why there is none: one bad client must not end what a quorum allows."""
         if isinstance(content, str):
-            return content
+            return _Heard(why=content)
         try:
-            payload, _, seconds = unpacked(content)
-            self.journal.count("bytes/up", home, len(payload))
-            if seconds is not None and 0 <= seconds < math.inf:
-                self.journal.count("seconds/client", home, seconds)
-            answer: Any = unpack_answer(content, order.reply)
+            payload, refused, seconds = unpacked(content)
+        except BadValue as problem:
+            return _Heard(why=f"{UNUSABLE}: {problem}")
+        return self._checked(payload, refused, seconds, order)
+
+    def _recalled(self, data: bytes, facts: Mapping[str, Any], order: Order[Any]) -> _Heard:
+        """What was kept of a home."""
+        seconds = facts.get("seconds")
+        if "why" in facts:
+            return _Heard(why=facts["why"], size=facts.get("up", 0), seconds=seconds)
+        return self._checked(data, facts["refused"], seconds, order)
+
+    def _checked(self, payload: bytes, refused: bool, seconds: float | None, order: Order[Any]) -> _Heard:
+        heard, scenario = _Heard(None, None, payload, refused, len(payload), seconds), self.cell.scenario
+        try:
+            answer: Any = decode(payload, Refused if refused else order.reply)
             if isinstance(answer, Refused):
-                return f"refused: {answer.code.value}"
-            check_answer(order, answer, self.labels)
-        except (BadPayload, BadValue, Rejected) as problem:
-            return f"sent an unusable answer: {problem}"
-        return cast(R, answer)
+                return replace(heard, why=f"refused: {answer.code.value}")
+            # A site says in the same words what it protects, in whatever column it has it.
+            units = UNITS if self.sites else (scenario.data.unit_name,)
+            batch = scenario.client.generator_training.expected_batch
+            check_answer(order, answer, self.labels, units=units, simulated=not self.sites, batch=batch)
+        except (BadPayload, Rejected) as problem:
+            return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
+        return replace(heard, answer=answer)
+
+    def _counted(self, home: int, heard: _Heard) -> _Heard:
+        if heard.size:
+            self.journal.count("bytes/up", home, heard.size)
+        if heard.seconds is not None and 0 <= heard.seconds < math.inf:
+            self.journal.count("seconds/client", home, heard.seconds)
+        return heard
 
     def _note(self, home: int, answer: object) -> None:
         """What an answer says of privacy, and what kinds of things it let out."""
@@ -342,6 +393,27 @@ class Clients:
             self.journal.state(home, statement)
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
         self.journal.released |= {kinds[type(p)] for p in derived(answer)}
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What came of a home: its checked answer, or why there is none.
+
+    Attributes:
+        answer: Of the order's class.
+        why: The end of a sentence about the home; None beside an answer.
+        payload: The bytes, if they are worth keeping: of an answer, or of a refusal.
+        refused: Whether they are a refusal.
+        size: Of what came.
+        seconds: As `unpacked` says.
+    """
+
+    answer: Any = None
+    why: str | None = None
+    payload: bytes = b""
+    refused: bool = False
+    size: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -360,20 +432,15 @@ def _why_later(reply: Message) -> str | None:
     try:
         payload, refused, _ = unpacked(reply.content)
         waits = refused and decode(payload, Refused).code is Code.AWAITS_APPROVAL
-    except (BadPayload, BadValue):
+    except BadValue:
         return None
     return WAITS if waits else None
 
 
-def _kept(record: Exchange, home: int, content: RecordDict | str, down: int) -> RecordDict | str:
-    """What a home said, written down; what cannot be read becomes words."""
-    if not isinstance(content, str):
-        try:
-            payload, refused, seconds = unpacked(content)
-        except BadValue as problem:
-            content = f"sent an unusable answer: {problem}"
-        else:
-            record.add(home, payload, refused=refused, seconds=seconds, down=down)
-            return content
-    record.add(home, b"", why=content, down=down)
-    return content
+def _keep(record: Exchange, home: int, heard: _Heard, down: int) -> None:
+    """Writes down what a home said: its bytes if they can be read, else why not. What was read now will be read again
+    by whoever goes on."""
+    if heard.payload:
+        record.add(home, heard.payload, refused=heard.refused, seconds=heard.seconds, down=down)
+    else:
+        record.add(home, b"", why=heard.why, up=heard.size, seconds=heard.seconds, down=down)

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.limits import (
+    MAX_ALPHA,
+    MAX_CANDIDATES,
+    MAX_FIGURES,
+    MAX_GRANTS,
+    MAX_NAME,
+    MAX_PROXIMAL,
+    MAX_RANK,
+    MAX_RECORDS,
+    MAX_SAMPLES,
+    MAX_SEED,
+    MAX_SHOTS,
+    MAX_TEXT,
+    MAX_TEXTS,
+    MAX_TOKENS,
+    MAX_WEIGHT,
+)
 from fedsynth.lora import Adapter, Shared, only_b
+from fedsynth.privacy import claims
 from fedsynth.privacy.plan import Statement
 from fedsynth.tasks import (
     Adopt,
+    Adopted,
     Evaluate,
     Evaluated,
     Finetune,
     Finetuned,
     Learn,
+    Learnt,
     Order,
     Score,
     Scored,
@@ -27,29 +48,27 @@ from fedsynth.tasks import (
     Synthesized,
 )
 
-MAX_TEXT = 20_000  # characters of one text
-MAX_SAMPLES = 100_000  # of one label
-MAX_TOKENS = 8_192
-MAX_CANDIDATES = 10_000  # of one self-generation
-MAX_STEPS = 32  # what can become of a candidate
-MAX_RECORDS = 10**12
-MAX_PROXIMAL = 1e6
-MAX_SEED = 2**32 - 2
-MAX_EPSILON = 1e6  # more than any budget that means something
+# What stands in an answer as a name becomes a word of a report: these, and nothing else.
+GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FIGURE = re.compile(r"[a-z][a-z0-9_@ -]{0,59}")
+A, B = ".lora_A.weight", ".lora_B.weight"
+FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
 
 class Rejected(ValueError):
-    """An order or answer that does not keep to what was agreed."""
+    """An order or answer that does not keep to what was agreed. The message repeats no text of it."""
 
 
 def check_order(order: Order[Any], labels: Sequence[str]) -> None:
-    """A client's check: ranges only, so that a server cannot ask for what the privacy statement does not cover.
+    """A client's check: ranges only, so that a server cannot ask for what the privacy statement does not cover, or for
+    more than any site could do.
 
     Raises:
         Rejected: With the value and the range.
     """
     if isinstance(order, Synthesize):
         _within("per_label", order.per_label, 1, MAX_SAMPLES)
+        _within("number of texts", order.per_label * len(labels), 0, MAX_TEXTS)
         _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
         _within("temperature", order.temperature, 0.01, 10.0)
         _within("top_p", order.top_p, 0.01, 1.0)
@@ -62,26 +81,50 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
     if isinstance(order, Score) and not len(order.corpus):
         raise Rejected("a server sent no text to score")
     if isinstance(order, Finetune | SelfTrain):
-        _check_finite(order.start)
+        _check_factors("start", order.start)
     if isinstance(order, Finetune) and order.proximal is not None:
         _within("proximal", order.proximal, 0.0, MAX_PROXIMAL)
     if isinstance(order, Adopt | Evaluate) and order.adapter is not None:
-        _check_finite(order.adapter)
+        _check_factors("adapter", order.adapter)
     if isinstance(order, SelfTrain):
         _within("writing_seed", order.writing_seed, 0, MAX_SEED)
         _within("share", order.share, 0.0, 1.0)
         _within("candidates", order.candidates, 1, MAX_CANDIDATES)
         _within("keep", order.keep, 1, order.candidates)
-        _within("shots", order.shots, 1, 64)
+        _within("shots", order.shots, 1, MAX_SHOTS)
         _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
 
 
-def check_answer(order: Order[Any], answer: object, labels: Sequence[str]) -> None:
+def check_answer(
+    order: Order[Any],
+    answer: object,
+    labels: Sequence[str],
+    *,
+    units: Collection[str] = claims.UNITS,
+    simulated: bool | None = None,
+    batch: int | None = None,
+) -> None:
     """A server's check of one client's answer.
 
+    Args:
+        order: That it answers.
+        answer: Of the order's class.
+        labels: The public list.
+        units: What clients may say that they protect.
+        simulated: Whether noise is reproducible, and has to be said to be; None: either.
+        batch: What the scenario expects of a batch; None: any.
+
     Raises:
-        Rejected: With the value and the range.
+        Rejected: With the name and the range; no word of the client is repeated.
     """
+    said = getattr(answer, "statement", None)
+    if isinstance(said, Statement):
+        # A list of scores may be protected for the client as a whole, text and adapters never are.
+        whole = {claims.CLIENT} if isinstance(answer, Scored) else set()
+        try:
+            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated)
+        except ValueError as problem:
+            raise Rejected(f"statement: {problem}") from problem
     if isinstance(answer, Synthesized) and isinstance(order, Synthesize):
         _check_corpus(answer.corpus, labels)
         if answer.corpus.provenance is Provenance.PRIVATE:
@@ -90,37 +133,63 @@ def check_answer(order: Order[Any], answer: object, labels: Sequence[str]) -> No
         most = max(answer.corpus.counts().values(), default=0)
         _within("number of texts of one label", most, 0, order.per_label)
         _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
-        _check_statement(answer.statement, answer.corpus.grants)
+        _check_grants(answer.statement, answer.corpus.grants)
+        written = Provenance.DP_SYNTHETIC if answer.statement.guarantee == "dp" else Provenance.SELF_GENERATED
+        if answer.corpus.provenance is not written:
+            raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that is not {written.value}")
         if answer.adapter is not None:
-            _check_finite(answer.adapter)
+            _check_factors("adapter", answer.adapter)
+            _check_grants(answer.statement, answer.adapter.grants)
+            if not order.share_adapter:
+                raise Rejected("an adapter that was not asked for")
     if isinstance(answer, Finetuned) and isinstance(order, Finetune):
-        _check_statement(answer.statement, answer.adapter.grants)
+        _check_grants(answer.statement, answer.adapter.grants)
         _check_adapter(answer.adapter, order.start, only=only_b if order.frozen_a else None)
-        _within("records", answer.records, 1, MAX_RECORDS)
+        _check_records(answer.records, answer.statement, batch)
     if isinstance(answer, SelfTrained) and isinstance(order, SelfTrain):
-        _check_statement(answer.statement, answer.adapter.grants)
+        _check_grants(answer.statement, answer.adapter.grants)
         _check_adapter(answer.adapter, order.start)
-        _within("records", answer.records, 1, MAX_RECORDS)
-        _within("number of steps in the funnel", len(answer.funnel), 0, MAX_STEPS)
-        for step, count in answer.funnel.items():
-            _within(f"candidates {step!r}", count, 0, order.candidates)
+        _check_records(answer.records, answer.statement, batch)
+        _check_figures("funnel", answer.funnel, 0, order.candidates)
     if isinstance(answer, Scored) and isinstance(order, Score):
-        _check_statement(answer.statement, answer.scores.grants)
+        _check_grants(answer.statement, answer.scores.grants)
         _within("number of scores", len(answer.scores.values), len(order.corpus), len(order.corpus))
         if not all(map(math.isfinite, answer.scores.values)):
             raise Rejected("scores that are not finite")
     if isinstance(answer, Evaluated):
-        for name, value in answer.metrics.items():
-            if not math.isfinite(value):
-                raise Rejected(f"metric {name!r} must be finite, got {value}")
+        _check_figures("metrics", answer.metrics, -math.inf, math.inf)
+        _within("examples", answer.examples, 0, MAX_RECORDS)
+    if isinstance(answer, Learnt) and isinstance(order, Learn):
+        _within("received", answer.received, 0, len(order.corpus or ()))
+    if isinstance(answer, Adopted) and isinstance(order, Adopt):
+        size = sum(array.size for array in order.adapter.arrays.values())
+        _within("parameters", answer.parameters, size, size)
 
 
-def _check_statement(said: Statement, grants: Sequence[str]) -> None:
-    _within("delta", said.delta, 0.0, 1.0)
-    if said.epsilon is not None:
-        _within("epsilon", said.epsilon, 0.0, MAX_EPSILON)
+def _check_grants(said: Statement, grants: Sequence[str]) -> None:
+    _check_names("grants", grants)
     if (said.guarantee == "dp") != bool(grants):
-        raise Rejected(f"guarantee {said.guarantee!r} with grants {list(grants)}")
+        raise Rejected(f"guarantee {said.guarantee!r} with grants: {len(grants)}")
+
+
+def _check_records(records: int, said: Statement, batch: int | None) -> None:
+    """An average's weight: the units that the sampling rate was planned for. Without a guarantee there is no rate."""
+    _within("records", records, 1, MAX_RECORDS)
+    if said.sampling_rate is None:
+        return
+    planned = min(batch or max(1, round(records * said.sampling_rate)), records) / records
+    if not math.isclose(said.sampling_rate, planned, rel_tol=1e-9):
+        raise Rejected(f"records are said to be {records}, which a sampling rate of {said.sampling_rate:g} is not for")
+
+
+def _check_figures(name: str, figures: Mapping[str, float], low: float, high: float) -> None:
+    _within(f"number of {name}", len(figures), 0, MAX_FIGURES)
+    if not all(FIGURE.fullmatch(figure) for figure in figures):
+        raise Rejected(f"{name} of a name that is none: lower-case letters, digits, blanks and dashes")
+    for figure, value in figures.items():
+        if not math.isfinite(value):
+            raise Rejected(f"{name} {figure!r} must be finite, got {value}")
+        _within(f"{name} {figure!r}", value, low, high)
 
 
 def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) -> None:
@@ -130,20 +199,52 @@ def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) 
         raise Rejected("an adapter with other tensors than those of the one that was sent")
     for name in ("rank", "alpha", "base"):
         if getattr(adapter, name) != getattr(like, name):
-            raise Rejected(f"an adapter of another {name}: {getattr(adapter, name)!r}, sent {getattr(like, name)!r}")
+            raise Rejected(f"an adapter of another {name} than that of the one that was sent")
     _check_finite(adapter)
 
 
+def _check_factors(name: str, adapter: Adapter) -> None:
+    """An adapter that is not held against one that was sent: caps, and both factors of each layer in their shapes.
+
+    Whoever puts it into a model makes room for its rank first: so A must have as many rows, which had to be sent.
+    """
+    _check_finite(adapter)
+    _within(f"{name}.rank", adapter.rank, 1, MAX_RANK)
+    if not 0 < adapter.alpha <= MAX_ALPHA:
+        raise Rejected(f"{name}.alpha must be above 0 and at most {MAX_ALPHA:g}, got {adapter.alpha:g}")
+    _within(f"length of {name}.base", len(adapter.base), 0, MAX_NAME)
+    _check_names(f"{name}.grants", adapter.grants)
+    shapes = {tensor: array.shape for tensor, array in adapter.arrays.items()}
+    if not all(FACTOR.fullmatch(tensor) for tensor in shapes):
+        raise Rejected(f"{name} has a tensor whose name is not that of a factor, as layer.lora_A.weight")
+    for layer in {tensor.removesuffix(A).removesuffix(B) for tensor in shapes}:
+        a, b = shapes.get(layer + A, ()), shapes.get(layer + B, ())
+        if not (len(a) == len(b) == 2 and a[0] == b[1] == adapter.rank):
+            raise Rejected(f"{name} must have matrices A and B of rank {adapter.rank} for each of its layers")
+
+
 def _check_finite(adapter: Adapter) -> None:
-    if not all(bool(np.isfinite(array).all()) for array in adapter.arrays.values()):
-        raise Rejected("an adapter with values that are not finite")
+    for array in adapter.arrays.values():
+        if not bool(np.isfinite(array).all()):
+            raise Rejected("an adapter with values that are not finite")
+        if array.size and float(np.abs(array).max()) > MAX_WEIGHT:
+            raise Rejected(f"an adapter with values beyond {MAX_WEIGHT:g}")
 
 
 def _check_corpus(corpus: Corpus, labels: Sequence[str]) -> None:
+    _within("number of texts", len(corpus), 0, MAX_TEXTS)
+    _check_names("grants", corpus.grants)
     if labels and (strange := set(corpus.answers) - set(labels)):
         raise Rejected(f"labels outside the public list: {len(strange)}")
     if any(len(text) > MAX_TEXT for text in (*corpus.prompts, *corpus.answers)):
         raise Rejected(f"a text of more than {MAX_TEXT} characters")
+
+
+def _check_names(name: str, grants: Iterable[str]) -> None:
+    grants = list(grants)
+    _within(f"number of {name}", len(grants), 0, MAX_GRANTS)
+    if not all(GRANT.fullmatch(grant) for grant in grants):
+        raise Rejected(f"{name} must be names of grants: letters, digits, dashes and underscores")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

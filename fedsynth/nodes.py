@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsynth.typed import BadValue, build
+from fedsynth.typed import BadValue, build, visible
 
 WHO = "query.who"
 POLL_SECONDS = 0.05
@@ -82,11 +83,12 @@ def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 36
         for reply in grid.send_and_receive(asked, timeout=max(1.0, seconds - taken)):
             if reply.has_error():
                 raise TooFewReplies(f"a SuperNode could not run the client app: {first_line(reply)}")
-            facts = reply.content["who"]
-            if not isinstance(facts, ConfigRecord):
-                raise TooFewReplies("a SuperNode's client app does not say which partition it holds")
-            places[int(str(facts["partition-id"]))] = reply.metadata.src_node_id
-            partitions = int(str(facts["num-partitions"]))
+            try:
+                facts = cast(ConfigRecord, reply.content["who"])
+                partition, partitions = (int(str(facts[key])) for key in ("partition-id", "num-partitions"))
+            except (KeyError, TypeError, ValueError) as problem:
+                raise TooFewReplies("a SuperNode's client app does not say which partition it holds") from problem
+            places[partition] = reply.metadata.src_node_id
     ordered = [places[p] for p in sorted(places)]
     return {home: ordered[home // stack % len(ordered)] for home in range(homes)}
 
@@ -111,4 +113,4 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]
 
 def first_line(reply: Message) -> str:
     """What an error's reply says, in one line."""
-    return ((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200]
+    return visible(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200])

@@ -237,7 +237,9 @@ def _name(kind: Any) -> str:
 
 
 def _nearest(name: object, known: typing.Iterable[object]) -> str:
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    if len(given := str(name)) > 100:  # no slip of the pen, and comparing takes long
+        return ""
+    close = difflib.get_close_matches(given, [str(k) for k in known], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -253,3 +255,8 @@ def plain(value: object) -> Any:
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
     return value
+
+
+def visible(text: str) -> str:
+    """A text that another party wrote, on one line, with nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

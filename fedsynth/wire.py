@@ -38,7 +38,7 @@ def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
     """The order, its envelope, and the digest that makes a repeated order recognisable.
 
     Raises:
-        fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the message is not such an order.
+        fedsynth.typed.BadValue: If the message is not such an order; of its payload a BadPayload.
     """
     record = _record(content)
     facts = {f.name: _value(record, f.name) for f in dataclasses.fields(Envelope)}
@@ -176,7 +176,7 @@ def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:
     """The typed answer in a reply.
 
     Raises:
-        fedsynth.payload.BadPayload, fedsynth.typed.BadValue: If the reply is not one.
+        fedsynth.typed.BadValue: If the reply is not one; of its payload a BadPayload.
     """
     record = _record(content)
     data = _payload(record)

@@ -1,0 +1,59 @@
+"""How much may be asked, answered and packed into bytes: the caps of both directions, each with its reason.
+
+All lie far above what the methods need. They keep a message from costing its reader more than it cost to send, and a
+scenario from asking for what no site answers.
+"""
+
+from __future__ import annotations
+
+from fedsynth.typed import Range
+
+# ---- Bytes of a payload --------------------------------------------------------------------------------------------
+
+MAX_BYTES = 1 << 30  # of a whole payload: more is a mistake or an attack
+MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the table of an adapter's tensors
+MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
+MAX_DEPTH = 16  # of it: orders and answers nest five deep
+MAX_DIGITS = 40  # of a whole number: a seed has 10, and int -> float overflows beyond 308
+MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
+MAX_PARTS = 64  # texts and adapters in one payload: orders and answers have at most two
+MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
+
+# ---- Texts ---------------------------------------------------------------------------------------------------------
+
+MAX_TEXT = 20_000  # characters of one text
+MAX_TEXTS = 1_000_000  # of one order or answer
+MAX_SAMPLES = 100_000  # of one label
+MAX_TOKENS = 8_192  # of one text that a client writes or learns: about MAX_TEXT characters
+MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds
+
+# ---- Training and adapters -----------------------------------------------------------------------------------------
+
+MAX_STEPS = 100_000  # noisy ones, of all rounds: epsilon of more takes minutes to compute, the training months
+MAX_BATCH = 65_536  # examples of one forward pass
+MAX_ROWS = 1_000_000  # of a unit
+MAX_RANK = 1_024  # of a LoRA: that of full layers of small models
+MAX_ALPHA = 1e6
+MAX_WEIGHT = 1e6  # of a factor of a LoRA: products and means of larger ones leave float32's range
+MAX_RATE = 1e3  # learning rate
+CLIP_NORMS = (1e-6, 1e6)  # beyond, single precision does not keep a unit's sum within the bound
+MAX_PROXIMAL = 1e6
+MAX_SEED = 2**32 - 2
+
+# ---- Self-generation -----------------------------------------------------------------------------------------------
+
+MAX_CANDIDATES = 10_000  # of one order
+MAX_SHOTS = 64  # demonstrations in a prompt
+
+# ---- What is said --------------------------------------------------------------------------------------------------
+
+MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
+MAX_EPSILON = 1e6  # more than any budget that means something
+MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
+MAX_SIGMA = 1e6  # noise multiplier
+MAX_FIGURES = 32  # metrics of a client; what can become of a candidate
+
+
+def most(limit: float) -> Range:
+    """For a number of a scenario, as `Annotated[Count, most(MAX_STEPS)]`: what a run asks for is checked before it."""
+    return Range(f"be at most {limit:g}" if isinstance(limit, float) else f"be at most {limit}", lambda v: v <= limit)

@@ -1,0 +1,127 @@
+"""Whether what a client says of its privacy can be true: ranges, and epsilon recomputed from the plan that it names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from functools import lru_cache
+
+from dp_accounting import dp_event
+
+from fedsynth.limits import (
+    CLIP_NORMS,
+    MAX_DELTA,
+    MAX_EPSILON,
+    MAX_RECORDS,
+    MAX_ROWS,
+    MAX_SIGMA,
+    MAX_STEPS,
+)
+from fedsynth.privacy.plan import ROUGH, SMALLEST_SIGMA, Relation, Statement, epsilon
+
+UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
+CLIENT = "client"  # the unit where a list of scores is protected as a whole
+TOLERANCE = 1e-3  # of epsilon, and of 1 at least: above what grids differ by, below what is printed
+_POINTS = 1e5  # of the grid of one step's losses, at most: a check takes seconds at worst, and some 100 MB
+_MOST_GROUPS, _LARGEST_GROUP = 16, 1000  # of `epsilon_rows`
+
+
+def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | None = None) -> None:
+    """Refuses a statement whose figures cannot be those of a plan. What is junk is named, never repeated.
+
+    A client could still claim the figures of a plan that it did not run: no server can see that.
+
+    Args:
+        said: By a client.
+        units: What it may protect.
+        simulated: Whether its noise may be reproducible, and has to be; None: either.
+
+    Raises:
+        ValueError: With the name of the figure, and what it must be.
+    """
+    if said.unit not in units:
+        raise ValueError(f"unit must be one of {', '.join(units)}")
+    if simulated is not None and said.simulated is not simulated:
+        raise ValueError(f"simulated must be {str(simulated).lower()} here")
+    _within("delta", said.delta, math.ulp(0.0), MAX_DELTA)
+    _within("rows_per_unit", said.rows_per_unit, 1, MAX_ROWS)
+    if said.guarantee == "none":
+        figures = (said.epsilon, said.epsilon_replace_one, said.sigma, said.sampling_rate, said.steps, said.clip_norm)
+        if said.epsilon_rows or any(figure is not None for figure in figures):
+            raise ValueError("guarantee is 'none', and figures of one stand beside it")
+        return
+    claimed = _within("epsilon", said.epsilon, 0.0, MAX_EPSILON)
+    replaced = _within("epsilon_replace_one", said.epsilon_replace_one, 0.0, math.inf)
+    sigma = _within("sigma", said.sigma, SMALLEST_SIGMA, MAX_SIGMA)
+    rate = _within("sampling_rate", said.sampling_rate, 1 / MAX_RECORDS, 1.0)
+    steps = int(_within("steps", said.steps, 1, MAX_STEPS))
+    _within("clip_norm", said.clip_norm, math.ulp(0.0), 2 * CLIP_NORMS[1])  # of a list of scores: twice its norm
+    _check_rows(said)
+    _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
+    if said.unit == CLIENT:  # another list in its place is no further away than an empty one: `clients.score`
+        _within("epsilon_replace_one", replaced, claimed, math.inf)
+    else:
+        _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")
+
+
+def _check_rows(said: Statement) -> None:
+    """Reports recompute these figures, and clients leave them out: whatever is there has to make sense, no more."""
+    if said.epsilon_rows and (said.unit != "row" or len(said.epsilon_rows) > _MOST_GROUPS):
+        raise ValueError(f"epsilon_rows must be of rows, at most {_MOST_GROUPS} figures")
+    least = said.epsilon
+    for rows, figure in sorted(said.epsilon_rows.items()):
+        _within("epsilon_rows", rows, 2, _LARGEST_GROUP)
+        least = _within(f"epsilon_rows of {rows} rows", figure, least or 0.0, math.inf)
+
+
+def _within(name: str, value: float | None, low: float, high: float) -> float:
+    if value is None or not low <= value <= high:
+        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {'none' if value is None else f'{value:g}'}")
+    return value
+
+
+def _reaches(
+    name: str, claimed: float, rate: float, sigma: float, steps: int, delta: float, relation: Relation
+) -> None:
+    if claimed == math.inf:
+        return
+    try:
+        true = _above(claimed, rate, sigma, steps, delta, relation)
+    except Exception as problem:  # of the accountant, on figures that nobody has planned with
+        raise ValueError(f"{name} of its plan cannot be computed ({type(problem).__name__})") from problem
+    if true is not None:
+        raise ValueError(f"{name} is said to be {claimed:.4g}; noise_multiplier {sigma:g} at sampling rate {rate:g} "
+                         f"costs {true:.4g} or more over {steps} steps at delta {delta:g}")  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, relation: Relation) -> float | None:
+    """Epsilon of a plan, or of its first steps, if that lies above the claim; None if the claim can be true.
+
+    The first ten steps, the first hundred and so on: epsilon only grows, so that a claim far below it is refused
+    before losses pile up that would take hours and all memory to add.
+    """
+    done = 0
+    while done < steps:
+        done = min(steps, max(10, 10 * done))
+        grid, slack = _grid(claimed, sigma, done, delta)
+        step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+        found = epsilon(dp_event.SelfComposedDpEvent(step, done), delta, relation=relation, grid=grid)
+        if not found <= claimed + slack:
+            return found
+    return None
+
+
+def _grid(claimed: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
+    """Step of the grid of losses, and how far above the claim rounding on it can bring a true one.
+
+    Were the sum of all losses a normal variable of variance v, as it nearly is, epsilon would be v / 2 + z sqrt(v) for
+    the z of delta. Rounding adds up to grid^2 / 4 to v for each step; twice what that adds to epsilon is allowed.
+    """
+    z = math.sqrt(2 * math.log(1 / delta))
+    deviation = math.sqrt(z**2 + 2 * max(claimed, TOLERANCE)) - z
+    growth = steps / 4 * (1 + z / deviation)  # of epsilon with grid^2
+    wanted = TOLERANCE * max(1.0, claimed)
+    range_ = 1 / sigma**2 + 20 / sigma  # of one step's losses
+    grid = max(min(ROUGH, math.sqrt(wanted / growth)), range_ / _POINTS, 10 * claimed / _POINTS)
+    return grid, max(wanted, growth * grid**2)
