@@ -128,6 +128,8 @@ class SiteData:
             raise BadValue(f"data.query {wrong}")
 
     def _check_unit(self) -> None:
+        if self.spellings != "refuse" and self.person is None:
+            raise BadValue("data.spellings is about persons: name their column as data.person")
         if self.person is not None and self.independent_rows:
             raise BadValue(
                 "data.person and independent_rows = true exclude each other: a column of persons says that rows of one "
@@ -238,7 +240,7 @@ def _person(cell: str | Lost | None) -> str | None:
     and "3.0" are one; "03" is another). None for no text: whose row it is, nobody knows."""
     if not isinstance(cell, str):
         return None
-    return same(re.sub(r"(?a)^(-?\d+)\.0+$", r"\1", cell.strip())) or None
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", same(cell)) or None
 
 
 def laid_out(records: Sequence[Record], data: SiteData) -> Site:

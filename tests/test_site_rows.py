@@ -15,6 +15,7 @@ from flwr.app import Context, RecordDict
 
 from fedsynth import rowstore, site_watch
 from fedsynth.adapters import new_adapter
+from fedsynth.certificates import write_node_keys
 from fedsynth.clients.answer import answer
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.clients.policy import Place, Policy, Site, SuperLink
@@ -31,6 +32,7 @@ from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.site_check import check
 from fedsynth.site_ready import check_state
 from fedsynth.site_rows import check_rows, import_rows, source_changed
+from fedsynth.site_start import start
 from fedsynth.sources import SiteData
 from fedsynth.tasks import (
     ORDERS,
@@ -276,6 +278,9 @@ def test_orders_are_refused_on_a_declared_fact_until_rows_are_imported(tmp_path:
     assert asked(site, order, scenario()) == Refused(Code.NOT_ALLOWED)
     with pytest.raises(BadValue, match="no rows have been imported as"):
         check_rows(site)
+    write_node_keys(tmp_path / "keys" / "node", tmp_path / "north.pub")
+    with pytest.raises(BadValue, match="no rows have been imported as"):
+        start(site)
     key = site.open_ledger().mac_key
     [first, *_] = check(site)
     assert first.what == "site.toml"

@@ -437,9 +437,9 @@ def test_what_cannot_be_read_is_told_by_line_and_kind_and_not_by_content(tmp_pat
 SPELLINGS = ["PAT003", "PAT003 ", "pat003", "PA\u200bT003", "\uff30AT003", " PAT003\u00a0"]
 
 
-@pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0"])
+@pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0", "\uff13.0"])
 def test_spellings_of_a_person_are_one_unit_at_an_order_and_refused_by_the_check(tmp_path: Path, other: str) -> None:
-    first = {"caf\u00e9": "cafe\u0301", "3.0": "3"}.get(other, "PAT003")
+    first = {"caf\u00e9": "cafe\u0301", "3.0": "3", "\uff13.0": "3"}.get(other, "PAT003")
     lines(tmp_path, {**WHOLE, "person": first}, {**WHOLE, "person": other}, {**WHOLE, "person": "q"})
     data = site(source="notes.jsonl")
     found = gathered(data, tmp_path)
@@ -551,6 +551,7 @@ ONE = {"source": "notes.csv", "person": "person"}
         ({"database_env": "NOTES_DB"}, "data.database_env belongs to a query"),
         ({"source": "", "query": QUERY}, "data.database_env must name the environment variable"),
         ({"person": None}, 'data must say whose rows these are: person = "COLUMN" protects a person with all of their'),
+        ({"person": None, "independent_rows": True, "spellings": "merge"}, "data.spellings is about persons"),
         ({"independent_rows": True}, "data.person and independent_rows = true exclude each other"),
         ({"labels": ()}, "data.labels is missing: list the classes"),
         ({"labels": ("flu", "flu")}, "data.labels holds a class twice: ['flu', 'flu']"),
