@@ -804,8 +804,12 @@ def test_half_precision_under_a_guarantee_is_refused_before_the_charge(
 ) -> None:
     half = toml.replace("steps = 3, learning_rate = 1e-2", 'steps = 3, precision = "bfloat16"')
     assert half != toml
-    with pytest.raises(TooFewReplies, match="refused: not_allowed"):
-        Deployed(places(tmp_path, notes), half, tmp_path / "run").run()
+    sites = places(tmp_path, notes)
+    with pytest.raises(TooFewReplies, match="refused: self_check_failed"):
+        Deployed(sites, half, tmp_path / "run").run()
+    assert not any(site.open_ledger().entries() for site in sites)
+    [log] = [log for site in sites if (log := site.state / "site.log").is_file()]  # who is asked first
+    assert "client.generator_training.precision" in log.read_text()
 
 
 def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
