@@ -92,7 +92,7 @@ def judge_by_instruction(
             if chosen is None:
                 reasons[site][row] = "unreadable judgement"
             elif place not in chosen[:keep]:
-                reasons[site][row] = "not selected"
+                reasons[site][row] = "beyond those selected"
     return {site: keep_rows(corpora[site], reasons[site]) for site in sorted(corpora)}
 
 

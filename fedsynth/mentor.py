@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Judge: TypeAlias = Literal["likelihood", "instruction", "none"]
 
+BEYOND = "beyond the most certain"  # as it was told to
+
 # --- Responses ------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +97,7 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
     )
     best = sorted(zip(rows, certainty, strict=True), key=lambda item: -item[1])
     chosen = {row for row, _ in best[: math.ceil(share * len(instructions))]}
-    reasons = ["no response" if not r else None if row in chosen else "uncertain" for row, r in enumerate(responses)]
+    reasons = ["no response" if not r else None if row in chosen else BEYOND for row, r in enumerate(responses)]
     return replace(keep_rows(instructions, reasons), lost=())
 
 

@@ -304,7 +304,7 @@ class Loss:
         asked: Texts that were asked for, of all clients, rounds and seeds.
         left: Of them, behind the funnel's last step.
         taken: Of them, by filters; what a step was told to leave out is not among these.
-        reason: Which took most; "" if none was taken.
+        reason: Which took most of these, or where there are none, of all; "" if nothing was dropped.
         most: Texts that it took.
         clients: That texts were asked for; 0 where the server writes for all.
         bare: Of them, how many have no text left in some round.
@@ -324,7 +324,7 @@ class Loss:
     @property
     def few(self) -> bool:
         """Whether so little is left that the arm's figures are not its method's."""
-        return self.asked - self.taken < FEW * self.asked
+        return self.left == 0 or self.asked - self.taken < FEW * self.asked
 
     @property
     def words(self) -> str:
@@ -374,6 +374,7 @@ def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
     left = rows[rows["what"] == "kept"].groupby(["seed", "round", "client"], sort=False)["value"].last()
     by_reason = rows[rows["what"] == "dropped"].groupby("reason", sort=False)["value"].sum()
     taken = by_reason[~by_reason.index.astype(str).str.startswith("beyond")]  # such a step does what it was told to
+    named = by_reason if taken.empty else taken
     lost = rows[(rows["what"] == "labels_lost") & (rows["value"] > 0)]
     homes = {int(client) for _, _, client in left.index}
     loss = Loss(
@@ -381,8 +382,8 @@ def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
         asked=asked,
         left=int(left.sum()),
         taken=int(taken.sum()),
-        reason="" if taken.empty else str(taken.idxmax()),
-        most=0 if taken.empty else int(taken.max()),
+        reason="" if named.empty else str(named.idxmax()),
+        most=0 if named.empty else int(named.max()),
         clients=len(homes - {SERVER}),
         bare=len({int(client) for _, _, client in left[left == 0].index} - {SERVER}),
         narrowed=lost["client"].nunique(),

@@ -128,6 +128,12 @@ WORDS = ("reports", "pain,", "fever", "and", "cough;", "denied", "Monday", "3:45
          "aspirin,", "login", "billing,", "none")  # fmt: skip
 
 
+def test_sentences_with_a_comma_each_are_no_rows() -> None:
+    rows = [("text", "response"), *((f"where is order {i}?", f"it is on page {i}") for i in range(20))]
+    rows[5] = ("Dear team, hello\nthe order, again\nthe parcel, too\nthe van, as ever\nRegards", "it is on its way")
+    assert swallowed(written(rows)) == []
+
+
 def note(rng: random.Random) -> str:
     kind = rng.randrange(4)
     lines = []

@@ -109,11 +109,25 @@ def test_filters_one_after_the_other_count_together(tmp_path: Path) -> None:
     assert told(made) == {"a": ["6 of 100 drafts left (too short 75)"]}
 
 
+def test_texts_of_the_llm_are_none_of_the_drafts_although_they_are_as_many(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    made.stage(0, step("drafts", 8, 8))
+    made.stage(0, step("written", 8, 0, too_short=8))
+    assert told(made) == {"a": ["0 of 8 texts of the LLM left (too short 8)"]}
+
+
 def test_what_a_step_was_told_to_leave_out_is_no_loss(tmp_path: Path) -> None:
     made = journal(tmp_path)
     made.stage(-1, step("written", 2000, 1900, unfinished=100))
     made.stage(-1, Stage("chosen", 1900, 40, {"beyond 40": 1860}, ()))
     assert told(made) == {}
+
+
+def test_a_judge_that_selects_nothing_is_told_with_its_reason(tmp_path: Path) -> None:
+    made = journal(tmp_path)
+    made.stage(0, step("drafts", 12, 12))
+    made.stage(0, Stage("selected", 12, 0, {"beyond those selected": 12}, ()))
+    assert told(made) == {"a": ["0 of 12 drafts left (beyond those selected 12)"]}
 
 
 def test_arms_are_told_apart(tmp_path: Path) -> None:

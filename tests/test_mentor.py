@@ -62,7 +62,7 @@ def test_the_likelihood_judge_keeps_the_share_of_which_the_professional_is_most_
     )
     kept = judged_by_likelihood(llm, written(*certain), 0.5, 8)
     assert kept.corpus == written("b", "d", "e")  # rounded up, in their order, with the responses that they came with
-    assert kept.dropped == {"uncertain": 2}
+    assert kept.dropped == {"beyond the most certain": 2}
     assert llm.scored == [5]
 
 

@@ -68,7 +68,7 @@ def test_json_is_the_last_line_and_has_the_promised_shape(ended: tuple[Path, sub
     assert said["out"] == str(out)
     assert set(said["arms"]) == {"local", "fdkt", "no_dp"}
     for arm in said["arms"].values():
-        assert set(arm) == {"metrics", "guarantee", "epsilon", "delta", "bytes"}
+        assert set(arm) == {"metrics", "guarantee", "epsilon", "delta", "bytes", "losses"}
         assert set(arm["metrics"]["accuracy"]) == {"mean", "std", "n"}
         assert arm["metrics"]["accuracy"]["std"] is None  # one seed
         assert set(arm["bytes"]) == {"up", "down"}

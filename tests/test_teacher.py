@@ -310,7 +310,7 @@ def test_the_instructed_judge_keeps_the_numbers_of_each_cluster() -> None:
     llm = ScriptedLLM(answer)
     kept = judged(llm, SIX, [[0, 2, 5], [1], [3, 4]], "instruction")
     assert kept.corpus.prompts == ("t0", "t1", "t5")  # third and first of the first cluster; second is beyond two
-    assert kept.dropped == {"not selected": 1, "unreadable judgement": 2}
+    assert kept.dropped == {"beyond those selected": 1, "unreadable judgement": 2}
     assert kept.lost == ()
     assert "2. [fever] t2\n3. [injury] t5" in llm.completed[0][0]
     assert llm.settings[0]["temperature"] == 0.0
