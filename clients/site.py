@@ -12,8 +12,9 @@ from typing import Any
 from flwr.app import Context
 
 from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
-from fedsynth.clients.policy import CLIP_NORMS, MOST_ALPHA, MOST_RATE, SITE, Place, load_site
+from fedsynth.clients.policy import SITE, Place, load_site
 from fedsynth.clients.trail import Trail
+from fedsynth.firewall import Rejected, check_settings
 from fedsynth.invitation import public_labels
 from fedsynth.models import device
 from fedsynth.privacy.plan import Budget
@@ -142,23 +143,19 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
     for role, name in named.items():
         if name and not getattr(site.models, role) and name not in policy.models:
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
-    return _out_of_range(config)
+    return _out_of_range(config, scenario.rounds)
 
 
-def _out_of_range(config: Client) -> Exception | None:
+def _out_of_range(config: Client, rounds: int) -> Exception | None:
     """Numbers that a server chose beyond which the privacy statement was never shown to hold."""
-    low, high = CLIP_NORMS
-    for training in (config.generator_training, config.scorer_training):
-        if not low <= training.clip_norm <= high:
-            return NotAllowed(f"clip_norm must lie in {low:g}..{high:g} at a site, got {training.clip_norm:g}")
-        if training.learning_rate > MOST_RATE or training.alpha > MOST_ALPHA:
-            return NotAllowed(f"learning_rate may be {MOST_RATE:g} at most, alpha {MOST_ALPHA:g}, got "
-                              f"{training.learning_rate:g} and {training.alpha:g}")  # fmt: skip
-        if training.precision == "bfloat16" and device().type == "cuda":
-            # That one text moves no other's gradient was measured on CPUs only.
-            return NotAllowed("precision = 'bfloat16' is for CPUs here, and this site trains on a GPU: ask for 'auto'")
-    if not low <= config.score_norm <= high:
-        return NotAllowed(f"score_norm must lie in {low:g}..{high:g} at a site, got {config.score_norm:g}")
+    try:
+        check_settings(config, rounds)
+    except Rejected as problem:
+        return NotAllowed(str(problem))
+    trainings = (config.generator_training, config.scorer_training)
+    if any(training.precision == "bfloat16" for training in trainings) and device().type == "cuda":
+        # That one text moves no other's gradient was measured on CPUs only.
+        return NotAllowed("precision = 'bfloat16' is for CPUs here, and this site trains on a GPU: ask for 'auto'")
     return None
 
 
