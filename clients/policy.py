@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from fedsynth.privacy.ledger import Ledger
 
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
-CLIP_NORMS = (1e-6, 1e6)  # beyond, single precision does not keep a unit's sum within the bound
-MOST_RATE, MOST_ALPHA = 1e3, 1e6  # learning rate, LoRA alpha
 UNDER_GUARANTEE = tuple(o.task for o in ORDERS if o.task not in ("train.self_train", "evaluate.evaluate"))
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from flwr.app import Context
 
 from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
-from fedsynth.clients.policy import CLIP_NORMS, MOST_ALPHA, MOST_RATE, SITE, Place, load_site
+from fedsynth.clients.policy import SITE, Place, load_site
 from fedsynth.clients.trail import Trail
+from fedsynth.firewall import Rejected, check_settings
 from fedsynth.folders import private_folder
 from fedsynth.invitation import public_labels
 from fedsynth.privacy.plan import Budget
@@ -145,20 +146,15 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
     if place.imported is None:
         return NotAllowed("no row has been imported as site.toml declares them: fedsynth site check")
-    return _out_of_range(config)
+    return _out_of_range(config, scenario.rounds)
 
 
-def _out_of_range(config: Client) -> Exception | None:
+def _out_of_range(config: Client, rounds: int) -> Exception | None:
     """Numbers that a server chose beyond which the privacy statement was never shown to hold."""
-    low, high = CLIP_NORMS
-    for training in (config.generator_training, config.scorer_training):
-        if not low <= training.clip_norm <= high:
-            return NotAllowed(f"clip_norm must lie in {low:g}..{high:g} at a site, got {training.clip_norm:g}")
-        if training.learning_rate > MOST_RATE or training.alpha > MOST_ALPHA:
-            return NotAllowed(f"learning_rate may be {MOST_RATE:g} at most, alpha {MOST_ALPHA:g}, got "
-                              f"{training.learning_rate:g} and {training.alpha:g}")  # fmt: skip
-    if not low <= config.score_norm <= high:
-        return NotAllowed(f"score_norm must lie in {low:g}..{high:g} at a site, got {config.score_norm:g}")
+    try:
+        check_settings(config, rounds)
+    except Rejected as problem:
+        return NotAllowed(str(problem))
     return None
 
 

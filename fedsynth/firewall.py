@@ -11,25 +11,35 @@ import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.limits import (
+    CLIP_NORMS,
     MAX_ALPHA,
+    MAX_BATCH,
     MAX_CANDIDATES,
     MAX_FIGURES,
     MAX_GRANTS,
     MAX_NAME,
     MAX_PROXIMAL,
     MAX_RANK,
+    MAX_RATE,
     MAX_RECORDS,
+    MAX_ROWS,
     MAX_SAMPLES,
     MAX_SEED,
     MAX_SHOTS,
+    MAX_SIGMA,
+    MAX_STEPS,
+    MAX_TEMPERATURE,
     MAX_TEXT,
     MAX_TEXTS,
     MAX_TOKENS,
     MAX_WEIGHT,
+    MIN_TEMPERATURE,
+    MIN_TOP_P,
 )
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
+from fedsynth.scenario import Client, GeneratorTraining
 from fedsynth.tasks import (
     Adopt,
     Adopted,
@@ -70,8 +80,8 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
         _within("per_label", order.per_label, 1, MAX_SAMPLES)
         _within("number of texts", order.per_label * len(labels), 0, MAX_TEXTS)
         _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
-        _within("temperature", order.temperature, 0.01, 10.0)
-        _within("top_p", order.top_p, 0.01, 1.0)
+        _within("temperature", order.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+        _within("top_p", order.top_p, MIN_TOP_P, 1.0)
     if isinstance(order, Synthesize | Learn | Finetune | Score | SelfTrain):
         _within("seed", order.seed, 0, MAX_SEED)
     if isinstance(order, Learn | Score) and order.corpus is not None:
@@ -93,6 +103,38 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
         _within("keep", order.keep, 1, order.candidates)
         _within("shots", order.shots, 1, MAX_SHOTS)
         _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
+
+
+def check_settings(client: Client, rounds: int) -> None:
+    """What a scenario asks clients to run, checked before a run and, as it comes from a server, again at each site:
+    numbers beyond which the bound was never shown to hold, or planning and training would never end.
+
+    Args:
+        client: Of the scenario.
+        rounds: Likewise.
+
+    Raises:
+        Rejected: With the key, the value and the range.
+    """
+    for table in ("generator_training", "scorer_training"):
+        training: GeneratorTraining = getattr(client, table)
+        for key, low, high in (
+            ("steps", 1, MAX_STEPS),
+            ("rank", 1, MAX_RANK),
+            ("alpha", 0.0, MAX_ALPHA),
+            ("learning_rate", 0.0, MAX_RATE),
+            ("clip_norm", *CLIP_NORMS),
+            ("max_tokens", 1, MAX_TOKENS),
+            ("microbatch", 1, MAX_BATCH),
+            ("rows_per_unit", 1, MAX_ROWS),
+        ):
+            _within(f"client.{table}.{key}", getattr(training, key), low, high)
+    _within("rounds * client.generator_training.steps", rounds * client.generator_training.steps, 1, MAX_STEPS)
+    _within("client.task_training.batch", client.task_training.batch, 1, MAX_BATCH)
+    _within("client.task_training.max_tokens", client.task_training.max_tokens, 1, MAX_TOKENS)
+    _within("client.answer_tokens", client.answer_tokens, 1, MAX_TOKENS)
+    _within("client.score_norm", client.score_norm, *CLIP_NORMS)
+    _within("client.max_noise_multiplier", client.max_noise_multiplier, SMALLEST_SIGMA, MAX_SIGMA)
 
 
 def check_answer(

@@ -6,7 +6,9 @@ scenario from asking for what no site answers.
 
 from __future__ import annotations
 
-from fedsynth.typed import Range
+from typing import Annotated, TypeAlias
+
+from fedsynth.typed import Count, Range
 
 # ---- Bytes of a payload --------------------------------------------------------------------------------------------
 
@@ -25,6 +27,8 @@ MAX_TEXT = 20_000  # characters of one text
 MAX_TEXTS = 1_000_000  # of one order or answer
 MAX_SAMPLES = 100_000  # of one label
 MAX_TOKENS = 8_192  # of one text that a client writes or learns: about MAX_TEXT characters
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # of a client's sampling: beyond, logits are flat, or leave float32
+MIN_TOP_P = 0.01
 MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds
 
 # ---- Training and adapters -----------------------------------------------------------------------------------------
@@ -55,5 +59,13 @@ MAX_FIGURES = 32  # metrics of a client; what can become of a candidate
 
 
 def most(limit: float) -> Range:
-    """For a number of a scenario, as `Annotated[Count, most(MAX_STEPS)]`: what a run asks for is checked before it."""
-    return Range(f"be at most {limit:g}" if isinstance(limit, float) else f"be at most {limit}", lambda v: v <= limit)
+    """For a number of a scenario, as `Annotated[Count, most(MAX_TEXTS)]`."""
+    return Range(f"be at most {limit:{'d' if isinstance(limit, int) else 'g'}}", lambda value: value <= limit)
+
+
+def least(limit: float) -> Range:
+    """As `most`."""
+    return Range(f"be at least {limit:g}", lambda value: value >= limit)
+
+
+Tokens: TypeAlias = Annotated[Count, most(MAX_TOKENS)]

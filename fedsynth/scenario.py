@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.corpus import alike, told_apart
+from fedsynth.limits import MAX_ALPHA, MAX_RANK, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
@@ -224,8 +225,8 @@ class Tuning:
     learning_rate: Positive = 2e-3
     max_tokens: Count = 64
     max_grad_norm: Positive = 1.0
-    rank: Count = 8
-    alpha: Positive = 16.0
+    rank: Annotated[Count, most(MAX_RANK)] = 8
+    alpha: Annotated[Positive, most(MAX_ALPHA)] = 16.0
 
     def __post_init__(self) -> None:
         in_range(self)

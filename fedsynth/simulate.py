@@ -23,6 +23,7 @@ from fedsynth.datacard import card_line
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.examples import check_room
 from fedsynth.federation import load_strategy
+from fedsynth.firewall import Rejected, check_settings
 from fedsynth.flower import DEPLOYMENT, STATUS
 from fedsynth.hub import pin
 from fedsynth.launch import APP, launch
@@ -148,7 +149,8 @@ def check(scenario: Scenario) -> list[str]:
 
 
 def check_server(cell: Cell) -> None:
-    """What the server of an arm itself needs: options of the strategy, its models, its adapter.
+    """What the server of an arm itself needs: options of the strategy, its models, its adapter; and that it asks
+    clients for nothing that none of them does.
 
     Raises:
         BadValue: What is wrong and the way out.
@@ -156,8 +158,9 @@ def check_server(cell: Cell) -> None:
     resolved = cell.scenario
     try:
         kind, options = load_strategy(resolved.strategy)
+        check_settings(resolved.client, resolved.rounds)  # before anything is planned with them
         kind.check(options, resolved)
-    except BadValue as problem:
+    except (BadValue, Rejected) as problem:
         raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
     for name, role in server_models(resolved.server):
         check_model(name, role)

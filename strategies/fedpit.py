@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedsynth.curation import Stage
 from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.limits import MAX_CANDIDATES, MAX_SHOTS, Tokens, most
 from fedsynth.lora import Adapter, average
 from fedsynth.runs import SERVER
 from fedsynth.scenario import Scenario
@@ -35,13 +36,13 @@ class Config:
     """
 
     share: float = 0.5
-    candidates: Count = 32
+    candidates: Annotated[Count, most(MAX_CANDIDATES)] = 32
     keep: Count = 16
-    shots: Count = 8
+    shots: Annotated[Count, most(MAX_SHOTS)] = 8
     selection: Literal["ifs", "random"] = "ifs"
     training: Literal["isolated", "mixed", "personal"] = "isolated"
     aggregate: bool = True
-    max_tokens: Count = 48
+    max_tokens: Tokens = 48
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:

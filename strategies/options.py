@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from fedsynth.feedback import Aggregation as ScoreAggregation
 from fedsynth.feedback import Teaching
 from fedsynth.hub import weights_hash
+from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.mentor import Judge
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario import Endpoint, Scenario, Tuning
@@ -44,10 +45,10 @@ class FDKTOptions:
         share_adapters: Clients send their DP adapters, too (same release, no further cost).
     """
 
-    per_label: Count = 50
-    draft_temperature: Positive = 0.8
-    draft_top_p: Share = 0.95
-    draft_tokens: Count = 48
+    per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
+    draft_temperature: Annotated[Positive, least(MIN_TEMPERATURE), most(MAX_TEMPERATURE)] = 0.8
+    draft_top_p: Annotated[Share, least(MIN_TOP_P)] = 0.95
+    draft_tokens: Tokens = 48
     min_words: Count = 10
     sentences: bool = False
     judge: Literal["likelihood", "instruction", "none"] = "likelihood"
@@ -57,7 +58,7 @@ class FDKTOptions:
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
     shots: Count = 4
     texts: Literal["llm", "drafts"] = "llm"
-    written: Count = 800
+    written: Annotated[Count, most(MAX_TEXTS)] = 800
     temperature: Positive = 1.0
     top_p: Share = 0.95
     max_tokens: Count = 48
@@ -200,7 +201,7 @@ class CrossLMOptions:
     aggregation: ScoreAggregation = "mean"
     keep: Share = 0.35
     teaching: Teaching = field(default_factory=Teaching)
-    written: Count = 800
+    written: Annotated[Count, most(MAX_TEXTS)] = 800
     min_words: Count = 5
     sentences: bool = False
     temperature: Positive = 1.0

@@ -51,19 +51,19 @@ def dies_everywhere(
     for at in range(0, 2 * messages, every):
         place = tmp_path / f"died-{at}"
         count = iter(range(messages))
-        read = Clients._read
+        counted = Clients._counted
 
         def before(order: Message, at: int = at, count: Any = count) -> None:
             if at % 2 == 0 and order.metadata.message_type != WHO and next(count) == at // 2:
                 raise Died
 
-        def after(self: Any, *said: Any, at: int = at, count: Any = count, read: Any = read) -> Any:
+        def after(self: Any, *said: Any, at: int = at, count: Any = count, counted: Any = counted) -> Any:
             if at % 2 and next(count) == at // 2:
                 raise Died
-            return read(self, *said)
+            return counted(self, *said)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Clients, "_read", after)
+            patch.setattr(Clients, "_counted", after)
             with pytest.raises(Died):
                 play(toml, place, arm, llm=llm(), professional=professional(), spoil=before)
         again.append(play(toml, place, arm, llm=llm(), professional=professional()))

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from flwr.app import Error, Message
 from inprocess import Played, instructions, play
+from local import LocalGrid
 from scripted import ScriptedLLM
+from test_mutants import files_of, zipped
 
+from fedsynth.exchanges import Clients
 from fedsynth.nodes import TooFewReplies
 from fedsynth.participation import Fate, fates, slowness
 from fedsynth.privacy.audit import contents, ledgers_in, problems
@@ -23,6 +30,7 @@ from fedsynth.scenario import Cell, Participation
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.tasks import Adopt, Evaluate, Finetune
 from fedsynth.typed import BadValue
+from fedsynth.wire import parted
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 
@@ -159,8 +167,6 @@ def test_every_method_goes_on_without_some(tmp_path: Path, name: str) -> None:
 
 def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real straggler: the server's clock runs out, and its answer lies there when the next exchange begins."""
-    from local import LocalGrid
-
     toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
     pull, slow = LocalGrid.pull_messages, {}
 
@@ -200,8 +206,6 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
 def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from local import LocalGrid
-
     toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
     pull, slow, begun = LocalGrid.pull_messages, {}, list[float]()
 
@@ -236,6 +240,82 @@ def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path)
         journal.state(0, Statement("none", None, 0.0))
         journal.state(0, Statement("dp", 1.0, 1e-5))
         assert journal.statements[0].guarantee == "none"
+
+
+def in_the_head(payload: bytes, old: str, new: str) -> bytes:
+    """A payload with another value.json, and the right checksums."""
+    files = files_of(payload)
+    text = files[0][1].decode()
+    assert text.count(old) == 1
+    return zipped([("value.json", text.replace(old, new).encode()), *files[1:]])
+
+
+def with_tensors(payload: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    files = files_of(payload)
+    return zipped([files[0], (files[1][0], change(files[1][1]))])
+
+
+# What a client may do to its answer, and what is said of it. The first one keeps to what was agreed.
+CORRUPTIONS: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda payload: payload, ""),
+    (lambda payload: b"", "not a payload"),
+    (lambda payload: payload[:-30], "does not end as one"),
+    (lambda payload: in_the_head(payload, '"records": 12', '"records": ' + "[" * 100_000), r"\(RecursionError\)"),
+    (lambda payload: in_the_head(payload, '"records": 12', '"records": 1' + "0" * 400), "at most 40 digits"),
+    (lambda payload: in_the_head(payload, '"records": 12', '"records": 1' + "0" * 20), "records must lie in"),
+    (lambda payload: in_the_head(payload, '"records": 12', '"records": "\x1b[2J<b>"'), "cannot be read"),
+    (lambda payload: payload[:6] + b"\1" + payload[7:], "nothing but its parts"),  # "encrypted"
+    (lambda payload: with_tensors(payload, lambda file: file[:40]), "tensors"),
+    (lambda payload: in_the_head(payload, '"unit": "row"', '"unit": "<script>"'), "unit must be one of row$"),
+    (lambda payload: in_the_head(payload, '"steps": 3', '"steps": 300'), "epsilon is said to be"),
+]
+
+
+def corrupting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on client k does the k-th of these to its adapter."""
+    pull = LocalGrid.pull_messages
+
+    def corrupt(grid: LocalGrid, ids: Iterable[str]) -> Iterator[Message]:
+        for reply in pull(grid, ids):
+            [order] = [m for m in grid.orders if m.metadata.message_id == reply.metadata.reply_to_message_id]
+            if order.metadata.message_type == Finetune.task:
+                for asked, said in zip(parted(order.content), parted(reply.content), strict=True):
+                    change, _ = CORRUPTIONS[asked["fedsynth"]["home"] % len(CORRUPTIONS)]
+                    said["fedsynth"]["payload"] = change(said["fedsynth"]["payload"])
+            yield reply
+
+    monkeypatch.setattr(LocalGrid, "pull_messages", corrupt)
+
+
+@pytest.mark.parametrize("nodes", [None, 1], ids=["a message each", "all in one message"])
+def test_a_corrupt_answer_is_one_clients_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: int | None
+) -> None:
+    clients = len(CORRUPTIONS)
+    toml = instructions(tmp_path, AVERAGE, clients=clients, rows=15 * clients) + "server.quorum = 0.05\n"
+    corrupting(monkeypatch)
+    reasons: dict[int, str] = {}
+    heard = Clients._counted
+
+    def noted(self: Clients, home: int, what: Any) -> Any:
+        reasons.setdefault(home, what.why or "")
+        return heard(self, home, what)
+
+    monkeypatch.setattr(Clients, "_counted", noted)
+    run = play(toml, tmp_path, nodes=nodes)
+    for home, (_, said) in enumerate(CORRUPTIONS):
+        assert re.search(said, reasons[home]), (home, reasons[home])
+        assert bool(said) == reasons[home].startswith("sent an unusable answer: ")
+        assert reasons[home].isprintable()
+    assert run.metric("exchange/1-finetune/answered") == [1.0]
+    assert set(run.journal.statements) == {0}
+    # What they spent is not known, and that is said; each was charged, and its account has it.
+    assert run.journal.silent == {(home, 1) for home in range(1, clients)}
+    assert f"{clients - 1} clients gave no usable answer" in privacy_line([run.journal])
+    assert all(len(contents(path)["grants"]) == 1 for path in ledgers_in(run.out))
+    told = json.dumps([*run.journal.rows, (run.out / "events.jsonl").read_text()])
+    assert "script" not in told
+    assert "u001b" not in told
 
 
 def test_where_a_quorum_is_out_of_reach_nobody_spends_in_vain(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from inprocess import instructions, play
-from resuming import asked, dies_everywhere
+from resuming import asked, dies_everywhere, left
 from scripted import ScriptedLLM
+from test_participation import corrupting
 
 from fedsynth.checkpoint import Checkpoint
 from fedsynth.corpus import Corpus, Provenance
@@ -23,6 +25,7 @@ from fedsynth.payload import decode, encode
 from fedsynth.runs import Journal
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.simulate import done, resume
+from fedsynth.tasks import Finetune, Finetuned
 from fedsynth.typed import BadValue
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
@@ -77,12 +80,32 @@ def test_fedpit_goes_on_to_the_same_results(tmp_path: Path, monkeypatch: pytest.
     dies_everywhere(toml, tmp_path, monkeypatch, every=5)
 
 
+def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupting(monkeypatch)  # clients 1 to 3: nothing, cut off, nested too deep
+    toml = instructions(tmp_path, AVERAGE, clients=4, rows=60) + "server.quorum = 0.25\n"
+    whole = play(toml, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "adapter", dies)  # after the first exchange
+        with pytest.raises(KeyboardInterrupt):
+            play(toml, tmp_path / "died")
+    [record] = (tmp_path / "died").rglob("exchange-1.zip")
+    with zipfile.ZipFile(record) as archive:
+        kept = {name: archive.read(name) for name in archive.namelist()}
+    facts = json.loads(kept.pop("head.json"))["homes"]
+    assert decode(kept.pop("0"), Finetuned).records == 12
+    assert set(kept.values()) == {b""}
+    assert all(facts[home]["why"].startswith("sent an unusable answer: ") for home in kept)
+    again = play(toml, tmp_path / "died")
+    assert again.orders(Finetune) == []
+    assert left(again) == left(whole)
+
+
+def dies(self: Any, *_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_other_orders_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=2, rows=20)
-
-    def dies(self: Any, *_: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
