@@ -30,7 +30,7 @@ batches adapters surroundings
 models dpsgd participation
 hub certificates invitation
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
-corpus csv_faults typed assets instructions usage
+corpus csv_faults losses typed assets instructions usage
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {
