@@ -21,6 +21,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.curation import Stage
 from fedsynth.datacard import data_cards
 from fedsynth.lora import Adapter
+from fedsynth.losses import begins, losses
 from fedsynth.payload import corpus_to_parquet
 from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 from fedsynth.scenario import Cell, Scenario
@@ -284,111 +285,6 @@ def missing(frame: pd.DataFrame) -> list[str]:
             said.append(f"{phase} of round {number}: {answered} of {asked} clients, {', '.join(why)}")
         lines.append(f"{arm} seed {seed} went on without some clients: {'; '.join(said)}")
     return lines
-
-
-FUNNELS = {"drafts": "drafts", "written": "texts of the LLM", "self-generated": "records of the clients' own"}
-FEW = 0.1  # of what was asked for: if filters leave less, a figure of the arm says little of its method
-
-
-def begins(step: str, before: int, left: int) -> bool:
-    """Whether a step is the first of a funnel: it has a model's texts, or others than the step before it left."""
-    return step in FUNNELS or before != left
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What filters left of an arm's drafts or texts, where that is little, nothing of a client's, or not all labels.
-
-    Attributes:
-        what: The funnel's first step.
-        asked: Texts that were asked for, of all clients, rounds and seeds.
-        left: Of them, behind the funnel's last step.
-        taken: Of them, by filters; what a step was told to leave out is not among these.
-        reason: Which took most of these, or where there are none, of all; "" if nothing was dropped.
-        most: Texts that it took.
-        clients: That texts were asked for; 0 where the server writes for all.
-        bare: Of them, how many have no text left in some round.
-        narrowed: How many have no text left of some label that they had (the server counts, too).
-    """
-
-    what: str
-    asked: int
-    left: int
-    taken: int
-    reason: str
-    most: int
-    clients: int
-    bare: int
-    narrowed: int
-
-    @property
-    def few(self) -> bool:
-        """Whether so little is left that the arm's figures are not its method's."""
-        return self.left == 0 or self.asked - self.taken < FEW * self.asked
-
-    @property
-    def words(self) -> str:
-        """What is told, with the names of numbers in braces."""
-        name = FUNNELS.get(self.what, self.what.replace("_", " "))
-        reason = self.reason.replace("{", "{{").replace("}", "}}")
-        said = "{left} of {asked} " + name + " left" + (f" ({reason} {{most}})" if reason else "")
-        if self.left and self.bare:
-            said += ", none at {bare} of {clients} clients"
-        if self.left and self.narrowed:
-            said += ", labels lost" + (" at {narrowed} of {clients} clients" if self.clients else "")
-        return said
-
-    def __str__(self) -> str:
-        return self.words.format(**vars(self))
-
-
-def losses(frame: pd.DataFrame) -> dict[str, list[Loss]]:
-    """By arm what is to be told of its funnels; arms without a loss are left out.
-
-    Args:
-        frame: Tidy metrics.
-    """
-    rows = frame[frame["metric"].astype(str).str.startswith("yield/")]
-    parts = rows["metric"].str.split("/", n=3, expand=True).reindex(columns=range(4))
-    rows = rows.assign(step=parts[1], what=parts[2], reason=parts[3])
-    found: dict[str, list[Loss]] = {}
-    for arm, own in rows.groupby("arm", sort=False):
-        funnels: list[list[str]] = []
-        last = -1
-        for step, of_step in own.groupby("step", sort=False):
-            before, after = (int(of_step.loc[of_step["what"] == what, "value"].sum()) for what in ("in", "kept"))
-            if begins(str(step), before, last):
-                funnels.append([])
-            funnels[-1].append(str(step))
-            last = after
-        told = [_loss(own[own["step"].isin(steps)], steps[0]) for steps in funnels]
-        if kept := [loss for loss in told if loss is not None]:
-            found[str(arm)] = kept
-    return found
-
-
-def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
-    """Of one funnel of an arm."""
-    asked = int(rows.loc[(rows["step"] == first) & (rows["what"] == "in"), "value"].sum())
-    # Rows stand in the order of the steps: a client's last one says what is left.
-    left = rows[rows["what"] == "kept"].groupby(["seed", "round", "client"], sort=False)["value"].last()
-    by_reason = rows[rows["what"] == "dropped"].groupby("reason", sort=False)["value"].sum()
-    taken = by_reason[~by_reason.index.astype(str).str.startswith("beyond")]  # such a step does what it was told to
-    named = by_reason if taken.empty else taken
-    lost = rows[(rows["what"] == "labels_lost") & (rows["value"] > 0)]
-    homes = {int(client) for _, _, client in left.index}
-    loss = Loss(
-        what=first,
-        asked=asked,
-        left=int(left.sum()),
-        taken=int(taken.sum()),
-        reason="" if named.empty else str(named.idxmax()),
-        most=0 if named.empty else int(named.max()),
-        clients=len(homes - {SERVER}),
-        bare=len({int(client) for _, _, client in left[left == 0].index} - {SERVER}),
-        narrowed=lost["client"].nunique(),
-    )
-    return loss if asked and (loss.few or loss.bare or loss.narrowed) else None
 
 
 def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: set[int]) -> dict[str, Any]:

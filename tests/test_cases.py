@@ -304,7 +304,7 @@ def test_a_run_of_which_a_filter_leaves_nothing_says_so(tmp_path: Path) -> None:
     said = " ".join(shown.getvalue().split())
     # The LLM's answers are "a text"; of the drafts the tiny model ends none.
     assert "0 of 24 drafts left (unfinished 24)" in said
-    assert "0 of 16 texts of the LLM left (too short 16)" in said
+    assert "0 of 16 written texts left (too short 16)" in said
     assert "its figures are not those of its method" in said
 
 

@@ -15,8 +15,9 @@ from scripted import ScriptedLLM
 
 from fedsynth.cli import _print_table
 from fedsynth.curation import Stage
+from fedsynth.losses import losses
 from fedsynth.reporting import run_report
-from fedsynth.runs import Journal, losses, prepare, summarize
+from fedsynth.runs import COLUMNS, Journal, prepare, summarize
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.simulate import read
@@ -42,8 +43,6 @@ def step(name: str, before: int, after: int, lost: tuple[str, ...] = (), **dropp
 
 
 def told(*journals: Journal) -> dict[str, list[str]]:
-    from fedsynth.runs import COLUMNS
-
     frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
     return {arm: [str(loss) for loss in own] for arm, own in losses(frame).items()}
 
@@ -89,7 +88,7 @@ def test_a_client_without_text_is_told_although_the_others_have_enough(tmp_path:
     made = journal(tmp_path)
     fdkt(made, 0, unfinished=0, kept=12, written=8)
     fdkt(made, 1, unfinished=0, kept=12, written=0)
-    assert told(made) == {"a": ["8 of 16 texts of the LLM left (too short 8), none at 1 of 2 clients"]}
+    assert told(made) == {"a": ["8 of 16 written texts left (too short 8), none at 1 of 2 clients"]}
 
 
 def test_lost_labels_are_told(tmp_path: Path) -> None:
@@ -99,7 +98,7 @@ def test_lost_labels_are_told(tmp_path: Path) -> None:
     assert told(made) == {"a": ["20 of 24 drafts left (too short 4), labels lost at 1 of 2 clients"]}
     of_server = journal(tmp_path)
     of_server.stage(-1, step("written", 12, 8, ("flu",), too_short=4))
-    assert told(of_server) == {"a": ["8 of 12 texts of the LLM left (too short 4), labels lost"]}
+    assert told(of_server) == {"a": ["8 of 12 written texts left (too short 4), labels lost"]}
 
 
 def test_filters_one_after_the_other_count_together(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_texts_of_the_llm_are_none_of_the_drafts_although_they_are_as_many(tmp_p
     made = journal(tmp_path)
     made.stage(0, step("drafts", 8, 8))
     made.stage(0, step("written", 8, 0, too_short=8))
-    assert told(made) == {"a": ["0 of 8 texts of the LLM left (too short 8)"]}
+    assert told(made) == {"a": ["0 of 8 written texts left (too short 8)"]}
 
 
 def test_what_a_step_was_told_to_leave_out_is_no_loss(tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_arms_are_told_apart(tmp_path: Path) -> None:
     fdkt(good, 0, unfinished=0, kept=12, written=8)
     fdkt(bad, 0, unfinished=12, kept=0, written=0)
     assert told(good, bad) == {
-        "b": ["0 of 12 drafts left (unfinished 12)", "0 of 8 texts of the LLM left (too short 8)"]
+        "b": ["0 of 12 drafts left (unfinished 12)", "0 of 8 written texts left (too short 8)"]
     }
 
 
@@ -164,7 +163,7 @@ def test_terminal_json_summary_and_report_say_it_in_the_arms_own_line(tmp_path: 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["arms"]["a"]["losses"] == []
     assert [loss["line"] for loss in summary["arms"]["b"]["losses"]] == [
-        line, "0 of 16 texts of the LLM left (too short 16)",
+        line, "0 of 16 written texts left (too short 16)",
     ]  # fmt: skip
     assert summary["arms"]["b"]["losses"][0] | {"line": ""} == {
         "what": "drafts", "asked": 24, "left": 0, "taken": 24, "reason": "unfinished", "most": 24, "clients": 2,
@@ -228,7 +227,7 @@ def test_drafts_that_never_end_are_counted_as_lost_and_told(tmp_path: Path) -> N
     assert [str(loss) for loss in found] == [
         "0 of 6 drafts left (unfinished 6)",
         # heart, skin, heart, skin, heart: two answers are empty, and of three the same one is kept.
-        "1 of 5 texts of the LLM left (empty answer 2), labels lost at 1 of 1 clients",
+        "1 of 5 written texts left (empty answer 2), labels lost at 1 of 1 clients",
     ]
     events = [json.loads(line) for line in (run.out / "events.jsonl").read_text().splitlines()]
     kept = {event["phase"]: event["kept"] for event in events}

@@ -7,9 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.losses import losses
 from fedsynth.reporting.page import listed
 from fedsynth.reporting.statistics import Figures
-from fedsynth.runs import SERVER, losses
+from fedsynth.runs import SERVER
 from fedsynth.scenario import Scenario
 
 LARGE_DELTA = 0.1  # of delta times the number of units: then a mechanism that publishes single units would pass

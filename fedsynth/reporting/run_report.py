@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fedsynth.flower import DEPLOYMENT
+from fedsynth.losses import losses
 from fedsynth.publictext import sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render
@@ -39,7 +40,7 @@ from fedsynth.reporting.texts import (
     shown_labels,
     simulated_reference,
 )
-from fedsynth.runs import SERVER, losses
+from fedsynth.runs import SERVER
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.surroundings import FILE
