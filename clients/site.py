@@ -31,7 +31,7 @@ def site_home(context: Context, envelope: Envelope) -> Home:
     Raises:
         BadValue: If site.toml or the scenario cannot be read.
         KeyError: If the scenario has no such arm or seed.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used.
+        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used, or knows less than the trail.
     """
     place = load_site(Path(os.environ[SITE]))
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
@@ -56,6 +56,7 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
     # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
     labels = public_labels(scenario.data)
     config = client_of(place, scenario.client.of(envelope.home))
+    trail = place.witness({"strategy": scenario.strategy.use, **who})
     return Home(
         index=envelope.home,
         config=config,
@@ -65,13 +66,13 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         unit="row" if site.data.person is None else "person",  # not what the site calls its column
         work=work,
         run=f"{envelope.run}/{cell.arm}/{cell.seed}",
-        ledger=place.open_ledger(**ledger),
+        ledger=place.open_ledger(witness=trail, **ledger),
         open=lambda: read(site.data, place.folder),
         simulated=False,
         allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
-        trail=Trail(place.trail, {"strategy": scenario.strategy.use, **who}),
+        trail=trail,
     )
 
 
