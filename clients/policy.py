@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsynth import rowstore
 from fedsynth.clients.approval import Approvals
+from fedsynth.clients.trail import Trail
 from fedsynth.folders import private_folder
 from fedsynth.invitation import check_name, host_and_port
 from fedsynth.privacy.plan import Budget
@@ -61,7 +63,8 @@ class Policy:
 
     Attributes:
         lifetime: What all runs together may ever spend on this data set. What would pass it is refused unspent.
-        per_run: What one run may spend; a scenario that asks for more gets this.
+        per_run: What all that carries one run's id may spend together; a scenario that asks for more gets this. The id
+            is the server's word: this guards against its mistakes, `lifetime` against the server.
         strategies: Strategies that may ask, as a scenario names them.
         orders: Orders that are answered.
         outputs: Kinds of what may leave: text, adapter, scores, metrics. Who has an adapter can sample text from it
@@ -183,17 +186,29 @@ class Place:
         """What waits for a person."""
         return Approvals(self.state / "approvals")
 
+    def witness(self, who: Mapping[str, Any] | None = None) -> Trail:
+        """The audit trail, to which entries about this data set are added.
+
+        Args:
+            who: What else stands in every entry: who asks.
+        """
+        return Trail(self.trail, {**(who or {}), "dataset": self.site.data.id})
+
     def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
-        """The account.
+        """The account, with the audit trail as its witness unless another one is named.
 
         Raises:
-            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, or there is none and it is not to be made.
+            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, knows less than the trail, or there is none
+                and it is not to be made.
         """
         from fedsynth.privacy.ledger import Ledger  # most commands need none
 
         if create:
             private_folder(self.ledger.parent)
-        return Ledger(self.ledger, dataset=self.site.data.id, cap=self.site.policy.lifetime, create=create, **more)
+        policy, told = self.site.policy, {"witness": self.witness(), **more}
+        return Ledger(
+            self.ledger, dataset=self.site.data.id, cap=policy.lifetime, per_run=policy.per_run, create=create, **told
+        )
 
     @property
     def rows(self) -> Path:

@@ -31,7 +31,7 @@ def site_home(context: Context, envelope: Envelope) -> Home:
     Raises:
         BadValue: If site.toml or the scenario cannot be read.
         KeyError: If the scenario has no such arm or seed.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used.
+        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used, or knows less than the trail.
     """
     place = load_site(Path(os.environ[SITE]))
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
@@ -57,7 +57,8 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
     # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
     labels = public_labels(scenario.data)
     config = client_of(place, scenario.client.of(envelope.home))
-    account = place.open_ledger(**ledger)
+    trail = place.witness({"strategy": scenario.strategy.use, **who})
+    account = place.open_ledger(witness=trail, **ledger)
     return Home(
         index=envelope.home,
         config=config,
@@ -73,7 +74,7 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
         allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
-        trail=Trail(place.trail, {"strategy": scenario.strategy.use, **who}),
+        trail=trail,
     )
 
 

@@ -7,11 +7,14 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.witness import Charge
 
 FIRST = "0" * 64
 
@@ -27,9 +30,11 @@ class Trail:
     Lines that are taken off the end do not show, and who may write the file can write all of it anew: an operator who
     wants more sends its last hash elsewhere. A line that a killed process left half written is named by the next one.
 
+    It is the witness of the site's ledger (`fedsynth.privacy.witness`).
+
     Attributes:
         path: Of the file; made with the first entry.
-        who: What stands in every entry: the SuperLink, the bundle, Flower's run.
+        who: What stands in every entry: the data set, the SuperLink, the bundle, Flower's run.
     """
 
     path: Path
@@ -60,6 +65,43 @@ class Trail:
                 file.truncate(end)  # the next entry must not follow from half a line
                 raise
 
+    def note(self, charge: Charge) -> None:
+        """A charge, before anything runs on it."""
+        facts = {"run": charge.run}
+        if charge.grant:
+            assert charge.plan is not None
+            self.add("charged", **facts, order=charge.order, grant=charge.grant, plan=charge.plan.to_dict())
+        else:
+            self.add("charged", **facts, guarantee="none", reason=charge.reason)
+
+    def known(self) -> Sequence[Charge]:
+        """The charges on this data set of which any line tells, whether or not it follows from the one before.
+
+        Of trails that were written before charges stood in them, the grants and releases that were stored.
+        """
+        found: dict[tuple[str, ...], Charge] = {}
+        runs: dict[str, str] = {}  # by order
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        for entry in filter(None, map(_parsed, lines)):
+            if entry.get("dataset") != self.who.get("dataset"):
+                continue
+            order, at = str(entry.get("order", "")), str(entry.get("at", ""))
+            if entry.get("event") == "asked" and isinstance(asked := entry.get("envelope"), dict):
+                runs[order] = "/".join(str(asked.get(name, "")) for name in ("run", "arm", "seed"))
+            run = str(entry.get("run", runs.get(order, "")))
+            if entry.get("event") == "charged":
+                charge = Charge(
+                    run, str(entry.get("grant", "")), order, _plan(entry), str(entry.get("reason", "")), at=at
+                )
+                found.setdefault(charge.key, charge)
+            if entry.get("event") == "stored":
+                for grant in entry.get("grants", ()):
+                    charge = Charge(run, str(grant), order, at=at)
+                    found[charge.key] = replace(found.get(charge.key, charge), stored=True)
+                if entry.get("guarantee") == "none" and not any(run == c.run and not c.grant for c in found.values()):
+                    found[run, ""] = Charge(run, order=order, at=at)
+        return list(found.values())
+
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
     """All entries, oldest first, each checked against the one before.
@@ -83,6 +125,13 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
             raise TrailBroken(f"{path}, line {number}: it does not follow from the line before; the trail was changed")
         before = _digest(line)
         yield entry
+
+
+def _plan(entry: Mapping[str, Any]) -> DPPlan | None:
+    try:
+        return DPPlan.from_dict(entry["plan"])
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

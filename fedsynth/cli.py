@@ -18,7 +18,7 @@ from rich.table import Table
 from fedsynth import __version__
 from fedsynth.cli_deployment import server_app, site_app
 from fedsynth.flower import LaunchFailed, check_flower
-from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.ledger import LOST, LedgerUnusable
 from fedsynth.proxy import past_proxies
 from fedsynth.scenario import Scenario
 from fedsynth.scenario_toml import load, shipped_scenarios
@@ -354,11 +354,19 @@ def ledger_show(
 
 
 @ledger_app.command("verify")
-def ledger_verify(place: Place) -> None:
+def ledger_verify(
+    place: Place,
+    recovered: Annotated[
+        bool, typer.Option("--recover", help="First undo what a killed process left half written.")
+    ] = False,
+) -> None:
     """Check that ledgers are whole and consistent; exit with 1 and a line per problem where one is not."""
-    from fedsynth.privacy.audit import contents, ledgers_in, problems
+    from fedsynth.privacy.audit import contents, ledgers_in, problems, recover
 
     paths = ledgers_in(place)
+    for path in paths if recovered else ():
+        if recover(path):
+            print(f"{path}: what a killed process had not committed is undone")
     found = [f"{path}: {problem}" for path in paths for problem in problems(contents(path))]
     for line in found:
         print(line)
@@ -390,6 +398,8 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
         "no guarantee" if found["epsilon"] is None else f"epsilon {up(found['epsilon'], 3):.3f} at {found['delta']:g}"
     )
     console.print(f"{found['dataset']}: {spent} ({found['path']})", markup=False, soft_wrap=True)
+    for line in _filter_lines(found):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     table = Table()
     for head in ("at", "run", "what", "rounds drawn", "state", "order"):
         table.add_column(head)
@@ -397,16 +407,42 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
         plan = row["plan"]
         what = row["reason"] if plan is None else (
             f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
-            f"{plan['expected_batch']} of {plan['records']}"
+            f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
         )  # fmt: skip
         drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
-        table.add_row(row["at"], row["run"], what, drawn, "no guarantee" if plan is None else "reserved", "")
+        state = "lost" if row["run"] == LOST else "no guarantee" if plan is None else "reserved"
+        table.add_row(row["at"], row["run"], what, drawn, state, "")
         for grant in found["grants"]:
             if grant["spent"] == row["id"]:
                 table.add_row(
                     grant["at"], "", f"grant {grant['counter']}", "", grant["state"], grant["order_digest"][:12]
                 )
     console.print(table)
+
+
+def _filter_lines(found: dict[str, Any]) -> list[str]:
+    """What guards the lifetime cap, and how much of it is left."""
+    from fedsynth.runs import up
+
+    cap, by = found["cap"], found["filter"]
+    if found["epsilon"] is None:
+        return ["nothing can be charged any more"] if cap else []
+    if by is None:
+        return [
+            "as if all plans had been fixed in advance; the filter's figure follows when the account is next opened"
+        ]
+    told = (f"this is as if all plans had been fixed in advance; {up(by['epsilon'], 3):.3f} by the filter of order "
+            f"{by['order']}, wherever a plan was chosen after seeing results")  # fmt: skip
+    if cap is None:
+        return [told]
+    share = max(0.0, by["used"] / by["room"]) if by["room"] > 0 else 1.0
+    lines = [
+        told,
+        f"of the lifetime cap, {cap['epsilon']:g} at {cap['delta']:g}, {min(share, 1.0):.0%} is used by the filter",
+    ]
+    if by["closed"]:
+        lines.append("the filter is full: what is reserved is answered, and no further plan is admitted")
+    return lines
 
 
 def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:

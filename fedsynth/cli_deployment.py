@@ -197,6 +197,51 @@ def site_approve(
     _list(place.approvals.all(), as_json=as_json)
 
 
+@site_app.command("declare-loss")
+def site_declare_loss(
+    folder: Site,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Count it as spent: this cannot be undone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what the audit trail knows and the ledger, an older copy, does not; with --confirm, count it as spent."""
+    from fedsynth.clients.policy import load_site
+    from fedsynth.site_loss import declare, lost
+
+    place = load_site(folder)
+    ledger, charges = lost(place)
+    unknown = sum(bool(charge.grant) and charge.plan is None for charge in charges)
+    if charges and confirm:
+        declare(place, ledger, charges)
+    epsilon, delta = ledger.spent()
+    stands = ledger.filtered()
+    if as_json:
+        figures = {"epsilon": _finite(epsilon), "epsilon_filter": _finite(stands), "delta": delta}
+        print(json.dumps({"missing": [asdict(charge) for charge in charges], "declared": confirm, **figures}))
+        return
+    for charge in charges:
+        what = f"grant {charge.grant}" if charge.grant else f"release without guarantee ({charge.reason or 'of old'})"
+        cost = (
+            "the whole cap"
+            if charge.plan is None
+            else f"{charge.plan.steps} steps, sigma {charge.plan.noise_multiplier:g}"
+        )
+        print(f"{charge.at}  {visible(charge.run) or 'run not known'}  {visible(what)}: {cost}")
+    if not charges:
+        _say(f"{place.ledger}: nothing is missing that the audit trail knows")
+        return
+    said = f"spent: epsilon {epsilon:.4g} at {delta:g} as if fixed in advance, {stands:.4g} by the filter"
+    if unknown:
+        said += f"; {unknown} of the grants stand in the trail without a plan, and take the whole cap"
+    if confirm:
+        _say(f"{len(charges)} declared lost and counted as spent; {said}")
+    else:
+        _say(f"{len(charges)} missing, nothing changed; {said}. Put the newest ledger in place, or say --confirm")
+
+
+def _finite(figure: float) -> float | None:
+    return None if figure == float("inf") else figure
+
+
 @site_app.command("model")
 def site_model(
     folder: Site,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.corpus import alike, told_apart
-from fedsynth.limits import MAX_ALPHA, MAX_RANK, most
+from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
@@ -172,7 +172,7 @@ class GeneratorTraining:
 
     Attributes:
         expected_batch: Expected size of a Poisson batch; the sampling rate is expected_batch / declared records.
-        steps: Noisy steps, all charged.
+        steps: Noisy steps of a round, all charged; 100,000 in all rounds at most.
         learning_rate: Of Adam, decayed linearly to a tenth.
         clip_norm: Bound on the norm of one unit's gradient.
         rank: LoRA rank.
@@ -282,7 +282,7 @@ class Client:
         task_models: Client k has the task model k % n of these n instead: architectures and tokenizers may differ.
         guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
         budget: Epsilon and delta of this run: all rounds, all releases.
-        max_noise_multiplier: A budget that needs more noise than this is refused before any training.
+        max_noise_multiplier: A budget that needs more noise than this is refused before any training; 1000 at most.
         generator_training: DP-SGD settings.
         task_training: Task model settings.
         answer_tokens: Instructions: longest response at evaluation.
@@ -321,6 +321,8 @@ class Client:
         if self.guarantee == "dp" and "ghost" in (self.generator_training.clipping, self.scorer_training.clipping):
             raise BadValue('clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
                            'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"')  # fmt: skip
+        if self.max_noise_multiplier > MAX_SIGMA:
+            raise BadValue(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {self.max_noise_multiplier:g}")
         if self.budget is not None and self.budget.delta > Budget.delta:
             raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
 
@@ -534,6 +536,12 @@ class Scenario:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
         in_range(self)
+        # Before anything is planned: that many steps would take a client minutes and gigabytes to plan for.
+        for training, rounds in (("generator_training", self.rounds), ("scorer_training", 1)):
+            if (steps := getattr(self.client, training).steps) * rounds > MAX_STEPS:
+                times = f"{steps:,} in each of {rounds:,} rounds" if rounds > 1 else f"{steps:,}"
+                raise BadValue(f"client.{training}.steps must be at most {MAX_STEPS:,} over all rounds, got {times}: "
+                               "take fewer, of larger batches")  # fmt: skip
         if self.participation.loses and self.server.quorum == 1:
             raise BadValue("participation lets clients be missing, and server.quorum is 1: the first missing one would "
                            "end the run; lower server.quorum")  # fmt: skip

@@ -42,13 +42,13 @@ def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
     """
     held = place.approvals.undecided(order)
     _stored(place, held)
-    by = _user()
+    by = user()
     # First: no text leaves of which the trail does not say who let it go.
     Trail(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
     return place.approvals.decide(held, decision, by)
 
 
-def _user() -> str:
+def user() -> str:
     """Who runs this command, as the system knows them; and for whom, if it was sudo that says so."""
     uid = os.getuid()
     try:

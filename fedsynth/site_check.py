@@ -23,7 +23,7 @@ def check(place: Place) -> Iterator[Finding]:
     yield _found("Flower", check_flower)
     yield from _data(place)
     yield from _models(place)
-    yield _found("budget", lambda: _budget(place))
+    yield from _budget(place)
     yield _found("audit trail", lambda: _trail(place))
     yield _found("state folder", lambda: check_state(place))
     yield _found("key", lambda: check_key(place))
@@ -71,17 +71,31 @@ def _loads(name: str) -> str:
     return f"{name} is here ({weights_hash(name)[:12]})"
 
 
-def _budget(place: Place) -> str:
+def _budget(place: Place) -> Iterator[Finding]:
     cap = place.site.policy.lifetime
-    check_account(place)
-    if not place.ledger.exists():
-        return (
-            f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; the ledger is made with the first import"
-        )
-    spent, delta = place.open_ledger().spent()
+    try:
+        check_account(place)
+        if not place.ledger.exists():
+            start = "the ledger is made with the first import"
+            yield Finding("budget", "ok", f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; {start}")
+            return
+        ledger = place.open_ledger()
+    except (BadValue, OSError, RuntimeError) as problem:
+        yield Finding("budget", "problem", " ".join(str(problem).split()))
+        return
+    (spent, delta), stands = ledger.spent(), ledger.filtered()
     if spent >= cap.epsilon:
-        raise BadValue(f"epsilon {spent:.4g} of {cap.epsilon:g} is spent: nothing more will be answered")
-    return f"epsilon {spent:.4g} of {cap.epsilon:g} spent, at delta {delta:g} ({place.ledger})"
+        yield Finding(
+            "budget", "problem", f"epsilon {spent:.4g} of {cap.epsilon:g} is spent: nothing more will be answered"
+        )
+        return
+    told = (
+        f"epsilon {spent:.4g} of {cap.epsilon:g} spent, at delta {delta:g}, as if all plans had been fixed in advance"
+    )
+    yield Finding("budget", "ok", f"{told}; {stands:.4g} by the filter ({place.ledger})")
+    if stands >= cap.epsilon:
+        full = "the filter's share of policy.lifetime is used up: what is reserved is answered, and no further run"
+        yield Finding("budget", "warning", full)
 
 
 def _trail(place: Place) -> str:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 cli
 cli_deployment
-site_init site_check site_model site_start site_approve submit
+site_init site_check site_model site_start site_approve site_loss submit
 site_watch superlink deployment
 site_ready site_rows
 invited

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -16,13 +17,15 @@ import pytest
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.privacy import ledger as ledger_module
+from fedsynth.privacy.filter import epsilon_at, order_for, room, used
 from fedsynth.privacy.ledger import Binding, BudgetExhausted, Grant, GrantUsed, Ledger, LedgerUnusable
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import Budget, DPPlan, epsilon, plan
+from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon, epsilon, plan
 
 PLAN = DPPlan(100, 100, 4, 1, 1.0, 4.0, 1e-5)  # full batches: epsilon takes milliseconds
 COST = epsilon(PLAN, 1e-5)
 TEXT = Corpus(("cough", "fever"), ("flu", "flu"), Provenance.PRIVATE)
+plan_module = importlib.import_module("fedsynth.privacy.plan")  # `privacy.plan` is the function
 FORK = multiprocessing.get_context("fork")
 
 
@@ -273,7 +276,9 @@ def test_an_exhausted_budget_leaves_no_row(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path, cap=Budget(COST))
     answer(ledger)
     before = ledger.entries()
-    with pytest.raises(BudgetExhausted, match=rf"spent epsilon {COST:.4g} .* cost {COST:.4g}, .* cap is {COST:.6g}"):
+    one, two = (epsilon_at(used([PLAN] * n, ledger.order), ledger.order, 1e-5) for n in (1, 2))
+    said = rf"pass the lifetime cap of data set 'ward', epsilon {COST:.6g} at .*1 plan.* {one:.4g}, .* at {two:.4g}$"
+    with pytest.raises(BudgetExhausted, match=said):
         charge(ledger, "order 2")
     assert ledger.entries() == before
     # The cap is the data's: another run, a reopened ledger or edited rows do not reset it.
@@ -416,7 +421,7 @@ def test_a_release_without_guarantee_is_infinite_for_ever(tmp_path: Path) -> Non
     assert ledger.spent(run="run")[0] < math.inf
     assert ledger.spent(run="run 2")[0] == math.inf
     capped = open_ledger(tmp_path, cap=Budget(1000.0))
-    with pytest.raises(BudgetExhausted, match="spent epsilon inf"):
+    with pytest.raises(BudgetExhausted, match="epsilon inf, with what is asked at inf; something left without"):
         charge(capped, "order 3")
     with pytest.raises(ValueError, match="reason"):
         ledger.charge_without_guarantee(" ", "run")
@@ -507,7 +512,82 @@ def test_an_order_too_many_passes_the_run_s_budget_even_under_a_wide_cap(tmp_pat
 
     ledger.charge(planned, bound("a" * 64), "run", budget=budget)
     before = ledger.entries()
-    with pytest.raises(BudgetExhausted, match="run 'run' has a budget of epsilon 8"):
+    with pytest.raises(BudgetExhausted, match="the budget of run 'run', epsilon 8 at"):
         ledger.charge(planned, bound("b" * 64), "run", budget=budget)
     assert ledger.entries() == before
     ledger.charge(planned, bound("c" * 64), "another run", budget=budget)  # the cap allows it
+
+
+SMALL = DPPlan(100, 100, 1, 1, 1.0, 8.0, 1e-5)  # epsilon 0.5
+
+
+def test_a_second_plan_is_held_to_the_filter_and_not_to_what_fixed_plans_would_cost(tmp_path: Path) -> None:
+    cap = Budget(epsilon(PLAN, 1e-5) + 0.1)
+    ledger = open_ledger(tmp_path, cap)
+    charge(ledger)  # the first passes by its privacy loss distribution, although it fills the filter
+    assert used([PLAN], ledger.order) > room(cap, ledger.order)
+    tiny = replace(SMALL, noise_multiplier=100.0)
+    assert composed_epsilon([PLAN, tiny], 1e-5) <= cap.epsilon
+    before = ledger.entries()
+    with pytest.raises(BudgetExhausted):
+        charge(ledger, "order 2", tiny, "next")
+    assert ledger.entries() == before
+    roomy = open_ledger(tmp_path, Budget(cap.epsilon + 3))
+    charge(roomy, "order 2", tiny, "next")
+    assert roomy.filtered() <= cap.epsilon + 3
+
+
+def test_the_order_stays_that_of_the_cap_under_which_the_account_was_opened(tmp_path: Path) -> None:
+    assert open_ledger(tmp_path, Budget(1.0)).order == order_for(Budget(1.0)) == 16
+    assert open_ledger(tmp_path, Budget(10.0)).order == 16
+    other = Ledger(tmp_path / "other.sqlite", dataset="ward", cap=Budget(10.0))
+    assert other.order == order_for(Budget(10.0)) == 3
+
+
+def test_an_account_of_before_there_was_a_filter_is_recounted_and_what_it_has_above_stays(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path)
+    for number in range(3):
+        answer(ledger, f"order {number}", run=f"run {number}")
+    with sqlite3.connect(ledger.path) as db:
+        db.execute("DELETE FROM meta WHERE name IN ('order', 'cap')")
+    cap = Budget(epsilon(replace(PLAN, rounds=3), 1e-5))  # all that was admitted is within it, as if fixed
+    again = open_ledger(tmp_path, cap)
+    assert again.order == order_for(cap)
+    assert again.spent()[0] == pytest.approx(cap.epsilon)
+    assert again.filtered() > cap.epsilon
+    assert answer(again, "order 1") == ledger.answered("order 1")
+    with pytest.raises(BudgetExhausted):
+        charge(again, "order 4", SMALL, "next")
+    assert len(states(again)) == 3
+
+
+def test_a_run_s_arms_and_seeds_share_what_a_run_may_spend(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, Budget(20.0), per_run=Budget(2.0))
+    cell = replace(SMALL, noise_multiplier=4.0)
+    assert composed_epsilon([cell], 1e-5) < 1 < 2.5 < composed_epsilon([cell] * 6, 1e-5)
+    for run in ("one", "oneself"):
+        for name in ("a/0", "a/1", "b/0"):
+            ledger.charge(cell, bind(ledger, f"{run} {name}", cell), f"{run}/{name}", budget=Budget(1.0))
+        for name in ("b/1", "c/0", "c/1"):
+            with pytest.raises(BudgetExhausted, match=f"what policy.per_run allows run '{run}' in all its arms"):
+                ledger.charge(cell, bind(ledger, f"{run} {name}", cell), f"{run}/{name}", budget=Budget(1.0))
+        assert ledger.spent(run)[0] == composed_epsilon([cell] * 3, 1e-5) < 2.0
+        assert ledger.spent(f"{run}/a/0")[0] == composed_epsilon([cell], 1e-5)
+
+
+def test_no_other_process_waits_while_a_cost_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, computed = open_ledger(tmp_path, Budget(1.95), per_run=Budget(1.94)), []
+    new = DPPlan(97, 97, 4, 1, 1.0, 4.1, 1e-5)  # none that is known already
+
+    def free(*args: Any, **more: Any) -> float:
+        with sqlite3.connect(ledger.path, timeout=0, isolation_level=None) as db:
+            db.execute("BEGIN IMMEDIATE")  # raises while another one holds the lock
+            db.execute("ROLLBACK")
+        computed.append(args)
+        return epsilon(*args, **more)
+
+    monkeypatch.setattr(plan_module, "epsilon", free)
+    charge(ledger, "order 1", new)
+    with pytest.raises(BudgetExhausted):
+        charge(ledger, "order 2", replace(new, noise_multiplier=4.2), "next")
+    assert computed

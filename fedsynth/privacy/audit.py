@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fedsynth.privacy.filter import epsilon_at, room, used
 from fedsynth.privacy.ledger import SCHEMA, LedgerUnusable
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
 
@@ -38,8 +39,11 @@ def contents(path: Path) -> dict[str, Any]:
     """A ledger in plain words, without keys and answers; the file is only read.
 
     Returns:
-        `dataset`, `schema`, `reservations`, `grants`, `answers` (order, bytes, sent), and what was spent: `epsilon`
-        (None: something left without a guarantee), `delta`.
+        `dataset`, `schema`, `reservations`, `grants`, `answers` (order, bytes, sent), the `cap` that it was last opened
+        under (None: none), and what was spent at `delta`: `epsilon` by privacy loss distributions, as if all plans had
+        been fixed in advance (None: something left without a guarantee, or a loss was declared whose plan is not
+        known); `filter`: its `order`, RDP `used` and `room` under the cap, the `epsilon` that this is, and whether the
+        account is `closed` to any further plan (None: not opened yet since there is a filter, or as for `epsilon`).
 
     Raises:
         LedgerUnusable: If the file is not a ledger, or cannot be read.
@@ -53,13 +57,20 @@ def contents(path: Path) -> dict[str, Any]:
             answers = [dict(row) for row in db.execute(_ANSWERS)]
             state = [row[0] for row in db.execute("PRAGMA integrity_check")]
     except sqlite3.Error as problem:
+        if _half_written(path, problem):
+            raise LedgerUnusable(
+                f"{path} was being written by a process that was killed; {path.name}-journal beside it undoes the half "
+                "of it. Nothing that was charged or stored is lost. The next order, `fedsynth site check` or resumed "
+                f"run undoes it, or now `fedsynth ledger verify --recover {path}`. Never delete the journal; copy both"
+            ) from problem
         raise LedgerUnusable(f"{path} is no ledger that can be read ({problem})") from problem
     for row in spent:
         row["plan"] = None if row["plan"] is None else json.loads(row["plan"])
     for row in grants:
         row["binding"] = json.loads(row["binding"])
     plans = [_reserved(row) for row in spent if row["plan"] is not None]
-    delta = min((plan.delta for plan in plans), default=Budget.delta)
+    cap = Budget(**json.loads(meta["cap"])) if "cap" in meta else None
+    delta = min((plan.delta for plan in plans), default=Budget.delta) if cap is None else cap.delta
     private = all(row["plan"] is not None for row in spent)
     return {
         "path": str(path),
@@ -69,8 +80,49 @@ def contents(path: Path) -> dict[str, Any]:
         "reservations": spent,
         "grants": grants,
         "answers": answers,
+        "cap": None if cap is None else {"epsilon": cap.epsilon, "delta": cap.delta},
         "epsilon": composed_epsilon(plans, delta) if private else None,
         "delta": delta,
+        "filter": _filter(plans, cap, int(meta["order"]), delta) if private and "order" in meta else None,
+    }
+
+
+def _half_written(path: Path, problem: sqlite3.Error) -> bool:
+    """Whether a ledger could not be read because that would mean to write: to undo what its journal says."""
+    primary = getattr(problem, "sqlite_errorcode", 0) & 0xFF
+    return primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and _journal(path).exists()
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}-journal")
+
+
+def recover(path: Path) -> bool:
+    """Undoes what a killed process had written of a change and not committed, as the next to charge would.
+
+    Returns:
+        Whether there was anything to undo.
+
+    Raises:
+        LedgerUnusable: If the file cannot be written, or is no ledger.
+    """
+    left = _journal(path).exists()
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as db:
+            db.execute("SELECT COUNT(*) FROM meta")  # who reads first undoes
+    except sqlite3.Error as problem:
+        raise LedgerUnusable(f"{path} cannot be put right by this user ({problem})") from problem
+    return left and not _journal(path).exists()
+
+
+def _filter(plans: list[DPPlan], cap: Budget | None, order: int, delta: float) -> dict[str, Any]:
+    spent, most = used(plans, order), None if cap is None else room(cap, order)
+    return {
+        "order": order,
+        "used": spent,
+        "room": most,
+        "epsilon": epsilon_at(spent, order, delta),
+        "closed": most is not None and bool(plans) and spent >= most,
     }
 
 
@@ -96,7 +148,7 @@ def _problems(ledger: dict[str, Any]) -> Iterator[str]:
     drawn = Counter(grant["spent"] for grant in ledger["grants"])
     for id, row in reservations.items():
         if row["plan"] is None:
-            if drawn[id]:
+            if any(grant["spent"] == id and grant["state"] != "abandoned" for grant in ledger["grants"]):
                 yield f"release {id} without a guarantee has grants"
             continue
         if row["plan_digest"] != DPPlan.from_dict(row["plan"]).digest():

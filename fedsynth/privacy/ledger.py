@@ -17,11 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedsynth.privacy.filter import admits, epsilon_at, order_for, used
 from fedsynth.privacy.noise import GrantRandomness, site_key
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
+from fedsynth.privacy.witness import Charge, Witness, missing
 
 SCHEMA = 1
-_WAIT = 120.0  # seconds for another process to finish its transaction, which holds a PLD composition of seconds
+LOST = "(loss declared)"  # in place of a run: what a lost grant cost is not known. No run has such a name
+_WAIT = 120.0  # seconds for another process to finish its transaction
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -61,6 +64,10 @@ class GrantUsed(RuntimeError):
 
 class LedgerUnusable(RuntimeError):
     """The file is not this data set's ledger, or cannot be read. Never delete it: it is the only account."""
+
+
+class LedgerBehind(LedgerUnusable):
+    """The file knows less than its witness: it is an older copy, and closed until the loss is declared."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +123,18 @@ class Ledger:
     bound changed. What was charged is never given back. Every change is one committed transaction. The caller
     serialises orders per site with a file lock, so a grant found running while charging means a crash.
 
-    The lifetime figure composes the reserved events by PLD as if they had been fixed in advance; plans chosen after
-    seeing earlier results would need a privacy filter, which is not covered.
+    What is asked next may depend on what was released before, so a Rényi filter (`fedsynth.privacy.filter`) guards the
+    cap; its order is fixed when the account is opened, and stays when the cap is changed.
+
+    With a witness, what was charged is written down there too: after the commit, before the grant is handed out. So a
+    crash between the two leaves a grant that never ran, and what ran is known in two places.
 
     Args:
         path: Of the file; made (mode 0600) if there is none. An empty or damaged file is refused, not replaced.
         dataset: Declared id of the data set. It stays when rows change.
         cap: Lifetime budget of the data; None: no cap (a simulated world, bounded by its run's budget).
+        per_run: What all that carries the id of one run may spend together: its arms, seeds and rounds.
+        witness: Remembers charges in another file; a ledger that lacks one of them is not opened.
         keys: Key of a grant by (counter, binding digest), and of the data MAC by (0, "data"). Sites keep the
             default; simulations pass `simulated_key` of their run and client.
         durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
@@ -131,6 +143,7 @@ class Ledger:
 
     Raises:
         LedgerUnusable: If the file is another data set's, of another schema, or damaged.
+        LedgerBehind: If the witness knows more than the file.
     """
 
     def __init__(
@@ -139,6 +152,8 @@ class Ledger:
         *,
         dataset: str,
         cap: Budget | None,
+        per_run: Budget | None = None,
+        witness: Witness | None = None,
         keys: Callable[[int, str], bytes] = _site_keys,
         durable: bool = True,
         create: bool = True,
@@ -146,6 +161,8 @@ class Ledger:
         self.path = path
         self.dataset = dataset
         self.cap = cap
+        self.per_run = per_run
+        self._witness = witness
         self._keys = keys
         self._durable = durable
         self._open: tuple[Hashable, sqlite3.Connection] | None = None
@@ -154,15 +171,23 @@ class Ledger:
                 raise self._unusable("it is gone")
             self._create()
         os.chmod(path, 0o600)  # a copy from a backup may have come with wider access
+        known = self._known()
         with self._transaction() as db:
             problems = [row[0] for row in db.execute("PRAGMA integrity_check")]
             if problems != ["ok"]:
                 raise self._unusable(f"it is damaged ({problems[0]})")
             meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
-        if meta.get("schema") != SCHEMA:
-            raise self._unusable(f"it has schema {meta.get('schema')}, this software reads {SCHEMA}")
-        if meta["dataset"] != dataset:
-            raise self._unusable(f"it is the account of data set {meta['dataset']!r}, not of {dataset!r}")
+            if meta.get("schema") != SCHEMA:
+                raise self._unusable(f"it has schema {meta.get('schema')}, this software reads {SCHEMA}")
+            if meta["dataset"] != dataset:
+                raise self._unusable(f"it is the account of data set {meta['dataset']!r}, not of {dataset!r}")
+            self._check_witness(db, known)
+            if "order" not in meta:  # made before there was a filter
+                meta["order"] = order_for(cap)
+                db.execute("INSERT INTO meta VALUES ('order', ?)", (meta["order"],))
+            if cap is not None and meta.get("cap") != _cap(cap):  # for who reads the file alone
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('cap', ?)", (_cap(cap),))
+        self.order = int(meta["order"])
 
     @property
     def mac_key(self) -> bytes:
@@ -192,39 +217,49 @@ class Ledger:
         Args:
             plan: Of the run.
             binding: What the grant holds for.
-            run: Public id of the run.
-            budget: Of the run, which an order too many would pass even where the lifetime cap would not be.
+            run: Public id of the run; what follows a slash names a part of it (arm, seed).
+            budget: Of that part, which an order too many would pass even where the lifetime cap would not be.
 
         Raises:
-            BudgetExhausted: If the lifetime cap or the run's budget would be passed; nothing is written then.
+            BudgetExhausted: If the lifetime cap, `per_run` or the budget would be passed; nothing is written then.
             GrantUsed: If the order has an answer already: send that.
+            LedgerBehind: If the witness knows more than the file.
             ValueError: If the binding is another plan's.
         """
         if binding.plan != plan.digest():
             raise ValueError(f"the binding names plan {binding.plan[:12]}, the plan to charge is {plan.digest()[:12]}")
+        for limit, order in self._limits(budget):
+            admits(limit, order, [], plan)  # what takes seconds is known before others are kept waiting
+        known = self._known()
         with self._transaction() as db:
-            if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
-                raise GrantUsed(f"order {binding.order[:12]} has been answered; send the stored answer again")
-            unfinished = db.execute(
-                "SELECT counter, id, binding FROM grants WHERE order_digest = ? AND state IN ('reserved', 'running')",
-                (binding.order,),
-            ).fetchone()
-            if unfinished is not None:
-                counter, id, bound = unfinished
-                if bound == _canonical(asdict(binding)):
-                    db.execute("UPDATE grants SET state = 'reserved' WHERE counter = ?", (counter,))
-                    return Grant(id, counter, plan, binding)
-                db.execute("UPDATE grants SET state = 'abandoned', key = NULL WHERE counter = ?", (counter,))
-            spent = self._draw(db, plan, run, budget, retry=unfinished is not None)
-            counter = db.execute("SELECT COALESCE(MAX(counter), 0) + 1 FROM grants").fetchone()[0]
-            key = self._keys(counter, binding.digest())
-            # A public name from a secret: random where keys are, and the same again where a simulation is repeated.
-            id = hmac.new(key, b"grant id", hashlib.sha256).hexdigest()[:32]
-            db.execute(
-                "INSERT INTO grants VALUES (?, ?, ?, ?, ?, 'reserved', ?, ?)",
-                (counter, id, spent, binding.order, _canonical(asdict(binding)), key, _now()),
-            )
-            return Grant(id, counter, plan, binding)
+            self._check_witness(db, known)
+            grant = self._grant(db, plan, binding, run, budget)
+        self._note(Charge(run, grant.id, binding.order, plan), known)
+        return grant
+
+    def _grant(self, db: sqlite3.Connection, plan: DPPlan, binding: Binding, run: str, budget: Budget | None) -> Grant:
+        if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
+            raise GrantUsed(f"order {binding.order[:12]} has been answered; send the stored answer again")
+        unfinished = db.execute(
+            "SELECT counter, id, binding FROM grants WHERE order_digest = ? AND state IN ('reserved', 'running')",
+            (binding.order,),
+        ).fetchone()
+        if unfinished is not None:
+            counter, id, bound = unfinished
+            if bound == _canonical(asdict(binding)):
+                db.execute("UPDATE grants SET state = 'reserved' WHERE counter = ?", (counter,))
+                return Grant(id, counter, plan, binding)
+            db.execute("UPDATE grants SET state = 'abandoned', key = NULL WHERE counter = ?", (counter,))
+        spent = self._draw(db, plan, run, budget, retry=unfinished is not None)
+        counter = _next(db)
+        key = self._keys(counter, binding.digest())
+        # A public name from a secret: random where keys are, and the same again where a simulation is repeated.
+        id = hmac.new(key, b"grant id", hashlib.sha256).hexdigest()[:32]
+        db.execute(
+            "INSERT INTO grants VALUES (?, ?, ?, ?, ?, 'reserved', ?, ?)",
+            (counter, id, spent, binding.order, _canonical(asdict(binding)), key, _now()),
+        )
+        return Grant(id, counter, plan, binding)
 
     def rounds(self, run: str, plan: DPPlan) -> int:
         """Rounds of a plan that a run has reserved: more than the plan's after one beyond them, or a changed retry."""
@@ -337,18 +372,22 @@ class Ledger:
             Whether this is the first of its run and reason.
 
         Raises:
+            LedgerBehind: If the witness knows more than the file.
             ValueError: If no reason is given.
         """
         if not reason.strip():
             raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
+        known = self._known()
         with self._transaction() as db:
+            self._check_witness(db, known)
             noted = "SELECT 1 FROM spent WHERE plan IS NULL AND run = ? AND reason = ?"
-            if db.execute(noted, (run, reason)).fetchone():
-                return False
-            db.execute(
-                "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, _now())
-            )
-        return True
+            first = db.execute(noted, (run, reason)).fetchone() is None
+            if first:
+                db.execute(
+                    "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, _now())
+                )
+        self._note(Charge(run, reason=reason), known)
+        return first
 
     def waived(self, run: str) -> bool:
         """Whether a release without guarantee was noted in a run."""
@@ -358,13 +397,62 @@ class Ledger:
     def spent(self, run: str | None = None) -> tuple[float, float]:
         """(epsilon, delta) of all that was reserved, drawn or not; `inf` after an event without guarantee.
 
+        By privacy loss distributions, as if all of it had been fixed in advance; `filtered` is what a cap is held to.
+
         Args:
-            run: Only what this run reserved; the data's lifetime otherwise.
+            run: Only what this run reserved, in all its parts if it names none; the data's lifetime otherwise.
         """
         with self._transaction() as db:
             plans, private = self._reserved(db, run)
         delta = self._delta(plans)
         return (composed_epsilon(plans, delta) if private else math.inf), delta
+
+    def filtered(self) -> float:
+        """Epsilon at the delta of `spent` by the filter, whatever each plan was chosen after."""
+        with self._transaction() as db:
+            plans, private = self._reserved(db, None)
+        return epsilon_at(used(plans, self.order), self.order, self._delta(plans)) if private else math.inf
+
+    def missing(self, known: Sequence[Charge]) -> list[Charge]:
+        """What a witness knows and this file does not."""
+        with self._transaction() as db:
+            return self._missing(db, known)
+
+    def declare_lost(self, charges: Sequence[Charge], by: str) -> None:
+        """Counts charges of which this file knows nothing as spent: one round of its plan for each grant.
+
+        A grant of unknown plan takes the whole cap, now and at any later cap: epsilon is infinite. None of them runs
+        again. What is known already changes nothing.
+
+        Args:
+            charges: From `missing`.
+            by: Who declares it.
+        """
+        with self._transaction() as db:
+            for charge in self._missing(db, charges):
+                reason = f"loss declared by {by}"
+                spent: tuple[str, str | None, str | None, str]
+                if not charge.grant:
+                    spent = (charge.run or LOST, None, None, charge.reason or f"release without guarantee, {reason}")
+                elif charge.plan is None:
+                    spent = (LOST, None, None, f"grant {charge.grant} of unknown plan, {reason}")
+                else:
+                    spent = (charge.run or LOST, _canonical(charge.plan.to_dict()), charge.plan.digest(), reason)
+                known = "UPDATE grants SET state = 'abandoned', key = NULL WHERE id = ?"
+                if charge.grant and db.execute(known, (charge.grant,)).rowcount:
+                    continue  # paid for; what was stored of it is gone
+                row = db.execute(
+                    "INSERT INTO spent (run, plan, plan_digest, reason, rounds, drawn, at) "
+                    "VALUES (?, ?, ?, ?, 1, 1, ?)",
+                    (*spent, _now()),
+                )
+                if charge.grant:
+                    digest = None if charge.plan is None else charge.plan.digest()
+                    bound = {"order": charge.order, "plan": digest, "data": "", "model": "", "version": ""}
+                    db.execute(
+                        "INSERT INTO grants VALUES (?, ?, ?, ?, ?, 'abandoned', NULL, ?)",
+                        (_next(db), charge.grant, row.lastrowid, charge.order, _canonical(bound), _now()),
+                    )
 
     def entries(self) -> list[dict[str, Any]]:
         """All rows in words, oldest first: reservations, events without guarantee, grants. No keys, no answers."""
@@ -399,15 +487,7 @@ class Ledger:
             db.execute("UPDATE spent SET drawn = drawn + 1 WHERE id = ?", (left[0],))
             return int(left[0])
         rounds = 1 if rows else plan.rounds
-        asked = replace(plan, rounds=rounds)
-        self._check_cap(db, asked)
-        if budget is not None:
-            cost = composed_epsilon([*self._reserved(db, run)[0], asked], budget.delta)
-            if cost > budget.epsilon:
-                raise BudgetExhausted(
-                    f"run {run!r} has a budget of epsilon {budget.epsilon:g}; with {rounds} more round(s) it would "
-                    f"cost {cost:.4g}"
-                )
+        self._check_limits(db, replace(plan, rounds=rounds), run, budget)
         reserved = db.execute(
             "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, 1, ?)",
             (run, _canonical(plan.to_dict()), plan.digest(), rounds, _now()),
@@ -415,25 +495,69 @@ class Ledger:
         assert reserved.lastrowid is not None
         return reserved.lastrowid
 
-    def _check_cap(self, db: sqlite3.Connection, asked: DPPlan) -> None:
-        if self.cap is None:
-            return
-        plans, private = self._reserved(db, None)
-        delta = self.cap.delta
-        after = composed_epsilon([*plans, asked], delta) if private else math.inf
-        if after > self.cap.epsilon:
-            before = composed_epsilon(plans, delta) if private else math.inf
+    def _limits(self, budget: Budget | None) -> list[tuple[Budget, int]]:
+        """Every limit with its order: that of the cap was fixed with the account, that of another goes with it."""
+        found = [] if self.cap is None else [(self.cap, self.order)]
+        return [*found, *((limit, order_for(limit)) for limit in (self.per_run, budget) if limit is not None)]
+
+    def _check_limits(self, db: sqlite3.Connection, asked: DPPlan, run: str, budget: Budget | None) -> None:
+        whole = run.split("/", 1)[0]
+        for limit, order, of, what in (
+            (self.cap, self.order, None, f"the lifetime cap of data set {self.dataset!r}"),
+            (self.per_run, None, whole, f"what policy.per_run allows run {whole!r} in all its arms and seeds"),
+            (budget, None, run, f"the budget of run {run!r}"),
+        ):
+            if limit is None:
+                continue
+            plans, private = self._reserved(db, of)
+            order = order or order_for(limit)
+            if private and admits(limit, order, plans, asked):
+                continue
+            before, after = (epsilon_at(used(p, order), order, limit.delta) if private else math.inf
+                             for p in (plans, [*plans, asked]))  # fmt: skip
             raise BudgetExhausted(
-                f"data set {self.dataset!r} has spent epsilon {before:.4g} at delta {delta:g}; the {asked.rounds} "
-                f"round(s) asked cost {composed_epsilon([asked], delta):.4g}, together {after:.4g}, and its lifetime "
-                f"cap is {self.cap.epsilon:g}"
+                f"the {asked.rounds} round(s) asked would pass {what}, epsilon {limit.epsilon:g} at delta "
+                f"{limit.delta:g}: by the filter of order {order}, which takes plans as chosen after seeing results, "
+                f"the {len(plans)} plan(s) reserved stand at epsilon {before:.4g}, with what is asked at {after:.4g}"
+                + ("" if private else "; something left without a guarantee, or at a cost that is not known")
             )
 
     def _reserved(self, db: sqlite3.Connection, run: str | None) -> tuple[list[DPPlan], bool]:
-        """All plans with the rounds reserved of each, and whether nothing left without a guarantee."""
-        rows = db.execute("SELECT plan, rounds FROM spent WHERE ? IS NULL OR run = ?", (run, run)).fetchall()
+        """All plans with the rounds reserved of each, and whether nothing left without a guarantee.
+
+        Args:
+            db: The ledger.
+            run: Its plans and those of its parts; None: all.
+        """
+        rows = db.execute(
+            "SELECT plan, rounds FROM spent WHERE ?1 IS NULL OR run = ?1 OR substr(run, 1, length(?1) + 1) = ?1 || '/'",
+            (run,),
+        ).fetchall()
         plans = [replace(DPPlan.from_dict(json.loads(plan)), rounds=rounds) for plan, rounds in rows if plan]
         return plans, all(plan for plan, _ in rows)
+
+    def _known(self) -> Sequence[Charge]:
+        return [] if self._witness is None else self._witness.known()
+
+    def _note(self, charge: Charge, known: Sequence[Charge]) -> None:
+        """Has the witness write down a charge that it does not know."""
+        if self._witness is not None and charge.key not in {each.key for each in known}:
+            self._witness.note(charge)
+
+    def _missing(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
+        grants = dict(db.execute("SELECT id, state FROM grants").fetchall())
+        return missing(known, grants, db.execute("SELECT run, reason FROM spent WHERE plan IS NULL").fetchall())
+
+    def _check_witness(self, db: sqlite3.Connection, known: Sequence[Charge]) -> None:
+        if known and (lost := self._missing(db, known)):
+            grants = sum(bool(charge.grant) for charge in lost)
+            raise LedgerBehind(
+                f"the ledger {self.path} knows less than the audit trail: {grants} grant(s) and {len(lost) - grants} "
+                f"release(s) without guarantee are not in it, the first of {lost[0].at or 'a day that is not known'}. "
+                "It is an older copy, which would let what was spent since be spent again: nothing is answered. Put "
+                "the newest one in its place; if that is lost, `fedsynth site declare-loss DIR` counts what is missing "
+                "as spent"
+            )
 
     def _delta(self, plans: list[DPPlan]) -> float:
         if self.cap is not None:
@@ -449,7 +573,8 @@ class Ledger:
             db = self._connect(draft)
             try:
                 db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
-                meta = {"schema": SCHEMA, "dataset": self.dataset, "mac_key": self._keys(0, "data")}
+                meta = {"schema": SCHEMA, "dataset": self.dataset, "mac_key": self._keys(0, "data"),
+                        "order": order_for(self.cap)}  # fmt: skip
                 db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
                 db.execute("COMMIT")
             finally:
@@ -513,6 +638,15 @@ class Ledger:
 
 def _canonical(values: dict[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def _cap(budget: Budget) -> str:
+    return _canonical({"epsilon": budget.epsilon, "delta": budget.delta})
+
+
+def _next(db: sqlite3.Connection) -> int:
+    """Number of the next grant."""
+    return int(db.execute("SELECT COALESCE(MAX(counter), 0) + 1 FROM grants").fetchone()[0])
 
 
 def _now() -> str:

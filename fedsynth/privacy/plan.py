@@ -15,6 +15,9 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
+from fedsynth.limits import MAX_SIGMA, MAX_STEPS
+from fedsynth.privacy.rdp import bound
+
 Relation = Literal["zero_out", "replace_one"]
 
 _RELATIONS = {
@@ -26,6 +29,10 @@ FINE = 1e-4  # grid of privacy losses for every figure that is reported; PLD rou
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
 ROUGH = 1e-2  # while searching for budgets above 20, and for group_epsilon's mixtures, a hundred times slower
 SMALLEST_SIGMA = 0.05  # below, epsilon is in the thousands, and PLD takes minutes to say so
+# What bounds the time and memory of a plan, which a server chooses and a site computes: some seconds, half a gigabyte.
+_LOSSES, _STEP_LOSSES = 3e6, 2e5  # most points of a grid: of all steps together, of one; where it is coarser than FINE
+_USELESS = 0.05  # a grid that coarse says no more than RDP
+_MOST_KINDS = 32  # of steps that are composed by PLD, each some tenths of a second; beyond, RDP too
 
 
 class BudgetTooSmall(ValueError):
@@ -147,7 +154,8 @@ def plan(
     """The plan with the least noise that keeps all rounds within the budget.
 
     The noise multiplier is the smallest multiple of 0.001 whose PLD epsilon on the fine grid is at most the
-    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`.
+    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`. It takes seconds, whatever
+    is asked.
 
     Args:
         budget: Of all rounds together.
@@ -160,10 +168,17 @@ def plan(
 
     Raises:
         BudgetTooSmall: If more noise than `max_noise_multiplier` would be needed.
-        ValueError: If a number is outside its range.
+        ValueError: If a number is outside its range: also more than `MAX_STEPS` steps of all rounds, or a
+            `max_noise_multiplier` above `MAX_SIGMA`.
     """
     # The noise of this draft is replaced below; building it checks the other numbers first.
     draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta)
+    if draft.total_steps > MAX_STEPS:
+        raise ValueError(
+            f"steps x rounds must be at most {MAX_STEPS:,}, got {steps:,} x {rounds:,}: take fewer, of larger batches"
+        )
+    if max_noise_multiplier > MAX_SIGMA:
+        raise ValueError(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {max_noise_multiplier:g}")
     sigma = _smallest_sigma(
         budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, math.floor(max_noise_multiplier * 1000)
     )
@@ -200,7 +215,10 @@ def epsilon(
 def composed_epsilon(
     plans: Iterable[DPPlan], delta: float, *, relation: Relation = "zero_out", grid: float = FINE
 ) -> float:
-    """Epsilon at `delta` of several plans on the same data, each with all its rounds; 0 for none."""
+    """Epsilon at `delta` of several plans on the same data, fixed in advance, each with all its rounds; 0 for none.
+
+    By privacy loss distributions, on a coarser grid where they would take minutes; beyond, the larger bound by RDP.
+    """
     _check_delta(delta)
     steps: dict[tuple[float, float], int] = {}
     for each in plans:
@@ -334,7 +352,19 @@ def _composed(pieces: tuple[tuple[float, float, int], ...], delta: float, relati
     """Epsilon of pieces (sampling rate, sigma, steps)."""
     if not pieces:
         return 0.0
-    return epsilon(dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces]), delta, relation=relation, grid=grid)
+    roughly = bound(pieces, delta)
+    grid = max(grid, roughly / _LOSSES, *(_largest_loss(sigma) / _STEP_LOSSES for _, sigma, _ in pieces))
+    many = len(pieces) > _MOST_KINDS or sum(count for *_, count in pieces) > 10 * MAX_STEPS
+    if many or grid > _USELESS:
+        return roughly if relation == "zero_out" else math.inf
+    whole = dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces])
+    found = epsilon(whole, delta, relation=relation, grid=grid)
+    return min(found, roughly) if relation == "zero_out" else found
+
+
+def _largest_loss(sigma: float) -> float:
+    """Of one step, but for outcomes that are eight deviations off."""
+    return (0.5 + 8 * sigma) / sigma**2
 
 
 @functools.cache
@@ -343,7 +373,10 @@ def _group(size: int, sampling_rate: float, sigma: float, steps: int, delta: flo
     chances = [float(binom.pmf(k, size, sampling_rate)) for k in drawn]
     step = dp_event.MixtureOfGaussiansDpEvent(sigma, [float(k) for k in drawn], chances)
     # The error grows with steps * grid^2: 0.001 at 60 steps, below 0.01 at 1563 (measured against grids of 1e-3).
-    grid = ROUGH * min(1.0, math.sqrt(60 / steps))
+    single = bound([(sampling_rate, sigma, steps)], delta)
+    grid = max(ROUGH * min(1.0, math.sqrt(60 / steps)), size * single / _LOSSES)
+    if grid > _USELESS:
+        return math.inf
     return epsilon(dp_event.SelfComposedDpEvent(step, steps), delta, grid=grid)
 
 
@@ -357,7 +390,7 @@ def _smallest_sigma(
         return _composed(((sampling_rate, thousandths / 1000, steps),), delta, "zero_out", grid) <= target
 
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
-    high = min(1000, most_thousandths)
+    high = _enough(target, delta, sampling_rate, steps, least, most_thousandths)
     # The coarse grid's error is up to 0.01: too much for small targets, too careful for large ones, where PLD is slow.
     grid = FINE if target <= 0.2 else COARSE if target <= 20 else ROUGH
     while not fits(high, grid):
@@ -367,9 +400,10 @@ def _smallest_sigma(
             grid = FINE  # the coarse bound may fail where the fine one holds
         else:
             high = min(2 * high, most_thousandths)
-    low = high  # walk down by halves, as PLD is slow where sigma is small
+    # Walk down, in small steps at first: RDP asks for a little too much noise, and PLD is slow where there is little.
+    low, stride = high, 0.9
     while low > least and fits(low, grid):
-        high, low = low, max(low // 2, least)
+        high, low, stride = low, max(int(low * stride), least), max(stride**2, 0.5)
     if low == least and fits(least, grid):
         return least / 1000
     while high - low > 1:
@@ -388,12 +422,22 @@ def _smallest_sigma(
     return high / 1000
 
 
+def _enough(target: float, delta: float, sampling_rate: float, steps: int, least: int, most: int) -> int:
+    """Thousandths from which on RDP meets the target, and PLD hence too; the most where RDP does not."""
+    low, high = least - 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        met = bound([(sampling_rate, middle / 1000, steps)], delta) <= target
+        low, high = (low, middle) if met else (middle, high)
+    return high
+
+
 def _noise_beyond(target: float, delta: float, sampling_rate: float, steps: int, most: float) -> str:
-    """For the message of a refusal: the noise that the target would take."""
+    """For the message of a refusal: the noise that the target would take, by RDP."""
     sigma = most
     while sigma < 1024 * most:
-        sigma *= 1.1
-        if _composed(((sampling_rate, sigma, steps),), delta, "zero_out", FINE) <= target:
+        sigma *= 1.02
+        if bound([(sampling_rate, sigma, steps)], delta) <= target:
             return f"about {sigma:.3g}"
     return f"above {sigma:.3g}"
 
