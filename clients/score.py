@@ -64,8 +64,7 @@ def _noised(home: Home, order: Score, digest: str) -> Scored:
     """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each order."""
     plan = home.config.score_plan(home.records, home.rounds)
     model = task_model(home)
-    listed = Corpus(("",) * LISTED, tuple(str(n % 2) for n in range(LISTED)), Provenance.PUBLIC)
-    check_list(lambda values, public: protected(values, listed, plan, public), plan)
+    check_noise(plan)
 
     weights = hashlib.sha256((home.work / WEIGHTS).read_bytes()).hexdigest()
     binding = home.binding(digest, plan, model=weights, training=home.config.task_training)
@@ -101,6 +100,16 @@ def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness:
     clipped = found * min(1.0, bound / norm) if norm > 0 else found
     noisy: list[float] = (clipped + plan.noise_multiplier * plan.clip_norm * randomness.normals(len(found))).tolist()
     return noisy
+
+
+def check_noise(plan: DPPlan) -> None:
+    """Checks on public numbers that `protected` does what the plan says, before it is charged.
+
+    Raises:
+        fedsynth.selfcheck.SelfCheckFailed: If it does not.
+    """
+    listed = Corpus(("",) * LISTED, tuple(str(n % 2) for n in range(LISTED)), Provenance.PUBLIC)
+    check_list(lambda values, public: protected(values, listed, plan, public), plan)
 
 
 def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:

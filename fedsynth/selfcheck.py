@@ -161,7 +161,7 @@ def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]]
         raise SelfCheckFailed(f"the noise has deviation {deviation:.4g} in units of sigma C, planned is 1")
 
 
-LISTED = 4096
+LISTED = 2**14  # numbers in such a list: a deviation that is off by 4 % shows
 
 
 class _Silent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from scipy.stats import binom
 
 from fedsynth import training
 from fedsynth.adapters import attach_lora
+from fedsynth.clients import score
+from fedsynth.clients.score import check_noise
 from fedsynth.dpsgd import bookkeeping, stacked
 from fedsynth.exchanges import TooFewReplies
 from fedsynth.loopcheck import CHANCE, _chance_of_squares, _enough, differs
@@ -297,6 +300,7 @@ def test_a_list_s_noise_and_bound_are_checked_on_public_numbers() -> None:
         found = found * min(1.0, bound / max(float(np.linalg.norm(found)), 1e-9))
         return found + sigma * 2.0 * randomness.normals(LISTED)
 
+    check_noise(plan)  # as a client's scores are protected
     check_list(release, plan)
     with pytest.raises(SelfCheckFailed, match=r"the noise has deviation 0\.7"):
         check_list(lambda values, public: release(values, public, sigma=0.75 * 1.5), plan)
@@ -304,3 +308,14 @@ def test_a_list_s_noise_and_bound_are_checked_on_public_numbers() -> None:
         check_list(lambda values, public: release(values, public, sigma=0.0), plan)
     with pytest.raises(SelfCheckFailed, match=r"lists of scores are 2 C apart"):
         check_list(lambda values, public: release(values, public, bound=2.0), plan)
+
+
+def test_scores_that_are_protected_otherwise_than_planned_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = DPPlan(1, 1, 1, 1, 2.0, 1.5, 1e-5)
+    real = score.protected
+    monkeypatch.setattr(score, "protected", lambda v, c, p, r: real(v, c, replace(p, noise_multiplier=1.4), r))
+    with pytest.raises(SelfCheckFailed, match=r"the noise has deviation 0\.9"):
+        check_noise(plan)
+    monkeypatch.setattr(score, "protected", lambda v, c, p, r: real(v, c, replace(p, clip_norm=4.0), r))
+    with pytest.raises(SelfCheckFailed, match="2 C apart"):
+        check_noise(plan)
