@@ -129,7 +129,7 @@ class _Answering(Clients):
         of, rng = self.facts[home], np.random.default_rng([0, home, self.exchange])
         if isinstance(order, Synthesize):
             grants = GRANT if of.client.guarantee == "dp" else ()
-            corpus = replace(self._drafts(home, order.per_label), grants=grants)
+            corpus = replace(self._drafts(home, order.per_label, order.max_tokens), grants=grants)
             adapter = None
             if order.share_adapter:
                 settings = of.client.generator_training
@@ -156,10 +156,11 @@ class _Answering(Clients):
         figures = ("accuracy", "macro_f1") if of.labels else ("exact_match", "field_match", "rouge_l")
         return Evaluated({**dict.fromkeys(figures, 1 / 3), "loss": 1 / 3}, of.test)
 
-    def _drafts(self, home: int, per_label: int) -> Corpus:
-        """As many of each label; where a site has few of one, those with other words."""
+    def _drafts(self, home: int, per_label: int, longest: int) -> Corpus:
+        """As many of each label, none longer than drafts may be; where a site has few of one, those with other words."""
         of, rng = self.facts[home], np.random.default_rng([1, home])
-        like = dummy_site(self.cell, home, self.lengths, train=per_label * len(of.labels), test=1).train
+        lengths = [min(length, longest) for length in self.lengths]
+        like = dummy_site(self.cell, home, lengths, train=per_label * len(of.labels), test=1).train
         words, texts = vocabulary(like.prompts[:200]), list[str]()
         for label in of.labels:
             own = [x for x, y in zip(like.prompts, like.answers, strict=True) if y == label] or list(like.prompts[:1])
