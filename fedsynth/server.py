@@ -197,8 +197,8 @@ def commands(folder: Path, config: ServerConfig, log: BinaryIO | None = None) ->
         yield flwr
 
 
-def reach(folder: Path, config: ServerConfig) -> None:
-    """Whether a coordinator's SuperLink answers, over TLS.
+def reach(folder: Path, config: ServerConfig, seconds: float = 10.0) -> None:
+    """Whether a coordinator's SuperLink answers over TLS, and takes no longer than so many seconds for a handshake.
 
     Raises:
         BadValue: If not, with the way out: Flower's own words are the same whatever the reason.
@@ -207,8 +207,9 @@ def reach(folder: Path, config: ServerConfig) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(config.ca)
-        with socket.create_connection((host, port), 10) as raw, context.wrap_socket(raw, server_hostname=host):
-            pass
+        with socket.create_connection((host, port), 10) as raw:
+            raw.settimeout(seconds)
+            context.wrap_socket(raw, server_hostname=host).close()
     except ssl.SSLCertVerificationError as problem:
         raise BadValue(f"the SuperLink at {config.local} has a certificate that {config.ca} does not vouch for: "
                        f"{problem.verify_message.rstrip('.')}") from problem  # fmt: skip

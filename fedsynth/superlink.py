@@ -132,7 +132,7 @@ def _wait_for(superlink: subprocess.Popen[bytes], config: ServerConfig, log: Pat
                                f"until this machine is less busy, or raise that key (log: {log})")  # fmt: skip
         time.sleep(0.05)
     try:
-        reach(log.parent, config)
+        reach(log.parent, config, config.start_seconds)
     except BadValue as problem:
         raise ServerFailed(
             f"the SuperLink listens, and `local` of {CONFIG} does not lead to it: {problem}"
