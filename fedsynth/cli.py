@@ -410,7 +410,8 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
             f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
         )  # fmt: skip
         drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
-        state = "lost" if row["run"] == LOST else "no guarantee" if plan is None else "reserved"
+        lost = row["run"] == LOST or (plan is not None and row["reason"])  # declared so
+        state = "lost" if lost else "no guarantee" if plan is None else "reserved"
         table.add_row(row["at"], row["run"], what, drawn, state, "")
         for grant in found["grants"]:
             if grant["spent"] == row["id"]:

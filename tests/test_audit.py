@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_ledger import COST, PLAN, answer, bind, charge, open_ledger
+from test_ledger import COST, PLAN, answer, bind, charge, die, killed, open_ledger
 
 import fedsynth.cli
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.plan import Budget
+from fedsynth.runs import up
 
 ANSWER = b"the answer's own bytes"
 
@@ -83,6 +85,56 @@ def test_reading_changes_no_byte(ward: Path) -> None:
     problems(contents(ward))
     assert ward.read_bytes() == before
     assert sorted(p.name for p in ward.parent.iterdir()) == [ward.name]
+
+
+def test_a_ledger_that_a_killed_process_left_half_written_says_so_and_the_way_out(
+    tmp_path: Path, typed: Callable[..., tuple[object, str, str]]
+) -> None:
+    ledger = open_ledger(tmp_path, Budget(100.0))
+    answer(ledger, "order 1")
+
+    def half_written() -> None:
+        with open_ledger(tmp_path, Budget(100.0))._transaction() as db:
+            db.execute("PRAGMA cache_size = 5")  # a large change does not wait in memory for its commit
+            db.execute("UPDATE grants SET state = 'abandoned'")
+            db.execute("INSERT INTO answers VALUES ('order 2', ?, 0, '')", (bytes(1_000_000),))
+            die()
+
+    killed(half_written)
+    half = ledger.path.read_bytes()
+    with pytest.raises(
+        LedgerUnusable, match=r"process that was killed; .*-journal .*`fedsynth ledger verify --recover "
+    ):
+        contents(ledger.path)
+    assert ledger.path.read_bytes() == half  # it was only read
+    assert typed("show", str(ledger.path))[0] == 2
+    code, out, _ = typed("verify", "--recover", str(ledger.path))
+    assert (code, "had not committed is undone" in out, "1 ledger: consistent" in out) == (0, True, True)
+    assert [grant["state"] for grant in contents(ledger.path)["grants"]] == ["sent"]
+    assert typed("verify", "--recover", str(ledger.path))[1] == "1 ledger: consistent\n"
+
+
+def test_both_figures_are_shown_and_what_is_left_of_the_cap(
+    tmp_path: Path, typed: Callable[..., tuple[object, str, str]]
+) -> None:
+    ledger = open_ledger(tmp_path, Budget(10.0))
+    path = str(ledger.path)
+    assert "0% is used by the filter" in typed("show", path)[1]
+    answer(ledger, "order 1")
+    told = json.loads(typed("show", "--json", path)[1])
+    assert told["epsilon"] == pytest.approx(COST)
+    assert told["cap"] == {"epsilon": 10.0, "delta": 1e-5}
+    by = told["filter"]
+    assert (by["order"], by["closed"]) == (3, False)
+    assert by["used"] == pytest.approx(4 * 3 / (2 * 16))  # RDP of four Gaussians: steps * order / (2 sigma^2)
+    assert by["room"] == pytest.approx(10 + math.log(3e-5) / 2 - math.log(2 / 3))
+    assert by["epsilon"] == pytest.approx(by["used"] - by["room"] + 10)
+    _, out, _ = typed("show", path)
+    assert f"{up(COST, 3):.3f} at 1e-05" in out
+    assert f"{up(by['epsilon'], 3):.3f} by the filter of order 3" in out
+    assert "7% is used by the filter" in out
+    open_ledger(tmp_path, Budget(COST + 0.01))
+    assert "the filter is full" in typed("show", path)[1]
 
 
 def test_what_is_no_ledger_is_named(tmp_path: Path) -> None:

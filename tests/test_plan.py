@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from dp_accounting import NeighboringRelation, dp_event
@@ -12,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedsynth.privacy.plan import (
+    MAX_STEPS,
     Budget,
     BudgetTooSmall,
     DPPlan,
@@ -22,7 +25,9 @@ from fedsynth.privacy.plan import (
     plan,
     statement,
 )
+from fedsynth.privacy.rdp import bound
 
+plan_module = importlib.import_module("fedsynth.privacy.plan")  # `privacy.plan` is the function
 WORLD = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)  # 400 notes per hospital
 
 
@@ -142,6 +147,55 @@ def test_a_budget_beyond_the_allowed_noise_is_refused_with_the_noise_it_takes() 
     with pytest.raises(BudgetTooSmall, match=r"noise_multiplier about 2\.\d+, more than max_noise_multiplier 2;"):
         plan(Budget(2.0), records=400, expected_batch=50, steps=60, max_noise_multiplier=2.0)
     assert plan(Budget(2.0), records=400, expected_batch=50, steps=60).noise_multiplier == 2.219
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"steps": MAX_STEPS + 1}, r"steps x rounds must be at most 100,000, got 100,001 x 1"),
+        ({"steps": 50_000, "rounds": 3}, r"got 50,000 x 3"),
+        ({"steps": 10**9}, r"got 1,000,000,000 x 1"),
+        ({"steps": 10, "max_noise_multiplier": 1e300}, r"max_noise_multiplier must be at most 1000"),
+    ],
+)
+def test_what_would_take_too_long_to_plan_is_refused_at_once(
+    more: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> float:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(plan_module, "_composed", never)
+    with pytest.raises(ValueError, match=said):
+        plan(Budget(8.0), records=400, expected_batch=50, **more)
+
+
+def test_the_most_steps_are_planned_for_in_a_few_computations(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids: list[float] = []
+
+    def counted(*args: Any, grid: float, **more: Any) -> float:
+        grids.append(grid)
+        return epsilon(*args, grid=grid, **more)
+
+    monkeypatch.setattr(plan_module, "epsilon", counted)
+    made = plan(Budget(8.0), records=100_000, expected_batch=500, steps=MAX_STEPS)
+    assert made.noise_multiplier == 1.162
+    assert len(grids) < 20
+
+
+def test_what_a_loss_distribution_would_take_gigabytes_for_has_the_bound_by_rdp() -> None:
+    wild = DPPlan(100, 100, MAX_STEPS, 1, 1.0, 0.05, 1e-5)  # a loss of some 20,000,000, on a grid of 0.0001
+    assert epsilon(wild, 1e-5) == bound([(1.0, 0.05, MAX_STEPS)], 1e-5)
+    assert epsilon(wild, 1e-5) > 1e7
+    assert epsilon(wild, 1e-5, relation="replace_one") == group_epsilon(wild, 2, 1e-5) == math.inf
+    many = [replace(WORLD, noise_multiplier=5 + i / 100) for i in range(40)]  # of kinds that differ
+    pieces = [(p.sampling_rate, p.noise_multiplier, p.steps) for p in many]
+    assert composed_epsilon(many, 1e-5) == pytest.approx(bound(pieces, 1e-5))
+
+
+@pytest.mark.parametrize("sigma", [0.3, 0.1])
+def test_a_coarser_grid_where_losses_are_large_is_an_upper_bound_and_a_close_one(sigma: float) -> None:
+    exact = gaussian_epsilon(sigma, 1e-5)
+    assert exact <= epsilon(DPPlan(10, 10, 1, 1, 1.0, sigma, 1e-5), 1e-5) <= exact + 2e-3
 
 
 def test_several_rows_of_one_person() -> None:

@@ -366,3 +366,26 @@ def test_ghost_clipping_comes_without_a_guarantee() -> None:
     Client("m", "m", guarantee="none", generator_training=ghost)
     with pytest.raises(BadValue, match="a record that is not finite spoils its sum"):
         Client("m", "m", budget=Budget(8.0), generator_training=ghost)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            ["client.generator_training.steps=100001"],
+            r"client.generator_training.steps must be at most 100,000 .*got 100,",
+        ),
+        (["client.generator_training.steps=60000", "rounds=2"], "got 60,000 in each of 2 rounds: take fewer"),
+        (["client.scorer_training.steps=1000000000"], r"client.scorer_training.steps must be at most 100,000 "),
+        (["client.max_noise_multiplier=1e9"], "max_noise_multiplier must be at most 1000, got 1e"),
+    ],
+)
+def test_what_a_client_would_plan_for_minutes_is_refused_when_the_scenario_is_read(
+    file: Path, change: list[str], said: str
+) -> None:
+    with pytest.raises(BadValue, match=said):
+        load(file, change)
+
+
+def test_as_many_steps_as_can_be_planned_are_read(file: Path) -> None:
+    assert load(file, ["client.generator_training.steps=50000", "rounds=2"]).rounds == 2

@@ -38,7 +38,8 @@ from fedsynth.federation import Clients, ServerSide, load_strategy
 from fedsynth.invitation import Invitation, Planned
 from fedsynth.nodes import Deployment, TooFewReplies
 from fedsynth.payload import decode
-from fedsynth.privacy.ledger import Ledger
+from fedsynth.privacy.audit import contents
+from fedsynth.privacy.ledger import Binding, BudgetExhausted, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
 from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
@@ -46,6 +47,7 @@ from fedsynth.scenario_toml import from_toml, to_toml
 from fedsynth.site_approve import decide, held_text
 from fedsynth.site_check import check
 from fedsynth.site_init import template
+from fedsynth.site_loss import declare, lost
 from fedsynth.site_model import answer_file, measured, models
 from fedsynth.site_rows import import_rows
 from fedsynth.site_start import _open_account
@@ -409,6 +411,46 @@ def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str,
     assert 7.8 < said[1].epsilon <= 8.0
 
 
+def test_a_run_of_many_arms_and_seeds_spends_no_more_than_the_site_allows_one_run(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    [place, *_] = places(tmp_path, notes, {"charite": replace(POLICY, per_run=Budget(2.0))})
+    place.open_ledger(create=True)
+    many = toml.replace("seeds = [0]", "seeds = [0, 1]").replace("epsilon = 8.0", "epsilon = 1.0")
+    many = to_toml(from_toml(many + "[arms.other]\n[arms.third]\n"))
+    refused = 0
+    for number, (arm, seed) in enumerate([(a, s) for a in ("main", "other", "third") for s in (0, 1)]):
+        home = home_of(place, cell_of(many, arm, seed), Envelope("run", arm, seed, 1, 0), {})
+        planned = home.plan()
+        binding = Binding(f"order {number}", planned.digest(), "mac", "model", "version")
+        try:
+            home.ledger.charge(planned, binding, home.run, budget=home.config.budget)
+        except BudgetExhausted:
+            refused += 1
+    assert refused > 0
+    assert 1.5 < place.open_ledger().spent("run")[0] <= 2.0  # 2.577 if each cell is held against it by itself
+    assert place.open_ledger().spent()[0] <= 2.0
+
+
+def test_an_order_to_a_site_whose_ledger_is_an_older_copy_is_refused_with_a_code_alone(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    [place, *_] = places(tmp_path, notes)
+    place.open_ledger(create=True)
+    shutil.copy(place.ledger, tmp_path / "backup")
+    one = toml.replace("clients = 3", "clients = 1").replace("epsilon = 8.0", "epsilon = 1.0")
+    Deployed([place], one, tmp_path / "run", run_id="first").run()
+    shutil.copy(tmp_path / "backup", place.ledger)
+    again = Deployed([place], one, tmp_path / "again", run_id="second")
+    with pytest.raises(TooFewReplies, match="site 'charite' refused: failed"):
+        again.run()
+    assert again.codes() == [Code.FAILED]
+    assert not contents(place.ledger)["grants"]
+    declare(place, *lost(place))
+    Deployed([place], one, tmp_path / "after", run_id="third").run()
+    assert [grant["state"] for grant in contents(place.ledger)["grants"]] == ["abandoned", "sent"]
+
+
 def test_a_stricter_scenario_is_obeyed(tmp_path: Path, notes: pd.DataFrame) -> None:
     lax = dict.fromkeys(NAMES, replace(POLICY, per_run=Budget(9.0)))
     deployed = Deployed(places(tmp_path, notes, lax), scenario(tmp_path, notes, epsilon=2.0), tmp_path / "run")
@@ -506,7 +548,7 @@ class TestApproval:
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
         assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
         events = [e["event"] for e in entries(sites[0].trail)]
-        assert events == ["asked", "waits", "stored", "accepted", "answered", "asked", "stored", "answered"]
+        assert events == ["asked", "charged", "waits", "stored", "accepted", "answered", "asked", "stored", "answered"]
 
     def test_declined_text_never_leaves_and_what_was_charged_stays_charged(
         self, tmp_path: Path, toml: str, sites: list[Place], monkeypatch: pytest.MonkeyPatch
@@ -669,10 +711,12 @@ class TestTrail:
         sites = places(tmp_path, notes)
         Deployed(sites, toml, tmp_path / "run").run()
         found = list(entries(sites[1].trail))
-        assert [e["event"] for e in found] == ["asked", "stored", "answered"] * 2
+        assert [e["event"] for e in found] == ["asked", "charged", *["stored", "answered", "asked"] * 2][:-1]
         assert [e["task"] for e in found if e["event"] == "asked"] == [Synthesize.task, Learn.task]
-        stored, answered = found[1], found[2]
-        assert len(stored["grants"]) == 1
+        charged, stored, answered = found[1:4]
+        assert [charged["grant"]] == stored["grants"]
+        assert charged["plan"] == sites[1].open_ledger().entries()[0]["plan"]
+        assert charged["run"] == "simulated/main/0"
         assert 7.8 < stored["epsilon"] <= 8.0
         assert answered["bytes"] > 0
         assert len(answered["sha256"]) == 64
