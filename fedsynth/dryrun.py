@@ -157,7 +157,7 @@ class _Answering(Clients):
         return Evaluated({**dict.fromkeys(figures, 1 / 3), "loss": 1 / 3}, of.test)
 
     def _drafts(self, home: int, per_label: int, longest: int) -> Corpus:
-        """As many of each label, none longer than drafts may be; where a site has few of one, those with other words."""
+        """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""
         of, rng = self.facts[home], np.random.default_rng([1, home])
         lengths = [min(length, longest) for length in self.lengths]
         like = dummy_site(self.cell, home, lengths, train=per_label * len(of.labels), test=1).train

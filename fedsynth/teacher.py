@@ -71,6 +71,8 @@ def blocks_prompt(examples: Iterable[tuple[str, str]], *, labels: Sequence[str],
 
 FIELDS = re.compile(r"\s*Label:[ \t]*(?P<label>[^\n]+?)[ \t]*\n\s*Text:\s*(?P<text>\S.*)", re.DOTALL)
 
+RAN_ON = re.compile(r"^[ \t]*Label:[^\n]*\n[ \t]*Text:", re.MULTILINE)  # the next block, without its line before it
+
 
 def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
     """The (label, text) blocks of an answer, and why the others were dropped."""
@@ -84,6 +86,8 @@ def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, st
             dropped["unreadable block"] += 1
         elif fields["label"] not in labels:
             dropped["mistyped label"] += 1
+        elif RAN_ON.search(fields["text"]):
+            dropped["template marker"] += 1
         else:
             found.append((fields["label"], one_line(fields["text"])))
     return found, dropped

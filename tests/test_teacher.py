@@ -106,10 +106,19 @@ dry
 -----
 Label: injury
 Text:
+-----
+Label: fever
+Text: ran on
+Label: cough
+Text: without a line between
+-----
+Label: cough
+Text: Label: this word and Text: are its own
 """
     found, dropped = parse_blocks(answer, LABELS)
-    assert found == [("fever", "hot and cold"), ("cough", "dry")]
-    assert dropped == {"unreadable block": 3, "mistyped label": 1}  # the greeting, the swapped fields, the empty text
+    assert found == [("fever", "hot and cold"), ("cough", "dry"), ("cough", "Label: this word and Text: are its own")]
+    # The greeting, the swapped fields and the empty text cannot be read.
+    assert dropped == {"unreadable block": 3, "mistyped label": 1, "template marker": 1}
 
 
 def test_the_parser_reads_what_the_template_shows() -> None:
