@@ -133,9 +133,7 @@ def test_arms_are_told_apart(tmp_path: Path) -> None:
     good, bad = journal(tmp_path, 0), journal(tmp_path, 1)
     fdkt(good, 0, unfinished=0, kept=12, written=8)
     fdkt(bad, 0, unfinished=12, kept=0, written=0)
-    assert told(good, bad) == {
-        "b": ["0 of 12 drafts left (unfinished 12)", "0 of 8 written texts left (too short 8)"]
-    }
+    assert told(good, bad) == {"b": ["0 of 12 drafts left (unfinished 12)", "0 of 8 written texts left (too short 8)"]}
 
 
 # --- Where it is told -------------------------------------------------------------------------------------------------
