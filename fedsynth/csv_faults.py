@@ -178,17 +178,17 @@ def _is_number(value: str) -> bool:
     return True
 
 
-def separator(text: str, names: Sequence[str], asked: Sequence[str]) -> str | None:
-    """What parts the columns of a file whose header has not all that are asked for; None if it may be the comma.
+def separator(text: str, asked: Sequence[str]) -> str | None:
+    """What parts the columns of a file whose header, parted by commas, has not all of them; None if nothing says so.
 
     Args:
         text: Of the file.
-        names: Of its columns, parted by commas.
         asked: Columns.
     """
+    head = next(line for line in LINE_END.split(text) if line.strip())
+    names = next(csv.reader([head]))
     if set(asked) <= set(names):
         return None
-    head = next(line for line in LINE_END.split(text) if line.strip())
     for sign in SEPARATORS:
         found = next(csv.reader([head], delimiter=sign))
         if len(found) > 1 and (len(names) == 1 or set(asked) <= {name.strip() for name in found}):

@@ -402,14 +402,14 @@ def decoded(path: Path) -> str:
 def _from_csv(path: Path, asked: Sequence[str] | None, strict: bool) -> pd.DataFrame:
     """Text as it stands in the file: "01" and "None" are labels like any other."""
     text = decoded(path)
+    if sign := separator(text, asked or ()):
+        raise BadValue(
+            f"its columns are parted by {sign!r}, not by commas: save it with commas, or as JSONL or Parquet"
+        )
     if strict and (found := swallowed(text)):
         raise ValueError(f"{found[0]}{f' (and {len(found) - 1} more such quotes)' if len(found) > 1 else ''}")
     head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
     names = [str(name) for name in head.iloc[0]]
-    if sign := separator(text, names, asked or ()):
-        raise BadValue(
-            f"its columns are parted by {sign!r}, not by commas: save it with commas, or as JSONL or Parquet"
-        )
     chosen = _chosen(names, asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header

@@ -179,6 +179,8 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": true, "label": "x"}\n', "column 'text' holds bool values, not text"),
         ("a.csv", "text;label\na, b;x\n", "its columns are parted by ';', not by commas: save it with commas, or as"),
         ("a.csv", "text\tlabel\na\tx\n", "its columns are parted by '\\t'"),
+        ("a.csv", 'text;label\n"a\nb";x\n', "its columns are parted by ';'"),
+        ("a.csv", '"text,label\na,x\n', "a quote in line 1 begins a field and never closes: 2 lines"),
         ("a.csv", "text,label\na,Caf\u00e9\nb,Cafe\u0301\n", r"'Cafe\u0301' and 'Caf\u00e9'; write each class one way"),
         ("a.csv", "text,label\n\u200b,x\na,\u00ad\n", "no row has both 'text' and 'label' (it has 2 rows)"),
         ("a.csv", 'text,label\na,x\n"b c,x\nd,y\n', "a quote in line 3 begins a field and never closes: 2 lines stand"),
