@@ -1,8 +1,9 @@
 """Whether the step loop trains as a plan says: it is run on public units, and what it draws and adds is tested.
 
-What runs is `fedsynth.training` itself, with the plan's rate, steps, clip norm, noise and divisor, the settings' engine
-and micro-batch. Units have known gradients, all alike and far above C. So what an optimizer is given must be |drawn| C
-along one direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected batch.
+`fedsynth.training` itself runs, with the plan's rate, steps, clip norm, noise and divisor, the settings' engine and
+micro-batch. Units have known gradients, all alike and far above C. So an optimizer must be given |drawn| C along one
+direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected batch. Each of a dozen
+tests fails with a chance of 1e-9 where all is right; the key is fixed, so that a verdict is the same each time.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _ROUNDING = 1e-4  # of a clipped gradient in float32, relative; more than it is,
 
 @dataclass
 class Watched:
-    """What came of the steps of one client's training.
+    """The steps of one client's training, as the optimizer saw them.
 
     Attributes:
         drawn: Units of each step, by number.
@@ -83,7 +84,7 @@ class Watched:
 def differs(
     plan: DPPlan, settings: GeneratorTraining, device: torch.device, *, clients: int = 1, key: bytes = PUBLIC
 ) -> str | None:
-    """What of the step loop is not as planned; None if nothing is.
+    """The first thing in the step loop that is not as planned, in words; None if all is.
 
     Takes one or two milliseconds a step, which is little beside a step of a real model. Leaves torch's global random
     state alone.

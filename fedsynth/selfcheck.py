@@ -41,11 +41,11 @@ def self_check(
 ) -> None:
     """Checks the step loop, and the model's clipped gradients, on random public tokens (docs/privacy.md).
 
-    What hangs on the model as it is now is checked each time: its gradients are finite and not zero, clipped, and those
-    of an example the same alone and in a batch (BatchNorm, packing and batch-mean losses are found so). Once in a
-    process for the same code, plan, settings, shapes, device and precision: what the loop draws, adds, divides by and
-    how often (`fedsynth.loopcheck`), and that one unit more moves the sum by C at most with every number of rows that a
-    pass can have. Leaves the model as it was.
+    Each time: the model's gradients are finite, not zero and clipped, and those of an example are the same alone and in
+    a batch (BatchNorm, packing and batch-mean losses are found so). Once in a process for the same code, plan,
+    settings, shapes, device and precision: the loop's draws, noise, divisor and steps are the plan's
+    (`fedsynth.loopcheck`), and one unit more moves the sum by C at most with every number of rows that a pass can have.
+    Leaves the model as it was.
 
     Args:
         model: What will be trained.
