@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 from typed_text import CONTROL, LINES, TYPED, cases, faq
 
 from fedsynth.batches import given_rows, token_rows
@@ -32,13 +32,36 @@ from fedsynth.world import WORLDS, load_world, private_notes, private_records, p
 
 TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 SHIPPED = ("assets:tiny-slm", "assets:tiny-base")
-VARIED = ("unigram", "words", "lines")  # kinds of tokenizer beside those of the families
+VARIED = ("unigram", "words", "slow", "lines")  # kinds of tokenizer beside those of the families
 SPECIAL = {*CONTROL, "\n"}
+
+
+class Slow(PreTrainedTokenizer):
+    """One of transformers' tokenizers in Python: whole words, and names of tokens among them."""
+
+    words = ("<pad>", "</s>", "<unk>", "<", "/s>", "a", "b")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.words)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return text.split()
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.get_vocab().get(token, 2)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.words[index]
 
 
 @cache
 def tokenizer_of(name: str) -> Any:
-    """Of a family or a shipped model; "unigram" and "words" find names of tokens in a text, "lines" is `pretrain`'s."""
+    """Of a family or a shipped model; "unigram", "words" and "slow" find names of tokens in a text, "lines" is that of
+    `fedsynth pretrain`."""
     if name == "unigram":
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((chr(c), -5.0) for c in range(33, 127))]
         inner = Tokenizer(models.Unigram([*pieces, ("</", -4.0)], 2))
@@ -47,6 +70,8 @@ def tokenizer_of(name: str) -> Any:
         words = ["<pad>", "</s>", "<unk>", "<", "/s>", "a", "b"]
         inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
         inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    elif name == "slow":
+        return Slow(**TOKENS)
     elif name == "lines":
         return train_tokenizer([f"{text}\n" for text in LINES], 300)
     elif name.startswith("assets:"):
@@ -81,12 +106,13 @@ def test_typed_text_comes_back_from_its_tokens_to_the_letter(name: str) -> None:
 
 
 def test_a_name_that_a_vocabulary_holds_is_spelled_out() -> None:
-    unigram, words = tokenizer_of("unigram"), tokenizer_of("words")
+    unigram = tokenizer_of("unigram")
     for text in ("a</s>b <pad>", "an <unk> token"):
         assert unigram.decode(token_ids(unigram, text), skip_special_tokens=True) == text
     plain = unigram("a</s>b", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert unigram.eos_token_id in plain  # transformers' own option does not do it
-    assert words.convert_ids_to_tokens(token_ids(words, "a </s> b")) == ["a", "<", "/s>", "b"]
+    for words in map(tokenizer_of, ("words", "slow")):
+        assert words.convert_ids_to_tokens(token_ids(words, "a </s> b")) == ["a", "<", "/s>", "b"]
 
 
 def test_a_line_end_that_only_the_end_of_text_can_write_is_a_blank() -> None:
