@@ -105,8 +105,8 @@ def server(place: Place) -> Iterator[Finding]:
     try:
         context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
         # As the SuperNode goes: by the proxy that the environment names, unless the server is on this machine.
-        with httpx.Client(verify=context, timeout=10, mounts=no_proxies(host)) as client:
-            answer = client.get(f"https://{link.address}/health")
+        client = httpx.Client(verify=context, timeout=10, mounts=no_proxies(host))
+        with client, client.stream("GET", f"https://{link.address}/health") as answer:
             said = answer.headers.get("Date")
             certificate = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert()
     except (OSError, ValueError, httpx.HTTPError) as problem:
@@ -140,4 +140,4 @@ def _causes(problem: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = problem
     while found is not None:
         yield found
-        found = found.__cause__
+        found = found.__cause__ or found.__context__

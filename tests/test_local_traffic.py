@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ import ray
 import requests
 from proxy import DEAD, behind_a_dead_proxy
 
-from fedsynth.certificates import authority
+from fedsynth.certificates import authority, write_certificates
 from fedsynth.flower import environment
 from fedsynth.proxy import is_loopback, past_proxies
 from fedsynth.remote import EndpointFailed, RemoteLLM
@@ -196,14 +197,36 @@ def test_an_endpoint_here_is_asked_directly_and_one_elsewhere_through_the_proxy(
         assert [path.partition("/v1")[2] for path in told.asked] == ["/completions"]
 
 
+def site(folder: Path, address: str) -> Any:
+    """A site's folder, with the CA that it trusts in ca.crt."""
+    link = SimpleNamespace(address=address, root_certificates="ca.crt")
+    return SimpleNamespace(site=SimpleNamespace(superlink=link), path=lambda name: folder / name)
+
+
+def test_a_site_tells_a_certificate_that_is_not_accepted_from_a_server_that_is_away(
+    tmp_path: Path, listener: Listener, proxy: Listener
+) -> None:
+    write_certificates(tmp_path / "server", ["127.0.0.1"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "server" / "server.crt", tmp_path / "server" / "server.key")
+    listener.server.socket = tls.wrap_socket(listener.server.socket, server_side=True)
+    place = site(tmp_path, f"127.0.0.1:{listener.port}")
+
+    def found() -> list[tuple[str, str]]:
+        return [(finding.what, finding.state) for finding in server(place)]
+
+    (tmp_path / "ca.crt").write_bytes((tmp_path / "server" / "ca.crt").read_bytes())
+    assert found() == [("server", "ok"), ("clock", "ok")]
+    assert listener.asked == ["/health"]
+    (tmp_path / "ca.crt").write_bytes(authority().pem)
+    assert found() == [("certificate", "problem")]
+    assert proxy.asked == []
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "fl.example.test:9443"])
 def test_a_site_looks_for_its_server_the_way_its_supernode_goes(tmp_path: Path, proxy: Listener, address: str) -> None:
     (tmp_path / "ca.crt").write_bytes(authority().pem)
-    place: Any = SimpleNamespace(
-        site=SimpleNamespace(superlink=SimpleNamespace(address=address, root_certificates="ca.crt")),
-        path=lambda name: tmp_path / name,
-    )
-    [finding] = server(place)
+    [finding] = server(site(tmp_path, address))
     assert (finding.what, finding.state) == ("server", "problem")
     assert proxy.asked == ([] if address.startswith("127.") else [f"CONNECT {address}"])
     assert ("through the proxy of the environment" in finding.says) == bool(proxy.asked)
