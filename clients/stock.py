@@ -149,5 +149,10 @@ def largest_epsilon(replies: list[RecordDict], weighted_by_key: str) -> MetricRe
     """
     del weighted_by_key  # a bound is no mean
     said = [reply.config_records["privacy"] for reply in replies]
-    epsilon, delta = (max(float(str(s.get(k, math.inf))) for s in said) for k in ("epsilon", "delta"))
+    epsilon, delta = (max(_bound(s.get(k)) for s in said) for k in ("epsilon", "delta"))
     return MetricRecord({"epsilon": epsilon, "delta": delta})
+
+
+def _bound(value: object) -> float:
+    """A figure of a reply, inf for what is none: no maximum sees a NaN."""
+    return float(value) if isinstance(value, int | float) and value >= 0 else math.inf

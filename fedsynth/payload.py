@@ -154,17 +154,16 @@ def _files(data: bytes) -> dict[str, memoryview]:
     files: dict[str, memoryview] = {}
     place, at = 0, start  # of the next member, of its entry in the directory
     for _ in range(count):
-        entry = _CENTRAL.unpack_from(view, at)
-        signature, flags, method, crc, packed, size, length = (*entry[:1], *entry[3:5], *entry[7:11])
-        rest = (*entry[11:14], entry[16])  # lengths of extra field and comment, disk; where the member begins
-        local = _LOCAL.unpack_from(view, place)
-        name = bytes(view[at + _CENTRAL.size : at + _CENTRAL.size + length])
+        mark, _, _, flags, method, _, _, crc, packed, size, length, extra, comment, disk, _, _, offset = (
+            _CENTRAL.unpack_from(view, at)
+        )
+        local, _, *again, longer, more = _LOCAL.unpack_from(view, place)
         begin = place + _LOCAL.size + length
-        if (
-            (signature, flags, method, packed, rest) != (b"PK\1\2", 0, 0, size, (0, 0, 0, place))
-            or (local[0], *local[2:4], *local[6:]) != (b"PK\3\4", 0, 0, crc, size, size, length, 0)
-            or bytes(view[place + _LOCAL.size : begin]) != name
-        ):
+        name = bytes(view[at + _CENTRAL.size : at + _CENTRAL.size + length])
+        plain_entry = (flags, method, packed, extra, comment, disk, offset) == (0, 0, size, 0, 0, 0, place)
+        same_again = (*again[:2], *again[4:], longer, more) == (0, 0, crc, size, size, length, 0)
+        same_name = bytes(view[place + _LOCAL.size : begin]) == name
+        if (mark, local) != (b"PK\1\2", b"PK\3\4") or not (plain_entry and same_again and same_name):
             raise BadPayload("a payload must be uncompressed, and hold nothing but its parts")
         part = view[begin : begin + size]
         if crc32(part) != crc:

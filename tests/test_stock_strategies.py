@@ -331,6 +331,15 @@ def test_without_a_guarantee_every_reply_and_the_ledger_say_so(tmp_path: Path) -
     assert all(world.home(i).waived for i in range(3))
 
 
+@pytest.mark.parametrize("epsilon", [None, math.nan, -1.0, "7.9"])
+def test_what_is_no_epsilon_is_no_bound(epsilon: Any) -> None:
+    said = [{"epsilon": 2.0, "delta": 1e-5}, {"delta": 1e-6} | ({} if epsilon is None else {"epsilon": epsilon})]
+    replies = [RecordDict({"privacy": ConfigRecord(dict(facts))}) for facts in said]
+    for order in (replies, replies[::-1]):
+        found = largest_epsilon(order, "num-examples")
+        assert (found["epsilon"], found["delta"]) == (math.inf, 1e-5)
+
+
 def test_outside_simulations_no_test_figure_and_no_open_release_leaves(tmp_path: Path) -> None:
     def site(context: Context, envelope: Any) -> Home:
         return replace(simulation(context, envelope), simulated=False)
