@@ -298,7 +298,9 @@ class Clients:
         if reply is None:
             return [(home, f"{UNUSABLE}: its message cannot be read") for home in homes]
         if reply.has_error():
-            return [(home, f"its worker failed: {first_line(reply)}") for home in homes]
+            # Whatever stands there of a real site, the site wrote it.
+            why = f"Flower's error {reply.error.code}" if self.sites else first_line(reply)
+            return [(home, f"its worker failed: {why}") for home in homes]
         parts = parted(reply.content)
         if len(parts) != len(homes):
             return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
