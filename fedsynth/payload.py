@@ -42,6 +42,7 @@ from fedsynth.typed import BadValue, build, plain
 
 T = TypeVar("T")
 SCHEMA = 2
+READ = (1, SCHEMA)  # 1 differs in its texts alone: a site's adapter in use, scores and codes of it are read
 MAX_LINE = 16 + 2 * 6 * MAX_TEXT  # bytes of a prompt and an answer: JSON writes a character in six at most
 ROWS = 64  # of a Parquet file that are read at once
 SPARE = 1 << 26  # bytes to which one may unpack, whatever its size
@@ -97,10 +98,8 @@ def _decoded(data: bytes, kind: type[T], *, trusted: bool) -> T:
     head = _json(files.pop("value.json"), trusted=trusted)
     if not isinstance(head, dict) or set(head) != {"schema", "type", "value"}:
         raise BadPayload("not a payload: its head is no table of schema, type and value")
-    if head["schema"] != SCHEMA or head["type"] != kind.__name__:
-        older = type(head["schema"]) is int and 0 < head["schema"] < SCHEMA
-        found = f"schema {head['schema']}" if older else "another type or schema"
-        raise BadPayload(f"expected a {kind.__name__} of schema {SCHEMA}, got {found}")
+    if head["schema"] not in READ or head["type"] != kind.__name__:
+        raise BadPayload(f"expected a {kind.__name__} of schema {SCHEMA}, got another type or schema")
     tree = _put_parts(head["value"], files, {} if trusted else None)
     if files and not trusted:
         raise BadPayload("a payload holds a part that its value does not name")
@@ -283,6 +282,8 @@ def _put_parts(tree: Any, files: dict[str, memoryview], known: dict[str, Any] | 
 def _corpus(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Corpus:
     """From JSON lines: `["prompt","answer"]`, each with its line end."""
     raw = bytes(data)
+    if raw.startswith(b"PAR1"):
+        raise BadPayload(f"expected texts of schema {SCHEMA}, got those of schema 1, which an earlier version wrote")
     if not trusted and raw.count(b"\n") > MAX_TEXTS:
         raise BadPayload(f"a corpus must have at most {MAX_TEXTS} texts")
     lines = raw.split(b"\n")

@@ -162,44 +162,37 @@ def _read(source: str, columns: Columns, place: Path | _OfHub, _: tuple[int, ...
         raise BadValue(f"{source}: {problem}") from problem
 
 
-def rows_of(raw: pd.DataFrame, columns: Columns, *, strict: bool = True) -> Rows:
+def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
     """The rows that have a text and an answer.
 
     Args:
         raw: The columns, as `load_columns` gives them.
         columns: Which says what.
-        strict: Refuse what a single row holds. Else a cell that is no text counts as missing, and a row without a
-            person as incomplete: where an answer waits, no single record may decide whether there is one.
 
     Raises:
-        BadValue: If no row can be used or the text column holds numbers; if strict, also for a cell that is no text, a
+        BadValue: If no row can be used or the text column holds numbers; also for a cell that is no text, a
             missing person, labels, persons or clients that are spellings of one, test rows that no row is or that
             have no label, or a person with training and test rows.
     """
-    if strict:
-        for column in raw.columns:
-            _check_cells(raw[column], column)
-    else:
-        raw = pd.DataFrame({c: [None if _misfit(value) else value for value in raw[c]] for c in raw}, dtype=object)
+    for column in raw.columns:
+        _check_cells(raw[column], column)
     _refuse_numbers(raw[columns.text], columns.text)
     found = pd.DataFrame({TEXT: _as_texts(raw[columns.text]), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
     whole = found.notna().all(axis=1).to_numpy()
-    if columns.unit is not None and not strict:
-        whole = whole & np.array([name is not None for name in _as_texts(raw[columns.unit])], dtype=bool)
     if not whole.any():
         raise BadValue(f"no row has both {columns.text!r} and {columns.answer!r} (it has {len(raw)} rows)")
     held = np.zeros(len(raw), dtype=bool) if columns.test is None else _held(raw[columns.test.column], columns.test)
-    if strict and columns.test is not None:
+    if columns.test is not None:
         _refuse_no_test(raw[columns.test.column], columns, held, found)
     found, raw = found[whole].reset_index(drop=True), raw[whole].reset_index(drop=True)
     found[UNIT] = found.index if columns.unit is None else _names(raw, columns.unit)
     found[CLIENT] = "" if columns.client is None else _names(raw, columns.client)
     found[HELD] = held[whole]
     merged = sum(_one_spelling(found, column, name, columns.spellings)
-                 for column, name in ((UNIT, columns.unit), (CLIENT, columns.client)) if strict and name)  # fmt: skip
-    if strict and columns.classes:
+                 for column, name in ((UNIT, columns.unit), (CLIENT, columns.client)) if name)  # fmt: skip
+    if columns.classes:
         refuse_alike(found[LABEL])
-    if strict and (both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]]))):
+    if both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]])):
         raise BadValue(
             f"{both} values of the unit column {columns.unit!r} have training and test rows: a person belongs in one "
             "of the two, mend the test rows"
@@ -326,19 +319,18 @@ def _is_number(value: object) -> bool:
 # --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
 
 
-def load_columns(path: Path, asked: Sequence[str] | None = None, *, strict: bool = True) -> pd.DataFrame:
+def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
     """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
 
     Args:
         path: Of it.
         asked: Columns.
-        strict: Refuse a quote of a CSV file that swallows rows (`csv_faults.swallowed`).
 
     Raises:
         BadValue: If it cannot be read, or has no such column; the message does not name the file.
     """
     try:
-        frame = _loader(path)(path, asked, strict)
+        frame = _loader(path)(path, asked)
     except BadValue:
         raise
     except Exception as problem:
@@ -356,7 +348,7 @@ def _reason(problem: Exception) -> str:
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
-Loader = Callable[[Path, Sequence[str] | None, bool], pd.DataFrame]
+Loader = Callable[[Path, Sequence[str] | None], pd.DataFrame]
 
 
 def _loader(path: Path) -> Loader:
@@ -399,14 +391,14 @@ def decoded(path: Path) -> str:
     return text
 
 
-def _from_csv(path: Path, asked: Sequence[str] | None, strict: bool) -> pd.DataFrame:
+def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     """Text as it stands in the file: "01" and "None" are labels like any other."""
     text = decoded(path)
     if sign := separator(text, asked or ()):
         raise BadValue(
             f"its columns are parted by {sign!r}, not by commas: save it with commas, or as JSONL or Parquet"
         )
-    if strict and (found := swallowed(text)):
+    if found := swallowed(text):
         raise ValueError(f"{found[0]}{f' (and {len(found) - 1} more such quotes)' if len(found) > 1 else ''}")
     head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
     names = [str(name) for name in head.iloc[0]]
@@ -417,7 +409,7 @@ def _from_csv(path: Path, asked: Sequence[str] | None, strict: bool) -> pd.DataF
     return frame[chosen]
 
 
-def _from_jsonl(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
+def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(decoded(path).split("\n"), start=1):
         if not line.strip():
@@ -439,7 +431,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _from_parquet(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
+def _from_parquet(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     try:
         file = pq.ParquetFile(path)
     except Exception as problem:
@@ -450,7 +442,7 @@ def _from_parquet(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFr
     return frame
 
 
-def _from_disk(path: Path, asked: Sequence[str] | None, _: bool) -> pd.DataFrame:
+def _from_disk(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     import datasets  # takes a second to import
 
     return _from_dataset(datasets.load_from_disk(str(path)), asked)

@@ -138,11 +138,21 @@ def test_a_payload_written_by_hand_is_read() -> None:
     assert decode(archive(head({"seed": 7})), Learn) == Learn(7)
 
 
+def test_an_adapter_that_an_earlier_version_left_at_a_site_is_read_and_its_texts_are_named() -> None:
+    factor = np.ones((2, 3), np.float32)
+    facts = {"$adapter": "0.safetensors", "rank": 2, "alpha": 4.0, "base": "b", "grants": ["g"]}
+    data = archive({**head({"adapter": facts}, "Adopt", schema=1), "0.safetensors": save({"x.lora_A.weight": factor})})
+    assert (decode(data, Adopt).adapter.arrays["x.lora_A.weight"] == factor).all()
+    texts = {**head({"seed": 7, "corpus": {"$corpus": "0.parquet"}}, schema=1), "0.parquet": corpus_to_parquet(CORPUS)}
+    with pytest.raises(BadPayload, match="texts of schema 2, got those of schema 1"):
+        decode(archive(texts), Learn)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         (encode(Evaluate()), "expected a Learn of schema 2, got another type"),
-        (archive(head({"seed": 7}, schema=1)), "expected a Learn of schema 2, got schema 1"),
+        (archive(head({"seed": 7}, schema=3)), "expected a Learn of schema 2, got another type or schema"),
         (archive(head({"seed": 7}), zipfile.ZIP_DEFLATED), "uncompressed"),
         (archive({"other.json": b"{}"}), "not a payload"),
         (archive({"value.json": b"{"}), "not a payload"),
