@@ -176,9 +176,11 @@ def check_answer(
         _within("number of texts of one label", most, 0, order.per_label)
         _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
         _check_grants(answer.statement, answer.corpus.grants)
-        written = Provenance.DP_SYNTHETIC if answer.statement.guarantee == "dp" else Provenance.SELF_GENERATED
-        if answer.corpus.provenance is not written:
-            raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that is not {written.value}")
+        under_dp = answer.statement.guarantee == "dp"
+        if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) is not under_dp or (
+            not under_dp and answer.corpus.provenance is not Provenance.SELF_GENERATED
+        ):
+            raise Rejected(f"{answer.corpus.provenance.value} text under guarantee {answer.statement.guarantee!r}")
         if answer.adapter is not None:
             _check_factors("adapter", answer.adapter)
             _check_grants(answer.statement, answer.adapter.grants)

@@ -246,7 +246,7 @@ def _take_parts(value: object, parts: list[tuple[str, bytes]], known: dict[int, 
             place |= {"public": True} if known is not None and value.public else {}
         place["grants"] = list(value.grants)
         if known is not None:
-            known[id(value)] = place
+            known[id(value)] = {key: place[key] for key in ("$corpus", "$adapter") if key in place}
         return place
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
@@ -283,6 +283,8 @@ def _corpus(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Corpus
     """From JSON lines: `["prompt","answer"]`, each with its line end."""
     raw = bytes(data)
     if raw.startswith(b"PAR1"):
+        if trusted:
+            return corpus_from_parquet(raw)
         raise BadPayload(f"expected texts of schema {SCHEMA}, got those of schema 1, which an earlier version wrote")
     if not trusted and raw.count(b"\n") > MAX_TEXTS:
         raise BadPayload(f"a corpus must have at most {MAX_TEXTS} texts")

@@ -30,7 +30,7 @@ def held_text(place: Place, order: str) -> Corpus:
 
     held = place.approvals.find(order)
     kind = next(o for o in ORDERS if o.task == held["task"])
-    answer: Any = decode(_stored(place, held), kind.reply)
+    answer: Any = decode(_stored(place, held), kind.reply, trusted=True)
     return next(part for part in derived(answer) if isinstance(part, Corpus))
 
 

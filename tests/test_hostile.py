@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +119,8 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     with pytest.raises(TooFewReplies) as caught:
         all_needed.ask(order)
     assert why in str(caught.value)
-    assert str(caught.value).startswith("finetune: 2 of 3 clients answered, 3 needed (site 'south' ")
+    # Who answers behind the one that ends it is not waited for.
+    assert re.match(r"finetune: [012] of 3 clients answered, 3 needed \(site 'south' ", str(caught.value))
     assert str(caught.value).isprintable()
     assert "script" not in str(caught.value)
 

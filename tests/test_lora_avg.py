@@ -12,6 +12,7 @@ from inprocess import Played, canary, instructions, play
 
 from fedsynth.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.clients import app
+from fedsynth.clients.home import COVERED
 from fedsynth.hub import weights_hash
 from fedsynth.lora import Adapter, average, only_b, stacked, update
 from fedsynth.nodes import TooFewReplies
@@ -78,7 +79,7 @@ def test_a_site_refuses_to_be_measured_before_it_reads_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = app.simulated_home
-    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), simulated=False))
+    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), allowed=COVERED))
 
     def never(*_: object) -> None:
         raise AssertionError("a test text was read: one that is too long would be told by the code of the refusal")

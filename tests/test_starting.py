@@ -117,6 +117,7 @@ def supernode(polls: int | None) -> Any:
 def place(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A site whose server answers; its SuperNode is looked at all the time, and for silent after no time."""
     monkeypatch.setattr(site_watch, "_problems", lambda _: {})
+    monkeypatch.setattr(site_watch, "source_changed", lambda _: "")
     monkeypatch.setattr(site_watch, "LOOK_SECONDS", 0.0)
     monkeypatch.setattr(site_watch, "SILENT_SECONDS", 0.05)
     monkeypatch.setattr(site_watch, "_connected", lambda *_: False)
