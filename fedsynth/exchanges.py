@@ -373,10 +373,10 @@ class Clients:
             answer: Any = decode(payload, Refused if refused else order.reply)
             if isinstance(answer, Refused):
                 return replace(heard, why=f"refused: {answer.code.value}")
-            # A site says in the same words what it protects, in whatever column it has it.
-            units = UNITS if self.sites else (scenario.data.unit_name,)
+            # Real sites all say in the same words what they protect, in whatever column they have it.
+            units, simulated = (UNITS, False) if self.sites else ((scenario.data.unit_name,), None)
             batch = scenario.client.generator_training.expected_batch
-            check_answer(order, answer, self.labels, units=units, simulated=not self.sites, batch=batch)
+            check_answer(order, answer, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
         return replace(heard, answer=answer)

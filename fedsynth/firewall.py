@@ -169,18 +169,15 @@ def check_answer(
             raise Rejected(f"statement: {problem}") from problem
     if isinstance(answer, Synthesized) and isinstance(order, Synthesize):
         _check_corpus(answer.corpus, labels)
-        if answer.corpus.provenance is Provenance.PRIVATE:
-            raise Rejected("a client sent text that is marked private")
+        if answer.corpus.provenance not in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED):
+            raise Rejected(f"a client sent text that is marked {answer.corpus.provenance.value}")
         _within("number of texts", len(answer.corpus), 0, order.per_label * len(labels))
         most = max(answer.corpus.counts().values(), default=0)
         _within("number of texts of one label", most, 0, order.per_label)
         _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
         _check_grants(answer.statement, answer.corpus.grants)
-        under_dp = answer.statement.guarantee == "dp"
-        if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) is not under_dp or (
-            not under_dp and answer.corpus.provenance is not Provenance.SELF_GENERATED
-        ):
-            raise Rejected(f"{answer.corpus.provenance.value} text under guarantee {answer.statement.guarantee!r}")
+        if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) != (answer.statement.guarantee == "dp"):
+            raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that calls itself otherwise")
         if answer.adapter is not None:
             _check_factors("adapter", answer.adapter)
             _check_grants(answer.statement, answer.adapter.grants)

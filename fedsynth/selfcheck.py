@@ -62,7 +62,7 @@ def self_check(
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     shapes, rng = _shapes(model), np.random.default_rng(0)
     # One as long as any: some models compute all positions otherwise where one text is long (LongRoPE).
-    lengths = (5, 9, 9, max(14, settings.max_tokens), 7, 4)
+    lengths = (5, 9, 9, max(14, settings.max_tokens), 7, 3)
     examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     first = min(settings.rows_per_unit, len(examples) - 1)
     units: list[Slot] = [examples[:first], *([e] for e in examples[first:])]
@@ -110,7 +110,7 @@ def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, 
         SelfCheckFailed: With what is wrong.
     """
     shapes, rng = _shapes(model), np.random.default_rng(1)
-    units = [(Example(tuple(rng.integers(0, vocabulary_of(model), n).tolist()), 2),) for n in (6, 9, 7, 12, 5, 4)]
+    units = [(Example(tuple(rng.integers(0, vocabulary_of(model), n).tolist()), 2),) for n in (6, 9, 7, 12, 5, 3)]
     lora = [weight for name, weight in model.named_parameters() if "lora_" in name]
     factors = {weight: torch.stack([weight.detach(), weight.detach()]) for weight in lora}
     try:

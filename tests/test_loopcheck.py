@@ -199,8 +199,8 @@ def test_the_trainer_as_it_is_passes_with_few_steps_and_tiny_rates_too(plan: DPP
 @pytest.mark.full
 @pytest.mark.parametrize("clients", [1, 2], ids=["alone", "stacked"])
 @pytest.mark.parametrize("plan", [plan for plan in RIGHT if plan.records < 1000])
-def test_the_trainer_as_it_is_passes_with_each_of_a_hundred_keys(plan: DPPlan, clients: int) -> None:
-    assert {differs(plan, SETTINGS, CPU, clients=clients, key=bytes([key]) * 32) for key in range(100)} == {None}
+def test_the_trainer_as_it_is_passes_with_each_of_thirty_keys(plan: DPPlan, clients: int) -> None:
+    assert {differs(plan, SETTINGS, CPU, clients=clients, key=bytes([key]) * 32) for key in range(30)} == {None}
 
 
 def test_opacus_hooks_pass_too() -> None:
