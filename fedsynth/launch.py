@@ -317,12 +317,13 @@ def _check_clock(plan: _Plan, begun: float, what: str) -> None:
 
 
 def _parts(names: set[str]) -> dict[str, psutil.Process]:
-    """Those of a run's processes that work now, by name."""
+    """Those of a run's processes that work now, by name; of Ray also what died before it was looked at."""
     found = {}
     for process in psutil.Process().children(recursive=True) if names else ():
         with contextlib.suppress(psutil.Error):
-            for name in names & {Path(word).name for word in process.cmdline()[:2]}:
-                if alive(process):
+            words = process.cmdline()[:2] or [process.name()]  # a zombie has no words any more, but a name
+            for name in names & {Path(word).name for word in words}:
+                if alive(process) or name in RAY:
                     found[name] = process
     return found
 
