@@ -31,7 +31,7 @@ def declare(place: Place, ledger: Ledger, charges: Sequence[Charge]) -> None:
     by = user()
     # First: nothing is counted as lost of which the trail does not say who declared it.
     place.witness().add(
-        "loss declared",
+        "lost",
         grants=[charge.grant for charge in charges if charge.grant],
         releases=[{"run": charge.run, "reason": charge.reason} for charge in charges if not charge.grant],
         by=by,

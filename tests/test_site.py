@@ -833,6 +833,24 @@ def test_a_model_of_a_list_by_client_is_held_against_the_policy_too(
         Deployed(places(tmp_path, notes), more, tmp_path / "run").run()
 
 
+def test_more_steps_than_can_be_planned_for_are_refused_before_anything_is_opened(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
+    wild = deployed.whole.replace("steps = 3", "steps = 1000000000")
+    assert wild != deployed.whole
+    why: list[str] = []
+
+    def opened(context: Context, envelope: Envelope) -> Home:
+        return home_of(deployed.sites[0], cell_of(wild, "main", 0), envelope, {})
+
+    order = pack_order(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
+    context = next(iter(deployed.grid.contexts.values()))
+    sealed = answer(Synthesize, order, context, opened, unopened=lambda task, what: why.append(what))
+    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+    assert "client.generator_training.steps must be at most 100,000 over all rounds, got 1,000,000,000" in why[0]
+
+
 @pytest.mark.parametrize("setting", ["clip_norm = 1e-37", "clip_norm = 1e30", "learning_rate = 1e9", "alpha = 1e30"])
 def test_numbers_beyond_which_the_bound_was_never_shown_are_refused(
     tmp_path: Path, toml: str, notes: pd.DataFrame, setting: str

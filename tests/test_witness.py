@@ -136,7 +136,7 @@ def test_a_declared_loss_is_counted_at_the_plan_of_the_trail_and_opens_the_accou
     assert [row["reason"] for row in read["reservations"]][:2] == [None, None]
     assert all("loss declared by" in row["reason"] for row in read["reservations"][2:])
     last = list(entries(place.trail))[-1]
-    assert (last["event"], last["grants"]) == ("loss declared", [grant.id for grant in three])
+    assert (last["event"], last["grants"]) == ("lost", [grant.id for grant in three])
     assert " (uid " in last["by"]
     with pytest.raises(GrantUsed, match="not of the ledger"):
         again.begin(three[2])
