@@ -321,11 +321,18 @@ def _parts(names: set[str]) -> dict[str, psutil.Process]:
     found = {}
     for process in psutil.Process().children(recursive=True) if names else ():
         with contextlib.suppress(psutil.Error):
-            words = process.cmdline()[:2] or [process.name()]  # a zombie has no words any more, but a name
-            for name in names & {Path(word).name for word in words}:
+            for name in names & _called(process):
                 if alive(process) or name in RAY:
                     found[name] = process
     return found
+
+
+def _called(process: psutil.Process) -> set[str]:
+    """A program's names: the system's, which it keeps when it has died, and those of its first two words."""
+    names = {process.name()}
+    with contextlib.suppress(psutil.ZombieProcess):
+        names |= {Path(word).name for word in process.cmdline()[:2]}
+    return names
 
 
 def _short_temporary_folder() -> str | None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from proxy import behind_a_dead_proxy
 
 import fedsynth.launch as module
 from fedsynth.flower import CommandRefused, Events, LaunchFailed, environment, ray_clocks
-from fedsynth.launch import _Plan, _RunFailed, _watch, launch
+from fedsynth.launch import PARTS, _parts, _Plan, _RunFailed, _watch, launch
 from fedsynth.simulate import concurrency, gpu_share
 
 ECHO = Path(__file__).parent / "data" / "echo_app"
@@ -276,6 +277,21 @@ def test_death_of_flower_itself_fails_the_run(tmp_path: Path, victim: str) -> No
         echo(tmp_path, kill)
     assert killed
     assert time.monotonic() - killed[0] < 20  # Flower itself notices after a minute
+
+
+def test_a_program_of_ray_that_died_before_anybody_looked_is_seen(tmp_path: Path) -> None:
+    sleep = shutil.which("sleep")
+    assert sleep
+    started = [subprocess.Popen([shutil.copy(sleep, tmp_path / name), "60"]) for name in ("raylet", "flwr-simulation")]
+    for process in started:
+        process.kill()
+        while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+    try:
+        assert {name: part.pid for name, part in _parts(PARTS).items()} == {"raylet": started[0].pid}
+    finally:
+        for process in started:
+            process.wait()
 
 
 STRANGER = """
