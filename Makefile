@@ -3,8 +3,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY := .venv/.ready
 
-# Tests that start whole runs, and those of sites, one after the other; all others, for as long, in a second process.
-RUNS := $(addprefix tests/,test_run.py test_launch.py test_wheel.py test_deployment.py test_server.py test_site.py)
+# Two at once, the files of tests/conftest.py's PROCESSES one after the other: on two cores more is slower.
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: run test slow deployment check bench docs .venv
 
@@ -12,12 +12,10 @@ run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
 
 test: $(READY)
-	@$(BIN)/python -m pytest $(RUNS) > .venv/runs.log 2>&1 & runs=$$!; \
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(RUNS)); rest=$$?; \
-	wait $$runs; runs=$$?; cat .venv/runs.log; test $$runs -eq 0 -a $$rest -eq 0
+	@$(TESTS)
 
 slow: $(READY)  ## what takes too long for `make test`, but for the deployments
-	@$(BIN)/python -m pytest -m "full and not deployment" --timeout 600
+	@$(TESTS) -m "full and not deployment" --timeout 600
 
 deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: some 25 minutes
 	@$(BIN)/python -m pytest -m deployment --timeout 600

@@ -125,9 +125,8 @@ def assert_alike(out: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.relative_to(out)).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "said", [{"synthesize": 1}, pytest.param({"synthesize": 1, "learn": 1}, marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("said", [{"synthesize": 1}, {"synthesize": 1, "learn": 1}])
 def test_killed_and_gone_on_with_by_more_workers_it_ends_as_one_that_was_left_alone(
     ended: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path, said: dict[str, int]
 ) -> None:

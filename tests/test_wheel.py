@@ -11,6 +11,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import pytest
 from test_packaging import build_wheel
 from test_run import QUICK
 
@@ -41,6 +42,7 @@ def install(wheel: Path, place: Path) -> Path:
     return python
 
 
+@pytest.mark.full
 def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     python = install(build_wheel(tmp_path / "tree"), tmp_path / "venv")
