@@ -100,10 +100,36 @@ def test_words_are_those_of_the_script() -> None:
     assert kept.dropped == {"too short": 2}  # three words each
 
 
-def test_signs_alone_are_one_word_and_edges_alone_none() -> None:
-    rows = notes(("👍", "a"), ("?!", "a"), ("...", "a"), (" \n ", "a"))
-    assert well_formed(rows, labels=["a"], min_words=1).corpus.prompts == ("👍", "?!")
-    assert well_formed(rows, labels=["a"], min_words=2).dropped == {"too short": 4}
+def test_signs_alone_are_one_word_and_stay_as_they_are() -> None:
+    signs = ("👍", "?!", "...", "-", "---", "***", "~", "\\", "/ /")
+    rows = notes(*((sign, "a") for sign in (*signs, " \n ")))
+    assert well_formed(rows, labels=["a"], min_words=1).corpus.prompts == signs
+    assert well_formed(rows, labels=["a"], min_words=2).dropped == {"too short": len(rows)}
+    assert well_formed_instructions(rows).corpus.prompts == signs
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u00ad\u2060", " \u200e\n\ufeff", "-\u200b"])
+def test_what_nobody_sees_is_no_word(text: str) -> None:
+    wanted = {} if "-" in text else {"too short": 1}
+    assert well_formed(notes((text, "a")), labels=["a"], min_words=1).dropped == wanted
+    assert well_formed_instructions(asked((text, "b"))).dropped == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "dropped"),
+    [
+        ("Pain log\n3:05 worse\n3:20 better\n3:50 gone", "3", False),
+        ("links\nhttp://a.example\nhttp://b.example", "http", False),
+        ("bugs\nstd::string\nstd::map", "std", False),
+        ("pain at night\n3: better\n3: worse", "3", True),
+        ("pain at night\n3:\n\n3: better", "3", True),  # a prompt's line that nothing was written behind
+        ("pain at night\n3:\tbetter\n3:\u00a0worse", "3", True),
+        ("pain at night\na.b: x\naxb: y", "a.b", False),  # a label is no expression
+    ],
+)
+def test_a_text_runs_on_only_in_lines_that_begin_as_a_prompt_does(text: str, label: str, dropped: bool) -> None:
+    kept = well_formed(notes((text, label)), labels=[label], min_words=1)
+    assert kept.dropped == ({"template marker": 1} if dropped else {})
 
 
 def test_flags_that_are_written_with_tags_pass_and_hidden_words_behind_one_do_not() -> None:
