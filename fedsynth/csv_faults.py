@@ -96,6 +96,24 @@ def swallowed(text: str) -> list[Swallowed]:
     return found
 
 
+def surplus(text: str) -> str:
+    """Where a row has more fields than the header, and what to do; "" if none has."""
+    head, line, counted = 0, 1, 0
+    for match in RECORD.finditer(text):
+        record = match[0].rstrip("\r\n")
+        line, counted = line + len(LINE_END.findall(text, counted, match.start())), match.start()
+        if not record:
+            continue
+        cells = len(_cells(record))
+        head = head or cells
+        if cells > head:
+            return (
+                f"the row of line {line} has {cells} fields, the header has {head}: put a text that holds commas in "
+                "quotes, or save the file as JSONL or Parquet"
+            )
+    return ""
+
+
 def _cells(record: str) -> list[_Cell]:
     """Of a record without the line end behind it."""
     cells, at = [], 0
