@@ -268,7 +268,8 @@ USED = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "l
 # Of where the adapter comes from and how it was trained; PEFT itself sets `fan_in_fan_out` by the kind of each layer.
 OF_NO_MATTER = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
                 "lora_dropout", "fan_in_fan_out")  # fmt: skip
-STARTS = (True, False, "gaussian")  # of `init_lora_weights`: others, as "pissa" and "olora", change the base itself
+# Of `init_lora_weights`: of A and B alone. Others, as "pissa" and "olora", change the base itself.
+STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def load_adapter(name: str, base: str) -> Adapter:
@@ -321,7 +322,10 @@ def _check_understood(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key in (*USED, *OF_NO_MATTER, "peft_type") or (key == "init_lora_weights" and value in STARTS):
             continue
-        off = value in (None, {}, []) if key not in defaults else value == defaults[key] or not (value or defaults[key])
+        if key == "megatron_core" and not config.get("megatron_config"):
+            continue  # PEFT reads it for layers of Megatron alone; old ones wrote null
+        # Unknown ones, as `merge_weights` of old PEFT, say nothing if they are false, 0 or empty.
+        off = not value if key not in defaults else value == defaults[key] or not (value or defaults[key])
         if not off:
             told = f"{key} = {json.dumps(value)[:80]}"
             other.append(told if key in defaults else f"{told} (unknown to the installed PEFT)")

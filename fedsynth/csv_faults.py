@@ -64,12 +64,14 @@ def swallowed(text: str) -> list[Swallowed]:
     A text of several lines in quotes is no fault, whatever commas it has. A quote is one if the file ends before it
     closes; if it closes lines later in the middle of a field; or if its lines look like the rows around it: they have
     as many commas, from where it begins to where it closes, and their fields are what other rows have in these columns.
+    Where commas alone speak, and more cells look like that than the file has rows of one line, such are its texts.
 
     Args:
         text: Of the file, its header first.
     """
     found: list[Swallowed] = []
-    head, columns = 0, list[_Column]()  # of the header: how many fields; what they hold is read when it is needed
+    by_commas: list[Swallowed] = []
+    head, others = 0, None  # of the header: how many fields; what other rows hold is read when it is needed
     line, counted = 1, 0
     for match in RECORD.finditer(text) if '"' in text else ():
         record = match[0].rstrip("\r\n")
@@ -79,16 +81,37 @@ def swallowed(text: str) -> list[Swallowed]:
         line, counted = line + len(LINE_END.findall(text, counted, match.start())), match.start()
         at = line
         for place, cell in enumerate(cells):
-            fault = not cell.closes or (cell.ends > 0 and cell.rest.strip() != "")
+            fault, told = not cell.closes or (cell.ends > 0 and cell.rest.strip() != ""), found
             if not fault and cell.ends and not head:
                 fault = "," in LINE_END.split(cell.inside)[0]  # a name of several lines is none, but two names are
             elif not fault and cell.ends and (rows := _as_rows(cell, place, len(cells), head)):
-                columns = columns or _columns(text, head)
-                fault = _like_others(rows, columns)
-            found += [Swallowed(at, cell.ends + 1, cell.closes)] if fault else []
+                others = others or _others(text, head)
+                fault, by_list = _like_others(rows, others.columns)
+                told = found if by_list else by_commas
+            told += [Swallowed(at, cell.ends + 1, cell.closes)] if fault else []
             at += cell.ends
         head = head or len(cells)
+    if others is not None and len(by_commas) <= others.rows:
+        found = sorted([*found, *by_commas], key=lambda each: each.line)
     return found
+
+
+def surplus(text: str) -> str:
+    """Where a row has more fields than the header, and what to do; "" if none has."""
+    head, line, counted = 0, 1, 0
+    for match in RECORD.finditer(text):
+        record = match[0].rstrip("\r\n")
+        line, counted = line + len(LINE_END.findall(text, counted, match.start())), match.start()
+        if not record:
+            continue
+        cells = len(_cells(record))
+        head = head or cells
+        if cells > head:
+            return (
+                f"the row of line {line} has {cells} fields, the header has {head}: put a text that holds commas in "
+                "quotes, or save the file as JSONL or Parquet"
+            )
+    return ""
 
 
 def _cells(record: str) -> list[_Cell]:
@@ -146,7 +169,15 @@ class _Column:
         return value.strip() != "" and (self.spaced or value[0] != " ") and (not self.numbers or _is_number(value))
 
 
-def _columns(text: str, size: int) -> list[_Column]:
+@dataclass(frozen=True)
+class _Others:
+    """Rows of one line each: how many, and what their columns hold."""
+
+    rows: int
+    columns: list[_Column]
+
+
+def _others(text: str, size: int) -> _Others:
     records = [match[0].rstrip("\r\n") for match in RECORD.finditer(text)]
     rows = [cells for r in records if not LINE_END.search(r) and len(cells := _cells(r)) == size][1:]
     found = []
@@ -155,11 +186,12 @@ def _columns(text: str, size: int) -> list[_Column]:
         listed = len(rows) >= ROWS and len(values) <= SHARE * len(rows)
         numbers = len(rows) > 0 and all(map(_is_number, values))
         found.append(_Column(values, listed, numbers, any(value.startswith(" ") for value in values)))
-    return found
+    return _Others(len(rows), found)
 
 
-def _like_others(rows: Sequence[dict[int, str]], columns: Sequence[_Column]) -> bool:
-    """Whether rows look like others: most of those that have a column that is a list, by that; else all, if enough."""
+def _like_others(rows: Sequence[dict[int, str]], columns: Sequence[_Column]) -> tuple[bool, bool]:
+    """Whether rows look like others, most of those that have a column that is a list, by that, else all, if enough; and
+    whether a list tells it."""
     shaped = [all(columns[place].may_hold(value) for place, value in row.items()) for row in rows]
     lists = [{place: value for place, value in row.items() if columns[place].listed} for row in rows]
     told = [
@@ -167,7 +199,7 @@ def _like_others(rows: Sequence[dict[int, str]], columns: Sequence[_Column]) -> 
         for shape, known in zip(shaped, lists, strict=True)
         if known
     ]
-    return 2 * sum(told) > len(told) if told else len(rows) > FREE and all(shaped)
+    return (2 * sum(told) > len(told), True) if told else (len(rows) > FREE and all(shaped), False)
 
 
 def _is_number(value: str) -> bool:

@@ -119,9 +119,13 @@ def well_formed(
 
 
 def _stripped(text: str) -> str:
-    """Without FDKT's edges; of several lines the first may be the first point of a list, and keeps its dash."""
+    """Without FDKT's edges; of several lines the first may be the first point of a list, and keeps its dash. A text
+    that is nothing but edges, as "..." or "-", is one of signs, and stays."""
     bare = text.strip()
-    return bare if "\n" in bare else bare.strip(EDGES)
+    if "\n" in bare:
+        return bare
+    inner = bare.strip(EDGES)
+    return inner if same(inner) else bare
 
 
 def _broken(text: str) -> str | None:
@@ -136,15 +140,16 @@ def _broken(text: str) -> str | None:
 def _runs_on(text: str, label: str) -> bool:
     """Whether a text went on with further examples: each line after its first begins as a prompt's lines do.
 
-    Two such lines at least, and of the label that was asked for: a label with a colon is a heading elsewhere.
+    Two such lines at least, and of the label that was asked for: a label with a colon is a heading elsewhere. Behind
+    the colon a prompt has a blank, or the line ends: "3:05 worse" under the label 3 is a time.
     """
     more = [line for line in text.split("\n") if line.strip()][1:]
-    return len(more) > 1 and all(line.startswith(f"{label}:") for line in more)
+    return len(more) > 1 and all(re.match(rf"{re.escape(label)}:(?:\s|$)", line) for line in more)
 
 
 def _count(text: str) -> int:
-    """Words of a text; one of signs alone is no empty text."""
-    return len(words(text)) or int(bool(text.strip()))
+    """Words of a text; one of signs alone is no empty text, one of which nobody sees anything is."""
+    return len(words(text)) or int(bool(same(text)))
 
 
 def deduplicate(corpus: Corpus) -> Kept:

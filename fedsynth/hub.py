@@ -22,6 +22,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from fedsynth.proxy import UNREADABLE
 from fedsynth.typed import BadValue
 
 hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries would stand before our own line on what to do
@@ -97,7 +98,7 @@ def fetch(what: Any, name: str, **more: Any) -> Any:
     """
     try:
         return what.from_pretrained(**place_of(name), **more)
-    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError) as problem:
+    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError, httpx.InvalidURL) as problem:
         raise BadValue(_why(name, problem)) from problem
 
 
@@ -114,6 +115,8 @@ def _why(name: str, problem: BaseException) -> str:
 
     if place["local_files_only"]:
         causes.clear()  # a folder: the hub has no part in it
+    if said(httpx.InvalidURL):
+        return f"the model {name!r} cannot be asked for: {UNREADABLE} ({causes[-1]})"
     if said(GatedRepoError):
         return (
             f"the model {name!r} is gated: accept its licence at https://huggingface.co/{repository} "
@@ -158,7 +161,7 @@ def file_of(name: str, file: str) -> str | None:
     path_or_name = place.pop("pretrained_model_name_or_path")
     try:
         found: str | None = cached_file(path_or_name, file, _raise_exceptions_for_missing_entries=False, **place)
-    except (OSError, httpx.HTTPError) as problem:
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as problem:
         raise BadValue(_why(name, problem)) from problem
     return found
 

@@ -8,40 +8,50 @@ from collections.abc import Mapping
 
 import psutil
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# What servers print as their address when they listen everywhere, and other spellings of localhost, are this machine.
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::", "localhost.", ".localhost")
 # Capitals after small letters, as those who read them decide: small letters come first.
 _EXCEPTIONS = ("no_proxy", "NO_PROXY")
 _GRPC = "no_grpc_proxy"  # to gRPC it comes before `no_proxy`
+UNREADABLE = "a proxy variable of the environment (no_proxy, https_proxy, ...) cannot be used: mend it"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address always means the machine that says it."""
+    """Whether a host's name or address always means the machine that says it: `0.0.0.0` and `x.localhost`, too."""
+    name = host.lower().removesuffix(".")
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
-        return host == "localhost"
+        return f".{name}".endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def past_proxies(environment: Mapping[str, str], *here: str) -> dict[str, str]:
     """What an environment lacks so that local traffic passes its proxies by: `no_proxy`, completed.
 
-    What a user wrote there stays, and traffic to every other machine keeps the proxy. Nothing is lacking where no
-    proxy is named, nor where `*` says that nothing goes through one.
+    What a user wrote there stays, but for entries that httpx stumbles over: with one of these no client of it is made
+    at all. Traffic to every other machine keeps the proxy. `*` says that nothing goes through one, and needs nothing
+    more; gRPC does not know it, and has a variable of its own, which holds all that was written.
 
     Args:
         environment: Of a program.
         here: More names of this machine, as the one under which a server's own programs find it.
 
     Returns:
-        The variables to set.
+        The variables to set; none where no proxy is named and every entry can be read.
     """
+    written = {
+        name: environment.get(name, environment.get(other, ""))
+        for name, other in zip(_EXCEPTIONS, reversed(_EXCEPTIONS), strict=True)
+    }
     if not names_proxy(environment):
-        return {}
-    written = {name: environment[name] for name in (*_EXCEPTIONS, _GRPC) if name in environment}
-    for name, other in zip(_EXCEPTIONS, reversed(_EXCEPTIONS), strict=True):
-        written.setdefault(name, environment.get(other, ""))
-    own = [*LOOPBACK, *_addresses(), *here]
-    return {name: _completed(value, own) for name, value in written.items()}
+        return {name: _completed(value, []) for name, value in written.items() if any(map(_misread, _entries(value)))}
+    own = [host for host in (*LOOPBACK, *_addresses(), *here) if host and not _misread(host)]
+    found = {name: _completed(value, own) for name, value in written.items()}
+    for_grpc = environment.get(_GRPC, written["no_proxy"])
+    if _GRPC in environment or any(entry == "*" or _misread(entry) for entry in _entries(for_grpc)):
+        found[_GRPC] = _joined([entry for entry in _entries(for_grpc) if entry != "*"], own)
+    return found
 
 
 def no_proxies(host: str) -> dict[str, None]:
@@ -64,8 +74,33 @@ def _addresses() -> list[str]:
 
 
 def _completed(written: str, own: list[str]) -> str:
-    entries = [entry.strip() for entry in written.split(",")]
+    entries = _entries(written)
     if "*" in entries:
         return written
-    lacking = [host for host in dict.fromkeys(own) if host and host not in entries]
-    return ",".join([*([written] if written.strip() else []), *lacking])
+    if any(map(_misread, entries)):
+        return _joined([entry for entry in entries if not _misread(entry)], own)
+    lacking = [host for host in dict.fromkeys(own) if host not in entries]
+    return ",".join([*([written] if entries else []), *lacking])
+
+
+def _joined(entries: list[str], own: list[str]) -> str:
+    return ",".join(dict.fromkeys([*entries, *own]))
+
+
+def _entries(written: str) -> list[str]:
+    return [entry for each in written.split(",") if (entry := each.strip())]
+
+
+def _misread(entry: str) -> bool:
+    """Whether httpx takes an entry for the URL of a host, and finds that it is none: networks of IPv6 as fd00::/8,
+    addresses in brackets, names that are not ASCII, and what stands where a port should."""
+    if not entry.isascii():
+        return True
+    host, _, port = entry.partition(":")
+    if "://" in entry or not port:
+        return False
+    try:
+        ipaddress.IPv6Address(entry.partition("/")[0])
+    except ValueError:
+        return not port.partition("/")[0].isdecimal() or host.startswith("[")
+    return "/" in entry

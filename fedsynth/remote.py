@@ -22,7 +22,7 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
-from fedsynth.proxy import no_proxies
+from fedsynth.proxy import UNREADABLE, no_proxies
 from fedsynth.scenario import Endpoint, host_of
 from fedsynth.typed import BadValue
 from fedsynth.usage import Used
@@ -72,13 +72,16 @@ class RemoteLLM:
         key = "" if key_env is None else os.environ.get(key_env, "").strip()
         if key_env is not None and not key:
             raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
+        try:  # on this machine: past any proxy that the environment names
+            client = DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url)))
+        except Exception as problem:  # an address that it cannot read is a plain Exception to it
+            raise BadValue(f"{self.who} cannot be asked: {UNREADABLE} ({problem})") from problem
         self._client = OpenAI(
             base_url=url,
             api_key=key or "none",  # the package insists on one, and would take OPENAI_API_KEY for it
             timeout=timeout,
             max_retries=retries,
-            # On this machine: past any proxy that the environment names.
-            http_client=DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url))),
+            http_client=client,
         )
         self._client.organization = self._client.project = None
         self.used = Used()  # as far as the server tells

@@ -99,7 +99,7 @@ def chosen(names: Sequence[str], asked: Sequence[str]) -> None:
         if column not in names:
             parted = next((f"; are its columns parted by {sign!r}? save it with commas" for sign in ";\t|"
                            if len(names) == 1 and sign in names[0]), "")  # fmt: skip
-            raise BadValue(f"no column {column!r}; it has {', '.join(names)}{parted}")
+            raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}{parted}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
 

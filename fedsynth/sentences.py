@@ -7,6 +7,9 @@ import re
 
 LOOKED_AT = 10_000  # characters of a text
 
+# Both expressions read a text as `_compact` gives it: a run of white space is one character long there. Over a longer
+# one they would take the square of its length, and of blank lines the cube.
+
 # What hardly any sentence, list, address or laboratory value holds: one of these is enough.
 CERTAIN = re.compile(
     r"""
@@ -15,7 +18,7 @@ CERTAIN = re.compile(
     | <!-- | <!DOCTYPE\b | <\?(?:xml|php)\b
     | <[A-Za-z][\w:-]*(?:\s+[\w:-]+=["'][^"'>]*["'])+\s*/?> | <[A-Za-z][\w:-]*\s*/>
     | <(?:html|head|body|div|span|br|hr|ul|ol|li|table|tr|td|p)>
-    | ^\s*\|?(?:\s*:?-{3,}:?\s*\|)+(?:\s*:?-{3,}:?)?\s*$                 # the rule of a table
+    | ^[ ]?\|?(?:[ ]?:?-{3,}:?[ ]?\|)+(?:[ ]?:?-{3,}:?)?$                # the rule of a table
     | \[[^\]\n]{1,200}\]\([^)\s]{1,500}\)                                # a link
     | ^\#{2,6}[ ]\S                                                      # a heading; "# 1" may count something
     | \\(?:begin|end|documentclass|usepackage|frac|section|textbf|textit)\s*[{\[]
@@ -46,7 +49,7 @@ LIKELY = re.compile(
     | \b[A-Za-z_]\w*\.[a-z_]\w*\(
     | \b(?:print|len|range|assert|lambda)\s*\(
     | ^\s*(?:int|float|double|char|bool|boolean|String|auto|void)\s+\w+\s*[=;(]
-    | ^\s*(?:elif|if|while)\b[^\n]*(?:[<>=]|\bnot\b|\bis\b)[^\n]*:\s*$ | ^\s*for\s\w+\sin\s[^\n]*:\s*$
+    | ^\s*(?:elif|if|while)\b(?=[^\n]*:$)[^\n]*(?:[<>=]|\bnot\b|\bis\b)[^\n]* | ^\s*for\s\w+\sin\s[^\n]*:\s*$
     | ^\s*(?:else|try|except(?:\s\w+)?|finally):\s*$
     | [\w)\]]\s*(?:==|!=|&&|\|\||\+=|-=|::)\s*[\w("'\[]
     | ^\s*[A-Za-z_][\w.\[\]]*\s*=\s*(?:[A-Za-z_]\w*(?:\(|\[|\.\w)|["'\[{])
@@ -65,7 +68,14 @@ def code_or_markup(text: str) -> bool:
     text = text[:LOOKED_AT]
     if text.lstrip()[:1] in ("{", "[") and _is_json(text):
         return True
+    text = _compact(text)
     return CERTAIN.search(text) is not None or len(LIKELY.findall(text)) > 1
+
+
+def _compact(text: str) -> str:
+    """Without blank lines and ends of lines that nobody sees; other runs of white space as one blank."""
+    lines = (f"{' ' if line[0].isspace() else ''}{' '.join(line.split())}" for line in text.split("\n") if line.strip())
+    return "\n".join(lines)
 
 
 def _is_json(text: str) -> bool:

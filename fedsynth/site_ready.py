@@ -19,7 +19,7 @@ from fedsynth.clients.policy import Place
 from fedsynth.clients.trail import entries
 from fedsynth.folders import OTHERS, close, private_folder
 from fedsynth.invitation import host_and_port
-from fedsynth.proxy import is_loopback, names_proxy, no_proxies
+from fedsynth.proxy import UNREADABLE, is_loopback, names_proxy, no_proxies
 from fedsynth.typed import BadValue
 
 MAX_SKEW = 5.0  # seconds that a site's clock may be ahead of the server's; Flower refuses its signature beyond
@@ -104,8 +104,11 @@ def server(place: Place) -> Iterator[Finding]:
     host, _ = host_and_port(link.address)
     try:
         context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
-        # As the SuperNode goes: by the proxy that the environment names, unless the server is on this machine.
-        client = httpx.Client(verify=context, timeout=10, mounts=no_proxies(host))
+        try:  # as the SuperNode goes: by the proxy that the environment names, unless the server is on this machine
+            client = httpx.Client(verify=context, timeout=10, mounts=no_proxies(host))
+        except Exception as problem:  # an address that it cannot read is a plain Exception to httpx
+            yield Finding("server", "problem", f"{link.address} cannot be asked: {UNREADABLE} ({problem})")
+            return
         with client, client.stream("GET", f"https://{link.address}/health") as answer:
             said = answer.headers.get("Date")
             certificate = answer.extensions["network_stream"].get_extra_info("ssl_object").getpeercert()

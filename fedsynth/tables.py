@@ -20,7 +20,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from fedsynth.corpus import alike, same, told_apart
-from fedsynth.csv_faults import separator, swallowed
+from fedsynth.csv_faults import separator, surplus, swallowed
 from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
 
@@ -364,7 +364,7 @@ def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
     """The columns that are asked for, or all."""
     for column in asked or ():
         if column not in names:
-            raise BadValue(f"no column {column!r}; it has {', '.join(names)}")
+            raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
     return list(names if asked is None else asked)
@@ -405,7 +405,10 @@ def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
     chosen = _chosen(names, asked)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
+        try:
+            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
+        except (pd.errors.ParserWarning, pd.errors.ParserError) as problem:
+            raise ValueError(surplus(text) or _reason(problem)) from problem
     return frame[chosen]
 
 
@@ -416,8 +419,14 @@ def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
             continue
         try:
             row = json.loads(line, object_pairs_hook=_unique)
+        except BadValue as problem:
+            raise BadValue(f"line {number}: {problem}") from None
         except json.JSONDecodeError as problem:
             raise ValueError(f"line {number} is not JSON: {problem}") from None
+        except ValueError:  # Python reads no whole number of more than some thousand digits
+            raise ValueError(f"line {number} holds a number that is too long to be read: put it in quotes") from None
+        except RecursionError:
+            raise ValueError(f"line {number} is nested too deep to be read: give each column a text") from None
         if not isinstance(row, dict):
             raise ValueError(f'line {number} is no JSON object: each line must read {{"column": "value", ...}}')
         rows.append(row)

@@ -128,6 +128,20 @@ WORDS = ("reports", "pain,", "fever", "and", "cough;", "denied", "Monday", "3:45
          "aspirin,", "login", "billing,", "none")  # fmt: skip
 
 
+@pytest.mark.parametrize("one_line", [0, 1, 5])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_where_most_texts_have_lines_with_a_comma_each_that_is_how_texts_are(one_line: int, end: str) -> None:
+    texts = [f"Milk,{i}\nbread,two\nrice,three\nsalt,four\nend" for i in range(6)] + ["as ever"] * one_line
+    rows = [("text", "label"), *((text, LABELS[i % 3]) for i, text in enumerate(texts))]
+    assert swallowed(written(rows, end)) == []
+    whole = written(rows, end)
+    assert swallowed(whole + '"and one that never closes,a' + end)[-1].closes is False
+
+
+def test_one_text_alone_with_a_comma_in_each_line_has_nothing_to_be_compared_with() -> None:
+    assert swallowed(written([("text", "label"), ("a,b\nc,d\ne,f\ng,h\ni", "login")])) == []
+
+
 def test_sentences_with_a_comma_each_are_no_rows() -> None:
     rows = [("text", "response"), *((f"where is order {i}?", f"it is on page {i}") for i in range(20))]
     rows[5] = ("Dear team, hello\nthe order, again\nthe parcel, too\nthe van, as ever\nRegards", "it is on its way")

@@ -100,10 +100,36 @@ def test_words_are_those_of_the_script() -> None:
     assert kept.dropped == {"too short": 2}  # three words each
 
 
-def test_signs_alone_are_one_word_and_edges_alone_none() -> None:
-    rows = notes(("👍", "a"), ("?!", "a"), ("...", "a"), (" \n ", "a"))
-    assert well_formed(rows, labels=["a"], min_words=1).corpus.prompts == ("👍", "?!")
-    assert well_formed(rows, labels=["a"], min_words=2).dropped == {"too short": 4}
+def test_signs_alone_are_one_word_and_stay_as_they_are() -> None:
+    signs = ("👍", "?!", "...", "-", "---", "***", "~", "\\", "/ /")
+    rows = notes(*((sign, "a") for sign in (*signs, " \n ")))
+    assert well_formed(rows, labels=["a"], min_words=1).corpus.prompts == signs
+    assert well_formed(rows, labels=["a"], min_words=2).dropped == {"too short": len(rows)}
+    assert well_formed_instructions(rows).corpus.prompts == signs
+
+
+@pytest.mark.parametrize("text", ["\u200b", "\u00ad\u2060", " \u200e\n\ufeff", "-\u200b"])
+def test_what_nobody_sees_is_no_word(text: str) -> None:
+    wanted = {} if "-" in text else {"too short": 1}
+    assert well_formed(notes((text, "a")), labels=["a"], min_words=1).dropped == wanted
+    assert well_formed_instructions(asked((text, "b"))).dropped == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "dropped"),
+    [
+        ("Pain log\n3:05 worse\n3:20 better\n3:50 gone", "3", False),
+        ("links\nhttp://a.example\nhttp://b.example", "http", False),
+        ("bugs\nstd::string\nstd::map", "std", False),
+        ("pain at night\n3: better\n3: worse", "3", True),
+        ("pain at night\n3:\n\n3: better", "3", True),  # a prompt's line that nothing was written behind
+        ("pain at night\n3:\tbetter\n3:\u00a0worse", "3", True),
+        ("pain at night\na.b: x\naxb: y", "a.b", False),  # a label is no expression
+    ],
+)
+def test_a_text_runs_on_only_in_lines_that_begin_as_a_prompt_does(text: str, label: str, dropped: bool) -> None:
+    kept = well_formed(notes((text, label)), labels=[label], min_words=1)
+    assert kept.dropped == ({"template marker": 1} if dropped else {})
 
 
 def test_flags_that_are_written_with_tags_pass_and_hidden_words_behind_one_do_not() -> None:
@@ -206,11 +232,21 @@ def test_sentences_lists_and_values_pass_where_sentences_are_asked_for(text: str
     assert not code_or_markup(text)
 
 
-def test_a_long_text_is_looked_at_in_little_time() -> None:
-    for part in ("SELECT ", "<a b", "|---", "[x](", "a.b(", "x = y", "if (", "# ", '"a": '):
-        started = time.process_time()
-        code_or_markup(part * 300_000)
-        assert time.process_time() - started < 1.0, part
+REPEATED = (
+    *"\n \t\r-|:<>([{\"'#*.,;=/\\$_a)&", "\n ", "\n-", "\n|", " -", "|---", "---|\n", "| ", "| \n", ":-", "SELECT ",
+    "<a b", "<a ", "<a-", "<a>", '<a b="', "[x](", "a.b(", "x = y", "x =\n", "if (", "if(", "# ", '"a": ', '{"',
+    "public ", "public\n", "static ", "function ", "def a(", "class a", "import a.", "a.", "return )", "for x in ",
+    "if a", "try:\n", "a,", "\u2028",
+)  # fmt: skip
+BEGINNINGS = ("", "if ", "|", "<a", "function", "a = ")
+
+
+def test_a_long_text_of_one_sign_or_word_is_looked_at_in_little_time() -> None:
+    for part in REPEATED:
+        for begin in BEGINNINGS if len(part) == 1 else ("",):
+            started = time.process_time()
+            code_or_markup(begin + part * 10_000 + "word")
+            assert time.process_time() - started < 0.5, (begin, part)
 
 
 def test_the_kept_rows_keep_their_order_provenance_and_grants_and_lost_labels_are_named() -> None:

@@ -148,7 +148,7 @@ def test_other_column_names(tmp_path: Path) -> None:
 )
 def test_a_missing_column_is_named_beside_those_that_exist(tmp_path: Path, more: dict[str, Any], column: str) -> None:
     data = replace(save(table(), tmp_path / f"missing_{column}.csv"), **more)
-    with pytest.raises(BadValue, match=f"no column '{column}'; it has text, label"):
+    with pytest.raises(BadValue, match=f"no column '{column}'; it has 'text', 'label'"):
         open_sites(data, 1)
 
 

@@ -17,17 +17,20 @@ from typing import Any
 
 import httpx
 import httpx2
+import huggingface_hub
 import pytest
 import requests
 from proxy import DEAD, behind_a_dead_proxy
 
 from fedsynth.certificates import authority, write_certificates
 from fedsynth.flower import environment
+from fedsynth.hub import config_of
 from fedsynth.proxy import is_loopback, past_proxies
 from fedsynth.remote import EndpointFailed, RemoteLLM
 from fedsynth.server import flower_environment
 from fedsynth.site_ready import server
 from fedsynth.site_start import _environment
+from fedsynth.typed import BadValue
 
 AWAY = "http://hub.example.test/models"
 
@@ -100,9 +103,9 @@ def test_each_client_goes_past_the_proxy_to_this_machine_and_through_it_to_other
         monkeypatch.setenv("NO_PROXY", own)  # in capitals alone: what is set in small letters must not hide it
     for name, value in past_proxies(os.environ).items():
         monkeypatch.setenv(name, value)
-    for host in ("127.0.0.1", "localhost"):
+    for host in ("127.0.0.1", "localhost", "0.0.0.0"):  # the last is what servers print that listen everywhere
         CLIENTS[client](f"http://{host}:{listener.port}/")
-    assert (listener.asked, proxy.asked) == (["/", "/"], [])
+    assert (listener.asked, proxy.asked) == (["/", "/", "/"], [])
     CLIENTS[client](AWAY)
     assert proxy.asked == [AWAY]
     assert os.environ["no_proxy"].startswith(own or "127.0.0.1")
@@ -131,9 +134,12 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize(("completed", "seconds"), [(True, 30), (False, 1)])
-def test_grpc_goes_past_the_proxy_to_this_machine(completed: bool, seconds: int) -> None:
-    env = behind_a_dead_proxy(os.environ)
+@pytest.mark.parametrize(
+    ("completed", "seconds", "own"),
+    [(True, 30, {}), (False, 1, {}), (True, 30, {"no_proxy": "*"}), (True, 30, {"NO_PROXY": "*,corp"})],
+)
+def test_grpc_goes_past_the_proxy_to_this_machine(completed: bool, seconds: int, own: dict[str, str]) -> None:
+    env = behind_a_dead_proxy(os.environ) | own
     done = subprocess.run([sys.executable, "-c", GRPC, str(seconds)], check=False,
                           env=env | (past_proxies(env) if completed else {}))  # fmt: skip
     assert done.returncode == (0 if completed else 1)
@@ -144,7 +150,7 @@ def test_what_the_user_wrote_stays_and_what_lacks_is_added() -> None:
     found = past_proxies(env)
     assert set(found) == {"no_proxy", "NO_PROXY", "no_grpc_proxy"}
     assert found["no_proxy"].startswith(" 10.0.0.1 , localhost,.corp.example,127.0.0.1,::1,")
-    assert found["no_proxy"].count("localhost") == 1
+    assert found["no_proxy"].split(",").count("localhost") + found["no_proxy"].split(",").count(" localhost") == 1
     assert found["NO_PROXY"] == found["no_proxy"]
     assert found["no_grpc_proxy"].startswith("a.example,127.0.0.1,localhost,::1,")
 
@@ -156,12 +162,59 @@ def test_every_address_of_this_machine_is_named_and_no_other() -> None:
     assert ray.util.get_node_ip_address() in named  # where Ray's processes find each other
     assert socket.gethostname() in named
     assert named[-1] == "fl.example.org"
-    assert not {"*", "0.0.0.0", ""} & set(named)
+    assert not {"*", ""} & set(named)
 
 
+@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
 @pytest.mark.parametrize("star", ["*", "a.example, *"])
-def test_who_wants_no_proxy_at_all_gets_none(star: str) -> None:
-    assert set(past_proxies(behind_a_dead_proxy({}) | {"no_proxy": star}).values()) == {star}
+def test_who_wants_no_proxy_at_all_gets_none_and_grpc_is_told_in_its_own_words(name: str, star: str) -> None:
+    found = past_proxies(behind_a_dead_proxy({}) | {name: star})
+    assert (found["no_proxy"], found["NO_PROXY"]) == (star, star)
+    assert "*" not in found["no_grpc_proxy"]
+    assert {"127.0.0.1", "localhost", "::1"} <= set(found["no_grpc_proxy"].split(","))
+    assert found["no_grpc_proxy"].startswith("a.example,") == star.startswith("a.example")
+
+
+MISREAD = (
+    "fd00::/8",
+    "[::1]",
+    "[fd00::]/8",
+    "[fd00::/8]",
+    "[::1]:80",
+    "a.example:port",
+    "b\u00fcro.de",
+    "B\u00fcro-PC",
+)
+READ = ("::1", "::1:8000", "fe80::1%eth0", "10.0.0.0/8", "10.0.0.1", "*.corp", ".corp", "a.example:80", "a.example",
+        "http://a.example", "_a", "localhost.", "0.0.0.0")  # fmt: skip
+
+
+@pytest.mark.parametrize("proxies", [{}, behind_a_dead_proxy({})])
+@pytest.mark.parametrize("entry", [*MISREAD, *READ])
+def test_no_entry_keeps_clients_from_being_made(
+    entry: str, proxies: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = proxies | {"no_proxy": f"a.example,{entry}"}
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if entry in MISREAD:
+        with pytest.raises(httpx.InvalidURL):
+            httpx.Client()
+    found = past_proxies(env)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    httpx.Client().close()
+    kept = os.environ["no_proxy"].split(",")
+    assert (kept[0], entry in kept) == ("a.example", entry in READ)
+    if proxies and entry in MISREAD:  # gRPC knows networks of IPv6
+        assert found["no_grpc_proxy"].startswith(f"a.example,{entry},127.0.0.1,")
+
+
+def test_a_name_of_this_machine_that_is_not_ascii_is_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "B\u00fcro-PC")
+    assert past_proxies(behind_a_dead_proxy({}))["no_proxy"].isascii()
 
 
 def test_without_a_proxy_nothing_is_set() -> None:
@@ -173,7 +226,8 @@ def test_without_a_proxy_nothing_is_set() -> None:
 @pytest.mark.parametrize(
     ("host", "here"),
     [("127.0.0.1", True), ("127.8.8.8", True), ("localhost", True), ("::1", True), ("10.0.0.1", False),
-     ("localhost.example.org", False), ("0.0.0.0", False)],
+     ("localhost.example.org", False), ("0.0.0.0", True), ("::", True), ("localhost.", True), ("LOCALHOST", True),
+     ("llm.localhost", True), ("127.0.0.1.", True), ("notlocalhost", False), ("0.0.0.1", False)],
 )  # fmt: skip
 def test_which_hosts_are_always_this_machine(host: str, here: bool) -> None:
     assert is_loopback(host) == here
@@ -238,3 +292,31 @@ def test_a_site_looks_for_its_server_the_way_its_supernode_goes(tmp_path: Path, 
     assert (finding.what, finding.state) == ("server", "problem")
     assert proxy.asked == ([] if address.startswith("127.") else [f"CONNECT {address}"])
     assert ("through the proxy of the environment" in finding.says) == bool(proxy.asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("no_proxy", "localhost,10.0.0.0/8,fd00::/8"),
+        ("https_proxy", "http://a.example:port"),
+        ("all_proxy", "gopher://a"),
+    ],
+)
+def test_a_proxy_variable_that_cannot_be_used_is_named_and_ends_in_no_traceback(
+    name: str, value: str, tmp_path: Path, proxy: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In a process whose environment nobody completed.
+    monkeypatch.setenv(name, value)
+    monkeypatch.delenv(name.upper(), raising=False)
+    (tmp_path / "ca.crt").write_bytes(authority().pem)
+    [finding] = server(site(tmp_path, "fl.example.test:9443"))
+    assert (finding.what, finding.state) == ("server", "problem")
+    assert "no_proxy, https_proxy" in finding.says
+    if name != "no_proxy":  # httpx2 reads them
+        with pytest.raises(BadValue, match="no_proxy, https_proxy"):
+            RemoteLLM("http://llm.example.test/v1", "small")
+    huggingface_hub.close_session()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(BadValue, match="proxy"):
+        config_of("nobody/no-model")
+    huggingface_hub.close_session()

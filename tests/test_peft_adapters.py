@@ -134,30 +134,60 @@ def another(field: Any) -> Any:
 
 def test_every_key_that_is_not_put_to_use_is_refused_by_name(plain: Path) -> None:
     known = {*USED, *OF_NO_MATTER, "peft_type", "runtime_config"}  # the last one is never written
-    others = [field for field in fields(LoraConfig) if field.name not in known and field.name != "init_lora_weights"]
+    known |= {"init_lora_weights", "megatron_core"}  # have tests of their own
+    others = [field for field in fields(LoraConfig) if field.name not in known]
     assert {"alpha_pattern", "rank_pattern", "use_dora", "lora_bias", "layer_replication", "bias", "modules_to_save",
             "alora_invocation_tokens", "target_parameters", "loftq_config"} <= {f.name for f in others}  # fmt: skip
     for field in others:
         assert f"says more: {field.name} = " in changed(plain, **{field.name: another(field)}), field.name
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva", "orthogonal"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva"])
 def test_a_start_that_changes_the_base_is_refused_by_name(plain: Path, start: str) -> None:
     assert f'says more: init_lora_weights = "{start}"' in changed(plain, init_lora_weights=start)
 
 
-@pytest.mark.parametrize("value", [True, False, 1, 0.0, "x", "", [1], {"a": 1}])
+@pytest.mark.parametrize("value", [True, 1, -0.5, "x", "False", [1], [0], {"a": 1}])
 def test_a_key_of_a_later_peft_is_refused_unless_it_says_nothing(plain: Path, value: Any) -> None:
     assert f"later_key = {json.dumps(value)} (unknown to the installed PEFT)" in changed(plain, later_key=value)
 
 
-def test_a_key_of_a_later_peft_that_says_nothing_is_no_reason_to_refuse(plain: Path) -> None:
-    path = plain / "adapter_config.json"
-    whole = json.loads(path.read_text())
-    for nothing in (None, {}, []):
-        path.write_text(json.dumps({**whole, "later_key": nothing}))
-        assert load_adapter(str(plain), families.folder("llama")).rank == 3
-    path.write_text(json.dumps(whole))
+def loads(folder: Path, **change: Any) -> bool:
+    """Whether an adapter whose configuration says more is taken."""
+    path = folder / "adapter_config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), **change}))
+    try:
+        return load_adapter(str(folder), families.folder("llama")).rank == 3
+    finally:
+        path.write_text(whole)
+
+
+def test_a_key_of_another_peft_that_says_nothing_is_no_reason_to_refuse(plain: Path) -> None:
+    for nothing in (None, {}, [], False, "", 0, 0.0):
+        assert loads(plain, other_key=nothing)
+    assert loads(plain, merge_weights=False, enable_lora=None)  # as of adapters that PEFT 0.2 wrote
+
+
+def test_a_core_of_megatron_matters_only_with_its_configuration(plain: Path) -> None:
+    for core in (None, "", "megatron.core", "my.core"):
+        assert loads(plain, megatron_core=core)
+        assert loads(plain, megatron_core=core, megatron_config={})
+    said = changed(plain, megatron_core="my.core", megatron_config={"a": 1})
+    assert "megatron_core = " in said
+    assert "megatron_config = " in said
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_start_of_orthogonal_factors_leaves_the_base_as_it_is_and_gives_the_logits_of_peft(tmp_path: Path) -> None:
+    before = base("llama").state_dict()
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="orthogonal")
+    adapted = get_peft_model(base("llama"), config)
+    after = {name.replace(".base_layer", ""): w for name, w in adapted.base_model.model.state_dict().items()}
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    folder = made(tmp_path, "llama", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="orthogonal")
+    assert json.loads((folder / "adapter_config.json").read_text())["init_lora_weights"] == "orthogonal"
+    assert_as_peft("llama", folder)
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,7 @@ def test_bad_input_in_a_process_of_its_own(tmp_path: Path) -> None:
     ("rows", "more", "said"),
     [
         ("text,label\na b c,x\n", "clients = 2", "2 clients for 1 examples"),
-        ("words,label\na b c,x\n", "clients = 1", "no column 'text'; it has words, label"),
+        ("words,label\na b c,x\n", "clients = 1", "no column 'text'; it has 'words', 'label'"),
         ("text,label\na b c,x\nd e f,y\n", "clients = 2", "client 0 has no"),
     ],
 )

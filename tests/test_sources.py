@@ -506,8 +506,8 @@ def test_other_words_about_reading_are_another_import(key: str) -> None:
 @pytest.mark.parametrize(
     ("content", "wrong"),
     [
-        ("text,label,who\na,flu,p\n", "notes.csv: no column 'person'; it has text, label, who"),
-        ("text;label;person\na;flu;p\n", "no column 'text'; it has text;label;person; are its columns parted by ';'?"),
+        ("text,label,who\na,flu,p\n", "notes.csv: no column 'person'; it has 'text', 'label', 'who'"),
+        ("text;label;person\na;flu;p\n", "it has 'text;label;person'; are its columns parted by ';'?"),
         ("text,label,text,person\na,flu,b,p\n", "notes.csv: the column 'text' stands there twice"),
         ("", "notes.csv: cannot be read: it is empty"),
         ("text,label,person\n".encode("utf-16"), "notes.csv: cannot be read: its encoding is UTF-16: save it as UTF-8"),
@@ -767,7 +767,7 @@ def test_what_the_server_says_of_a_query_is_told_unless_it_holds_a_value(
     ("query", "wrong"),
     [
         ("SELECT * FROM nowhere ORDER BY id", "the database refuses it: no such table: nowhere"),
-        ("SELECT text, label FROM notes ORDER BY id", "no column 'person'; it has text, label"),
+        ("SELECT text, label FROM notes ORDER BY id", "no column 'person'; it has 'text', 'label'"),
         ("SELECT text, label, text, person FROM notes ORDER BY id", "the column 'text' stands there twice"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_column_split_of_the_data_itself_is_kept(tmp_path: Path) -> None:
 def test_a_saved_data_set_without_splits(tmp_path: Path) -> None:
     saved()["train"].save_to_disk(tmp_path / "plain")
     assert rows(tmp_path / "plain") == [("a b", "flu"), ("c d", "asthma"), ("e f", "asthma")]
-    assert "no column 'split'; it has text, label" in refused(tmp_path / "plain", test=TestRows("split", "test"))
+    assert "no column 'split'; it has 'text', 'label'" in refused(tmp_path / "plain", test=TestRows("split", "test"))
 
 
 def test_a_changed_saved_data_set_is_read_again(tmp_path: Path) -> None:
@@ -164,11 +164,18 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.csv", "text,label\na b,x\n".encode("utf-16-le"), "a NUL byte in line 1: save it as UTF-8"),
         ("a.csv", "text,label\na b,x\nc\0d,x\n", "a NUL byte in line 3"),
         ("a.csv", "text,label,text\na b,x,c\n", "the column 'text' stands there twice"),
-        ("a.csv", "text,label\na b,x,y,z\n", "cannot be read: "),
+        ("a.csv", "text,label\na b,x,y,z\n", "the row of line 2 has 4 fields, the header has 2: put a text that"),
+        ("a.csv", "text,label\na,b\na b,x,y\n", "the row of line 3 has 3 fields, the header has 2"),
+        ("a.csv", "text,label\na,b,c\nd,e,f\n", "the row of line 2 has 3 fields"),
+        ("a.csv", '\ntext,label\r\n"a\n\nb",x\n\na, b,x\n', "the row of line 7 has 3 fields, the header has 2"),
+        ("a.csv", "text , label\na,x\n", "no column 'text'; it has 'text ', ' label'"),
+        ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "a", "label": ' + "1" * 5000 + "}\n",
+         "line 3 holds a number that is too long to be read: put it in quotes"),
+        ("a.jsonl", '{"text": "a", "label": ' + "[" * 100_000 + "}\n", "line 1 is nested too deep to be read"),
         ("a.csv", 'text,label\n"a b,x\n', "cannot be read: "),
         ("a.jsonl", '{"text": "a b", "label": "x"}\n{"text": \n', "line 2 is not JSON: Expecting value"),
         ("a.jsonl", '{"text": "a b", "label": "x"}\n[1]\n', "line 2 is no JSON object"),
-        ("a.jsonl", '{"text": "a b", "label": "x", "text": "c"}\n', "the column 'text' stands there twice"),
+        ("a.jsonl", '{"text": "a b", "label": "x", "text": "c"}\n', "line 1: the column 'text' stands there twice"),
         ("a.jsonl", '{"text": ["a", "b"], "label": "x"}\n', "row 1 of column 'text' holds list values, not text"),
         ("a.jsonl", '{"text": {"a": 1}, "label": "x"}\n', "row 1 of column 'text' holds dict values, not text"),
         ("a.jsonl", '{"text": "a\\u0000", "label": "x"}\n', "row 1 of column 'text' holds a character that is no text"),
