@@ -287,7 +287,7 @@ def well_formed_instructions(
             return broken
         if _count(prompt) < max(1, min_words):
             return "too short"
-        if answered and not answer.strip():
+        if answered and not same(answer):
             return "no response"
         return "code or markup" if sentences and (code_or_markup(prompt) or code_or_markup(answer)) else None
 
