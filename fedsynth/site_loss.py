@@ -22,7 +22,7 @@ def lost(place: Place) -> tuple[Ledger, Sequence[Charge]]:
     check_account(place)
     if not place.ledger.exists():
         raise BadValue(f"there is no account at {place.ledger} yet, so that nothing of it is lost")
-    ledger = place.open_ledger(witness=None)
+    ledger = place.open_ledger(behind=True)
     return ledger, ledger.missing(place.witness().known())
 
 
