@@ -10,7 +10,6 @@ import json
 import math
 import numbers
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
+from fedsynth.corpus import blank
 from fedsynth.typed import BadValue
 
 T = TypeVar("T")
@@ -133,8 +133,7 @@ def _readable(text: str) -> str | Lost | None:
             return Lost("is not UTF-8" if escaped else "holds half a character")
     if "\0" in text:
         return Lost("holds a NUL")
-    seen = any(not char.isspace() and unicodedata.category(char) != "Cf" for char in text)
-    return text if seen else None
+    return None if blank(text) else text
 
 
 def _digits(number: Any) -> str | None:
