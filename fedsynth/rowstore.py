@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         unit: Whose it is: the person in one spelling; the row's number where rows are independent. None: no person can
-            be read in it, or it is a blank line.
+            be read in it, or whether it is to test on, or it is a blank line.
         held: Whether it is to test on.
         text: "" where the row cannot be read, or lacks something: then nothing is learnt from it.
         answer: Likewise.

@@ -218,6 +218,7 @@ BOTH: dict[str, Any] = {
     "half a character": lambda row, kind: line(row, kind).replace(b"note", b"\xed\xa0\x80"),
     "an empty text": lambda row, kind: line(row, kind, text=""),
     "a blank text": lambda row, kind: line(row, kind, text=" \u200b"),
+    "a text that nobody sees": lambda row, kind: line(row, kind, text="\ufe0f\u2800\u3164"),
     "no label": lambda row, kind: line(row, kind, label=""),
     "a label that is not listed": lambda row, kind: line(row, kind, label="cholera"),
     "a blank person": lambda row, kind: line(row, kind, person=" "),
@@ -292,6 +293,38 @@ def test_no_damage_to_a_row_changes_the_slot_of_another_unit(tmp_path: Path, kin
             assert slots[at : at + 1] in ([[]], [[at]], [])  # empty, or itself; nobody else
         gathered(persons, tmp_path)  # nothing is refused
         warnings(persons, gathered(persons, tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
+@pytest.mark.parametrize("whose", [{"person": "person"}, {"independent_rows": True}])
+def test_no_damage_to_a_test_row_takes_a_place_from_a_row_to_learn_from(
+    tmp_path: Path, kind: str, damage: str, make: Any, whose: dict[str, Any]
+) -> None:
+    """Four rows to learn from, as many as declared, of four persons; one to test on, which is damaged."""
+    parts = ["train", "train", "test", "train", "train"]
+
+    def lay(at: int = -1) -> list[str]:
+        rows = [make(row, kind) if row == at else line(row, kind) for row in range(5)]
+        if kind == "csv":
+            content = [
+                HEADER.replace(b"\n", b",part"),
+                *(b"%s,%s" % (row, part.encode()) for row, part in zip(rows, parts, strict=True)),
+            ]
+        else:
+            content = [
+                row.replace(b"{", b'{"part": "%s", ' % part.encode(), 1) for row, part in zip(rows, parts, strict=True)
+            ]
+        (tmp_path / f"notes.{kind}").write_bytes(b"\n".join(content) + b"\n")
+        train = read(site(source=f"notes.{kind}", records=4, test=TestRows("part", "test"), **whose), tmp_path).train
+        return [train.prompts[rows[0]] for rows in unit_rows(train, 4) if rows]
+
+    notes = [f"note {row}" for row in (0, 1, 3, 4)]
+    assert lay() == notes
+    if kind == "jsonl" or damage not in ("a field too few", "a blank line", "binary"):  # then the row has no mark left
+        assert lay(2) == notes
+    for at in (0, 1, 3, 4):  # nor does a row to learn from take another one with it
+        others = [note for note in notes if note != f"note {at}"]
+        assert [note for note in lay(at) if note in others] == others
 
 
 @pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
@@ -799,8 +832,8 @@ def test_a_site_is_told_what_does_not_fit(tmp_path: Path) -> None:
         "them",
         "no row has the label 'asthma' of data.labels",
         "the training text has 7 values of 'person', declared are 5 (data.records): only the first 5 take part. If one "
-        "of them is taken out of the source, the next one moves in, so that this costs the replace-one figure; epsilon "
-        "holds for one that stays and is emptied",
+        "of them is taken out of the source, or damaged so that nobody can tell whose row it is, the next one moves in, "
+        "so that this costs the replace-one figure; epsilon holds for one that stays and is emptied",
         "one of the values of 'person' has 50 of 56 training rows, half of them have at most 1: is it a person, or "
         "does it stand for unknown ones?",
         "1 training rows repeat the text of another one: if they are of one person, give them one value in a column of "
