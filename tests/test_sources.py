@@ -372,6 +372,24 @@ def test_one_word_in_a_column_of_numbers_changes_no_other_cell(tmp_path: Path) -
         assert read(site(source="notes.jsonl"), tmp_path).train.prompts[:2] == ("1", "2")
 
 
+def test_a_first_row_that_begins_as_another_encoding_would_is_a_bad_row(tmp_path: Path) -> None:
+    data, second = site(source="notes.jsonl"), line(1, "jsonl")
+    for mark in (b"\xff\xfe", b"\xfe\xff"):
+        for first in (mark + line(0, "jsonl"), mark + line(0, "jsonl").decode().encode("utf-16-le"), mark):
+            for rest in ([], [b""], [second, b""], [second.replace(b"note", b"n\0te"), line(2, "jsonl"), b""]):
+                (tmp_path / "notes.jsonl").write_bytes(b"\n".join([first, *rest]))
+                found = gathered(data, tmp_path)
+                assert found.damaged[0][0] == 1
+                assert [record.unit for record in found.records[1:2]] == (["p2"] if len(rest) > 1 else [])
+    for kind in ("utf-16-le", "utf-16-be"):
+        for ending in ("", "\n", "\r\n"):
+            whole = (
+                "\ufeff" + (ending or "\n").join(line(row, "jsonl", text="\u54b3").decode() for row in (0, 1)) + ending
+            )
+            (tmp_path / "notes.jsonl").write_bytes(whole.encode(kind))
+            assert said(data, tmp_path) == "notes.jsonl: cannot be read: its encoding is UTF-16: save it as UTF-8"
+
+
 @pytest.mark.parametrize("odd", ["test", "train", "", 7, None, ["test"], "\0", "Test "])
 def test_a_test_row_is_one_by_its_own_mark(tmp_path: Path, odd: Any) -> None:
     lines(tmp_path, WHOLE, {**WHOLE, "person": "q", "part": odd}, {**WHOLE, "person": "r", "part": "test"})
@@ -832,8 +850,8 @@ def test_a_site_is_told_what_does_not_fit(tmp_path: Path) -> None:
         "them",
         "no row has the label 'asthma' of data.labels",
         "the training text has 7 values of 'person', declared are 5 (data.records): only the first 5 take part. If one "
-        "of them is taken out of the source, or damaged so that nobody can tell whose row it is, the next one moves in, "
-        "so that this costs the replace-one figure; epsilon holds for one that stays and is emptied",
+        "of them is taken out of the source, or damaged so that nobody can tell whose row it is, the next one moves "
+        "in, so that this costs the replace-one figure; epsilon holds for one that stays and is emptied",
         "one of the values of 'person' has 50 of 56 training rows, half of them have at most 1: is it a person, or "
         "does it stand for unknown ones?",
         "1 training rows repeat the text of another one: if they are of one person, give them one value in a column of "

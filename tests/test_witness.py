@@ -19,12 +19,14 @@ import fedsynth.cli
 from fedsynth.clients.policy import Place, Policy, Site, SuperLink
 from fedsynth.clients.trail import Trail, TrailBroken, entries
 from fedsynth.privacy.audit import contents, problems
+from fedsynth.privacy.filter import order_for
 from fedsynth.privacy.ledger import Grant, GrantUsed, Ledger, LedgerBehind
 from fedsynth.privacy.plan import Budget, composed_epsilon
 from fedsynth.site_check import check
 from fedsynth.site_loss import declare, lost
 from fedsynth.site_start import _open_account
 from fedsynth.sources import SiteData
+from fedsynth.typed import BadValue
 
 COST = composed_epsilon([PLAN], 1e-5)
 
@@ -349,6 +351,102 @@ def test_a_ledger_and_a_trail_from_one_backup_stay_undetected(place: Place) -> N
     assert place.open_ledger().spent()[0] == composed_epsilon([PLAN, PLAN], 1e-5)
 
 
+def gone(place: Place) -> None:
+    place.ledger.unlink()
+    with pytest.raises(
+        BadValue, match=r"is gone .* `fedsynth site declare-loss DIR` makes one that holds every charge"
+    ):
+        _open_account(place)
+
+
+def test_an_account_that_is_gone_is_made_anew_with_every_charge_of_the_trail(place: Place) -> None:
+    ledger, order = place.open_ledger(), place.open_ledger().order
+    grants = [row["id"] for row in ledger.entries() if row["kind"] == "grant"]
+    charge(ledger, "order 3")
+    spent = ledger.spent()
+    gone(place)
+    found, charges = lost(place)
+    assert found is None
+    assert [c.grant for c in charges][:2] == grants
+    assert not place.ledger.exists()  # looked at, and nothing changed
+    wide = Place(replace(place.site, policy=replace(place.site.policy, lifetime=Budget(2.0))), place.folder)
+    made = declare(wide, *lost(wide))
+    assert made.order == order != order_for(Budget(2.0))  # fixed before the first of them: the trail says it
+    again = place.open_ledger()
+    assert again.spent() == (composed_epsilon([replace(PLAN, rounds=3)], 1e-5), 1e-5)
+    assert again.spent() == spent
+    assert states(again) == ["abandoned"] * 3
+    assert problems(contents(place.ledger)) == []
+    _open_account(place)
+    assert lost(place)[1] == []
+    last = list(entries(place.trail))[-1]
+    assert (last["event"], last["account"], len(last["grants"])) == ("lost", "gone", 3)
+
+
+def test_an_account_that_is_gone_stays_so_where_a_line_of_the_trail_is(place: Place) -> None:
+    gone(place)
+    lines = place.trail.read_bytes().split(b"\n")
+    place.trail.write_bytes(b"\n".join([*lines[:4], *lines[5:]]))  # it says who paid, or it does not: nobody knows
+    with pytest.raises(BadValue, match="the trail was changed"):
+        lost(place)
+    place.trail.unlink()
+    with pytest.raises(BadValue, match="nothing of it is lost"):
+        lost(place)
+
+
+def test_a_process_that_is_killed_while_it_makes_the_account_anew_leaves_it_closed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone(place)
+    monkeypatch.setattr(Ledger, "declare_lost", lambda *_: die())
+    killed(lambda: declare(place, *lost(place)))
+    monkeypatch.undo()
+    with pytest.raises(LedgerBehind):
+        place.open_ledger()
+    declare(place, *lost(place))
+    assert place.open_ledger().spent()[0] == composed_epsilon([PLAN, PLAN], 1e-5)
+
+
+DAMAGED = (
+    b'{"event":"stored","dataset":"ward","grants":null}',
+    b'{"event":"stored","dataset":"ward","grants":7,"guarantee":["none"]}',
+    b'{"event":"stored","dataset":"ward","grants":[null,{"a":1}]}',
+    b'{"event":"charged","dataset":"ward","grant":"g","plan":{"records":"many"}}',
+    b'{"event":"charged","dataset":"ward","grant":"g","plan":[1],"filter":"3"}',
+    b'{"event":"charged","dataset":"ward","grant":null,"run":null}',
+    b'{"event":"asked","dataset":"ward","order":[],"envelope":[]}',
+    b'{"event":{},"dataset":"ward"}',
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"9" * 5_000,
+    b'"text"',
+    b"\xff\xfe\0",
+    b"",
+)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_the_trail_is_told_in_one_line_and_stops_no_reading(
+    place: Place, line: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = place.witness().known()
+    whole = place.trail.read_bytes()
+    for content in (line + b"\n" + whole, whole + line + b"\n" + whole):
+        place.trail.write_bytes(content)
+        assert {c.grant for c in known} <= {c.grant for c in place.witness().known()}
+        with pytest.raises(TrailBroken, match=r"line \d+: it does not follow"):
+            list(entries(place.trail))
+    place.ledger.unlink()
+    place.trail.write_bytes(line + b"\n")
+    (place.folder / "site.toml").write_text(SITE)
+    monkeypatch.setattr(sys, "argv", ["fedsynth", "site", "declare-loss", str(place.folder)])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    said = capfd.readouterr().err
+    assert (ended.value.code, len(said.splitlines())) == (2, 1)
+    assert said.startswith("fedsynth: bad input: ")
+
+
 SITE = """
 name = "north"
 [superlink]
@@ -392,6 +490,14 @@ def test_the_command_shows_a_loss_and_declares_it_when_told_to(
     code, out, _ = typed("ledger", "show", folder)
     assert code == 0
     assert re.search(r"4 steps x 1.* 1 of 1 .* lost ", out)
+    assert typed("ledger", "verify", folder)[0] == 0
+    place.ledger.unlink()
+    code, out, said = typed("site", "declare-loss", folder)
+    assert (code, grant.id in out, "is gone: with --confirm a new one is made" in said) == (0, True, True)
+    assert not place.ledger.exists()
+    assert json.loads(typed("site", "declare-loss", folder, "--json")[1])["gone"] is True
+    code, _, said = typed("site", "declare-loss", folder, "--confirm")
+    assert (code, "a new account holds what the trail knows" in said, f"epsilon {three:.4g}" in said) == (0, True, True)
     assert typed("ledger", "verify", folder)[0] == 0
 
 
