@@ -15,11 +15,12 @@ from typing import Any
 
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.witness import Charge
+from fedsynth.typed import BadValue
 
 FIRST = "0" * 64
 
 
-class TrailBroken(ValueError):
+class TrailBroken(BadValue):
     """A line of the trail is not as it was written, or one is gone."""
 
 
@@ -67,12 +68,13 @@ class Trail:
 
     def note(self, charge: Charge) -> None:
         """A charge, before anything runs on it."""
-        facts = {"run": charge.run}
-        if charge.grant:
-            assert charge.plan is not None
-            self.add("charged", **facts, order=charge.order, grant=charge.grant, plan=charge.plan.to_dict())
-        else:
-            self.add("charged", **facts, guarantee="none", reason=charge.reason)
+        self.add("charged", **_facts(charge))
+
+    def saw(self, charge: Charge) -> None:
+        """A charge that the account holds and no line tells of: of another site, or of a process that was killed before
+        it wrote the line. Nobody knows here who asked for it."""
+        alone = replace(self, who={"dataset": self.who.get("dataset")})
+        alone.add("seen", **_facts(charge), **({"stored": True} if charge.stored else {}))
 
     def known(self) -> Sequence[Charge]:
         """The charges on this data set of which any line tells, whether or not it follows from the one before.
@@ -89,13 +91,22 @@ class Trail:
             if entry.get("event") == "asked" and isinstance(asked := entry.get("envelope"), dict):
                 runs[order] = "/".join(str(asked.get(name, "")) for name in ("run", "arm", "seed"))
             run = str(entry.get("run", runs.get(order, "")))
-            if entry.get("event") == "charged":
+            if entry.get("event") in ("charged", "seen"):
                 charge = Charge(
-                    run, str(entry.get("grant", "")), order, _plan(entry), str(entry.get("reason", "")), at=at
+                    run,
+                    str(entry.get("grant", "")),
+                    order,
+                    _plan(entry),
+                    str(entry.get("reason", "")),
+                    at=at,
+                    filter=number if isinstance(number := entry.get("filter"), int) else 0,
                 )
-                found.setdefault(charge.key, charge)
+                before = found.setdefault(charge.key, charge)
+                if entry.get("stored"):
+                    found[charge.key] = replace(before, stored=True)
             if entry.get("event") == "stored":
-                for grant in entry.get("grants", ()):
+                grants = entry.get("grants")
+                for grant in grants if isinstance(grants, list) else ():  # what is no list was damaged
                     charge = Charge(run, str(grant), order, at=at)
                     found[charge.key] = replace(found.get(charge.key, charge), stored=True)
                 if entry.get("guarantee") == "none" and not any(run == c.run and not c.grant for c in found.values()):
@@ -127,17 +138,24 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
+def _facts(charge: Charge) -> dict[str, Any]:
+    if not charge.grant:
+        return {"run": charge.run, "guarantee": "none", "reason": charge.reason}
+    plan = {} if charge.plan is None else {"plan": charge.plan.to_dict()}
+    return {"run": charge.run, "order": charge.order, "grant": charge.grant, **plan, "filter": charge.filter}
+
+
 def _plan(entry: Mapping[str, Any]) -> DPPlan | None:
     try:
         return DPPlan.from_dict(entry["plan"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         return None
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -203,20 +203,22 @@ def site_declare_loss(
     confirm: Annotated[bool, typer.Option("--confirm", help="Count it as spent: this cannot be undone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what the audit trail knows and the ledger, an older copy, does not; with --confirm, count it as spent."""
+    """Show what the trail knows and the ledger, an older copy or gone, does not; with --confirm, count it as spent."""
     from fedsynth.clients.policy import load_site
     from fedsynth.site_loss import declare, lost
 
     place = load_site(folder)
     ledger, charges = lost(place)
     unknown = sum(bool(charge.grant) and charge.plan is None for charge in charges)
-    if charges and confirm:
-        declare(place, ledger, charges)
-    epsilon, delta = ledger.spent()
-    stands = ledger.filtered()
+    gone = ledger is None
+    if confirm and (charges or gone):
+        ledger = declare(place, ledger, charges)
+    epsilon, delta = (0.0, place.site.policy.lifetime.delta) if ledger is None else ledger.spent()
+    stands = 0.0 if ledger is None else ledger.filtered()
     if as_json:
         figures = {"epsilon": _finite(epsilon), "epsilon_filter": _finite(stands), "delta": delta}
-        print(json.dumps({"missing": [asdict(charge) for charge in charges], "declared": confirm, **figures}))
+        told = {"missing": [asdict(charge) for charge in charges], "gone": gone, "declared": confirm}
+        print(json.dumps({**told, **figures}))
         return
     for charge in charges:
         what = f"grant {charge.grant}" if charge.grant else f"release without guarantee ({charge.reason or 'of old'})"
@@ -226,7 +228,16 @@ def site_declare_loss(
             else f"{charge.plan.steps} steps, sigma {charge.plan.noise_multiplier:g}"
         )
         print(f"{charge.at}  {visible(charge.run) or 'run not known'}  {visible(what)}: {cost}")
-    if not charges:
+    if gone:
+        _say(
+            f"{place.ledger} is gone: "
+            + (
+                "a new account holds what the trail knows; `fedsynth site check` imports the rows under its key"
+                if confirm
+                else "with --confirm a new one is made, which holds what the trail knows"
+            )
+        )
+    elif not charges:
         _say(f"{place.ledger}: nothing is missing that the audit trail knows")
         return
     said = f"spent: epsilon {epsilon:.4g} at {delta:g} as if fixed in advance, {stands:.4g} by the filter"

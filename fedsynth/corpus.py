@@ -24,18 +24,41 @@ class Provenance(StrEnum):
     """Written from private demonstrations: no guarantee."""
 
 
+# Unicode's property Default_Ignorable_Code_Point, which Python does not know: joiners, variation selectors, fillers,
+# tags. And the Braille pattern without a dot.
+_IGNORABLE = (
+    (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F),
+    (0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x2800, 0x2800), (0x3164, 0x3164), (0xFE00, 0xFE0F),
+    (0xFEFF, 0xFEFF), (0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF),
+)  # fmt: skip
+_UNSEEN = frozenset(chr(code) for first, last in _IGNORABLE for code in range(first, last + 1))
+
+
+def _unseen(char: str) -> bool:
+    """Whether a character has no glyph and parts nothing."""
+    if char in _UNSEEN:
+        return True
+    kind = unicodedata.category(char)
+    return kind == "Cf" or (kind == "Cc" and not char.isspace())
+
+
+def blank(text: str) -> bool:
+    """Whether nobody sees anything of a text."""
+    return all(char.isspace() or _unseen(char) for char in text)
+
+
 def same(text: str) -> str:
     """A text without the differences that do not make it another one, to compare by: never to write in its place.
 
-    These are case, compatibility forms and composition (Unicode's NFKC), characters without a glyph (category Cf: of no
-    width, soft hyphens, marks of direction), and white space around it or doubled. Labels, privacy units, clients and
-    duplicates are told apart by it.
+    These are case, compatibility forms and composition (Unicode's NFKC), characters without a glyph (of no width, soft
+    hyphens, marks of direction, variation selectors, fillers, control characters), and white space around it or
+    doubled. Labels, privacy units, clients and duplicates are told apart by it.
     """
     folded = text
     # Twice: case folding undoes a composition, and a compatibility form may fold to what has a case, or a blank.
     for _ in range(2):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
-        folded = "".join(char for char in folded if unicodedata.category(char) != "Cf")
+        folded = "".join(char for char in folded if not _unseen(char))
     return " ".join(folded.split())
 
 

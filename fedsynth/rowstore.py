@@ -14,8 +14,8 @@ from typing import Any
 
 from fedsynth.folders import private_folder
 
-FORMAT = 1
-_PURPOSE = b"fedsynth: imported rows"
+FORMAT = 2  # of 1, rows and source had one key
+_STORED, _SOURCE = b"fedsynth: imported rows, as they are stored", b"fedsynth: imported rows, their source"
 
 
 class RowsUnusable(RuntimeError):
@@ -28,7 +28,7 @@ class Record:
 
     Attributes:
         unit: Whose it is: the person in one spelling; the row's number where rows are independent. None: no person can
-            be read in it, or it is a blank line.
+            be read in it, or whether it is to test on, or it is a blank line.
         held: Whether it is to test on.
         text: "" where the row cannot be read, or lacks something: then nothing is learnt from it.
         answer: Likewise.
@@ -63,10 +63,17 @@ class Imported:
     format: int = FORMAT
 
 
-def keyed_mac(key: bytes, content: bytes) -> str:
-    """HMAC-SHA256 (hex) under a key of its own, derived from the ledger's: no plain hash, which would let whoever sees
-    it test guesses of the content."""
-    own = hmac.new(key, _PURPOSE, hashlib.sha256).digest()
+def source_mac(key: bytes, content: bytes) -> str:
+    """HMAC-SHA256 (hex) of a source's content: no plain hash, by which whoever sees it could test guesses of it.
+
+    Its key is derived from the ledger's, and is not that of the stored rows: whoever may write the source chooses what
+    is authenticated here, and reads the MAC above the rows.
+    """
+    return _mac(key, _SOURCE, content)
+
+
+def _mac(key: bytes, purpose: bytes, content: bytes) -> str:
+    own = hmac.new(key, purpose, hashlib.sha256).digest()
     return hmac.new(own, content, hashlib.sha256).hexdigest()
 
 
@@ -86,7 +93,7 @@ def write(path: Path, key: bytes, about: Imported, records: Sequence[Record]) ->
     try:
         with open(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write(body + keyed_mac(key, body).encode() + b"\n")
+            file.write(body + _mac(key, _STORED, body).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -117,7 +124,7 @@ def read(path: Path, key: bytes) -> list[Record]:
         raise RowsUnusable(_unusable(path, str(problem.strerror))) from problem
     end = content.rfind(b"\n", 0, -1) + 1
     body, mac = content[:end], content[end:]
-    if not hmac.compare_digest(mac, keyed_mac(key, body).encode() + b"\n"):
+    if not hmac.compare_digest(mac, _mac(key, _STORED, body).encode() + b"\n"):
         raise RowsUnusable(_unusable(path, "they were changed or cut short, or are those of another account"))
     _, *lines = body.splitlines()
     return [Record(*_values(line)) for line in lines]

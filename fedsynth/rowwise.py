@@ -10,7 +10,6 @@ import json
 import math
 import numbers
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
+from fedsynth.corpus import blank
 from fedsynth.typed import BadValue
 
 T = TypeVar("T")
@@ -133,8 +133,7 @@ def _readable(text: str) -> str | Lost | None:
             return Lost("is not UTF-8" if escaped else "holds half a character")
     if "\0" in text:
         return Lost("holds a NUL")
-    seen = any(not char.isspace() and unicodedata.category(char) != "Cf" for char in text)
-    return text if seen else None
+    return None if blank(text) else text
 
 
 def _digits(number: Any) -> str | None:
@@ -149,10 +148,22 @@ def _whole(digits: str) -> str:
     return re.sub(r"\.0+$", "", digits)
 
 
+def _utf_16(head: bytes, lines: Sequence[bytes]) -> None:
+    """Refuses a file of that encoding: it begins with its mark, and no line of it is without a NUL.
+
+    Args:
+        head: What it begins with.
+        lines: What decides beside that: no row alone, of which a mark and NULs are damage.
+
+    Raises:
+        BadValue: If it is one.
+    """
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") and all(b"\0" in line for line in lines):
+        raise BadValue("cannot be read: its encoding is UTF-16: save it as UTF-8")
+
+
 def _decoded(raw: bytes) -> str:
     """Bytes as text; those that are not UTF-8 as what `_readable` knows again."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise BadValue("cannot be read: its encoding is UTF-16: save it as UTF-8")
     return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
@@ -177,7 +188,9 @@ def _from_csv(path: Path, asked: Sequence[str]) -> Read:
     A quote counts where CSV asks for it: it begins a field, and closes before a comma or a line end. One that does not
     close so is a character of its line, so that it cannot take the rest of the file with it.
     """
-    records = _records(_decoded(path.read_bytes()))
+    raw = path.read_bytes()
+    _utf_16(raw, [])  # the mark stands in the header, which is no row
+    records = _records(_decoded(raw))
     head = next((record for record in records if record.text.strip()), None)
     if head is None:
         raise BadValue("cannot be read: it is empty")
@@ -235,7 +248,11 @@ def _from_jsonl(path: Path, asked: Sequence[str]) -> Read:
     """Each line by itself; of a broken one what stands before the damage."""
     rows: list[Row] = []
     names: dict[str, None] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    lines = path.read_bytes().split(b"\n")
+    full = [line for line in lines if line.strip(b"\0 \r")]
+    if len(full) > 1:
+        _utf_16(lines[0], full)
+    for number, line in enumerate(lines, start=1):
         row = _from_line(number, _decoded(line) if number == 1 else line.decode("utf-8", "surrogateescape"))
         rows.append(row)
         names |= dict.fromkeys(row.cells)

@@ -11,6 +11,8 @@ from fedsynth.flower import check_flower
 from fedsynth.hub import weights_hash
 from fedsynth.models import Role, load_tokenizer
 from fedsynth.models import check as check_model
+from fedsynth.privacy.audit import last_cap
+from fedsynth.privacy.rdp import above_epsilon
 from fedsynth.site_ready import Finding, check_account, check_key, check_state, server
 from fedsynth.site_rows import import_rows
 from fedsynth.typed import BadValue
@@ -21,9 +23,18 @@ def check(place: Place) -> Iterator[Finding]:
     site = place.site
     yield _found("site.toml", lambda: f"site {site.name!r}, data set {site.data.id!r}")
     yield _found("Flower", check_flower)
+    before = last_cap(place.ledger)
     yield from _data(place)
     yield from _models(place)
     yield from _budget(place)
+    if before is not None and before != site.policy.lifetime:
+        yield Finding(
+            "budget",
+            "warning",
+            f"the account was last used under a lifetime of epsilon {before.epsilon:g} at delta {before.delta:g}, here "
+            f"it is {site.policy.lifetime.epsilon:g} at {site.policy.lifetime.delta:g}: if site.toml was not changed, "
+            "another site that uses the account says so; write the same policy.lifetime in both",
+        )
     yield _found("audit trail", lambda: _trail(place))
     yield _found("state folder", lambda: check_state(place))
     yield _found("key", lambda: check_key(place))
@@ -80,10 +91,11 @@ def _budget(place: Place) -> Iterator[Finding]:
             yield Finding("budget", "ok", f"nothing spent of epsilon {cap.epsilon:g} at delta {cap.delta:g}; {start}")
             return
         ledger = place.open_ledger()
+        ledger.tell_witness()
     except (BadValue, OSError, RuntimeError) as problem:
         yield Finding("budget", "problem", " ".join(str(problem).split()))
         return
-    (spent, delta), stands = ledger.spent(), ledger.filtered()
+    (spent, delta), stands, order = ledger.spent(), ledger.filtered(), ledger.order
     if spent >= cap.epsilon:
         yield Finding(
             "budget", "problem", f"epsilon {spent:.4g} of {cap.epsilon:g} is spent: nothing more will be answered"
@@ -93,7 +105,14 @@ def _budget(place: Place) -> Iterator[Finding]:
         f"epsilon {spent:.4g} of {cap.epsilon:g} spent, at delta {delta:g}, as if all plans had been fixed in advance"
     )
     yield Finding("budget", "ok", f"{told}; {stands:.4g} by the filter ({place.ledger})")
-    if stands >= cap.epsilon:
+    if (least := -above_epsilon(order, cap.delta)) >= cap.epsilon:
+        yield Finding(
+            "budget",
+            "warning",
+            f"the filter has order {order}, which the lifetime chose under which the first run was charged; below "
+            f"epsilon {least:.4g} that order has no room, so that policy.lifetime admits no further run",
+        )
+    elif stands >= cap.epsilon:
         full = "the filter's share of policy.lifetime is used up: what is reserved is answered, and no further run"
         yield Finding("budget", "warning", full)
 

@@ -74,7 +74,8 @@ def check_account(place: Place) -> None:
     if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail)):
         return
     raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "
-                   "knows of orders for it: what they spent would be forgotten; restore it")  # fmt: skip
+                   "knows of orders for it: what they spent would be forgotten; restore it, or `fedsynth site "
+                   "declare-loss DIR` makes one that holds every charge of the trail")  # fmt: skip
 
 
 def check_key(place: Place) -> str:

@@ -9,7 +9,7 @@ from fedsynth import rowstore
 from fedsynth.clients.policy import Place
 from fedsynth.privacy.ledger import Ledger, LedgerUnusable
 from fedsynth.privacy.plan import DPPlan, composed_epsilon
-from fedsynth.rowstore import Imported, Record, RowsUnusable, keyed_mac
+from fedsynth.rowstore import Imported, Record, RowsUnusable, source_mac
 from fedsynth.site_ready import Finding, check_account
 from fedsynth.sources import Gathered, gathered, misread, units_of, warnings
 from fedsynth.typed import BadValue
@@ -37,7 +37,7 @@ def import_rows(place: Place) -> Iterator[Finding]:
         raise BadValue(problem)
     check_account(place)
     account = place.open_ledger(create=True)
-    mac = "" if data.query else keyed_mac(account.mac_key, place.path(data.source).read_bytes())
+    mac = "" if data.query else source_mac(account.mac_key, place.path(data.source).read_bytes())
     if _stamp(place) != seen:
         raise BadValue(f"{data.source} was written while it was read: import it again when that is over")
     before = _known(place, account)
@@ -88,8 +88,8 @@ def check_rows(place: Place) -> None:
     """
     if place.imported is None:
         raise BadValue(
-            f"no rows have been imported as [data] of site.toml declares them: `fedsynth site check {place.folder}` "
-            "reads them, and orders work with what it has read"
+            "no rows have been imported as [data] of site.toml declares them, or by an earlier version "
+            f"alone: `fedsynth site check {place.folder}` reads them, and orders work with what it has read"
         )
     try:
         place.open_rows(place.open_ledger())
@@ -108,7 +108,7 @@ def source_changed(place: Place) -> str:
         found = path.stat()
         if (found.st_size, found.st_mtime_ns) == (about.size, about.changed):
             return ""
-        if found.st_size == about.size and keyed_mac(place.open_ledger().mac_key, path.read_bytes()) == about.mac:
+        if found.st_size == about.size and source_mac(place.open_ledger().mac_key, path.read_bytes()) == about.mac:
             return ""
     except OSError as problem:
         return f"{path} cannot be read ({problem.strerror}): {go_on}"

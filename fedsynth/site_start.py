@@ -128,9 +128,9 @@ def _flower(program: str) -> str:
 
 
 def _open_account(place: Place) -> None:
-    """Makes the account of the site's data, the first time."""
+    """Makes the account of the site's data, the first time; the trail learns what others have charged on it since."""
     check_account(place)
-    place.open_ledger(create=True)
+    place.open_ledger(create=True).tell_witness()
 
 
 def _environment(place: Place, marker: str) -> dict[str, str]:

@@ -218,8 +218,8 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
             unit = _person(person)
             if isinstance(person, str) and unit is not None:
                 spelt.setdefault(str(unit), {})[person] = None
-            if columns.test and (isinstance(split, Lost) or (row.broken and columns.test.column not in row.cells)):
-                unit = None  # whether it is to learn from cannot be known either
+        if columns.test and (isinstance(split, Lost) or (row.broken and columns.test.column not in row.cells)):
+            unit = None  # whether it is to learn from cannot be known either
         text, answer = cells[columns.text], cells[columns.answer]
         whole = not (row.broken or bad or lacks)
         records.append(Record(unit, held, str(text) if whole else "", str(answer) if whole else ""))
@@ -248,8 +248,9 @@ def laid_out(records: Sequence[Record], data: SiteData) -> Site:
     hold (docs/deployment/data.md).
 
     Training rows stand in their order, unreadable ones as empty texts, so that a unit's place is that of its first row.
-    A row of no person that could be read takes an empty place where it stands, as long as it takes none of `records`
-    from a person: it may be one more row of a person who has a place. Test rows that cannot be read are left out.
+    A row takes an empty place where it stands if nobody can tell whose it is, or whether it is to test on, as long as
+    it takes none of `records` from a unit that is known: it may be one more row of a person who has a place, or a test
+    row. Test rows that cannot be read are left out.
     """
     listed = {same(label): label for label in reversed(data.labels)}
     found = {record.answer for record in records} - set(data.labels) if listed else set()
@@ -380,8 +381,9 @@ def _units(data: SiteData, found: Gathered, site: Site) -> list[str]:
     if len(units) > data.records:
         said.append(
             f"the training text has {len(units)} {unit}, declared are {data.records} (data.records): only the first "
-            f"{data.records} take part. If one of them is taken out of the source, the next one moves in, so that this "
-            "costs the replace-one figure; epsilon holds for one that stays and is emptied"
+            f"{data.records} take part. If one of them is taken out of the source, or damaged so that nobody can tell "
+            "whose row it is, the next one moves in, so that this costs the replace-one figure; epsilon holds for one "
+            "that stays and is emptied"
         )
     elif len(units) < data.records:
         said.append(

@@ -7,7 +7,6 @@ import json
 import numbers
 import os
 import re
-import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from fedsynth.corpus import alike, same, told_apart
+from fedsynth.corpus import alike, blank, same, told_apart
 from fedsynth.csv_faults import separator, surplus, swallowed
 from fedsynth.scenario import Data, TestRows
 from fedsynth.typed import BadValue
@@ -254,12 +253,7 @@ def nothing_to_test_on(rows: int, test: TestRows, lacks: str = HIDDEN) -> str:
 def _as_texts(column: pd.Series[Any]) -> list[str | None]:
     """Each cell as text; None for a missing or blank one."""
     texts = [None if gone else _as_text(value) for value, gone in zip(column, column.isna(), strict=True)]
-    return [None if text is None or _blank(text) else text for text in texts]
-
-
-def _blank(text: str) -> bool:
-    """Whether nobody sees anything of it."""
-    return all(char.isspace() or unicodedata.category(char) == "Cf" for char in text)
+    return [None if text is None or blank(text) else text for text in texts]
 
 
 def _as_text(value: object) -> str:

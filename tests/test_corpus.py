@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from fedsynth.corpus import Corpus, Provenance, alike, pool, same, told_apart
+from fedsynth.corpus import Corpus, Provenance, alike, blank, pool, same, told_apart
 
 PUBLIC = Provenance.PUBLIC
 
@@ -100,6 +100,19 @@ def test_a_pool_with_text_that_has_no_guarantee_has_none() -> None:
         ("\ufeffPAT003", "PAT003"),  # a byte order mark
         ("a\u00adb", "ab"),  # a soft hyphen
         ("\u202epat", "pat"),  # turned round
+        ("PAT\ufe0f003", "PAT003"),  # a variation selector
+        ("PAT\U000e0101003", "PAT003"),  # another one
+        ("PAT\u034f003", "PAT003"),  # a grapheme joiner
+        ("a\u034f\u0308", "\u00e4"),  # which keeps a letter and its dots from being composed
+        ("PAT\u180b003", "PAT003"),  # a Mongolian variation selector
+        ("PAT\u3164003", "PAT003"),  # a Hangul filler, of which NFKC makes another one
+        ("PAT\u115f003", "PAT003"),
+        ("PAT\uffa0003", "PAT003"),  # of half width
+        ("PAT\u2800003", "PAT003"),  # Braille without a dot
+        ("PAT\x01003", "PAT003"),  # a control character
+        ("PAT\x7f003", "PAT003"),
+        ("PAT\U000e0041003", "PAT003"),  # a tag
+        ("two\twords", "two\x1fwords"),  # control characters that are blanks
         ("no\u00a0break", "no break"),
         ("\u0130", "i\u0307"),  # dotted capital I
         ("\u1fb3", "\u1fbc"),  # alpha with iota below, small and capital
@@ -115,6 +128,32 @@ def test_spellings_of_one_text_are_the_same(one: str, other: str) -> None:
 )
 def test_other_texts_are_not_the_same(one: str, other: str) -> None:
     assert same(one) != same(other)
+
+
+# Of https://www.unicode.org/Public/16.0.0/ucd/DerivedCoreProperties.txt, and U+2800: first and last, hexadecimal.
+IGNORABLE = (
+    "ad 34f 61c 115f-1160 17b4-17b5 180b-180d 180e 180f 200b-200f 202a-202e 2060-2064 2065 2066-206f 2800 3164 "
+    "fe00-fe0f feff ffa0 fff0-fff8 1bca0-1bca3 1d173-1d17a e0000 e0001 e0002-e001f e0020-e007f e0080-e00ff "
+    "e0100-e01ef e01f0-e0fff"
+)
+
+
+def test_what_nobody_sees_makes_no_other_text_and_a_text_of_it_alone_is_blank() -> None:
+    for each in IGNORABLE.split():
+        first, last = (int(code, 16) for code in (each.split("-") * 2)[:2])
+        for code in {first, (first + last) // 2, last}:
+            assert same(f"PAT{chr(code)}003") == "pat003", hex(code)
+            assert blank(f" {chr(code)} ")
+    for code in (*range(0x20), *range(0x7F, 0xA0)):
+        assert same(f"PAT{chr(code)}003") == ("pat 003" if chr(code).isspace() else "pat003"), hex(code)
+
+
+def test_a_text_is_blank_where_nothing_of_it_is_left_to_compare() -> None:
+    for code in range(0x20000):
+        if not 0xD800 <= code < 0xE000:
+            assert blank(chr(code)) == (same(chr(code)) == ""), hex(code)
+    assert blank("")
+    assert not blank("\ufe0fa")
 
 
 def test_what_is_the_same_stays_so() -> None:

@@ -537,11 +537,18 @@ def test_a_second_plan_is_held_to_the_filter_and_not_to_what_fixed_plans_would_c
     assert roomy.filtered() <= cap.epsilon + 3
 
 
-def test_the_order_stays_that_of_the_cap_under_which_the_account_was_opened(tmp_path: Path) -> None:
-    assert open_ledger(tmp_path, Budget(1.0)).order == order_for(Budget(1.0)) == 16
+def test_the_order_is_that_of_the_cap_until_something_is_spent_and_then_stays(tmp_path: Path) -> None:
+    wide = open_ledger(tmp_path, Budget(10.0))
+    assert wide.order == order_for(Budget(10.0)) == 3
+    assert room(Budget(1.0), 3) < 0  # at that order a lifetime of 1 would admit no second run, ever
+    narrow = open_ledger(tmp_path, Budget(1.0))
+    assert wide.order == narrow.order == order_for(Budget(1.0)) == 16  # in the process that opened it before, too
+    tiny = replace(SMALL, noise_multiplier=100.0)
+    for number in range(2):
+        charge(narrow, f"order {number}", tiny, f"run {number}")
     assert open_ledger(tmp_path, Budget(10.0)).order == 16
-    other = Ledger(tmp_path / "other.sqlite", dataset="ward", cap=Budget(10.0))
-    assert other.order == order_for(Budget(10.0)) == 3
+    with sqlite3.connect(narrow.path) as db:  # nothing goes through that was not held to it
+        assert db.execute("SELECT value FROM meta WHERE name = 'order'").fetchone() == (16,)
 
 
 def test_an_account_of_before_there_was_a_filter_is_recounted_and_what_it_has_above_stays(tmp_path: Path) -> None:

@@ -249,6 +249,30 @@ def test_a_store_that_was_changed_cut_short_or_is_of_another_account_is_not_read
     assert rowstore.read(path, bytes(32)) == RECORDS
 
 
+def test_the_mac_of_a_source_is_none_of_a_store(tmp_path: Path) -> None:
+    """Whoever writes the source chooses what its MAC is of, and reads that MAC above the rows."""
+    path, key = tmp_path / "rows.jsonl", bytes(32)
+    forged = replace(ABOUT, mac="")
+    rowstore.write(path, b"\1" * 32, forged, [Record("p", False, "what was never there", "flu")])
+    body = path.read_bytes()[:-65]
+    for mac in (rowstore.source_mac(key, body), rowstore.source_mac(key, body + b"\n")):
+        path.write_bytes(body + mac.encode() + b"\n")
+        with pytest.raises(RowsUnusable, match="were changed or cut short"):
+            rowstore.read(path, key)
+
+
+def test_rows_that_an_earlier_version_stored_are_imported_again(tmp_path: Path) -> None:
+    site = imported(tmp_path, rows())
+    before = rowstore.read(site.rows, site.open_ledger().mac_key)
+    site.rows.write_bytes(site.rows.read_bytes().replace(b'"format": 2', b'"format": 1', 1))
+    with pytest.raises(BadValue, match="or by an earlier version alone: `fedsynth site check"):
+        check_rows(site)
+    assert asked(site, Learn(0), scenario()) == Refused(Code.NOT_ALLOWED)
+    assert told(site) == []
+    check_rows(site)
+    assert rowstore.read(site.rows, site.open_ledger().mac_key) == before
+
+
 def test_an_import_that_fails_leaves_the_rows_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.jsonl"
     rowstore.write(path, bytes(32), ABOUT, RECORDS)

@@ -218,6 +218,7 @@ BOTH: dict[str, Any] = {
     "half a character": lambda row, kind: line(row, kind).replace(b"note", b"\xed\xa0\x80"),
     "an empty text": lambda row, kind: line(row, kind, text=""),
     "a blank text": lambda row, kind: line(row, kind, text=" \u200b"),
+    "a text that nobody sees": lambda row, kind: line(row, kind, text="\ufe0f\u2800\u3164"),
     "no label": lambda row, kind: line(row, kind, label=""),
     "a label that is not listed": lambda row, kind: line(row, kind, label="cholera"),
     "a blank person": lambda row, kind: line(row, kind, person=" "),
@@ -295,6 +296,38 @@ def test_no_damage_to_a_row_changes_the_slot_of_another_unit(tmp_path: Path, kin
 
 
 @pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
+@pytest.mark.parametrize("whose", [{"person": "person"}, {"independent_rows": True}])
+def test_no_damage_to_a_test_row_takes_a_place_from_a_row_to_learn_from(
+    tmp_path: Path, kind: str, damage: str, make: Any, whose: dict[str, Any]
+) -> None:
+    """Four rows to learn from, as many as declared, of four persons; one to test on, which is damaged."""
+    parts = ["train", "train", "test", "train", "train"]
+
+    def lay(at: int = -1) -> list[str]:
+        rows = [make(row, kind) if row == at else line(row, kind) for row in range(5)]
+        if kind == "csv":
+            content = [
+                HEADER.replace(b"\n", b",part"),
+                *(b"%s,%s" % (row, part.encode()) for row, part in zip(rows, parts, strict=True)),
+            ]
+        else:
+            content = [
+                row.replace(b"{", b'{"part": "%s", ' % part.encode(), 1) for row, part in zip(rows, parts, strict=True)
+            ]
+        (tmp_path / f"notes.{kind}").write_bytes(b"\n".join(content) + b"\n")
+        train = read(site(source=f"notes.{kind}", records=4, test=TestRows("part", "test"), **whose), tmp_path).train
+        return [train.prompts[rows[0]] for rows in unit_rows(train, 4) if rows]
+
+    notes = [f"note {row}" for row in (0, 1, 3, 4)]
+    assert lay() == notes
+    if kind == "jsonl" or damage not in ("a field too few", "a blank line", "binary"):  # then the row has no mark left
+        assert lay(2) == notes
+    for at in (0, 1, 3, 4):  # nor does a row to learn from take another one with it
+        others = [note for note in notes if note != f"note {at}"]
+        assert [note for note in lay(at) if note in others] == others
+
+
+@pytest.mark.parametrize(("kind", "damage", "make"), DAMAGE)
 def test_a_source_of_damaged_rows_alone_is_a_source_of_empty_slots(
     tmp_path: Path, kind: str, damage: str, make: Any
 ) -> None:
@@ -337,6 +370,24 @@ def test_one_word_in_a_column_of_numbers_changes_no_other_cell(tmp_path: Path) -
     for texts in ([1, 2.0, 3.5], [1, 2.0, "a word"]):
         lines(tmp_path, *({**WHOLE, "text": text, "person": n} for n, text in enumerate(texts)))
         assert read(site(source="notes.jsonl"), tmp_path).train.prompts[:2] == ("1", "2")
+
+
+def test_a_first_row_that_begins_as_another_encoding_would_is_a_bad_row(tmp_path: Path) -> None:
+    data, second = site(source="notes.jsonl"), line(1, "jsonl")
+    for mark in (b"\xff\xfe", b"\xfe\xff"):
+        for first in (mark + line(0, "jsonl"), mark + line(0, "jsonl").decode().encode("utf-16-le"), mark):
+            for rest in ([], [b""], [second, b""], [second.replace(b"note", b"n\0te"), line(2, "jsonl"), b""]):
+                (tmp_path / "notes.jsonl").write_bytes(b"\n".join([first, *rest]))
+                found = gathered(data, tmp_path)
+                assert found.damaged[0][0] == 1
+                assert [record.unit for record in found.records[1:2]] == (["p2"] if len(rest) > 1 else [])
+    for kind in ("utf-16-le", "utf-16-be"):
+        for ending in ("", "\n", "\r\n"):
+            whole = (
+                "\ufeff" + (ending or "\n").join(line(row, "jsonl", text="\u54b3").decode() for row in (0, 1)) + ending
+            )
+            (tmp_path / "notes.jsonl").write_bytes(whole.encode(kind))
+            assert said(data, tmp_path) == "notes.jsonl: cannot be read: its encoding is UTF-16: save it as UTF-8"
 
 
 @pytest.mark.parametrize("odd", ["test", "train", "", 7, None, ["test"], "\0", "Test "])
@@ -799,8 +850,8 @@ def test_a_site_is_told_what_does_not_fit(tmp_path: Path) -> None:
         "them",
         "no row has the label 'asthma' of data.labels",
         "the training text has 7 values of 'person', declared are 5 (data.records): only the first 5 take part. If one "
-        "of them is taken out of the source, the next one moves in, so that this costs the replace-one figure; epsilon "
-        "holds for one that stays and is emptied",
+        "of them is taken out of the source, or damaged so that nobody can tell whose row it is, the next one moves "
+        "in, so that this costs the replace-one figure; epsilon holds for one that stays and is emptied",
         "one of the values of 'person' has 50 of 56 training rows, half of them have at most 1: is it a person, or "
         "does it stand for unknown ones?",
         "1 training rows repeat the text of another one: if they are of one person, give them one value in a column of "

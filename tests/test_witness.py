@@ -19,12 +19,14 @@ import fedsynth.cli
 from fedsynth.clients.policy import Place, Policy, Site, SuperLink
 from fedsynth.clients.trail import Trail, TrailBroken, entries
 from fedsynth.privacy.audit import contents, problems
+from fedsynth.privacy.filter import order_for
 from fedsynth.privacy.ledger import Grant, GrantUsed, Ledger, LedgerBehind
 from fedsynth.privacy.plan import Budget, composed_epsilon
 from fedsynth.site_check import check
 from fedsynth.site_loss import declare, lost
 from fedsynth.site_start import _open_account
 from fedsynth.sources import SiteData
+from fedsynth.typed import BadValue
 
 COST = composed_epsilon([PLAN], 1e-5)
 
@@ -187,6 +189,75 @@ def test_a_lost_release_without_guarantee_is_one_again(place: Place) -> None:
         place.open_ledger()
 
 
+def shared(place: Place, name: str = "south") -> Place:
+    """Another site of the same hospital, in another federation: the same account, a trail of its own."""
+    made = Place(replace(place.site, name=name, accounts=str(place.accounts)), place.folder.parent / name)
+    made.state.mkdir(parents=True)
+    return made
+
+
+@pytest.mark.parametrize("look", [_open_account, lambda south: list(check(south)), lambda south: charge(
+    south.open_ledger(), "order of south", "other/main/0")])  # fmt: skip
+def test_each_site_of_a_shared_account_knows_what_the_other_charged(place: Place, look: Any) -> None:
+    south, copy = shared(place), backup(place)
+    three = answered(place, place.open_ledger(), "order 3")
+    bare = place.open_ledger()
+    bare.charge_without_guarantee("asked for", "run/bare/0") if look is _open_account else None
+    look(south)
+    seen = [entry for entry in entries(south.trail) if entry["event"] == "seen"]
+    assert three.id in {entry.get("grant") for entry in seen}
+    assert all(entry["dataset"] == "ward" and not entry.keys() & {"superlink", "strategy"} for entry in seen)
+    lines = len(south.trail.read_bytes().splitlines())
+    look(south) if look is _open_account else south.open_ledger().tell_witness()
+    assert len(south.trail.read_bytes().splitlines()) == lines  # each is told once
+    restore(place, copy)
+    for site in (place, south):  # whoever asks first
+        with pytest.raises(LedgerBehind, match="knows less than the audit trail"):
+            site.open_ledger()
+    declare(south, *lost(south))
+    spent = south.open_ledger().spent()[0]
+    assert spent == math.inf if look is _open_account else spent >= composed_epsilon([replace(PLAN, rounds=3)], 1e-5)
+    assert problems(contents(place.ledger)) == []
+    place.open_ledger()
+
+
+class Forgetful(Ledger):
+    """Broken: as it was, a witness is told of its own charges alone."""
+
+    def _unknown(self, *told: Any) -> Any:
+        return [charge for charge in super()._unknown(*told) if charge.order == "order of south"]
+
+
+def test_a_witness_of_its_own_charges_alone_lets_a_shared_account_be_spent_twice(place: Place) -> None:
+    south, copy = shared(place), backup(place)
+    answered(place, place.open_ledger(), "order 3")
+    told = {"dataset": "ward", "cap": Budget(20.0), "create": False}
+    Forgetful(place.ledger, witness=south.witness(), **told).tell_witness()  # type: ignore[arg-type]
+    restore(place, copy)
+    Forgetful(place.ledger, witness=south.witness(), **told)  # type: ignore[arg-type]
+
+
+def test_a_lifetime_that_is_lowered_before_the_first_run_chooses_the_order_and_later_is_told(place: Place) -> None:
+    def under(site: Place, epsilon: float) -> Place:
+        return Place(replace(site.site, policy=replace(site.site.policy, lifetime=Budget(epsilon))), site.folder)
+
+    def told(site: Place) -> list[str]:
+        return [found.says for found in check(site) if found.what == "budget" and found.state == "warning"]
+
+    fresh = Place(replace(place.site, data=replace(place.site.data, id="clinic")), place.folder)
+    assert under(fresh, 10.0).open_ledger(create=True).order == 3
+    [said] = told(under(fresh, 2.0))
+    assert "was last used under a lifetime of epsilon 10 at delta 1e-05, here it is 2 at 1e-05" in said
+    assert told(under(fresh, 2.0)) == []
+    assert under(fresh, 2.0).open_ledger().order == 8
+    assert under(fresh, 10.0).open_ledger().order == 3
+    charge(under(fresh, 10.0).open_ledger(), "order 1")
+    assert told(under(fresh, 10.0)) == []
+    full, last = told(under(fresh, 4.5))
+    assert re.search(r"the filter has order 3, .* below epsilon 4\.802 that order has no room", full)
+    assert "another site that uses the account says so" in last
+
+
 def test_a_grant_whose_answer_was_stored_does_not_run_again_from_a_copy_of_before(place: Place) -> None:
     ledger = place.open_ledger()
     grant = charge(ledger, "order 3")
@@ -280,6 +351,102 @@ def test_a_ledger_and_a_trail_from_one_backup_stay_undetected(place: Place) -> N
     assert place.open_ledger().spent()[0] == composed_epsilon([PLAN, PLAN], 1e-5)
 
 
+def gone(place: Place) -> None:
+    place.ledger.unlink()
+    with pytest.raises(
+        BadValue, match=r"is gone .* `fedsynth site declare-loss DIR` makes one that holds every charge"
+    ):
+        _open_account(place)
+
+
+def test_an_account_that_is_gone_is_made_anew_with_every_charge_of_the_trail(place: Place) -> None:
+    ledger, order = place.open_ledger(), place.open_ledger().order
+    grants = [row["id"] for row in ledger.entries() if row["kind"] == "grant"]
+    charge(ledger, "order 3")
+    spent = ledger.spent()
+    gone(place)
+    found, charges = lost(place)
+    assert found is None
+    assert [c.grant for c in charges][:2] == grants
+    assert not place.ledger.exists()  # looked at, and nothing changed
+    wide = Place(replace(place.site, policy=replace(place.site.policy, lifetime=Budget(2.0))), place.folder)
+    made = declare(wide, *lost(wide))
+    assert made.order == order != order_for(Budget(2.0))  # fixed before the first of them: the trail says it
+    again = place.open_ledger()
+    assert again.spent() == (composed_epsilon([replace(PLAN, rounds=3)], 1e-5), 1e-5)
+    assert again.spent() == spent
+    assert states(again) == ["abandoned"] * 3
+    assert problems(contents(place.ledger)) == []
+    _open_account(place)
+    assert lost(place)[1] == []
+    last = list(entries(place.trail))[-1]
+    assert (last["event"], last["account"], len(last["grants"])) == ("lost", "gone", 3)
+
+
+def test_an_account_that_is_gone_stays_so_where_a_line_of_the_trail_is(place: Place) -> None:
+    gone(place)
+    lines = place.trail.read_bytes().split(b"\n")
+    place.trail.write_bytes(b"\n".join([*lines[:4], *lines[5:]]))  # it says who paid, or it does not: nobody knows
+    with pytest.raises(BadValue, match="the trail was changed"):
+        lost(place)
+    place.trail.unlink()
+    with pytest.raises(BadValue, match="nothing of it is lost"):
+        lost(place)
+
+
+def test_a_process_that_is_killed_while_it_makes_the_account_anew_leaves_it_closed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone(place)
+    monkeypatch.setattr(Ledger, "declare_lost", lambda *_: die())
+    killed(lambda: declare(place, *lost(place)))
+    monkeypatch.undo()
+    with pytest.raises(LedgerBehind):
+        place.open_ledger()
+    declare(place, *lost(place))
+    assert place.open_ledger().spent()[0] == composed_epsilon([PLAN, PLAN], 1e-5)
+
+
+DAMAGED = (
+    b'{"event":"stored","dataset":"ward","grants":null}',
+    b'{"event":"stored","dataset":"ward","grants":7,"guarantee":["none"]}',
+    b'{"event":"stored","dataset":"ward","grants":[null,{"a":1}]}',
+    b'{"event":"charged","dataset":"ward","grant":"g","plan":{"records":"many"}}',
+    b'{"event":"charged","dataset":"ward","grant":"g","plan":[1],"filter":"3"}',
+    b'{"event":"charged","dataset":"ward","grant":null,"run":null}',
+    b'{"event":"asked","dataset":"ward","order":[],"envelope":[]}',
+    b'{"event":{},"dataset":"ward"}',
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b"9" * 5_000,
+    b'"text"',
+    b"\xff\xfe\0",
+    b"",
+)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_of_the_trail_is_told_in_one_line_and_stops_no_reading(
+    place: Place, line: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    known = place.witness().known()
+    whole = place.trail.read_bytes()
+    for content in (line + b"\n" + whole, whole + line + b"\n" + whole):
+        place.trail.write_bytes(content)
+        assert {c.grant for c in known} <= {c.grant for c in place.witness().known()}
+        with pytest.raises(TrailBroken, match=r"line \d+: it does not follow"):
+            list(entries(place.trail))
+    place.ledger.unlink()
+    place.trail.write_bytes(line + b"\n")
+    (place.folder / "site.toml").write_text(SITE)
+    monkeypatch.setattr(sys, "argv", ["fedsynth", "site", "declare-loss", str(place.folder)])
+    with pytest.raises(SystemExit) as ended:
+        fedsynth.cli.main()
+    said = capfd.readouterr().err
+    assert (ended.value.code, len(said.splitlines())) == (2, 1)
+    assert said.startswith("fedsynth: bad input: ")
+
+
 SITE = """
 name = "north"
 [superlink]
@@ -323,6 +490,14 @@ def test_the_command_shows_a_loss_and_declares_it_when_told_to(
     code, out, _ = typed("ledger", "show", folder)
     assert code == 0
     assert re.search(r"4 steps x 1.* 1 of 1 .* lost ", out)
+    assert typed("ledger", "verify", folder)[0] == 0
+    place.ledger.unlink()
+    code, out, said = typed("site", "declare-loss", folder)
+    assert (code, grant.id in out, "is gone: with --confirm a new one is made" in said) == (0, True, True)
+    assert not place.ledger.exists()
+    assert json.loads(typed("site", "declare-loss", folder, "--json")[1])["gone"] is True
+    code, _, said = typed("site", "declare-loss", folder, "--confirm")
+    assert (code, "a new account holds what the trail knows" in said, f"epsilon {three:.4g}" in said) == (0, True, True)
     assert typed("ledger", "verify", folder)[0] == 0
 
 

@@ -87,6 +87,16 @@ def contents(path: Path) -> dict[str, Any]:
     }
 
 
+def last_cap(path: Path) -> Budget | None:
+    """The lifetime that a ledger was last opened under; None where that is not known."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+            found = db.execute("SELECT value FROM meta WHERE name = 'cap'").fetchone()
+    except sqlite3.Error:  # which is told where the ledger is opened
+        return None
+    return None if found is None else Budget(**json.loads(found[0]))
+
+
 def _half_written(path: Path, problem: sqlite3.Error) -> bool:
     """Whether a ledger could not be read because that would mean to write: to undo what its journal says."""
     primary = getattr(problem, "sqlite_errorcode", 0) & 0xFF

@@ -20,6 +20,7 @@ from typing import Any
 from fedsynth.privacy.filter import admits, epsilon_at, order_for, used
 from fedsynth.privacy.noise import GrantRandomness, site_key
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
+from fedsynth.privacy.rdp import ORDERS
 from fedsynth.privacy.witness import Charge, Witness, missing
 
 SCHEMA = 1
@@ -124,10 +125,12 @@ class Ledger:
     serialises orders per site with a file lock, so a grant found running while charging means a crash.
 
     What is asked next may depend on what was released before, so a Rényi filter (`fedsynth.privacy.filter`) guards the
-    cap; its order is fixed when the account is opened, and stays when the cap is changed.
+    cap. Its order follows from the cap as long as nothing is spent; with the first charge it is fixed, and stays when
+    the cap is changed.
 
     With a witness, what was charged is written down there too: after the commit, before the grant is handed out. So a
-    crash between the two leaves a grant that never ran, and what ran is known in two places.
+    crash between the two leaves a grant that never ran, and what ran is known in two places. What others charged on
+    the same file, each with a witness of its own, is written down with it, and by `tell_witness`.
 
     Args:
         path: Of the file; made (mode 0600) if there is none. An empty or damaged file is refused, not replaced.
@@ -140,6 +143,7 @@ class Ledger:
         durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
             costs a third.
         create: Make the file if there is none; else that is an error: an account that is gone must not begin anew.
+        behind: Open it although the witness knows more: to declare the loss. It charges nothing until that is done.
 
     Raises:
         LedgerUnusable: If the file is another data set's, of another schema, or damaged.
@@ -157,6 +161,7 @@ class Ledger:
         keys: Callable[[int, str], bytes] = _site_keys,
         durable: bool = True,
         create: bool = True,
+        behind: bool = False,
     ) -> None:
         self.path = path
         self.dataset = dataset
@@ -181,13 +186,20 @@ class Ledger:
                 raise self._unusable(f"it has schema {meta.get('schema')}, this software reads {SCHEMA}")
             if meta["dataset"] != dataset:
                 raise self._unusable(f"it is the account of data set {meta['dataset']!r}, not of {dataset!r}")
-            self._check_witness(db, known)
-            if "order" not in meta:  # made before there was a filter
-                meta["order"] = order_for(cap)
-                db.execute("INSERT INTO meta VALUES ('order', ?)", (meta["order"],))
+            if not behind:
+                self._check_witness(db, known)
+            spent = bool(known) or db.execute("SELECT 1 FROM spent").fetchone() is not None
+            # Without one it was made before there was a filter; while nothing is spent, nothing was seen either.
+            if "order" not in meta or (not spent and meta["order"] != order_for(cap)):
+                _fix_order(db, order_for(cap))
             if cap is not None and meta.get("cap") != _cap(cap):  # for who reads the file alone
                 db.execute("INSERT OR REPLACE INTO meta VALUES ('cap', ?)", (_cap(cap),))
-        self.order = int(meta["order"])
+
+    @property
+    def order(self) -> int:
+        """Of the filter."""
+        with self._transaction() as db:
+            return _order(db)
 
     @property
     def mac_key(self) -> bytes:
@@ -234,8 +246,23 @@ class Ledger:
         with self._transaction() as db:
             self._check_witness(db, known)
             grant = self._grant(db, plan, binding, run, budget)
-        self._note(Charge(run, grant.id, binding.order, plan), known)
+            unknown = self._unknown(db, known)
+        self._note(unknown, grant.id)
         return grant
+
+    def tell_witness(self) -> None:
+        """Has the witness write down what it does not know of this account: it may be several sites', and then each
+        can tell that the file is an older copy, whoever charged what is missing.
+
+        Raises:
+            LedgerBehind: If the witness knows more than the file.
+            OSError: If it cannot be written.
+        """
+        known = self._known()
+        with self._transaction() as db:
+            self._check_witness(db, known)
+            unknown = self._unknown(db, known)
+        self._note(unknown)
 
     def _grant(self, db: sqlite3.Connection, plan: DPPlan, binding: Binding, run: str, budget: Budget | None) -> Grant:
         if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
@@ -386,7 +413,8 @@ class Ledger:
                 db.execute(
                     "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, _now())
                 )
-        self._note(Charge(run, reason=reason), known)
+            unknown = self._unknown(db, known)
+        self._note(unknown, (run, reason))
         return first
 
     def waived(self, run: str) -> bool:
@@ -410,8 +438,8 @@ class Ledger:
     def filtered(self) -> float:
         """Epsilon at the delta of `spent` by the filter, whatever each plan was chosen after."""
         with self._transaction() as db:
-            plans, private = self._reserved(db, None)
-        return epsilon_at(used(plans, self.order), self.order, self._delta(plans)) if private else math.inf
+            (plans, private), order = self._reserved(db, None), _order(db)
+        return epsilon_at(used(plans, order), order, self._delta(plans)) if private else math.inf
 
     def missing(self, known: Sequence[Charge]) -> list[Charge]:
         """What a witness knows and this file does not."""
@@ -422,13 +450,17 @@ class Ledger:
         """Counts charges of which this file knows nothing as spent: one round of its plan for each grant.
 
         A grant of unknown plan takes the whole cap, now and at any later cap: epsilon is infinite. None of them runs
-        again. What is known already changes nothing.
+        again. What is known already changes nothing. A file of which nothing was spent takes over the order of the
+        filter under which they were charged, where the witness knows it: no other one was fixed before them.
 
         Args:
             charges: From `missing`.
             by: Who declares it.
         """
         with self._transaction() as db:
+            fixed = next((charge.filter for charge in charges if charge.filter in ORDERS), None)
+            if fixed is not None and db.execute("SELECT 1 FROM spent").fetchone() is None:
+                _fix_order(db, fixed)
             for charge in self._missing(db, charges):
                 reason = f"loss declared by {by}"
                 spent: tuple[str, str | None, str | None, str]
@@ -497,13 +529,13 @@ class Ledger:
 
     def _limits(self, budget: Budget | None) -> list[tuple[Budget, int]]:
         """Every limit with its order: that of the cap was fixed with the account, that of another goes with it."""
-        found = [] if self.cap is None else [(self.cap, self.order)]
+        found = [] if self.cap is None else [(self.cap, self.order)]  # it may yet change: decided in the transaction
         return [*found, *((limit, order_for(limit)) for limit in (self.per_run, budget) if limit is not None)]
 
     def _check_limits(self, db: sqlite3.Connection, asked: DPPlan, run: str, budget: Budget | None) -> None:
         whole = run.split("/", 1)[0]
         for limit, order, of, what in (
-            (self.cap, self.order, None, f"the lifetime cap of data set {self.dataset!r}"),
+            (self.cap, _order(db), None, f"the lifetime cap of data set {self.dataset!r}"),
             (self.per_run, None, whole, f"what policy.per_run allows run {whole!r} in all its arms and seeds"),
             (budget, None, run, f"the budget of run {run!r}"),
         ):
@@ -539,9 +571,41 @@ class Ledger:
     def _known(self) -> Sequence[Charge]:
         return [] if self._witness is None else self._witness.known()
 
-    def _note(self, charge: Charge, known: Sequence[Charge]) -> None:
-        """Has the witness write down a charge that it does not know."""
-        if self._witness is not None and charge.key not in {each.key for each in known}:
+    def _unknown(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
+        """What this file knows and the witness does not."""
+        if self._witness is None:
+            return []
+        stored, order = {charge.grant: charge.stored for charge in known if charge.grant}, _order(db)
+        found = []
+        for id, digest, state, run, plan in db.execute(
+            "SELECT grants.id, order_digest, state, run, plan FROM grants JOIN spent ON spent.id = grants.spent "
+            "ORDER BY counter"
+        ):
+            kept = state in ("stored", "sent")
+            if id not in stored or (kept and not stored[id]):
+                whole = None if plan is None else DPPlan.from_dict(json.loads(plan))
+                found.append(Charge(run, id, digest, whole, stored=kept, filter=order))
+        for run, reason in db.execute(
+            "SELECT run, reason FROM spent WHERE plan IS NULL AND id NOT IN (SELECT spent FROM grants) ORDER BY id"
+        ):
+            if not any(not c.grant and c.run in ("", run) and c.reason in ("", reason) for c in known):
+                found.append(Charge(run, reason=reason))
+        return found
+
+    def _note(self, unknown: Sequence[Charge], own: str | tuple[str, str] | None = None) -> None:
+        """Has the witness write down charges that it does not know.
+
+        Args:
+            unknown: By `_unknown`.
+            own: Id of the grant, or run and reason of the release, that was charged now: the last to be written.
+        """
+        if self._witness is None:
+            return
+        mine = [charge for charge in unknown if own in (charge.grant, (charge.run, charge.reason))]
+        for charge in unknown:
+            if charge not in mine:
+                self._witness.saw(charge)
+        for charge in mine:
             self._witness.note(charge)
 
     def _missing(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
@@ -642,6 +706,15 @@ def _canonical(values: dict[str, Any]) -> str:
 
 def _cap(budget: Budget) -> str:
     return _canonical({"epsilon": budget.epsilon, "delta": budget.delta})
+
+
+def _order(db: sqlite3.Connection) -> int:
+    """Of the filter: read anew each time, because another process may open the account under another cap."""
+    return int(db.execute("SELECT value FROM meta WHERE name = 'order'").fetchone()[0])
+
+
+def _fix_order(db: sqlite3.Connection, order: int) -> None:
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('order', ?)", (order,))
 
 
 def _next(db: sqlite3.Connection) -> int:

@@ -21,6 +21,7 @@ class Charge:
         reason: Of a release without a guarantee; empty where it is not known.
         stored: Whether the answer was in the ledger.
         at: When it was written down, as text.
+        filter: Order of the filter that the account was held to; 0 where it is not known.
     """
 
     run: str
@@ -30,6 +31,7 @@ class Charge:
     reason: str = ""
     stored: bool = False
     at: str = ""
+    filter: int = 0
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -49,6 +51,9 @@ class Witness(Protocol):
         Raises:
             OSError: If it cannot be written.
         """
+
+    def saw(self, charge: Charge) -> None:
+        """Likewise one that the ledger holds and that another witness may have noted."""
 
 
 def missing(known: Sequence[Charge], grants: Mapping[str, str], waived: Collection[tuple[str, str]]) -> list[Charge]:
