@@ -379,6 +379,8 @@ class Clients:
             check_answer(order, answer, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
+        except Exception as problem:  # as in `decode`: what a check meets in an answer is that client's failure alone
+            return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
         return replace(heard, answer=answer)
 
     def _counted(self, home: int, heard: _Heard) -> _Heard:

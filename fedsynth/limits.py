@@ -16,7 +16,6 @@ MAX_BYTES = 1 << 30  # of a whole payload: more is a mistake or an attack
 MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the table of an adapter's tensors
 MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
 MAX_DEPTH = 16  # of it: orders and answers nest five deep
-MAX_DIGITS = 40  # of a whole number: a seed has 10, and int -> float overflows beyond 308
 MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
 MAX_PARTS = 64  # texts and adapters in one payload: orders and answers have at most two
 MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer

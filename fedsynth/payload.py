@@ -28,7 +28,6 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.limits import (
     MAX_BYTES,
     MAX_DEPTH,
-    MAX_DIGITS,
     MAX_HEAD,
     MAX_NAME,
     MAX_PARTS,
@@ -38,7 +37,7 @@ from fedsynth.limits import (
     MAX_VALUES,
 )
 from fedsynth.lora import Adapter
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import MAX_DIGITS, BadValue, build, plain
 
 T = TypeVar("T")
 SCHEMA = 2
