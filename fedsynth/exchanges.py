@@ -358,11 +358,12 @@ class Clients:
             payload, refused, seconds = unpacked(content)
         except BadValue as problem:
             return _Heard(why=f"{UNUSABLE}: {problem}")
-        return self._checked(payload, refused, seconds, order)
+        # A site sends no seconds (`pack_answer`): what one makes up is not added to others'.
+        return self._checked(payload, refused, None if self.sites else seconds, order)
 
     def _recalled(self, data: bytes, facts: Mapping[str, Any], order: Order[Any]) -> _Heard:
         """What was kept of a home."""
-        seconds = facts.get("seconds")
+        seconds = None if self.sites else facts.get("seconds")
         if "why" in facts:
             return _Heard(why=facts["why"], size=facts.get("up", 0), seconds=seconds)
         return self._checked(data, facts["refused"], seconds, order)

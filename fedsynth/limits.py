@@ -56,7 +56,8 @@ MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
 MAX_EPSILON = 1e6  # more than any budget that means something
 MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
 MAX_SIGMA = 1e3  # noise multiplier, on a sum of whole clipped gradients
-MAX_FIGURES = 32  # metrics of a client; what can become of a candidate
+MAX_LOSS = 1e6  # nats per token: a model that has broken down has as much, and no more is told
+MAX_SCORE = 1e12  # of a text: noise of the largest multiplier on the largest norm is a thousandth of it
 
 
 def most(limit: float) -> Range:
