@@ -22,10 +22,10 @@ MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
 
-MAX_TEXT = 20_000  # characters of one text
+MAX_TEXT = 20_000  # characters of one text: longer ones are dropped where they are written, and refused elsewhere
 MAX_TEXTS = 1_000_000  # of one order or answer
 MAX_SAMPLES = 100_000  # of one label
-MAX_TOKENS = 8_192  # of one text that a client writes or learns: about MAX_TEXT characters
+MAX_TOKENS = 8_192  # of one text that a client writes or learns: some 37,000 characters of English, more than MAX_TEXT
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # of a client's sampling: beyond, logits are flat, or leave float32
 MIN_TOP_P = 0.01
 MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds

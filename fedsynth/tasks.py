@@ -52,7 +52,7 @@ class Synthesized:
     corpus: Corpus = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
     unfinished: int = _leaves(Origin.RELEASED)
-    """Samples cut at the token limit; left out of the corpus."""
+    """Samples cut at the token limit, or of more characters than a text may have; left out of the corpus."""
     adapter: Adapter | None = _leaves(Origin.RELEASED, default=None)
 
 
