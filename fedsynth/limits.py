@@ -17,7 +17,7 @@ MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the
 MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
 MAX_DEPTH = 16  # of it: orders and answers nest five deep
 MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
-MAX_PARTS = 64  # texts and adapters in one payload: orders and answers have at most two
+MAX_PARTS = 4  # members of one payload: orders and answers have at most three, their scalars, texts and an adapter
 MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
