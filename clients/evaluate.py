@@ -14,6 +14,7 @@ from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.examples import readable
 from fedsynth.instructions import asked, parse_response
+from fedsynth.limits import MAX_LOSS
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import device, load_generator, load_tokenizer
@@ -65,7 +66,8 @@ def _loss(home: Home, adapter: Adapter) -> float:
     slots = slots_of(home, replace(home.test, units=None), len(home.test))
     pad, batch = load_tokenizer(home.config.generator).pad_token_id, home.config.generator_training.microbatch
     examples = [example for slot in slots for example in slot]
-    return mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
+    found = mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
+    return found if found < MAX_LOSS else MAX_LOSS  # nan, too: a model that has broken down has a figure
 
 
 def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:

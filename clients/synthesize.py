@@ -9,6 +9,7 @@ from fedsynth.clients.together import ToTrain, Trains
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.encoding import text_rows
 from fedsynth.examples import control_code
+from fedsynth.limits import MAX_TEXT
 from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
 from fedsynth.models import load_tokenizer
@@ -71,7 +72,11 @@ def _sample(home: Home, adapter: Adapter, order: Synthesize) -> tuple[list[str],
         top_p=order.top_p,
         seed=order.seed,
     )
-    # A text as long as the limit was cut before its end.
-    finished = [len(row) < order.max_tokens for row in text_rows(tokenizer, texts)]
+    # A text as long as the limit was cut before its end; one of more characters than a text may have is never sent, as
+    # the server would refuse the whole answer. Both look at what the DP model wrote, and at nothing private.
+    finished = [
+        len(row) < order.max_tokens and len(text) <= MAX_TEXT
+        for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
+    ]
     kept = [i for i, done in enumerate(finished) if done]
     return [texts[i].strip() for i in kept], [codes[i] for i in kept], len(codes) - len(kept)

@@ -14,6 +14,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.limits import MAX_TEXT
 from fedsynth.rouge import nearest, words
 from fedsynth.sentences import code_or_markup
 
@@ -91,7 +92,7 @@ def well_formed(
         corpus: Texts and their class names.
         labels: The public ones; other answers are dropped.
         min_words: As `fedsynth.rouge.words` counts them; a text of signs alone, as an emoji, counts as one. FDKT: 10.
-        max_words: None for no limit.
+        max_words: None for no limit but that of a text's characters (`limits.MAX_TEXT`).
         sentences: Drop what looks like code, JSON or markup (`fedsynth.sentences`).
 
     Raises:
@@ -103,6 +104,8 @@ def well_formed(
     def reason(text: str, label: str) -> str | None:
         if label not in known:
             return "unknown label"
+        if len(text) > MAX_TEXT:  # no client would take an order with it
+            return "too long"
         if (broken := _broken(text)) is not None:
             return broken
         if _runs_on(text, label):
@@ -283,6 +286,8 @@ def well_formed_instructions(
     refuse_private(corpus)
 
     def reason(prompt: str, answer: str) -> str | None:
+        if max(len(prompt), len(answer)) > MAX_TEXT:
+            return "too long"
         if (broken := _broken(prompt) or _broken(answer)) is not None:
             return broken
         if _count(prompt) < max(1, min_words):

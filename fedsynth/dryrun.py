@@ -32,6 +32,7 @@ from fedsynth.tasks import (
     Adopt,
     Adopted,
     Envelope,
+    Evaluate,
     Evaluated,
     Finetune,
     Finetuned,
@@ -44,6 +45,7 @@ from fedsynth.tasks import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    measured,
 )
 from fedsynth.wire import pack_order, payload_bytes
 
@@ -153,8 +155,8 @@ class _Answering(Clients):
             return Adopted(sum(array.size for array in order.adapter.arrays.values()))
         if isinstance(order, Learn):
             return Learnt(len(order.corpus or ()))
-        figures = ("accuracy", "macro_f1") if of.labels else ("exact_match", "field_match", "rouge_l")
-        return Evaluated({**dict.fromkeys(figures, 1 / 3), "loss": 1 / 3}, of.test)
+        assert isinstance(order, Evaluate)
+        return Evaluated(dict.fromkeys(measured(order, instructs=not of.labels), 1 / 3), of.test)
 
     def _drafts(self, home: int, per_label: int, longest: int) -> Corpus:
         """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""

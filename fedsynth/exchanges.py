@@ -358,11 +358,12 @@ class Clients:
             payload, refused, seconds = unpacked(content)
         except BadValue as problem:
             return _Heard(why=f"{UNUSABLE}: {problem}")
-        return self._checked(payload, refused, seconds, order)
+        # A site sends no seconds (`pack_answer`): what one makes up is not added to others'.
+        return self._checked(payload, refused, None if self.sites else seconds, order)
 
     def _recalled(self, data: bytes, facts: Mapping[str, Any], order: Order[Any]) -> _Heard:
         """What was kept of a home."""
-        seconds = facts.get("seconds")
+        seconds = None if self.sites else facts.get("seconds")
         if "why" in facts:
             return _Heard(why=facts["why"], size=facts.get("up", 0), seconds=seconds)
         return self._checked(data, facts["refused"], seconds, order)
@@ -379,6 +380,8 @@ class Clients:
             check_answer(order, answer, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
+        except Exception as problem:  # as in `decode`: what a check meets in an answer is that client's failure alone
+            return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
         return replace(heard, answer=answer)
 
     def _counted(self, home: int, heard: _Heard) -> _Heard:

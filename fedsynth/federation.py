@@ -180,8 +180,11 @@ class RoundStrategy(Strategy, Generic[S]):
         for home, answer in evaluated.items():
             for metric, value in sorted(answer.metrics.items()):
                 self.server.journal.metric(home, metric, value)
-        names = sorted({m for a in evaluated.values() for m in a.metrics})
-        return MetricRecord({m: sum(a.metrics[m] for a in evaluated.values()) / len(evaluated) for m in names})
+        found: dict[str, list[float]] = {}
+        for answer in evaluated.values():
+            for metric, value in answer.metrics.items():
+                found.setdefault(metric, []).append(value)
+        return MetricRecord({metric: sum(found[metric]) / len(found[metric]) for metric in sorted(found)})
 
     def configure_train(self, *_: Any, **__: Any) -> Iterable[Message]:
         """Unused: `round` drives its own exchanges."""

@@ -17,6 +17,7 @@ from fedsynth.instructions import one_line
 from fedsynth.llm import LocalLLM, TextModel
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models import device, kind_of, load_tokenizer
+from fedsynth.room import misfits
 from fedsynth.scenario import Tuning
 from fedsynth.teacher import OPEN_LINE
 from fedsynth.tuning import Guard, perplexity, prefer, tune
@@ -168,7 +169,7 @@ def taught(
             found[f"general/perplexity{when}"] = perplexity(model, [encoded("", text) for text in public], pad=pad)
         if tests is not None and len(tests):
             found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels)
-        return found
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     judge = LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0)))
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
@@ -187,10 +188,34 @@ def taught(
 
 
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:
-    """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text."""
-    if not len(texts):
-        return math.nan
+    """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text.
+
+    A text that does not fit after each of the labels is read up to where it does; one of which nothing can be read is
+    left out.
+    """
     prompts = [OPEN_LINE.format(label=y) for y in labels]
-    flat = llm.score(prompts * len(texts), [f" {one_line(x)}" for x in texts.prompts for _ in labels])
-    likeliest = np.asarray(flat).reshape(len(texts), len(labels)).argmax(1).tolist()
-    return float(np.mean([labels[i] == y for i, y in zip(likeliest, texts.answers, strict=True)]))
+    read = [(_readable(llm, prompts, f" {one_line(x)}"), y) for x, y in zip(texts.prompts, texts.answers, strict=True)]
+    read = [(text, y) for text, y in read if text]
+    if not read:
+        return math.nan
+    flat = llm.score(prompts * len(read), [text for text, _ in read for _ in labels])
+    likeliest = np.asarray(flat).reshape(len(read), len(labels)).argmax(1).tolist()
+    return float(np.mean([labels[i] == y for i, (_, y) in zip(likeliest, read, strict=True)]))
+
+
+def _readable(llm: TextModel, prompts: Sequence[str], text: str) -> str:
+    """As much of the beginning of a text as fits after each of the prompts; "" if nothing does."""
+
+    def fits(size: int, prompts: Sequence[str]) -> bool:
+        return not any(misfits(llm, prompts, 0, [text[:size]] * len(prompts)))
+
+    if fits(len(text), prompts):
+        return text
+    longest = [max(prompts, key=len)]  # to try them all for each length would take minutes
+    low, high = 0, len(text)  # `low` characters fit, `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle, longest) else (low, middle)
+    while text[:low].strip() and not fits(low, prompts):  # another label has more tokens
+        low = low * 9 // 10
+    return text[:low] if text[:low].strip() else ""

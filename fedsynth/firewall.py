@@ -15,8 +15,8 @@ from fedsynth.limits import (
     MAX_ALPHA,
     MAX_BATCH,
     MAX_CANDIDATES,
-    MAX_FIGURES,
     MAX_GRANTS,
+    MAX_LOSS,
     MAX_NAME,
     MAX_PROXIMAL,
     MAX_RANK,
@@ -24,6 +24,7 @@ from fedsynth.limits import (
     MAX_RECORDS,
     MAX_ROWS,
     MAX_SAMPLES,
+    MAX_SCORE,
     MAX_SEED,
     MAX_SHOTS,
     MAX_SIGMA,
@@ -41,6 +42,8 @@ from fedsynth.privacy import claims
 from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
 from fedsynth.scenario import Client, GeneratorTraining
 from fedsynth.tasks import (
+    FUNNEL,
+    LOSS,
     Adopt,
     Adopted,
     Evaluate,
@@ -56,11 +59,11 @@ from fedsynth.tasks import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    measured,
 )
 
 # What stands in an answer as a name becomes a word of a report: these, and nothing else.
 GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
-FIGURE = re.compile(r"[a-z][a-z0-9_@ -]{0,59}")
 A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
@@ -191,14 +194,16 @@ def check_answer(
         _check_grants(answer.statement, answer.adapter.grants)
         _check_adapter(answer.adapter, order.start)
         _check_records(answer.records, answer.statement, batch)
-        _check_figures("funnel", answer.funnel, 0, order.candidates)
+        _check_funnel(answer.funnel, order.candidates)
     if isinstance(answer, Scored) and isinstance(order, Score):
         _check_grants(answer.statement, answer.scores.grants)
         _within("number of scores", len(answer.scores.values), len(order.corpus), len(order.corpus))
         if not all(map(math.isfinite, answer.scores.values)):
             raise Rejected("scores that are not finite")
-    if isinstance(answer, Evaluated):
-        _check_figures("metrics", answer.metrics, -math.inf, math.inf)
+        if any(abs(score) > MAX_SCORE for score in answer.scores.values):
+            raise Rejected(f"scores beyond {MAX_SCORE:g}")
+    if isinstance(answer, Evaluated) and isinstance(order, Evaluate):
+        _check_metrics(answer.metrics, measured(order, instructs=not labels))
         _within("examples", answer.examples, 0, MAX_RECORDS)
     if isinstance(answer, Learnt) and isinstance(order, Learn):
         _within("received", answer.received, 0, len(order.corpus or ()))
@@ -223,14 +228,24 @@ def _check_records(records: int, said: Statement, batch: int | None) -> None:
         raise Rejected(f"records are said to be {records}, which a sampling rate of {said.sampling_rate:g} is not for")
 
 
-def _check_figures(name: str, figures: Mapping[str, float], low: float, high: float) -> None:
-    _within(f"number of {name}", len(figures), 0, MAX_FIGURES)
-    if not all(FIGURE.fullmatch(figure) for figure in figures):
-        raise Rejected(f"{name} of a name that is none: lower-case letters, digits, blanks and dashes")
-    for figure, value in figures.items():
-        if not math.isfinite(value):
-            raise Rejected(f"{name} {figure!r} must be finite, got {value}")
-        _within(f"{name} {figure!r}", value, low, high)
+def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
+    """Each figure that the order asks for, and no other: a name becomes a word of a report."""
+    if set(metrics) != set(names):
+        raise Rejected(f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "
+                       f"{len(set(metrics) - set(names))} others are there")  # fmt: skip
+    for name in names:
+        if not math.isfinite(metrics[name]):
+            raise Rejected(f"metrics {name!r} must be finite, got {metrics[name]}")
+        _within(f"metrics {name!r}", metrics[name], 0.0, MAX_LOSS if name == LOSS else 1.0)
+
+
+def _check_funnel(funnel: Mapping[str, int], candidates: int) -> None:
+    """Counts under the names that there are, of no more candidates than were asked for."""
+    if others := set(funnel) - set(FUNNEL):
+        raise Rejected(f"funnel with {len(others)} names that are none of {', '.join(FUNNEL)}")
+    for name, count in funnel.items():
+        _within(f"funnel {name!r}", count, 0, candidates)
+    _within("funnel without 'asked'", sum(funnel.values()) - funnel.get("asked", 0), 0, candidates)
 
 
 def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) -> None:

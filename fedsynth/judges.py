@@ -11,6 +11,7 @@ import numpy as np
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Kept, keep_rows, refuse_private
 from fedsynth.instructions import one_line
+from fedsynth.room import TOO_LONG, misfits
 from fedsynth.teacher import OPEN_LINE, check_labels
 
 if TYPE_CHECKING:
@@ -71,21 +72,32 @@ def judge_by_instruction(
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
     Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
-    its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call.
+    its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call. Of a
+    cluster that does not fit into the LLM the longest texts are dropped until it does.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
     """
     _check_groups(corpora, groups, labels, keep)
-    asked = [(site, group) for site in sorted(corpora) for group in groups[site]]
-    prompts = []
-    for site, group in asked:
+    reasons: dict[int, list[str | None]] = {site: [None] * len(corpus) for site, corpus in corpora.items()}
+
+    def question(site: int, group: Sequence[int]) -> str:
         corpus = corpora[site]
         examples = [(corpus.answers[i], corpus.prompts[i]) for i in group]
-        prompts.append(select_prompt(examples, labels=labels, keep=keep, domain=domain))
-    answers = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+        return select_prompt(examples, labels=labels, keep=keep, domain=domain)
 
-    reasons: dict[int, list[str | None]] = {site: [None] * len(corpus) for site, corpus in corpora.items()}
+    asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
+    left = asked
+    while left:
+        unfit = misfits(llm, [question(site, group) for site, group in left], max_tokens)
+        left = [each for each, why in zip(left, unfit, strict=True) if why and each[1]]
+        for site, group in left:
+            longest = max(group, key=lambda row: len(corpora[site].prompts[row]))
+            group.remove(longest)
+            reasons[site][longest] = TOO_LONG
+    asked = [(site, group) for site, group in asked if group]
+    prompts = [question(site, group) for site, group in asked]
+    answers = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
     for (site, group), answer in zip(asked, answers, strict=True):
         chosen = parse_selected(answer, len(group))
         for place, row in enumerate(group):
@@ -119,7 +131,8 @@ def judge_by_likelihood(
     """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
     Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
-    All texts of all sites are scored in one call.
+    All texts of all sites are scored in one call. A text that does not fit into the LLM after each of the labels that
+    it is compared by is dropped.
 
     Args:
         llm: One that scores.
@@ -145,19 +158,24 @@ def judge_by_likelihood(
             drawn = np.random.default_rng([seed, site, row]).permutation(len(others))[:rivals]
             others = [others[i] for i in sorted(drawn.tolist())]
         asked += [((site, row), y, text) for y in [corpus.answers[row], *others]]
+    unfit = misfits(llm, [OPEN_LINE.format(label=y) for _, y, _ in asked], 0, [text for _, _, text in asked])
+    lacking = {at: why for (at, _, _), why in zip(asked, unfit, strict=True) if why is not None}
+    asked = [each for each in asked if each[0] not in lacking]
     flat = llm.score([OPEN_LINE.format(label=y) for _, y, _ in asked], [text for _, _, text in asked])
     scores: dict[tuple[int, int], dict[str, float]] = {at: {} for at in rows}
     for (at, y, _), score in zip(asked, flat, strict=True):
         scores[at][y] = score
+        if score == -np.inf:  # of an endpoint that refused it
+            lacking[at] = TOO_LONG
 
     kept: dict[int, Kept] = {}
     for site in sorted(corpora):
         corpus = corpora[site]
-        reasons: list[str | None] = [None] * len(corpus)
+        reasons: list[str | None] = [lacking.get((site, row)) for row in range(len(corpus))]
         for group in groups[site]:
-            own = {row: scores[site, row][corpus.answers[row]] for row in group}
+            own = {row: scores[site, row][corpus.answers[row]] for row in group if (site, row) not in lacking}
             chosen: list[int] = []
-            for row in sorted(group, key=lambda row: -own[row]):
+            for row in sorted(own, key=lambda row: -own[row]):
                 best_other = max((s for y, s in scores[site, row].items() if y != corpus.answers[row]), default=-np.inf)
                 if best_other > own[row] + margin:
                     reasons[row] = "another label is likelier"

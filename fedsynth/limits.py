@@ -16,17 +16,16 @@ MAX_BYTES = 1 << 30  # of a whole payload: more is a mistake or an attack
 MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the table of an adapter's tensors
 MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
 MAX_DEPTH = 16  # of it: orders and answers nest five deep
-MAX_DIGITS = 40  # of a whole number: a seed has 10, and int -> float overflows beyond 308
 MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
-MAX_PARTS = 64  # texts and adapters in one payload: orders and answers have at most two
+MAX_PARTS = 4  # members of one payload: orders and answers have at most three, their scalars, texts and an adapter
 MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
 
-MAX_TEXT = 20_000  # characters of one text
+MAX_TEXT = 20_000  # characters of one text: longer ones are dropped where they are written, and refused elsewhere
 MAX_TEXTS = 1_000_000  # of one order or answer
 MAX_SAMPLES = 100_000  # of one label
-MAX_TOKENS = 8_192  # of one text that a client writes or learns: about MAX_TEXT characters
+MAX_TOKENS = 8_192  # of one text that a client writes or learns: some 37,000 characters of English, more than MAX_TEXT
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # of a client's sampling: beyond, logits are flat, or leave float32
 MIN_TOP_P = 0.01
 MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds
@@ -57,7 +56,8 @@ MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
 MAX_EPSILON = 1e6  # more than any budget that means something
 MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
 MAX_SIGMA = 1e3  # noise multiplier, on a sum of whole clipped gradients
-MAX_FIGURES = 32  # metrics of a client; what can become of a candidate
+MAX_LOSS = 1e6  # nats per token: a model that has broken down has as much, and no more is told
+MAX_SCORE = 1e12  # of a text: noise of the largest multiplier on the largest norm is a thousandth of it
 
 
 def most(limit: float) -> Range:

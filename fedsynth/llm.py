@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +18,7 @@ from fedsynth.embedding import Embedder
 from fedsynth.encoding import text_rows
 from fedsynth.lora import Adapter
 from fedsynth.models import context_of, kind_of, load_model, load_tokenizer
+from fedsynth.room import TOO_LONG, UNREADABLE
 from fedsynth.usage import Used
 
 T = TypeVar("T")
@@ -284,6 +286,40 @@ class LocalLLM:
             ValueError: If a text holds no token.
         """
         return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
+
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """Why `complete`, or `score`, would refuse; see `fedsynth.room`."""
+        texts = [""] * len(prompts) if continuations is None else continuations
+        pairs = list(zip(prompts, texts, strict=True))
+        distinct = list(dict.fromkeys(pairs))
+        try:
+            needed = self._needed(distinct)
+        except Exception:  # each tokenizer has its own for what it cannot read
+            needed = [self._needed_by(pair) for pair in distinct]
+        room = math.inf if self.context is None else self.context
+        told = {
+            pair: UNREADABLE if tokens is None else TOO_LONG if tokens + more > room else None
+            for pair, tokens in zip(distinct, needed, strict=True)
+        }
+        return [told[pair] for pair in pairs]
+
+    def _needed(self, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
+        """Tokens of each prompt and its continuation, "" for none; None where the latter holds no token."""
+        starts = [len(row) for row in self._tokens([prompt for prompt, _ in pairs])]
+        apart = [len(row) for row in text_rows(self.tokenizer, [text for _, text in pairs])]
+        whole = [len(row) for row in self._tokens([prompt + text for prompt, text in pairs])]
+        return [
+            None if text and not own else max(both, start + own)
+            for (_, text), start, own, both in zip(pairs, starts, apart, whole, strict=True)
+        ]
+
+    def _needed_by(self, pair: tuple[str, str]) -> int | None:
+        try:
+            return self._needed([pair])[0]
+        except Exception:
+            return None
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return given_rows(self.tokenizer, texts, self.kind)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedsynth.corpus import Corpus
 from fedsynth.curation import Kept, keep_rows, refuse_private, well_formed_instructions
 from fedsynth.instructions import asked, in_line, one_line, parse_response
+from fedsynth.room import TOO_LONG, misfits
 
 if TYPE_CHECKING:
     from fedsynth.llm import TextModel  # brings torch, which a scripted or remote model does not need
@@ -24,7 +27,8 @@ BEYOND = "beyond the most certain"  # as it was told to
 def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Kept:
     """The instructions with the professional's greedy responses in place of any that stood there.
 
-    Instructions whose response is empty or cannot stand in a record are dropped.
+    Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
+    are dropped.
 
     Args:
         professional: Reads each instruction as the beginning of a record.
@@ -35,12 +39,14 @@ def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> K
         ValueError: If the corpus is private.
     """
     refuse_private(instructions)
-    answers = tuple(_responses(professional, instructions, max_tokens))
-    return well_formed_instructions(replace(instructions, answers=answers), answered=True)
+    short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_tokens))
+    answers = tuple(_responses(professional, short.corpus.prompts, max_tokens))
+    found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True)
+    return replace(found, dropped=dict(Counter(short.dropped) + Counter(found.dropped)))
 
 
-def _responses(professional: TextModel, instructions: Corpus, max_tokens: int) -> list[str]:
-    prompts = [asked(prompt) for prompt in instructions.prompts]
+def _responses(professional: TextModel, instructions: Sequence[str], max_tokens: int) -> list[str]:
+    prompts = [asked(prompt) for prompt in instructions]
     # Greedy: the seed moves nothing.
     return [parse_response(t) for t in professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)]
 
@@ -90,14 +96,23 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
     refuse_private(instructions)
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
-    responses = _responses(professional, instructions, max_tokens)
-    rows = [row for row, response in enumerate(responses) if response]
-    certainty = professional.score(
-        [asked(instructions.prompts[row]) for row in rows], [f" {in_line(responses[row])}" for row in rows]
+    questions = [asked(prompt) for prompt in instructions.prompts]
+    reasons = misfits(professional, questions, max_tokens)
+    rows = [row for row, why in enumerate(reasons) if why is None]
+    responses = dict(
+        zip(rows, _responses(professional, [instructions.prompts[r] for r in rows], max_tokens), strict=True)
     )
-    best = sorted(zip(rows, certainty, strict=True), key=lambda item: -item[1])
-    chosen = {row for row, _ in best[: math.ceil(share * len(instructions))]}
-    reasons = ["no response" if not r else None if row in chosen else BEYOND for row, r in enumerate(responses)]
+    reasons = [why if why or responses[row] else "no response" for row, why in enumerate(reasons)]
+    rows = [row for row in rows if responses[row]]
+    replies = [f" {in_line(responses[row])}" for row in rows]
+    unfit = misfits(professional, [questions[row] for row in rows], 0, replies)
+    pairs = [(row, reply) for row, reply, why in zip(rows, replies, unfit, strict=True) if why is None]
+    certainty = professional.score([questions[row] for row, _ in pairs], [reply for _, reply in pairs])
+    certain = {row: score for (row, _), score in zip(pairs, certainty, strict=True) if score > -math.inf}
+    best = sorted(certain, key=lambda row: -certain[row])
+    chosen = set(best[: math.ceil(share * len(instructions))])
+    for row in rows:
+        reasons[row] = None if row in chosen else BEYOND if row in certain else TOO_LONG
     return replace(keep_rows(instructions, reasons), lost=())
 
 
@@ -138,6 +153,10 @@ def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tok
     """
     refuse_private(instructions)
     prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
-    verdicts = map(parse_verdict, professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0))
+    reasons = misfits(professional, prompts, max_tokens)
+    rows = [row for row, why in enumerate(reasons) if why is None]
+    answers = professional.complete([prompts[r] for r in rows], max_tokens=max_tokens, temperature=0.0, seed=0)
     words = {True: None, False: "judged not good enough", None: "unreadable judgement"}
-    return replace(keep_rows(instructions, [words[keep] for keep in verdicts]), lost=())
+    for row, answer in zip(rows, answers, strict=True):
+        reasons[row] = words[parse_verdict(answer)]
+    return replace(keep_rows(instructions, reasons), lost=())

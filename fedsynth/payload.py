@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Mapping
 from math import prod
 from struct import Struct
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 from zlib import crc32
 
 import numpy as np
@@ -28,7 +28,6 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.limits import (
     MAX_BYTES,
     MAX_DEPTH,
-    MAX_DIGITS,
     MAX_HEAD,
     MAX_NAME,
     MAX_PARTS,
@@ -38,7 +37,7 @@ from fedsynth.limits import (
     MAX_VALUES,
 )
 from fedsynth.lora import Adapter
-from fedsynth.typed import BadValue, build, plain
+from fedsynth.typed import MAX_DIGITS, BadValue, build, plain
 
 T = TypeVar("T")
 SCHEMA = 2
@@ -100,6 +99,8 @@ def _decoded(data: bytes, kind: type[T], *, trusted: bool) -> T:
         raise BadPayload("not a payload: its head is no table of schema, type and value")
     if head["schema"] not in READ or head["type"] != kind.__name__:
         raise BadPayload(f"expected a {kind.__name__} of schema {SCHEMA}, got another type or schema")
+    if not trusted:
+        _check_places(kind, head["value"])
     tree = _put_parts(head["value"], files, {} if trusted else None)
     if files and not trusted:
         raise BadPayload("a payload holds a part that its value does not name")
@@ -107,6 +108,30 @@ def _decoded(data: bytes, kind: type[T], *, trusted: bool) -> T:
         return build(kind, tree, kind.__name__)
     except BadValue as problem:
         raise BadPayload(str(problem) if trusted else _misfit(kind, tree, kind.__name__)) from problem
+
+
+def _check_places(kind: type, tree: Any) -> None:
+    """Texts and adapters stand where the type has them and nowhere else: found out before any is read, as reading texts
+    takes some ten times their bytes."""
+    if not isinstance(tree, dict):
+        raise BadPayload(f"{kind.__name__} is no table")
+    hints = get_type_hints(kind)
+    fields = [field.name for field in dataclasses.fields(cast(Any, kind)) if field.init]
+    if set(tree) - set(fields):
+        raise BadPayload(f"{kind.__name__} has a field that is none of {', '.join(fields)}")
+    for name, value in tree.items():
+        options = (hints[name], *get_args(hints[name]))
+        own = [mark for mark, part in (("$corpus", Corpus), ("$adapter", Adapter)) if part in options]
+        if own and isinstance(value, dict) and own[0] in value:
+            value = {key: inner for key, inner in value.items() if key != own[0]}
+        if _holds_part(value):
+            raise BadPayload(f"{kind.__name__}.{name} holds texts or an adapter that do not belong there")
+
+
+def _holds_part(tree: Any) -> bool:
+    if isinstance(tree, dict):
+        return "$corpus" in tree or "$adapter" in tree or any(map(_holds_part, tree.values()))
+    return isinstance(tree, list) and any(map(_holds_part, tree))
 
 
 def _misfit(kind: type, tree: Any, place: str) -> str:

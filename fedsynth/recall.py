@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from fedsynth.llm import TextModel
+from fedsynth.room import misfits
 from fedsynth.runs import SERVER, Journal
 
 V = TypeVar("V")
@@ -34,6 +35,12 @@ class Recalled:
         """As `TextModel`."""
         question = ["score", list(prompts), list(continuations)]
         return self._said(question, lambda: self.llm.score(prompts, continuations))
+
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """As the model that is asked; nothing of it is kept."""
+        return misfits(self.llm, prompts, more, continuations)
 
     def _said(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
         def counted() -> list[Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Lock
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -14,11 +16,9 @@ from openai import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
-    BadRequestError,
     DefaultHttpxClient,
     OpenAI,
     OpenAIError,
-    UnprocessableEntityError,
 )
 
 from fedsynth.instructions import one_line
@@ -33,6 +33,8 @@ Echo: TypeAlias = list[tuple[str, float | None]]
 
 SAID = 200  # characters of a server's own words in a message
 LISTED = 8  # of its models
+SHORT = "A"  # what every model has room for
+REFUSED = (400, 413, 422)  # what servers answer to a prompt that is too long for their model
 
 
 class EndpointFailed(RuntimeError):
@@ -41,6 +43,10 @@ class EndpointFailed(RuntimeError):
 
 class CannotScore(ValueError):
     """An endpoint does not tell how likely a given text is."""
+
+
+class _Refused(CannotScore):
+    """A server refused one text."""
 
 
 class RemoteLLM:
@@ -110,7 +116,8 @@ class RemoteLLM:
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
     ) -> list[str]:
-        """One answer per prompt, in order; empty where the server's content filter cut it.
+        """One answer per prompt, in order; empty where the server's content filter cut it, or the server refused the
+        prompt, as one that is too long, and takes a short one.
 
         Args:
             prompts: Plain text; with `api = "chat"` the server applies the model's template.
@@ -133,8 +140,23 @@ class RemoteLLM:
         settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": max_tokens}
         settings |= {"temperature": temperature, "top_p": top_p}
 
+        @cache
+        def takes_short() -> bool:
+            try:
+                answered(0, SHORT)
+            except APIStatusError:
+                return False
+            return True
+
         def answer(numbered: tuple[int, str]) -> str:
-            place, prompt = numbered
+            try:
+                return answered(*numbered)
+            except APIStatusError as problem:
+                if problem.status_code not in REFUSED or not takes_short():
+                    raise
+                return ""
+
+        def answered(place: int, prompt: str) -> str:
             # 31 bits: a signed number to some servers, and llama.cpp takes the largest of 32 bits for "none".
             own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1
             if self.endpoint.api == "completions":
@@ -152,7 +174,8 @@ class RemoteLLM:
         """Mean log-likelihood (nats) per token of each continuation after its prompt, where the server tells it.
 
         A continuation's tokens are those of prompt + continuation from the first that the prompt alone has not: one
-        that the tokenizer merges across the border is scored, where `LocalLLM` takes the two apart.
+        that the tokenizer merges across the border is scored, where `LocalLLM` takes the two apart. A pair that the
+        server refuses, as one that is too long, where it takes a short one, has no likelihood at all (-inf).
 
         Raises:
             ValueError: If the lists differ in length, or a prompt or continuation holds no token of its own.
@@ -165,10 +188,31 @@ class RemoteLLM:
         if pairs and self.endpoint.api == "chat":
             raise CannotScore(self._no_score('api = "chat"'))
         texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
-        echoes = dict(zip(texts, self._together(self._echo, texts), strict=True))
+
+        @cache
+        def takes_short() -> bool:
+            try:
+                self._echo(SHORT)
+            except _Refused:
+                return False
+            return True
+
+        def echo(text: str) -> Echo | None:
+            try:
+                return self._echo(text)
+            except _Refused:
+                if not takes_short():
+                    raise
+                return None
+
+        echoes = dict(zip(texts, self._together(echo, texts), strict=True))
         means = []
         for i, (prompt, more) in enumerate(pairs):
-            own = _beyond(echoes[prompt], echoes[prompt + more])
+            start, whole = echoes[prompt], echoes[prompt + more]
+            if start is None or whole is None:
+                means.append(-math.inf)
+                continue
+            own = _beyond(start, whole)
             if not own:
                 raise ValueError(f"continuation {i} holds no token: {more!r}; leave empty texts out")
             logs = [log for _, log in own if log is not None]
@@ -186,8 +230,10 @@ class RemoteLLM:
             answer = self._client.completions.create(
                 model=self.endpoint.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1
             )
-        except (BadRequestError, UnprocessableEntityError) as problem:
-            raise CannotScore(self._no_score(self._words(problem))) from None
+        except APIStatusError as problem:
+            if problem.status_code not in REFUSED:
+                raise
+            raise _Refused(self._no_score(self._words(problem))) from None
         choice, used = self._choice(answer), answer.usage
         told = choice.logprobs
         if not told or not told.tokens or not told.token_logprobs or not used or not str(choice.text).startswith(text):

@@ -52,7 +52,7 @@ class Synthesized:
     corpus: Corpus = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
     unfinished: int = _leaves(Origin.RELEASED)
-    """Samples cut at the token limit; left out of the corpus."""
+    """Samples cut at the token limit, or of more characters than a text may have; left out of the corpus."""
     adapter: Adapter | None = _leaves(Origin.RELEASED, default=None)
 
 
@@ -147,6 +147,14 @@ class Score(Order[Scored]):
     seed: int
 
 
+# What a funnel of a client may speak of: these, and no word of its own.
+FUNNEL = (
+    "asked", "kept", "template marker", "control character", "bidi or tag character", "replacement character",
+    "too short", "too long", "no response", "instruction like a local one", "record like a local one",
+    "like an earlier one",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SelfTrained:
     """An adapter trained on private and self-generated text; it has no formal privacy."""
@@ -155,7 +163,7 @@ class SelfTrained:
     statement: Statement = _leaves(Origin.PUBLIC)
     records: int = _leaves(Origin.PUBLIC)
     funnel: Mapping[str, int] = _leaves(Origin.NO_GUARANTEE, default_factory=dict)
-    """What became of the self-generated candidates: how many were written, dropped (by reason) and kept."""
+    """What became of the self-generated candidates: how many were written, dropped (`FUNNEL`) and kept."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +241,22 @@ class Evaluate(Order[Evaluated]):
     task: ClassVar[str] = "evaluate.evaluate"
     reply: ClassVar[type[Any]] = Evaluated
     adapter: Adapter | None = None
+
+
+LABELLED = ("accuracy", "macro_f1")
+WRITTEN = ("exact_match", "field_match", "rouge_l")
+LOSS = "loss"
+
+
+def measured(order: Evaluate, *, instructs: bool) -> tuple[str, ...]:
+    """Names of the figures of an answer, each of which it has: all but the loss are shares.
+
+    Args:
+        order: A loss belongs to an adapter that comes with it.
+        instructs: Whether the task is to follow instructions, else there are labels.
+    """
+    figures = WRITTEN if instructs else () if order.adapter is not None else LABELLED
+    return figures if order.adapter is None else (*figures, LOSS)
 
 
 class Code(StrEnum):

@@ -13,6 +13,7 @@ import numpy as np
 from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.curation import refuse_private
 from fedsynth.instructions import one_line
+from fedsynth.room import misfits
 
 if TYPE_CHECKING:
     from fedsynth.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
@@ -129,10 +130,11 @@ class _Deck:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A prompt and how its answer is read."""
+    """The demonstrations of a prompt, how it is made of them, and how its answer is read."""
 
     site: int
-    prompt: str
+    shown: Sequence[tuple[str, str]]
+    render: Callable[[Sequence[tuple[str, str]]], str]
     read: Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]
 
 
@@ -188,16 +190,17 @@ def augment(
             bare[site].update(label for label in turns if label not in decks)
         if mode == "all_labels":
             asked += [
-                _Asked(site, prompt, _block_reader(labels)) for prompt in _block_prompts(turns, decks, labels, shots)
+                _Asked(site, examples, _block_writer(labels, wanted), _block_reader(labels))
+                for examples, wanted in _blocks(turns, decks, labels, shots)
             ]
         else:
             for label in turns:
                 deck = decks.get(label) if mode == "per_label" else None
                 texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
-                asked.append(_Asked(site, line_prompt(label, texts), _line_reader(label)))
+                asked.append(_Asked(site, [(label, t) for t in texts], _line_writer(label), _line_reader(label)))
 
     answers = llm.complete(
-        [a.prompt for a in asked], max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        _fitting(llm, asked, max_tokens), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
 
     written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
@@ -218,18 +221,66 @@ def augment(
     }
 
 
-def _block_prompts(
+def misfit(llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_tokens: int) -> list[str | None]:
+    """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
+
+    Args:
+        llm: The server's.
+        corpus: Released texts and their class names.
+        labels: The public ones.
+        mode: Of `augment`.
+        max_tokens: Of `augment`.
+    """
+    pairs = zip(corpus.answers, corpus.prompts, strict=True)
+    if mode == "all_labels":
+        return misfits(llm, [blocks_prompt([pair], labels=labels, wanted=labels) for pair in pairs], max_tokens)
+    return misfits(llm, [line_prompt(label, [text]) for label, text in pairs], max_tokens)
+
+
+def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_tokens: int) -> str | None:
+    """Why not even prompts without demonstrations fit into the LLM; None where they do. Arguments as of `misfit`."""
+    if mode == "all_labels":
+        prompts = [blocks_prompt([], labels=labels, wanted=labels)]
+    else:
+        prompts = [line_prompt(label, []) for label in labels]
+    return next(filter(None, misfits(llm, prompts, max_tokens)), None)
+
+
+def _fitting(llm: TextModel, asked: Sequence[_Asked], max_tokens: int) -> list[str]:
+    """The prompts; of one that does not fit into the LLM the longest demonstrations are left out until it does."""
+    shown = [list(a.shown) for a in asked]
+    prompts = [a.render(a.shown) for a in asked]
+    left = list(range(len(asked)))
+    while left:
+        unfit = misfits(llm, [prompts[i] for i in left], max_tokens)
+        left = [i for i, why in zip(left, unfit, strict=True) if why and shown[i]]
+        for i in left:
+            shown[i].remove(max(shown[i], key=lambda example: len(example[1])))
+            prompts[i] = asked[i].render(shown[i])
+    return prompts
+
+
+def _line_writer(label: str) -> Callable[[Sequence[tuple[str, str]]], str]:
+    return lambda shown: line_prompt(label, [text for _, text in shown])
+
+
+def _block_writer(labels: Sequence[str], wanted: Sequence[str]) -> Callable[[Sequence[tuple[str, str]]], str]:
+    return lambda shown: blocks_prompt(shown, labels=labels, wanted=wanted)
+
+
+def _blocks(
     turns: Sequence[str], decks: Mapping[str, _Deck], labels: Sequence[str], shots: int
-) -> Iterable[str]:
+) -> Iterable[tuple[list[tuple[str, str]], list[str]]]:
+    """Demonstrations of a prompt, and the labels that it asks for."""
     for start in range(0, len(turns), len(labels)):
         wanted = turns[start : start + len(labels)]
         shown = [label for label in wanted if label in decks]
         if shown:
             examples = [(label, text) for label in labels if label in decks for text in decks[label].draw(shots)]
-            yield blocks_prompt(examples, labels=labels, wanted=shown)
+            yield examples, shown
         lost = [label for label in wanted if label not in decks]
         if lost:
-            yield blocks_prompt([], labels=labels, wanted=lost)
+            yield [], lost
 
 
 def _block_reader(labels: Sequence[str]) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:

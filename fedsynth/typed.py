@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 T = TypeVar("T")
+MAX_DIGITS = 40  # of a whole number: a seed has 10, and int -> float overflows beyond 308
 
 
 class BadValue(ValueError):
@@ -216,8 +217,9 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
 
 
 def _from_text(kind: Any, key: Any) -> Any:
-    """JSON and TOML have text keys only; numbers come back as numbers."""
-    return int(key) if kind is int and isinstance(key, str) and key.removeprefix("-").isdecimal() else key
+    """JSON and TOML have text keys only; numbers come back as numbers, those of more than MAX_DIGITS as none."""
+    number = kind is int and isinstance(key, str) and len(key) <= MAX_DIGITS and key.removeprefix("-").isdecimal()
+    return int(key) if number else key
 
 
 def _name(kind: Any) -> str:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.curation import Kept, asked_for, clusters, deduplicate, well_formed, yields
+from fedsynth.curation import Kept, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
 from fedsynth.federation import Clients, RoundStrategy
 from fedsynth.judges import best_of
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.tasks import Learn, Synthesize
-from fedsynth.teacher import augment
+from fedsynth.teacher import augment, bare_misfit, misfit
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,14 @@ class FDKT(RoundStrategy[State]):
         return config.demonstrations != "none"
 
     def initial(self) -> State:
-        """Nothing yet; an LLM that cannot do what the judge needs says so here, before clients spend anything."""
+        """Nothing yet; an LLM that cannot do what the judge needs, or has no room for a prompt without demonstrations,
+        says so here, before clients spend anything."""
+        c = self.config
+        if c.augments and (why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_tokens)):
+            raise ValueError(
+                f"a prompt of the labels' names alone and strategy.max_tokens = {c.max_tokens} new tokens do not fit "
+                f"into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
+            )
         if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":
             self.server.llm.score(["a"], [" text"])
         return State()
@@ -53,7 +60,7 @@ class FDKT(RoundStrategy[State]):
                 corpora = drafts
             else:
                 # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
-                corpora = self._augment(self._best(drafts))
+                corpora = self._augment(self._best(self._readable(drafts)))
 
         # The task models stay with their clients.
         seeds = {home: self.server.cell.public_seed("learn", client=home) for home in corpora}
@@ -82,6 +89,19 @@ class FDKT(RoundStrategy[State]):
             missing = {"unfinished": answer.unfinished}
             drafts[home] = self._curate(home, "drafts", answer.corpus, self.server.labels, missing)
         return drafts
+
+    def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
+        """The drafts that fit into the LLM: one that does not costs its client a draft, and nobody the run."""
+        c, found = self.config, dict[int, Corpus]()
+        for home, corpus in drafts.items():
+            why = misfit(
+                self.server.llm, corpus, labels=self.server.labels, mode=c.demonstrations, max_tokens=c.max_tokens
+            )
+            kept = keep_rows(corpus, why)
+            if kept.dropped:
+                self._note(home, [("readable", kept)])
+            found[home] = kept.corpus
+        return found
 
     def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
         """Steps 5 and 6: the judge's best of each cluster of like drafts."""

@@ -12,15 +12,24 @@ class ScriptedLLM:
     likelihood: Callable[[str, str], float] = lambda prompt, continuation: 0.0
     completed: list[list[str]] = field(default_factory=list)  # the prompts of each call
     scored: list[int] = field(default_factory=list)  # how many pairs each call held
+    context: int | None = None  # characters; what does not fit raises, as in a real one
     settings: list[dict[str, float]] = field(default_factory=list)
 
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
     ) -> list[str]:
+        assert not any(self.misfits(prompts, max_tokens))
         self.completed.append(list(prompts))
         self.settings.append({"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
         return [self.answer(prompt) for prompt in prompts]
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        assert not any(self.misfits(prompts, 0, continuations))
         self.scored.append(len(prompts))
         return [self.likelihood(p, c) for p, c in zip(prompts, continuations, strict=True)]
+
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        texts = [p + c for p, c in zip(prompts, continuations or [""] * len(prompts), strict=True)]
+        return ["too long" if self.context and len(text) + more > self.context else None for text in texts]

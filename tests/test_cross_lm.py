@@ -840,6 +840,32 @@ def test_label_accuracy_compares_a_text_after_each_label() -> None:
     assert math.isnan(label_accuracy(llm, texts.take([]), LABELS))
 
 
+@pytest.mark.parametrize("context", [9, 40, 300])
+def test_label_accuracy_reads_a_long_text_as_far_as_the_llm_can(context: int) -> None:
+    from scripted import ScriptedLLM
+
+    read: set[tuple[str, str]] = set()
+
+    def likelihood(prompt: str, text: str) -> float:
+        read.add((prompt, text))
+        return float(prompt == "heart:")
+
+    llm, long = ScriptedLLM(likelihood=likelihood, context=context), "a long public note " * 200
+    found = label_accuracy(llm, Corpus((long, "abc"), ("heart", "skin"), Provenance.PUBLIC), LABELS)
+    room = context - max(len(f"{label}:") for label in LABELS)
+    begun = f" {long}"[:room]
+    assert {text for _, text in read} == {begun, " abc"[:room]}
+    assert found == 0.5
+    llm.context = len("heart:")  # no room for a text
+    assert math.isnan(label_accuracy(llm, Corpus((long,), ("heart",), Provenance.PUBLIC), LABELS))
+
+
+def test_label_accuracy_of_the_shipped_llm_ends_at_no_text() -> None:
+    llm = LocalLLM.load("assets:tiny-llm", workers=1)
+    texts = Corpus(("a long public note " * 200, "zzz" * 20_000), ("a", "b"), Provenance.PUBLIC)
+    assert 0 <= label_accuracy(llm, texts, ["a", "b", "a longer name of a label"]) <= 1
+
+
 # Adapters of the server LLM
 
 

@@ -20,8 +20,11 @@ from fedsynth.curation import (
     well_formed_instructions,
     yields,
 )
+from fedsynth.firewall import Rejected, check_order
+from fedsynth.limits import MAX_TEXT
 from fedsynth.rouge import nearest
 from fedsynth.sentences import code_or_markup
+from fedsynth.tasks import Learn
 
 
 def notes(*rows: tuple[str, str], provenance: Provenance = Provenance.DP_SYNTHETIC) -> Corpus:
@@ -39,6 +42,18 @@ def test_texts_are_stripped_of_the_edges_that_fdkt_names() -> None:
     kept = well_formed(notes((" -._~/\\*|#one, two-three.#\n", "a")), labels=["a"], min_words=2)
     assert kept.corpus.prompts == ("one, two-three",)
     assert kept.dropped == {}
+
+
+def test_a_text_that_no_client_would_take_is_dropped_and_counted() -> None:
+    fits, over = "x " * (MAX_TEXT // 2 - 1) + "xx", "x " * (MAX_TEXT // 2) + "x"
+    assert len(fits) == MAX_TEXT < len(over)
+    kept = well_formed(notes((over, "a"), (fits, "a")), labels=["a"], min_words=1)
+    assert (kept.corpus.prompts, kept.dropped) == ((fits,), {"too long": 1})
+    check_order(Learn(1, kept.corpus), ["a"])
+    with pytest.raises(Rejected, match="characters"):
+        check_order(Learn(1, notes((over, "a"))), ["a"])
+    pairs = well_formed_instructions(Corpus((over, "a", "a"), ("b", over, fits), Provenance.PUBLIC))
+    assert (pairs.corpus.answers, pairs.dropped) == ((fits,), {"too long": 2})
 
 
 @pytest.mark.parametrize(

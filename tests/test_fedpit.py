@@ -39,7 +39,7 @@ from fedsynth.scenario import Client
 from fedsynth.scenario_toml import cells, from_toml, load, to_toml
 from fedsynth.selfgen import generate, lines, respond, select, texts, write_instructions
 from fedsynth.strategies.fedpit import Config, FedPIT
-from fedsynth.tasks import Adopt, Finetune, SelfTrain
+from fedsynth.tasks import FUNNEL, Adopt, Finetune, SelfTrain
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_records, secret_of
 
@@ -99,7 +99,9 @@ def digest(adapter: Adapter) -> str:
 
 def gen(llm: Any, local: Corpus = LOCAL, **more: Any) -> tuple[Corpus, dict[str, int]]:
     options = {"candidates": 12, "shots": 4, "max_tokens": 48, "seed": 0, **more}
-    return generate(llm, lines(local), local, **options)
+    found, funnel = generate(llm, lines(local), local, **options)
+    assert set(funnel) <= set(FUNNEL)  # else no server would take the answer
+    return found, funnel
 
 
 # --- What is sent ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from inprocess import instructions
 from local import LocalGrid
 
 from fedsynth.exchanges import Clients
-from fedsynth.federation import load_strategy
+from fedsynth.federation import RoundStrategy, load_strategy
 from fedsynth.firewall import Rejected, check_settings
 from fedsynth.lora import Adapter
 from fedsynth.nodes import TooFewReplies
@@ -27,7 +27,7 @@ from fedsynth.runs import Journal, privacy_line
 from fedsynth.scenario import Cell, Client
 from fedsynth.scenario_toml import cells, from_toml
 from fedsynth.simulate import check_server
-from fedsynth.tasks import Finetune, Finetuned
+from fedsynth.tasks import Evaluated, Finetune, Finetuned
 from fedsynth.typed import BadValue
 from fedsynth.wire import pack_answer, parted
 
@@ -94,6 +94,14 @@ BAD: dict[str, tuple[Says, str]] = {
     "an epsilon of another delta": (answering(delta=1e-9), "statement: epsilon is said to be 7.99"),
     "too few steps": (answering(steps=600), "statement: epsilon is said to be 7.99"),
     "no number": (answering(epsilon_replace_one=float("nan")), "statement: epsilon_replace_one must lie in"),
+    "rows beyond all numbers": (
+        answering(unit="row", epsilon_rows={10**400: 9.0}),
+        "Finetuned.statement.epsilon_rows does not fit its type",
+    ),
+    "rows in a large number": (
+        answering(unit="row", epsilon_rows={10**39: 9.0}),
+        "statement: epsilon_rows must lie in 2..1000, got 1e+39",
+    ),
     "another rate": (answering(sampling_rate=0.1), "sampling rate of 0.1 is not for"),
     "a worker that dies": (
         lambda order: Message(Error(2, JUNK), reply_to=order),
@@ -123,6 +131,49 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     assert re.match(r"finetune: [012] of 3 clients answered, 3 needed \(site 'south' ", str(caught.value))
     assert str(caught.value).isprintable()
     assert "script" not in str(caught.value)
+
+
+@pytest.mark.parametrize("problem", [OverflowError(JUNK), KeyError(JUNK), RecursionError(JUNK), MemoryError()])
+def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    def checked(order: Any, answer: Any, *_: Any, **__: Any) -> None:
+        if answer.statement.epsilon == 8.5:
+            raise problem
+
+    monkeypatch.setattr("fedsynth.exchanges.check_answer", checked)
+    says = {"north": answering(), "south": answering(epsilon=8.5), "west": answering()}
+    three = clients(tmp_path, says, quorum=0.5)
+    assert sorted(three.ask(Finetune(START, seed=1))) == [0, 2]
+    assert three.journal.silent == {(1, 1)}
+    (tmp_path / "late").mkdir()
+    late = clients(tmp_path / "late", says, quorum=0.5)
+    sent = late._send(dict.fromkeys(range(3), Finetune(START, seed=1)), range(3))
+    late._late = {key: (homes, 1, dict.fromkeys(range(3), Finetune(START, seed=1))) for key, homes in sent.items()}
+    late.close()
+    assert {home: said.epsilon for home, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
+
+
+def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:
+    def timed(_: Message) -> RecordDict:
+        return pack_answer(encode(Finetuned(TRAINED, SAID, 40)), seconds=1.7e308)
+
+    two = clients(tmp_path, {"north": timed, "south": timed}, quorum=1.0)
+    assert sorted(two.ask(Finetune(START, seed=1))) == [0, 1]
+    assert "seconds/client" not in json.dumps(two.journal.record())
+
+
+def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
+    class Journaled:
+        noted: ClassVar[list[tuple[int, str, float]]] = []
+
+        def metric(self, *figure: Any) -> None:
+            self.noted.append(figure)
+
+    answers = {0: Evaluated({}, 5), 1: Evaluated({"accuracy": 0.25}, 5), 2: Evaluated({"accuracy": 0.75}, 5)}
+    method: Any = SimpleNamespace(server=SimpleNamespace(journal=Journaled()))
+    assert dict(RoundStrategy._record(method, answers)) == {"accuracy": 0.5}
+    assert Journaled.noted == [(1, "accuracy", 0.25), (2, "accuracy", 0.75)]
 
 
 def test_an_answer_counts_for_the_order_that_it_was_asked_for_by(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ batches adapters surroundings
 models dpsgd participation
 hub certificates invitation
 scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
-corpus csv_faults typed limits losses assets instructions usage proxy folders rowwise rowstore encoding sentences
+corpus csv_faults typed limits losses assets instructions usage proxy folders rowwise rowstore encoding sentences room
 """
 LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
 MAY_IMPORT = {

@@ -289,3 +289,31 @@ def test_a_saved_model_is_loaded_with_eos_for_padding_and_without_its_own_sampli
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError)):
         LocalLLM.load(tmp_path)
+
+
+# --- what does not fit ---
+
+
+def test_what_the_model_has_no_room_for_is_told_and_is_what_it_would_refuse() -> None:
+    llm = tiny()  # a context of 64 tokens, of which the BOS is one
+    assert llm.misfits(["a" * 59, "a" * 60, "a"], 4) == [None, "too long", None]
+    llm.complete(["a" * 59], max_tokens=4, temperature=0.0, seed=0)
+    with pytest.raises(ValueError, match="context holds 64"):
+        llm.complete(["a" * 60], max_tokens=4, temperature=0.0, seed=0)
+    assert llm.misfits(["a", "a", "a"], 0, ["b" * 62, "b" * 63, "b"]) == [None, "too long", None]
+    llm.score(["a"], ["b" * 62])
+    with pytest.raises(ValueError, match="context holds 64"):
+        llm.score(["a"], ["b" * 63])
+
+
+def test_what_a_tokenizer_cannot_read_is_told_and_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tiny()
+    real = llm._tokens
+
+    def tokens(texts: Any) -> Any:
+        if any("c" in text for text in texts):
+            raise KeyError("c")
+        return real(texts)
+
+    monkeypatch.setattr(llm, "_tokens", tokens)
+    assert llm.misfits(["a", "c", "b" * 70]) == [None, "unreadable to the model", "too long"]

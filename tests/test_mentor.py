@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from scripted import ScriptedLLM
 
@@ -125,3 +127,28 @@ def test_arguments_out_of_range_are_refused() -> None:
         judged_by_likelihood(ScriptedLLM(), written("a"), 0.0, 8)
     with pytest.raises(ValueError, match="judge"):
         judged(ScriptedLLM(), written("a"), "vote", 1.0, 8)  # type: ignore[arg-type]
+
+
+# --- instructions that do not fit into the professional ---
+
+LONG = "word " * 3900
+
+
+@pytest.mark.parametrize("judge", ["likelihood", "instruction"])
+def test_an_instruction_that_does_not_fit_is_dropped_before_it_is_judged(
+    judge: Literal["likelihood", "instruction"],
+) -> None:
+    llm = ScriptedLLM(answer=lambda prompt: " Verdict: keep", context=1000)
+    kept = judged(llm, written("a", LONG, "b"), judge, 1.0, 8)
+    assert (kept.corpus.prompts, kept.dropped) == (("a", "b"), {"too long": 1})
+
+
+def test_an_instruction_that_does_not_fit_gets_no_response() -> None:
+    kept = respond(ScriptedLLM(context=1000), written("a", LONG, "b"), 8)
+    assert (kept.corpus.prompts, kept.dropped) == (("a", "b"), {"too long": 1})
+
+
+def test_an_instruction_that_leaves_no_room_to_score_its_response_is_dropped() -> None:
+    llm = ScriptedLLM(answer=lambda prompt: " word" * 100, context=200)
+    kept = judged_by_likelihood(llm, written("a"), 1.0, 8)
+    assert kept.dropped == {"too long": 1}

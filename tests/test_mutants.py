@@ -150,7 +150,7 @@ def changed(tree: Any, rng: random.Random) -> Any:
             del found[key]
         case 1:
             value = rng.choice(NASTY)()
-            found = {**found, rng.choice((*map(str, keys), "more", "$corpus", ""))[:9]: value} \
+            found = {**found, rng.choice((*(str(key)[:9] for key in keys), "more", "$corpus", "", "9" * 400)): value} \
                 if isinstance(found, dict) else [*found, value]  # fmt: skip
         case _:
             found[key] = changed(found[key], rng)

@@ -112,7 +112,9 @@ class Kept:
 
 def test_corpora_in_a_table_come_back_under_their_numbers() -> None:
     kept = Kept({3: CORPUS, 11: CORPUS.take([1])})
-    assert decode(encode(kept), Kept) == kept
+    assert decode(encode(kept, trusted=True), Kept, trusted=True) == kept
+    with pytest.raises(BadPayload, match=r"Kept\.corpora holds texts or an adapter that do not belong there"):
+        decode(encode(kept), Kept)  # no order and no answer has such a table
 
 
 def test_equal_tables_of_corpora_give_equal_bytes() -> None:
@@ -349,13 +351,21 @@ def test_numbers_beyond_floats_do_not_fit() -> None:
 def test_each_part_is_named_once() -> None:
     corpus = {"$corpus": "0", "provenance": "public", "grants": []}
     for value, files, said in [
-        ({"seed": 7, "corpus": corpus, "more": [corpus] * 1000}, {"0": b""}, "one twice"),
+        (
+            {"seed": 7, "corpus": corpus, "more": [corpus] * 1000},
+            {"0": b""},
+            "none of corpus, seed|none of seed, corpus",
+        ),
         ({"seed": 7, "corpus": corpus}, {}, "does not hold"),
         ({"seed": 7}, {"0": b""}, "does not name"),
-        ({"seed": 7}, {str(i): b"" for i in range(64)}, "at most 64 parts"),
+        ({"seed": 7}, {str(i): b"" for i in range(4)}, "at most 4 parts"),
     ]:
         with pytest.raises(BadPayload, match=said):
             decode(archive({**head(value), **files}), Learn)
+    twice = {"corpus": corpus, "adapter": {"$adapter": "0", "rank": 1, "alpha": 1.0, "base": "", "grants": []}}
+    read = json.dumps({"schema": 2, "type": "Synthesized", "value": twice}).encode()
+    with pytest.raises(BadPayload, match="one twice"):
+        decode(archive({"value.json": read, "0": b""}), Synthesized)
 
 
 def patched(data: bytes, mark: bytes, offset: int, value: bytes) -> bytes:
@@ -428,6 +438,48 @@ def test_json_costs_its_reader_little_more_than_its_sender(name: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < times * len(data)
+
+
+def texts(rows: int) -> bytes:
+    return "".join(f'["{chr(0x4E00 + i % 20_000)}{i}","ab"]\n' for i in range(rows)).encode()
+
+
+PART = {"provenance": "dp_synthetic", "grants": ["g"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Synthesized, {"x": [{"$corpus": f"{i}.jsonl", **PART} for i in range(3)]}),
+        (Synthesized, {"corpus": [{"$corpus": f"{i}.jsonl", **PART} for i in range(3)]}),
+        (Synthesized, {"adapter": {"$corpus": "0.jsonl", **PART}}),
+        (Synthesized, {"corpus": {"$corpus": "0.jsonl", "$adapter": "1.jsonl", **PART}}),
+        (Synthesized, {"corpus": {"$corpus": "0.jsonl", **PART, "grants": [{"$corpus": "1.jsonl", **PART}]}}),
+        (Synthesized, {"statement": {"epsilon_rows": {"2": {"$corpus": "0.jsonl", **PART}}}}),
+        (Evaluated, {"metrics": {"accuracy": {"$corpus": "0.jsonl", **PART}}, "examples": 1}),
+        (Learn, [{"$corpus": "0.jsonl", **PART}]),
+    ],
+)
+def test_texts_that_do_not_belong_into_a_value_are_not_even_read(kind: type, value: object) -> None:
+    head = json.dumps({"schema": 2, "type": kind.__name__, "value": value}).encode()
+    data = archive({"value.json": head, **{f"{i}.jsonl": texts(10_000) for i in range(3)}})
+    tracemalloc.start()
+    with pytest.raises(BadPayload):
+        decode(data, kind)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(data)
+
+
+def test_texts_cost_their_reader_less_than_sixteen_times_their_bytes() -> None:
+    value = {"seed": 1, "corpus": {"$corpus": "0.jsonl", **PART}}
+    head = json.dumps({"schema": 2, "type": "Learn", "value": value}).encode()
+    data = archive({"value.json": head, "0.jsonl": texts(20_000)})
+    tracemalloc.start()
+    assert len(decode(data, Learn).corpus or ()) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 * len(data)
 
 
 def test_what_this_side_wrote_itself_has_no_caps(monkeypatch: pytest.MonkeyPatch) -> None:

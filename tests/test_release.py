@@ -3,8 +3,10 @@ from __future__ import annotations
 import ast
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,3 +150,28 @@ def test_text_becomes_releasable_in_one_file_only() -> None:
     for path in sorted(files):
         lines = launders(path.read_text())
         assert len(lines) == allowed.get(path, 0), f"{path} sets DP_SYNTHETIC in lines {lines}: use privacy.release"
+
+
+def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedsynth.clients import synthesize as module
+    from fedsynth.firewall import check_answer
+    from fedsynth.limits import MAX_TEXT
+    from fedsynth.privacy.plan import Statement
+    from fedsynth.tasks import Synthesize, Synthesized
+
+    class Writer:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def complete(self, prompts: Sequence[str], **_: Any) -> list[str]:
+            return [" fine", "x" * (MAX_TEXT + 1), "y" * MAX_TEXT, " cut"][: len(prompts)]
+
+    monkeypatch.setattr(module, "LocalLLM", Writer)
+    monkeypatch.setattr(module, "on_base", lambda *_: SimpleNamespace(eval=lambda: None))
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(module, "text_rows", lambda _, texts: [[0] * (9 if text == " cut" else 3) for text in texts])
+    home: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"))
+    order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
+    texts, labels, unfinished = module._sample(home, adapter, order)  # type: ignore[arg-type]
+    assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)
+    sent = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
+    check_answer(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), home.labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import socket
 import subprocess
@@ -318,6 +319,33 @@ def test_a_server_without_completions_is_told_from_one_without_the_model(stand: 
     stand.reply = lambda path, body: (404, refused("no such path"))
     assert 'does not answer completions (404): try api = "chat"' in failure(stand)
     assert 'does not answer chat (404): try api = "completions"' in failure(stand, api="chat")
+
+
+def test_a_prompt_that_is_too_long_costs_its_own_answer_alone(stand: Stand) -> None:
+    def reply(path: str, body: Body) -> Reply:
+        return (400, refused("prompt too long")) if "long" in str(body["prompt"]) else (200, written(" fine"))
+
+    stand.reply = reply
+    llm = RemoteLLM(stand.url, "small")
+    assert llm.complete(["a", "long", "b"], max_tokens=4, temperature=0.0, seed=0) == [" fine", "", " fine"]
+    assert llm.complete(["long", "longer"], max_tokens=4, temperature=0.0, seed=0) == ["", ""]
+    stand.reply = lambda path, body: (400, refused("prompt too long"))
+    with pytest.raises(EndpointFailed, match="prompt too long"):
+        llm.complete(["long", "longer"], max_tokens=4, temperature=0.0, seed=0)
+
+
+def test_a_text_that_is_too_long_to_score_costs_its_own_score_alone(stand: Stand) -> None:
+    def reply(path: str, body: Body) -> Reply:
+        if "long" in (text := str(body["prompt"])):
+            return 400, refused("prompt too long")
+        told = {"tokens": list(text), "token_logprobs": [None, *[-1.0] * (len(text) - 1)]}
+        return 200, {
+            **written(text + "!", logprobs=told),
+            "usage": {"prompt_tokens": len(text), "completion_tokens": 1},
+        }
+
+    stand.reply = reply
+    assert RemoteLLM(stand.url, "small").score(["a:"] * 3, ["b", "long", "c"]) == [-1.0, -math.inf, -1.0]
 
 
 def test_a_refused_request_repeats_the_server_in_one_line(stand: Stand) -> None:

@@ -1,6 +1,8 @@
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,13 +12,17 @@ from scripted import ScriptedLLM
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.curation import Kept, clusters
 from fedsynth.judges import LEAD_IN, best_of, judge_by_instruction, judge_by_likelihood, parse_selected, select_prompt
+from fedsynth.strategies.fdkt import FDKT
+from fedsynth.strategies.options import FDKTOptions
 from fedsynth.teacher import (
     Augmented,
     Mode,
     augment,
+    bare_misfit,
     blocks_prompt,
     check_labels,
     line_prompt,
+    misfit,
     parse_blocks,
     parse_line,
 )
@@ -501,3 +507,62 @@ def test_a_rival_that_is_likelier_drops_a_text_whichever_was_drawn() -> None:
     ).values()
     # Label 9 is drawn for about 10 in 19 of the texts; five deviations are 14.
     assert 2 <= kept.dropped["another label is likelier"] <= 29
+
+
+# --- texts that do not fit into the LLM ---
+
+LONG = "word " * 3900
+
+
+@pytest.mark.parametrize("mode", ["per_label", "all_labels"])
+def test_a_text_that_does_not_fit_is_shown_in_no_prompt_and_ends_nothing(mode: Mode) -> None:
+    llm, near = ScriptedLLM(context=900), "near " * 60  # two of the latter do not fit either
+    shown = corpus([(LONG, "fever"), (near, "fever"), (near + "too", "fever"), ("hot", "fever"), ("dry", "cough")])
+    assert misfit(llm, shown, labels=LABELS, mode=mode, max_tokens=24) == ["too long", None, None, None, None]
+    found = ask(llm, {0: shown}, mode, shots=4)[0]
+    assert len(llm.completed[0]) == found.prompts > 0
+    assert LONG not in repr(llm.completed)
+    assert any("hot" in prompt for prompt in llm.completed[0])
+
+
+def test_prompts_that_fit_are_the_same_whatever_the_context() -> None:
+    wide, narrow = ScriptedLLM(), ScriptedLLM(context=150)
+    for llm in (wide, narrow):
+        ask(llm, {0: drafts(4)})
+    assert wide.completed == narrow.completed
+
+
+@pytest.mark.parametrize(("mode", "left"), [("per_label", 29), ("all_labels", 100)])
+def test_an_llm_without_room_for_the_labels_alone_is_found(mode: Mode, left: int) -> None:
+    assert bare_misfit(ScriptedLLM(context=left), LABELS, mode, 24) == "too long"
+    assert bare_misfit(ScriptedLLM(context=600), LABELS, mode, 24) is None
+
+
+@pytest.mark.parametrize("judge", ["instruction", "likelihood"])
+def test_a_text_that_does_not_fit_is_dropped_before_it_is_judged(judge: Any) -> None:
+    texts = corpus([(LONG, "fever"), ("hot", "fever"), ("dry", "cough")])
+    llm = ScriptedLLM(answer=lambda prompt: f"{LEAD_IN} 1, 2", context=1000)
+    kept = best_of(llm, {0: texts}, {0: [[0, 1], [2]]}, judge=judge, labels=LABELS, keep=2, seed=0)[0]
+    assert kept.corpus.prompts == ("hot", "dry")
+    assert kept.dropped == {"too long": 1}
+    assert LONG not in repr(llm.completed)
+
+
+def test_a_text_that_an_endpoint_refused_is_dropped() -> None:
+    llm = ScriptedLLM(likelihood=lambda prompt, text: -math.inf if "refused" in text else 0.0)
+    texts = corpus([("refused", "fever"), ("hot", "fever")])
+    kept = judge_by_likelihood(llm, {0: texts}, {0: [[0, 1]]}, labels=LABELS, keep=2)[0]
+    assert (kept.corpus.prompts, kept.dropped) == (("hot",), {"too long": 1})
+
+
+def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
+    noted: list[Any] = []
+    journal = SimpleNamespace(stage=lambda home, stage: noted.append((home, stage.name, stage.before, stage.dropped)))
+    server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, journal=journal)
+    method = FDKT(FDKTOptions(judge="none"), server)
+    texts = {0: corpus([(LONG, "fever"), ("hot", "fever")]), 1: corpus([("dry", "cough")])}
+    assert {home: found.prompts for home, found in method._readable(texts).items()} == {0: ("hot",), 1: ("dry",)}
+    assert noted == [(0, "readable", 2, {"too long": 1})]
+    server.llm = ScriptedLLM(context=20)
+    with pytest.raises(ValueError, match=r"labels' names alone and strategy\.max_tokens = 48"):
+        method.initial()

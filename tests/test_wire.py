@@ -540,6 +540,33 @@ def answered(*labels: str, **more: Any) -> Synthesized:
     return Synthesized(**{"corpus": corpus, "statement": DP, "unfinished": 0, **more})
 
 
+def measuring(**more: float) -> Evaluated:
+    return Evaluated({"accuracy": 0.5, "macro_f1": 0.5, **more}, 5)
+
+
+@pytest.mark.parametrize(
+    ("order", "labels", "names"),
+    [
+        (Evaluate(), LABELS, ("accuracy", "macro_f1")),
+        (Evaluate(ADAPTER), LABELS, ("loss",)),
+        (Evaluate(), (), ("exact_match", "field_match", "rouge_l")),
+        (Evaluate(ADAPTER), (), ("exact_match", "field_match", "rouge_l", "loss")),
+    ],
+)
+def test_each_figure_that_an_order_asks_for_comes_and_no_other(
+    order: Evaluate, labels: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    whole = dict.fromkeys(names, 0.5)
+    check_answer(order, Evaluated(whole, 5), labels)
+    for wrong in (*[{n: 0.5 for n in names if n != gone} for gone in names], {**whole, "more": 0.5}):
+        with pytest.raises(Rejected, match="metrics must be"):
+            check_answer(order, Evaluated(wrong, 5), labels)
+    for name in names:
+        for value in (-0.1, 2e6):
+            with pytest.raises(Rejected, match=name):
+                check_answer(order, Evaluated({**whole, name: value}, 5), labels)
+
+
 def test_a_server_accepts_what_it_asked_for() -> None:
     for labels in [(), ("flu",), ("flu", "flu", "asthma", "asthma")]:  # two per label were asked
         check_answer(ORDER, answered(*labels), LABELS)
@@ -558,7 +585,13 @@ def test_a_server_accepts_what_it_asked_for() -> None:
             (answered("flu", adapter=replace(ADAPTER, arrays={"w": np.array([[1.0, v]], np.float32)})), "not finite")
             for v in (np.nan, np.inf, -np.inf)
         ],
-        *[(Evaluated({"accuracy": v}, 1), "must be finite") for v in (float("nan"), float("inf"), -float("inf"))],
+        *[(measuring(accuracy=v), "must be finite") for v in (float("nan"), float("inf"), -float("inf"))],
+        *[(measuring(macro_f1=v), r"'macro_f1' must lie in 0\.0\.\.1\.0") for v in (-1e-9, 1.001, 1e308)],
+        (Evaluated({}, 5), "2 of them are missing, 0 others"),
+        (Evaluated({"accuracy": 0.5}, 5), "1 of them are missing, 0 others"),
+        (measuring(this_run_was_tampered_with=0.5), "0 of them are missing, 1 others"),
+        (measuring(accuracy_held_out_clients=0.5), "0 of them are missing, 1 others"),
+        (measuring(loss=0.5), "0 of them are missing, 1 others"),
     ],
 )
 def test_a_server_rejects_an_answer_that_does_not_keep_to_the_order(answer: object, said: str) -> None:
@@ -741,10 +774,13 @@ JUNK = "</td><script>alert(1)</script>\x1b[2J"
     ("order", "answer"),
     [
         (Evaluate(), Evaluated({JUNK: 0.5}, 1)),
-        (Evaluate(), Evaluated({"x" * 61: 0.5}, 1)),
-        (Evaluate(), Evaluated({f"m{i}": 0.5 for i in range(33)}, 1)),
-        (Evaluate(), Evaluated({"accuracy": 0.5}, -1)),
+        (Evaluate(), measuring(this_run_was_tampered_with=0.5)),
+        (Evaluate(), measuring(accuracy_held_out_clients=0.5)),
+        (Evaluate(), replace(measuring(), examples=-1)),
         (SelfTrain(START, 0, 0), SelfTrained(replace(START), NONE, 30, {JUNK: 1})),
+        (SelfTrain(START, 0, 0), SelfTrained(replace(START), NONE, 30, {"tampered with by ops": 1})),
+        (SelfTrain(START, 0, 0), SelfTrained(replace(START), NONE, 30, {"too short": 20, "kept": 20})),
+        (Score(GRANTED, 0), Scored(Scores((1e308,), ("g",)), DP)),
         (Finetune(START, 0), Finetuned(replace(TRAINED, grants=(JUNK,)), DP, 200)),
         (Finetune(START, 0), Finetuned(replace(TRAINED, base=JUNK), DP, 200)),
         (Finetune(START, 0), Finetuned(TRAINED, replace(DP, unit=JUNK), 200)),
@@ -766,8 +802,6 @@ def test_no_word_of_a_client_gets_through_or_into_a_sentence(order: Order[Any], 
 
 
 def test_names_that_clients_do_send_get_through() -> None:
-    metrics = ("accuracy", "macro_f1", "exact_match", "field_match", "rouge_l", "loss")
-    check_answer(Evaluate(), Evaluated(dict.fromkeys(metrics, 0.5), 600), LABELS)
     reasons = ("asked", "too short", "instruction like a local one", "like an earlier one", "no response", "kept")
     check_answer(SelfTrain(START, 0, 0), SelfTrained(START, NONE, 30, dict.fromkeys(reasons, 3)), ())
     check_answer(Score(GRANTED, 0), Scored(Scores((0.5,), ("a3" * 16,)), replace(DP, unit="person")), LABELS)

@@ -22,6 +22,7 @@ from fedsynth.privacy.plan import ROUGH, SMALLEST_SIGMA, Relation, Statement, ep
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
 CLIENT = "client"  # the unit where a list of scores is protected as a whole
 TOLERANCE = 1e-3  # of epsilon, and of 1 at least: above what grids differ by, below what is printed
+LARGEST = 10**40  # whole number that is told
 _POINTS = 1e5  # of the grid of one step's losses, at most: a check takes seconds at worst, and some 100 MB
 _MOST_GROUPS, _LARGEST_GROUP = 16, 1000  # of `epsilon_rows`
 
@@ -76,8 +77,15 @@ def _check_rows(said: Statement) -> None:
 
 def _within(name: str, value: float | None, low: float, high: float) -> float:
     if value is None or not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {'none' if value is None else f'{value:g}'}")
+        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {_told(value)}")
     return value
+
+
+def _told(value: float | None) -> str:
+    """A figure in a message. What a site calls a whole number may be larger than any float."""
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, float) or abs(value) < LARGEST else "a larger number"
 
 
 def _reaches(
