@@ -37,7 +37,8 @@ MAX_STEPS = (
     100_000  # of all rounds: 256 texts each, that is 25 passes over a million; to plan ten times as many took 25 s
 )
 MAX_BATCH = 65_536  # examples of one forward pass
-MAX_ROWS = 1_000_000  # of a unit
+MAX_MICROBATCH = 4_096  # clipped gradients that one pass adds in float32: rounding stays below a unit's margin
+MAX_ROWS = MAX_MICROBATCH  # of a unit, which goes through in one pass
 MAX_RANK = 1_024  # of a LoRA: that of full layers of small models
 MAX_ALPHA = 1e6
 MAX_WEIGHT = 1e6  # of a factor of a LoRA: products and means of larger ones leave float32's range

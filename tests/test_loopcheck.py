@@ -267,7 +267,7 @@ def test_the_loop_is_run_once_in_a_process_for_one_plan_and_code(monkeypatch: py
     assert len(ran) == 3
 
 
-def test_a_broken_trainer_is_refused_before_anything_is_charged(
+def test_a_broken_trainer_or_a_pass_without_room_is_refused_before_anything_is_charged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     charged: list[str] = []
@@ -282,11 +282,21 @@ def test_a_broken_trainer_is_refused_before_anything_is_charged(
     play(toml, tmp_path / "right")
     assert charged
     charged.clear()
-    THE_FOUR["no noise"][0](monkeypatch, SMALL)
-    monkeypatch.setattr("fedsynth.clients.finetune._passed", {})  # as of a process of its own
-    with pytest.raises(TooFewReplies, match="self_check_failed"):
-        play(toml, tmp_path / "broken")
-    assert charged == []
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise SelfCheckFailed("a pass of the longest texts needs more memory")
+
+    for number, broken in enumerate((THE_FOUR["no noise"][0], no_room)):
+        with monkeypatch.context() as patch:
+            if broken is no_room:
+                patch.setattr("fedsynth.selfcheck.whole_microbatch", no_room)
+            else:
+                broken(patch, SMALL)
+            patch.setattr("fedsynth.selfcheck._passed", {})  # as of a process of its own
+            patch.setattr("fedsynth.clients.finetune._passed", {})
+            with pytest.raises(TooFewReplies, match="self_check_failed"):
+                play(toml, tmp_path / f"broken{number}")
+            assert charged == []
 
 
 # --- Lists of scores -------------------------------------------------------------------------------------------------

@@ -141,10 +141,11 @@ def _ghost(uses: Sequence[Use], unit: Tensor, count: int, between: tuple[Tensor,
     for one, other in combinations(uses, 2):
         found.index_add_(0, unit, 2 * _inner(one, other))
     if between is not None:
-        first, second = between
-        for one in uses:
-            for other in uses:
-                found.index_add_(0, unit[first], 2 * _inner(_rows(one, first), _rows(other, second)))
+        # As many at once as there are examples: pairs grow by the square of a unit's rows, and memory must not.
+        for first, second in zip(*(side.split(len(unit)) for side in between), strict=True):
+            for one in uses:
+                for other in uses:
+                    found.index_add_(0, unit[first], 2 * _inner(_rows(one, first), _rows(other, second)))
     return found + _hidden(uses, unit, count)
 
 
