@@ -205,8 +205,8 @@ def whole_microbatch(
     if most > 1:  # most pairs of rows above, most units with a sum of their own here
         packings.append([examples[:2], *([e] for e in examples[2:])])
     try:
-        # What a training holds beside: two moments of Adam, and the start of a proximal pull.
-        held = [torch.ones_like(weight) for weight in trainable(model) for _ in range(3)]
+        # What a training holds beside: two moments of Adam, the start of a proximal pull, sums in float64.
+        held = [torch.ones_like(weight) for weight in trainable(model) for _ in range(5)]
         for units in packings:
             with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
                 clipped_sum(clip, model, units, pad=pad, microbatch=rows, losses=losses)

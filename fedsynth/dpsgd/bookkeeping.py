@@ -75,6 +75,9 @@ class BookKeeping:
         bad = factor == 0
         spoilt = bool(bad.any())
         each = factor[unit]
+        # Passes are added up in float64: in float32 a unit among tens of thousands moves what the sum is rounded to by
+        # more than C. One pass is small enough for it (`limits.MAX_MICROBATCH`).
+        self._sums = {weight: total.double() for weight, total in self._sums.items()}
         record.whole.clear()
         while whole:  # what is added up is let go
             weight, grads = whole.popitem()
@@ -196,7 +199,11 @@ def _add(total: Tensor, used: Use, factor: Tensor) -> None:
     else:
         g = g * factor.view(-1, 1, 1)
     first, second = (x, g) if used.transposed else (g, x)
-    total.addmm_(first.flatten(0, 1).t(), second.flatten(0, 1))
+    first, second = first.flatten(0, 1).t(), second.flatten(0, 1)
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    else:
+        total.add_(first @ second)
 
 
 def _silenced(used: Use, bad: Tensor) -> Use:
