@@ -57,6 +57,7 @@ MAX_SHOTS = 64  # demonstrations in a prompt
 MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
 MAX_EPSILON = 1e6  # more than any budget that means something
 MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
+MIN_DELTA = 1e-12  # below, what double precision loses of the tails of privacy losses is all that is left to count
 MAX_SIGMA = 1e3  # noise multiplier, on a sum of whole clipped gradients
 MAX_FIGURES = 32  # metrics of a client; what can become of a candidate
 
