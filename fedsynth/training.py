@@ -322,8 +322,8 @@ def _descend(
                     add_noise(total[client], training.noise_multiplier * training.clip_norm, training.randomness)
         for weight, start, total in zip(weights, starts, totals, strict=True):
             given = total.to(weight.dtype)  # after the noise: until then sums of several passes are in float64
-            for own, training in zip(given, trainings, strict=True):
-                own.div_(training.expected_batch)
+            for client, training in enumerate(trainings):
+                given[client].div_(training.expected_batch)
             weight.grad = given.view(weight.shape)
             if proximal:
                 weight.grad = weight.grad + proximal * (weight.detach() - start)

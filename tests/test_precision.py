@@ -242,7 +242,7 @@ def test_one_unit_more_among_tens_of_thousands_moves_the_sum_by_c_at_most(
 
 @pytest.mark.parametrize("clipping", ["bookkeeping", "hooks", "ghost", "stacked"])
 def test_every_engine_adds_up_passes_in_double_precision(clipping: Any) -> None:
-    model, passes = wide(64, True), [units(1 + n % 3, alike=False, length=4 + n % 5) for n in range(12)]
+    model, passes = adapted(tiny.model(), 8), [units(1 + n % 3, alike=False, length=4 + n % 5) for n in range(12)]
     factors = {weight: torch.stack([weight.detach()]) for weight in trainable(model)}
     with stacked(model, factors, C) if clipping == "stacked" else clipper(model, C, clipping) as clip:
 
