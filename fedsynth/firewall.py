@@ -17,6 +17,7 @@ from fedsynth.limits import (
     MAX_CANDIDATES,
     MAX_GRANTS,
     MAX_LOSS,
+    MAX_MICROBATCH,
     MAX_NAME,
     MAX_PROXIMAL,
     MAX_RANK,
@@ -128,8 +129,8 @@ def check_settings(client: Client, rounds: int) -> None:
             ("learning_rate", 0.0, MAX_RATE),
             ("clip_norm", *CLIP_NORMS),
             ("max_tokens", 1, MAX_TOKENS),
-            ("microbatch", 1, MAX_BATCH),
-            ("rows_per_unit", 1, MAX_ROWS),
+            ("microbatch", 1, MAX_MICROBATCH),
+            ("rows_per_unit", 1, min(MAX_ROWS, training.microbatch)),  # a unit goes through in one pass
         ):
             _within(f"client.{table}.{key}", getattr(training, key), low, high)
     _within("rounds * client.generator_training.steps", rounds * client.generator_training.steps, 1, MAX_STEPS)

@@ -36,7 +36,8 @@ MAX_STEPS = (
     100_000  # of all rounds: 256 texts each, that is 25 passes over a million; to plan ten times as many took 25 s
 )
 MAX_BATCH = 65_536  # examples of one forward pass
-MAX_ROWS = 1_000_000  # of a unit
+MAX_MICROBATCH = 4_096  # clipped gradients that one pass adds in float32: rounding stays below a unit's margin
+MAX_ROWS = MAX_MICROBATCH  # of a unit, which goes through in one pass
 MAX_RANK = 1_024  # of a LoRA: that of full layers of small models
 MAX_ALPHA = 1e6
 MAX_WEIGHT = 1e6  # of a factor of a LoRA: products and means of larger ones leave float32's range
@@ -55,6 +56,7 @@ MAX_SHOTS = 64  # demonstrations in a prompt
 MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
 MAX_EPSILON = 1e6  # more than any budget that means something
 MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
+MIN_DELTA = 1e-12  # below, what double precision loses of the tails of privacy losses is all that is left to count
 MAX_SIGMA = 1e3  # noise multiplier, on a sum of whole clipped gradients
 MAX_LOSS = 1e6  # nats per token: a model that has broken down has as much, and no more is told
 MAX_SCORE = 1e12  # of a text: noise of the largest multiplier on the largest norm is a thousandth of it

@@ -35,6 +35,7 @@ from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario import GeneratorTraining
 
 LEAST = 16  # steps that are watched at least: a shorter training is repeated
+MOST = 256  # steps of one training that are watched at most: of a longer one the rest is only counted
 CHANCE = 1e-9  # of each test to fail where all is right, if keys were drawn: 6 deviations
 PUBLIC = b"fedsynth: public, for checks only"  # never a grant's: the same verdict each time
 _WIDTH, _VOCABULARY, _RANK, _DIGITS = 64, 192, 8, 4
@@ -86,8 +87,8 @@ def differs(
 ) -> str | None:
     """The first thing in the step loop that is not as planned, in words; None if all is.
 
-    Takes one or two milliseconds a step, which is little beside a step of a real model. Leaves torch's global random
-    state alone.
+    Takes one or two milliseconds for each of `MOST` steps, and some hundredths of one for each beyond, which draw
+    nothing. Leaves torch's global random state alone.
 
     Args:
         plan: Whose rate, steps, clip norm, noise and expected batch are tested.
@@ -97,15 +98,23 @@ def differs(
         key: Public; other ones are for tests of this check.
     """
     found: list[Watched] = []
+    if plan.steps > MOST:
+        taken, ran = _counted(plan, settings, device, clients)
+        if not taken == ran == plan.steps:
+            return _of_steps(taken, ran, plan)
+        plan = replace(plan, steps=MOST)
     for turn in range(-(-_enough(plan) // (plan.steps * clients))):
         watched, ran = _trained(plan, settings, device, clients, key + turn.to_bytes(4, "big"))
-        taken = {len(each.drawn) for each in watched} | {ran}
-        if taken != {plan.steps}:
-            return f"{len(watched[0].drawn)} steps were taken and {ran} reported, planned are {plan.steps}"
+        if {len(each.drawn) for each in watched} | {ran} != {plan.steps}:
+            return _of_steps(len(watched[0].drawn), ran, plan)
         found += watched
     # Some steps under another key tell whether anything comes from elsewhere.
     other, _ = _trained(replace(plan, steps=min(4, plan.steps)), settings, device, clients, key + b"other")
     return next(_differences(found, other, plan), None)
+
+
+def _of_steps(taken: int, ran: int, plan: DPPlan) -> str:
+    return f"{taken} steps were taken and {ran} reported, planned are {plan.steps}"
 
 
 def _enough(plan: DPPlan) -> int:
@@ -118,22 +127,9 @@ def _trained(
     plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int, key: bytes
 ) -> tuple[list[Watched], int]:
     """Each client's steps, and how many the training says that it took."""
-    rows = min(settings.rows_per_unit, 4)
-    keys = [hashlib.sha256(key + client.to_bytes(4, "big")).digest() for client in range(clients)]
-    trainings = [
-        training.private(_Units(plan.records, rows, client * plan.records), plan, GrantRandomness(own))
-        for client, own in enumerate(keys)
-    ]
+    trainings = _trainings(plan, settings, clients, key)
     model = _Flat(plan.clip_norm).to(device)
     direction = _direction(model)
-    # A rate at which no weight moves: a unit's gradient is the same in every step.
-    settings = GeneratorTraining(
-        learning_rate=1e-30,
-        clip_norm=plan.clip_norm,
-        microbatch=settings.microbatch,
-        clipping=settings.clipping,
-        rows_per_unit=settings.rows_per_unit,
-    )
     watched = [Watched() for _ in range(clients)]
     scale = plan.expected_batch / (plan.noise_multiplier * plan.clip_norm)
 
@@ -146,12 +142,58 @@ def _trained(
             watched[client].step(own, scale * given, direction)
 
     with _before_steps(look):
-        if clients == 1:
-            ran = training.train_generator(model, trainings[0], settings, pad=0)
-        else:
-            factors = {w: torch.stack([w.detach()] * clients) for w in model.parameters() if w.requires_grad}
-            ran = training.train_stacked(model, factors, trainings, settings, pad=0)
+        ran = _run(model, trainings, settings)
     return watched, ran
+
+
+def _counted(plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int) -> tuple[int, int]:
+    """How many steps a whole training takes, and says that it took. No unit is drawn in them: the loop is to take a
+    step for an empty draw too, and no time goes into models."""
+    taken = 0
+
+    def look(_: Sequence[Tensor]) -> None:
+        nonlocal taken
+        taken += 1
+
+    trainings = [replace(each, randomness=_Idle()) for each in _trainings(plan, settings, clients, PUBLIC)]
+    with _before_steps(look):
+        ran = _run(_Flat(plan.clip_norm).to(device), trainings, settings)
+    return taken, ran
+
+
+class _Idle:
+    """Draws nothing and adds nothing, at no cost."""
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        return np.zeros(count)
+
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002
+        return np.zeros(1, np.bool_)
+
+
+def _trainings(plan: DPPlan, settings: GeneratorTraining, clients: int, key: bytes) -> list[training.Training]:
+    """As planned, of each client, on units of its own."""
+    rows = min(settings.rows_per_unit, 4)
+    keys = [hashlib.sha256(key + client.to_bytes(4, "big")).digest() for client in range(clients)]
+    return [
+        training.private(_Units(plan.records, rows, client * plan.records), plan, GrantRandomness(own))
+        for client, own in enumerate(keys)
+    ]
+
+
+def _run(model: _Flat, trainings: Sequence[training.Training], settings: GeneratorTraining) -> int:
+    """Trains at a rate at which no weight moves: a unit's gradient is the same in every step."""
+    settings = GeneratorTraining(
+        learning_rate=1e-30,
+        clip_norm=trainings[0].clip_norm,
+        microbatch=settings.microbatch,
+        clipping=settings.clipping,
+        rows_per_unit=settings.rows_per_unit,
+    )
+    if len(trainings) == 1:
+        return training.train_generator(model, trainings[0], settings, pad=0)
+    factors = {w: torch.stack([w.detach()] * len(trainings)) for w in model.parameters() if w.requires_grad}
+    return training.train_stacked(model, factors, trainings, settings, pad=0)
 
 
 @contextmanager
@@ -264,7 +306,9 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     if _chance_of_squares(squares, len(sizes), n, q) < CHANCE:
         yield (f"the sizes of {len(sizes)} draws vary by {squares / len(sizes):.3g} about {expected}, those of Poisson "
                f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?")  # fmt: skip
-    times = np.bincount(np.concatenate([drawn for each in found for drawn in each.drawn]), minlength=n)
+    seen, times = np.unique(np.concatenate([drawn for each in found for drawn in each.drawn]), return_counts=True)
+    if len(seen) < n:  # those who are never drawn are alike, and may be too many to list
+        times = np.append(times, 0)
     if (by_unit := _two_sided(times, len(sizes), q)).min() < CHANCE / n:
         at = int(by_unit.argmin())
         yield f"one unit is drawn in {times[at]} of {len(sizes)} steps, planned is a rate of {q:.4f}"

@@ -44,8 +44,8 @@ def self_check(
     Each time: the model's gradients are finite, not zero and clipped, and those of an example are the same alone and in
     a batch (BatchNorm, packing and batch-mean losses are found so). Once in a process for the same code, plan,
     settings, shapes, device and precision: the loop's draws, noise, divisor and steps are the plan's
-    (`fedsynth.loopcheck`), and one unit more moves the sum by C at most with every number of rows that a pass can have.
-    Leaves the model as it was.
+    (`fedsynth.loopcheck`), one unit more moves the sum by C at most with few and with most rows that a pass can have,
+    and there is memory for the largest pass (`whole_microbatch`). Leaves the model as it was.
 
     Args:
         model: What will be trained.
@@ -85,6 +85,9 @@ def self_check(
                 _check_norm(_norm(summed([unit])), tight)
             _once((shapes, settings.clipping, rows, losses),
                   lambda: _check_counts(lambda count: summed([short] * count), rows, tight))  # fmt: skip
+        largest = (rows, settings.rows_per_unit, settings.max_tokens)
+        _once((shapes, settings.clipping, largest, losses),
+              lambda: whole_microbatch(model, plan, settings, pad=pad, losses=losses, example=example))  # fmt: skip
     except UnknownWeight as problem:
         raise SelfCheckFailed(str(problem)) from problem
     except HalfPrecision as problem:
@@ -174,15 +177,51 @@ class _Silent:
         raise NotImplementedError(f"a list is not drawn: {count} at {rate}")
 
 
-def whole_microbatch(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
-    """Trains on as many of the longest examples as are ever held at once, and forgets it: what memory that takes shows
-    before a run, not in the midst of it."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocabulary_of(model), (settings.microbatch, settings.max_tokens)).tolist()
-    units = [(Example(tuple(row), start=2),) for row in tokens]
-    with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
-        clipped_sum(clip, model, units, pad=pad, microbatch=settings.microbatch)
-    model.eval()
+def whole_microbatch(
+    model: nn.Module,
+    plan: DPPlan,
+    settings: GeneratorTraining,
+    *,
+    pad: int,
+    losses: Losses | None = None,
+    example: Callable[[tuple[int, ...]], Encoded] = lambda tokens: Example(tokens, start=2),
+) -> None:
+    """Passes as many of the longest examples as are ever held at once, and forgets it: whether there is memory for that
+    shows before a charge. Found in the midst of a training, it would be one long text that decides about an answer.
+
+    Args:
+        As of `self_check`.
+
+    Raises:
+        SelfCheckFailed: If it cannot be done.
+    """
+    rng, rows = np.random.default_rng(0), _most_rows(plan, settings)
+    tokens = rng.integers(0, vocabulary_of(model), (rows, settings.max_tokens)).tolist()
+    examples = [_learnt_from(example(tuple(row)), 1) for row in tokens]
+    if rows > 1:  # of a model that reads and writes: the longest to read meets the longest to write
+        examples[-1] = _learnt_from(examples[-1], settings.max_tokens - 1)
+    most = settings.rows_per_unit
+    packings: list[list[Slot]] = [[examples[at : at + most] for at in range(0, rows, most)]]
+    if most > 1:  # most pairs of rows above, most units with a sum of their own here
+        packings.append([examples[:2], *([e] for e in examples[2:])])
+    try:
+        # What a training holds beside: two moments of Adam, the start of a proximal pull, sums in float64.
+        held = [torch.ones_like(weight) for weight in trainable(model) for _ in range(5)]
+        for units in packings:
+            with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
+                clipped_sum(clip, model, units, pad=pad, microbatch=rows, losses=losses)
+        held.clear()
+    except (RuntimeError, MemoryError) as problem:
+        raise SelfCheckFailed(
+            f"a pass of {rows} texts of {settings.max_tokens} tokens cannot be computed here: a smaller microbatch or "
+            f"max_tokens needs less memory ({problem})"
+        ) from problem
+    finally:
+        model.eval()
+
+
+def _learnt_from(example: Encoded, start: int) -> Encoded:
+    return Example(example.tokens, start) if isinstance(example, Example) else example
 
 
 def _check_loop(plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int = 1) -> None:

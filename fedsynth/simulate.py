@@ -43,7 +43,7 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.runs import check_free, prepare, private_of
 from fedsynth.scenario import Cell, Data, Scenario
 from fedsynth.scenario_toml import cells, from_toml, load, to_toml
-from fedsynth.selfcheck import SelfCheckFailed, self_check, whole_microbatch
+from fedsynth.selfcheck import SelfCheckFailed, self_check
 from fedsynth.surroundings import differences
 from fedsynth.tables import pinned as pinned_data
 from fedsynth.teacher import check_labels
@@ -237,7 +237,6 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
         check_room(tokenizer, model, labels, settings.max_tokens)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
-        whole_microbatch(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
 

@@ -157,7 +157,7 @@ _BLOCK = 2**18  # noise that is made at once
 
 
 def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
-    """Gaussian noise onto a sum, in place: added in float64 and rounded once, block by block to need no second copy."""
+    """Gaussian noise onto a sum, in place: added in float64, block by block to need no second copy."""
     flat = total.view(-1)
     for at in range(0, len(flat), _BLOCK):
         part = flat[at : at + _BLOCK]
@@ -320,9 +320,11 @@ def _descend(
             for total in totals:
                 if training.noise_multiplier > 0:
                     add_noise(total[client], training.noise_multiplier * training.clip_norm, training.randomness)
-                total[client].div_(training.expected_batch)
         for weight, start, total in zip(weights, starts, totals, strict=True):
-            weight.grad = total.view(weight.shape)
+            given = total.to(weight.dtype)  # after the noise: until then sums of several passes are in float64
+            for client, training in enumerate(trainings):
+                given[client].div_(training.expected_batch)
+            weight.grad = given.view(weight.shape)
             if proximal:
                 weight.grad = weight.grad + proximal * (weight.detach() - start)
         for group in optimizer.param_groups:

@@ -135,3 +135,12 @@ def test_no_claim_takes_long_to_check(claimed: float, rate: float, sigma: float,
     else:
         check(said)
     assert time.process_time() - begun < 15
+
+
+@pytest.mark.parametrize("delta", [1e-12, 1e-16])
+def test_a_true_statement_at_a_small_delta_passes_and_one_below_it_does_not(delta: float) -> None:
+    said = statement(plan(1000, 50, 60, 2.0, delta=delta), rows=())
+    assert said.epsilon is not None
+    check(said)
+    with pytest.raises(ValueError, match="epsilon is said to be"):
+        check(replace(said, epsilon=said.epsilon - 0.01))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fedsynth.clients import score
 from fedsynth.clients.score import check_noise
 from fedsynth.dpsgd import bookkeeping, stacked
 from fedsynth.exchanges import TooFewReplies
-from fedsynth.loopcheck import CHANCE, _chance_of_squares, _enough, differs
+from fedsynth.loopcheck import CHANCE, Watched, _chance_of_squares, _draws, _enough, differs
 from fedsynth.models import load_generator
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
@@ -151,7 +152,7 @@ OTHERS: dict[str, tuple[Break, str]] = {
         "the noise has deviation 1",
     ),
     "divided by twice the batch": (
-        rewritten(("total[client].div_(training.expected_batch)", "total[client].div_(2 * training.expected_batch)")),
+        rewritten(("given[client].div_(training.expected_batch)", "given[client].div_(2 * training.expected_batch)")),
         r"deviation 0\.(50|49)",
     ),
 }
@@ -201,6 +202,63 @@ def test_the_trainer_as_it_is_passes_with_few_steps_and_tiny_rates_too(plan: DPP
 @pytest.mark.parametrize("plan", [plan for plan in RIGHT if plan.records < 1000])
 def test_the_trainer_as_it_is_passes_with_each_of_thirty_keys(plan: DPPlan, clients: int) -> None:
     assert {differs(plan, SETTINGS, CPU, clients=clients, key=bytes([key]) * 32) for key in range(30)} == {None}
+
+
+LONG = replace(PLAN, steps=200)
+
+
+@pytest.fixture
+def at_most_40(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsynth.loopcheck.MOST", 40)
+
+
+@pytest.mark.usefixtures("at_most_40")
+@pytest.mark.parametrize("clients", [1, 2], ids=["alone", "stacked"])
+def test_of_a_long_training_each_step_is_counted_and_the_first_are_watched(
+    monkeypatch: pytest.MonkeyPatch, clients: int
+) -> None:
+    watched: list[int] = []
+    real = Watched.step
+
+    def step(self: Watched, *arguments: Any) -> None:
+        watched.append(1)
+        real(self, *arguments)
+
+    monkeypatch.setattr(Watched, "step", step)
+    assert differs(LONG, SETTINGS, CPU, clients=clients) is None
+    assert len(watched) == clients * (40 + 4)  # four are of another key
+    rewritten(("range(steps)", "range(min(steps, 199))"))(monkeypatch, LONG)
+    said = "199 steps were taken and 199 reported, planned are 200"
+    assert differs(LONG, SETTINGS, CPU, clients=clients) == said
+
+
+@pytest.mark.usefixtures("at_most_40")
+@pytest.mark.parametrize("name", ["no noise", "no clip", "a step that is not told"])
+def test_a_broken_trainer_is_found_by_the_first_steps_of_a_long_training(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (THE_FOUR | OTHERS)[name][0](monkeypatch, LONG)
+    assert differs(LONG, SETTINGS, CPU) is not None
+
+
+def test_what_is_counted_of_units_takes_no_memory_for_those_that_are_never_drawn() -> None:
+    plan = replace(PLAN, records=10**7)
+    rng, masks = np.random.default_rng(0), [Watched(), Watched()]
+    for each in masks:
+        each.drawn = [np.unique(rng.integers(0, plan.records, rng.poisson(15))) for _ in range(40)]
+    tracemalloc.start()
+    assert list(_draws(masks, masks[:1], plan)) == []
+    assert tracemalloc.get_traced_memory()[1] < 10e6  # bytes; ten million counts would take 80
+    tracemalloc.stop()
+    often = replace(masks[0], drawn=[np.append(drawn[drawn != 7], 7) for drawn in masks[0].drawn])
+    assert any("one unit is drawn in 40 of 40" in said for said in _draws([often], masks[1:], plan))
+
+
+def test_units_that_are_never_drawn_are_found() -> None:
+    plan = replace(PLAN, records=20, expected_batch=10)
+    rng = np.random.default_rng(0)
+    some = Watched(drawn=[np.flatnonzero(np.append(rng.random(19) < 0.5, False)) for _ in range(100)])
+    assert any("one unit is drawn in 0 of 100" in said for said in _draws([some], [some], plan))
 
 
 def test_opacus_hooks_pass_too() -> None:
@@ -267,7 +325,7 @@ def test_the_loop_is_run_once_in_a_process_for_one_plan_and_code(monkeypatch: py
     assert len(ran) == 3
 
 
-def test_a_broken_trainer_is_refused_before_anything_is_charged(
+def test_a_broken_trainer_or_a_pass_without_room_is_refused_before_anything_is_charged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     charged: list[str] = []
@@ -282,11 +340,21 @@ def test_a_broken_trainer_is_refused_before_anything_is_charged(
     play(toml, tmp_path / "right")
     assert charged
     charged.clear()
-    THE_FOUR["no noise"][0](monkeypatch, SMALL)
-    monkeypatch.setattr("fedsynth.clients.finetune._passed", {})  # as of a process of its own
-    with pytest.raises(TooFewReplies, match="self_check_failed"):
-        play(toml, tmp_path / "broken")
-    assert charged == []
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise SelfCheckFailed("a pass of the longest texts needs more memory")
+
+    for number, broken in enumerate((THE_FOUR["no noise"][0], no_room)):
+        with monkeypatch.context() as patch:
+            if broken is no_room:
+                patch.setattr("fedsynth.selfcheck.whole_microbatch", no_room)
+            else:
+                broken(patch, SMALL)
+            patch.setattr("fedsynth.selfcheck._passed", {})  # as of a process of its own
+            patch.setattr("fedsynth.clients.finetune._passed", {})
+            with pytest.raises(TooFewReplies, match="self_check_failed"):
+                play(toml, tmp_path / f"broken{number}")
+            assert charged == []
 
 
 # --- Lists of scores -------------------------------------------------------------------------------------------------

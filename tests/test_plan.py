@@ -26,6 +26,8 @@ from fedsynth.privacy.plan import (
     statement,
 )
 from fedsynth.privacy.rdp import bound
+from fedsynth.scenario_toml import from_toml
+from fedsynth.typed import BadValue
 
 plan_module = importlib.import_module("fedsynth.privacy.plan")  # `privacy.plan` is the function
 WORLD = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)  # 400 notes per hospital
@@ -266,6 +268,19 @@ def test_a_plan_outside_its_ranges_is_refused(change: dict[str, float]) -> None:
 def test_a_budget_outside_its_ranges_is_refused(eps: float, delta: float) -> None:
     with pytest.raises(ValueError):
         Budget(eps, delta)
+
+
+@pytest.mark.parametrize("delta", [9e-13, 1e-20, 1e-300])
+def test_a_delta_below_what_epsilon_can_be_computed_at_is_refused_with_the_way_out(delta: float) -> None:
+    with pytest.raises(ValueError, match=rf"^delta must be at least 1e-12, got {delta:g}: .*; ask for 1e-12, or more$"):
+        Budget(8, delta)
+    with pytest.raises(BadValue, match=r"\[client\.budget\] delta must be at least 1e-12"):
+        from_toml(f"[client]\nbudget = {{ epsilon = 8, delta = {delta} }}\n")
+
+
+def test_the_smallest_delta_is_planned_for() -> None:
+    found = plan(Budget(0.1, 1e-12), records=1000, expected_batch=10, steps=20)
+    assert epsilon(found, 1e-12) <= 0.1 < epsilon(replace(found, noise_multiplier=3.4), 1e-12)
 
 
 def test_digest_tells_plans_apart_and_survives_json() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fedsynth.clients.home import Home
 from fedsynth.dpsgd import Clipping, HalfPrecision, clipper
 from fedsynth.dpsgd.stacked import stacked
 from fedsynth.examples import Example, Slot
+from fedsynth.limits import MAX_BATCH, MAX_MICROBATCH
 from fedsynth.models import dtype_of
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget, BudgetTooSmall, DPPlan
@@ -30,7 +31,7 @@ from fedsynth.scenario import Client, GeneratorTraining
 from fedsynth.scenario_toml import from_toml
 from fedsynth.selfcheck import SelfCheckFailed, check_stack, self_check
 from fedsynth.simulate import check as check_scenario
-from fedsynth.training import clipped_sum, clipped_sums, trainable
+from fedsynth.training import clipped_sum, clipped_sums, next_token_losses, trainable
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -197,6 +198,76 @@ def test_numbers_of_rows_that_no_pass_can_have_are_not_looked_at(monkeypatch: py
     self_check(model, PLAN, SETTINGS, pad=0)
     switching(monkeypatch, 13)
     self_check(model, replace(PLAN, records=12), SETTINGS, pad=0)
+
+
+# --- Sums of many passes ---------------------------------------------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """Losses of which every unit's gradient is the same, far above C, and as long in each of so many numbers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, count: int) -> Tensor:
+        losses: Tensor = 100 * self.layer(torch.ones(count, 1, self.layer.in_features)).sum((1, 2))
+        return losses
+
+
+def sum_of_equal_units(model: Wide, count: int, microbatch: int) -> Tensor:
+    with clipper(model.train(), 1.0) as clip:
+        for at in range(0, count, microbatch):
+            rows = min(microbatch, count - at)
+            clip.add(partial(model, rows), range(rows))
+        return clip.take()[0].double()
+
+
+@pytest.mark.parametrize(
+    ("width", "count", "microbatch"),
+    [
+        (60, 63_534, 64),  # with running sums in float32 it was 1.0061 C
+        *((width, MAX_MICROBATCH, MAX_MICROBATCH) for width in (40, 56, 77)),  # the largest pass
+        (60, MAX_BATCH, MAX_MICROBATCH),
+    ],
+)
+def test_one_unit_more_among_tens_of_thousands_moves_the_sum_by_c_at_most(
+    width: int, count: int, microbatch: int
+) -> None:
+    model = Wide(width)
+    move = sum_of_equal_units(model, count, microbatch) - sum_of_equal_units(model, count - 1, microbatch)
+    assert 0.998 < float(move.norm()) <= 1  # C
+
+
+@pytest.mark.parametrize("clipping", ["bookkeeping", "hooks", "ghost", "stacked"])
+def test_every_engine_adds_up_passes_in_double_precision(clipping: Any) -> None:
+    model, passes = adapted(tiny.model(), 8), [units(1 + n % 3, alike=False, length=4 + n % 5) for n in range(12)]
+    factors = {weight: torch.stack([weight.detach()]) for weight in trainable(model)}
+    with stacked(model, factors, C) if clipping == "stacked" else clipper(model, C, clipping) as clip:
+
+        def add(part: Sequence[Slot]) -> None:
+            texts = [example for [example] in part]
+            whose = ([0] * len(texts),) if clipping == "stacked" else ()
+            clip.add(partial(next_token_losses, model, texts, 0), range(len(texts)), *whose)
+
+        def taken() -> Tensor:
+            return flat(clip.take())
+
+        alone = []
+        for part in passes:
+            add(part)
+            alone.append(taken())
+        for part in passes:
+            add(part)
+        assert torch.equal(taken(), sum(alone))
+
+
+@pytest.mark.full
+def test_the_self_check_passes_at_the_largest_micro_batch() -> None:
+    model = adapted(tiny.model(), 2)
+    largest = replace(SETTINGS, microbatch=MAX_MICROBATCH, max_tokens=4)
+    self_check(model, replace(PLAN, records=10**5), largest, pad=0)
 
 
 # --- Half precision --------------------------------------------------------------------------------------------------

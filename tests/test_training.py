@@ -21,7 +21,7 @@ from fedsynth.adapters import attach_lora
 from fedsynth.classifier import _batches, classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.dpsgd import clipper
+from fedsynth.dpsgd import bookkeeping, clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
 from fedsynth.examples import Example, control_code, encode_slots
 from fedsynth.models import load_classifier, load_generator, load_tokenizer
@@ -601,6 +601,82 @@ def test_a_good_model_passes_and_is_left_as_it_was() -> None:
         assert all(w.grad is None for w in model.parameters())
         assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
         assert not model.training
+
+
+class NoRoom(nn.Module):
+    """A layer for which there is memory up to so many positions, of all examples of a pass together."""
+
+    def __init__(self, inner: nn.Module, most: int) -> None:
+        super().__init__()
+        self.inner, self.most, self.seen = inner, most, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.seen = max(self.seen, hidden.shape[0] * hidden.shape[1])
+        if self.seen > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return self.inner(hidden)
+
+
+@pytest.mark.parametrize("rows_per_unit", [1, 3])
+def test_what_one_long_text_would_need_is_taken_before_the_charge_or_refused(
+    monkeypatch: pytest.MonkeyPatch, rows_per_unit: int
+) -> None:
+    settings = replace(SETTINGS, microbatch=12, max_tokens=40, rows_per_unit=rows_per_unit)
+    long, short = Example(tuple(range(3, 43)), 2), Example((3, 4, 5), 2)
+    slots = [(short,) * rows_per_unit] * 3 + [(long,) * rows_per_unit] + [()] * 8
+    for most in (12 * 40, 12 * 40 - 1):
+        monkeypatch.setattr("fedsynth.selfcheck._passed", {})  # as in a process of its own
+        model = lora()
+        layer(model).mlp = NoRoom(layer(model).mlp, most)
+        if most < 12 * 40:
+            with pytest.raises(SelfCheckFailed, match=r"a pass of 12 texts of 40 tokens .* a smaller microbatch"):
+                self_check(model, PLAN, settings, pad=tiny.PAD)
+            assert not model.training
+            continue
+        self_check(model, PLAN, settings, pad=tiny.PAD)
+        train_generator(model, private(slots, PLAN, GrantRandomness(KEY)), settings, pad=tiny.PAD)
+
+
+def test_a_site_of_few_units_is_asked_for_no_more_than_it_can_ever_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
+    model = lora()
+    layer(model).mlp = NoRoom(layer(model).mlp, 12 * 40)
+    self_check(model, PLAN, replace(SETTINGS, microbatch=64, max_tokens=40), pad=tiny.PAD)  # 12 records are declared
+
+
+def test_the_whole_pass_is_tried_once_in_a_process_for_one_model_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
+    ran: list[int] = []
+    monkeypatch.setattr("fedsynth.selfcheck.whole_microbatch", lambda *_, **__: ran.append(1))
+    for seed in (0, 1):
+        checked(lora(seed))
+        checked(lora(seed), replace(PLAN, noise_multiplier=1.5 + seed))
+    assert len(ran) == 1
+    self_check(lora(), PLAN, replace(SETTINGS, max_tokens=SETTINGS.max_tokens + 1), pad=tiny.PAD)
+    assert len(ran) == 2
+
+
+def test_memory_for_a_unit_of_many_rows_does_not_grow_with_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, picked = bookkeeping._rows, []
+
+    def rows(used: Any, index: Tensor) -> Any:
+        picked.append(len(index))
+        return real(used, index)
+
+    model, batch = lora(), examples(9)
+    with clipper(model.train(), C) as clip:
+        whole = clipped_sum(clip, model, [tuple(batch)], pad=tiny.PAD, microbatch=9)
+    alone = sum(gradient_alone(model.eval(), example) for example in batch)
+    assert torch.allclose(torch.cat([p.flatten().double() for p in whole]), alone * (C * MARGIN / alone.norm()),
+                          rtol=1e-3, atol=1e-6)  # fmt: skip
+    use = bookkeeping.Product(torch.randn(9, 4, 6), torch.randn(9, 4, 5), False)
+    monkeypatch.setattr(bookkeeping, "_rows", rows)
+    unit = torch.zeros(9, dtype=torch.long)
+    found = bookkeeping._ghost([use], unit, 1, bookkeeping._pairs(unit))
+    exact = torch.einsum("ntx,ntg->xg", use.x.double(), use.g.double()).square().sum()
+    assert torch.allclose(found, exact, rtol=1e-3)
+    assert max(picked) == 9
+    assert sum(picked) == 2 * 36  # of 9 rows there are 36 pairs
 
 
 class Centred(nn.Module):

@@ -36,7 +36,7 @@ class Clipper(Protocol):
         """Adds the clipped gradients of the units of one micro-batch, whose examples' losses are computed so."""
 
     def take(self) -> list[Tensor]:
-        """The sums so far, by trainable weight; the next ones start at zero."""
+        """The sums so far, by trainable weight, of several passes in float64; the next start at zero."""
 
 
 class Unclipped:

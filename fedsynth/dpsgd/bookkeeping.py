@@ -75,6 +75,9 @@ class BookKeeping:
         bad = factor == 0
         spoilt = bool(bad.any())
         each = factor[unit]
+        # Passes are added up in float64: in float32 a unit among tens of thousands moves what the sum is rounded to by
+        # more than C. One pass is small enough for it (`limits.MAX_MICROBATCH`).
+        self._sums = {weight: total.double() for weight, total in self._sums.items()}
         record.whole.clear()
         while whole:  # what is added up is let go
             weight, grads = whole.popitem()
@@ -141,10 +144,11 @@ def _ghost(uses: Sequence[Use], unit: Tensor, count: int, between: tuple[Tensor,
     for one, other in combinations(uses, 2):
         found.index_add_(0, unit, 2 * _inner(one, other))
     if between is not None:
-        first, second = between
-        for one in uses:
-            for other in uses:
-                found.index_add_(0, unit[first], 2 * _inner(_rows(one, first), _rows(other, second)))
+        # As many at once as there are examples: pairs grow by the square of a unit's rows, and memory must not.
+        for first, second in zip(*(side.split(len(unit)) for side in between), strict=True):
+            for one in uses:
+                for other in uses:
+                    found.index_add_(0, unit[first], 2 * _inner(_rows(one, first), _rows(other, second)))
     return found + _hidden(uses, unit, count)
 
 
@@ -195,7 +199,11 @@ def _add(total: Tensor, used: Use, factor: Tensor) -> None:
     else:
         g = g * factor.view(-1, 1, 1)
     first, second = (x, g) if used.transposed else (g, x)
-    total.addmm_(first.flatten(0, 1).t(), second.flatten(0, 1))
+    first, second = first.flatten(0, 1).t(), second.flatten(0, 1)
+    if total.dtype == first.dtype:
+        total.addmm_(first, second)
+    else:
+        total.add_(first @ second)
 
 
 def _silenced(used: Use, bad: Tensor) -> Use:

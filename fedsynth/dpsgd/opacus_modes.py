@@ -28,12 +28,12 @@ class Hooks:
     def __init__(self, wrapped: Any, clip_norm: float) -> None:
         self._clip_norm = clip_norm
         self._weights = [w for w in wrapped.parameters() if w.requires_grad]
-        self._sums = [torch.zeros_like(w) for w in self._weights]
+        self._sums: list[Tensor] = []
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
         """As `BookKeeping.add`."""
         losses().sum().backward()
-        unit = numbered(units, self._sums[0].device)
+        unit = numbered(units, self._weights[0].device)
         count = int(unit.max()) + 1
         found: list[Any] = [getattr(w, "grad_sample", None) for w in self._weights]
         if any(not isinstance(g, Tensor) or len(g) != len(units) for g in found):
@@ -42,16 +42,23 @@ class Hooks:
         grads = [united(g, unit, count) for g in found]
         squares = torch.stack([square_norms(g) for g in grads]).sum(0)
         factor = clip_factors(squares, self._clip_norm)
-        for total, grad in zip(self._sums, grads, strict=True):
+        parts = []
+        for grad in grads:
             alive = grad.masked_fill((factor == 0).view(-1, *[1] * (grad.dim() - 1)), 0.0)
-            total += torch.einsum("n,n...->...", factor.to(grad.dtype), alive)
+            parts.append(torch.einsum("n,n...->...", factor.to(grad.dtype), alive))
+        self._count(parts)
         for w in self._weights:
             w.grad, w.grad_sample = None, None
 
+    def _count(self, parts: list[Tensor]) -> None:
+        """Adds what one pass gave; passes are added up in float64."""
+        sums = zip(self._sums, parts, strict=True)
+        self._sums = [total.double().add_(part) for total, part in sums] if self._sums else parts
+
     def take(self) -> list[Tensor]:
         """As `BookKeeping.take`."""
-        sums, self._sums = self._sums, [torch.zeros_like(w) for w in self._weights]
-        return sums
+        sums, self._sums = self._sums, []
+        return sums or [torch.zeros_like(w) for w in self._weights]
 
 
 class Ghost(Hooks):
@@ -74,9 +81,8 @@ class Ghost(Hooks):
             w.grad = None
         self._wrapped.disable_hooks()
         (each[factor > 0] * factor[factor > 0].to(each.dtype)).sum().backward()
-        for total, w in zip(self._sums, self._weights, strict=True):
-            if w.grad is not None:
-                total += w.grad
+        self._count([torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights])
+        for w in self._weights:
             w.grad = None
 
 

@@ -55,6 +55,7 @@ class Stacked:
         self.weights = weights
         self._places, self._clip_norm, self._record = places, clip_norm, record
         self._sums = torch.zeros_like(weights)
+        self._passes = 0
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int], clients: Sequence[int]) -> None:
         """Adds the clipped gradients of the units of one micro-batch; all examples of a unit must be in it.
@@ -83,7 +84,7 @@ class Stacked:
 
     def take(self) -> Tensor:
         """The sums so far, in the shape of `weights`; the next ones start at zero."""
-        sums, self._sums = self._sums, torch.zeros_like(self.weights)
+        sums, self._sums, self._passes = self._sums, torch.zeros_like(self.weights), 0
         return sums
 
     def _finish(self, unit: Tensor) -> None:
@@ -94,12 +95,19 @@ class Stacked:
         each = clip_factors(squares, self._clip_norm)[unit]
         bad = each == 0
         spoilt = bool(bad.any())
-        share = self._sums.new_zeros(len(self._sums), len(unit))
+        share = self.weights.new_zeros(len(self._sums), len(unit))
         share[owner, torch.arange(len(unit), device=unit.device)] = each.to(share.dtype)
+        if self._passes:  # as of one client: passes are added up in float64
+            self._sums = self._sums.double()
         for weight, grads in whole.items():
             if spoilt:  # 0 * NaN is NaN
                 grads = grads.masked_fill(bad.view(-1, 1, 1), 0.0)
-            self._sums[:, self._places[weight]].addmm_(share, grads.flatten(1))
+            total = self._sums[:, self._places[weight]]
+            if self._passes:
+                total += share @ grads.flatten(1)
+            else:
+                total.addmm_(share, grads.flatten(1))
+        self._passes += 1
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fedsynth.limits import (
     MAX_STEPS,
 )
 from fedsynth.privacy.plan import ROUGH, SMALLEST_SIGMA, Relation, Statement, epsilon
+from fedsynth.privacy.rdp import bound
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
 CLIENT = "client"  # the unit where a list of scores is protected as a whole
@@ -115,6 +116,8 @@ def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, 
         grid, slack = _grid(claimed, sigma, done, delta)
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
         found = epsilon(dp_event.SelfComposedDpEvent(step, done), delta, relation=relation, grid=grid)
+        if relation == "zero_out":  # as a client's own figure: `plan.composed_epsilon`
+            found = min(found, bound([(rate, sigma, done)], delta))
         if not found <= claimed + slack:
             return found
     return None

@@ -15,7 +15,7 @@ from dp_accounting import dp_event
 from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
-from fedsynth.limits import MAX_SIGMA, MAX_STEPS
+from fedsynth.limits import MAX_SIGMA, MAX_STEPS, MIN_DELTA
 from fedsynth.privacy.rdp import bound
 
 Relation = Literal["zero_out", "replace_one"]
@@ -44,7 +44,7 @@ class Budget:
     """What may be spent: (epsilon, delta) under zero-out adjacency, one unit replaced by an empty one.
 
     Raises:
-        ValueError: If epsilon is not finite and positive, or delta is not inside (0, 1).
+        ValueError: If epsilon is not finite and positive, or delta is not in `MIN_DELTA` .. 1, exclusive.
     """
 
     epsilon: float
@@ -54,6 +54,9 @@ class Budget:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}; no guarantee is: no budget")
         _check_delta(self.delta)
+        if self.delta < MIN_DELTA:
+            raise ValueError(f"delta must be at least {MIN_DELTA:g}, got {self.delta:g}: epsilon cannot be computed "
+                             f"below; ask for {MIN_DELTA:g}, or more")  # fmt: skip
 
 
 @dataclass(frozen=True)
