@@ -431,8 +431,8 @@ def test_a_site_with_other_labels_refuses_by_a_code_and_keeps_the_labels_to_itse
     """Means: site.toml lists a label that the scenario has not."""
     hall.begin("labels")
     (tmp_path / "scenario.toml").write_text(classes(tmp_path))
-    labels = '["gout", "zebra fever"]'
-    with edited(site_file(hall), task=f'"classification"\nlabels = {labels}', strategies=""):
+    labels = '["train", "test", "zebra fever"]'
+    with edited(site_file(hall), task=f'"classification"\nlabel = "part"\nlabels = {labels}', strategies=""):
         run = hall.submit(tmp_path / "scenario.toml", "--out", hall.out, "--sites", "north")
         assert run.process.wait(120) == 1
     assert "site 'north' refused: wrong_labels" in last_line(run)
