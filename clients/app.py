@@ -11,13 +11,13 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedsynth.clients.answer import FUNCTIONS, Opener, Unopened, answer
+from fedsynth.clients.flower_compat import read_message, write_reply
+from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, answer
 from fedsynth.clients.home import Home, cell_of, simulated_home
-from fedsynth.clients.stock import read_message, write_reply
-from fedsynth.models import one_thread
-from fedsynth.runs import places
-from fedsynth.tasks import Envelope, Evaluate, Finetune, Order
-from fedsynth.wire import unpack_answer
+from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Order
+from fedsynth.federation.records import unpack_answer
+from fedsynth.federation.runs import places
+from fedsynth.models.loading import one_thread
 
 
 def client_app(open_home: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsynth.folders import private_folder
+from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
 
 Decision = Literal["waits", "accepted", "declined"]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedsynth.classifier import classify
 from fedsynth.clients.finetune import in_use, on_base, slots_of
 from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
-from fedsynth.examples import readable
+from fedsynth.federation.messages import Evaluated
 from fedsynth.instructions import asked, parse_response
 from fedsynth.limits import MAX_LOSS
-from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import device, load_generator, load_tokenizer
-from fedsynth.tasks import Evaluated
-from fedsynth.training import mean_loss
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import device, load_generator, load_tokenizer
+from fedsynth.training.classifier import classify
+from fedsynth.training.dp_training import mean_loss
+from fedsynth.training.examples import readable
 from fedsynth.world import task_part
 
 

@@ -10,21 +10,21 @@ from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 
-from fedsynth.adapters import with_adapter
+from fedsynth.clients.batched_training import ToTrain, Trains
 from fedsynth.clients.home import Home
-from fedsynth.clients.kept import keep_facts
-from fedsynth.clients.together import ToTrain, Trains
+from fedsynth.clients.local_model import keep_facts
 from fedsynth.corpus import Corpus
-from fedsynth.examples import Example, check_room, encode_slots
-from fedsynth.hub import config_of, weights_hash
+from fedsynth.federation.messages import Adopt, Adopted, Finetune, Finetuned
+from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter, digest_of, only_b
-from fedsynth.models import device, kind_of, load_tokenizer
-from fedsynth.payload import decode, encode
+from fedsynth.models.adapters import with_adapter
+from fedsynth.models.hub import config_of, weights_hash
+from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
-from fedsynth.selfcheck import check_stack, self_check
-from fedsynth.tasks import Adopt, Adopted, Finetune, Finetuned
-from fedsynth.training import private, train_generator, without_guarantee
+from fedsynth.training.dp_training import private, train_generator, without_guarantee
+from fedsynth.training.examples import Example, check_room, encode_slots
+from fedsynth.training.selfcheck import check_stack, self_check
 
 IN_USE = "adapter.payload"
 
@@ -33,7 +33,7 @@ def finetune(home: Home, order: Finetune, digest: str) -> Trains[Finetuned]:
     """Trains and releases; under DP the charge comes first and may refuse.
 
     Raises:
-        fedsynth.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
+        fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
     settings, pull = home.config.generator_training, order.proximal or 0.0
@@ -75,8 +75,8 @@ def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: b
         longest: Tokens that must fit, where that is more than the training's.
 
     Raises:
-        fedsynth.adapters.WrongAdapter: If the adapter is not of this client's model.
-        fedsynth.selfcheck.SelfCheckFailed: As `self_check`.
+        fedsynth.models.adapters.WrongAdapter: If the adapter is not of this client's model.
+        fedsynth.training.selfcheck.SelfCheckFailed: As `self_check`.
         ValueError: If texts do not fit.
     """
     settings, name = home.config.generator_training, home.config.generator
@@ -109,7 +109,7 @@ def adopt(home: Home, order: Adopt) -> Adopted:
     """Puts the server's adapter to use, once it is known to fit.
 
     Raises:
-        fedsynth.adapters.WrongAdapter: If it is not of this client's model.
+        fedsynth.models.adapters.WrongAdapter: If it is not of this client's model.
     """
     on_base(home, order.adapter)
     put_to_use(home, order.adapter)
@@ -120,7 +120,7 @@ def on_base(home: Home, adapter: Adapter, *, frozen_a: bool = False) -> PeftMode
     """The client's model with an adapter in place.
 
     Raises:
-        fedsynth.adapters.WrongAdapter: If the adapter is not of this model.
+        fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
     """
     precision = home.config.generator_training.precision
     return with_adapter(home.config.generator, adapter, frozen_a=frozen_a, precision=precision).to(device())

@@ -9,8 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fedsynth.batches import token_rows
-from fedsynth.llm import LocalLLM
+from fedsynth.models.batches import token_rows
+from fedsynth.models.llm import LocalLLM
 
 T = TypeVar("T")
 

@@ -15,18 +15,18 @@ from typing import Any
 
 from fedsynth import __version__
 from fedsynth.clients.approval import Approvals
-from fedsynth.clients.trail import Trail
+from fedsynth.clients.audit_log import Trail
 from fedsynth.corpus import Corpus
-from fedsynth.data import Site, label_list, open_site, open_sites
-from fedsynth.folders import private_folder
-from fedsynth.hub import weights_hash
+from fedsynth.data.partition import Site, label_list, open_site, open_sites
+from fedsynth.federation.messages import ORDERS, OUTPUTS, Output
+from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
-from fedsynth.scenario import Cell, Client, Data
-from fedsynth.scenario_toml import cells as scenario_cells
-from fedsynth.scenario_toml import from_toml
-from fedsynth.tasks import ORDERS, OUTPUTS, Output
+from fedsynth.scenario.schema import Cell, Client, Data
+from fedsynth.scenario.toml import cells as scenario_cells
+from fedsynth.scenario.toml import from_toml
+from fedsynth.system.folders import private_folder
 from fedsynth.typed import plain
 
 
@@ -67,7 +67,7 @@ COVERED = Rules(outputs=frozenset(kind for kind in OUTPUTS if kind != "metrics")
 
 @dataclass(frozen=True)
 class Home:
-    """One client's house. Nothing in it leaves except through `fedsynth.wire.seal`.
+    """One client's house. Nothing in it leaves except through `fedsynth.federation.records.seal`.
 
     Attributes:
         index: The client's place among the clients.

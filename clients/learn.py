@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsynth.adapters import new_adapter, read_adapter
-from fedsynth.classifier import fit_classifier, new_task_model
 from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarantee
 from fedsynth.clients.home import Home
-from fedsynth.clients.kept import keep_facts
-from fedsynth.hub import weights_hash
-from fedsynth.models import device, load_tokenizer, load_weights, save_weights
-from fedsynth.tasks import Learn, Learnt
+from fedsynth.clients.local_model import keep_facts
+from fedsynth.federation.messages import Learn, Learnt
+from fedsynth.models.adapters import new_adapter, read_adapter
+from fedsynth.models.hub import weights_hash
+from fedsynth.models.loading import device, load_tokenizer, load_weights, save_weights
+from fedsynth.training.classifier import fit_classifier, new_task_model
 
 WEIGHTS = "task_model.safetensors"
 

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsynth.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
 from fedsynth.corpus import Corpus, Provenance, Scores
-from fedsynth.hub import weights_hash
-from fedsynth.models import device, load_named, load_tokenizer, save_named
+from fedsynth.federation.messages import Score, Scored
+from fedsynth.models.hub import weights_hash
+from fedsynth.models.loading import device, load_named, load_tokenizer, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
-from fedsynth.selfcheck import LISTED, check_list, self_check
-from fedsynth.tasks import Score, Scored
-from fedsynth.training import Randomness, private, train_generator, trainable
+from fedsynth.training.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
+from fedsynth.training.dp_training import Randomness, private, train_generator, trainable
+from fedsynth.training.selfcheck import LISTED, check_list, self_check
 
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
@@ -106,7 +106,7 @@ def check_noise(plan: DPPlan) -> None:
     """Checks on public numbers that `protected` does what the plan says, before it is charged.
 
     Raises:
-        fedsynth.selfcheck.SelfCheckFailed: If it does not.
+        fedsynth.training.selfcheck.SelfCheckFailed: If it does not.
     """
     listed = Corpus(("",) * LISTED, tuple(str(n % 2) for n in range(LISTED)), Provenance.PUBLIC)
     check_list(lambda values, public: protected(values, listed, plan, public), plan)

@@ -7,20 +7,20 @@ from dataclasses import replace
 
 from peft import PeftModel
 
-from fedsynth.adapters import read_adapter
 from fedsynth.clients.finetune import on_base, put_to_use, slots_of
 from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.encoding import token_ids
-from fedsynth.examples import Slot, readable
-from fedsynth.llm import LocalLLM
+from fedsynth.federation.messages import SelfTrain, SelfTrained
 from fedsynth.lora import Adapter, mix
-from fedsynth.models import load_tokenizer
+from fedsynth.models.adapters import read_adapter
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
-from fedsynth.selfgen import generate, lines, select
-from fedsynth.tasks import SelfTrain, SelfTrained
-from fedsynth.training import train_generator, without_guarantee
+from fedsynth.synthesis.self_instruct import generate, lines, select
+from fedsynth.training.dp_training import train_generator, without_guarantee
+from fedsynth.training.examples import Slot, readable
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 
@@ -30,7 +30,7 @@ def self_train(home: Home, order: SelfTrain) -> SelfTrained:
 
     Raises:
         NotReleasable: If the client's configuration asks for a guarantee: nothing here gives one.
-        fedsynth.adapters.WrongAdapter: If the global adapter is not of this client's model.
+        fedsynth.models.adapters.WrongAdapter: If the global adapter is not of this client's model.
     """
     if home.config.guarantee != "none":
         raise NotReleasable(NO_GUARANTEE)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from fedsynth.adapters import new_adapter
+from fedsynth.clients.batched_training import ToTrain, Trains
 from fedsynth.clients.finetune import check, on_base, slots_of
 from fedsynth.clients.home import Home
-from fedsynth.clients.together import ToTrain, Trains
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.encoding import text_rows
-from fedsynth.examples import control_code
+from fedsynth.federation.messages import Synthesize, Synthesized
 from fedsynth.limits import MAX_TEXT
-from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import load_tokenizer
+from fedsynth.models.adapters import new_adapter
+from fedsynth.models.encoding import text_rows
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
-from fedsynth.tasks import Synthesize, Synthesized
-from fedsynth.training import private, without_guarantee
+from fedsynth.training.dp_training import private, without_guarantee
+from fedsynth.training.examples import control_code
 
 
 def synthesize(home: Home, order: Synthesize, digest: str) -> Trains[Synthesized]:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Provenance(StrEnum):
-    """Where a text came from; decides whether it may leave a client (fedsynth.wire)."""
+    """Where a text came from; decides whether it may leave a client (fedsynth.federation.records)."""
 
     PUBLIC = "public"
     PRIVATE = "private"

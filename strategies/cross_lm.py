@@ -10,17 +10,17 @@ import os
 from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
-from fedsynth.curation import asked_for, deduplicate, well_formed, yields
-from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.feedback import MEASURED, Ranked, aggregate, first_adapter, ranked, shuffled, taught
-from fedsynth.llm import LocalLLM, TextModel
+from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.messages import Learn, Score
+from fedsynth.federation.runs import SERVER
+from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, digest_of
-from fedsynth.publictext import labelled, sample
-from fedsynth.recall import Recalled
-from fedsynth.runs import SERVER
+from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.tasks import Learn, Score
-from fedsynth.teacher import augment
+from fedsynth.synthesis.augmentation import augment
+from fedsynth.synthesis.curation import asked_for, deduplicate, well_formed, yields
+from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, aggregate, first_adapter, ranked, shuffled, taught
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.curation import Kept, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
-from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.judges import best_of
+from fedsynth.federation.messages import Learn, Synthesize
+from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.tasks import Learn, Synthesize
-from fedsynth.teacher import augment, bare_misfit, misfit
+from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
+from fedsynth.synthesis.curation import Kept, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
+from fedsynth.synthesis.judges import best_of
 
 
 @dataclass(frozen=True)

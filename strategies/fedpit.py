@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
-from fedsynth.curation import Stage
-from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.federation.messages import Adopt, SelfTrain
+from fedsynth.federation.runs import SERVER
+from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_CANDIDATES, MAX_SHOTS, Tokens, most
 from fedsynth.lora import Adapter, average
-from fedsynth.runs import SERVER
-from fedsynth.scenario import Scenario
-from fedsynth.tasks import Adopt, SelfTrain
+from fedsynth.scenario.schema import Scenario
+from fedsynth.synthesis.curation import Stage
 from fedsynth.typed import BadValue, Count, in_range
 
 
@@ -83,8 +83,8 @@ class FedPIT(RoundStrategy[State]):
                 "what it then writes shapes what is sent, so that DP-SGD on the private half alone would promise what "
                 'does not hold. Say client.guarantee = "none"'
             )
-        from fedsynth.hub import config_of  # these bring torch
-        from fedsynth.models import context_of
+        from fedsynth.models.hub import config_of  # these bring torch
+        from fedsynth.models.loading import context_of
 
         context = context_of(config_of(scenario.client.generator))
         longest = scenario.client.generator_training.max_tokens

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
-from fedsynth.adapters import new_adapter
-from fedsynth.apprentice import draw, taught, write
 from fedsynth.corpus import Corpus
-from fedsynth.curation import at_most, novel, well_formed_instructions, yields
-from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.federation.messages import Adopt, Finetune
+from fedsynth.federation.runs import SERVER
+from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, completed
-from fedsynth.mentor import judged, respond
-from fedsynth.runs import SERVER
+from fedsynth.models.adapters import new_adapter
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
-from fedsynth.tasks import Adopt, Finetune
+from fedsynth.synthesis.apprentice import draw, taught, write
+from fedsynth.synthesis.curation import at_most, novel, well_formed_instructions, yields
+from fedsynth.synthesis.distillation import judged, respond
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.tasks import Learn
+from fedsynth.federation.messages import Learn
+from fedsynth.federation.strategy import Clients, RoundStrategy
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fedsynth.federation import Clients, RoundStrategy
+from fedsynth.federation.messages import Adopt, Finetune, Finetuned
+from fedsynth.federation.runs import SERVER, Journal
+from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
-from fedsynth.runs import SERVER, Journal
-from fedsynth.tasks import Adopt, Finetune, Finetuned
 
 Aggregation = Literal["factors", "frozen_a", "product"]
 

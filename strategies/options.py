@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from fedsynth.feedback import Aggregation as ScoreAggregation
-from fedsynth.feedback import Teaching
-from fedsynth.hub import weights_hash
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
-from fedsynth.mentor import Judge
+from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario import Endpoint, Scenario, Tuning
+from fedsynth.scenario.schema import Endpoint, Scenario, Tuning
 from fedsynth.strategies.lora_avg import Aggregation
+from fedsynth.synthesis.distillation import Judge
+from fedsynth.synthesis.reward_tuning import Aggregation as ScoreAggregation
+from fedsynth.synthesis.reward_tuning import Teaching
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
 

@@ -19,18 +19,18 @@ import pandas as pd
 import psutil
 from proxy import behind_a_dead_proxy
 
-from fedsynth.clients.policy import load_site
-from fedsynth.site_rows import import_rows
+from fedsynth.deployment.policy import load_site
+from fedsynth.deployment.site.rows import import_rows
 
 NAMES = ("charite", "st-marys", "ukb")
 HERE = Path(__file__).parent
 START_SITE = """
 import sys
 from pathlib import Path
-from fedsynth.clients.policy import load_site
+from fedsynth.deployment.policy import load_site
 from fedsynth.privacy.noise import simulated_key
-from fedsynth.site_rows import import_rows
-from fedsynth.site_start import start
+from fedsynth.deployment.site.rows import import_rows
+from fedsynth.deployment.site.start import start
 place, index = load_site(Path(sys.argv[1])), int(sys.argv[2])
 place.state.mkdir(mode=0o700, exist_ok=True)
 place.open_ledger(create=True, keys=lambda counter, binding: simulated_key(0, index, counter, binding))
@@ -42,7 +42,7 @@ start(place, client=sys.argv[3:])
 def fedsynth(*arguments: object, cwd: Path, seconds: float = 120, code: int = 0) -> subprocess.CompletedProcess[str]:
     """One command, run to its end."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "fedsynth.cli", *map(str, arguments)], cwd=cwd, env=environment(), text=True,
+        [sys.executable, "-P", "-m", "fedsynth.cli.main", *map(str, arguments)], cwd=cwd, env=environment(), text=True,
         capture_output=True, timeout=seconds, check=False,
     )  # fmt: skip
     assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -113,13 +113,13 @@ class Federation:
         return self.folder / name
 
     def start_server(self) -> Running:
-        self.server = spawn([sys.executable, "-P", "-m", "fedsynth.cli", "server", "start", self.coordinator],
+        self.server = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "server", "start", self.coordinator],
                             self.folder, self.folder / "server.log")  # fmt: skip
         self.server.wait_for("the SuperLink listens")
         return self.server
 
     def start_site(self, name: str, *, injected: bool = False, wait: bool = True, **more: str) -> Running:
-        command: list[object] = [sys.executable, "-P", "-m", "fedsynth.cli", "site", "start", self.place(name)]
+        command: list[object] = [sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "start", self.place(name)]
         if not injected:
             list(import_rows(load_site(self.place(name))))  # as `fedsynth site check` does
         else:

@@ -11,16 +11,16 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fedsynth.clients.process import main, serve
+from fedsynth.deployment.client_process import main, serve
 
 DUMP = "FEDSYNTH_TEST_DUMP"  # a folder for the objects that are sent
 
 
 def opener(context: Any, envelope: Any) -> Any:
-    """As `fedsynth.clients.site.site_home`, but for where the keys come from."""
+    """As `fedsynth.deployment.client.site_home`, but for where the keys come from."""
     from fedsynth.clients.home import cell_of
-    from fedsynth.clients.policy import SITE, load_site
-    from fedsynth.clients.site import home_of
+    from fedsynth.deployment.client import home_of
+    from fedsynth.deployment.policy import SITE, load_site
     from fedsynth.privacy.noise import simulated_key
 
     _keep_what_is_sent()

@@ -16,16 +16,16 @@ from scripted import ScriptedLLM
 
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, cell_of, simulated_home
-from fedsynth.data import label_list
-from fedsynth.federation import Clients, ServerSide, load_strategy
-from fedsynth.nodes import nodes_by_home
-from fedsynth.payload import decode
-from fedsynth.recall import Recalled
-from fedsynth.runs import Journal, private_of
-from fedsynth.scenario import Cell
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.tasks import Order, Refused
-from fedsynth.wire import parted
+from fedsynth.data.partition import label_list
+from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.messages import Order, Refused
+from fedsynth.federation.nodes import nodes_by_home
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import parted
+from fedsynth.federation.runs import Journal, private_of
+from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import from_toml, to_toml
 
 T = TypeVar("T")
 

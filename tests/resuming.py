@@ -10,8 +10,8 @@ import pytest
 from flwr.app import Message
 from inprocess import Played, play
 
-from fedsynth.exchanges import Clients
-from fedsynth.nodes import WHO
+from fedsynth.federation.messaging import Clients
+from fedsynth.federation.nodes import WHO
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 
 

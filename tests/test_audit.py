@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from test_ledger import COST, PLAN, answer, bind, charge, die, killed, open_ledger
 
-import fedsynth.cli
+import fedsynth.cli.main
+from fedsynth.federation.runs import up
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.plan import Budget
-from fedsynth.runs import up
 
 ANSWER = b"the answer's own bytes"
 
@@ -150,7 +150,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     def run(*words: str) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedsynth", "ledger", *words])
         with pytest.raises(SystemExit) as ended:
-            fedsynth.cli.main()
+            fedsynth.cli.main.main()
         return (ended.value.code, *capfd.readouterr())
 
     return run

@@ -21,14 +21,14 @@ from rich.console import Console
 from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
-import fedsynth.cli
-from fedsynth.cli import _print_table
-from fedsynth.data import divide, misfits
-from fedsynth.runs import summarize
-from fedsynth.scenario import Data
-from fedsynth.scenario_toml import from_toml, load
-from fedsynth.simulate import check, read
-from fedsynth.tables import read_rows
+import fedsynth.cli.main
+from fedsynth.cli.main import _print_table
+from fedsynth.data.partition import divide, misfits
+from fedsynth.data.tables import read_rows
+from fedsynth.federation.runs import summarize
+from fedsynth.scenario.schema import Data
+from fedsynth.scenario.toml import from_toml, load
+from fedsynth.simulation.simulate import check, read
 from fedsynth.typed import BadValue
 
 SHARED = Path(__file__).parents[2] / "shared" / "cases"
@@ -218,7 +218,7 @@ def test_the_command_ends_with_the_line_and_exit_code_2(tmp_path: Path, monkeypa
                                                          capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     monkeypatch.setattr("sys.argv", ["fedsynth", "check", str(semicolon(tmp_path))])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     assert ended.value.code == 2
     assert "parted by ';'" in capfd.readouterr().err
 
@@ -313,7 +313,7 @@ def test_the_command_says_so_too(tmp_path: Path) -> None:
     shared = SHARED / "plain.toml"
     path = shared if shared.is_file() else scenario(tmp_path, save(table(), tmp_path / "plain.csv"))
     words = ["run", str(path), "--out", str(tmp_path / "run"), "--set", "strategy.min_words=60", "--json"]
-    done = CliRunner().invoke(fedsynth.cli.app, words)
+    done = CliRunner().invoke(fedsynth.cli.main.app, words)
     assert done.exit_code == 0, done.output
     [row] = [line for line in done.stderr.splitlines() if line.startswith("│ fdkt")]
     assert re.search(r"0 of 24 drafts left \((too short|unfinished) \d+\)", row)
@@ -323,7 +323,7 @@ def test_the_command_says_so_too(tmp_path: Path) -> None:
 
 
 def _toml(asked: object) -> str:
-    from fedsynth.scenario_toml import to_toml
+    from fedsynth.scenario.toml import to_toml
 
     assert from_toml(to_toml(asked)) == asked  # type: ignore[arg-type]
     return to_toml(asked)  # type: ignore[arg-type]

@@ -19,19 +19,20 @@ import tiny
 from children import meeting_child
 from rich.console import Console
 
-import fedsynth.cli
-from fedsynth import comparison, simulate
-from fedsynth.comparison import compare, depends_on_epsilon, parts, read, shares
-from fedsynth.comparison_tables import NOTES, costs_table, utility_table
-from fedsynth.flower import LaunchFailed
-from fedsynth.grids import Grid, read_grid
-from fedsynth.grids import to_toml as to_toml_of
+import fedsynth.cli.main
+from fedsynth.comparison import running as comparison
+from fedsynth.comparison.grids import Grid, read_grid
+from fedsynth.comparison.grids import to_toml as to_toml_of
+from fedsynth.comparison.running import compare, depends_on_epsilon, parts, read, shares
+from fedsynth.comparison.tables import NOTES, costs_table, utility_table
+from fedsynth.federation.runs import prepare, summarize, up
 from fedsynth.reporting import comparison_page
 from fedsynth.reporting.page import render
-from fedsynth.runs import prepare, summarize, up
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, to_toml
-from fedsynth.simulate import Result
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, to_toml
+from fedsynth.simulation import simulate
+from fedsynth.simulation.flower import LaunchFailed
+from fedsynth.simulation.simulate import Result
 from fedsynth.typed import BadValue
 
 LOCAL, AVERAGE = "fedsynth.strategies.local:LocalOnly", "fedsynth.strategies.lora_avg:LoraAverage"
@@ -62,7 +63,7 @@ def declared(tmp_path: Path, text: str = GRID) -> Grid:
 
 
 class Stand:
-    """Stands in for `fedsynth.simulate`: the real client app and strategies, in this process."""
+    """Stands in for `fedsynth.simulation.simulate`: the real client app and strategies, in this process."""
 
     def __init__(self) -> None:
         self.checked: list[str] = []
@@ -210,7 +211,7 @@ def typed(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> obj
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["fedsynth", "compare", *words])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     return ended.value.code
 
 
@@ -347,7 +348,7 @@ def test_two_comparisons_do_not_share_a_directory(stand: Stand, tmp_path: Path) 
     ],
 )
 def test_which_arms_depend_on_epsilon(scenario: str, arms: dict[str, bool]) -> None:
-    from fedsynth.scenario_toml import load
+    from fedsynth.scenario.toml import load
 
     found = cells(replace(load(scenario), run=tuple(arms)))
     assert {cell.arm: depends_on_epsilon(cell) for cell in found} == arms

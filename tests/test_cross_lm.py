@@ -19,39 +19,46 @@ import torch
 from inprocess import Played, canary, play
 from resuming import dies_everywhere
 
-from fedsynth.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter
-from fedsynth.classifier import confidences, fit_classifier, label_losses, label_slots, new_scorer, new_task_model
 from fedsynth.clients import score as score_module
 from fedsynth.clients.home import Home
 from fedsynth.clients.score import RECEIPT, protected
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
-from fedsynth.examples import encode_slots, encode_text
-from fedsynth.federation import Clients, load_strategy
-from fedsynth.feedback import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
-from fedsynth.hub import locate_adapter, weights_hash
-from fedsynth.llm import LocalLLM
+from fedsynth.federation.availability import fates
+from fedsynth.federation.messages import Evaluate, Learn, Score, Scored
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.federation.runs import Journal, guarantee_of, privacy_line
+from fedsynth.federation.strategy import Clients, load_strategy
 from fedsynth.lora import Adapter
-from fedsynth.models import load_generator, load_tokenizer
-from fedsynth.nodes import TooFewReplies, nodes_by_home
-from fedsynth.participation import fates
+from fedsynth.models.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter
+from fedsynth.models.hub import locate_adapter, weights_hash
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
-from fedsynth.publictext import labelled
-from fedsynth.runs import Journal, guarantee_of, privacy_line
-from fedsynth.scenario import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
-from fedsynth.scenario_toml import cells, from_toml, load
-from fedsynth.simulate import check
+from fedsynth.scenario.schema import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
+from fedsynth.scenario.toml import cells, from_toml, load
+from fedsynth.simulation.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.tasks import Evaluate, Learn, Score, Scored
-from fedsynth.training import clipped_sum, next_token_losses, trainable
-from fedsynth.tuning import Guard, perplexity, prefer, tune
+from fedsynth.synthesis.reward_tuning import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
+from fedsynth.training.classifier import (
+    confidences,
+    fit_classifier,
+    label_losses,
+    label_slots,
+    new_scorer,
+    new_task_model,
+)
+from fedsynth.training.dp_training import clipped_sum, next_token_losses, trainable
+from fedsynth.training.examples import encode_slots, encode_text
+from fedsynth.training.sft import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, main_facts, private_notes, site, told_labels, write_note
-from fedsynth.world_adapters import WRONG, mislabelled, mislabelled_notes
+from world_adapters import WRONG, mislabelled, mislabelled_notes
 
 torch.set_num_threads(1)
 LABELS = ("heart", "skin")
@@ -1028,7 +1035,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) ->
 
 
 def scenario(toml: str, arm: str = "main", **server: Any) -> Scenario:
-    from fedsynth.scenario_toml import cells
+    from fedsynth.scenario.toml import cells
 
     [cell] = [c for c in cells(from_toml(toml)) if c.arm == arm]
     return replace(cell.scenario, server=replace(cell.scenario.server, **server), arms={}, run=())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedsynth.csv_faults import Swallowed, separator, swallowed
+from fedsynth.data.csv_faults import Swallowed, separator, swallowed
 
 LABELS = ("billing", "login", "delivery")
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -7,9 +7,13 @@ import pandas as pd
 import pytest
 from typed_text import LABELS, LINES, SHAPED, SHARED, TYPED, cases, faq
 
-from fedsynth import curation
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import (
+from fedsynth.federation.messages import Learn
+from fedsynth.federation.validation import Rejected, check_order
+from fedsynth.limits import MAX_TEXT
+from fedsynth.rouge import nearest
+from fedsynth.synthesis import curation
+from fedsynth.synthesis.curation import (
     Kept,
     at_most,
     balance,
@@ -20,11 +24,7 @@ from fedsynth.curation import (
     well_formed_instructions,
     yields,
 )
-from fedsynth.firewall import Rejected, check_order
-from fedsynth.limits import MAX_TEXT
-from fedsynth.rouge import nearest
-from fedsynth.sentences import code_or_markup
-from fedsynth.tasks import Learn
+from fedsynth.synthesis.sentences import code_or_markup
 
 
 def notes(*rows: tuple[str, str], provenance: Provenance = Provenance.DP_SYNTHETIC) -> Corpus:

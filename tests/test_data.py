@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.data import LeftOut, Site, divide, find, label_list, misfits, open_site, open_sites
-from fedsynth.scenario import Data, TestRows
+from fedsynth.data.partition import LeftOut, Site, divide, find, label_list, misfits, open_site, open_sites
+from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.typed import BadValue
 
 TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it

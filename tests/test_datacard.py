@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import LeftOut, Site
-from fedsynth.datacard import MEASURED, SIMULATED, card_line, data_card, data_cards
-from fedsynth.runs import Journal, _assumptions, prepare
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.data.card import MEASURED, SIMULATED, card_line, data_card, data_cards
+from fedsynth.data.partition import LeftOut, Site
+from fedsynth.federation.runs import Journal, _assumptions, prepare
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, from_toml
 
 
 def corpus(*rows: tuple[str, str], units: tuple[int, ...] | None = None) -> Corpus:

@@ -17,11 +17,11 @@ from inprocess import canary, play
 from proxy import Proxy
 from scripted import ScriptedLLM
 
-from fedsynth.flower import free_port
-from fedsynth.payload import decode
+from fedsynth.federation.messages import Learnt, Synthesized
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import unpacked
 from fedsynth.privacy.audit import contents, problems
-from fedsynth.tasks import Learnt, Synthesized
-from fedsynth.wire import unpacked
+from fedsynth.simulation.flower import free_port
 from fedsynth.world import load_world, private_notes
 
 pytestmark = pytest.mark.deployment

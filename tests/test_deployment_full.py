@@ -22,14 +22,14 @@ from proxy import Proxy
 from test_deployment import FDKT, drafts
 from test_faults import edited, last_line, until
 
-from fedsynth.clients.policy import load_site
-from fedsynth.clients.trail import entries
-from fedsynth.flower import free_port
-from fedsynth.payload import decode
-from fedsynth.simulate import read
-from fedsynth.site_rows import import_rows
-from fedsynth.tasks import Adopted, Finetuned
-from fedsynth.wire import unpacked
+from fedsynth.clients.audit_log import entries
+from fedsynth.deployment.policy import load_site
+from fedsynth.deployment.site.rows import import_rows
+from fedsynth.federation.messages import Adopted, Finetuned
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import unpacked
+from fedsynth.simulation.flower import free_port
+from fedsynth.simulation.simulate import read
 from fedsynth.world import load_world, private_notes
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(480)]
@@ -226,7 +226,7 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 def begun(made: Federation, name: str) -> tuple[Running, str]:
     """A run that waits for a person at the site, and the order that waits."""
     command = ["run", made.coordinator / "scenario.toml", "--out", made.folder / name, "--server", made.coordinator]
-    run = spawn([sys.executable, "-P", "-m", "fedsynth.cli", *command], made.folder, made.folder / f"{name}.log")
+    run = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", *command], made.folder, made.folder / f"{name}.log")
     place = load_site(made.place("alone"))
     held = until(lambda: [h for h in place.approvals.all() if h["decision"] == "waits"
                           and place.open_ledger().answered(h["order"])], "text waits")  # fmt: skip

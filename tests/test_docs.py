@@ -13,16 +13,16 @@ import pytest
 from inprocess import play
 from scripted import ScriptedLLM
 
-import fedsynth.cli
-from fedsynth.flower import environment
+import fedsynth.cli.main
+from fedsynth.federation.messages import Learn
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_keys import keys, page
-from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios
-from fedsynth.tasks import Learn
+from fedsynth.scenario.keys import keys, page
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios
+from fedsynth.simulation.flower import environment
 
 ROOT = Path(__file__).parent.parent
-FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]
+FEDSYNTH = [sys.executable, "-m", "fedsynth.cli.main"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -102,10 +102,10 @@ def test_the_readmes_run_asks_for_what_it_says(tmp_path: Path, monkeypatch: pyte
         asked.append(found)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedsynth.simulate.run", stop)
+    monkeypatch.setattr("fedsynth.simulation.simulate.run", stop)
     monkeypatch.setattr(sys, "argv", shlex.split(line))
     with pytest.raises(SystemExit):
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     [found] = asked
     assert {(cell.arm, cell.seed) for cell in cells(found)} == {(a, s) for a in ("local", "fdkt") for s in (0, 1, 2)}
     assert {cell.scenario.client.budget for cell in cells(found)} == {Budget(2.0)}

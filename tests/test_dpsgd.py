@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
-from fedsynth.adapters import attach_lora
 from fedsynth.dpsgd import MARGIN, Clipping, UnknownWeight, clipper
+from fedsynth.models.adapters import attach_lora
 
 torch.set_num_threads(1)
 C = 0.3

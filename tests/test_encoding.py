@@ -13,21 +13,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 from typed_text import CONTROL, LINES, TYPED, cases, faq
 
-from fedsynth.batches import given_rows, token_rows
-from fedsynth.classifier import _token_rows
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import well_formed
-from fedsynth.embedding import Embedder
-from fedsynth.encoding import prompt_rows, text_rows, token_ids
-from fedsynth.examples import control_code, encode_slots
-from fedsynth.hub import config_of
 from fedsynth.instructions import ASK, asked, parse_record, record
-from fedsynth.llm import LocalLLM
-from fedsynth.models import load_tokenizer
-from fedsynth.selfgen import lines
-from fedsynth.teacher import line_prompt
-from fedsynth.tokenizer import train_tokenizer
-from fedsynth.training import next_token_losses
+from fedsynth.models.batches import given_rows, token_rows
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.encoding import prompt_rows, text_rows, token_ids
+from fedsynth.models.hub import config_of
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.pretraining.tokenizer import train_tokenizer
+from fedsynth.synthesis.augmentation import line_prompt
+from fedsynth.synthesis.curation import well_formed
+from fedsynth.synthesis.self_instruct import lines
+from fedsynth.training.classifier import _token_rows
+from fedsynth.training.dp_training import next_token_losses
+from fedsynth.training.examples import control_code, encode_slots
 from fedsynth.world import WORLDS, load_world, private_notes, private_records, public_blocks, public_records
 
 TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -31,29 +31,29 @@ from transformers import (
     T5EncoderModel,
 )
 
-from fedsynth.adapters import attach_lora, read_adapter, save_adapter
-from fedsynth.batches import longest_of, token_rows
-from fedsynth.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
+from fedsynth.clients.batched_training import together
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, learn
 from fedsynth.clients.synthesize import synthesize
-from fedsynth.clients.together import together
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import Site
+from fedsynth.data.partition import Site
 from fedsynth.dpsgd import MARGIN, clipper
-from fedsynth.embedding import Embedder
-from fedsynth.examples import Example, check_room, encode_slots
-from fedsynth.hub import weights_hash
-from fedsynth.llm import LocalLLM
-from fedsynth.models import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
+from fedsynth.federation.messages import Learn, Synthesize
+from fedsynth.models.adapters import attach_lora, read_adapter, save_adapter
+from fedsynth.models.batches import longest_of, token_rows
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.hub import weights_hash
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
-from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
-from fedsynth.selfcheck import SelfCheckFailed, self_check
-from fedsynth.tasks import Learn, Synthesize
-from fedsynth.training import Training, clipped_sum, private, train_generator, trainable
+from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.training.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
+from fedsynth.training.dp_training import Training, clipped_sum, private, train_generator, trainable
+from fedsynth.training.examples import Example, check_room, encode_slots
+from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -517,7 +517,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
         seen.extend(training.slots)
         return train_generator(model, training, *args, **more)
 
-    monkeypatch.setattr("fedsynth.clients.together.train_generator", spy)
+    monkeypatch.setattr("fedsynth.clients.batched_training.train_generator", spy)
     order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3, share_adapter=True)
     with home(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])

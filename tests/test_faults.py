@@ -27,14 +27,14 @@ from deployment import START_SITE, Federation, Running, federation, fedsynth, sp
 from proxy import Proxy
 from test_deployment import scenario as classes
 
-from fedsynth.certificates import write_certificates, write_node_keys
-from fedsynth.clients.policy import load_site
-from fedsynth.clients.trail import entries
-from fedsynth.flower import OWNER, free_port, marked
+from fedsynth.clients.audit_log import entries
+from fedsynth.deployment.certificates import write_certificates, write_node_keys
+from fedsynth.deployment.policy import load_site
+from fedsynth.deployment.site.rows import import_rows
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.noise import simulated_key
-from fedsynth.site_rows import import_rows
+from fedsynth.simulation.flower import OWNER, free_port, marked
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(420)]
 NAMES = ("north", "south")
@@ -82,7 +82,7 @@ class Hall:
 
     def submit(self, *arguments: object) -> Running:
         """A run in the background."""
-        command = [sys.executable, "-P", "-m", "fedsynth.cli", "run", *arguments, "--server",
+        command = [sys.executable, "-P", "-m", "fedsynth.cli.main", "run", *arguments, "--server",
                    self.federation.coordinator]  # fmt: skip
         self.latest = spawn(command, self.federation.folder, self.federation.folder / f"{self.fault}.log")
         return self.latest
@@ -362,13 +362,13 @@ def test_a_clock_that_is_off_is_named_by_the_check_and_by_the_start(hall: Hall, 
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     said = "ahead of the server's: set it by NTP"
     place = hall.federation.place("north")
-    checked = spawn([sys.executable, "-P", "-m", "fedsynth.cli", "site", "check", place, "--json"], tmp_path,
+    checked = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "check", place, "--json"], tmp_path,
                     tmp_path / "check.log", **path)  # fmt: skip
     assert checked.process.wait(120) == 1
     findings = [json.loads(line) for line in checked.said().splitlines() if line.startswith("{")]
     assert [f["what"] for f in findings if f["state"] == "problem"] == ["clock"]
     assert said in next(f["says"] for f in findings if f["what"] == "clock")
-    started = spawn([sys.executable, "-P", "-m", "fedsynth.cli", "site", "start", place], tmp_path,
+    started = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "start", place], tmp_path,
                     tmp_path / "start.log", **path)  # fmt: skip
     assert started.process.wait(120) == 1
     assert said in last_line(started)
@@ -380,9 +380,9 @@ def test_a_site_with_a_key_that_nobody_registered_gets_nothing(hall: Hall, tmp_p
     stopped(hall)
     place = hall.federation.place("north")
     write_node_keys(place / "keys" / "other", tmp_path / "other.pub")
-    impatient = f"import fedsynth.site_watch\nfedsynth.site_watch.REFUSED_SECONDS = 3\n{START_SITE}"
+    impatient = f"import fedsynth.deployment.site.supernode\nfedsynth.deployment.site.supernode.REFUSED_SECONDS = 3\n{START_SITE}"
     with edited(site_file(hall), private_key='"keys/other"'):
-        started = spawn([sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.clients.process"], tmp_path,
+        started = spawn([sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.deployment.client_process"], tmp_path,
                         tmp_path / "start.log")  # fmt: skip
         assert started.process.wait(120) == 1
     assert "did not let this site in" in last_line(started)

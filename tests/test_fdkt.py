@@ -20,17 +20,17 @@ import fedsynth.clients.home
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.curation import well_formed
-from fedsynth.examples import encode_slots
-from fedsynth.federation import Clients, ServerSide, load_strategy
+from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.federation.payload import decode
+from fedsynth.federation.runs import Journal, guarantee_of, private_of
+from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
-from fedsynth.nodes import TooFewReplies, nodes_by_home
-from fedsynth.payload import decode
-from fedsynth.runs import Journal, guarantee_of, private_of
-from fedsynth.scenario import Cell
-from fedsynth.scenario_toml import cells, from_toml, to_toml
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.strategies.fdkt import FDKT
-from fedsynth.tasks import Evaluate, Evaluated, Learn, Synthesize, Synthesized
+from fedsynth.synthesis.curation import well_formed
+from fedsynth.training.examples import encode_slots
 
 LABELS = ("heart", "skin")
 CLIENTS, ROWS = 3, 12
@@ -239,7 +239,7 @@ def test_clusters_follow_the_papers_formula(
 def test_deleting_private_text_after_training_changes_no_released_byte(
     fdkt: World, toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedsynth.clients.together as module
+    import fedsynth.clients.batched_training as module
 
     real = module.train_generator
 
@@ -285,7 +285,7 @@ def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, 
 def test_a_repeated_order_gets_the_same_bytes_and_one_training(
     toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedsynth.clients.together as module
+    import fedsynth.clients.batched_training as module
 
     fits: list[int] = []
     real = module.train_generator

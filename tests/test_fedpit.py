@@ -16,30 +16,30 @@ import torch
 from inprocess import Played, canary, instructions, play
 from scripted import ScriptedLLM
 
-from fedsynth import selfgen
-from fedsynth.adapters import new_adapter, read_adapter
 from fedsynth.clients import app
 from fedsynth.clients import evaluate as measure
 from fedsynth.clients import self_train as client
 from fedsynth.clients.finetune import in_use
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import Site
+from fedsynth.data.partition import Site
 from fedsynth.evaluation.fidelity import ifd
-from fedsynth.federation import load_strategy
-from fedsynth.firewall import Rejected, check_answer, check_order
+from fedsynth.federation.messages import FUNNEL, Adopt, Finetune, SelfTrain
+from fedsynth.federation.nodes import TooFewReplies
+from fedsynth.federation.runs import privacy_line
+from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.validation import Rejected, check_answer, check_order
 from fedsynth.instructions import ASK, REPLY, asked, parse_record
-from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter, average, mix
-from fedsynth.nodes import TooFewReplies
+from fedsynth.models.adapters import new_adapter, read_adapter
+from fedsynth.models.llm import LocalLLM
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.rouge import nearest, rouge_l
-from fedsynth.runs import privacy_line
-from fedsynth.scenario import Client
-from fedsynth.scenario_toml import cells, from_toml, load, to_toml
-from fedsynth.selfgen import generate, lines, respond, select, texts, write_instructions
+from fedsynth.scenario.schema import Client
+from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.strategies.fedpit import Config, FedPIT
-from fedsynth.tasks import FUNNEL, Adopt, Finetune, SelfTrain
+from fedsynth.synthesis import self_instruct as selfgen
+from fedsynth.synthesis.self_instruct import generate, lines, respond, select, texts, write_instructions
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_records, secret_of
 
@@ -195,7 +195,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
         return optimizers[-1]
 
     monkeypatch.setattr(client, "train_generator", watched)
-    monkeypatch.setattr("fedsynth.training.torch.optim.Adam", made)
+    monkeypatch.setattr("fedsynth.training.dp_training.torch.optim.Adam", made)
     run = played(tmp_path, clients=1, rows=12)
     assert starts == [digest(run.orders(SelfTrain)[0].start)] * 2
     private, own = ({id(p) for g in o.param_groups for p in g["params"]} for o in optimizers)

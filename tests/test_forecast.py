@@ -14,20 +14,20 @@ import pytest
 import tiny
 from inprocess import canary, instructions, play
 
-import fedsynth.cli
-import fedsynth.client_work
-import fedsynth.dryrun
-import fedsynth.forecast
-import fedsynth.probe
+import fedsynth.cli.main
+import fedsynth.forecast.check
+import fedsynth.forecast.profiling
+import fedsynth.forecast.rehearsal
+import fedsynth.forecast.work
 from fedsynth.clients.home import cell_of
-from fedsynth.data import open_sites
-from fedsynth.dryrun import Exchange, Rehearsed, rehearse
-from fedsynth.federation import Clients, RoundStrategy
-from fedsynth.forecast import EXCHANGE, MESSAGE, Workers, forecast
-from fedsynth.probe import Cost, Probed, Unit, dummy_site, measured, typical_lengths
-from fedsynth.scenario import Cell
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.tasks import Adopt, Finetune, Learn, Learnt, Order
+from fedsynth.data.partition import open_sites
+from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Order
+from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
+from fedsynth.forecast.profiling import Cost, Probed, Unit, dummy_site, measured, typical_lengths
+from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import from_toml, to_toml
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 FEDPIT = "fedsynth.strategies.fedpit:FedPIT"
@@ -128,7 +128,7 @@ task_training = { augmented_epochs = 1, private_epochs = 1 }
 llm = "assets:tiny-llm"
 [arms.main]
 """
-    from fedsynth.llm import LocalLLM
+    from fedsynth.models.llm import LocalLLM
 
     llm = LocalLLM.load("assets:tiny-llm")
     ran = play(toml, tmp_path / "ran", llm=llm)
@@ -160,7 +160,7 @@ def test_rounds_that_are_not_gone_through_count_as_the_last_one(
 ) -> None:
     toml = scenario(tmp_path, rounds=6)
     all_of_them = rehearsed(toml, tmp_path / "all")
-    monkeypatch.setattr(fedsynth.dryrun, "ENOUGH", 0.0)
+    monkeypatch.setattr(fedsynth.forecast.rehearsal, "ENOUGH", 0.0)
     some = rehearsed(toml, tmp_path / "some")
     assert some.noted == ("rounds 3 to 6 are taken to be as round 2",)
     assert [e.name for e in some.exchanges] == [e.name for e in all_of_them.exchanges]
@@ -197,7 +197,7 @@ def constant(each: float, memory: int) -> Any:
 
 
 def test_seeds_multiply_all_but_epsilon_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.forecast, "probe", constant(10.0, 10**8))  # beside which nothing else counts
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", constant(10.0, 10**8))  # beside which nothing else counts
     asked = from_toml(scenario(tmp_path))
     once = forecast(asked, workers=1, tell=lambda _: None)
     twice = forecast(replace(asked, seeds=(0, 1)), workers=1, tell=lambda _: None)
@@ -208,7 +208,7 @@ def test_seeds_multiply_all_but_epsilon_and_memory(tmp_path: Path, monkeypatch: 
 
 
 def test_what_will_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e5, 10**15))
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", constant(1e5, 10**15))
     made = forecast(from_toml(scenario(tmp_path)), workers=2, tell=lambda _: None)
     said = " ".join(made.warnings)
     assert "will not fit: 2 workers and what drives them need 2000" in said
@@ -218,7 +218,7 @@ def test_what_will_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_fits_has_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e-4, 10**6))
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", constant(1e-4, 10**6))
     made = forecast(from_toml(scenario(tmp_path)), workers=1, tell=lambda _: None)
     assert made.memory < psutil.virtual_memory().total
     assert [line for line in made.warnings if "label" not in line and "others use the cores" not in line] == []
@@ -227,7 +227,7 @@ def test_what_fits_has_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_method_that_asks_for_more_than_is_planned_is_told_that_clients_will_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fedsynth.forecast, "probe", constant(1e-4, 10**6))
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", constant(1e-4, 10**6))
     made = forecast(from_toml(scenario(tmp_path, "test_forecast:Twice")), workers=1, tell=lambda _: None)
     [line] = [line for line in made.warnings if "refuse" in line]
     assert "its budget is 8" in line
@@ -247,7 +247,7 @@ def test_each_kind_of_work_is_measured_by_doing_it(tmp_path: Path, kind: Any) ->
 def test_clients_that_train_together_share_the_cost_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cell(scenario(tmp_path, clients=4, rows=40))
     four = replace(whole, scenario=replace(whole.scenario, client=replace(whole.scenario.client, stacked=4)))
-    monkeypatch.setattr(fedsynth.probe, "_seconds", lambda work, count: [work(count), 8.0 * count][1])
+    monkeypatch.setattr(fedsynth.forecast.profiling, "_seconds", lambda work, count: [work(count), 8.0 * count][1])
     unit = Unit("step", "main")
     assert measured(whole, unit, 2, typical_lengths(whole)).each == 8.0
     assert measured(four, unit, 2, typical_lengths(whole)).each == 2.0
@@ -255,7 +255,7 @@ def test_clients_that_train_together_share_the_cost_of_a_step(tmp_path: Path, mo
 
 @pytest.mark.parametrize("kind", ["fit", "read", "sample", "scorer_step"])
 def test_each_kind_of_work_of_a_classification_is_measured_by_doing_it(kind: Any) -> None:
-    from fedsynth.scenario_toml import cells, load
+    from fedsynth.scenario.toml import cells, load
 
     [whole] = cells(load("hospitals", ["seeds=[0]", 'run=["fdkt"]', "client.scorer_training.expected_batch=8"]))
     assert measured(whole, Unit(kind, "fdkt", tokens=4, temperature=1.0), 2, ()).each > 0
@@ -268,7 +268,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     """The exit code of the command, in this process: imports of seconds are paid once."""
     monkeypatch.setattr(sys, "argv", ["fedsynth", "check", *words])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     return ended.value.code
 
 
@@ -298,7 +298,7 @@ def test_json_is_the_last_line_and_has_the_promised_shape(
 
 
 def test_every_order_of_this_package_is_foreseen() -> None:
-    from fedsynth.tasks import ORDERS
+    from fedsynth.federation.messages import ORDERS
 
-    assert set(ORDERS) == set(fedsynth.client_work.WORK)
-    assert Adopt in fedsynth.client_work.WORK
+    assert set(ORDERS) == set(fedsynth.forecast.work.WORK)
+    assert Adopt in fedsynth.forecast.work.WORK

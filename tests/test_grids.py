@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from fedsynth.grids import Entry, Grid, asked_for, at_epsilon, is_grid, read_grid, refuse_another, scenario_of, to_toml
-from fedsynth.scenario_toml import cells, load
+from fedsynth.comparison.grids import (
+    Entry,
+    Grid,
+    asked_for,
+    at_epsilon,
+    is_grid,
+    read_grid,
+    refuse_another,
+    scenario_of,
+    to_toml,
+)
+from fedsynth.scenario.toml import cells, load
 from fedsynth.typed import BadValue
 
 ROOT = Path(__file__).parent.parent

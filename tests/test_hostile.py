@@ -16,20 +16,20 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from inprocess import instructions
 from local import LocalGrid
 
-from fedsynth.exchanges import Clients
-from fedsynth.federation import RoundStrategy, load_strategy
-from fedsynth.firewall import Rejected, check_settings
+from fedsynth.federation.messages import Evaluated, Finetune, Finetuned
+from fedsynth.federation.messaging import Clients
+from fedsynth.federation.nodes import TooFewReplies
+from fedsynth.federation.payload import encode
+from fedsynth.federation.records import pack_answer, parted
+from fedsynth.federation.runs import Journal, privacy_line
+from fedsynth.federation.strategy import RoundStrategy, load_strategy
+from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.lora import Adapter
-from fedsynth.nodes import TooFewReplies
-from fedsynth.payload import encode
 from fedsynth.privacy.plan import Statement
-from fedsynth.runs import Journal, privacy_line
-from fedsynth.scenario import Cell, Client
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.simulate import check_server
-from fedsynth.tasks import Evaluated, Finetune, Finetuned
+from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.simulate import check_server
 from fedsynth.typed import BadValue
-from fedsynth.wire import pack_answer, parted
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 FACTORS = {"w.lora_A.weight": np.ones((1, 2), np.float32), "w.lora_B.weight": np.zeros((3, 1), np.float32)}
@@ -141,7 +141,7 @@ def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
         if answer.statement.epsilon == 8.5:
             raise problem
 
-    monkeypatch.setattr("fedsynth.exchanges.check_answer", checked)
+    monkeypatch.setattr("fedsynth.federation.messaging.check_answer", checked)
     says = {"north": answering(), "south": answering(epsilon=8.5), "west": answering()}
     three = clients(tmp_path, says, quorum=0.5)
     assert sorted(three.ask(Finetune(START, seed=1))) == [0, 2]
@@ -236,7 +236,7 @@ def test_a_run_that_asks_for_more_is_refused_before_anything_is_planned(
     def planned(*_: Any, **__: Any) -> Any:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("fedsynth.scenario.plan", planned)
+    monkeypatch.setattr("fedsynth.scenario.schema.plan", planned)
     text = instructions(tmp_path, AVERAGE)
     for old, new, said in (
         ("steps = 3", "steps = 1000000000", "client.generator_training.steps must be at most 100,000 over all rounds"),

@@ -21,24 +21,24 @@ from inprocess import Played, canary, instructions, play
 from scripted import ScriptedLLM
 from server_alone import record, with_clients, with_recording
 
-from fedsynth.apprentice import taught, write
+from fedsynth.clients.batched_training import together
 from fedsynth.clients.finetune import finetune
-from fedsynth.clients.together import together
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.examples import encode_records
-from fedsynth.federation import load_strategy
-from fedsynth.firewall import Rejected, check_answer
-from fedsynth.llm import LocalLLM
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Finetuned
+from fedsynth.federation.payload import corpus_from_parquet
+from fedsynth.federation.records import unpack_order
+from fedsynth.federation.runs import SERVER, guarantee_of, privacy_line, up
+from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.validation import Rejected, check_answer
 from fedsynth.lora import Adapter, average
-from fedsynth.payload import corpus_from_parquet
+from fedsynth.models.llm import LocalLLM
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
-from fedsynth.runs import SERVER, guarantee_of, privacy_line, up
-from fedsynth.scenario import Tuning
-from fedsynth.scenario_toml import cells, from_toml, to_toml
-from fedsynth.tasks import Adopt, Evaluate, Finetune, Finetuned
+from fedsynth.scenario.schema import Tuning
+from fedsynth.scenario.toml import cells, from_toml, to_toml
+from fedsynth.synthesis.apprentice import taught, write
+from fedsynth.training.examples import encode_records
 from fedsynth.typed import BadValue
-from fedsynth.wire import unpack_order
 
 STRATEGY = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
 SMALL = """

@@ -21,10 +21,10 @@ import psutil
 import pytest
 from proxy import behind_a_dead_proxy
 
-import fedsynth.launch as module
-from fedsynth.flower import CommandRefused, Events, LaunchFailed, environment, ray_clocks
-from fedsynth.launch import PARTS, _parts, _Plan, _RunFailed, _watch, launch
-from fedsynth.simulate import concurrency, gpu_share
+import fedsynth.simulation.launch as module
+from fedsynth.simulation.flower import CommandRefused, Events, LaunchFailed, environment, ray_clocks
+from fedsynth.simulation.launch import PARTS, _parts, _Plan, _RunFailed, _watch, launch
+from fedsynth.simulation.simulate import concurrency, gpu_share
 
 ECHO = Path(__file__).parent / "data" / "echo_app"
 TAG = "FEDSYNTH_TEST"  # inherited by everything that a test starts

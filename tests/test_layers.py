@@ -132,15 +132,23 @@ def test_every_folder_is_looked_at() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "wrong"),
     [
-        ("fedsynth.lora", "from fedsynth.training import fit", "fedsynth.lora imports fedsynth.training.fit"),
-        ("fedsynth.privacy.plan", "def f():\n    import fedsynth.wire", "fedsynth.privacy.plan imports fedsynth.wire"),
+        (
+            "fedsynth.lora",
+            "from fedsynth.training.dp_training import fit",
+            "fedsynth.lora imports fedsynth.training.dp_training.fit",
+        ),
+        (
+            "fedsynth.privacy.plan",
+            "def f():\n    import fedsynth.federation.records",
+            "fedsynth.privacy.plan imports fedsynth.federation.records",
+        ),
         ("fedsynth.corpus", "from fedsynth import lora", "fedsynth.corpus imports fedsynth.lora"),
         ("fedsynth.corpus", "from . import lora", "fedsynth.corpus imports fedsynth.lora"),
         ("fedsynth.strategies.fdkt", "from fedsynth.clients import home", "imports fedsynth.clients.home"),
         ("fedsynth.clients.home", "from fedsynth.strategies.fdkt import FDKT", "imports fedsynth.strategies.fdkt"),
         ("fedsynth.strategies.fdkt", "from flwr.app import Message", "fedsynth.strategies.fdkt imports flwr"),
         ("fedsynth.clients.learn", "import flwr", "fedsynth.clients.learn imports flwr"),
-        ("fedsynth.curation", "import torch.nn as nn", "fedsynth.curation imports torch"),
+        ("fedsynth.synthesis.curation", "import torch.nn as nn", "fedsynth.synthesis.curation imports torch"),
         ("fedsynth.novelty", "", "fedsynth.novelty stands in no layer"),
     ],
 )
@@ -152,11 +160,14 @@ def test_a_bad_import_is_caught(name: str, source: str, wrong: str) -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("fedsynth.cli", "from fedsynth.launch import launch"),
-        ("fedsynth.strategies.fdkt", "from fedsynth.federation import Clients\nfrom fedsynth.lora import average"),
+        ("fedsynth.cli.main", "from fedsynth.simulation.launch import launch"),
+        (
+            "fedsynth.strategies.fdkt",
+            "from fedsynth.federation.strategy import Clients\nfrom fedsynth.lora import average",
+        ),
         ("fedsynth.clients.home", "import flwr.app"),
-        ("fedsynth.evaluation.utility", "import torch\nfrom fedsynth.models import load"),
-        ("fedsynth.data", "import flwr_datasets\nfrom fedsynth.privacy import noise"),
+        ("fedsynth.evaluation.utility", "import torch\nfrom fedsynth.models.loading import load"),
+        ("fedsynth.data.partition", "import flwr_datasets\nfrom fedsynth.privacy import noise"),
     ],
 )
 def test_a_good_import_passes(name: str, source: str) -> None:

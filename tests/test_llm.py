@@ -9,8 +9,8 @@ from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopPLogitsWarper
 
-import fedsynth.llm as llm_module
-from fedsynth.llm import Draw, LocalLLM
+import fedsynth.models.llm as llm_module
+from fedsynth.models.llm import Draw, LocalLLM
 
 LETTERS = "abcdefghijkl: "
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "\n"}

@@ -22,14 +22,14 @@ import pytest
 import requests
 from proxy import DEAD, behind_a_dead_proxy
 
-from fedsynth.certificates import authority, write_certificates
-from fedsynth.flower import environment
-from fedsynth.hub import config_of
-from fedsynth.proxy import is_loopback, past_proxies
-from fedsynth.remote import EndpointFailed, RemoteLLM
-from fedsynth.server import flower_environment
-from fedsynth.site_ready import server
-from fedsynth.site_start import _environment
+from fedsynth.deployment.certificates import authority, write_certificates
+from fedsynth.deployment.server import flower_environment
+from fedsynth.deployment.site.ready import server
+from fedsynth.deployment.site.start import _environment
+from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
+from fedsynth.models.hub import config_of
+from fedsynth.simulation.flower import environment
+from fedsynth.system.proxy import is_loopback, past_proxies
 from fedsynth.typed import BadValue
 
 AWAY = "http://hub.example.test/models"

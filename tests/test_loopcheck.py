@@ -18,20 +18,20 @@ from inprocess import instructions, play
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from fedsynth import training
-from fedsynth.adapters import attach_lora
 from fedsynth.clients import score
 from fedsynth.clients.score import check_noise
 from fedsynth.dpsgd import bookkeeping, stacked
-from fedsynth.exchanges import TooFewReplies
-from fedsynth.loopcheck import CHANCE, Watched, _chance_of_squares, _draws, _enough, differs
-from fedsynth.models import load_generator
+from fedsynth.federation.messaging import TooFewReplies
+from fedsynth.models.adapters import attach_lora
+from fedsynth.models.loading import load_generator
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario import GeneratorTraining
-from fedsynth.selfcheck import LISTED, SelfCheckFailed, check_list, check_stack, self_check
-from fedsynth.training import Training
+from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training import dp_training as training
+from fedsynth.training.dp_training import Training
+from fedsynth.training.loopcheck import CHANCE, Watched, _chance_of_squares, _draws, _enough, differs
+from fedsynth.training.selfcheck import LISTED, SelfCheckFailed, check_list, check_stack, self_check
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ LONG = replace(PLAN, steps=200)
 
 @pytest.fixture
 def at_most_40(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.loopcheck.MOST", 40)
+    monkeypatch.setattr("fedsynth.training.loopcheck.MOST", 40)
 
 
 @pytest.mark.usefixtures("at_most_40")
@@ -312,8 +312,8 @@ def test_the_self_check_fails_for_a_broken_trainer_also_after_it_passed(
 
 def test_the_loop_is_run_once_in_a_process_for_one_plan_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ran = lora(), []
-    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
-    monkeypatch.setattr("fedsynth.selfcheck.differs", lambda *a, **more: ran.append(a))
+    monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
+    monkeypatch.setattr("fedsynth.training.selfcheck.differs", lambda *a, **more: ran.append(a))
     for _ in range(2):
         self_check(model, SMALL, SETTINGS, pad=tiny.PAD)
     assert len(ran) == 1
@@ -347,10 +347,10 @@ def test_a_broken_trainer_or_a_pass_without_room_is_refused_before_anything_is_c
     for number, broken in enumerate((THE_FOUR["no noise"][0], no_room)):
         with monkeypatch.context() as patch:
             if broken is no_room:
-                patch.setattr("fedsynth.selfcheck.whole_microbatch", no_room)
+                patch.setattr("fedsynth.training.selfcheck.whole_microbatch", no_room)
             else:
                 broken(patch, SMALL)
-            patch.setattr("fedsynth.selfcheck._passed", {})  # as of a process of its own
+            patch.setattr("fedsynth.training.selfcheck._passed", {})  # as of a process of its own
             patch.setattr("fedsynth.clients.finetune._passed", {})
             with pytest.raises(TooFewReplies, match="self_check_failed"):
                 play(toml, tmp_path / f"broken{number}")

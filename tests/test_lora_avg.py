@@ -10,16 +10,16 @@ import pytest
 import tiny
 from inprocess import Played, canary, instructions, play
 
-from fedsynth.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.clients import app
 from fedsynth.clients.home import COVERED
-from fedsynth.hub import weights_hash
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune
+from fedsynth.federation.nodes import TooFewReplies
+from fedsynth.federation.runs import privacy_line
 from fedsynth.lora import Adapter, average, only_b, stacked, update
-from fedsynth.nodes import TooFewReplies
+from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
+from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import epsilon
-from fedsynth.runs import privacy_line
-from fedsynth.tasks import Adopt, Evaluate, Finetune
 
 STRATEGY = "fedsynth.strategies.lora_avg:LoraAverage"
 

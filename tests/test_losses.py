@@ -13,15 +13,15 @@ from inprocess import canary, play
 from rich.console import Console
 from scripted import ScriptedLLM
 
-from fedsynth.cli import _print_table
-from fedsynth.curation import Stage
-from fedsynth.losses import losses
+from fedsynth.cli.main import _print_table
+from fedsynth.federation.runs import COLUMNS, Journal, prepare, summarize
 from fedsynth.reporting import run_report
-from fedsynth.runs import COLUMNS, Journal, prepare, summarize
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.simulate import read
-from fedsynth.watch import _percent
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.progress import _percent
+from fedsynth.simulation.simulate import read
+from fedsynth.synthesis.attrition import losses
+from fedsynth.synthesis.curation import Stage
 
 
 def scenario(arms: str = "[arms.a]\n[arms.b]\n", data: str = 'source = "world:hospitals"\nclients = 2') -> Scenario:

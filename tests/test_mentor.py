@@ -8,7 +8,14 @@ import pytest
 from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.mentor import judge_prompt, judged, judged_by_instruction, judged_by_likelihood, parse_verdict, respond
+from fedsynth.synthesis.distillation import (
+    judge_prompt,
+    judged,
+    judged_by_instruction,
+    judged_by_likelihood,
+    parse_verdict,
+    respond,
+)
 
 
 def written(*prompts: str, provenance: Provenance = Provenance.LLM_WRITTEN) -> Corpus:

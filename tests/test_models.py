@@ -18,15 +18,16 @@ from huggingface_hub import errors
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedsynth import hub as hub_module
-from fedsynth import models, simulate
-from fedsynth.adapters import attach_lora, merged, new_adapter, read_adapter, save_adapter, with_adapter
-from fedsynth.hub import locate, pin, version_of, weights_hash
 from fedsynth.lora import average, only_b
-from fedsynth.models import check, dtype_of, load_classifier, load_generator, load_tokenizer, models_of
-from fedsynth.scenario import TaskTraining
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.simulate import pinned
+from fedsynth.models import hub as hub_module
+from fedsynth.models import loading as models
+from fedsynth.models.adapters import attach_lora, merged, new_adapter, read_adapter, save_adapter, with_adapter
+from fedsynth.models.hub import locate, pin, version_of, weights_hash
+from fedsynth.models.loading import check, dtype_of, load_classifier, load_generator, load_tokenizer, models_of
+from fedsynth.scenario.schema import TaskTraining
+from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.simulation import simulate
+from fedsynth.simulation.simulate import pinned
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -462,10 +463,10 @@ def test_a_base_is_bfloat16_where_it_is_asked_for_or_pays(monkeypatch: pytest.Mo
     model = with_adapter(tiny.folder(), adapter, precision="bfloat16")
     kinds = {("lora_" in n, w.dtype) for n, w in model.named_parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}  # what is trained stays precise
-    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr("fedsynth.models.loading.computes_in_bfloat16", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert dtype_of(tiny.folder(), "auto") == torch.float32  # 32 wide: it would be slower
-    monkeypatch.setattr("fedsynth.models.NARROWEST", 32)
+    monkeypatch.setattr("fedsynth.models.loading.NARROWEST", 32)
     assert dtype_of(tiny.folder(), "auto") == torch.bfloat16
-    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: False)
+    monkeypatch.setattr("fedsynth.models.loading.computes_in_bfloat16", lambda: False)
     assert dtype_of(tiny.folder(), "auto") == torch.float32

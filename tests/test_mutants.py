@@ -19,11 +19,23 @@ from flwr.app import ConfigRecord, RecordDict
 from safetensors.numpy import save
 from test_payload import ADAPTER, CORPUS, VALUES
 
-from fedsynth.clients import answer as client
-from fedsynth.firewall import Rejected, check_answer, check_order
-from fedsynth.payload import BadPayload, decode, encode
-from fedsynth.tasks import ORDERS, Adopt, Code, Evaluate, Finetune, Learn, Order, Refused, Score, SelfTrain, Synthesize
-from fedsynth.wire import joined, parted, unpack_answer
+from fedsynth.clients import handler as client
+from fedsynth.federation.messages import (
+    ORDERS,
+    Adopt,
+    Code,
+    Evaluate,
+    Finetune,
+    Learn,
+    Order,
+    Refused,
+    Score,
+    SelfTrain,
+    Synthesize,
+)
+from fedsynth.federation.payload import BadPayload, decode, encode
+from fedsynth.federation.records import joined, parted, unpack_answer
+from fedsynth.federation.validation import Rejected, check_answer, check_order
 
 Files = list[tuple[str, bytes]]
 ORDER_OF: dict[type, Order[Any]] = {

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fedsynth.clients.policy import Place, Policy, Site, SuperLink
-from fedsynth.clients.trail import entries
-from fedsynth.payload import decode
+from fedsynth.clients.audit_log import entries
+from fedsynth.data.sources import SiteData
+from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.site.check import check
+from fedsynth.deployment.site.declare_loss import declare, lost
+from fedsynth.federation.messages import Synthesized
+from fedsynth.federation.payload import decode
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.privacy.filter import order_for
 from fedsynth.privacy.ledger import Binding, BudgetExhausted, LedgerBehind
 from fedsynth.privacy.plan import Budget, DPPlan
-from fedsynth.site_check import check
-from fedsynth.site_loss import declare, lost
-from fedsynth.sources import SiteData
-from fedsynth.tasks import Synthesized
 
 WRITTEN = Path(__file__).parent / "fixtures" / "269ef66"  # by the code of that commit
 EPSILON = {"all": 4.095360199332489, "2026-summer": 3.752344286373231, "2026-spring": 1.9989878872627933}  # it said

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import tiny
 
-from fedsynth.federation import load_strategy
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.simulate import check, server_warnings
+from fedsynth.federation.strategy import load_strategy
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.simulate import check, server_warnings
 from fedsynth.strategies.options import FDKTOptions, few_texts
 from fedsynth.typed import BadValue
 
@@ -100,7 +100,7 @@ def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
     from scripted import ScriptedLLM
 
     from fedsynth.corpus import Corpus, Provenance
-    from fedsynth.teacher import augment
+    from fedsynth.synthesis.augmentation import augment
 
     labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
     settings: dict[str, Any] = {"shots": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}

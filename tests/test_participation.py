@@ -20,17 +20,17 @@ from local import LocalGrid
 from scripted import ScriptedLLM
 from test_mutants import files_of, zipped
 
-from fedsynth.exchanges import Clients
-from fedsynth.nodes import TooFewReplies
-from fedsynth.participation import Fate, fates, slowness
+from fedsynth.federation.availability import Fate, fates, slowness
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune
+from fedsynth.federation.messaging import Clients
+from fedsynth.federation.nodes import TooFewReplies
+from fedsynth.federation.records import parted
+from fedsynth.federation.runs import COLUMNS, SERVER, Journal, missing, privacy_line
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.plan import Statement
-from fedsynth.runs import COLUMNS, SERVER, Journal, missing, privacy_line
-from fedsynth.scenario import Cell, Participation
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.tasks import Adopt, Evaluate, Finetune
+from fedsynth.scenario.schema import Cell, Participation
+from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.typed import BadValue
-from fedsynth.wire import parted
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 
@@ -222,7 +222,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
         return pull(grid, [key for key in wanted if key not in slow])
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
-    monkeypatch.setattr("fedsynth.exchanges.TRIES", 1)
+    monkeypatch.setattr("fedsynth.federation.messaging.TRIES", 1)
     run = play(toml, tmp_path)
     [(home, exchange)] = run.journal.silent
     assert exchange == 1

@@ -17,10 +17,7 @@ import pytest
 from safetensors.numpy import save
 
 from fedsynth.corpus import Corpus, Provenance, Scores
-from fedsynth.lora import Adapter
-from fedsynth.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
-from fedsynth.privacy.plan import Statement
-from fedsynth.tasks import (
+from fedsynth.federation.messages import (
     Adopt,
     Adopted,
     Code,
@@ -38,6 +35,9 @@ from fedsynth.tasks import (
     Synthesize,
     Synthesized,
 )
+from fedsynth.federation.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
+from fedsynth.lora import Adapter
+from fedsynth.privacy.plan import Statement
 from fedsynth.typed import BadValue
 
 TEXTS = ("naïve café", "漢字 🩺", "", "a\nb\tc\x00", '"quoted", \\ and {$corpus}', "e\u0301 is not \u00e9")
@@ -85,7 +85,7 @@ def test_every_order_and_answer_comes_back(value: object) -> None:
 
 
 def test_every_order_and_answer_class_is_among_the_values() -> None:
-    from fedsynth.tasks import ORDERS
+    from fedsynth.federation.messages import ORDERS
 
     assert {type(v) for v in VALUES} == {*ORDERS, *(o.reply for o in ORDERS), Refused}
 
@@ -185,9 +185,9 @@ def test_a_payload_above_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -
     data = encode(Learn(3, CORPUS))
     with zipfile.ZipFile(io.BytesIO(data)) as zipped:
         size = sum(i.file_size for i in zipped.infolist())
-    monkeypatch.setattr("fedsynth.payload.MAX_BYTES", len(data))
+    monkeypatch.setattr("fedsynth.federation.payload.MAX_BYTES", len(data))
     decode(data, Learn)
-    monkeypatch.setattr("fedsynth.payload.MAX_BYTES", size - 1)
+    monkeypatch.setattr("fedsynth.federation.payload.MAX_BYTES", size - 1)
     with pytest.raises(BadPayload, match="at most"):
         decode(data, Learn)
 
@@ -259,7 +259,7 @@ def test_a_corpus_of_unknown_origin_is_refused(facts: dict[str, Any]) -> None:
 
 
 def test_a_corpus_of_too_many_texts_is_refused_before_any_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.payload.MAX_TEXTS", 3)
+    monkeypatch.setattr("fedsynth.federation.payload.MAX_TEXTS", 3)
     decode(learn_with(b'["a","b"]\n' * 3), Learn)
     with pytest.raises(BadPayload, match="at most 3 texts"):
         decode(learn_with(b"?\n" * 4), Learn)
@@ -484,7 +484,7 @@ def test_texts_cost_their_reader_less_than_sixteen_times_their_bytes() -> None:
 
 def test_what_this_side_wrote_itself_has_no_caps(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MAX_HEAD", "MAX_VALUES", "MAX_PARTS", "MAX_TEXTS", "MAX_BYTES", "MAX_DEPTH", "MAX_NAME"):
-        monkeypatch.setattr(f"fedsynth.payload.{name}", 1)
+        monkeypatch.setattr(f"fedsynth.federation.payload.{name}", 1)
     data = encode(Learn(3, CORPUS), trusted=True)
     assert decode(data, Learn, trusted=True) == Learn(3, CORPUS)
     with pytest.raises(BadPayload):

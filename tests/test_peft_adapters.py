@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fedsynth.adapters import OF_NO_MATTER, USED, load_adapter, merged, with_adapter
+from fedsynth.models.adapters import OF_NO_MATTER, USED, load_adapter, merged, with_adapter
 from fedsynth.typed import BadValue
 
 LINEAR = {

@@ -26,7 +26,7 @@ from fedsynth.privacy.plan import (
     statement,
 )
 from fedsynth.privacy.rdp import bound
-from fedsynth.scenario_toml import from_toml
+from fedsynth.scenario.toml import from_toml
 from fedsynth.typed import BadValue
 
 plan_module = importlib.import_module("fedsynth.privacy.plan")  # `privacy.plan` is the function

@@ -17,21 +17,21 @@ import torch
 from inprocess import instructions
 from torch import Tensor, nn
 
-from fedsynth.adapters import attach_lora, new_adapter, with_adapter
 from fedsynth.clients.finetune import check
 from fedsynth.clients.home import Home
 from fedsynth.dpsgd import Clipping, HalfPrecision, clipper
 from fedsynth.dpsgd.stacked import stacked
-from fedsynth.examples import Example, Slot
 from fedsynth.limits import MAX_BATCH, MAX_MICROBATCH
-from fedsynth.models import dtype_of
+from fedsynth.models.adapters import attach_lora, new_adapter, with_adapter
+from fedsynth.models.loading import dtype_of
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget, BudgetTooSmall, DPPlan
-from fedsynth.scenario import Client, GeneratorTraining
-from fedsynth.scenario_toml import from_toml
-from fedsynth.selfcheck import SelfCheckFailed, check_stack, self_check
-from fedsynth.simulate import check as check_scenario
-from fedsynth.training import clipped_sum, clipped_sums, next_token_losses, trainable
+from fedsynth.scenario.schema import Client, GeneratorTraining
+from fedsynth.scenario.toml import from_toml
+from fedsynth.simulation.simulate import check as check_scenario
+from fedsynth.training.dp_training import clipped_sum, clipped_sums, next_token_losses, trainable
+from fedsynth.training.examples import Example, Slot
+from fedsynth.training.selfcheck import SelfCheckFailed, check_stack, self_check
 from fedsynth.typed import BadValue
 
 torch.set_num_threads(1)
@@ -307,8 +307,8 @@ def client(precision: Any, guarantee: Any) -> Client:
 
 
 def test_auto_is_float32_under_a_guarantee_and_what_pays_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: True)
-    monkeypatch.setattr("fedsynth.models.NARROWEST", 32)
+    monkeypatch.setattr("fedsynth.models.loading.computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr("fedsynth.models.loading.NARROWEST", 32)
 
     def held(precision: Any, guarantee: Any) -> Any:
         own = client(precision, guarantee).of(3)
@@ -397,7 +397,7 @@ def test_an_arm_that_trains_no_generator_is_not_refused_for_it(
     def refuses(*_: Any, **__: Any) -> None:
         raise SelfCheckFailed("the generator is checked")
 
-    monkeypatch.setattr("fedsynth.simulate.self_check", refuses)
+    monkeypatch.setattr("fedsynth.simulation.simulate.self_check", refuses)
     check_scenario(scenario(tmp_path, strategy, "bfloat16"))
     with pytest.raises(BadValue, match="the generator is checked"):
         check_scenario(scenario(tmp_path, FDKT, "auto"))
@@ -422,10 +422,10 @@ def test_an_arm_of_scores_is_held_against_the_budget_of_its_scores(
 def test_the_base_that_is_trained_under_a_guarantee_is_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from inprocess import play
 
-    from fedsynth.clients import together
+    from fedsynth.clients import batched_training as together
 
-    monkeypatch.setattr("fedsynth.models.computes_in_bfloat16", lambda: True)
-    monkeypatch.setattr("fedsynth.models.NARROWEST", 32)
+    monkeypatch.setattr("fedsynth.models.loading.computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr("fedsynth.models.loading.NARROWEST", 32)
     kinds: list[set[Any]] = []
     real = together.train_generator
 

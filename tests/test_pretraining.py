@@ -11,11 +11,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedsynth import public_models
-from fedsynth.cli import pretrain as pretrain_command
-from fedsynth.pretraining import CHECKPOINT, held_out_loss, rows_of, shape_of
-from fedsynth.public_models import Wanted, pretrain_from_text
-from fedsynth.publictext import Lines, PublicText, blocks, read, topic_name
+from fedsynth.cli.main import pretrain as pretrain_command
+from fedsynth.pretraining import public_models
+from fedsynth.pretraining.causal_lm import CHECKPOINT, held_out_loss, rows_of, shape_of
+from fedsynth.pretraining.public_models import Wanted, pretrain_from_text
+from fedsynth.pretraining.public_text import Lines, PublicText, blocks, read, topic_name
 from fedsynth.typed import BadValue
 
 WORDS = {

@@ -17,8 +17,8 @@ import flwr.supernode.runtime.run_clientapp as runtime
 import pytest
 from flwr.supercore.constant import TASK_TYPE_TO_COMMAND
 
-from fedsynth.clients import process
-from fedsynth.clients.process import PROBE, REPLACED, STAND_IN, CannotStandIn, UnknownFlower, main, stand_ins
+from fedsynth.deployment import client_process as process
+from fedsynth.deployment.client_process import PROBE, REPLACED, STAND_IN, CannotStandIn, UnknownFlower, main, stand_ins
 
 COLD = ("-c", "import sys; print('cold', *sys.argv[1:])")
 

@@ -24,7 +24,7 @@ import pytest
 import typer
 import yaml
 
-from fedsynth.cli import app
+from fedsynth.cli.main import app
 
 PAGES = Path(__file__).parent.parent / "docs" / "deployment"
 RECIPES = PAGES / "recipes"
@@ -140,7 +140,7 @@ def test_units_are_accepted_by_systemd(tmp_path: Path) -> None:
 
 def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     nginx = needs("nginx")
-    from fedsynth.certificates import write_certificates
+    from fedsynth.deployment.certificates import write_certificates
 
     write_certificates(tmp_path, ["superlink.example.org"])
     text = re.sub(r"/etc/fedsynth/\S+?(\.\w+);", lambda found: {
@@ -215,7 +215,9 @@ class Terminal:
         self.log, self.done = log, 0
         programs = folder / "bin"
         programs.mkdir(exist_ok=True)
-        (programs / "fedsynth").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m fedsynth.cli "$@"\n')
+        (programs / "fedsynth").write_text(
+            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m fedsynth.cli.main "$@"\n'
+        )
         (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
         for program in programs.iterdir():
             program.chmod(0o755)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from acceptance import measure_gates, sample_lines
 from fedsynth.corpus import Provenance
-from fedsynth.gates import measure_gates, sample_lines
 from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.world import (
     WORLDS,

@@ -154,10 +154,10 @@ def test_text_becomes_releasable_in_one_file_only() -> None:
 
 def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedsynth.clients import synthesize as module
-    from fedsynth.firewall import check_answer
+    from fedsynth.federation.messages import Synthesize, Synthesized
+    from fedsynth.federation.validation import check_answer
     from fedsynth.limits import MAX_TEXT
     from fedsynth.privacy.plan import Statement
-    from fedsynth.tasks import Synthesize, Synthesized
 
     class Writer:
         def __init__(self, *_: Any, **__: Any) -> None: ...

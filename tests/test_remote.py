@@ -25,14 +25,14 @@ from local import LocalGrid
 
 from fedsynth.app.fedsynth_sim import server_app
 from fedsynth.clients.app import client_app, simulation
-from fedsynth.embedding import Embedder
-from fedsynth.llm import LocalLLM
-from fedsynth.models import endpoints_of, models_of
-from fedsynth.remote import CannotScore, EndpointFailed, RemoteLLM
-from fedsynth.runs import prepare
-from fedsynth.scenario import Endpoint, Scenario, Server
-from fedsynth.scenario_toml import cells, from_toml, load, to_toml
-from fedsynth.simulate import pinned
+from fedsynth.federation.runs import prepare
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import endpoints_of, models_of
+from fedsynth.scenario.schema import Endpoint, Scenario, Server
+from fedsynth.scenario.toml import cells, from_toml, load, to_toml
+from fedsynth.simulation.simulate import pinned
 from fedsynth.typed import BadValue
 
 Body = dict[str, Any]
@@ -622,7 +622,7 @@ def test_models_of_the_server_are_loaded_once_and_by_what_they_are(stand: Stand)
 
 
 def test_a_remote_model_brings_no_torch() -> None:
-    code = "import fedsynth.remote, sys; sys.exit('torch' in sys.modules)"
+    code = "import fedsynth.models.endpoint, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

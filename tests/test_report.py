@@ -20,11 +20,12 @@ import pytest
 from markupsafe import Markup
 from typer.testing import CliRunner
 
-import fedsynth.cli
+import fedsynth.cli.main
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
-from fedsynth.payload import corpus_to_parquet
+from fedsynth.federation.payload import corpus_to_parquet
+from fedsynth.federation.runs import Journal, prepare, private_of, summarize, up
 from fedsynth.privacy.plan import Statement
 from fedsynth.reporting import run_report, site_report, statistics
 from fedsynth.reporting.cautions import cautions
@@ -33,9 +34,8 @@ from fedsynth.reporting.page import Number, Page, Paragraph, Quote, Quotes, Sect
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import Figures, shown
 from fedsynth.reporting.texts import balance
-from fedsynth.runs import Journal, prepare, private_of, summarize, up
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, load
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, load
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world
 
@@ -428,7 +428,7 @@ def test_the_site_only_report_stays_in_the_private_directory(run: Path) -> None:
 
 
 def test_a_copy_of_a_private_text_is_found(run: Path) -> None:
-    from fedsynth.data import open_site
+    from fedsynth.data.partition import open_site
 
     note = open_site(load("hospitals", SMALL).data, 0, 0).train.prompts[0]
     place = run / "corpora" / "fdkt" / "seed-0" / "written-round2-client0.parquet"
@@ -451,7 +451,9 @@ def test_a_site_only_report_needs_the_private_directory(run: Path) -> None:
 
 
 def test_the_command_writes_three_files_and_prints_json(run: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(fedsynth.cli.app, ["report", str(run), "--out", str(tmp_path / "page.html"), "--json"])
+    done = CliRunner().invoke(
+        fedsynth.cli.main.app, ["report", str(run), "--out", str(tmp_path / "page.html"), "--json"]
+    )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout.splitlines()[-1])["audience"] == "shareable"
     assert {p.name for p in tmp_path.iterdir() if p.is_file()} == {"page.html", "page.json", "page.parquet"}
@@ -467,7 +469,7 @@ def test_the_command_writes_three_files_and_prints_json(run: Path, tmp_path: Pat
     ],
 )
 def test_what_the_command_refuses(words: list[str], said: str, run: Path) -> None:
-    done = CliRunner().invoke(fedsynth.cli.app, ["report", str(run), *words])
+    done = CliRunner().invoke(fedsynth.cli.main.app, ["report", str(run), *words])
     assert isinstance(done.exception, BadValue)
     assert said in str(done.exception)
 

@@ -16,16 +16,16 @@ from resuming import asked, dies_everywhere, left
 from scripted import ScriptedLLM
 from test_participation import corrupting
 
-from fedsynth.checkpoint import Checkpoint
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.exchanges import Clients
-from fedsynth.flower import STATUS
+from fedsynth.federation.checkpoint import Checkpoint
+from fedsynth.federation.messages import Finetune, Finetuned
+from fedsynth.federation.messaging import Clients
+from fedsynth.federation.payload import decode, encode
+from fedsynth.federation.runs import Journal
 from fedsynth.lora import Adapter
-from fedsynth.payload import decode, encode
-from fedsynth.runs import Journal
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.simulate import done, resume
-from fedsynth.tasks import Finetune, Finetuned
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.flower import STATUS
+from fedsynth.simulation.simulate import done, resume
 from fedsynth.typed import BadValue
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
@@ -200,7 +200,7 @@ def test_one_corpus_of_many_clients_is_written_once() -> None:
 
 
 def test_two_do_not_go_on_with_one_run(tmp_path: Path) -> None:
-    from fedsynth.flower import LaunchFailed, alone
+    from fedsynth.simulation.flower import LaunchFailed, alone
 
     with alone(tmp_path), pytest.raises(LaunchFailed, match="another run works in this directory"), alone(tmp_path):
         pass

@@ -18,14 +18,14 @@ import pytest
 from conftest import SESSION
 from proxy import behind_a_dead_proxy
 
-import fedsynth.cli
-from fedsynth.flower import MARKER
+import fedsynth.cli.main
+from fedsynth.federation.runs import private_of
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.runs import private_of
-from fedsynth.simulate import resume
+from fedsynth.simulation.flower import MARKER
+from fedsynth.simulation.simulate import resume
 
 ROOT = Path(__file__).parent.parent
-FEDSYNTH = [sys.executable, "-m", "fedsynth.cli"]
+FEDSYNTH = [sys.executable, "-m", "fedsynth.cli.main"]
 QUICK = ["client.generator_training.steps=3", "client.task_training.augmented_epochs=1", "data.test_per_client=40",
          "client.task_training.private_epochs=1", "strategy.written=16", "strategy.per_label=3",
          "data.train_per_client=60"]  # fmt: skip
@@ -99,7 +99,7 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()
-    from fedsynth.simulate import read
+    from fedsynth.simulation.simulate import read
 
     drafts = read(out).corpora("fdkt", 0, "drafts")
     assert set(drafts) == {0, 1, 2}
@@ -200,7 +200,7 @@ def typed(
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["fedsynth", *words])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     return ended.value.code, capfd.readouterr().err
 
 
@@ -293,7 +293,7 @@ def test_a_worker_killed_in_round_1_is_replaced_and_all_rounds_complete_for_all_
 
 @pytest.mark.full
 def test_run_from_python(tmp_path: Path) -> None:
-    from fedsynth.scenario_toml import load
+    from fedsynth.scenario.toml import load
 
     scenario = load("hospitals", [*QUICK, "data.clients=2", 'run=["no_demonstrations"]'])
     events: list[dict[str, object]] = []

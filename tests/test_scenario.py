@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 
-from fedsynth.federation import load_strategy
+from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario import Cell, Client, Data, GeneratorTraining, Scenario, Server, StrategyChoice, TaskTraining
-from fedsynth.scenario_toml import cells, from_toml, load, shipped_scenarios, to_toml
-from fedsynth.simulate import concurrency
+from fedsynth.scenario.schema import (
+    Cell,
+    Client,
+    Data,
+    GeneratorTraining,
+    Scenario,
+    Server,
+    StrategyChoice,
+    TaskTraining,
+)
+from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios, to_toml
+from fedsynth.simulation.simulate import concurrency
 from fedsynth.typed import BadValue
 
 FDKT, LOCAL = "fedsynth.strategies.fdkt:FDKT", "fedsynth.strategies.local:LocalOnly"

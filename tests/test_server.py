@@ -24,17 +24,20 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from proxy import behind_a_dead_proxy
 
-import fedsynth.cli
-from fedsynth import certificates, invited, simulate, site_init, submit
-from fedsynth.certificates import check_covers, check_pair, fingerprint, write_certificates, write_node_keys
-from fedsynth.deployment import chosen, deployed
-from fedsynth.flower import MARKER, OWNER, CommandRefused, Events, LaunchFailed, alive, free_port
-from fedsynth.invitation import host_and_port, planned, read_invitation
-from fedsynth.launch import APP
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, load
-from fedsynth.server import Files, check, commands, init, read_config
-from fedsynth.superlink import ServerFailed, start
+import fedsynth.cli.main
+from fedsynth.deployment import certificates, submit
+from fedsynth.deployment import registry as invited
+from fedsynth.deployment.certificates import check_covers, check_pair, fingerprint, write_certificates, write_node_keys
+from fedsynth.deployment.invitation import host_and_port, planned, read_invitation
+from fedsynth.deployment.plan import chosen, deployed
+from fedsynth.deployment.server import Files, check, commands, init, read_config
+from fedsynth.deployment.site import init as site_init
+from fedsynth.deployment.superlink import ServerFailed, start
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, load
+from fedsynth.simulation import simulate
+from fedsynth.simulation.flower import MARKER, OWNER, CommandRefused, Events, LaunchFailed, alive, free_port
+from fedsynth.simulation.launch import APP
 from fedsynth.typed import BadValue
 
 STAND_IN = Path(__file__).parent / "data" / "sites_app"
@@ -250,7 +253,7 @@ def test_commands_say_what_they_need(
     places = {"DIR": str(folder), "NEW": str(tmp_path / "new"), "OUT": str(tmp_path / "out")}
     monkeypatch.setattr("sys.argv", ["fedsynth", *(places.get(word, word) for word in words.split())])
     with pytest.raises(SystemExit) as end:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     assert end.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -369,7 +372,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     """A SuperLink, started by the command; at the end SIGTERM takes everything down."""
     place = tmp_path_factory.mktemp("coordinator")
     folder = coordinator(place / "dir", port=free_port())
-    command = [sys.executable, "-m", "fedsynth.cli", "server", "start", str(folder)]
+    command = [sys.executable, "-m", "fedsynth.cli.main", "server", "start", str(folder)]
     env = behind_a_dead_proxy(os.environ)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env) as process:
         try:

@@ -23,38 +23,38 @@ from inprocess import canary, embed, play
 from local import LocalGrid
 from scripted import ScriptedLLM
 
-import fedsynth.exchanges
-from fedsynth.clients.answer import answer
+import fedsynth.federation.messaging
 from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
+from fedsynth.clients.audit_log import Trail, TrailBroken, entries
+from fedsynth.clients.handler import answer
 from fedsynth.clients.home import Home, cell_of
-from fedsynth.clients.policy import Place, Policy, Site, SuperLink, load_site
-from fedsynth.clients.site import home_of
-from fedsynth.clients.trail import Trail, TrailBroken, entries
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import label_list
-from fedsynth.examples import encode_slots
-from fedsynth.federation import Clients, ServerSide, load_strategy
-from fedsynth.invitation import Invitation, Planned
-from fedsynth.nodes import Deployment, TooFewReplies
-from fedsynth.payload import decode
+from fedsynth.data.partition import label_list
+from fedsynth.data.sources import SiteData
+from fedsynth.deployment.client import home_of
+from fedsynth.deployment.invitation import Invitation, Planned
+from fedsynth.deployment.policy import Place, Policy, Site, SuperLink, load_site
+from fedsynth.deployment.site.approve import decide, held_text
+from fedsynth.deployment.site.check import check
+from fedsynth.deployment.site.declare_loss import declare, lost
+from fedsynth.deployment.site.init import template
+from fedsynth.deployment.site.model import answer_file, measured, models
+from fedsynth.deployment.site.rows import import_rows
+from fedsynth.deployment.site.start import _open_account
+from fedsynth.federation.messages import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
+from fedsynth.federation.nodes import Deployment, TooFewReplies
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import KINDS, pack_order, unpack_answer
+from fedsynth.federation.runs import Journal, _privacy, guarantee_of, privacy_line
+from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import Binding, BudgetExhausted, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
-from fedsynth.runs import Journal, _privacy, guarantee_of, privacy_line
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.site_approve import decide, held_text
-from fedsynth.site_check import check
-from fedsynth.site_init import template
-from fedsynth.site_loss import declare, lost
-from fedsynth.site_model import answer_file, measured, models
-from fedsynth.site_rows import import_rows
-from fedsynth.site_start import _open_account
-from fedsynth.sources import SiteData
-from fedsynth.tasks import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
+from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue
-from fedsynth.wire import KINDS, pack_order, unpack_answer
 
 NAMES = ("st-marys", "charite", "ukb")
 LABELS = ("heart", "skin")
@@ -157,7 +157,7 @@ def places(
 
 
 def _typed(facts: dict[str, Any]) -> dict[str, Any]:
-    from fedsynth.scenario import TestRows
+    from fedsynth.scenario.schema import TestRows
 
     return {**facts, "test": TestRows(**facts["test"])}
 
@@ -246,8 +246,8 @@ class Deployed:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.exchanges, "ASK_AGAIN_SECONDS", 0.05)
-    monkeypatch.setattr(fedsynth.exchanges, "APPROVAL_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.federation.messaging, "ASK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.federation.messaging, "APPROVAL_SECONDS", 0.05)
 
 
 def test_with_injected_keys_sites_release_what_the_simulation_does(

@@ -13,28 +13,22 @@ import pytest
 import tiny
 from flwr.app import Context, RecordDict
 
-from fedsynth import rowstore, site_watch
-from fedsynth.adapters import new_adapter
-from fedsynth.certificates import write_node_keys
-from fedsynth.clients.answer import answer
+from fedsynth.clients.audit_log import entries
+from fedsynth.clients.handler import answer
 from fedsynth.clients.home import Home, cell_of
-from fedsynth.clients.policy import Place, Policy, Site, SuperLink
-from fedsynth.clients.site import home_of
-from fedsynth.clients.trail import entries
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.folders import private_folder
-from fedsynth.models import load_tokenizer
-from fedsynth.privacy.ledger import Binding
-from fedsynth.privacy.plan import Budget, composed_epsilon, plan
-from fedsynth.rowstore import Imported, Record, RowsUnusable
-from fedsynth.scenario import TestRows
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.site_check import check
-from fedsynth.site_ready import check_state
-from fedsynth.site_rows import check_rows, import_rows, source_changed
-from fedsynth.site_start import start
-from fedsynth.sources import SiteData
-from fedsynth.tasks import (
+from fedsynth.data import rowstore
+from fedsynth.data.rowstore import Imported, Record, RowsUnusable
+from fedsynth.data.sources import SiteData
+from fedsynth.deployment.certificates import write_node_keys
+from fedsynth.deployment.client import home_of
+from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.site import supernode as site_watch
+from fedsynth.deployment.site.check import check
+from fedsynth.deployment.site.ready import check_state
+from fedsynth.deployment.site.rows import check_rows, import_rows, source_changed
+from fedsynth.deployment.site.start import start
+from fedsynth.federation.messages import (
     ORDERS,
     OUTPUTS,
     Adopt,
@@ -49,8 +43,15 @@ from fedsynth.tasks import (
     SelfTrain,
     Synthesize,
 )
+from fedsynth.federation.records import pack_order, unpack_answer
+from fedsynth.models.adapters import new_adapter
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.privacy.ledger import Binding
+from fedsynth.privacy.plan import Budget, composed_epsilon, plan
+from fedsynth.scenario.schema import TestRows
+from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
-from fedsynth.wire import pack_order, unpack_answer
 
 TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
 

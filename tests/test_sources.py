@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data import Site
-from fedsynth.examples import unit_rows
+from fedsynth.data.partition import Site
+from fedsynth.data.sources import SiteData, _engine, gathered, laid_out, misread, warnings
 from fedsynth.privacy.noise import data_mac
-from fedsynth.scenario import TestRows
-from fedsynth.sources import SiteData, _engine, gathered, laid_out, misread, warnings
+from fedsynth.scenario.schema import TestRows
+from fedsynth.training.examples import unit_rows
 from fedsynth.typed import BadValue, build
 
 TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
@@ -539,7 +539,7 @@ def test_the_real_number_changes_no_declared_one(tmp_path: Path) -> None:
     few = lines(tmp_path, WHOLE)
     many = lines(tmp_path, *({**WHOLE, "person": n} for n in range(9)))
     assert (few.records, few.unit_name) == (many.records, many.unit_name) == (3, "person")
-    assert len(read(many, tmp_path).train) == 9  # which of them take part says fedsynth.examples
+    assert len(read(many, tmp_path).train) == 9  # which of them take part says fedsynth.training.examples
 
 
 @pytest.mark.parametrize("key", ["source", "query", "text", "label", "person", "independent_rows", "test", "id"])

@@ -19,21 +19,20 @@ from flwr.common.constant import ErrorCode
 from inprocess import Played, instructions, play
 from torch import Tensor, nn
 
-from fedsynth.adapters import attach_lora
 from fedsynth.clients import app
-from fedsynth.clients import together as module
+from fedsynth.clients import batched_training as module
 from fedsynth.clients.finetune import check
 from fedsynth.dpsgd import UnknownWeight, clipper
 from fedsynth.dpsgd.stacked import Stacked, stacked
-from fedsynth.examples import Example, Slot
+from fedsynth.federation.messages import Code, Envelope, Finetune, Finetuned
+from fedsynth.federation.records import joined, pack_order, parted, unpack_answer
 from fedsynth.lora import Adapter
+from fedsynth.models.adapters import attach_lora
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario import Client, GeneratorTraining
-from fedsynth.selfcheck import SelfCheckFailed, check_stack
-from fedsynth.tasks import Code, Envelope, Finetune, Finetuned
-from fedsynth.training import (
+from fedsynth.scenario.schema import Client, GeneratorTraining
+from fedsynth.training.dp_training import (
     PublicRandomness,
     Training,
     clipped_sum,
@@ -44,7 +43,8 @@ from fedsynth.training import (
     trainable,
     without_guarantee,
 )
-from fedsynth.wire import joined, pack_order, parted, unpack_answer
+from fedsynth.training.examples import Example, Slot
+from fedsynth.training.selfcheck import SelfCheckFailed, check_stack
 
 torch.set_num_threads(1)
 C, CLIENTS = 0.3, 3
@@ -355,7 +355,7 @@ def test_parts_of_a_message_come_back_in_order() -> None:
 def test_how_many_train_in_one_pass(
     tmp_path: Path, clients: int, batch: int, tokens: int, asked: int | None, stack: int
 ) -> None:
-    from fedsynth.scenario_toml import from_toml
+    from fedsynth.scenario.toml import from_toml
 
     scenario = from_toml(instructions(tmp_path, AVERAGE, rows=12))
     training = GeneratorTraining(expected_batch=batch, max_tokens=tokens)
@@ -368,8 +368,8 @@ def test_how_many_train_in_one_pass(
 
 
 def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
-    from fedsynth.adapters import new_adapter
-    from fedsynth.clients.together import ToTrain
+    from fedsynth.clients.batched_training import ToTrain
+    from fedsynth.models.adapters import new_adapter
 
     starts = [new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=seed) for seed in range(3)]
     settings = GeneratorTraining(expected_batch=4, steps=2, learning_rate=1e-3, rank=2, alpha=4.0, precision="float32")
@@ -386,8 +386,8 @@ def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
-    from fedsynth.adapters import new_adapter
-    from fedsynth.clients.together import ToTrain
+    from fedsynth.clients.batched_training import ToTrain
+    from fedsynth.models.adapters import new_adapter
 
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
     settings = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0)
@@ -404,7 +404,7 @@ def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
 
 
 def test_nobody_passes_where_all_meet_before_all_are_there_or_through() -> None:
-    from fedsynth.clients.together import Meet, Trains, together
+    from fedsynth.clients.batched_training import Meet, Trains, together
 
     passed: list[str] = []
 
@@ -489,7 +489,7 @@ def test_a_home_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> 
 
 
 def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.exchanges.LARGEST_MESSAGE", 1)
+    monkeypatch.setattr("fedsynth.federation.messaging.LARGEST_MESSAGE", 1)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=5, rows=60), 2), tmp_path, nodes=1)
     homes = [[p["fedsynth"]["home"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
     assert homes == [[0, 1], [2, 3], [4]]

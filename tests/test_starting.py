@@ -18,17 +18,19 @@ from inprocess import instructions
 from local import LocalGrid
 from scripted import ScriptedLLM
 
-import fedsynth.cli
-from fedsynth import flower, site_watch, superlink
+import fedsynth.cli.main
 from fedsynth.app.fedsynth_sim import server_app
-from fedsynth.clients.process import STAND_IN, CannotStandIn, stand_ins
-from fedsynth.flower import FLOWER, LaunchFailed, check_flower, environment
-from fedsynth.nodes import TooFewReplies, nodes_by_home
-from fedsynth.scenario import Server
-from fedsynth.scenario_toml import from_toml
-from fedsynth.server import ServerConfig
-from fedsynth.site_check import check
-from fedsynth.site_watch import Patience, SiteFailed, watch
+from fedsynth.deployment import superlink
+from fedsynth.deployment.client_process import STAND_IN, CannotStandIn, stand_ins
+from fedsynth.deployment.server import ServerConfig
+from fedsynth.deployment.site import supernode as site_watch
+from fedsynth.deployment.site.check import check
+from fedsynth.deployment.site.supernode import Patience, SiteFailed, watch
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.scenario.schema import Server
+from fedsynth.scenario.toml import from_toml
+from fedsynth.simulation import flower
+from fedsynth.simulation.flower import FLOWER, LaunchFailed, check_flower, environment
 from fedsynth.typed import BadValue
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +76,7 @@ def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkey
 
 
 def test_the_launcher_gets_the_same_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedsynth import simulate
+    from fedsynth.simulation import simulate
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(simulate, "launch", lambda _, **more: told.update(more))
@@ -213,7 +215,7 @@ def test_every_command_that_needs_flower_says_so_before_anything_else(
     monkeypatch.setattr(flower, "version", lambda _: "1.99.0")
     monkeypatch.setattr(sys, "argv", ["fedsynth", *(str(tmp_path) if word == "DIR" else word for word in words)])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     said = capfd.readouterr().err
     assert said.startswith("fedsynth: bad input: Flower 1.99.0 is installed"), said
     assert ended.value.code == 2

@@ -21,18 +21,18 @@ from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian, FedProx, FedTrim
 from inprocess import canary, instructions, play
 from local import LocalGrid
 
-from fedsynth.adapters import WrongAdapter, with_adapter
 from fedsynth.clients.app import client_app, simulation
+from fedsynth.clients.flower_compat import adapter_of, arrays_of, chosen_cell, common_start, largest_epsilon
 from fedsynth.clients.home import Home, simulated_home
-from fedsynth.clients.stock import adapter_of, arrays_of, chosen_cell, common_start, largest_epsilon
-from fedsynth.examples import Example
-from fedsynth.launch import launch
+from fedsynth.federation.messages import Finetune
+from fedsynth.federation.runs import private_of
 from fedsynth.lora import Adapter, average
+from fedsynth.models.adapters import WrongAdapter, with_adapter
 from fedsynth.privacy.plan import epsilon
-from fedsynth.runs import private_of
-from fedsynth.scenario import Cell, GeneratorTraining
-from fedsynth.tasks import Finetune
-from fedsynth.training import Training, next_token_losses, train_generator, trainable
+from fedsynth.scenario.schema import Cell, GeneratorTraining
+from fedsynth.simulation.launch import launch
+from fedsynth.training.dp_training import Training, next_token_losses, train_generator, trainable
+from fedsynth.training.examples import Example
 
 LORA_AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 Tensors = dict[str, Any]

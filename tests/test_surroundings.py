@@ -15,12 +15,12 @@ import pytest
 import tiny
 from inprocess import instructions
 
-import fedsynth.cli
-import fedsynth.surroundings as module
-from fedsynth.runs import COLUMNS, prepare
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import from_toml, load
-from fedsynth.surroundings import differences, surroundings
+import fedsynth.cli.main
+import fedsynth.federation.environment as module
+from fedsynth.federation.environment import differences, surroundings
+from fedsynth.federation.runs import COLUMNS, prepare
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import from_toml, load
 from fedsynth.typed import BadValue
 
 
@@ -85,11 +85,11 @@ def test_a_run_is_repeated_from_its_directory(
         summary, frame = {"scenario": "x", "arms": {}, "seconds": 1.0}, pd.DataFrame(columns=list(COLUMNS))
         return SimpleNamespace(summary=summary, metrics=frame, privacy={}, few={}, out=more["out"])
 
-    monkeypatch.setattr("fedsynth.simulate.run", stop)
+    monkeypatch.setattr("fedsynth.simulation.simulate.run", stop)
     words = ["fedsynth", "run", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "again")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     assert ended.value.code == 0
     assert asked == [(load(tmp_path / "run" / "scenario.toml"), tmp_path / "again")]
     assert asked[0][0] == scenario
@@ -97,6 +97,6 @@ def test_a_run_is_repeated_from_its_directory(
     for both in (["run", "hospitals", "--from", str(tmp_path / "run")], ["run"]):
         monkeypatch.setattr(sys, "argv", ["fedsynth", *both])
         with pytest.raises(SystemExit) as ended:
-            fedsynth.cli.main()
+            fedsynth.cli.main.main()
         assert ended.value.code == 2
         assert "name a scenario, or a run to repeat" in capfd.readouterr().err

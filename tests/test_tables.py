@@ -12,10 +12,10 @@ import datasets
 import pandas as pd
 import pytest
 
-from fedsynth.data import label_list, misfits, open_sites
-from fedsynth.scenario import Data, TestRows
-from fedsynth.scenario_toml import load
-from fedsynth.tables import find, read_rows
+from fedsynth.data.partition import label_list, misfits, open_sites
+from fedsynth.data.tables import find, read_rows
+from fedsynth.scenario.schema import Data, TestRows
+from fedsynth.scenario.toml import load
 from fedsynth.typed import BadValue
 
 TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it

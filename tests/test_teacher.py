@@ -10,11 +10,9 @@ import pytest
 from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import Kept, clusters
-from fedsynth.judges import LEAD_IN, best_of, judge_by_instruction, judge_by_likelihood, parse_selected, select_prompt
 from fedsynth.strategies.fdkt import FDKT
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.teacher import (
+from fedsynth.synthesis.augmentation import (
     Augmented,
     Mode,
     augment,
@@ -25,6 +23,15 @@ from fedsynth.teacher import (
     misfit,
     parse_blocks,
     parse_line,
+)
+from fedsynth.synthesis.curation import Kept, clusters
+from fedsynth.synthesis.judges import (
+    LEAD_IN,
+    best_of,
+    judge_by_instruction,
+    judge_by_likelihood,
+    parse_selected,
+    select_prompt,
 )
 
 LABELS = ("fever", "cough", "injury")

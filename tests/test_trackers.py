@@ -14,11 +14,11 @@ from inprocess import instructions, play
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from fedsynth.runs import COLUMNS
-from fedsynth.scenario_toml import from_toml
-from fedsynth.trackers import check, figures, tell
+from fedsynth.federation.runs import COLUMNS
+from fedsynth.federation.trackers import check, figures, tell
+from fedsynth.scenario.toml import from_toml
+from fedsynth.simulation.progress import Watch
 from fedsynth.typed import BadValue
-from fedsynth.watch import Watch
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 

@@ -17,20 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedsynth.adapters import attach_lora
-from fedsynth.classifier import _batches, classify, fit_classifier
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.dpsgd import bookkeeping, clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
-from fedsynth.examples import Example, control_code, encode_slots
-from fedsynth.models import load_classifier, load_generator, load_tokenizer
+from fedsynth.models.adapters import attach_lora
+from fedsynth.models.loading import load_classifier, load_generator, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
-from fedsynth.scenario import Client, GeneratorTraining, TaskTraining
-from fedsynth.selfcheck import SelfCheckFailed, self_check
-from fedsynth.training import (
+from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.training.classifier import _batches, classify, fit_classifier
+from fedsynth.training.dp_training import (
     PublicRandomness,
     Training,
     clipped_sum,
@@ -40,6 +38,8 @@ from fedsynth.training import (
     trainable,
     without_guarantee,
 )
+from fedsynth.training.examples import Example, control_code, encode_slots
+from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 
 torch.set_num_threads(1)
 C = 0.3
@@ -625,7 +625,7 @@ def test_what_one_long_text_would_need_is_taken_before_the_charge_or_refused(
     long, short = Example(tuple(range(3, 43)), 2), Example((3, 4, 5), 2)
     slots = [(short,) * rows_per_unit] * 3 + [(long,) * rows_per_unit] + [()] * 8
     for most in (12 * 40, 12 * 40 - 1):
-        monkeypatch.setattr("fedsynth.selfcheck._passed", {})  # as in a process of its own
+        monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})  # as in a process of its own
         model = lora()
         layer(model).mlp = NoRoom(layer(model).mlp, most)
         if most < 12 * 40:
@@ -638,16 +638,16 @@ def test_what_one_long_text_would_need_is_taken_before_the_charge_or_refused(
 
 
 def test_a_site_of_few_units_is_asked_for_no_more_than_it_can_ever_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
+    monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
     model = lora()
     layer(model).mlp = NoRoom(layer(model).mlp, 12 * 40)
     self_check(model, PLAN, replace(SETTINGS, microbatch=64, max_tokens=40), pad=tiny.PAD)  # 12 records are declared
 
 
 def test_the_whole_pass_is_tried_once_in_a_process_for_one_model_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
+    monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
     ran: list[int] = []
-    monkeypatch.setattr("fedsynth.selfcheck.whole_microbatch", lambda *_, **__: ran.append(1))
+    monkeypatch.setattr("fedsynth.training.selfcheck.whole_microbatch", lambda *_, **__: ran.append(1))
     for seed in (0, 1):
         checked(lora(seed))
         checked(lora(seed), replace(PLAN, noise_multiplier=1.5 + seed))
@@ -722,7 +722,7 @@ def test_a_batch_mean_loss_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean(model: nn.Module, batch: Sequence[Example], pad: int) -> Tensor:
         return next_token_losses(model, batch, pad) / len(batch)
 
-    monkeypatch.setattr("fedsynth.training.next_token_losses", mean)
+    monkeypatch.setattr("fedsynth.training.dp_training.next_token_losses", mean)
     # With a clip below every gradient the mean would be scaled up again: then it is no danger either.
     with pytest.raises(SelfCheckFailed, match="depends on its batch"):
         checked(lora(), replace(PLAN, clip_norm=100.0))
@@ -844,7 +844,7 @@ def global_state_kept() -> Iterator[None]:
 
 
 def test_training_and_checking_leave_the_global_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.selfcheck._passed", {})
+    monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
     generator, task = lora(), load_classifier(tiny.folder(), 2, 0)
     tokenizer = load_tokenizer(tiny.folder())
     with global_state_kept():

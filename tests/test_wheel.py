@@ -57,7 +57,7 @@ def test_the_wheel_runs_outside_the_repository(tmp_path: Path) -> None:
     command = [
         python,
         "-m",
-        "fedsynth.cli",
+        "fedsynth.cli.main",
         "run",
         "hospitals",
         *sets,

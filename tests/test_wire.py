@@ -17,19 +17,12 @@ import pytest
 import tiny
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsynth import tasks
-from fedsynth.clients import answer as client
+from fedsynth.clients import handler as client
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance, Scores
-from fedsynth.data import Site
-from fedsynth.firewall import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
-from fedsynth.lora import Adapter
-from fedsynth.payload import BadPayload, decode, encode
-from fedsynth.privacy.ledger import BudgetExhausted, Ledger
-from fedsynth.privacy.plan import BudgetTooSmall, Statement
-from fedsynth.privacy.release import NotReleasable
-from fedsynth.scenario import Client, TaskTraining
-from fedsynth.tasks import (
+from fedsynth.data.partition import Site
+from fedsynth.federation import messages as tasks
+from fedsynth.federation.messages import (
     ORDERS,
     OUTPUTS,
     Adopt,
@@ -53,8 +46,8 @@ from fedsynth.tasks import (
     Synthesize,
     Synthesized,
 )
-from fedsynth.typed import BadValue
-from fedsynth.wire import (
+from fedsynth.federation.payload import BadPayload, decode, encode
+from fedsynth.federation.records import (
     WillNotLeave,
     pack_answer,
     pack_order,
@@ -64,6 +57,13 @@ from fedsynth.wire import (
     unpack_answer,
     unpack_order,
 )
+from fedsynth.federation.validation import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
+from fedsynth.lora import Adapter
+from fedsynth.privacy.ledger import BudgetExhausted, Ledger
+from fedsynth.privacy.plan import BudgetTooSmall, Statement
+from fedsynth.privacy.release import NotReleasable
+from fedsynth.scenario.schema import Client, TaskTraining
+from fedsynth.typed import BadValue
 
 LABELS = ("flu", "asthma")
 PRIVATE = Corpus(("text of a patient",), ("flu",), Provenance.PRIVATE)

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from test_ledger import FORK, PLAN, answer, bind, die, killed, states
 
-import fedsynth.cli
-from fedsynth.clients.policy import Place, Policy, Site, SuperLink
-from fedsynth.clients.trail import Trail, TrailBroken, entries
+import fedsynth.cli.main
+from fedsynth.clients.audit_log import Trail, TrailBroken, entries
+from fedsynth.data.sources import SiteData
+from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.site.check import check
+from fedsynth.deployment.site.declare_loss import declare, lost
+from fedsynth.deployment.site.start import _open_account
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.privacy.filter import order_for
 from fedsynth.privacy.ledger import Grant, GrantUsed, Ledger, LedgerBehind
 from fedsynth.privacy.plan import Budget, composed_epsilon
-from fedsynth.site_check import check
-from fedsynth.site_loss import declare, lost
-from fedsynth.site_start import _open_account
-from fedsynth.sources import SiteData
 from fedsynth.typed import BadValue
 
 COST = composed_epsilon([PLAN], 1e-5)
@@ -441,7 +441,7 @@ def test_a_damaged_line_of_the_trail_is_told_in_one_line_and_stops_no_reading(
     (place.folder / "site.toml").write_text(SITE)
     monkeypatch.setattr(sys, "argv", ["fedsynth", "site", "declare-loss", str(place.folder)])
     with pytest.raises(SystemExit) as ended:
-        fedsynth.cli.main()
+        fedsynth.cli.main.main()
     said = capfd.readouterr().err
     assert (ended.value.code, len(said.splitlines())) == (2, 1)
     assert said.startswith("fedsynth: bad input: ")
@@ -469,7 +469,7 @@ def test_the_command_shows_a_loss_and_declares_it_when_told_to(
     def typed(*words: str) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["fedsynth", *words])
         with pytest.raises(SystemExit) as ended:
-            fedsynth.cli.main()
+            fedsynth.cli.main.main()
         return (ended.value.code, *capfd.readouterr())
 
     folder = str(place.folder)

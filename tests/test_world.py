@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from acceptance import GATES, sample_lines
 from fedsynth.corpus import Provenance
-from fedsynth.gates import GATES, sample_lines
 from fedsynth.world import (
     WORLDS,
     Style,

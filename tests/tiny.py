@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedsynth.training import next_token_losses
+from fedsynth.training.dp_training import next_token_losses
 
 PAD, BOS, EOS = 0, 1, 2
 FIRST_BYTE = 3  # ids of single characters follow in the order of the byte-level alphabet

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
 from fedsynth.dpsgd.recording import HalfPrecision, UnknownWeight, check_bounded, full_precision
-from fedsynth.scenario import Clipping
+from fedsynth.scenario.schema import Clipping
 
 __all__ = [
     "CLIPPING",
@@ -71,7 +71,7 @@ class Unclipped:
 def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> Iterator[Clipper]:
     """An engine for one model in training; the model is as before when it closes.
 
-    Which dimension of a layer's input counts the examples is told by its size: `fedsynth.selfcheck.self_check`, with
+    Which dimension of a layer's input counts the examples is told by its size: `fedsynth.training.selfcheck.self_check`, with
     batches of several sizes, is what finds a model in which another dimension has that size by chance, or in which
     examples meet. No guarantee goes without it.
 

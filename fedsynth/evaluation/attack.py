@@ -14,7 +14,7 @@ from fedsynth.instructions import ASK, asked, of_line
 from fedsynth.rouge import rouge_l, words
 
 if TYPE_CHECKING:
-    from fedsynth.llm import TextModel  # brings torch
+    from fedsynth.models.llm import TextModel  # brings torch
 
 MAX_TOKENS = 50  # Nasr et al. 2023
 

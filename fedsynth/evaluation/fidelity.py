@@ -19,7 +19,7 @@ from fedsynth.instructions import asked, in_line, one_line
 from fedsynth.rouge import words
 
 if TYPE_CHECKING:
-    from fedsynth.llm import TextModel  # brings torch
+    from fedsynth.models.llm import TextModel  # brings torch
 
 NO_PROMPT = one_line(asked(""))  # the form of a record stays, the instruction alone is missing
 

@@ -15,7 +15,7 @@ from fedsynth.instructions import one_line
 from fedsynth.rouge import rouge_l
 
 if TYPE_CHECKING:
-    from fedsynth.llm import TextModel  # brings torch
+    from fedsynth.models.llm import TextModel  # brings torch
 
 # --- Against references ---------------------------------------------------------------------------------------------
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.losses import losses
+from fedsynth.federation.runs import SERVER
 from fedsynth.reporting.page import listed
 from fedsynth.reporting.statistics import Figures
-from fedsynth.runs import SERVER
-from fedsynth.scenario import Scenario
+from fedsynth.scenario.schema import Scenario
+from fedsynth.synthesis.attrition import losses
 
 LARGE_DELTA = 0.1  # of delta times the number of units: then a mechanism that publishes single units would pass
 ALIKE = 1.01  # budgets of arms may differ by so much: noise is rounded up

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsynth.comparison import FRAME, Comparison, read
+from fedsynth.comparison.running import FRAME, Comparison, read
 from fedsynth.reporting import figures as draw
 from fedsynth.reporting.figures import Mark, Series
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Plot, Plots, Section, Table, listed

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.flower import DEPLOYMENT
-from fedsynth.losses import losses
-from fedsynth.publictext import sample
+from fedsynth.federation.environment import FILE
+from fedsynth.federation.runs import SERVER
+from fedsynth.pretraining.public_text import sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render
 from fedsynth.reporting.run_page import page
@@ -40,10 +40,10 @@ from fedsynth.reporting.texts import (
     shown_labels,
     simulated_reference,
 )
-from fedsynth.runs import SERVER
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells, from_toml
-from fedsynth.surroundings import FILE
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.flower import DEPLOYMENT
+from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world
 
@@ -210,7 +210,7 @@ def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
     name = scenario.server.embedder or scenario.server.llm
     if not isinstance(name, str):
         return "the server's LLM is an endpoint, which embeds no text, and the scenario names no embedder", None
-    from fedsynth.embedding import Embedder  # torch takes seconds to import
+    from fedsynth.models.embedding import Embedder  # torch takes seconds to import
 
     try:
         return name, Embedder.load(name).embed

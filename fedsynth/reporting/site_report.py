@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 
 from fedsynth.corpus import Corpus, pool, same
-from fedsynth.data import open_sites
+from fedsynth.data.partition import open_sites
+from fedsynth.federation.runs import SERVER, private_of
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Quote, Quotes, Section, Table
 from fedsynth.reporting.run_page import CLOSENESS, quality_table
 from fedsynth.reporting.run_report import SCHEMA, embedder, read_scenario, save
 from fedsynth.reporting.statistics import Figures
 from fedsynth.reporting.texts import PER_CLIENT, Reference, Released, add_distances, kinds_of, released
 from fedsynth.rouge import nearest, rouge_l
-from fedsynth.runs import SERVER, private_of
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import cells
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue
 
 NEAR = 0.9  # ROUGE-L from which on a text is called a near copy

@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 
 from fedsynth.evaluation.utility import bootstrap, paired_difference
-from fedsynth.losses import Loss
+from fedsynth.federation.runs import SERVER, up
 from fedsynth.reporting.page import Number
-from fedsynth.runs import SERVER, up
+from fedsynth.synthesis.attrition import Loss
 
 COLUMNS = ("row", "part", "arm", "baseline", "seed", "round", "client", "metric", "statistic", "value")
 HELD_OUT = "_held_out_clients"

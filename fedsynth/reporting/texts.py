@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import distinct, frechet, mauve, self_bleu
-from fedsynth.payload import corpus_from_parquet
+from fedsynth.federation.payload import corpus_from_parquet
+from fedsynth.federation.runs import SERVER
 from fedsynth.reporting.statistics import Figures
 from fedsynth.rouge import words
-from fedsynth.runs import SERVER
-from fedsynth.scenario import Data
+from fedsynth.scenario.schema import Data
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 

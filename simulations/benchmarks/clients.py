@@ -44,19 +44,19 @@ from measuring import Bar, at_least, at_most, figure, options, seconds, told
 from sizes import Memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsynth.adapters import new_adapter, read_adapter, with_adapter
-from fedsynth.batches import padded
 from fedsynth.clients.home import Home, cell_of, simulated_home
-from fedsynth.data import open_site
-from fedsynth.examples import Example, encode_slots
-from fedsynth.flower import KEEPING
-from fedsynth.hub import weights_hash
+from fedsynth.data.partition import open_site
 from fedsynth.lora import Adapter, average
-from fedsynth.models import load_tokenizer
-from fedsynth.scenario import Cell
-from fedsynth.scenario_toml import from_toml, to_toml
-from fedsynth.simulate import run, supernodes
-from fedsynth.training import IGNORED, next_token_losses, trainable
+from fedsynth.models.adapters import new_adapter, read_adapter, with_adapter
+from fedsynth.models.batches import padded
+from fedsynth.models.hub import weights_hash
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.simulation.flower import KEEPING
+from fedsynth.simulation.simulate import run, supernodes
+from fedsynth.training.dp_training import IGNORED, next_token_losses, trainable
+from fedsynth.training.examples import Example, encode_slots
 
 STEPS, RATE, TOKENIZER = 5, 1e-3, "assets:tiny-base"
 # Width, inner, layers, heads, clients, texts in a batch, tokens of a text, rounds after the first.
@@ -193,10 +193,10 @@ def simulated(server: Callable[[Any], None], client_app: Any, nodes: int) -> Non
 def ours(size: str, model: Path, guarantee: str = "none", precision: str = "float32") -> list[float]:
     """Our clients under our server's own calls."""
     from fedsynth.clients.app import client_app
-    from fedsynth.exchanges import Clients
-    from fedsynth.nodes import nodes_by_home
-    from fedsynth.runs import Journal
-    from fedsynth.tasks import Finetune
+    from fedsynth.federation.messages import Finetune
+    from fedsynth.federation.messaging import Clients
+    from fedsynth.federation.nodes import nodes_by_home
+    from fedsynth.federation.runs import Journal
 
     of = cell(size, model, guarantee, precision)
     scenario = of.scenario

@@ -30,13 +30,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedsynth.adapters import attach_lora
 from fedsynth.dpsgd import CLIPPING, Clipping, clipper
-from fedsynth.examples import Example
-from fedsynth.models import computes_in_bfloat16, device
+from fedsynth.models.adapters import attach_lora
+from fedsynth.models.loading import computes_in_bfloat16, device
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.scenario import GeneratorTraining
-from fedsynth.training import add_noise, mean_loss, next_token_losses, train_generator, without_guarantee
+from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training.dp_training import add_noise, mean_loss, next_token_losses, train_generator, without_guarantee
+from fedsynth.training.examples import Example
 
 CLIP_NORM, SIGMA, VOCABULARY = 1.0, 1.0, 8192
 SHAPES = [(8, 64), (32, 64), (8, 256)]

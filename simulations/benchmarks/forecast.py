@@ -72,7 +72,7 @@ def command(*words: str) -> tuple[dict[str, Any], float, Watched]:
     """The JSON that the command prints, its seconds, and what was seen of it."""
     begun, watched = time.perf_counter(), Watched()
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, "-m", "fedsynth.cli", *words, "--json"], stdout=out)
+        process = subprocess.Popen([sys.executable, "-m", "fedsynth.cli.main", *words, "--json"], stdout=out)
         while process.poll() is None:
             try:
                 watched.look(psutil.Process(process.pid))

@@ -7,7 +7,7 @@ some forty lines that knows one family and nothing else: fused projections, cach
 random Llama of 15 million parameters goes on for 64 tokens after prompts of 32. Greedy, both write the same.
 
 Waste is what batches compute over what their texts need, rows times the longest row by the sum of rows: of the batches
-that `fedsynth.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated notes.
+that `fedsynth.models.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated notes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from measuring import Bar, at_most, figure, options, seconds, told
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsynth.batches import by_length
-from fedsynth.llm import LocalLLM
-from fedsynth.models import computes_in_bfloat16, device, load_tokenizer
+from fedsynth.models.batches import by_length
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import computes_in_bfloat16, device, load_tokenizer
 from fedsynth.world.grammar import private_notes
 from fedsynth.world.lexicon import load_world
 

@@ -25,9 +25,9 @@ import pandas as pd
 import psutil
 from measuring import Bar, at_least, at_most, figure, options, told
 
-from fedsynth.flower import MARKER
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.simulate import done, read
+from fedsynth.simulation.flower import MARKER
+from fedsynth.simulation.simulate import done, read
 
 SCENARIO = """
 name = "kills"
@@ -63,7 +63,7 @@ WHO = ("launcher", "SuperLink", "worker")
 def started(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`fedsynth run` in a process of its own."""
     with log.open("ab") as out:
-        return subprocess.Popen([sys.executable, "-m", "fedsynth.cli", "run", *command], stdout=out, stderr=out)
+        return subprocess.Popen([sys.executable, "-m", "fedsynth.cli.main", "run", *command], stdout=out, stderr=out)
 
 
 def victim(who: str, launcher: subprocess.Popen[bytes]) -> psutil.Process | None:

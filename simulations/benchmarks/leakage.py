@@ -25,13 +25,13 @@ import pandas as pd
 from peft import PeftModel
 
 from fedsynth.corpus import Corpus, pool
-from fedsynth.data import open_sites
+from fedsynth.data.partition import open_sites
 from fedsynth.evaluation.attack import exposure, extraction
 from fedsynth.instructions import REPLY, asked
-from fedsynth.llm import LocalLLM
-from fedsynth.models import load_generator, load_tokenizer
-from fedsynth.scenario import Cell
-from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.world import World, load_world, secret_of
 from fedsynth.world.records import draw_secrets
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from fedsynth.data.tables import find
 from fedsynth.instructions import record
-from fedsynth.tables import find
 
 SENTENCES = 2  # of an answer
 

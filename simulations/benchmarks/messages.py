@@ -19,11 +19,11 @@ from pathlib import Path
 
 import psutil
 
-from fedsynth.clients.policy import load_site
-from fedsynth.clients.process import STAND_IN, stand_ins
-from fedsynth.flower import OWNER, marked
+from fedsynth.deployment.client_process import STAND_IN, stand_ins
+from fedsynth.deployment.policy import load_site
+from fedsynth.simulation.flower import OWNER, marked
 
-MODULE = ("-m", "fedsynth.clients.process")
+MODULE = ("-m", "fedsynth.deployment.client_process")
 
 
 def main() -> None:

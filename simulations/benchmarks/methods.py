@@ -20,11 +20,11 @@ import pandas as pd
 import fedsynth
 from fedsynth.corpus import Corpus
 from fedsynth.evaluation.utility import paired_difference
-from fedsynth.payload import corpus_from_parquet
-from fedsynth.runs import SERVER
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import from_toml, load
-from fedsynth.simulate import Result, read
+from fedsynth.federation.payload import corpus_from_parquet
+from fedsynth.federation.runs import SERVER
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import from_toml, load
+from fedsynth.simulation.simulate import Result, read
 from fedsynth.world import World, load_world, main_facts, told_labels
 
 METHODS = {

@@ -84,8 +84,8 @@ def _look_up(keys: Ids, values: NDArray[np.float64] | Ids, wanted: Ids) -> NDArr
 def main() -> None:
     from transformers import AutoTokenizer
 
-    from fedsynth.encoding import prompt_rows
-    from fedsynth.publictext import PublicText, read
+    from fedsynth.models.encoding import prompt_rows
+    from fedsynth.pretraining.public_text import PublicText, read
 
     ask = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     ask.add_argument("model", type=Path, nargs="?", default=Path("models/dialogues-llm"))

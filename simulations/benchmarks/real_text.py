@@ -22,11 +22,11 @@ import pandas as pd
 
 import fedsynth
 from fedsynth.corpus import Corpus
-from fedsynth.data import label_list, open_sites
-from fedsynth.embedding import Embedder
+from fedsynth.data.partition import label_list, open_sites
 from fedsynth.evaluation.utility import paired_difference, scores
-from fedsynth.scenario import Scenario
-from fedsynth.scenario_toml import load
+from fedsynth.models.embedding import Embedder
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import load
 
 SHOTS = 5
 NEAREST = f"MiniLM, nearest of {SHOTS} shots"

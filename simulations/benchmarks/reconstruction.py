@@ -20,16 +20,16 @@ from peft import PeftModel
 from scipy.stats import binomtest, fisher_exact
 
 import fedsynth
-from fedsynth.adapters import new_adapter, with_adapter
-from fedsynth.apprentice import taught
 from fedsynth.corpus import Corpus
-from fedsynth.data import open_site
+from fedsynth.data.partition import open_site
 from fedsynth.evaluation.attack import extraction
-from fedsynth.llm import LocalLLM
 from fedsynth.lora import Adapter
-from fedsynth.models import load_generator, load_tokenizer
-from fedsynth.scenario import Scenario, Tuning
-from fedsynth.scenario_toml import load
+from fedsynth.models.adapters import new_adapter, with_adapter
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.scenario.schema import Scenario, Tuning
+from fedsynth.scenario.toml import load
+from fedsynth.synthesis.apprentice import taught
 from fedsynth.world import secret_of
 
 SETS = (

@@ -24,12 +24,12 @@ import psutil
 
 import fedsynth
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.curation import balance, clusters, deduplicate, well_formed
-from fedsynth.firewall import check_answer
+from fedsynth.federation.messages import Synthesize, Synthesized
+from fedsynth.federation.records import pack_answer, seal, unpack_answer
+from fedsynth.federation.validation import check_answer
 from fedsynth.privacy.plan import statement
-from fedsynth.scenario_toml import load
-from fedsynth.tasks import Synthesize, Synthesized
-from fedsynth.wire import pack_answer, seal, unpack_answer
+from fedsynth.scenario.toml import load
+from fedsynth.synthesis.curation import balance, clusters, deduplicate, well_formed
 
 T = TypeVar("T")
 LABELS = tuple(f"label_{i}" for i in range(77))

@@ -22,11 +22,11 @@ from dp_step import CLIP_NORM, SIGMA, VOCABULARY, batch_of, private
 from measuring import Bar, at_least, figure, options, seconds, told
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsynth.adapters import attach_lora, read_adapter, stack_of
 from fedsynth.dpsgd.stacked import stacked
-from fedsynth.models import device
+from fedsynth.models.adapters import attach_lora, read_adapter, stack_of
+from fedsynth.models.loading import device
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.training import add_noise, clipped_sums
+from fedsynth.training.dp_training import add_noise, clipped_sums
 
 SIZES = {"toy": (64, 128, 2, 4), "small": (128, 256, 4, 4), "15m": (384, 1024, 6, 6)}  # width, inner, layers, heads
 # Size, texts of each client, their length, clients, and the least gain on the usual recipe (on CPUs).

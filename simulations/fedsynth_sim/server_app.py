@@ -14,21 +14,21 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedsynth
-from fedsynth.adapters import public_adapter
-from fedsynth.checkpoint import CHECKPOINTS
-from fedsynth.data import label_list
-from fedsynth.embedding import Embedder
-from fedsynth.federation import Clients, ServerSide, load_strategy
-from fedsynth.flower import SERVER_PROCESS
-from fedsynth.hub import pin
-from fedsynth.llm import LocalLLM
-from fedsynth.models import models_of
-from fedsynth.nodes import Deployment, TooFewReplies, nodes_by_home
-from fedsynth.recall import Recalled
-from fedsynth.remote import EndpointFailed, RemoteLLM
-from fedsynth.runs import Journal, append_event, places, prepare, summarize, write_metrics
-from fedsynth.scenario import Cell, Endpoint
-from fedsynth.scenario_toml import cells, from_toml
+from fedsynth.data.partition import label_list
+from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.checkpoint import CHECKPOINTS
+from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_home
+from fedsynth.federation.runs import Journal, append_event, places, prepare, summarize, write_metrics
+from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
+from fedsynth.models.adapters import public_adapter
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
+from fedsynth.models.hub import pin
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import models_of
+from fedsynth.scenario.schema import Cell, Endpoint
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation.flower import SERVER_PROCESS
 from fedsynth.typed import BadValue
 
 app = ServerApp()
@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
     toml, out, private = places(context.run_config, context.run_id)
     if context.run_config.get("deployment"):
-        (private / SERVER_PROCESS).write_text(str(os.getpid()))  # for who must end it: fedsynth.submit
+        (private / SERVER_PROCESS).write_text(str(os.getpid()))  # for who must end it: fedsynth.deployment.submit
     try:
         deployed = Deployment.read(str(context.run_config.get("deployment", "")))
         if deployed is None:

@@ -1,0 +1,115 @@
+"""The orders of one message, for several homes of a simulation: those that are to train a LoRA do so in one pass.
+
+A function that trains hands over what is to be trained by `yield` and gets it back trained. So it reads from top to
+bottom as if its home were alone, and charges, releases and answers for that home alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+
+from fedsynth.lora import Adapter
+from fedsynth.models.adapters import read_adapter, stack_of, with_adapter
+from fedsynth.models.loading import device, load_tokenizer
+from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training.dp_training import Training, train_generator, train_stacked
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class ToTrain:
+    """A LoRA of a client's model, to be trained.
+
+    Attributes:
+        base: Name of the model.
+        start: Where training starts.
+        settings: Learning rate, micro-batch, engine and precision.
+        training: What is learnt, and how it is drawn, clipped and noised.
+        frozen_a: Only the factors B are trained.
+    """
+
+    base: str
+    start: Adapter
+    settings: GeneratorTraining
+    training: Training
+    frozen_a: bool = False
+
+
+@dataclass(frozen=True)
+class TrainedLora:
+    """What came of it.
+
+    Attributes:
+        adapter: Its weights.
+        steps: That ran.
+    """
+
+    adapter: Adapter
+    steps: int
+
+
+class Meet:
+    """Waits for the others of its pass."""
+
+
+Trains: TypeAlias = Generator[ToTrain | Meet, TrainedLora, R]
+"""A function that hands over what is to be trained, may wait for the others, and returns R."""
+
+
+def together(functions: Sequence[Trains[R]]) -> list[R]:
+    """Runs them all, in turns from training to training; what they return.
+
+    A training that fails fails in each of the functions that asked for it, where it stands. Those that wait go on when
+    all others wait as well, or are through.
+    """
+    results: dict[int, R] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(functions)))
+    waiting: list[int] = []
+    while answers:
+        asked: dict[int, ToTrain] = {}
+        for number, answer in answers.items():
+            function = functions[number]
+            try:
+                said = function.throw(answer) if isinstance(answer, Exception) else function.send(answer)
+            except StopIteration as end:
+                results[number] = end.value
+                continue
+            if isinstance(said, ToTrain):
+                asked[number] = said
+            else:
+                waiting.append(number)
+        answers = {}
+        if not asked:
+            answers, waiting = dict.fromkeys(waiting), []
+        for numbers in _alike(asked):
+            try:
+                answers |= zip(numbers, _trained([asked[number] for number in numbers]), strict=True)
+            except Exception as problem:
+                answers |= dict.fromkeys(numbers, problem)
+    return [results[number] for number in range(len(functions))]
+
+
+def _alike(asked: dict[int, ToTrain]) -> list[list[int]]:
+    """Those that one pass can train."""
+    groups: dict[Any, list[int]] = {}
+    for number, one in asked.items():
+        of, by = one.start, one.training
+        alike = (one.base, of.base, of.rank, of.alpha, one.settings, one.frozen_a, by.steps, by.clip_norm, by.proximal)
+        own = () if one.settings.clipping == "bookkeeping" else (number,)
+        groups.setdefault((alike, own), []).append(number)
+    return list(groups.values())
+
+
+def _trained(alike: Sequence[ToTrain]) -> list[TrainedLora]:
+    one = alike[0]
+    pad, precision = load_tokenizer(one.base).pad_token_id, one.settings.precision
+    model = with_adapter(one.base, one.start, frozen_a=one.frozen_a, precision=precision).to(device())
+    if len(alike) == 1:
+        steps = train_generator(model, one.training, one.settings, pad=pad)
+        return [TrainedLora(read_adapter(model, one.start.base), steps)]
+    stack = stack_of(model, [each.start for each in alike])
+    steps = train_stacked(model, stack.factors, [each.training for each in alike], one.settings, pad=pad)
+    return [TrainedLora(replace(one.start, arrays=arrays, grants=(), public=False), steps) for arrays in stack.read()]

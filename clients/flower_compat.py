@@ -1,0 +1,158 @@
+"""Flower's own strategies on our clients: their messages become our orders, our answers their replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedsynth.federation.messages import Envelope, Evaluate, Evaluated, Finetune, Finetuned, Order, Refused
+from fedsynth.federation.records import pack_order, unpack_order
+from fedsynth.federation.runs import places
+from fedsynth.lora import Adapter
+from fedsynth.models.adapters import WrongAdapter, new_adapter
+from fedsynth.privacy.plan import Statement
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.typed import BadValue, build
+
+R = TypeVar("R")
+ROUND, PROXIMAL, EXAMPLES = "server-round", "proximal-mu", "num-examples"  # Flower's keys
+
+
+def arrays_of(adapter: Adapter) -> ArrayRecord:
+    """An adapter as Flower's strategies hold it."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in adapter.arrays.items()})
+
+
+def adapter_of(arrays: ArrayRecord, like: Adapter) -> Adapter:
+    """What a strategy made of adapters. It names no grants: Flower's averages do not carry them.
+
+    Args:
+        arrays: Of `arrays_of` and of replies, or means of those.
+        like: Tells rank, alpha and base, and which tensors there must be.
+
+    Raises:
+        WrongAdapter: If names, shapes or types are others.
+    """
+    found = {name: array.numpy() for name, array in arrays.items()}
+    if {name: a.shape for name, a in found.items()} != {name: a.shape for name, a in like.arrays.items()}:
+        raise WrongAdapter("the arrays are not the tensors of an adapter of this client's model and rank")
+    if any(array.dtype.kind != "f" for array in found.values()):
+        raise WrongAdapter("the tensors of an adapter must be floating-point numbers")
+    # Some strategies compute in float64; the order of names is part of an order's digest.
+    return replace(like, arrays={name: found[name].astype(np.float32) for name in like.arrays}, grants=())
+
+
+def chosen_cell(context: Context) -> Cell:
+    """The cell that a run of a stock strategy is for, on the server and on clients.
+
+    The scenario comes with the run-config as for our own strategies; `arm` and `seed` may name one of its cells, the
+    first is taken otherwise. Its own strategy plays no part.
+
+    Raises:
+        BadValue: If the scenario has no such arm or seed.
+    """
+    toml, _, _ = places(context.run_config, context.run_id)
+    planned = cells(from_toml(toml))
+    arm = str(context.run_config.get("arm", "")) or planned[0].arm
+    seed = str(context.run_config.get("seed", "")) or str(planned[0].seed)
+    for cell in planned:
+        if (cell.arm, str(cell.seed)) == (arm, seed):
+            return cell
+    known = ", ".join(f"{cell.arm} with seed {cell.seed}" for cell in planned)
+    raise BadValue(f"run-config names arm {arm!r} with seed {seed}, the scenario has {known}")
+
+
+def common_start(cell: Cell) -> Adapter:
+    """Where all clients start if the server sends no arrays: the adapter that `LoraAverage` starts from, too."""
+    client = cell.scenario.client
+    training = client.generator_training
+    return _new(client.generator, training.rank, training.alpha, cell.public_seed("adapter", round=1))
+
+
+@lru_cache(maxsize=2)
+def _new(name: str, rank: int, alpha: float, seed: int) -> Adapter:
+    return new_adapter(name, rank=rank, alpha=alpha, seed=seed)
+
+
+def read_message(content: RecordDict, kind: type[R], context: Context) -> tuple[R, Envelope, str]:
+    """A stock message as one of our orders, with the digest that the same order from our own strategies would have.
+
+    Args:
+        content: One ArrayRecord, empty or an adapter's, and one ConfigRecord.
+        kind: `Finetune` for the plain action `train`, `Evaluate` for `evaluate`.
+        context: Flower's; its partition is the home.
+
+    Raises:
+        BadValue: If it holds anything else, asks for what clients do not do, or SuperNodes are no clients one by one.
+        WrongAdapter: If the arrays are not an adapter of this client's model.
+    """
+    arrays, config = _only(content.array_records), _only(content.config_records)
+    cell = chosen_cell(context)
+    home, number = _home(cell, context), build(int, config.get(ROUND), ROUND)
+    if strange := set(config) - {ROUND, PROXIMAL}:  # not passed over: whoever sends a learning rate believes in it
+        raise BadValue(f"clients read {ROUND} and {PROXIMAL} only, not {sorted(strange)}: the scenario says the rest")
+    common = common_start(cell)
+    adapter = adapter_of(arrays, common) if arrays else common
+    order: Order[Any] = Evaluate(adapter)
+    if kind is Finetune:
+        seed = cell.public_seed("train", round=number, client=home)
+        mu = build(float, config.get(PROXIMAL, 0.0), PROXIMAL)
+        order = Finetune(adapter, seed, proximal=mu or None)
+    return unpack_order(pack_order(order, Envelope("simulated", cell.arm, cell.seed, number, home)), kind)
+
+
+def _only(records: Mapping[str, R]) -> R:
+    if len(records) != 1:
+        raise BadValue(f"a stock message holds one ArrayRecord and one ConfigRecord, this one {sorted(records)}")
+    return next(iter(records.values()))
+
+
+def _home(cell: Cell, context: Context) -> int:
+    """The partition: a stock message names no home, so that each home needs a SuperNode of its own."""
+    homes = 1 if cell.scenario.data.pooled else cell.scenario.data.clients
+    home, nodes = (int(str(context.node_config.get(k, d))) for k, d in (("partition-id", 0), ("num-partitions", 1)))
+    if not home < homes <= nodes:
+        raise BadValue(f"a stock strategy needs one SuperNode per client: partition {home} of {nodes}, {homes} clients")
+    return home
+
+
+def write_reply(message: Message, answer: Finetuned | Evaluated | Refused) -> Message:
+    """An answer that was sealed, as Flower's strategies read one; a refusal as an error whose reason is its code."""
+    if isinstance(answer, Refused):
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, answer.code.value), reply_to=message)
+    if isinstance(answer, Finetuned):
+        reply = RecordDict({"arrays": arrays_of(answer.adapter), "metrics": MetricRecord({EXAMPLES: answer.records})})
+        reply["privacy"] = _said(answer.statement, answer.adapter)
+        return Message(reply, reply_to=message)
+    metrics = MetricRecord({EXAMPLES: answer.examples, **answer.metrics})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+
+def _said(statement: Statement, adapter: Adapter) -> ConfigRecord:
+    """What stands of a statement in a flat record: figures that there are none of are left out."""
+    facts = {k: v for k, v in statement.to_dict().items() if isinstance(v, str | int | float)}
+    return ConfigRecord({**facts, "grants": list(adapter.grants)})
+
+
+def largest_epsilon(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """For a strategy's `train_metrics_aggr_fn`: (epsilon, delta) over clients, inf if one has no guarantee.
+
+    A strategy that drops replies (Krum) shows those that it kept; what the others sent was released all the same.
+    """
+    del weighted_by_key  # a bound is no mean
+    said = [reply.config_records["privacy"] for reply in replies]
+    epsilon, delta = (max(_bound(s.get(k)) for s in said) for k in ("epsilon", "delta"))
+    return MetricRecord({"epsilon": epsilon, "delta": delta})
+
+
+def _bound(value: object) -> float:
+    """A figure of a reply, inf for what is none: no maximum sees a NaN."""
+    return float(value) if isinstance(value, int | float) and value >= 0 else math.inf

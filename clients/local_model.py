@@ -1,0 +1,60 @@
+"""The model that a run leaves at a site, with what is needed to use it after the run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedsynth.clients.home import Home
+from fedsynth.models.hub import weights_hash
+from fedsynth.scenario.schema import Client
+from fedsynth.typed import build, plain
+
+FACTS = "model.json"  # beside the weights
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is known of a model.
+
+    Attributes:
+        run: Public id of the run that left it, with arm and seed.
+        learnt: When, UTC.
+        config: What the site ran.
+        base: Hash of the weights that it was made from.
+        labels: The label list; empty for a model that responds to instructions.
+    """
+
+    run: str
+    learnt: str
+    config: Client
+    base: str
+    labels: tuple[str, ...] = ()
+
+
+def keep_facts(home: Home) -> None:
+    """Called once the weights are written; a simulation's clients need no facts, for its scenario is at hand."""
+    if home.simulated:
+        return
+    base = weights_hash(home.config.generator if home.instructs else home.config.task_model)
+    facts = Kept(home.run, datetime.now(UTC).isoformat(timespec="seconds"), home.config, base, home.labels)
+    part = home.work / f"{FACTS}.part"
+    part.write_text(json.dumps(plain(facts)), encoding="utf-8")
+    part.replace(home.work / FACTS)
+
+
+def all_kept(state: Path) -> tuple[list[tuple[Path, Kept]], list[str]]:
+    """The folders of a site's models and what is known of each, oldest first; and which files cannot be read, and why.
+
+    Args:
+        state: The site's.
+    """
+    found, unread = [], []
+    for path in (state / "runs").glob(f"*/*/*/{FACTS}"):
+        try:
+            found.append((path.parent, build(Kept, json.loads(path.read_text(encoding="utf-8")))))
+        except (ValueError, OSError) as problem:  # BadValue is one
+            unread.append(f"{path}: {problem}")
+    return sorted(found, key=lambda each: each[1].learnt), unread

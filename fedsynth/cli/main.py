@@ -1,0 +1,547 @@
+"""The command `fedsynth`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsynth import __version__
+from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.privacy.ledger import LOST, LedgerUnusable
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import load, shipped_scenarios
+from fedsynth.simulation.flower import LaunchFailed, check_flower
+from fedsynth.simulation.progress import Watch
+from fedsynth.system.proxy import past_proxies
+from fedsynth.typed import BadValue
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
+app.add_typer(ledger_app, name="ledger")
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+@app.callback()
+def _root() -> None:
+    """Federated transfer of knowledge between a server LLM and clients' small language models."""
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+@app.command()
+def scenarios(
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Instead, every key of a scenario: a table in Markdown.")
+    ] = False,
+) -> None:
+    """List the scenarios that come with the package."""
+    if keys:
+        from fedsynth.scenario.keys import page
+
+        print(page(), end="")
+        return
+    for path in shipped_scenarios():
+        print(path.stem)
+
+
+@app.command("run")
+def run_command(
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")] = "",
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    from_: Annotated[Path | None, typer.Option("--from", help="Repeat the run in this directory.")] = None,
+    resume_: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this directory, which was ended too soon.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory: new or empty.")] = None,
+    server: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Run on real sites, through the coordinator's server in DIR.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="With --server: names of sites; all that were let in by default.")] = "",
+    workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
+    track: Annotated[str, typer.Option(help="mlflow or wandb, or both with a comma: told when the run is done.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
+) -> None:
+    """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine; with
+    --server on real sites, by default the coordinator's own scenario."""
+    console = _console(error=True)
+    if server is not None:
+        if from_ is not None or clients is not None or workers is not None or port is not None:
+            raise BadValue("--from, --clients, --workers and --port are of simulations: leave them out with --server")
+        if not scenario and resume_ is None:
+            scenario = str(server / "scenario.toml")
+    elif sites:
+        raise BadValue("--sites names real sites: say with --server DIR which coordinator's")
+    if sum([bool(scenario), from_ is not None, resume_ is not None]) != 1:
+        raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
+    if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None or sites):
+        raise BadValue(
+            "--resume goes on with a run as it was begun: only --workers, --port, --server, --track, --json go with it"
+        )
+    trackers = [name.strip() for name in track.split(",") if name.strip()]
+    if trackers:
+        from fedsynth.federation.trackers import check
+
+        check(trackers)
+    known = from_ or resume_
+    asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds)
+    # torch and Flower take seconds to import: help and misspelt keys need neither
+    if server is not None:
+        result = _run_on_sites(console, server, asked, sites, out, resume_)
+    else:
+        result = _simulate(console, asked, out, from_, resume_, workers, port)
+    if trackers:
+        from fedsynth.federation.trackers import tell
+
+        tell(trackers, asked, result.metrics, result.out)
+    _print_table(console if as_json else _console(error=False), result)
+    if as_json:
+        print(json.dumps(result.summary))
+
+
+def _simulate(
+    console: Console,
+    asked: Scenario,
+    out: Path | None,
+    from_: Path | None,
+    resumed: Path | None,
+    workers: int | None,
+    port: int | None,
+) -> Any:
+    check_flower()
+    from fedsynth.simulation.simulate import resume, run
+
+    with Watch(console, asked) as watch:
+        told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
+        if from_ is not None:
+            from fedsynth.federation.environment import differences
+
+            for line in differences(from_, asked):
+                watch.warn(f"not as in {from_}: {line}")
+        if resumed is not None:
+            return resume(resumed, workers=workers, port=port, **told)
+        return run(asked, out=out, workers=workers, port=port, **told)
+
+
+def _run_on_sites(
+    console: Console, server: Path, asked: Scenario, sites: str, out: Path | None, resumed: Path | None
+) -> Any:
+    check_flower()
+    from fedsynth.deployment.plan import chosen, deployed, read_deployment
+
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    if resumed is not None:
+        names = list(read_deployment(resumed.absolute()).sites)
+    planned = deployed(asked, len(chosen(server, names)))
+    from fedsynth.deployment import submit
+
+    with Watch(console, planned, planned.data.clients) as watch:
+        told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
+        if resumed is not None:
+            return submit.resume(server, resumed, **told)
+        return submit.submit(server, asked, out=out, names=names, **told)
+
+
+@app.command("compare")
+def compare_command(
+    grid: Annotated[list[str], typer.Argument(help="A grid's TOML file; or scenarios, named as for `run`.")],
+    epsilons: Annotated[str, typer.Option(help="Budgets, separated by commas; the scenarios' own by default.")] = "",
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas; 0,1,2 by default.")] = "",
+    arms: Annotated[str, typer.Option(help="Arms, separated by commas; those that run unasked by default.")] = "",
+    baseline: Annotated[str, typer.Option(help="The arm to compare with; the first one by default.")] = "",
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="The comparison's directory; runs/compare-NAME by default.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Client processes of each run.")] = None,
+    parallel: Annotated[int | None, typer.Option(help="Runs at once; as cores and memory allow by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tables as one JSON object, last.")] = False,
+) -> None:
+    """Run scenarios x epsilons x seeds, or go on with them, and compare their arms: docs/compare.md."""
+    if parallel is not None and parallel < 1:
+        raise BadValue(f"--parallel must be at least 1, got {parallel}")
+    check_flower()
+    from fedsynth.comparison.grids import asked_for, is_grid, read_grid
+
+    if len(grid) == 1 and is_grid(Path(grid[0])):
+        if epsilons or seeds or arms or baseline or set_:
+            raise BadValue("--epsilons, --seeds, --arms, --baseline and --set belong in the grid's file")
+        asked = read_grid(Path(grid[0]))
+    else:
+        asked = asked_for(grid, epsilons=epsilons, seeds=seeds or "0,1,2", arms=arms, baseline=baseline, sets=set_)
+    from fedsynth.comparison.running import compare
+    from fedsynth.comparison.tables import NOTES, Lines, costs_table, utility_table
+
+    console = _console(error=True)
+    place = (out or Path("runs") / f"compare-{asked.name}").absolute()
+    done = compare(asked, place, workers=workers, parallel=parallel, on_event=Lines(console).event,
+                   on_warning=lambda text: console.print(f"[yellow]warning:[/] {text}"))  # fmt: skip
+    shown = console if as_json else _console(error=False)
+    if not shown.is_terminal:
+        shown.width = 140
+    for task in done.tables["tables"]:
+        shown.print(utility_table(done.tables, task))
+        shown.print(costs_table(done.tables, task))
+    for run, of_arm in done.tables["few_texts"].items():
+        for arm, few in of_arm.items():
+            shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
+    from fedsynth.reporting.comparison_page import write
+
+    page, _ = write(done.out)
+    for line in (*NOTES, f"written to {done.out}, the page is {page}"):
+        shown.print(line, markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(done.tables))
+
+
+@app.command("check")
+def check_command(
+    scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")],
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
+    clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
+    seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as one JSON object, last.")] = False,
+) -> None:
+    """Check SCENARIO and foresee what a run of it would spend, send, hold and take; nothing is trained or charged."""
+    asked = _asked(scenario, set_, arms, clients, seeds)
+    check_flower()
+    from fedsynth.forecast.check import forecast
+
+    console = _console(error=True)
+    made = forecast(asked, workers=workers, tell=console.print)
+    _print_forecast(console if as_json else _console(error=False), made)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="Folder of the model: new or empty.")],
+    corpus: Annotated[str, typer.Option(help="Public text: CSV, JSONL, Parquet, or .txt with a text per line.")],
+    text: Annotated[str, typer.Option(help="Column of the text.")] = "text",
+    topic: Annotated[str, typer.Option(help="Column of intent or topic: its lines form few-shot blocks.")] = "",
+    held_out: Annotated[str, typer.Option(help="COLUMN=VALUE of the rows to measure on; 2 % by default.")] = "",
+    width: Annotated[int, typer.Option(help="Hidden size, a multiple of 32.")] = 192,
+    layers: Annotated[int, typer.Option(help="Number of blocks.")] = 4,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of the new tokenizer.")] = 4096,
+    tokenizer: Annotated[str, typer.Option(help="Folder whose tokenizer is shared; a new one by default.")] = "",
+    epochs: Annotated[float, typer.Option(help="Passes over the text.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of passes.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; one per core by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the start and of the order of the text.")] = 0,
+) -> None:
+    """Pretrain a small language model from scratch on public text, with its tokenizer."""
+    if steps is not None and steps < 1:
+        raise BadValue(f"--steps must be at least 1, got {steps}")
+    if threads is not None and threads < 1:
+        raise BadValue(f"--threads must be at least 1, got {threads}")
+    from fedsynth.pretraining.public_models import Wanted, pretrain_from_text
+    from fedsynth.pretraining.public_text import PublicText
+
+    column, equals, value = held_out.partition("=")
+    if held_out and not (column and equals and value):
+        raise BadValue(f"--held-out needs COLUMN=VALUE, got {held_out!r}")
+    card = pretrain_from_text(
+        PublicText(corpus, text, topic or None, (column, value) if held_out else None),
+        Wanted(width, layers, vocabulary, epochs, steps, seed=seed, tokenizer=tokenizer or None),
+        out,
+        command=" ".join(["fedsynth", *(a for a in sys.argv[1:] if a != "--resume")]),
+        resume=resume,
+        device=device,
+        threads=threads or len(os.sched_getaffinity(0)),
+        tell=lambda line: print(line, flush=True),
+    )
+    print(json.dumps(card, indent=2, ensure_ascii=False))
+
+
+@app.command()
+def report(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, or of a comparison.")],
+    out: Annotated[Path | None, typer.Option(help="The page, an .html file; DIR/report.html by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
+    site_only: Annotated[
+        bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
+    ] = False,
+) -> None:
+    """Write one HTML page about a run or a comparison, with its figures as JSON and Parquet."""
+    if site_only and out is not None:
+        raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
+    if site_only:
+        from fedsynth.reporting.site_report import write as write_site_report
+
+        page, found = write_site_report(place)
+    elif (place / "comparison.json").is_file():
+        from fedsynth.reporting.comparison_page import write as write_comparison
+
+        page, found = write_comparison(place, out)
+    else:
+        from fedsynth.reporting.run_report import write
+
+        page, found = write(place, out)
+    console = _console(error=as_json)
+    console.print(f"written to {page}", markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(found))
+
+
+Place = Annotated[Path, typer.Argument(help="A ledger's file, a site's folder, or a run's directory.")]
+
+
+@ledger_app.command("show")
+def ledger_show(
+    place: Place,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per ledger.")] = False,
+) -> None:
+    """What was spent, by which run and grant, and what was answered. Keys and answers are never shown."""
+    from fedsynth.privacy.audit import contents, ledgers_in
+
+    for path in ledgers_in(place):
+        found = contents(path)
+        if as_json:
+            print(json.dumps(found))
+        else:
+            _print_ledger(_console(error=False), found)
+
+
+@ledger_app.command("verify")
+def ledger_verify(
+    place: Place,
+    recovered: Annotated[
+        bool, typer.Option("--recover", help="First undo what a killed process left half written.")
+    ] = False,
+) -> None:
+    """Check that ledgers are whole and consistent; exit with 1 and a line per problem where one is not."""
+    from fedsynth.privacy.audit import contents, ledgers_in, problems, recover
+
+    paths = ledgers_in(place)
+    for path in paths if recovered else ():
+        if recover(path):
+            print(f"{path}: what a killed process had not committed is undone")
+    found = [f"{path}: {problem}" for path in paths for problem in problems(contents(path))]
+    for line in found:
+        print(line)
+    if found:
+        raise typer.Exit(FAILED)
+    print(f"{len(paths)} ledger{'s' if len(paths) > 1 else ''}: consistent")
+
+
+@ledger_app.command("export")
+def ledger_export(
+    place: Place, out: Annotated[Path, typer.Option(help="A new JSONL file: one ledger per line.")]
+) -> None:
+    """Write ledgers as JSON lines for an auditor, without keys, answers and the key of the data's MAC."""
+    from fedsynth.privacy.audit import contents, ledgers_in
+
+    lines = [json.dumps(contents(path)) for path in ledgers_in(place)]
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+    except OSError as problem:
+        raise BadValue(f"{out} cannot be written ({problem.strerror}): name a new file") from problem
+    print(f"{len(lines)} written to {out}")
+
+
+def _print_ledger(console: Console, found: dict[str, Any]) -> None:
+    from fedsynth.federation.runs import up
+
+    spent = (
+        "no guarantee" if found["epsilon"] is None else f"epsilon {up(found['epsilon'], 3):.3f} at {found['delta']:g}"
+    )
+    console.print(f"{found['dataset']}: {spent} ({found['path']})", markup=False, soft_wrap=True)
+    for line in _filter_lines(found):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    table = Table()
+    for head in ("at", "run", "what", "rounds drawn", "state", "order"):
+        table.add_column(head)
+    for row in found["reservations"]:
+        plan = row["plan"]
+        what = row["reason"] if plan is None else (
+            f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
+            f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
+        )  # fmt: skip
+        drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
+        lost = row["run"] == LOST or (plan is not None and row["reason"])  # declared so
+        state = "lost" if lost else "no guarantee" if plan is None else "reserved"
+        table.add_row(row["at"], row["run"], what, drawn, state, "")
+        for grant in found["grants"]:
+            if grant["spent"] == row["id"]:
+                table.add_row(
+                    grant["at"], "", f"grant {grant['counter']}", "", grant["state"], grant["order_digest"][:12]
+                )
+    console.print(table)
+
+
+def _filter_lines(found: dict[str, Any]) -> list[str]:
+    """What guards the lifetime cap, and how much of it is left."""
+    from fedsynth.federation.runs import up
+
+    cap, by = found["cap"], found["filter"]
+    if found["epsilon"] is None:
+        return ["nothing can be charged any more"] if cap else []
+    if by is None:
+        return [
+            "as if all plans had been fixed in advance; the filter's figure follows when the account is next opened"
+        ]
+    told = (f"this is as if all plans had been fixed in advance; {up(by['epsilon'], 3):.3f} by the filter of order "
+            f"{by['order']}, wherever a plan was chosen after seeing results")  # fmt: skip
+    if cap is None:
+        return [told]
+    share = max(0.0, by["used"] / by["room"]) if by["room"] > 0 else 1.0
+    lines = [
+        told,
+        f"of the lifetime cap, {cap['epsilon']:g} at {cap['delta']:g}, {min(share, 1.0):.0%} is used by the filter",
+    ]
+    if by["closed"]:
+        lines.append("the filter is full: what is reserved is answered, and no further plan is admitted")
+    return lines
+
+
+def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
+    more = list(sets)
+    if clients is not None:
+        more.append(f"data.clients={clients}")
+    if seeds:
+        more.append(f"seeds=[{seeds}]")
+    found = load(scenario, more)
+    if arms:
+        wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
+        found = replace(found, run=wanted)
+    return found
+
+
+NOT_ITS_OWN = "its figures are not those of its method"
+COLUMNS = {
+    "accuracy": "accuracy",
+    "accuracy_held_out_clients": "held-out clients",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "exact_match_held_out_clients": "held-out clients",
+    "field_match": "field match",
+    "rouge_l": "ROUGE-L",
+}
+
+
+def _console(*, error: bool) -> Console:
+    """Wide enough for the table where nobody looks at a terminal (a file, a pipe)."""
+    found = Console(stderr=error, highlight=False)
+    return found if found.is_terminal else Console(stderr=error, highlight=False, width=120)
+
+
+def _print_table(console: Console, result: Any) -> None:
+    """The result table, and one privacy line per arm."""
+    from fedsynth.federation.runs import missing, up
+
+    arms = result.summary["arms"]
+    names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
+    heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
+    table = Table(title=result.summary["scenario"])
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    losses = {arm: found["losses"] for arm, found in arms.items() if found.get("losses")}
+    if losses:
+        table.add_column("left by filters", overflow="fold", min_width=20)
+    for arm, found in arms.items():
+        figures = [_figure(found["metrics"].get(n)) for n in names]
+        told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
+        epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
+        moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
+        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
+        table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
+    console.print(table)
+    for arm, few in result.few.items():
+        console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
+    for line in missing(result.metrics):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print("privacy, arm by arm:")
+    for arm, said in result.privacy.items():
+        console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
+    if names:
+        console.print(
+            "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
+            "private text there: epsilon does not cover these figures, and real sites do not answer them by default.",
+            soft_wrap=True,
+        )
+    console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _print_forecast(console: Console, made: Any) -> None:
+    """What is foreseen of a run, arm by arm and in all, and what will not fit."""
+    from fedsynth.federation.runs import up
+
+    table = Table(title=f"{made.scenario}: forecast")
+    for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
+        table.add_column(head, no_wrap=True)
+    for name, arm in made.arms.items():
+        epsilon, delta = ("-" if x is None else said for x, said in (
+            (arm.epsilon, f"{up(arm.epsilon or 0.0, 3):.3f}"), (arm.delta, f"{arm.delta or 0.0:g}")))  # fmt: skip
+        moved = [f"{count / 1e6:.2f} MB" for count in (arm.up, arm.down)]
+        table.add_row(name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}",
+                      f"{arm.seconds:.0f}")  # fmt: skip
+    console.print(table)
+    console.print(
+        f"in all about {made.seconds:.0f} s with {made.workers} worker{'s' if made.workers > 1 else ''}, starting and "
+        f"ending included; memory {made.memory / 1e9:.1f} GB: {made.worker / 1e9:.1f} GB each worker, "
+        f"{made.driver / 1e9:.1f} GB the rest",
+        soft_wrap=True,
+    )
+    for line in made.warnings:
+        console.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
+
+
+def _figure(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
+
+
+def main() -> None:
+    """Entry point: one line and a non-zero exit for whatever goes wrong."""
+    os.environ.update(past_proxies(os.environ))  # a tracker's server, a mirror of the hub: they may be on this machine
+    try:
+        # Typer turns Ctrl-C into an exit code, and hands codes back instead of exiting where it does not stand alone.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except BadValue as problem:
+        _end(f"bad input: {problem}", BAD_INPUT)
+    except LedgerUnusable as problem:
+        _end(f"bad input: {problem}", BAD_INPUT)
+    except LaunchFailed as problem:
+        _end(f"{problem.what}: {problem}", FAILED)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted; nothing of the run is left running", INTERRUPTED)
+    except Exception as problem:
+        if hasattr(problem, "format_message"):  # click's usage errors
+            _end(f"bad input: {problem.format_message()}", BAD_INPUT)
+        raise
+
+
+def _end(message: str, code: int) -> None:
+    print(f"fedsynth: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Grids of scenarios, epsilons and seeds: run or continued, read as one table."""

@@ -1,0 +1,215 @@
+"""A grid of scenarios, epsilons and seeds as typed, checked data."""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tomli_w
+
+from fedsynth.evaluation.comparing import METRICS
+from fedsynth.privacy.plan import Budget
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells, load
+from fedsynth.typed import BadValue, build, plain, toml_file
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A scenario of a grid.
+
+    Attributes:
+        use: A shipped scenario by name, or a TOML file, looked for beside the grid's; left out: the entry's own name.
+        arms: Which arms run; left out: those that run unasked.
+        baseline: The arm that others are compared with; left out: the grid's, then the first arm.
+        metric: What comes first in tables and plots; left out: accuracy or exact match.
+        set: Overrides `key=value`, as for `fedsynth run --set`.
+    """
+
+    use: str = ""
+    arms: tuple[str, ...] = ()
+    baseline: str | None = None
+    metric: str | None = None
+    set: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared.
+
+    Attributes:
+        name: Of the comparison.
+        scenarios: By the name that tables and directories give them.
+        seeds: Public seeds, the same for all.
+        epsilons: Budgets; every arm that spends runs under each. Left out: each scenario's own budgets.
+        baseline: Of all scenarios that name none.
+    """
+
+    name: str
+    scenarios: Mapping[str, Entry]
+    seeds: tuple[int, ...]
+    epsilons: tuple[float, ...] = ()
+    baseline: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.scenarios:
+            raise BadValue("the grid has no scenarios: name one, or write a table [scenarios.NAME]")
+        for name in (self.name, *self.scenarios):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise BadValue(f"the name {name!r} becomes a directory's: use letters, digits and any of _ . -")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
+        if len(set(self.epsilons)) < len(self.epsilons) or not all(e > 0 and math.isfinite(e) for e in self.epsilons):
+            raise BadValue(f"epsilons must be distinct, finite and above 0, got {list(self.epsilons)}")
+
+
+def read_grid(path: Path) -> Grid:
+    """A grid from a TOML file, resolved.
+
+    Raises:
+        BadValue: If it is none; the message names file, key and the nearest right one.
+    """
+    with toml_file(path) as table:
+        return resolved(build(Grid, {"name": path.stem, **table}), path.parent)
+
+
+def asked_for(
+    scenarios: Sequence[str], *, epsilons: str, seeds: str, arms: str, baseline: str, sets: Sequence[str]
+) -> Grid:
+    """A grid from what a command line says, resolved; lists are separated by commas.
+
+    Raises:
+        BadValue: If a number is none, or something named is not there.
+    """
+    names = [Path(name).stem if name.endswith(".toml") else name for name in scenarios]
+    if len(set(names)) < len(names):
+        raise BadValue(f"two scenarios of one name: {', '.join(names)}; a grid's file can name them apart")
+    tree = {
+        "name": "-".join(names),
+        "scenarios": {
+            name: {"use": use, "arms": _listed(arms), "set": list(sets)}
+            for name, use in zip(names, scenarios, strict=True)
+        },
+        "seeds": _numbers("seeds", seeds, int),
+        "epsilons": _numbers("epsilons", epsilons, float),
+        "baseline": baseline or None,
+    }
+    return resolved(build(Grid, tree), Path())
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[float]:
+    try:
+        return [kind(part) for part in _listed(text)]
+    except ValueError:
+        raise BadValue(f"--{name} must be numbers separated by commas, got {text!r}") from None
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file declares a grid rather than a scenario; what is no TOML is left to whoever reads it."""
+    try:
+        return "scenarios" in tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def to_toml(grid: Grid) -> str:
+    """The inverse of `read_grid`."""
+    return tomli_w.dumps(plain(grid))
+
+
+def resolved(grid: Grid, folder: Path) -> Grid:
+    """The grid with nothing left out but epsilons: scenario, arms, baseline and metric of each entry.
+
+    Args:
+        grid: As declared.
+        folder: Where scenarios' files are looked for, before the working directory.
+
+    Raises:
+        BadValue: An entry names a scenario, an arm, a baseline or a metric that is not there.
+    """
+    entries = {}
+    for name, entry in grid.scenarios.items():
+        try:
+            entries[name] = _resolved(grid, name, entry, folder)
+        except BadValue as problem:
+            raise BadValue(f"[scenarios.{name}] {problem}") from problem
+    return replace(grid, scenarios=entries)
+
+
+def _resolved(grid: Grid, name: str, entry: Entry, folder: Path) -> Entry:
+    use = entry.use or name
+    if use.endswith(".toml"):
+        use = str(next((p for p in (folder / use, Path(use)) if p.is_file()), Path(use)).absolute())
+    scenario = scenario_of(replace(entry, use=use), grid.seeds)
+    arms = tuple(cell.arm for cell in cells(replace(scenario, seeds=scenario.seeds[:1])))
+    if entry.arms and entry.arms != arms:
+        raise BadValue(f"the scenario has no arms but itself, {arms[0]!r}, got arms = {list(entry.arms)}")
+    if len(set(arms)) < len(arms):
+        raise BadValue(f"arms names one twice: {', '.join(arms)}")
+    baseline, metric = entry.baseline or grid.baseline or arms[0], entry.metric or METRICS[scenario.data.task][0]
+    if baseline not in arms:
+        raise BadValue(f"the baseline {baseline!r} is not among the arms that run: {', '.join(arms)}; add it to arms, "
+                       "or name another baseline for this scenario")  # fmt: skip
+    if metric not in METRICS[scenario.data.task]:
+        raise BadValue(f"metric must be one of {', '.join(METRICS[scenario.data.task])} where data.task is "
+                       f"{scenario.data.task!r}, got {metric!r}")  # fmt: skip
+    return Entry(use, arms, baseline, metric, entry.set)
+
+
+def scenario_of(entry: Entry, seeds: tuple[int, ...]) -> Scenario:
+    """The scenario of an entry, with its overrides, its arms and the grid's seeds.
+
+    Raises:
+        BadValue: If there is none, or it is not valid.
+    """
+    found = load(entry.use, entry.set)
+    # A scenario without arms is one itself, named after its strategy.
+    run = found.run if not entry.arms or not found.arms else entry.arms
+    return replace(found, seeds=seeds, run=run)
+
+
+def at_epsilon(scenario: Scenario, epsilon: float) -> Scenario:
+    """The scenario under another epsilon, arms with budgets of their own included."""
+    budget = replace(scenario.client.budget or Budget(epsilon), epsilon=epsilon)
+    arms = {}
+    for arm, overrides in scenario.arms.items():
+        client = overrides.get("client")
+        if isinstance(client, Mapping) and isinstance(client.get("budget"), Mapping):
+            client = {**client, "budget": {**client["budget"], "epsilon": epsilon}}
+            overrides = {**overrides, "client": client}
+        arms[arm] = overrides
+    return replace(scenario, client=replace(scenario.client, budget=budget), arms=arms)
+
+
+def refuse_another(old: Grid, new: Grid, place: str) -> None:
+    """A directory holds the runs of one grid. Epsilons and scenarios may be added, baselines and metrics changed: that
+    leaves every run as it is.
+
+    Raises:
+        BadValue: What differs.
+    """
+    wrong = [f"{key} {_shown(getattr(old, key))} there, {_shown(getattr(new, key))} now"
+             for key in ("name", "seeds") if getattr(old, key) != getattr(new, key)]  # fmt: skip
+    if not set(old.epsilons) <= set(new.epsilons) or bool(old.epsilons) != bool(new.epsilons):
+        wrong.append(f"epsilons {_shown(old.epsilons)} there, {_shown(new.epsilons)} now")
+    for name, was in old.scenarios.items():
+        now = new.scenarios.get(name)
+        if now is None:
+            wrong.append(f"the scenario {name!r} is missing now")
+        else:
+            wrong += [f"scenarios.{name}.{key} {_shown(getattr(was, key))} there, {_shown(getattr(now, key))} now"
+                      for key in ("use", "arms", "set") if getattr(was, key) != getattr(now, key)]  # fmt: skip
+    if wrong:
+        raise BadValue(f"{place!r} holds another comparison ({'; '.join(wrong)}): name another directory with --out")
+
+
+def _shown(value: object) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,1 @@
+"""Labelled text in rows: read from files, sources and the simulated world, and divided among clients."""

@@ -1,0 +1,384 @@
+"""A labelled data set divided among clients; no example in two places."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsynth.corpus import Corpus, Provenance, pool, same
+from fedsynth.data.tables import (
+    CLIENT,
+    HELD,
+    LABEL,
+    NAMED,
+    TEXT,
+    UNIT,
+    Rows,
+    find,
+    nothing_to_test_on,
+    read_rows,
+    refuse_alike,
+)
+from fedsynth.scenario.schema import Data
+from fedsynth.typed import BadValue
+from fedsynth.world import load_world, private_notes, private_records
+
+__all__ = [
+    "Division",
+    "LeftOut",
+    "Site",
+    "divide",
+    "find",
+    "label_list",
+    "misfits",
+    "misfitting",
+    "open_site",
+    "open_sites",
+    "overlaps",
+    "unified",
+]
+
+TEST_SHARE = 0.2  # of a client's units, where the source names no test rows
+SMALLEST = 2  # units of a client where a Dirichlet draw is repeated otherwise: one to learn from, one to test on
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client's text.
+
+    Attributes:
+        train: Private.
+        test: Held out. In a simulation it is declared public: measuring is the researcher's act (docs/privacy.md).
+    """
+
+    train: Corpus
+    test: Corpus
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a source that no client has, by reason.
+
+    Attributes:
+        incomplete: Without text or label.
+        duplicates: Dropped for `data.duplicates = "drop"`.
+        not_dealt: Of natural clients beyond those asked, or of classes that no client drew.
+        over_limit: Rows beyond `data.limit` and `data.test_limit`.
+    """
+
+    incomplete: int = 0
+    duplicates: int = 0
+    not_dealt: int = 0
+    over_limit: int = 0
+
+
+@dataclass(frozen=True)
+class Division:
+    """Every client's text, in the order of clients, and what was left out."""
+
+    sites: tuple[Site, ...]
+    left_out: LeftOut = LeftOut()
+
+
+def label_list(data: Data) -> tuple[str, ...]:
+    """The public list of classes; empty where the task is to follow instructions: responses are not of a list.
+
+    Raises:
+        BadValue: If a classification would have none.
+    """
+    if data.task == "instructions":
+        return ()
+    if data.labels != "all":
+        return tuple(data.labels)
+    if data.world is not None:
+        return tuple(load_world(data.world).labels)
+    return tuple(sorted(set(read_rows(data).table[LABEL])))
+
+
+def misfits(data: Data, labels: Sequence[str]) -> list[str]:
+    """Warnings: rows that are left out, spellings that are merged, unlisted labels, listed ones that no row has.
+
+    Args:
+        data: A source of one's own, no world.
+        labels: The public label list.
+
+    Raises:
+        BadValue: If a listed label and one of the source are spellings of one, or no row to learn from or to test on
+            has a listed label.
+    """
+    rows = read_rows(data)
+    merged = f"{data.source}: {rows.merged} spellings of persons or clients are merged into others of them"
+    if data.task == "instructions":
+        return [*misfitting(rows, data.source, None), *([merged] if rows.merged else [])]
+    warnings = misfitting(rows, data.source, labels)
+    held = rows.table[HELD]
+    for name, part in (("training", rows.table[~held]), ("test", rows.table[held])):
+        if len(part) and not part[LABEL].isin(labels).any():
+            _refuse_unlisted(data, "" if data.test is None else f"{name} ", part[LABEL].value_counts(), labels)
+    return [*warnings, *([merged] if rows.merged else [])]
+
+
+def _refuse_unlisted(data: Data, name: str, counts: pd.Series[int], labels: Sequence[str]) -> None:
+    if data.test is not None and name == "test " and list(counts.index) == ["-1"]:
+        raise BadValue(f"{data.source}: {nothing_to_test_on(int(counts.iloc[0]), data.test)}")
+    has = ", ".join(f"{label!r} {count}" for label, count in counts.head(NAMED).items())
+    raise BadValue(
+        f"{data.source}: no {name}row has a label of data.labels ({_few(labels)}); there are {has}"
+        f"{', ...' if len(counts) > NAMED else ''}: list them as the source has them"
+    )
+
+
+def _few(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels[:NAMED])) + (", ..." if len(labels) > NAMED else "")
+
+
+def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[str]:
+    """As `misfits`, of rows that were read.
+
+    Args:
+        rows: What the source holds.
+        source: Its name, for messages.
+        labels: The public label list; None where answers are responses.
+
+    Raises:
+        BadValue: If a listed label and one of the source are spellings of one.
+    """
+    found = []
+    if rows.incomplete:
+        total = rows.incomplete + len(rows.table)
+        answer = "response" if labels is None else "label"
+        found.append(f"{source}: {rows.incomplete} of {total} rows have no text or no {answer}: they are left out")
+    if labels is None:
+        return found
+    counts = rows.table[LABEL].value_counts()
+    try:
+        refuse_alike([*labels, *counts.index])
+    except BadValue as problem:
+        raise BadValue(f"data.labels and {source}: {problem}") from problem
+    unknown = counts[~counts.index.isin(labels)]
+    if len(unknown):
+        named = ", ".join(f"{label!r} {count}" for label, count in unknown.head(5).items())
+        named += ", ..." if len(unknown) > 5 else ""
+        found.append(
+            f"{int(unknown.sum())} rows have a label that data.labels lacks ({named}): they count as records, and "
+            "nothing is learnt from them"
+        )
+    if absent := [label for label in labels if label not in counts.index]:
+        found.append(f"no row has the label {', '.join(map(repr, absent))} of data.labels")
+    return found
+
+
+def open_sites(data: Data, seed: int) -> list[Site]:
+    """Every client's text, in the order of clients; one site with all of it where `pooled`.
+
+    Args:
+        data: What is divided, and how.
+        seed: Public seed of the draw (worlds) or the split (sources of one's own).
+
+    Raises:
+        BadValue: If the source or a column is missing or cannot be used, a client would have no example, or a text
+            would be in two places.
+    """
+    return list(divide(data, seed).sites)
+
+
+def open_site(data: Data, index: int, seed: int) -> Site:
+    """One client's text: `open_sites(data, seed)[index]` of a scenario that is not pooled."""
+    if data.world is not None:
+        world = load_world(data.world)
+        if data.task == "instructions":
+            train = private_records(world, index, data.train_per_client, seed, split="train", planted=data.planted)
+            test = private_records(world, index, data.test_per_client, seed, split="test")
+        else:
+            train = private_notes(world, index, data.train_per_client, seed, split="train")
+            test = private_notes(world, index, data.test_per_client, seed, split="test")
+        return Site(replace(train, units=_patients(len(train), data.notes_per_patient, seed, index)), test)
+    return divide(replace(data, pooled=False), seed).sites[index]
+
+
+def _patients(notes: int, most: int, seed: int, index: int) -> tuple[int, ...]:
+    """The patient of each note: from 1 to `most` notes in a row are one's."""
+    sizes = np.random.default_rng([seed, index, 0x9A71]).integers(1, most + 1, size=notes)
+    return tuple(np.repeat(np.arange(notes), sizes)[:notes].tolist())
+
+
+def divide(data: Data, seed: int) -> Division:
+    """`open_sites` with the count of what was left out."""
+    if data.world is not None:
+        found = Division(tuple(open_site(data, index, seed) for index in range(data.clients)))
+    else:
+        # Neither labels nor pooling change who holds what.
+        found = _divide(replace(data, pooled=False, labels="all", tuned_on=()), seed, read_rows(data))
+    if data.pooled:
+        return replace(found, sites=(Site(pool([s.train for s in found.sites]), pool([s.test for s in found.sites])),))
+    return found
+
+
+def overlaps(sites: Sequence[Site]) -> tuple[int, int]:
+    """Texts in the training text of more than one client, and texts in both training and test text of any clients.
+
+    Texts are equal that are the `same`.
+    """
+    train = pd.DataFrame(
+        [(index, same) for index, site in enumerate(sites) for same in unified(site.train.prompts)],
+        columns=["client", "text"],
+    ).drop_duplicates()
+    test = {same for site in sites for same in unified(site.test.prompts)}
+    known = train["text"].drop_duplicates()
+    between = train["text"][train["text"].duplicated()].nunique()
+    return int(between), int(known.isin(test).sum())
+
+
+def unified(texts: Sequence[str]) -> list[str]:
+    """What is the same in equal texts."""
+    return [same(text) for text in texts]
+
+
+@lru_cache(maxsize=8)
+def _divide(data: Data, seed: int, rows: Rows) -> Division:
+    table = rows.table
+    if data.split == "natural":
+        table = _of_first_clients(data, table)
+    unique = table[~_duplicated(table)] if data.duplicates == "drop" else table
+    if data.split == "natural" and (bare := sorted(set(table[CLIENT]) - set(unique[CLIENT]))):
+        raise BadValue(
+            f"{data.source}: all texts of client {bare[0]!r} are at another one, too, and were dropped: mend the source"
+        )
+    owner = _owners(data, unique, seed)
+    sites = tuple(_site(data, unique[owner == index], index, seed) for index in range(data.clients))
+    if any(found := overlaps(sites)):
+        raise BadValue(
+            f"{data.source}: {found[0]} texts are in the training text of more than one client, {found[1]} in training "
+            'and test text: mend the source, or say data.duplicates = "drop" to keep one of each'
+        )
+    held = sum(len(site.train) + len(site.test) for site in sites)
+    dealt = int((owner >= 0).sum())
+    dropped = len(table) - len(unique)
+    return Division(
+        sites, LeftOut(rows.incomplete, dropped, len(rows.table) - dropped - dealt, over_limit=dealt - held)
+    )
+
+
+def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
+    names = sorted(set(table[CLIENT]))
+    if len(names) < data.clients:
+        raise BadValue(f"{data.source}: {data.clients} clients asked, column {data.client_column!r} has {len(names)}")
+    table = table[table[CLIENT].isin(names[: data.clients])]
+    # Parallel composition needs each person at one client (docs/privacy.md).
+    shared = int(table[[UNIT, CLIENT]].drop_duplicates()[UNIT].duplicated().sum())
+    if shared:
+        raise BadValue(f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client")
+    return table
+
+
+def _duplicated(table: pd.DataFrame) -> pd.Series[bool]:
+    """Marks all of equal texts but one: a test row before training rows, else the first."""
+    texts = pd.Series(unified(table[TEXT].tolist()), index=table.index, dtype=object)
+    test_first = table[HELD].sort_values(ascending=False, kind="stable").index
+    return texts.loc[test_first].duplicated().loc[table.index]
+
+
+def _owners(data: Data, table: pd.DataFrame, seed: int) -> np.ndarray[Any, Any]:
+    """The client of each row, -1 for none. Whole units are dealt, each by its first row: a person is at one client."""
+    units = table.drop_duplicates(UNIT)
+    if data.clients > len(units):
+        raise BadValue(f"{data.source}: {data.clients} clients for {len(units)} examples: ask for fewer clients")
+    units = units.iloc[np.random.default_rng([seed, 0xDA7A]).permutation(len(units))]
+    if data.split in ("dirichlet", "pathological"):
+        # Clients get consecutive units of a class: spread evenly, its test rows are dealt as its training rows are.
+        kinds = units.groupby([LABEL, HELD])
+        place = (kinds.cumcount() + 0.5) / kinds[TEXT].transform("size")
+        units = units.iloc[np.argsort(place.to_numpy(), kind="stable")]
+    by = CLIENT if data.split == "natural" else LABEL
+    codes = pd.factorize(units[by], sort=True)[0]
+    client = pd.Series(-1, index=units[UNIT])
+    for index, members in enumerate(_partitions(data, codes, seed)):
+        client.iloc[members] = index
+    return table[UNIT].map(client).to_numpy()
+
+
+def _partitions(data: Data, codes: np.ndarray[Any, Any], seed: int) -> list[list[int]]:
+    """Which units each client gets, by flwr-datasets.
+
+    Args:
+        data: How it is divided.
+        codes: Number of each unit's label, or of its client where the split is natural: 0, 1, ... [units].
+        seed: Public.
+    """
+    # flwr-datasets takes seconds to import, and draws progress bars.
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from datasets import Dataset
+        from flwr_datasets import partitioner as partitioners
+
+        classes = int(codes.max()) + 1
+        if data.split == "natural":
+            partitioner = partitioners.NaturalIdPartitioner("code")
+        elif data.split == "dirichlet":
+            partitioner = partitioners.DirichletPartitioner(
+                data.clients, "code", data.alpha, min_partition_size=SMALLEST, seed=seed
+            )
+        elif data.split == "pathological":
+            # The mode of the paper: as far as there are clients enough, each class is at one at least.
+            asked = data.classes_per_client or 0
+            if asked > classes:
+                raise BadValue(
+                    f"{data.source}: classes_per_client must lie in 1..{classes} (the number of classes), got {asked}"
+                )
+            partitioner = partitioners.PathologicalPartitioner(
+                data.clients, "code", asked, class_assignment_mode="first-deterministic", seed=seed
+            )
+        else:
+            partitioner = partitioners.IidPartitioner(data.clients)
+        partitioner.dataset = Dataset.from_dict({"unit": np.arange(len(codes)), "code": codes})
+        partitioner.dataset.set_format("pandas")  # of the formats, a column as an array in one step
+        try:
+            return [partitioner.load_partition(index)["unit"][:].tolist() for index in range(data.clients)]
+        except ValueError as problem:
+            raise BadValue(f"{data.source}: {_undealt(data)}") from problem
+
+
+def _undealt(data: Data) -> str:
+    if data.split == "dirichlet":
+        return (
+            f"no draw with alpha = {data.alpha:g} left each of {data.clients} clients {SMALLEST} examples: "
+            "ask for a larger alpha or fewer clients"
+        )
+    return (
+        f"a class has fewer examples than clients that draw it ({data.clients} clients, classes_per_client = "
+        f"{data.classes_per_client}): ask for fewer clients or classes per client"
+    )
+
+
+def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
+    rng = np.random.default_rng([seed, 0xDA7A, index])
+    held = table[HELD]
+    if data.test is None:
+        units = rng.permutation(table[UNIT].unique())
+        held = table[UNIT].isin(units[: math.ceil(len(units) * TEST_SHARE)])
+    train, test = table[~held], table[held]
+    for name, part in (("training", train), ("test", test)):
+        if part.empty:
+            way_out = {"dirichlet": "a larger alpha, ", "pathological": "more classes per client, "}.get(data.split, "")
+            raise BadValue(
+                f"{data.source}: client {index} has no {name} example: ask for {way_out}fewer clients or more data"
+            )
+    if data.limit is not None:
+        train = train[train[UNIT].isin(rng.permutation(train[UNIT].unique())[: data.limit])]
+    if data.test_limit is not None:
+        test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
+    return Site(_corpus(train), _corpus(test))
+
+
+def _corpus(table: pd.DataFrame) -> Corpus:
+    units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
+    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, units=units)

@@ -1,0 +1,504 @@
+"""The rows of a labelled data source: a file, a saved data set or a Hugging Face name; what is no text is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import numbers
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+
+from fedsynth.corpus import alike, blank, same, told_apart
+from fedsynth.data.csv_faults import separator, surplus, swallowed
+from fedsynth.scenario.schema import Data, TestRows
+from fedsynth.typed import BadValue
+
+TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
+MAX_CHARACTERS = 1_000_000  # of a cell; a longer one is a quote that never closes, or no text
+SAVED = ("dataset_dict.json", "dataset_info.json")  # what datasets.save_to_disk leaves in a folder
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a source holds.
+
+    Attributes:
+        table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
+            the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
+            (none without `data.test`). Never changed in place: it is remembered.
+        incomplete: Rows left out because they have no text or no label.
+        merged: Spellings of persons and clients that stand for another one (`data.spellings`).
+    """
+
+    table: pd.DataFrame
+    incomplete: int
+    merged: int = 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a source say what; None for what it does not say.
+
+    Attributes:
+        text: The text or instruction.
+        answer: The class name or response.
+        classes: Whether answers are class names: two spellings of one would be two classes.
+        test: Which rows are held out.
+        unit: The person; None: each row is a unit of its own.
+        client: Whose values are the natural clients.
+        spellings: What becomes of persons and clients that are written in several ways; None: they are refused, and no
+            key says otherwise.
+    """
+
+    text: str
+    answer: str
+    classes: bool = True
+    test: TestRows | None = None
+    unit: str | None = None
+    client: str | None = None
+    spellings: Literal["refuse", "merge"] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """All of them, each once."""
+        named = [self.text, self.answer, self.client, self.unit, self.test.column if self.test else None]
+        return list(dict.fromkeys(column for column in named if column is not None))
+
+
+@dataclass(frozen=True)
+class _OfHub:
+    name: str
+    subset: str | None
+    revision: str | None
+
+
+def read_rows(data: Data) -> Rows:
+    """The rows that have a text and a label. Read once per process, and again when the source changes.
+
+    Raises:
+        BadValue: If the source or a column is missing or cannot be used, labels, persons or clients are spellings of
+            one, a quote swallows rows, or a person has both training and test rows.
+    """
+    place = find(data.source) if data.hub_name is None else _OfHub(data.hub_name, data.subset, data.revision)
+    classes = data.task == "classification"
+    columns = Columns(
+        data.text,
+        data.label if classes else data.response,
+        classes,
+        data.test,
+        data.unit,
+        data.client_column,
+        data.spellings,
+    )
+    # Arms that divide one source in different ways share what was read.
+    return _read(data.source, columns, place, _stamp(place))
+
+
+def find(source: str) -> Path:
+    """The file or saved data set that a scenario names: as it stands, or in the folder named by FEDSYNTH_DATA.
+
+    Raises:
+        BadValue: If it is in neither place.
+    """
+    places = [Path(source)]
+    if folder := os.environ.get("FEDSYNTH_DATA"):
+        places.append(Path(folder) / source)
+    for place in places:
+        if place.is_file() or _is_saved(place):
+            return place
+    if any(place.is_dir() for place in places):
+        raise BadValue(f"{source}: is a folder, but none that datasets.save_to_disk wrote: name a file in it")
+    raise BadValue(f"no data file {source!r} (looked in {', '.join(str(p.parent.absolute()) for p in places)})")
+
+
+ALIKE = "differ only in case, blanks or what cannot be seen"
+NAMED = 5  # groups of spellings in a message
+
+
+def refuse_alike(labels: Iterable[str]) -> None:
+    """Two spellings of one class would be two classes.
+
+    Raises:
+        BadValue: If labels are the `same`; they are named so that the difference is seen.
+    """
+    if found := alike(labels):
+        raise BadValue(f"labels {ALIKE}: {_spelt(found)}; write each class one way")
+
+
+def _spelt(found: Sequence[Sequence[str]]) -> str:
+    more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return ", ".join(map(told_apart, found[:NAMED])) + more
+
+
+def _is_saved(place: Path) -> bool:
+    return any((place / name).is_file() for name in SAVED)
+
+
+def _stamp(place: Path | _OfHub) -> tuple[int, ...]:
+    """Changes when the source does; a data set of the Hub is read once per process."""
+    if isinstance(place, _OfHub):
+        return ()
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return tuple(p.stat().st_mtime_ns for p in files)
+
+
+@lru_cache(maxsize=4)
+def _read(source: str, columns: Columns, place: Path | _OfHub, _: tuple[int, ...]) -> Rows:
+    asked = columns.names
+    try:
+        return rows_of(_from_hub(place, asked) if isinstance(place, _OfHub) else load_columns(place, asked), columns)
+    except BadValue as problem:
+        raise BadValue(f"{source}: {problem}") from problem
+
+
+def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
+    """The rows that have a text and an answer.
+
+    Args:
+        raw: The columns, as `load_columns` gives them.
+        columns: Which says what.
+
+    Raises:
+        BadValue: If no row can be used or the text column holds numbers; also for a cell that is no text, a
+            missing person, labels, persons or clients that are spellings of one, test rows that no row is or that
+            have no label, or a person with training and test rows.
+    """
+    for column in raw.columns:
+        _check_cells(raw[column], column)
+    _refuse_numbers(raw[columns.text], columns.text)
+    found = pd.DataFrame({TEXT: _as_texts(raw[columns.text]), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
+    whole = found.notna().all(axis=1).to_numpy()
+    if not whole.any():
+        raise BadValue(f"no row has both {columns.text!r} and {columns.answer!r} (it has {len(raw)} rows)")
+    held = np.zeros(len(raw), dtype=bool) if columns.test is None else _held(raw[columns.test.column], columns.test)
+    if columns.test is not None:
+        _refuse_no_test(raw[columns.test.column], columns, held, found)
+    found, raw = found[whole].reset_index(drop=True), raw[whole].reset_index(drop=True)
+    found[UNIT] = found.index if columns.unit is None else _names(raw, columns.unit)
+    found[CLIENT] = "" if columns.client is None else _names(raw, columns.client)
+    found[HELD] = held[whole]
+    merged = sum(_one_spelling(found, column, name, columns.spellings)
+                 for column, name in ((UNIT, columns.unit), (CLIENT, columns.client)) if name)  # fmt: skip
+    if columns.classes:
+        refuse_alike(found[LABEL])
+    if both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]])):
+        raise BadValue(
+            f"{both} values of the unit column {columns.unit!r} have training and test rows: a person belongs in one "
+            "of the two, mend the test rows"
+        )
+    return Rows(found, int((~whole).sum()), merged)
+
+
+def _names(raw: pd.DataFrame, column: str) -> list[str]:
+    names = _as_texts(raw[column])
+    if missing := names.count(None):
+        raise BadValue(f"{missing} rows have no value in column {column!r}")
+    return [name for name in names if name is not None]
+
+
+def _one_spelling(found: pd.DataFrame, column: str, name: str, spellings: str | None) -> int:
+    """Refuses persons or clients that are written in several ways, or merges them in `found`: how many spellings then
+    stand for another one."""
+    if not (several := alike(found[column])):
+        return 0
+    if spellings != "merge":
+        what = "person" if column == UNIT else "client"
+        way_out = ', or say data.spellings = "merge"' if spellings else ""
+        raise BadValue(
+            f"{len(several)} {what}s of the column {name!r} are written in ways that {ALIKE}: {_spelt(several)}; write "
+            f"each one way{way_out}"
+        )
+    found[column] = [same(value) for value in found[column]]
+    return sum(len(group) - 1 for group in several)
+
+
+def _held(column: pd.Series[Any], test: TestRows) -> np.ndarray[Any, Any]:
+    return np.array([value == test.equals for value in _as_texts(column)], dtype=bool)
+
+
+def _refuse_no_test(column: pd.Series[Any], columns: Columns, held: np.ndarray[Any, Any], found: pd.DataFrame) -> None:
+    """Refuses test rows that are not there, or that nothing can be measured on."""
+    assert columns.test is not None
+    equals, name = columns.test.equals, columns.test.column
+    if not held.any():
+        known = ", ".join(repr(v) for v in list(dict.fromkeys(_as_texts(column)))[:5])
+        raise BadValue(f"no row has {equals!r} in the test column {name!r}; it has {known}")
+    if not found[held].notna().all(axis=1).any():
+        answered = found[held][LABEL].notna().any()
+        lacks = "text" if answered else HIDDEN if columns.classes else "response"
+        raise BadValue(nothing_to_test_on(int(held.sum()), columns.test, lacks))
+
+
+HIDDEN = "label (-1 hides it)"
+
+
+def nothing_to_test_on(rows: int, test: TestRows, lacks: str = HIDDEN) -> str:
+    """What to say of test rows that all lack something."""
+    return (
+        f"{rows} rows are {test.equals!r} in the test column {test.column!r}, none of them has a {lacks}; name another "
+        "split"
+    )
+
+
+def _as_texts(column: pd.Series[Any]) -> list[str | None]:
+    """Each cell as text; None for a missing or blank one."""
+    texts = [None if gone else _as_text(value) for value, gone in zip(column, column.isna(), strict=True)]
+    return [None if text is None or blank(text) else text for text in texts]
+
+
+def _as_text(value: object) -> str:
+    # A whole number beside a missing one is read as a float.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _check_cells(column: pd.Series[Any], name: str) -> None:
+    """Refuses what no text column holds; row numbers count from 1, a header is not counted."""
+    for row, value in enumerate(column, start=1):
+        if misfit := _misfit(value):
+            raise BadValue(f"row {row} of column {name!r} {misfit}")
+
+
+def _misfit(value: object) -> str:
+    """Why a cell belongs in no text column; "" where it may."""
+    if isinstance(value, bytes | bytearray | memoryview | list | tuple | set | dict | np.ndarray):
+        return f"holds {type(value).__name__} values, not text"
+    if not isinstance(value, str):
+        return ""
+    if len(value) > MAX_CHARACTERS:
+        return (
+            f"has {len(value)} characters, at most {MAX_CHARACTERS} are read: look for a quote that never closes, or "
+            "cut the text"
+        )
+    return "holds a character that is no text (NUL or half a pair)" if "\0" in value or not _encodes(value) else ""
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_numbers(column: pd.Series[Any], name: str) -> None:
+    values = column[column.notna() & (column != "")]
+    if len(values) and all(map(_is_number, values)):
+        raise BadValue(f"column {name!r} holds numbers, not text: name the text's column")
+    if len(values) and not any(isinstance(value, str) for value in values):
+        raise BadValue(
+            f"column {name!r} holds {type(values.iloc[0]).__name__} values, not text: name the text's column"
+        )
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, numbers.Number):
+        return not isinstance(value, bool)
+    try:
+        float(str(value))
+    except ValueError:
+        return False
+    return True
+
+
+# --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
+
+
+def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
+    """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
+
+    Args:
+        path: Of it.
+        asked: Columns.
+
+    Raises:
+        BadValue: If it cannot be read, or has no such column; the message does not name the file.
+    """
+    try:
+        frame = _loader(path)(path, asked)
+    except BadValue:
+        raise
+    except Exception as problem:
+        raise BadValue(f"cannot be read: {_reason(problem)}") from problem
+    return _as_objects(frame)
+
+
+def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = frame.astype(object)
+    return frame.where(frame.notna(), None)
+
+
+def _reason(problem: Exception) -> str:
+    """One line of what went wrong."""
+    return " ".join(str(problem).split())[:300] or type(problem).__name__
+
+
+Loader = Callable[[Path, Sequence[str] | None], pd.DataFrame]
+
+
+def _loader(path: Path) -> Loader:
+    loaders: dict[str, Loader] = {".csv": _from_csv, ".jsonl": _from_jsonl, ".parquet": _from_parquet}
+    if path.is_dir():
+        return _from_disk
+    if path.suffix.lower() not in loaders:
+        raise ValueError("expected a .csv, .jsonl or .parquet file, or a folder that datasets.save_to_disk wrote")
+    return loaders[path.suffix.lower()]
+
+
+def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
+    """The columns that are asked for, or all."""
+    for column in asked or ():
+        if column not in names:
+            raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
+    return list(names if asked is None else asked)
+
+
+def decoded(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError: If it is empty or not UTF-8.
+    """
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("its encoding is UTF-16: save it as UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")  # without the mark that some programs put first
+    except UnicodeDecodeError as problem:
+        line = raw.count(b"\n", 0, problem.start) + 1
+        raise ValueError(f"byte 0x{raw[problem.start]:02x} in line {line} is not UTF-8: save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"a NUL byte in line {text.count(chr(10), 0, text.index(chr(0))) + 1}: save it as UTF-8 text")
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
+
+
+def _from_csv(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    """Text as it stands in the file: "01" and "None" are labels like any other."""
+    text = decoded(path)
+    if sign := separator(text, asked or ()):
+        raise BadValue(
+            f"its columns are parted by {sign!r}, not by commas: save it with commas, or as JSONL or Parquet"
+        )
+    if found := swallowed(text):
+        raise ValueError(f"{found[0]}{f' (and {len(found) - 1} more such quotes)' if len(found) > 1 else ''}")
+    head = pd.read_csv(io.StringIO(text), header=None, nrows=1, dtype=str, keep_default_na=False)
+    names = [str(name) for name in head.iloc[0]]
+    chosen = _chosen(names, asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+        try:
+            frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, index_col=False)
+        except (pd.errors.ParserWarning, pd.errors.ParserError) as problem:
+            raise ValueError(surplus(text) or _reason(problem)) from problem
+    return frame[chosen]
+
+
+def _from_jsonl(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(decoded(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique)
+        except BadValue as problem:
+            raise BadValue(f"line {number}: {problem}") from None
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"line {number} is not JSON: {problem}") from None
+        except ValueError:  # Python reads no whole number of more than some thousand digits
+            raise ValueError(f"line {number} holds a number that is too long to be read: put it in quotes") from None
+        except RecursionError:
+            raise ValueError(f"line {number} is nested too deep to be read: give each column a text") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'line {number} is no JSON object: each line must read {{"column": "value", ...}}')
+        rows.append(row)
+    chosen = _chosen(list(dict.fromkeys(name for row in rows for name in row)), asked)
+    return pd.DataFrame({column: [row.get(column) for row in rows] for column in chosen}, dtype=object)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        _chosen([name for name, _ in pairs], None)
+    return dict(pairs)
+
+
+def _from_parquet(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    try:
+        file = pq.ParquetFile(path)
+    except Exception as problem:
+        raise ValueError(f"it is not a Parquet file: {_reason(problem)}") from problem
+    with file:
+        table = file.read(columns=_chosen(list(file.schema_arrow.names), asked))
+    frame: pd.DataFrame = table.to_pandas(integer_object_nulls=True, ignore_metadata=True)
+    return frame
+
+
+def _from_disk(path: Path, asked: Sequence[str] | None) -> pd.DataFrame:
+    import datasets  # takes a second to import
+
+    return _from_dataset(datasets.load_from_disk(str(path)), asked)
+
+
+def _from_hub(place: _OfHub, asked: Sequence[str]) -> pd.DataFrame:
+    """A data set by name; the library runs no code of the data set's author."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(place.name, place.subset, revision=place.revision)
+    except Exception as problem:
+        raise BadValue(
+            f"cannot be loaded: {_reason(problem)}; check data.source, data.subset and data.revision, log in with "
+            "`hf auth login` if it is gated, or download it and name the folder or file"
+        ) from problem
+    return _as_objects(_from_dataset(found, asked))
+
+
+def pinned(data: Data) -> Data:
+    """With the commit of a data set of the hub, so that every process reads the same; where the hub cannot be reached,
+    as it is: then the local cache serves all."""
+    if data.hub_name is None or re.fullmatch("[0-9a-f]{40}", data.revision or ""):
+        return data
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(data.hub_name, revision=data.revision).sha
+    except Exception:
+        return data
+    return replace(data, revision=commit)
+
+
+def _from_dataset(found: Any, asked: Sequence[str] | None) -> pd.DataFrame:
+    """All splits below each other, with the split's name in a column `split`; numbers of classes as their names."""
+    import datasets
+
+    parts = dict(found) if isinstance(found, datasets.DatasetDict) else {None: found}
+    names = list(dict.fromkeys(column for part in parts.values() for column in part.column_names))
+    add_split = None not in parts and "split" not in names
+    chosen = _chosen([*names, "split"] if add_split else names, asked)
+    frames = []
+    for split, part in parts.items():
+        own = [column for column in chosen if column in part.column_names]
+        frame = part.select_columns(own).to_pandas()
+        for column in own:
+            if isinstance(part.features[column], datasets.ClassLabel):
+                frame[column] = _class_names(frame[column], part.features[column].names)
+        frames.append(frame.astype(object).assign(split=split) if add_split else frame.astype(object))
+    together: pd.DataFrame = pd.concat(frames, ignore_index=True)[chosen]
+    return together
+
+
+def _class_names(numbers: pd.Series[Any], names: Sequence[str]) -> list[str | None]:
+    # -1 stands for a hidden label.
+    return [None if gone or n < 0 else names[int(n)] for n, gone in zip(numbers, numbers.isna(), strict=True)]

@@ -1,0 +1,1 @@
+"""Real sites and their coordinator: keys, policies, invitations, programs."""

@@ -1,0 +1,168 @@
+"""A real site's home: what a scenario asks for, within what site.toml allows."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+
+from fedsynth.clients.audit_log import Trail
+from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
+from fedsynth.deployment.invitation import public_labels
+from fedsynth.deployment.policy import SITE, Place, load_site
+from fedsynth.federation.messages import Envelope
+from fedsynth.federation.validation import Rejected, check_settings
+from fedsynth.privacy.plan import Budget
+from fedsynth.scenario.schema import Cell, Client
+from fedsynth.system.folders import private_folder
+from fedsynth.typed import BadValue
+
+BUNDLE = "FEDSYNTH_BUNDLE"  # set for a client app's process: the hash of what the server sent
+
+
+def site_home(context: Context, envelope: Envelope) -> Home:
+    """The home of this site, for an order of a run: what the scenario asks, within what site.toml allows.
+
+    Raises:
+        BadValue: If site.toml or the scenario cannot be read.
+        KeyError: If the scenario has no such arm or seed.
+        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used, or knows less than the trail.
+    """
+    place = load_site(Path(os.environ[SITE]))
+    cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
+    return home_of(place, cell, envelope, _asker(place, context))
+
+
+def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> Home:
+    """`site_home` for a resolved cell. No file of the site but site.toml, its account and what stands above its rows is
+    opened for it.
+
+    Args:
+        place: The site.
+        cell: What is asked.
+        envelope: Of the order.
+        who: Who asks, for the audit trail.
+        ledger: More for the account.
+    """
+    site, scenario = place.site, cell.scenario
+    if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) for name in (envelope.run, cell.arm)):
+        raise BadValue("run and arm name folders here: letters, digits, dots, dashes and underscores")
+    work = place.state / "runs" / envelope.run / cell.arm / f"seed-{cell.seed}"
+    private_folder(work)
+    # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
+    labels = public_labels(scenario.data)
+    config = client_of(place, scenario.client.of(envelope.home))
+    trail = place.witness({"strategy": scenario.strategy.use, **who})
+    account = place.open_ledger(witness=trail, **ledger)
+    return Home(
+        index=envelope.home,
+        config=config,
+        labels=labels,
+        records=site.data.records,
+        rounds=scenario.rounds,
+        unit="row" if site.data.person is None else "person",  # not what the site calls its column
+        work=work,
+        run=f"{envelope.run}/{cell.arm}/{cell.seed}",
+        ledger=account,
+        open=lambda: place.open_rows(account),
+        simulated=False,
+        allowed=rules_of(place, cell, config, labels),
+        lock=place.ledger.parent / "orders.lock",
+        approvals=place.approvals,
+        trail=trail,
+    )
+
+
+def unopened(task: str, why: str) -> None:
+    """Writes down that an order came for which no home could be opened; the reason may hold private values.
+
+    Args:
+        task: Of the order.
+        why: A traceback.
+    """
+    place = load_site(Path(os.environ[SITE]))
+    Trail(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
+        "refused", task=task, why="no home could be opened for the order: site.log"
+    )
+    site_log(place.state).error("%s: %s", task, why)
+
+
+def client_of(place: Place, asked: Client) -> Client:
+    """What the site runs: what the scenario asks, with the site's own models, and no larger budget than it allows."""
+    models, cap = place.site.models, place.site.policy.per_run
+    found = replace(asked, task_models=(), stacked=None)
+    if models.generator:
+        found = replace(found, generator=place.model(models.generator))
+    if models.task_model:
+        found = replace(found, task_model=place.model(models.task_model))
+    if asked.budget is not None and cap is not None:
+        least = Budget(min(asked.budget.epsilon, cap.epsilon), min(asked.budget.delta, cap.delta))
+        found = replace(found, budget=least)
+    return found
+
+
+def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) -> Rules:
+    """The site's policy, held against a scenario. Nothing private is read for it.
+
+    Args:
+        place: The site.
+        cell: What is asked.
+        config: What would run here: `client_of`.
+        labels: The scenario's.
+    """
+    policy = place.site.policy
+    return Rules(
+        orders=frozenset(policy.orders),
+        outputs=frozenset(policy.outputs),
+        without_guarantee=policy.without_guarantee,
+        approval=policy.approve_text,
+        objection=_objection(place, cell, config, labels),
+    )
+
+
+def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) -> Exception | None:
+    site, policy, scenario = place.site, place.site.policy, cell.scenario
+    if policy.strategies and scenario.strategy.use not in policy.strategies:
+        return NotAllowed(f"the strategy {scenario.strategy.use!r} is none of policy.strategies")
+    if site.data.records < policy.minimum_records:
+        return NotAllowed(
+            f"{site.data.records} records are declared, policy.minimum_records is {policy.minimum_records}"
+        )
+    bundle = os.environ.get(BUNDLE, "")
+    if policy.bundles and bundle not in policy.bundles:
+        return NotAllowed(f"the server's bundle {bundle or 'without a hash'} is none of policy.bundles")
+    if scenario.data.task != site.data.task:
+        return WrongData(f"the scenario's task is {scenario.data.task!r}, the site's data are for {site.data.task!r}")
+    if set(labels) != set(site.data.labels):
+        strange, missing = sorted(set(labels) - set(site.data.labels)), sorted(set(site.data.labels) - set(labels))
+        return WrongLabels(f"of the scenario's labels data.labels has not {strange}; the scenario has not {missing}")
+    named = {"generator": config.generator, "task_model": config.task_model}
+    for role, name in named.items():
+        if name and not getattr(site.models, role) and name not in policy.models:
+            return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
+    if place.imported is None:
+        return NotAllowed("no row has been imported as site.toml declares them: fedsynth site check")
+    return _out_of_range(config, scenario.rounds)
+
+
+def _out_of_range(config: Client, rounds: int) -> Exception | None:
+    """Numbers that a server chose beyond which the privacy statement was never shown to hold."""
+    try:
+        check_settings(config, rounds)
+    except Rejected as problem:
+        return NotAllowed(str(problem))
+    return None
+
+
+def _asker(place: Place, context: Context) -> dict[str, Any]:
+    return {
+        "dataset": place.site.data.id,
+        "superlink": place.site.superlink.address,
+        "flower_run": str(context.run_id),
+        "bundle": os.environ.get(BUNDLE, ""),
+    }

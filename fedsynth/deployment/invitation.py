@@ -1,0 +1,149 @@
+"""What a coordinator tells its sites: where the server is, whom to trust, what is planned. There is no secret in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+
+from fedsynth.data.partition import label_list
+from fedsynth.scenario.schema import Data, Scenario
+from fedsynth.scenario.toml import cells
+from fedsynth.typed import BadValue, build, plain, toml_file
+
+FILE = "invitation.toml"
+HOST = re.compile(r"[A-Za-z0-9._:%-]+")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+HEADER = """\
+# An invitation to a federation: `fedsynth site init DIR --name NAME --invitation invitation.toml` reads it.
+# It holds no secret. Whoever can change it on its way can put their own server in the place of this one, so compare
+# the certificate's fingerprint with the coordinator: openssl x509 -noout -fingerprint -sha256 -in DIR/ca.crt
+
+"""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What of a scenario a site's operator needs to fill in site.toml.
+
+    Attributes:
+        name: The scenario's.
+        task: As `data.task`.
+        labels: The public label list; empty for instructions.
+        strategies: Of the arms that run.
+        models: That clients load.
+        guarantee: `none` if one arm has none.
+        epsilon, delta: The largest budget of an arm: of one run, not of the data's lifetime.
+        rounds: Of a run.
+    """
+
+    name: str
+    task: Literal["classification", "instructions"]
+    labels: tuple[str, ...]
+    strategies: tuple[str, ...]
+    models: tuple[str, ...]
+    guarantee: str
+    rounds: int = 1
+    epsilon: float | None = None
+    delta: float | None = None
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """An invitation.
+
+    Attributes:
+        address: HOST:PORT that sites connect to.
+        ca: The CA that vouches for the server there, as PEM.
+        scenario: What is planned.
+    """
+
+    address: str
+    ca: str
+    scenario: Planned
+
+    def __post_init__(self) -> None:
+        host_and_port(self.address)
+
+
+def planned(scenario: Scenario) -> Planned:
+    """What sites are told of a scenario.
+
+    Raises:
+        BadValue: If its label list is not a public one.
+    """
+    arms = [cell.scenario for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
+    budgets = [arm.client.budget for arm in arms if arm.client.budget is not None]
+    models = [name for arm in arms for name in (arm.client.generator, arm.client.task_model, *arm.client.task_models)]
+    return Planned(
+        name=scenario.name,
+        task=scenario.data.task,
+        labels=public_labels(scenario.data),
+        strategies=tuple(dict.fromkeys(arm.strategy.use for arm in arms)),
+        models=tuple(dict.fromkeys(filter(None, models))),
+        guarantee="none" if any(arm.client.guarantee == "none" for arm in arms) else "dp",
+        rounds=max(arm.rounds for arm in arms),
+        epsilon=max((budget.epsilon for budget in budgets), default=None),
+        delta=max((budget.delta for budget in budgets), default=None),
+    )
+
+
+def public_labels(data: Data) -> tuple[str, ...]:
+    """The label list of a run on sites, which no row may have a part in: a rare class can reveal a person.
+
+    Raises:
+        BadValue: If it would be read from a file.
+    """
+    if data.labels == "all" and data.world is None and data.task == "classification":
+        raise BadValue(f"data.labels would be read from {data.source}, and the list of a run on sites must be public: "
+                       'name the classes, data.labels = ["...", "..."]')  # fmt: skip
+    return label_list(data)
+
+
+def read_invitation(path: Path) -> Invitation:
+    """An invitation from its file.
+
+    Raises:
+        BadValue: If there is none, or it is not valid.
+    """
+    with toml_file(path, "the coordinator sends it: invitation.toml") as table:
+        return build(Invitation, table)
+
+
+def invitation_toml(made: Invitation) -> str:
+    """The file's text."""
+    return HEADER + tomli_w.dumps(plain(made), multiline_strings=True)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts of HOST:PORT; the brackets around an IPv6 address go.
+
+    Raises:
+        BadValue: If it is none.
+    """
+    host, colon, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    numbered = port.isascii() and port.isdecimal() and 0 < int(port) < 65536
+    if not colon or not HOST.fullmatch(bare) or (":" in bare and bare == host) or not numbered:
+        raise BadValue(f"an address must read HOST:PORT, as superlink.example.org:9443 or [::1]:9443, got {address!r}")
+    return bare, int(port)
+
+
+def joined(host: str, port: int) -> str:
+    """HOST:PORT."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_name(name: str) -> str:
+    """A site's name, which also names files.
+
+    Raises:
+        BadValue: If it cannot be one.
+    """
+    if not NAME.fullmatch(name):
+        raise BadValue(f"a site's name has letters, digits, '.', '_' and '-', 63 at most, and begins with a letter or "
+                       f"digit, got {name!r}")  # fmt: skip
+    return name

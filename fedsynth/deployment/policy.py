@@ -1,0 +1,245 @@
+"""site.toml: what a site is, and what its operator allows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedsynth.clients.approval import Approvals
+from fedsynth.clients.audit_log import Trail
+from fedsynth.data import rowstore
+from fedsynth.data.sources import SiteData, laid_out
+from fedsynth.deployment.invitation import check_name, host_and_port
+from fedsynth.federation.messages import ORDERS, Output
+from fedsynth.privacy.plan import Budget
+from fedsynth.system.folders import private_folder
+from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
+
+if TYPE_CHECKING:
+    from fedsynth.data.partition import Site as Texts
+    from fedsynth.privacy.ledger import Ledger
+
+SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
+UNDER_GUARANTEE = tuple(o.task for o in ORDERS if o.task not in ("train.self_train", "evaluate.evaluate"))
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """How to reach the server, and be known by it.
+
+    Attributes:
+        address: HOST:PORT of the SuperLink; always TLS.
+        root_certificates: PEM file of the CA that the server's certificate is checked against.
+        private_key: The site's key (EC, OpenSSH format); the server knows the site by it.
+    """
+
+    address: str
+    root_certificates: str = "ca.crt"
+    private_key: str = "keys/node"
+
+    def __post_init__(self) -> None:
+        host_and_port(self.address)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Models that the site takes instead of those that the scenario names: a folder, or a name as there.
+
+    Attributes:
+        generator: Causal or seq2seq model that learns the site's text. Adapters fit only one and the same.
+        task_model: What becomes the site's classifier; may be another one than at other sites.
+    """
+
+    generator: str = ""
+    task_model: str = ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the operator allows. A scenario can only be stricter.
+
+    Attributes:
+        lifetime: What all runs together may ever spend on this data set. What would pass it is refused unspent.
+        per_run: What all that carries one run's id may spend together; a scenario that asks for more gets this. The id
+            is the server's word: this guards against its mistakes, `lifetime` against the server.
+        strategies: Strategies that may ask, as a scenario names them.
+        orders: Orders that are answered.
+        outputs: Kinds of what may leave: text, adapter, scores, metrics. Who has an adapter can sample text from it
+            that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
+            covers them.
+        without_guarantee: Whether something may leave without a mechanism. The data's epsilon is infinite from then on.
+        minimum_records: Fewer declared records take part in nothing.
+        models: Models of a scenario that may be loaded here.
+        approve_text: Synthetic text waits for `fedsynth site approve`.
+        bundles: SHA-256 of the server's bundles that may ask; left out, any. Their code is never run in any case.
+    """
+
+    lifetime: Budget
+    per_run: Budget | None = None
+    strategies: tuple[str, ...] = ()
+    orders: tuple[str, ...] = UNDER_GUARANTEE
+    outputs: tuple[Output, ...] = ("text", "scores")
+    without_guarantee: bool = False
+    minimum_records: Count = 100
+    models: tuple[str, ...] = ()
+    approve_text: bool = True
+    bundles: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range(self, "policy")
+        known = {order.task for order in ORDERS}
+        if strange := sorted(set(self.orders) - known):
+            raise BadValue(f"policy.orders: no order {strange[0]!r}; there are {', '.join(sorted(known))}")
+        for name, budget in (("lifetime", self.lifetime), ("per_run", self.per_run)):
+            if budget is not None and budget.delta > Budget.delta:
+                raise BadValue(f"policy.{name}: delta must be at most {Budget.delta:g}, got {budget.delta:g}")
+        if self.per_run is not None and self.per_run.epsilon > self.lifetime.epsilon:
+            raise BadValue(f"policy.per_run allows epsilon {self.per_run.epsilon:g}, more than policy.lifetime "
+                           f"({self.lifetime.epsilon:g})")  # fmt: skip
+        if self.outputs and not self.orders:
+            raise BadValue("policy.orders is empty: such a site answers nothing; leave it out for the usual orders")
+        for bundle in self.bundles:
+            if not re.fullmatch(r"[0-9a-f]{64}", bundle):
+                raise BadValue(f"policy.bundles: a SHA-256 has 64 hexadecimal digits, got {bundle!r}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What site.toml says.
+
+    Attributes:
+        name: Under which the coordinator registered the site's key.
+        data: The site's text.
+        policy: What the operator allows.
+        superlink: How to reach the server.
+        models: Models that the site takes instead of the scenario's.
+        state: Folder of task models, logs and audit trail; belongs to this site for ever.
+        accounts: Folder of the ledgers, one for each data set, for ever; left out, in `state`. A hospital in two
+            federations names the same one in both: it is one data set, and one account.
+        device: `auto` (a GPU where there is one), `cpu`, or the number of a GPU, as `cuda:1`.
+        threads: That one message may use on CPUs.
+        start_seconds: How long the site's programs may take to start. What has died is noticed at once: this clock is
+            for a SuperNode that stands still before its first connection.
+    """
+
+    name: str
+    data: SiteData
+    policy: Policy
+    superlink: SuperLink
+    models: Models = field(default_factory=Models)
+    state: str = "state"
+    accounts: str = ""
+    device: str = "auto"
+    threads: Count = 1
+    start_seconds: Positive = 600.0
+
+    def __post_init__(self) -> None:
+        in_range(self)
+        check_name(self.name)
+        if not re.fullmatch(r"auto|cpu|cuda:\d+", self.device):
+            raise BadValue(f'device must be "auto", "cpu" or "cuda:NUMBER", got {self.device!r}')
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site's file and its folder, in which all relative paths of the file lie."""
+
+    site: Site
+    folder: Path
+
+    @property
+    def cards(self) -> dict[str, str]:
+        """What makes programs see the GPUs of `device` alone, for their environment."""
+        if self.site.device == "auto":
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": self.site.device.removeprefix("cpu").removeprefix("cuda:")}
+
+    def path(self, name: str) -> Path:
+        """Where a file or folder that site.toml names lies."""
+        return self.folder / name
+
+    @property
+    def state(self) -> Path:
+        """The site's own folder."""
+        return self.path(self.site.state)
+
+    @property
+    def accounts(self) -> Path:
+        """The folder of accounts, one for each data set."""
+        return self.path(self.site.accounts) if self.site.accounts else self.state / "accounts"
+
+    @property
+    def ledger(self) -> Path:
+        """The account of the site's data set."""
+        return self.accounts / self.site.data.id / "ledger.sqlite"
+
+    @property
+    def trail(self) -> Path:
+        """The audit trail."""
+        return self.state / "audit.jsonl"
+
+    @property
+    def approvals(self) -> Approvals:
+        """What waits for a person."""
+        return Approvals(self.state / "approvals")
+
+    def witness(self, who: Mapping[str, Any] | None = None) -> Trail:
+        """The audit trail, to which entries about this data set are added.
+
+        Args:
+            who: What else stands in every entry: who asks.
+        """
+        return Trail(self.trail, {**(who or {}), "dataset": self.site.data.id})
+
+    def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
+        """The account, with the audit trail as its witness unless another one is named.
+
+        Raises:
+            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, knows less than the trail, or there is none
+                and it is not to be made.
+        """
+        from fedsynth.privacy.ledger import Ledger  # most commands need none
+
+        if create:
+            private_folder(self.ledger.parent)
+        policy, told = self.site.policy, {"witness": self.witness(), **more}
+        return Ledger(
+            self.ledger, dataset=self.site.data.id, cap=policy.lifetime, per_run=policy.per_run, create=create, **told
+        )
+
+    @property
+    def rows(self) -> Path:
+        """The site's rows as they were imported; an account may be another site's, too, which reads other columns."""
+        return self.state / "rows.jsonl"
+
+    @property
+    def imported(self) -> rowstore.Imported | None:
+        """What is said of the rows that were imported as site.toml now declares them; None where none were."""
+        found = rowstore.about(self.rows)
+        return found if found is not None and found.declared == self.site.data.digest else None
+
+    def open_rows(self, ledger: Ledger) -> Texts:
+        """The site's text: the rows that were imported. Neither file nor database is opened.
+
+        Raises:
+            fedsynth.data.rowstore.RowsUnusable: If they are not what was written under the account's key.
+        """
+        return laid_out(rowstore.read(self.rows, ledger.mac_key), self.site.data)
+
+    def model(self, name: str) -> str:
+        """A model of site.toml as it is loaded."""
+        return str(self.path(name)) if self.path(name).is_dir() else name
+
+
+def load_site(path: Path) -> Place:
+    """Reads site.toml, or that of a folder.
+
+    Raises:
+        BadValue: If it cannot be read, or says what does not fit; the message names file and key.
+    """
+    file = path / "site.toml" if path.is_dir() else path
+    with toml_file(file, "make one with `fedsynth site init`") as table:
+        return Place(build(Site, table), file.absolute().parent)

@@ -1,0 +1,153 @@
+"""The sites that a coordinator has let in: keys that its SuperLink knows, names that a run finds them by."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tomli_w
+
+from fedsynth.deployment import certificates
+from fedsynth.deployment.invitation import check_name
+from fedsynth.deployment.server import commands, flower_home, read_config
+from fedsynth.simulation.flower import CommandRefused, Commands
+from fedsynth.typed import BadValue, build, plain, toml_file
+
+SITES = "sites.toml"
+SITES_TEXT = """\
+# The sites that have been let in: written by `fedsynth server invite`. A run numbers its clients in this order.
+
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site that has been let in.
+
+    Attributes:
+        name: Under which its key is registered; a run finds it by that.
+        fingerprint: Of its public key.
+        node: Flower's id of it.
+        since: When it was let in, UTC.
+    """
+
+    name: str
+    fingerprint: str
+    node: str
+    since: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """sites.toml."""
+
+    sites: tuple[Site, ...] = ()
+
+
+def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
+    """Registers a site's public key with the running SuperLink, and notes the site in sites.toml.
+
+    Args:
+        folder: The coordinator's.
+        public_key: OpenSSH line, as the site sent it.
+        name: Of the site; left out: the file's name without its ending.
+
+    Raises:
+        BadValue: If it is no key, or name or key are taken, or no SuperLink answers.
+    """
+    fingerprint, name = certificates.fingerprint(public_key), check_name(public_key.stem if name is None else name)
+    config = read_config(folder)
+    with _changing(folder) as known:
+        for site in known:
+            if site.name == name:
+                raise BadValue(f"the name {name!r} is taken, by the key {site.fingerprint} since {site.since}: choose "
+                               f"another, or `fedsynth server invite {folder} --remove {name}`")  # fmt: skip
+            if site.fingerprint == fingerprint:
+                raise BadValue(f"the key {fingerprint} is already that of the site {site.name!r}, since {site.since}")
+        with commands(folder, config) as flwr:
+            try:
+                answer = flwr("supernode", "register", str(public_key.absolute()), "--name", name)
+            except CommandRefused as problem:
+                if "already in use" not in str(problem):
+                    raise BadValue(str(problem)) from problem
+                raise BadValue(f"the SuperLink knows the key {fingerprint}, though {SITES} does not: it was removed, "
+                               "or registered by other means. Flower takes a key once: the site makes a new one by "
+                               "`fedsynth site init DIR --new-key`, and keeps its account") from problem  # fmt: skip
+        made = Site(name, fingerprint, str(answer["node-id"]), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
+        _write_sites(folder, [*known, made])
+    return made
+
+
+def remove(folder: Path, name: str) -> Site:
+    """Unregisters a site: it gets nothing from then on, and its key cannot be registered again.
+
+    Raises:
+        BadValue: If there is no such site, or no SuperLink answers.
+    """
+    config = read_config(folder)
+    with _changing(folder) as known:
+        gone = next((site for site in known if site.name == name), None)
+        if gone is None:
+            raise BadValue(f"there is no site {name!r}: {folder / SITES} has {_listed(known)}")
+        with commands(folder, config) as flwr:
+            try:
+                flwr("supernode", "unregister", gone.node)
+            except CommandRefused as problem:
+                if "not found" not in str(problem):  # else the SuperLink's database is a new one
+                    raise BadValue(str(problem)) from problem
+        _write_sites(folder, [site for site in known if site != gone])
+    return gone
+
+
+def sites(folder: Path) -> tuple[Site, ...]:
+    """The sites that have been let in, in the order in which a run numbers them.
+
+    Raises:
+        BadValue: If sites.toml is not valid.
+    """
+    path = folder / SITES
+    if not path.exists():
+        return ()
+    with toml_file(path) as table:
+        return build(Sites, table).sites
+
+
+def states(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What the SuperLink says of the sites: by name `registered` (never seen), `online`, `offline` or `unknown`; and
+    the ids of nodes that are registered without being in sites.toml.
+
+    Raises:
+        BadValue: If no SuperLink answers.
+    """
+    with commands(folder, read_config(folder)) as flwr:
+        return states_by(flwr, sites(folder))
+
+
+def states_by(flwr: Commands, known: Sequence[Site]) -> tuple[dict[str, str], list[str]]:
+    """`states`, through an open command line."""
+    nodes = flwr("supernode", "list")["nodes"]
+    there = {str(node["node-id"]): str(node["status"]) for node in nodes if node["status"] != "unregistered"}
+    found = {site.name: there.pop(site.node, "unknown") for site in known}
+    return found, sorted(there)
+
+
+@contextlib.contextmanager
+def _changing(folder: Path) -> Iterator[tuple[Site, ...]]:
+    """The sites, for whoever adds or removes one; others wait meanwhile."""
+    with (flower_home(folder) / "sites.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield sites(folder)
+
+
+def _write_sites(folder: Path, known: Sequence[Site]) -> None:
+    part = folder / f"{SITES}.part"
+    part.write_text(SITES_TEXT + tomli_w.dumps(plain(Sites(tuple(known)))), encoding="utf-8")
+    part.replace(folder / SITES)
+
+
+def _listed(known: Sequence[Site]) -> str:
+    return ", ".join(site.name for site in known) or "none"

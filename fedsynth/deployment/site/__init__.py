@@ -1,0 +1,1 @@
+"""The commands of a site, `fedsynth site ...`, a module each."""

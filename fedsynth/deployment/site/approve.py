@@ -1,0 +1,67 @@
+"""`fedsynth site approve`: synthetic text that waits is shown to a person, who decides."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pwd
+from typing import Any
+
+from fedsynth.clients.approval import Decision
+from fedsynth.clients.audit_log import Trail
+from fedsynth.corpus import Corpus
+from fedsynth.deployment.policy import Place
+from fedsynth.federation.messages import ORDERS
+from fedsynth.typed import BadValue
+
+
+def held_text(place: Place, order: str) -> Corpus:
+    """The text of an answer that waits, or waited.
+
+    Args:
+        place: The site.
+        order: The order's digest, or how it starts.
+
+    Raises:
+        BadValue: If there is no such order, or its answer holds no text.
+    """
+    from fedsynth.federation.payload import decode
+    from fedsynth.federation.records import derived  # brings Flower
+
+    held = place.approvals.find(order)
+    kind = next(o for o in ORDERS if o.task == held["task"])
+    answer: Any = decode(_stored(place, held), kind.reply, trusted=True)
+    return next(part for part in derived(answer) if isinstance(part, Corpus))
+
+
+def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
+    """Lets an answer go, or not, and writes down who did; what was charged stays charged in any case.
+
+    Raises:
+        BadValue: If there is no such order, or it was decided before.
+    """
+    held = place.approvals.undecided(order)
+    _stored(place, held)
+    by = user()
+    # First: no text leaves of which the trail does not say who let it go.
+    Trail(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
+    return place.approvals.decide(held, decision, by)
+
+
+def user() -> str:
+    """Who runs this command, as the system knows them; and for whom, if it was sudo that says so."""
+    uid = os.getuid()
+    try:
+        name = f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
+    except KeyError:  # in a container
+        name = f"uid {uid}"
+    return f"{name} for {os.environ['SUDO_USER']}" if "SUDO_USER" in os.environ else name
+
+
+def _stored(place: Place, held: dict[str, Any]) -> bytes:
+    """The sealed answer that waits, as the ledger keeps it."""
+    stored = place.open_ledger().answered(held["order"])
+    # The text that a process wrote down which died before it was stored was another.
+    if stored is None or hashlib.sha256(stored).hexdigest() != held["sha256"]:
+        raise BadValue(f"order {held['order'][:12]} has no stored answer yet: its training has not ended")
+    return stored

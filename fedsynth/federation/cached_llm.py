@@ -1,0 +1,60 @@
+"""The server's LLM with a memory for the round in progress, and a meter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from fedsynth.federation.runs import SERVER, Journal
+from fedsynth.models.llm import TextModel
+from fedsynth.models.room import misfits
+
+V = TypeVar("V")
+
+
+class Recalled:
+    """A `TextModel` that asks another one, and never twice for the same where a run goes on.
+
+    Args:
+        llm: That is asked.
+        name: Which model it is, within the cell: what is kept is known again by it.
+        journal: Keeps the answers, and counts the tokens read and written where the model tells them.
+    """
+
+    def __init__(self, llm: TextModel, name: str, journal: Journal) -> None:
+        self.llm, self.name, self.journal = llm, name, journal
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        """As `TextModel`."""
+        how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+        return self._said(["complete", list(prompts), how], lambda: self.llm.complete(prompts, **how))
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """As `TextModel`."""
+        question = ["score", list(prompts), list(continuations)]
+        return self._said(question, lambda: self.llm.score(prompts, continuations))
+
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """As the model that is asked; nothing of it is kept."""
+        return misfits(self.llm, prompts, more, continuations)
+
+    def _said(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
+        def counted() -> list[Any]:
+            before = self._used()
+            answer = ask()
+            return [answer, [now - then for now, then in zip(self._used(), before, strict=True)]]
+
+        answer, (read, written) = self.journal.checkpoint.said([self.name, *question], counted)
+        for kind, tokens in (("read", read), ("written", written)):
+            if tokens:
+                self.journal.count(f"llm/tokens_{kind}", SERVER, tokens)
+        found: list[V] = answer
+        return found
+
+    def _used(self) -> tuple[int, int]:
+        used = getattr(self.llm, "used", None)
+        return (used.read, used.written) if used is not None else (0, 0)

@@ -1,0 +1,222 @@
+"""What a cell has done so far, on disk, so that a run that was killed goes on to the results that it would have had.
+
+A round is a function of clients and state, and its random streams follow from public seeds. So the state after each
+round is kept and, of the round in progress, what took long: the answers of each exchange and the words of the LLM. A
+resumed round runs anew from its first line over what is kept; clients answer what they had answered as they did.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from fedsynth.federation.payload import BadPayload, decode, encode
+from fedsynth.typed import BadValue
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """The folder of one cell: `round-N` holds state and record after round N, and what round N + 1 has had so far.
+
+    Attributes:
+        folder: Of the cell; made when something is saved.
+        round: Rounds that are done.
+    """
+
+    folder: Path
+    round: int = 0
+
+    def save(self, round: int, state: object, record: Mapping[str, Any]) -> None:
+        """Keeps a round's end, whole or not at all; what came before is dropped.
+
+        Args:
+            round: That is done; 0 before the first.
+            state: The strategy's own.
+            record: As plain JSON.
+
+        Raises:
+            BadValue: If the state is no dataclass of what a payload can hold; what was kept before is still there.
+        """
+        data = _kept(state)
+        draft = self.folder / ".part"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write(draft / STATE, data)
+        _write(draft / RECORD, json.dumps(record).encode())
+        whole = self._at(round)
+        shutil.rmtree(whole, ignore_errors=True)
+        draft.rename(whole)
+        self.round = round
+        for number, place in self._rounds():
+            if number != round:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def load(self, kind: type[T]) -> tuple[T, dict[str, Any]] | None:
+        """State and record of the last round that is done, which is this checkpoint's from now on; None if there is
+        none.
+
+        Args:
+            kind: The state's class.
+
+        Raises:
+            BadValue: If the state is another strategy's, or cannot be read.
+        """
+        found = max(self._rounds(), default=None)
+        if found is None:
+            return None
+        self.round, place = found
+        try:
+            state = decode((place / STATE).read_bytes(), kind, trusted=True)
+            return state, json.loads((place / RECORD).read_text())
+        except (BadPayload, OSError, ValueError) as problem:
+            raise BadValue(f"the checkpoint {place} cannot be read ({problem}): run the scenario anew") from problem
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Keeps the record of a cell that is done, and nothing else of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / DONE, json.dumps(record).encode())
+        for _, place in self._rounds():
+            shutil.rmtree(place, ignore_errors=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of a cell that is done."""
+        path = self.folder / DONE
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def exchange(self, number: int) -> Exchange:
+        """What clients answer in an exchange of the round in progress."""
+        return Exchange(self._at(self.round) / f"exchange-{number}.zip")
+
+    def said(self, question: Any, ask: Callable[[], T]) -> T:
+        """What was said to a question in the round in progress: as kept, or asked now and kept.
+
+        Args:
+            question: Plain JSON, all that the answer depends on.
+            ask: Gives the answer, plain JSON.
+        """
+        key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        path = self._at(self.round) / f"said-{key}.json"
+        if path.is_file():
+            kept: T = json.loads(path.read_text())
+            return kept
+        answer = ask()
+        if path.parent.is_dir():
+            _write(path, json.dumps(answer).encode())
+        return answer
+
+    def _at(self, round: int) -> Path:
+        return self.folder / f"round-{round}"
+
+    def _rounds(self) -> list[tuple[int, Path]]:
+        return [(int(place.name.removeprefix("round-")), place) for place in self.folder.glob("round-*")]
+
+
+CHECKPOINTS = "checkpoint"  # in a run's directory
+STATE, RECORD, DONE = "state.payload", "record.json", "done.json"
+
+
+class Exchange:
+    """Answers of one exchange, kept as they come, and whole once `close` was called.
+
+    Args:
+        path: Of its file; where its folder does not exist, nothing is kept.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._part, self._asked = path, path.with_suffix(".coming"), path.with_suffix(".asked")
+        self._archive: zipfile.ZipFile | None = None
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def kept(self, asked: Callable[[], str]) -> list[tuple[int, bytes, dict[str, Any]]] | None:
+        """By home what it answered, and the facts that were kept with it; None if the exchange is not whole.
+
+        Args:
+            asked: Digest of the orders.
+
+        Raises:
+            BadValue: If it was begun with other orders: then the code, or what it reads, is not what it was.
+        """
+        if not self._asked.is_file():
+            return None
+        if self._asked.read_text() != asked():
+            raise BadValue(f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
+                           "models or files have changed since; run the scenario anew")  # fmt: skip
+        try:
+            with zipfile.ZipFile(self._path) as archive:
+                homes = json.loads(archive.read("head.json"))["homes"]
+                return [(int(home), archive.read(home), facts) for home, facts in homes.items()]
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole: clients are asked again
+            return None
+
+    def begin(self, asked: str) -> None:
+        """Keeps the digest of the orders that were sent."""
+        if self._path.parent.is_dir():
+            _write(self._asked, asked.encode())
+
+    def add(self, home: int, answer: bytes, **facts: Any) -> None:
+        """What a home answered (nothing, where the facts say why), and plain JSON to keep with it."""
+        if self._path.parent.is_dir():
+            if self._archive is None:
+                self._archive = zipfile.ZipFile(self._part, "w", zipfile.ZIP_STORED)
+            self._archive.writestr(str(home), answer)
+            self._facts[str(home)] = facts
+
+    def close(self) -> None:
+        """All is there that will come."""
+        if self._archive is not None:
+            self._archive.writestr("head.json", json.dumps({"homes": self._facts}))
+            self._archive.close()
+            self._part.replace(self._path)
+
+
+def _kept(state: object) -> bytes:
+    """A state as bytes from which it comes back as it is."""
+    kind = type(state)
+    if not dataclasses.is_dataclass(state):
+        raise BadValue(f"a strategy's state must be a frozen dataclass, so that a run can go on from it; "
+                       f"got {kind.__name__}")  # fmt: skip
+    try:
+        data = encode(state, trusted=True)
+        again = decode(data, kind, trusted=True)
+    except Exception as problem:  # whatever a strategy may hold
+        raise BadValue(f"the strategy's state {kind.__name__} cannot be kept, so that a run could go on from it: "
+                       f"{problem}") from problem  # fmt: skip
+    if not _alike(state, again):
+        raise BadValue(f"the strategy's state {kind.__name__} does not come back as it is: name its fields' types "
+                       "(Any brings back lists for tuples), and hold plain values, Corpus and Adapter")  # fmt: skip
+    return data
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    if type(one) is not type(other):
+        return False
+    if dataclasses.is_dataclass(one) and not isinstance(one, type):
+        return all(_alike(getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(one))
+    if isinstance(one, list | tuple):
+        assert isinstance(other, list | tuple)
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, cast("np.ndarray", other), equal_nan=True)
+    return one == other or one != one
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,103 @@
+"""What a run is made with: versions, models, hardware, the state of the code; and how that differs from another's."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedsynth import __version__
+from fedsynth.models.hub import elsewhere, version_of
+from fedsynth.models.loading import endpoints_of, gpu_names, models_of
+from fedsynth.scenario.schema import Scenario
+from fedsynth.typed import BadValue
+
+PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas",
+            "flwr-datasets", "datasets")  # fmt: skip
+FILE = "versions.json"
+
+
+def surroundings(scenario: Scenario) -> dict[str, Any]:
+    """As `versions.json` of a run's directory holds it."""
+    return {
+        "fedsynth": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)),
+                     "memory_gb": round(psutil.virtual_memory().total / 1e9), "gpus": gpu_names()},
+        "code": _code(),
+        "public_seeds": list(scenario.seeds),
+        "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
+        # Which weights answer there, only their server knows.
+        "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
+    }  # fmt: skip
+
+
+def differences(run: Path, scenario: Scenario) -> list[str]:
+    """What is no longer as it was when a run was made, in words; its results may then come out otherwise.
+
+    Args:
+        run: Its directory.
+        scenario: The run's, as it would run now.
+
+    Raises:
+        BadValue: If the directory has no record of it.
+    """
+    try:
+        then = json.loads((run / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise BadValue(f"{run} is no run's directory: {FILE} cannot be read ({problem})") from problem
+    now = json.loads(json.dumps(surroundings(scenario)))
+    return [f"{key}: {_at(then, key)!r} then, {_at(now, key)!r} now"
+            for key in sorted({*_keys(then), *_keys(now)}) if _at(then, key) != _at(now, key)]  # fmt: skip
+
+
+def _keys(tree: Mapping[str, Any], above: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        path = f"{above}/{key}" if above else key
+        found += _keys(value, path) if isinstance(value, dict) else [path]
+    return found
+
+
+def _at(tree: Any, path: str) -> Any:
+    # Names of models hold slashes: the longest key that fits is the one.
+    while isinstance(tree, dict) and path:
+        key = max((k for k in tree if path == k or path.startswith(f"{k}/")), key=len, default=None)
+        if key is None:
+            return None
+        tree, path = tree[key], path[len(key) + 1 :]
+    return tree
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def _code() -> dict[str, Any] | None:
+    """The commit that this package lies in, and whether anything was changed since; None outside of a checkout."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
+                                  check=True, timeout=20)  # fmt: skip
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None  # in somebody else's repository, perhaps beside an environment
+    return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}

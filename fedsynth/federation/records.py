@@ -1,0 +1,208 @@
+"""Orders and answers to Flower records and back; private text stops here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+from flwr.app import ConfigRecord, RecordDict
+
+from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.federation.messages import Code, Envelope, Order, Origin, Output, Refused
+from fedsynth.federation.payload import decode, encode
+from fedsynth.lora import Adapter
+from fedsynth.privacy.plan import Statement
+from fedsynth.typed import BadValue, build, plain
+
+T = TypeVar("T")
+RECORD = "fedsynth"
+KINDS: dict[type[Corpus | Adapter | Scores], Output] = {Corpus: "text", Adapter: "adapter", Scores: "scores"}
+
+
+class WillNotLeave(RuntimeError):
+    """Something in an answer has no right to leave this client."""
+
+
+def pack_order(order: Order[Any], envelope: Envelope) -> RecordDict:
+    """An order for one home. Server text is checked, too: a server has no private text to send."""
+    for corpus in _parts(order, Corpus):
+        if corpus.provenance is Provenance.PRIVATE:
+            raise WillNotLeave(f"{type(order).__name__} holds private text")
+    fields: dict[str, Any] = {**plain(envelope), "payload": encode(order)}
+    return RecordDict({RECORD: ConfigRecord(fields)})
+
+
+def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
+    """The order, its envelope, and the digest that makes a repeated order recognisable.
+
+    Raises:
+        fedsynth.typed.BadValue: If the message is not such an order; of its payload a BadPayload.
+    """
+    record = _record(content)
+    facts = {f.name: _value(record, f.name) for f in dataclasses.fields(Envelope)}
+    envelope = build(Envelope, facts, "envelope")
+    data = _payload(record)
+    digest = hashlib.sha256()
+    # Not the arm: `run` names one world already, and arms that ask the same of a simulated client get the same noise.
+    for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "home")), data):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return decode(data, kind), envelope, digest.hexdigest()
+
+
+def joined(contents: Sequence[RecordDict]) -> RecordDict:
+    """Orders, or answers, as the content of one message; a single one is its own content."""
+    if len(contents) == 1:
+        return contents[0]
+    return RecordDict({f"{RECORD}.{place}": _record(content) for place, content in enumerate(contents)})
+
+
+def parted(content: RecordDict) -> list[RecordDict]:
+    """The orders, or answers, that were joined to a message, in their order; what is none is one bad part."""
+    if RECORD in content or not content:
+        return [content]
+    keys = [f"{RECORD}.{place}" for place in range(len(content))]
+    return [RecordDict({RECORD: content[key]}) for key in keys] if set(keys) == set(content) else [content]
+
+
+def stack_number(content: RecordDict) -> int:
+    """Which orders of a message train in one pass: those of one number; -1 if it says none."""
+    return _number(content, "stack")
+
+
+def home_number(content: RecordDict) -> int:
+    """Which home an order is for; -1 if it says none."""
+    return _number(content, "home")
+
+
+def _number(content: RecordDict, key: str) -> int:
+    record = content.get(RECORD)
+    number = record.get(key) if isinstance(record, ConfigRecord) else None
+    return number if isinstance(number, int) else -1
+
+
+def seal(answer: object, *, allowed: Collection[Output], waived: bool) -> bytes:
+    """An answer as the bytes that leave, if every field of it may.
+
+    Args:
+        answer: One of the answer classes of `fedsynth.federation.messages`.
+        allowed: Kinds of things that may leave: all in a simulation, what its policy says at a site.
+        waived: A release without guarantee was logged in this run's ledger.
+
+    Raises:
+        WillNotLeave: With the field and the rule.
+    """
+    name = type(answer).__name__
+    if not dataclasses.is_dataclass(answer):
+        raise WillNotLeave(f"{name} is not an answer class")
+    for field in dataclasses.fields(answer):
+        origin = field.metadata.get("origin")
+        value = getattr(answer, field.name)
+        if not isinstance(origin, Origin):
+            raise WillNotLeave(f"{name}.{field.name} declares no origin")
+        if origin is Origin.MEASURED and "metrics" not in allowed:
+            raise WillNotLeave(f"{name}.{field.name} is measured on a private model, which this site does not allow")
+        if origin is Origin.NO_GUARANTEE and not waived:
+            raise WillNotLeave(f"{name}.{field.name} has no guarantee, and no release without guarantee was logged")
+        for part in derived(value):
+            if KINDS[type(part)] not in allowed:
+                raise WillNotLeave(f"{name}.{field.name}: this site lets out no {KINDS[type(part)]}")
+            _check_part(part, f"{name}.{field.name}", waived)
+    for statement in _parts(answer, Statement):
+        if statement.guarantee == "dp" and any(not part.grants for part in derived(answer)):
+            raise WillNotLeave(f"{name} claims a guarantee for text, weights or scores without a grant")
+    return encode(answer)
+
+
+def derived(value: object) -> list[Corpus | Adapter | Scores]:
+    """What is in a value that may derive from private text."""
+    return [*_parts(value, Corpus), *_parts(value, Adapter), *_parts(value, Scores)]
+
+
+def _check_part(part: Corpus | Adapter | Scores, place: str, waived: bool) -> None:
+    public = False
+    if isinstance(part, Corpus):
+        if part.provenance is Provenance.PRIVATE or part.units is not None:
+            raise WillNotLeave(f"{place} is private text")
+        if part.provenance is Provenance.DP_SYNTHETIC and not part.grants:
+            raise WillNotLeave(f"{place} calls itself synthetic under DP but names no grant")
+        public = part.provenance is Provenance.PUBLIC
+    if not public and not part.grants and not waived:
+        raise WillNotLeave(f"{place} names no grant, and no release without guarantee was logged")
+
+
+def _parts(value: object, kind: type[T]) -> list[T]:
+    if isinstance(value, kind):
+        return [value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter | Scores):
+        return [p for f in dataclasses.fields(value) for p in _parts(getattr(value, f.name), kind)]
+    if isinstance(value, Mapping):
+        return [p for v in value.values() for p in _parts(v, kind)]
+    if isinstance(value, list | tuple):
+        return [p for v in value for p in _parts(v, kind)]
+    return []
+
+
+def pack_answer(data: bytes, *, refused: bool = False, seconds: float | None = None) -> RecordDict:
+    """Sealed bytes as the content of a reply.
+
+    Args:
+        data: As sealed.
+        refused: Whether they are a refusal.
+        seconds: Of the client's CPU. Simulations only: how long a client works depends on what was drawn of its text.
+    """
+    timed = {} if seconds is None else {"seconds": seconds}
+    return RecordDict({RECORD: ConfigRecord({"refused": refused, "payload": data, **timed})})
+
+
+def unpacked(content: RecordDict) -> tuple[bytes, bool, float | None]:
+    """Payload of an order or an answer; of an answer whether it is a refusal, and what `pack_answer` says of seconds.
+
+    Raises:
+        fedsynth.typed.BadValue: If the content is neither.
+    """
+    record = _record(content)
+    seconds = record.get("seconds")
+    return _payload(record), record.get("refused") is True, seconds if isinstance(seconds, float) else None
+
+
+def refusal(code: Code) -> bytes:
+    """The bytes of a refusal: a constant code and nothing else."""
+    return encode(Refused(code))
+
+
+def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:
+    """The typed answer in a reply.
+
+    Raises:
+        fedsynth.typed.BadValue: If the reply is not one; of its payload a BadPayload.
+    """
+    record = _record(content)
+    data = _payload(record)
+    return decode(data, Refused) if _value(record, "refused") is True else decode(data, kind)
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Size of what a message carries."""
+    return len(_payload(_record(content)))
+
+
+def _record(content: RecordDict) -> ConfigRecord:
+    record = content.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise BadValue(f"the message has no record {RECORD!r}")
+    return record
+
+
+def _value(record: ConfigRecord, key: str) -> Any:
+    if key not in record:
+        raise BadValue(f"the message's record {RECORD!r} has no {key!r}")
+    return record[key]
+
+
+def _payload(record: ConfigRecord) -> bytes:
+    data = _value(record, "payload")
+    if not isinstance(data, bytes):
+        raise BadValue(f"payload must be bytes, got {type(data).__name__}")
+    return data

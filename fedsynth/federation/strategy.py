@@ -1,0 +1,221 @@
+"""Strategies that are one function from round to round, and what they work with on the server."""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
+
+from fedsynth.federation.messages import Evaluate, Evaluated
+from fedsynth.federation.messaging import Clients
+from fedsynth.federation.runs import Journal, append_event
+from fedsynth.federation.trackers import event_files, figures
+from fedsynth.lora import Adapter
+from fedsynth.models.llm import TextModel
+from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice
+from fedsynth.typed import BadValue, build
+
+__all__ = ["Clients", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method is written with
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class ServerSide:
+    """What a strategy works with on the server.
+
+    Attributes:
+        cell: Arm, seed and resolved scenario; `cell.public_seed` gives every public random stream.
+        labels: The public label list.
+        llm: The server LLM.
+        professional: The model that judges and responds, KnowledgeSG's; the LLM where a scenario names no other.
+        embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
+        journal: Where the strategy records what it kept and dropped.
+        open_clients: Flower's grid -> the clients of this cell.
+        measures: Whether clients' models are measured after each round.
+    """
+
+    cell: Cell
+    labels: tuple[str, ...]
+    llm: TextModel
+    professional: TextModel
+    embed: Callable[[Sequence[str]], NDArray[np.float32]]
+    journal: Journal
+    open_clients: Callable[[Grid], Clients]
+    measures: bool = True
+
+    def new_adapter(self, seed: int) -> Adapter:
+        """What training of the clients' model starts from: the server has their base, too.
+
+        Args:
+            seed: Public, of the factors A.
+        """
+        from fedsynth.models.adapters import new_adapter  # brings torch, which methods without adapters do not need
+
+        client = self.cell.scenario.client
+        settings = client.generator_training
+        return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=seed)
+
+
+class RoundStrategy(Strategy, Generic[S]):
+    """A method: its options (`config_class`), a first state, and one function `round(clients, state) -> state`.
+
+    `start` is Flower's entry point. It is overridden because a round of these methods has several exchanges, which
+    Flower's own loop (one training, one evaluation) cannot express.
+    """
+
+    config_class: ClassVar[type[Any]]
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+
+    @classmethod
+    def check(cls, config: Any, scenario: Scenario) -> None:
+        """Whether the method can run a scenario; before any work is spent. Options may have a `check(scenario)`, too.
+
+        Args:
+            config: The method's options.
+            scenario: Resolved.
+
+        Raises:
+            BadValue: If not, with the way out.
+        """
+        if scenario.data.task not in cls.tasks:
+            raise BadValue(f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
+                           f"this scenario has {scenario.data.task!r}")  # fmt: skip
+        client = scenario.client
+        half = client.generator_training.precision == "bfloat16"
+        if half and client.guarantee == "dp" and cls.trains_generator(config):
+            raise BadValue('client.generator_training.precision = "bfloat16" gives no guarantee: in it one text can '
+                           'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
+                           'is float32 under client.guarantee = "dp"')  # fmt: skip
+        if hasattr(config, "check"):
+            config.check(scenario)
+
+    @classmethod
+    def warnings(cls, config: Any, labels: Sequence[str]) -> list[str]:
+        """What to know before a run that is possible all the same. Options may have `warnings(labels)`, too.
+
+        Args:
+            config: The method's options.
+            labels: The public label list; empty where the task is to follow instructions.
+        """
+        return list(config.warnings(labels)) if hasattr(config, "warnings") else []
+
+    @classmethod
+    def spends(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
+        """Whether any of the budget is spent under `dp`; what spends nothing is the same at every epsilon."""
+        return True
+
+    @classmethod
+    def trains_generator(cls, config: Any) -> bool:
+        """Whether the generator's training is what spends: it is checked before a run."""
+        return cls.spends(config)
+
+    def __init__(self, config: Any, server: ServerSide) -> None:
+        self.config = config
+        self.server = server
+
+    @abstractmethod
+    def initial(self) -> S:
+        """The state before round 1."""
+
+    @abstractmethod
+    def round(self, clients: Clients, state: S) -> S:
+        """One round: what is asked, what is made of it, what the state is after."""
+
+    def seed(self, purpose: str, home: int = -1) -> int:
+        """A public random stream of its own for each purpose, round and home."""
+        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=home)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 1,
+        timeout: float = 3600,  # noqa: ARG002 - Flower's signature; the scenario's server.answer_seconds rules
+        train_config: ConfigRecord | None = None,  # noqa: ARG002
+        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
+        evaluate_fn: Any = None,  # noqa: ARG002
+    ) -> Result:
+        """Runs all rounds, and measures every client's task model after each."""
+        clients, journal = self.server.open_clients(grid), self.server.journal
+        result = Result(arrays=initial_arrays or ArrayRecord())
+        state = self._resumed(clients, self.initial())
+        with event_files(journal.place("tensorboard")) as tell:
+            for number in range(journal.checkpoint.round + 1, num_rounds + 1):
+                journal.round = number
+                state = self.round(clients, state)
+                if self.server.measures:
+                    result.evaluate_metrics_clientapp[number] = self._record(clients.ask(Evaluate()))
+                spent = {} if journal.epsilon is None else {"privacy/epsilon": journal.epsilon}
+                tell(number, figures(journal.rows, number) | spent)
+                try:
+                    journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+                except BadValue as problem:
+                    # What clients sent is kept all the same: to go on then means to go through more rounds again.
+                    append_event(journal.events, {"event": "warning", "text": f"round {number}: {problem}"})
+        clients.close()
+        return result
+
+    def _resumed(self, clients: Clients, first: S) -> S:
+        """The state to go on from: after the last round that is done, or the first."""
+        journal = self.server.journal
+        found = journal.checkpoint.load(type(first))
+        if found is None:
+            journal.checkpoint.save(0, first, {**journal.record(), "exchange": 0})
+            return first
+        state, record = found
+        journal.restore(record)
+        clients.exchange = record["exchange"]
+        return state
+
+    def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
+        for home, answer in evaluated.items():
+            for metric, value in sorted(answer.metrics.items()):
+                self.server.journal.metric(home, metric, value)
+        found: dict[str, list[float]] = {}
+        for answer in evaluated.values():
+            for metric, value in answer.metrics.items():
+                found.setdefault(metric, []).append(value)
+        return MetricRecord({metric: sum(found[metric]) / len(found[metric]) for metric in sorted(found)})
+
+    def configure_train(self, *_: Any, **__: Any) -> Iterable[Message]:
+        """Unused: `round` drives its own exchanges."""
+        return []
+
+    def aggregate_train(self, *_: Any, **__: Any) -> tuple[None, None]:
+        """Unused: `round` drives its own exchanges."""
+        return None, None
+
+    def configure_evaluate(self, *_: Any, **__: Any) -> Iterable[Message]:
+        """Unused: `start` asks for the evaluation."""
+        return []
+
+    def aggregate_evaluate(self, *_: Any, **__: Any) -> None:
+        """Unused: `start` asks for the evaluation."""
+
+    def summary(self) -> None:
+        """Unused: the run directory holds the scenario and the results."""
+
+
+def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any]:
+    """The class that a scenario names, and its checked options.
+
+    Raises:
+        BadValue: If there is no such class, it is no RoundStrategy, or an option does not fit.
+    """
+    module, _, name = choice.use.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as problem:
+        raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem})") from problem
+    if not (isinstance(found, type) and issubclass(found, RoundStrategy)):
+        raise BadValue(f"strategy.use: {choice.use!r} is not a RoundStrategy")
+    return found, build(found.config_class, choice.options, "strategy")

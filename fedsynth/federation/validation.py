@@ -1,0 +1,309 @@
+"""What a server checks of an answer, and a client of an order, before using it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation.messages import (
+    FUNNEL,
+    LOSS,
+    Adopt,
+    Adopted,
+    Evaluate,
+    Evaluated,
+    Finetune,
+    Finetuned,
+    Learn,
+    Learnt,
+    Order,
+    Score,
+    Scored,
+    SelfTrain,
+    SelfTrained,
+    Synthesize,
+    Synthesized,
+    measured,
+)
+from fedsynth.limits import (
+    CLIP_NORMS,
+    MAX_ALPHA,
+    MAX_BATCH,
+    MAX_CANDIDATES,
+    MAX_GRANTS,
+    MAX_LOSS,
+    MAX_MICROBATCH,
+    MAX_NAME,
+    MAX_PROXIMAL,
+    MAX_RANK,
+    MAX_RATE,
+    MAX_RECORDS,
+    MAX_ROWS,
+    MAX_SAMPLES,
+    MAX_SCORE,
+    MAX_SEED,
+    MAX_SHOTS,
+    MAX_SIGMA,
+    MAX_STEPS,
+    MAX_TEMPERATURE,
+    MAX_TEXT,
+    MAX_TEXTS,
+    MAX_TOKENS,
+    MAX_WEIGHT,
+    MIN_TEMPERATURE,
+    MIN_TOP_P,
+)
+from fedsynth.lora import Adapter, Shared, only_b
+from fedsynth.privacy import claims
+from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
+from fedsynth.scenario.schema import Client, GeneratorTraining
+
+# What stands in an answer as a name becomes a word of a report: these, and nothing else.
+GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
+A, B = ".lora_A.weight", ".lora_B.weight"
+FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
+
+
+class Rejected(ValueError):
+    """An order or answer that does not keep to what was agreed. The message repeats no text of it."""
+
+
+def check_order(order: Order[Any], labels: Sequence[str]) -> None:
+    """A client's check: ranges only, so that a server cannot ask for what the privacy statement does not cover, or for
+    more than any site could do.
+
+    Raises:
+        Rejected: With the value and the range.
+    """
+    if isinstance(order, Synthesize):
+        _within("per_label", order.per_label, 1, MAX_SAMPLES)
+        _within("number of texts", order.per_label * len(labels), 0, MAX_TEXTS)
+        _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
+        _within("temperature", order.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+        _within("top_p", order.top_p, MIN_TOP_P, 1.0)
+    if isinstance(order, Synthesize | Learn | Finetune | Score | SelfTrain):
+        _within("seed", order.seed, 0, MAX_SEED)
+    if isinstance(order, Learn | Score) and order.corpus is not None:
+        _check_corpus(order.corpus, labels)
+        if order.corpus.provenance is Provenance.PRIVATE:
+            raise Rejected("a server sent text that is marked private")
+    if isinstance(order, Score) and not len(order.corpus):
+        raise Rejected("a server sent no text to score")
+    if isinstance(order, Finetune | SelfTrain):
+        _check_factors("start", order.start)
+    if isinstance(order, Finetune) and order.proximal is not None:
+        _within("proximal", order.proximal, 0.0, MAX_PROXIMAL)
+    if isinstance(order, Adopt | Evaluate) and order.adapter is not None:
+        _check_factors("adapter", order.adapter)
+    if isinstance(order, SelfTrain):
+        _within("writing_seed", order.writing_seed, 0, MAX_SEED)
+        _within("share", order.share, 0.0, 1.0)
+        _within("candidates", order.candidates, 1, MAX_CANDIDATES)
+        _within("keep", order.keep, 1, order.candidates)
+        _within("shots", order.shots, 1, MAX_SHOTS)
+        _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
+
+
+def check_settings(client: Client, rounds: int) -> None:
+    """What a scenario asks clients to run, checked before a run and, as it comes from a server, again at each site:
+    numbers beyond which the bound was never shown to hold, or planning and training would never end.
+
+    Args:
+        client: Of the scenario.
+        rounds: Likewise.
+
+    Raises:
+        Rejected: With the key, the value and the range.
+    """
+    for table in ("generator_training", "scorer_training"):
+        training: GeneratorTraining = getattr(client, table)
+        for key, low, high in (
+            ("steps", 1, MAX_STEPS),
+            ("rank", 1, MAX_RANK),
+            ("alpha", 0.0, MAX_ALPHA),
+            ("learning_rate", 0.0, MAX_RATE),
+            ("clip_norm", *CLIP_NORMS),
+            ("max_tokens", 1, MAX_TOKENS),
+            ("microbatch", 1, MAX_MICROBATCH),
+            ("rows_per_unit", 1, min(MAX_ROWS, training.microbatch)),  # a unit goes through in one pass
+        ):
+            _within(f"client.{table}.{key}", getattr(training, key), low, high)
+    _within("rounds * client.generator_training.steps", rounds * client.generator_training.steps, 1, MAX_STEPS)
+    _within("client.task_training.batch", client.task_training.batch, 1, MAX_BATCH)
+    _within("client.task_training.max_tokens", client.task_training.max_tokens, 1, MAX_TOKENS)
+    _within("client.answer_tokens", client.answer_tokens, 1, MAX_TOKENS)
+    _within("client.score_norm", client.score_norm, *CLIP_NORMS)
+    _within("client.max_noise_multiplier", client.max_noise_multiplier, SMALLEST_SIGMA, MAX_SIGMA)
+
+
+def check_answer(
+    order: Order[Any],
+    answer: object,
+    labels: Sequence[str],
+    *,
+    units: Collection[str] = claims.UNITS,
+    simulated: bool | None = None,
+    batch: int | None = None,
+) -> None:
+    """A server's check of one client's answer.
+
+    Args:
+        order: That it answers.
+        answer: Of the order's class.
+        labels: The public list.
+        units: What clients may say that they protect.
+        simulated: Whether noise is reproducible, and has to be said to be; None: either.
+        batch: What the scenario expects of a batch; None: any.
+
+    Raises:
+        Rejected: With the name and the range; no word of the client is repeated.
+    """
+    said = getattr(answer, "statement", None)
+    if isinstance(said, Statement):
+        # A list of scores may be protected for the client as a whole, text and adapters never are.
+        whole = {claims.CLIENT} if isinstance(answer, Scored) else set()
+        try:
+            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated)
+        except ValueError as problem:
+            raise Rejected(f"statement: {problem}") from problem
+    if isinstance(answer, Synthesized) and isinstance(order, Synthesize):
+        _check_corpus(answer.corpus, labels)
+        if answer.corpus.provenance not in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED):
+            raise Rejected(f"a client sent text that is marked {answer.corpus.provenance.value}")
+        _within("number of texts", len(answer.corpus), 0, order.per_label * len(labels))
+        most = max(answer.corpus.counts().values(), default=0)
+        _within("number of texts of one label", most, 0, order.per_label)
+        _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
+        _check_grants(answer.statement, answer.corpus.grants)
+        if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) != (answer.statement.guarantee == "dp"):
+            raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that calls itself otherwise")
+        if answer.adapter is not None:
+            _check_factors("adapter", answer.adapter)
+            _check_grants(answer.statement, answer.adapter.grants)
+            if not order.share_adapter:
+                raise Rejected("an adapter that was not asked for")
+    if isinstance(answer, Finetuned) and isinstance(order, Finetune):
+        _check_grants(answer.statement, answer.adapter.grants)
+        _check_adapter(answer.adapter, order.start, only=only_b if order.frozen_a else None)
+        _check_records(answer.records, answer.statement, batch)
+    if isinstance(answer, SelfTrained) and isinstance(order, SelfTrain):
+        _check_grants(answer.statement, answer.adapter.grants)
+        _check_adapter(answer.adapter, order.start)
+        _check_records(answer.records, answer.statement, batch)
+        _check_funnel(answer.funnel, order.candidates)
+    if isinstance(answer, Scored) and isinstance(order, Score):
+        _check_grants(answer.statement, answer.scores.grants)
+        _within("number of scores", len(answer.scores.values), len(order.corpus), len(order.corpus))
+        if not all(map(math.isfinite, answer.scores.values)):
+            raise Rejected("scores that are not finite")
+        if any(abs(score) > MAX_SCORE for score in answer.scores.values):
+            raise Rejected(f"scores beyond {MAX_SCORE:g}")
+    if isinstance(answer, Evaluated) and isinstance(order, Evaluate):
+        _check_metrics(answer.metrics, measured(order, instructs=not labels))
+        _within("examples", answer.examples, 0, MAX_RECORDS)
+    if isinstance(answer, Learnt) and isinstance(order, Learn):
+        _within("received", answer.received, 0, len(order.corpus or ()))
+    if isinstance(answer, Adopted) and isinstance(order, Adopt):
+        size = sum(array.size for array in order.adapter.arrays.values())
+        _within("parameters", answer.parameters, size, size)
+
+
+def _check_grants(said: Statement, grants: Sequence[str]) -> None:
+    _check_names("grants", grants)
+    if (said.guarantee == "dp") != bool(grants):
+        raise Rejected(f"guarantee {said.guarantee!r} with grants: {len(grants)}")
+
+
+def _check_records(records: int, said: Statement, batch: int | None) -> None:
+    """An average's weight: the units that the sampling rate was planned for. Without a guarantee there is no rate."""
+    _within("records", records, 1, MAX_RECORDS)
+    if said.sampling_rate is None:
+        return
+    planned = min(batch or max(1, round(records * said.sampling_rate)), records) / records
+    if not math.isclose(said.sampling_rate, planned, rel_tol=1e-9):
+        raise Rejected(f"records are said to be {records}, which a sampling rate of {said.sampling_rate:g} is not for")
+
+
+def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
+    """Each figure that the order asks for, and no other: a name becomes a word of a report."""
+    if set(metrics) != set(names):
+        raise Rejected(f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "
+                       f"{len(set(metrics) - set(names))} others are there")  # fmt: skip
+    for name in names:
+        if not math.isfinite(metrics[name]):
+            raise Rejected(f"metrics {name!r} must be finite, got {metrics[name]}")
+        _within(f"metrics {name!r}", metrics[name], 0.0, MAX_LOSS if name == LOSS else 1.0)
+
+
+def _check_funnel(funnel: Mapping[str, int], candidates: int) -> None:
+    """Counts under the names that there are, of no more candidates than were asked for."""
+    if others := set(funnel) - set(FUNNEL):
+        raise Rejected(f"funnel with {len(others)} names that are none of {', '.join(FUNNEL)}")
+    for name, count in funnel.items():
+        _within(f"funnel {name!r}", count, 0, candidates)
+    _within("funnel without 'asked'", sum(funnel.values()) - funnel.get("asked", 0), 0, candidates)
+
+
+def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) -> None:
+    """An adapter may hold the tensors of the one that was sent (or the named ones of them), and nothing else."""
+    expected = {name: array.shape for name, array in like.arrays.items() if only is None or only(name)}
+    if {name: array.shape for name, array in adapter.arrays.items()} != expected:
+        raise Rejected("an adapter with other tensors than those of the one that was sent")
+    for name in ("rank", "alpha", "base"):
+        if getattr(adapter, name) != getattr(like, name):
+            raise Rejected(f"an adapter of another {name} than that of the one that was sent")
+    _check_finite(adapter)
+
+
+def _check_factors(name: str, adapter: Adapter) -> None:
+    """An adapter that is not held against one that was sent: caps, and both factors of each layer in their shapes.
+
+    Whoever puts it into a model makes room for its rank first: so A must have as many rows, which had to be sent.
+    """
+    _check_finite(adapter)
+    _within(f"{name}.rank", adapter.rank, 1, MAX_RANK)
+    if not 0 < adapter.alpha <= MAX_ALPHA:
+        raise Rejected(f"{name}.alpha must be above 0 and at most {MAX_ALPHA:g}, got {adapter.alpha:g}")
+    _within(f"length of {name}.base", len(adapter.base), 0, MAX_NAME)
+    _check_names(f"{name}.grants", adapter.grants)
+    shapes = {tensor: array.shape for tensor, array in adapter.arrays.items()}
+    if not all(FACTOR.fullmatch(tensor) for tensor in shapes):
+        raise Rejected(f"{name} has a tensor whose name is not that of a factor, as layer.lora_A.weight")
+    for layer in {tensor.removesuffix(A).removesuffix(B) for tensor in shapes}:
+        a, b = shapes.get(layer + A, ()), shapes.get(layer + B, ())
+        if not (len(a) == len(b) == 2 and a[0] == b[1] == adapter.rank):
+            raise Rejected(f"{name} must have matrices A and B of rank {adapter.rank} for each of its layers")
+
+
+def _check_finite(adapter: Adapter) -> None:
+    for array in adapter.arrays.values():
+        if not bool(np.isfinite(array).all()):
+            raise Rejected("an adapter with values that are not finite")
+        if array.size and float(np.abs(array).max()) > MAX_WEIGHT:
+            raise Rejected(f"an adapter with values beyond {MAX_WEIGHT:g}")
+
+
+def _check_corpus(corpus: Corpus, labels: Sequence[str]) -> None:
+    _within("number of texts", len(corpus), 0, MAX_TEXTS)
+    _check_names("grants", corpus.grants)
+    if labels and (strange := set(corpus.answers) - set(labels)):
+        raise Rejected(f"labels outside the public list: {len(strange)}")
+    if any(len(text) > MAX_TEXT for text in (*corpus.prompts, *corpus.answers)):
+        raise Rejected(f"a text of more than {MAX_TEXT} characters")
+
+
+def _check_names(name: str, grants: Iterable[str]) -> None:
+    grants = list(grants)
+    _within(f"number of {name}", len(grants), 0, MAX_GRANTS)
+    if not all(GRANT.fullmatch(grant) for grant in grants):
+        raise Rejected(f"{name} must be names of grants: letters, digits, dashes and underscores")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise Rejected(f"{name} must lie in {low}..{high}, got {value}")

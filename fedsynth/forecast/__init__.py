@@ -1,0 +1,1 @@
+"""What a planned run will spend, send, hold and take: `fedsynth check`."""

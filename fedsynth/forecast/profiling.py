@@ -1,0 +1,452 @@
+"""A stand-in for a worker: what each kind of a client's work costs there, in seconds and memory, on dummy text.
+
+`python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output: it is a process
+with a worker's environment and imports, so that what it takes is what a worker will take. As many of them measure side
+by side as workers will run: cores share memory and its bandwidth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data.partition import Site, divide, label_list, open_site
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.toml import cells, from_toml, to_toml
+from fedsynth.simulation.flower import KEEPING, LaunchFailed
+from fedsynth.typed import build, plain
+
+Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
+SEED = 0x0D127E87  # of dummy text: no run's, whose seeds are small numbers
+LONG_ENOUGH = 1.0  # seconds of a measurement that a larger one would hardly better
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that costs a client the same each time it is done.
+
+    Attributes:
+        kind: `plan`: the noise of a plan and its statement. `step`: of the generator's training, as orders ask for it.
+            `own_step`: the same alone and without a guarantee. `scorer_step`: of a scorer's training under DP-SGD.
+            `sample`: a text after its control code. `demonstrated`: a text after demonstrations. `rate`: the likelihood
+            of a record. `respond`: a response to a test instruction. `fit`: a text that the task model learns once.
+            `read`: a text that it classifies.
+        arm: Whose settings hold.
+        tokens: Longest text that is written.
+        shots: Demonstrations.
+        frozen_a: Only the factors B are trained.
+        temperature: Of sampling.
+        top_p: Of sampling.
+    """
+
+    kind: Kind
+    arm: str
+    tokens: int = 0
+    shots: int = 0
+    frozen_a: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a unit.
+
+    Attributes:
+        first: Seconds that a process needs beside the work itself where it meets the unit for the first time.
+        each: Seconds of one.
+    """
+
+    first: float
+    each: float
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What stand-ins for workers found.
+
+    Attributes:
+        costs: By unit, the mean of all; seconds of work.
+        imported: Seconds of work until such a process had started and imported what it needs, the mean of all.
+        waiting: Seconds that pass for each second of a worker's work: 1 where nobody else uses the cores.
+        memory: Bytes that one of them held at most.
+    """
+
+    costs: Mapping[Unit, Cost]
+    imported: float
+    waiting: float
+    memory: int
+
+
+def busy() -> float:
+    """Seconds of work of this process: others that use the same cores make it wait, not work. On a GPU the wall's."""
+    from fedsynth.models.loading import gpus  # brings torch
+
+    return time.perf_counter() if gpus() else time.process_time()
+
+
+def waiting(since: tuple[float, float] = (0.0, 0.0)) -> float:
+    """Seconds that pass for each second in which this thread works: 1 where nobody else uses the cores, or where the
+    kernel does not say.
+
+    Args:
+        since: What `scheduled` gave then; left out: since the thread started.
+    """
+    worked, waited = (now - then for now, then in zip(scheduled(), since, strict=True))
+    return 1 + waited / worked if worked > 0 else 1.0
+
+
+def scheduled() -> tuple[float, float]:
+    """Seconds in which this thread has worked, and in which it has waited for a core."""
+    facts = Path("/proc/thread-self/schedstat")
+    worked, waited = facts.read_text().split()[:2] if facts.is_file() else ("0", "0")
+    return int(worked) / 1e9, int(waited) / 1e9
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most. `ru_maxrss` would count what its parent held when it was started."""
+    facts = Path("/proc/self/status")
+    found = re.search(r"^VmHWM:\s+(\d+) kB", facts.read_text(), re.MULTILINE) if facts.is_file() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+# ---- Dummy text ------------------------------------------------------------------------------------------------------
+
+
+def typical_lengths(cell: Cell) -> tuple[int, ...]:
+    """Deciles of the clients' text lengths in tokens of the generator: figures such as the data card's, no text.
+
+    Empty for worlds, of which text of another seed can be drawn.
+    """
+    data = cell.scenario.data
+    if data.world is not None:
+        return ()
+    tokenizer = load_tokenizer(cell.scenario.client.generator)
+    found = [
+        len(token_ids(tokenizer, text))
+        for site in divide(data, cell.seed).sites
+        for text in (site.train.prompts if data.task == "classification" else _whole(site.train))[:200]
+    ]
+    return tuple(int(x) for x in np.quantile(found, np.linspace(0.05, 0.95, 10)))
+
+
+def _whole(corpus: Corpus) -> tuple[str, ...]:
+    return tuple(f"{prompt} {answer}" for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True))
+
+
+def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, test: int) -> Site:
+    """Text like a client's own that no client holds: of its world under another seed, or words at random.
+
+    Args:
+        cell: Whose data and generator.
+        index: Of the client.
+        lengths: As `typical_lengths` gives them.
+        train: Number of training texts.
+        test: Number of test texts.
+    """
+    data = cell.scenario.data
+    if data.world is not None:
+        drawn = open_site(replace(data, train_per_client=train, test_per_client=test), index, SEED + cell.seed)
+        return Site(_public(drawn.train), _public(drawn.test))
+    rng = np.random.default_rng([SEED, index])
+    labels, tokenizer = label_list(data), load_tokenizer(cell.scenario.client.generator)
+    words = _words(tokenizer)
+
+    def text(tokens: int) -> str:
+        drawn = " ".join(words[i] for i in rng.integers(len(words), size=max(1, tokens)))
+        return str(tokenizer.decode(token_ids(tokenizer, drawn)[: max(1, tokens)])).strip()
+
+    def corpus(rows: int) -> Corpus:
+        sizes = [lengths[i % len(lengths)] for i in range(rows)]
+        if not labels:  # half of a record is the response
+            return Corpus(tuple(text(n // 2) for n in sizes), tuple(text(n - n // 2) for n in sizes), Provenance.PUBLIC)
+        answers = tuple(labels[i % len(labels)] for i in range(rows))
+        return Corpus(tuple(map(text, sizes)), answers, Provenance.PUBLIC)
+
+    return Site(corpus(train), corpus(test))
+
+
+def _public(corpus: Corpus) -> Corpus:
+    """A world's text of a seed that no run has is nobody's."""
+    return Corpus(corpus.prompts, corpus.answers, Provenance.PUBLIC)
+
+
+def _words(tokenizer: Any) -> list[str]:
+    """Words that are one token each, if there are any."""
+    pieces = [tokenizer.decode([i]) for i in range(min(len(tokenizer), 20_000))]
+    found = [p.strip() for p in pieces if p.strip().isalpha() and len(p.strip()) > 2]
+    return found or ["word"]
+
+
+# ---- In the stand-in's process ---------------------------------------------------------------------------------------
+
+
+def measured(cell: Cell, unit: Unit, most: int, lengths: Sequence[int]) -> Cost:
+    """What a unit costs in this process.
+
+    Args:
+        cell: Of the unit's arm.
+        unit: What.
+        most: As many as a run asks for at once, at most.
+        lengths: Of dummy text.
+    """
+    work, many = _work(cell, unit, lengths)
+    most = max(1, min(most, many))
+    cold = _seconds(work, 1)
+    if unit.kind == "plan":  # remembered: what is asked again costs nothing
+        return Cost(cold, 0.0)
+    count, took = 1, _seconds(work, 1)
+    first = max(0.0, cold - took)
+    while took < LONG_ENOUGH and count < most:
+        count = min(most, max(2 * count, int(1.5 * LONG_ENOUGH / max(took, 1e-6) * count)))
+        took = _seconds(work, count)
+    together = cell.scenario.stack if unit.kind == "step" else 1  # clients, each of which makes those steps
+    return Cost(first, took / count / together)
+
+
+def _seconds(work: Callable[[int], object], count: int) -> float:
+    begun = busy()
+    work(count)
+    return busy() - begun
+
+
+def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int], object], int]:
+    """The real thing, `n` times at once, and how many are done at once at most."""
+    from fedsynth.clients.finetune import on_base  # these bring torch
+    from fedsynth.clients.home import declared_records
+    from fedsynth.instructions import ASK, asked, in_line
+    from fedsynth.models.llm import LocalLLM
+    from fedsynth.privacy.plan import statement
+    from fedsynth.synthesis.self_instruct import lines
+    from fedsynth.training.examples import control_code
+
+    client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)
+    texts = dummy_site(cell, 0, lengths, train=256, test=256)
+
+    if unit.kind == "plan":
+        records = declared_records(cell, 0)
+
+        def planned(_: int) -> None:
+            plan = client.plan(records, cell.scenario.rounds)
+            statement(plan, rows=(), simulated=True)
+
+        return planned, 1
+    if unit.kind in ("step", "own_step"):
+        return _steps(cell, unit, texts), 32
+    if unit.kind in ("fit", "read", "scorer_step"):
+        return _classifying(client, labels, texts, unit)
+
+    def writer(batch: int) -> LocalLLM:
+        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]
+        return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
+
+    def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:
+        how: dict[str, Any] = {"max_tokens": unit.tokens, "temperature": unit.temperature, "top_p": unit.top_p}
+        return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], seed=0, **how)
+
+    if unit.kind == "sample":
+        return written([control_code(label) for label in labels] or [ASK], 256), 256
+    if unit.kind == "respond":
+        return written([asked(prompt) for prompt in texts.test.prompts], 128), 128
+    if unit.kind == "demonstrated":
+        tokenizer, longest = load_tokenizer(client.generator), client.generator_training.max_tokens
+        shown = [line for line in lines(texts.train) if len(token_ids(tokenizer, line)) <= longest]
+        shots = "".join(f"{line}\n" for line in shown[: unit.shots])
+        return written([shots + ASK], 64), 64
+    prompts, answers = [asked(p) for p in texts.train.prompts], [f" {in_line(a)}" for a in texts.train.answers]
+    return lambda n: writer(64).score(prompts[:n], answers[:n]), 64
+
+
+@dataclass(frozen=True)
+class _Home:
+    """What `on_base` needs of one."""
+
+    config: Client
+
+
+def _start(client: Client) -> Any:
+    from fedsynth.models.adapters import new_adapter
+
+    settings = client.generator_training
+    return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=0, precision=settings.precision)
+
+
+def _steps(cell: Cell, unit: Unit, texts: Site) -> Callable[[int], object]:
+    """Steps of the generator's training, of a whole stack of clients where those train together."""
+    from fedsynth.clients.batched_training import ToTrain, TrainedLora, Trains, together
+    from fedsynth.clients.home import declared_records
+    from fedsynth.models.hub import config_of
+    from fedsynth.models.loading import kind_of
+    from fedsynth.privacy.noise import GrantRandomness
+    from fedsynth.training.dp_training import Training, private, without_guarantee
+    from fedsynth.training.examples import encode_slots
+
+    client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)
+    settings, records = client.generator_training, declared_records(cell, 0)
+    dp = unit.kind == "step" and client.guarantee == "dp"
+    stack = cell.scenario.stack if unit.kind == "step" else 1
+    tokenizer, kind = load_tokenizer(client.generator), kind_of(config_of(client.generator))
+    rows = replace(
+        texts.train,
+        prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
+        answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
+    )
+    slots = encode_slots(tokenizer, rows, labels, records, settings.max_tokens, kind, learns=settings.learns)
+    start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
+
+    def training() -> Training:
+        if planned is None:
+            return without_guarantee(slots, settings, 0)
+        return private(slots, planned, GrantRandomness(bytes(32)))  # a public key: nothing here is anybody's
+
+    def trains(count: int) -> Trains[TrainedLora]:
+        asked = replace(training(), steps=count)
+        return (yield ToTrain(client.generator, start, settings, asked, unit.frozen_a))
+
+    return lambda n: together([trains(n) for _ in range(stack)])
+
+
+def _classifying(client: Client, labels: Sequence[str], texts: Site, unit: Unit) -> tuple[Callable[[int], object], int]:
+    from fedsynth.models.loading import device
+    from fedsynth.privacy.noise import GrantRandomness
+    from fedsynth.training.classifier import (
+        classify,
+        fit_classifier,
+        label_losses,
+        label_slots,
+        new_scorer,
+        new_task_model,
+    )
+    from fedsynth.training.dp_training import private, train_generator
+
+    task, tokenizer = client.task_training, load_tokenizer(client.task_model)
+    if unit.kind == "scorer_step":
+        settings = client.scorer_training
+        planned = client.score_plan(len(texts.train))
+        model: Any = new_scorer(client.task_model, len(labels), rank=settings.rank, alpha=settings.alpha, seed=0)
+        model = model.to(device())
+        slots = label_slots(tokenizer, texts.train, labels, len(texts.train), settings.max_tokens, model.config)
+
+        def steps(n: int) -> None:
+            asked = replace(private(slots, planned, GrantRandomness(bytes(32))), steps=n)
+            train_generator(model, asked, settings, pad=tokenizer.pad_token_id, losses=label_losses)
+
+        return steps, 32
+    whole: list[Any] = []
+
+    def model_of() -> Any:
+        if not whole:
+            whole.append(new_task_model(client.task_model, len(labels), task.trains, 0).to(device()))
+        return whole[0]
+
+    if unit.kind == "read":
+        return lambda n: classify(model_of(), tokenizer, _some(texts.test, n).prompts, task.max_tokens), 128
+
+    def fit(n: int) -> None:
+        fit_classifier(
+            model_of(), tokenizer, _some(texts.train, n), labels, task, epochs=1, rate=task.learning_rate, seed=0
+        )
+
+    return fit, 64 * task.batch
+
+
+def _some(corpus: Corpus, rows: int) -> Corpus:
+    return corpus.take(i % len(corpus) for i in range(rows))
+
+
+def main() -> None:
+    """Measures what it is asked for."""
+    import ray  # noqa: F401 - a worker has it in memory
+
+    import fedsynth.clients.app  # noqa: F401 - likewise
+    from fedsynth.models.loading import one_thread
+
+    one_thread()
+    imported, begun = time.process_time(), scheduled()
+    asked = json.load(sys.stdin)
+    scenario = from_toml(asked["scenario"])
+    known = {cell.arm: cell for cell in reversed(cells(scenario))}
+    found = []
+    for item in asked["units"]:
+        unit = build(Unit, item["unit"])
+        found.append(plain(measured(known[unit.arm], unit, item["most"], asked["lengths"][unit.arm])))
+    held = peak_memory()
+    said = {"costs": found, "imported": imported, "waiting": waiting(begun), "memory": held}
+    print(json.dumps(said), flush=True)
+
+
+# ---- In the asking process -------------------------------------------------------------------------------------------
+
+
+class ProbeFailed(LaunchFailed):
+    """A stand-in ended without an answer; the message is its last words."""
+
+
+def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequence[int]], processes: int) -> Probed:
+    """Lets stand-ins measure, side by side.
+
+    Args:
+        scenario: With all arms that run.
+        units: What to measure, and how many of it a run asks for at once, at most.
+        lengths: By arm: as `typical_lengths`.
+        processes: How many stand-ins.
+
+    Raises:
+        ProbeFailed: If one of them ends early.
+    """
+    asked = json.dumps({
+        "scenario": to_toml(scenario),
+        "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
+        "lengths": {arm: list(each) for arm, each in lengths.items()},
+    })  # fmt: skip
+    environment = {**KEEPING, **os.environ, "OMP_NUM_THREADS": "1"}
+    standing = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "fedsynth.forecast.profiling"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+        for _ in range(processes)
+    ]
+    try:
+        with ThreadPoolExecutor(processes) as pool:
+            said = list(pool.map(lambda each: each.communicate(asked), standing))
+    finally:
+        for each in standing:
+            each.kill()
+            each.wait()
+    answers = []
+    for out, words in said:
+        if not out.strip():
+            last = (words.strip().splitlines() or ["no word"])[-1]
+            raise ProbeFailed(f"what stands in for a worker ended early: {last}")
+        answers.append(json.loads(out.splitlines()[-1]))
+    costs = {
+        unit: Cost(*(mean(answer["costs"][place][name] for answer in answers) for name in ("first", "each")))
+        for place, unit in enumerate(units)
+    }
+    imported, waited = (mean(answer[name] for answer in answers) for name in ("imported", "waiting"))
+    return Probed(costs, imported, waited, max(answer["memory"] for answer in answers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""A strategy's own rounds against clients that only say what they would do: who is asked what, and how large it is.
+
+Orders are made and packed as in a run, answers are dummies of the right kind and size, and of what a server's models
+are asked a sample is done in earnest and timed. So a method needs no table of what it costs, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.data.partition import label_list
+from fedsynth.federation.availability import Fate
+from fedsynth.federation.messages import (
+    Adopt,
+    Adopted,
+    Envelope,
+    Evaluate,
+    Evaluated,
+    Finetune,
+    Finetuned,
+    Learn,
+    Learnt,
+    Order,
+    Score,
+    Scored,
+    SelfTrain,
+    SelfTrained,
+    Synthesize,
+    Synthesized,
+    measured,
+)
+from fedsynth.federation.payload import encode
+from fedsynth.federation.records import pack_order, payload_bytes
+from fedsynth.federation.runs import Journal, guarantee_of
+from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
+from fedsynth.forecast.estimating import Elsewhere, Tally, kept_words, on_paper, server_models, varied, vocabulary
+from fedsynth.forecast.profiling import busy, dummy_site
+from fedsynth.forecast.work import WORK, Facts, Work, facts_of
+from fedsynth.lora import Adapter, only_b
+from fedsynth.models.adapters import new_adapter
+from fedsynth.models.loading import one_thread
+from fedsynth.privacy.plan import DPPlan, Statement, statement
+from fedsynth.scenario.schema import Cell
+
+GRANT = ("0" * 32,)  # as long as a grant's id
+ENOUGH = 10.0  # seconds of a dry run after which further rounds are taken to be as the last whole one
+
+
+class Unforeseen(Exception):
+    """An order of a class that is not known here; the message names it."""
+
+
+class _Enough(Exception):
+    """Further rounds would be as those before."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Orders that go out together.
+
+    Attributes:
+        number: Of the round.
+        name: Of the order.
+        work: By home.
+        down: Bytes of the orders.
+        up: Bytes of the answers.
+    """
+
+    number: int
+    name: str
+    work: Mapping[int, Work]
+    down: int
+    up: int
+
+
+@dataclass
+class _Answering(Clients):
+    """Clients that answer with dummies and note what they would have done."""
+
+    facts: Mapping[int, Facts] = field(default_factory=dict)
+    lengths: Sequence[int] = ()
+    exchanges: list[Exchange] = field(default_factory=list)
+    plans: dict[int, dict[DPPlan, int]] = field(default_factory=dict)
+    begun: float = field(default_factory=busy)
+    spent: float = 0.0
+
+    def ask_each(self, orders: Mapping[int, Order[Any]]) -> dict[int, Any]:
+        """Dummy answers by home.
+
+        Raises:
+            Unforeseen: If nothing is known of the order's class.
+        """
+        started = busy()
+        if self.journal.round > 2 and started - self.begun > ENOUGH:
+            raise _Enough
+        self.exchange += 1
+        name = next(iter(orders.values())).task.rpartition(".")[2]
+        answers: dict[int, Any] = {}
+        work: dict[int, Work] = {}
+        down = up = 0
+        scored = {home for e in self.exchanges if e.name == "score" for home in e.work}
+        fates = self._fates(orders)
+        for home, order in sorted(orders.items()):
+            if fates.get(home) is Fate.ABSENT:
+                continue
+            if type(order) not in WORK:
+                raise Unforeseen(f"what clients do for the order {type(order).__name__} is not known here")
+            envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, self._stack(home))
+            size = payload_bytes(pack_order(order, envelope))
+            self.journal.count("bytes/down", home, size)
+            down += size
+            done = WORK[type(order)](order, self.facts[home])
+            work[home] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and home in scored)}
+            answers[home] = self._answer(order, home)
+            size = len(encode(answers[home]))
+            self.journal.count("bytes/up", home, size)
+            up += size
+            self._note(home, answers[home])
+        self.exchanges.append(Exchange(self.journal.round, name, work, down, up))
+        self.spent += busy() - started
+        return {home: answer for home, answer in answers.items() if home not in fates}
+
+    def _answer(self, order: Order[Any], home: int) -> Any:
+        of, rng = self.facts[home], np.random.default_rng([0, home, self.exchange])
+        if isinstance(order, Synthesize):
+            grants = GRANT if of.client.guarantee == "dp" else ()
+            corpus = replace(self._drafts(home, order.per_label, order.max_tokens), grants=grants)
+            adapter = None
+            if order.share_adapter:
+                settings = of.client.generator_training
+                start = new_adapter(of.client.generator, rank=settings.rank, alpha=settings.alpha, seed=0)
+                adapter = _trained_from(start, rng, grants)
+            return Synthesized(corpus, self._statement(home), 0, adapter)
+        if isinstance(order, Finetune):
+            adapter = _trained_from(order.start, rng, GRANT if of.client.guarantee == "dp" else ())
+            if order.frozen_a:
+                adapter = replace(adapter, arrays={n: a for n, a in adapter.arrays.items() if only_b(n)})
+            return Finetuned(adapter, self._statement(home), of.records)
+        if isinstance(order, SelfTrain):
+            funnel = {"asked": order.candidates, "too short": 0, "kept": order.keep}
+            return SelfTrained(_trained_from(order.start, rng, ()), self._statement(home), of.records, funnel)
+        if isinstance(order, Score):
+            grants = GRANT if of.client.guarantee == "dp" else ()
+            return Scored(
+                Scores(tuple(rng.random(len(order.corpus)).tolist()), grants), self._statement(home, scores=True)
+            )
+        if isinstance(order, Adopt):
+            return Adopted(sum(array.size for array in order.adapter.arrays.values()))
+        if isinstance(order, Learn):
+            return Learnt(len(order.corpus or ()))
+        assert isinstance(order, Evaluate)
+        return Evaluated(dict.fromkeys(measured(order, instructs=not of.labels), 1 / 3), of.test)
+
+    def _drafts(self, home: int, per_label: int, longest: int) -> Corpus:
+        """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""
+        of, rng = self.facts[home], np.random.default_rng([1, home])
+        lengths = [min(length, longest) for length in self.lengths]
+        like = dummy_site(self.cell, home, lengths, train=per_label * len(of.labels), test=1).train
+        words, texts = vocabulary(like.prompts[:200]), list[str]()
+        for label in of.labels:
+            own = [x for x, y in zip(like.prompts, like.answers, strict=True) if y == label] or list(like.prompts[:1])
+            texts += own[:per_label]
+            more = range(per_label - len(own))
+            texts += [varied(own[k % len(own)], words, kept_words(of.labels), rng) for k in more]
+        labels = tuple(label for label in of.labels for _ in range(per_label))
+        return Corpus(tuple(texts), labels, Provenance.PUBLIC)
+
+    def _statement(self, home: int, *, scores: bool = False) -> Statement:
+        """As `Home.said`: of all rounds, of more where more are asked for than planned."""
+        of, rounds = self.facts[home], self.cell.scenario.rounds
+        if of.client.guarantee == "none":
+            return said_of(None, self.cell.scenario.data.unit_name, 1)
+        planned = of.client.score_plan(of.records, rounds) if scores else of.client.plan(of.records, rounds)
+        drawn = self.plans.setdefault(home, {})
+        once = scores and of.client.scores == "model"
+        drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
+        charged = replace(planned, rounds=max(planned.rounds, drawn[planned]))
+        if scores and of.client.scores == "noise":
+            said = said_of(charged, "client", 1)
+            return replace(said, epsilon_replace_one=said.epsilon)
+        settings = of.client.scorer_training if scores else of.client.generator_training
+        return said_of(charged, self.cell.scenario.data.unit_name, settings.rows_per_unit)
+
+
+@lru_cache(maxsize=4096)
+def said_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
+    """The statement of a plan, as a simulated client makes it."""
+    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True)
+
+
+def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, ...]) -> Adapter:
+    """As large as a trained one, and away from the start."""
+    arrays = {n: (a + 0.01 * rng.standard_normal(a.shape)).astype(np.float32) for n, a in start.arrays.items()}
+    return replace(start, arrays=arrays, grants=grants, public=False)
+
+
+# ---- One cell --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a cell comes to.
+
+    Attributes:
+        exchanges: Of all rounds.
+        server: Seconds of the server's own work, on cores that nobody else uses.
+        read: Tokens that language models at the server read.
+        written: Tokens that they write.
+        up: Bytes from clients.
+        down: Bytes to clients.
+        kept: Bytes in the run's directory.
+        guarantee: `dp` or `none`.
+        epsilon: The largest over clients; None without a guarantee.
+        delta: Likewise.
+        plans: By home: what is charged, and for how many rounds.
+        noted: What is to be told: rounds that were not gone through, what could not be foreseen.
+    """
+
+    exchanges: tuple[Exchange, ...]
+    server: float
+    read: int
+    written: int
+    up: int
+    down: int
+    kept: int
+    guarantee: str
+    epsilon: float | None
+    delta: float | None
+    plans: Mapping[int, Mapping[DPPlan, int]]
+    noted: tuple[str, ...]
+
+
+def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, Any]) -> Rehearsed:
+    """All rounds of a cell, on dummy text; nothing is charged.
+
+    Args:
+        cell: Arm, seed, resolved scenario.
+        folder: For what a run would write; new or empty.
+        lengths: Of dummy text (`probe.typical_lengths`).
+        known: Models that this process has loaded already, and what they were found to take; filled.
+    """
+    one_thread()  # as a server app is started
+    labels = label_list(cell.scenario.data)
+    journal = Journal(cell, folder, folder / "events.jsonl")
+    tally = Tally(kept_words(labels), known=known.setdefault("asked", {}))
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = facts_of(cell, labels)
+    nodes = {home: home for home in facts}
+    clients = _Answering(None, nodes, cell, "simulated", labels, journal, facts=facts, lengths=lengths)  # type: ignore[arg-type]
+    noted: list[str] = []
+
+    kind, config = load_strategy(cell.scenario.strategy)
+    clients.begun = begun = busy()
+    llm, professional, embed = server_models(cell, labels, tally, known)
+    for model in (llm, professional):
+        if isinstance(model, Elsewhere):
+            model.tally = tally
+    server = ServerSide(cell, labels, llm, professional, embed, journal, lambda _: clients)
+    grid: Any = None
+    with on_paper(tally):
+        try:
+            kind(config, server).start(grid, num_rounds=cell.scenario.rounds)
+        except _Enough:
+            noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round "
+                         f"{journal.round - 1}")  # fmt: skip
+        except Unforeseen as problem:
+            noted.append(f"{problem}: what comes after it is left out")
+        except Exception as problem:  # of the strategy or a model, as it would come in the run
+            noted.append(f"the run would fail: {problem}")
+    own = busy() - begun - tally.spent - clients.spent
+    whole = _with_missing_rounds(clients.exchanges, journal.round, cell.scenario.rounds, noted)
+    done = max(1, len({e.number for e in clients.exchanges}))
+    times = max(1.0, cell.scenario.rounds / done) if len(whole) > len(clients.exchanges) else 1.0
+    guarantee = guarantee_of([journal])
+    epsilons = [s.epsilon for s in journal.statements.values() if s.epsilon is not None]
+    return Rehearsed(
+        exchanges=tuple(whole),
+        server=(max(0.0, own) + tally.seconds) * times,
+        read=int(tally.read * times),
+        written=int(tally.written * times),
+        up=sum(e.up for e in whole),
+        down=sum(e.down for e in whole),
+        kept=int(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) * times),
+        guarantee=guarantee,
+        epsilon=None if guarantee == "none" else max(epsilons, default=0.0),
+        delta=None if guarantee == "none" else max((s.delta for s in journal.statements.values()), default=0.0),
+        plans=clients.plans,
+        noted=tuple(noted),
+    )
+
+
+def _with_missing_rounds(found: list[Exchange], at: int, rounds: int, noted: list[str]) -> list[Exchange]:
+    """The exchanges of the last whole round stand for those of rounds that were not gone through."""
+    if not any(line.startswith("rounds ") for line in noted):
+        return found
+    last = [e for e in found if e.number == at - 1]
+    return [e for e in found if e.number < at] + [replace(e, number=n) for n in range(at, rounds + 1) for e in last]

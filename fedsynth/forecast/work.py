@@ -1,0 +1,109 @@
+"""What a client does for each order, in units of work: the one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedsynth.clients.home import declared_records
+from fedsynth.data.partition import divide
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Order, Score, SelfTrain, Synthesize
+from fedsynth.forecast.profiling import Unit
+from fedsynth.scenario.schema import Cell, Client
+
+Work = dict[Unit, float]  # how much of each
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of one client, as declared.
+
+    Attributes:
+        arm: Whose settings hold.
+        client: What it runs.
+        labels: The public label list.
+        records: Declared number of privacy units.
+        train: Its training texts.
+        test: Its test texts.
+    """
+
+    arm: str
+    client: Client
+    labels: tuple[str, ...]
+    records: int
+    train: int
+    test: int
+
+
+def _synthesize(order: Synthesize, of: Facts) -> Work:
+    sampling = Unit("sample", of.arm, order.max_tokens, temperature=order.temperature, top_p=order.top_p)
+    return {**_trained(of), sampling: order.per_label * len(of.labels)}
+
+
+def _finetune(order: Finetune, of: Facts) -> Work:
+    return _trained(of, frozen_a=order.frozen_a)
+
+
+def _trained(of: Facts, *, frozen_a: bool = False) -> Work:
+    steps: Work = {Unit("step", of.arm, frozen_a=frozen_a): of.client.generator_training.steps}
+    return {**steps, Unit("plan", of.arm): 1} if of.client.guarantee == "dp" else steps
+
+
+def _self_train(order: SelfTrain, of: Facts) -> Work:
+    steps, step = of.client.generator_training.steps, Unit("own_step", of.arm)
+    if order.training == "isolated" and order.share == 1:
+        return {step: steps}
+    both = 1 + order.keep / of.records  # batches are as much larger
+    trainings = {"isolated": 2.0, "mixed": 1 + both, "personal": 2 + both}[order.training]
+    written = Unit("demonstrated", of.arm, order.max_tokens, order.shots)
+    return {written: 2 * order.candidates, Unit("rate", of.arm): 2 * order.candidates, step: trainings * steps}
+
+
+def _score(order: Score, of: Facts) -> Work:
+    read: Work = {Unit("read", of.arm): len(order.corpus)}
+    if of.client.guarantee == "dp" and of.client.scores == "model":  # once for all rounds
+        return {**read, Unit("scorer_step", of.arm): of.client.scorer_training.steps}
+    return read
+
+
+def _learn(order: Learn, of: Facts) -> Work:
+    received, task = len(order.corpus or ()), of.client.task_training
+    if not of.labels:
+        return {Unit("own_step", of.arm): of.client.generator_training.steps * (2 if received else 1)}
+    if task.trains == "head":  # each text is embedded once; the head is little work
+        return {Unit("read", of.arm): received + of.train}
+    return {Unit("fit", of.arm): received * task.augmented_epochs + of.train * task.private_epochs}
+
+
+def _evaluate(order: Evaluate, of: Facts) -> Work:
+    loss: Work = {} if order.adapter is None else {Unit("rate", of.arm): of.test}
+    if not of.labels:
+        return {**loss, Unit("respond", of.arm, of.client.answer_tokens): of.test}
+    return loss or {Unit("read", of.arm): of.test}
+
+
+WORK: dict[type[Order[Any]], Callable[[Any, Facts], Work]] = {
+    Synthesize: _synthesize,
+    Finetune: _finetune,
+    SelfTrain: _self_train,
+    Score: _score,
+    Learn: _learn,
+    Evaluate: _evaluate,
+    Adopt: lambda *_: {},
+}
+
+
+def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
+    """What is declared of every home: counts, no text."""
+    data = cell.scenario.data
+    homes = 1 if data.pooled else data.clients
+    if data.world is not None:
+        many = data.clients if data.pooled else 1
+        sizes = [(data.train_per_client * many, data.test_per_client * many)] * homes
+    else:
+        sizes = [(len(site.train), len(site.test)) for site in divide(data, cell.seed).sites]
+    return {
+        home: Facts(cell.arm, cell.scenario.client.of(home), labels, declared_records(cell, home), *sizes[home])
+        for home in range(homes)
+    }

@@ -1,0 +1,94 @@
+"""Texts as batches of token ids: what each kind of model reads, padding, batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fedsynth.models.encoding import prompt_rows, surrounded, text_rows
+from fedsynth.models.loading import Kind, context_of, kind_of
+
+T = TypeVar("T")
+
+
+def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | None = None) -> list[list[int]]:
+    """Token ids of each text as a model of this kind reads them.
+
+    A causal model reads exactly one BOS, where its tokenizer has one, and then the text. The others read what their
+    tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a text that is cut keeps that. Else there is
+    no control token, whatever a text spells.
+    """
+    return _as_read(tokenizer, text_rows(tokenizer, texts), kind, longest)
+
+
+def given_rows(
+    tokenizer: Any, prompts: Sequence[str], kind: Kind, continuations: Sequence[str] | None = None
+) -> list[list[int]]:
+    """As `token_rows`, of prompts: their line ends are the model's own (`encoding.prompt_rows`)."""
+    return _as_read(tokenizer, prompt_rows(tokenizer, prompts, continuations), kind)
+
+
+def _as_read(tokenizer: Any, rows: list[list[int]], kind: Kind, longest: int | None = None) -> list[list[int]]:
+    if kind != "causal":
+        return surrounded(tokenizer, rows, longest)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*bos, *row][:longest] for row in rows]
+
+
+def longest_of(config: Any, tokenizer: Any, longest: int | None = None) -> int | None:
+    """Tokens that a model can read of one text, and no more than `longest`; None for no limit.
+
+    Some encoders number their positions from 2 on: their tokenizer knows how many a text may use.
+    """
+    limits = [longest, context_of(config), None if kind_of(config) == "causal" else tokenizer.model_max_length]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids, and 1 where a row's own tokens stand; each of shape (rows, longest row), on the CPU."""
+    width = max(len(row) for row in rows)
+    tokens = torch.full((len(rows), width), pad, dtype=torch.long)
+    present = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        tokens[i, place], present[i, place] = torch.tensor(row, dtype=torch.long), 1
+    return tokens, present
+
+
+def by_length(
+    work: Callable[[Sequence[int]], list[T]], lengths: Sequence[int], *, batch_size: int, workers: int
+) -> list[T]:
+    """`work` on batches of like length, longest first (if memory fails, at once); results in input order.
+
+    Args:
+        work: Row numbers of one batch -> one result per row.
+        lengths: Of all rows.
+        batch_size: Rows at once.
+        workers: Threads. How many never changes a result: batches are formed before.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+    def run(rows: Sequence[int]) -> list[T]:
+        with torch.inference_mode():  # per thread, hence here
+            return work(rows)
+
+    workers = min(workers, len(batches))
+    if workers <= 1:
+        done = [run(rows) for rows in batches]
+    else:
+        threads = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                done = list(pool.map(run, batches))
+        finally:
+            torch.set_num_threads(threads)
+    results: list[T | None] = [None] * len(order)
+    for rows, values in zip(batches, done, strict=True):
+        for row, value in zip(rows, values, strict=True):
+            results[row] = value
+    return results  # type: ignore[return-value]  # every row stands in one batch

@@ -1,0 +1,325 @@
+"""An LLM behind an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from threading import Lock
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import numpy as np
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    APITimeoutError,
+    DefaultHttpxClient,
+    OpenAI,
+    OpenAIError,
+)
+
+from fedsynth.instructions import one_line
+from fedsynth.system.proxy import UNREADABLE, no_proxies
+from fedsynth.scenario.schema import Endpoint, host_of
+from fedsynth.typed import BadValue
+from fedsynth.models.usage import Used
+
+A = TypeVar("A")
+B = TypeVar("B")
+Echo: TypeAlias = list[tuple[str, float | None]]
+
+SAID = 200  # characters of a server's own words in a message
+LISTED = 8  # of its models
+SHORT = "A"  # what every model has room for
+REFUSED = (400, 413, 422)  # what servers answer to a prompt that is too long for their model
+
+
+class EndpointFailed(RuntimeError):
+    """An endpoint gave no usable answer; the message names it, its model and the way out."""
+
+
+class CannotScore(ValueError):
+    """An endpoint does not tell how likely a given text is."""
+
+
+class _Refused(CannotScore):
+    """A server refused one text."""
+
+
+class RemoteLLM:
+    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
+
+    What it is given leaves this server. That is no leak of private text: only released or public text reaches a
+    `TextModel`. It goes to the one address that is named; redirects are not followed. Nor does a key, organization or
+    project go there that the environment holds for the `openai` package (OPENAI_API_KEY, ...): `key_env` says which.
+
+    Args: those of `fedsynth.scenario.schema.Endpoint`.
+
+    Raises:
+        BadValue: If an argument is out of range, or the environment lacks the key.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        key_env: str | None = None,
+        api: Literal["completions", "chat"] = "completions",
+        timeout: float = 60.0,
+        retries: int = 3,
+        concurrency: int = 8,
+    ):
+        self.endpoint = Endpoint(url, model, key_env, api, timeout, retries, concurrency)
+        self.who = f"the model {model!r} at {url}"
+        key = "" if key_env is None else os.environ.get(key_env, "").strip()
+        if key_env is not None and not key:
+            raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
+        try:  # on this machine: past any proxy that the environment names
+            client = DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url)))
+        except Exception as problem:  # an address that it cannot read is a plain Exception to it
+            raise BadValue(f"{self.who} cannot be asked: {UNREADABLE} ({problem})") from problem
+        self._client = OpenAI(
+            base_url=url,
+            api_key=key or "none",  # the package insists on one, and would take OPENAI_API_KEY for it
+            timeout=timeout,
+            max_retries=retries,
+            http_client=client,
+        )
+        self._client.organization = self._client.project = None
+        self.used = Used()  # as far as the server tells
+        self._counting = Lock()
+
+    @classmethod
+    def connect(cls, to: Endpoint) -> RemoteLLM:
+        """The model of a scenario. It writes one token: clients spend no budget on a run that would fail at its answer.
+
+        Raises:
+            BadValue: If the environment lacks the key.
+            EndpointFailed: If it does not answer.
+        """
+        found = cls(
+            to.endpoint,
+            to.model,
+            key_env=to.key_env,
+            api=to.api,
+            timeout=to.timeout,
+            retries=to.retries,
+            concurrency=to.concurrency,
+        )
+        found.complete(["A"], max_tokens=1, temperature=0.0, seed=0)
+        return found
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        """One answer per prompt, in order; empty where the server's content filter cut it, or the server refused the
+        prompt, as one that is too long, and takes a short one.
+
+        Args:
+            prompts: Plain text; with `api = "chat"` the server applies the model's template.
+            max_tokens: At most so many new tokens each.
+            temperature: 0 takes the likeliest token each time.
+            top_p: In (0, 1].
+            seed: Every prompt goes out with a seed of its own, made of this one and its place in the call. It works as
+                far as the server honours it: many repeat a text only while nothing else is asked of them.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            EndpointFailed: If a prompt gets no answer.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": max_tokens}
+        settings |= {"temperature": temperature, "top_p": top_p}
+
+        @cache
+        def takes_short() -> bool:
+            try:
+                answered(0, SHORT)
+            except APIStatusError:
+                return False
+            return True
+
+        def answer(numbered: tuple[int, str]) -> str:
+            try:
+                return answered(*numbered)
+            except APIStatusError as problem:
+                if problem.status_code not in REFUSED or not takes_short():
+                    raise
+                return ""
+
+        def answered(place: int, prompt: str) -> str:
+            # 31 bits: a signed number to some servers, and llama.cpp takes the largest of 32 bits for "none".
+            own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1
+            if self.endpoint.api == "completions":
+                choice = self._choice(self._client.completions.create(prompt=prompt, seed=own, **settings))
+                text = choice.text
+            else:
+                message: Any = {"role": "user", "content": prompt}
+                choice = self._choice(self._client.chat.completions.create(messages=[message], seed=own, **settings))
+                text = choice.message.content
+            return "" if text is None or choice.finish_reason == "content_filter" else str(text)
+
+        return self._together(answer, enumerate(prompts))
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Mean log-likelihood (nats) per token of each continuation after its prompt, where the server tells it.
+
+        A continuation's tokens are those of prompt + continuation from the first that the prompt alone has not: one
+        that the tokenizer merges across the border is scored, where `LocalLLM` takes the two apart. A pair that the
+        server refuses, as one that is too long, where it takes a short one, has no likelihood at all (-inf).
+
+        Raises:
+            ValueError: If the lists differ in length, or a prompt or continuation holds no token of its own.
+            CannotScore: If the server does not echo a text with its log-likelihoods.
+            EndpointFailed: If a text gets no answer.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
+        pairs = list(zip(prompts, continuations, strict=True))
+        if pairs and self.endpoint.api == "chat":
+            raise CannotScore(self._no_score('api = "chat"'))
+        texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
+
+        @cache
+        def takes_short() -> bool:
+            try:
+                self._echo(SHORT)
+            except _Refused:
+                return False
+            return True
+
+        def echo(text: str) -> Echo | None:
+            try:
+                return self._echo(text)
+            except _Refused:
+                if not takes_short():
+                    raise
+                return None
+
+        echoes = dict(zip(texts, self._together(echo, texts), strict=True))
+        means = []
+        for i, (prompt, more) in enumerate(pairs):
+            start, whole = echoes[prompt], echoes[prompt + more]
+            if start is None or whole is None:
+                means.append(-math.inf)
+                continue
+            own = _beyond(start, whole)
+            if not own:
+                raise ValueError(f"continuation {i} holds no token: {more!r}; leave empty texts out")
+            logs = [log for _, log in own if log is not None]
+            if len(logs) < len(own):  # a server has no likelihood for the first token of all
+                raise ValueError(f"prompt {i} holds no token of its own: {prompt!r}; give a first word to go on")
+            means.append(sum(logs) / len(logs))
+        return means
+
+    def _echo(self, text: str) -> Echo:
+        """The server's tokens of a text with their log-likelihoods, none for the first."""
+        if not text:
+            return []
+        try:
+            # One new token, as not all servers take 0.
+            answer = self._client.completions.create(
+                model=self.endpoint.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1
+            )
+        except APIStatusError as problem:
+            if problem.status_code not in REFUSED:
+                raise
+            raise _Refused(self._no_score(self._words(problem))) from None
+        choice, used = self._choice(answer), answer.usage
+        told = choice.logprobs
+        if not told or not told.tokens or not told.token_logprobs or not used or not str(choice.text).startswith(text):
+            raise CannotScore(self._no_score("no echo with logprobs and usage"))
+        # Its offsets are no help: vLLM counts the name of a BOS in, which is no part of the text.
+        return list(zip(told.tokens, told.token_logprobs, strict=False))[: used.prompt_tokens]
+
+    def _no_score(self, reason: str) -> str:
+        return (
+            f'{self.who} does not tell how likely a text is ({reason}): use judge = "instruction", or a server and an '
+            "api that do"
+        )
+
+    def _choice(self, answer: Any) -> Any:
+        choices = getattr(answer, "choices", None)
+        if not choices:
+            raise EndpointFailed(f"{self.who} sent an answer without a choice: check that the address ends in /v1")
+        if (told := getattr(answer, "usage", None)) is not None:
+            with self._counting:
+                self.used.read += told.prompt_tokens or 0
+                self.used.written += told.completion_tokens or 0
+        return choices[0]
+
+    def _together(self, work: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """`work` of each item, at most `concurrency` at once, in the order of the items; the first failure ends all."""
+        try:
+            with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+                return list(pool.map(work, items))
+        except (OpenAIError, json.JSONDecodeError) as problem:
+            # Not chained: what a server says may hold the key, and a traceback would put it into a log.
+            raise EndpointFailed(self._why(problem)) from None
+
+    def _why(self, problem: Exception) -> str:
+        """One line: which endpoint and model, what is wrong, the way out."""
+        retried = f"after {self.endpoint.retries} retries"
+        if isinstance(problem, APITimeoutError):
+            limit = f"{self.endpoint.timeout:g} s"
+            return f"{self.who} gave no answer within {limit}, {retried}: raise timeout, or lower concurrency"
+        if isinstance(problem, APIConnectionError):
+            reason = self._said(problem.__cause__ or problem)
+            return f"{self.who} cannot be reached ({reason}): start its server, or check the address"
+        if not isinstance(problem, APIStatusError):
+            return f"{self.who} gave no usable answer ({self._said(problem)}): check that the address ends in /v1"
+        code, words = problem.status_code, self._words(problem)
+        if code in (401, 403):
+            name = self.endpoint.key_env
+            way = f"put a key that it takes into {name}" if name else "name the variable that holds the key as key_env"
+            return f"{self.who} refuses access ({code}): {way}"
+        if code == 404:
+            return self._not_found()
+        if code == 429:
+            return f"{self.who} takes no more requests ({words}), {retried}: lower concurrency, or raise retries"
+        if code >= 500:
+            return f"{self.who} failed ({words}), {retried}: its server's log says more"
+        return (
+            f"{self.who} refuses the request ({words}): if a prompt is too long for it, use fewer or shorter "
+            "demonstrations or fewer new tokens"
+        )
+
+    def _not_found(self) -> str:
+        """A server says 404 for a model that it has not, and for an address that it has not."""
+        try:
+            listed = self._client.with_options(max_retries=0).models.list()
+            names = [model.id for model in getattr(listed, "data", None) or ()]
+        except (OpenAIError, json.JSONDecodeError):
+            return f"{self.who} is not found (404): check that the address ends in /v1, and the model's name"
+        if self.endpoint.model in names:
+            other = "chat" if self.endpoint.api == "completions" else "completions"
+            return f'{self.who} does not answer {self.endpoint.api} (404): try api = "{other}"'
+        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+        return f"{self.who} is not found (404): its server has {', '.join(map(repr, names[:LISTED])) or 'none'}{more}"
+
+    def _words(self, problem: APIStatusError) -> str:
+        """The status and what the server says to it."""
+        body = problem.body
+        said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+        return f"{problem.status_code}: {self._said(said or 'no reason given')}"
+
+    def _said(self, words: object) -> str:
+        text = one_line(str(words))
+        return (text if self.endpoint.key_env is None else text.replace(self._client.api_key, "***"))[:SAID]
+
+
+def _beyond(start: Echo, whole: Echo) -> Echo:
+    """The tokens of `whole` from the first that `start` has not."""
+    shared = 0
+    while shared < min(len(start), len(whole)) and start[shared][0] == whole[shared][0]:
+        shared += 1
+    return whole[shared:]

@@ -1,0 +1,211 @@
+"""Where a model lies: shipped, in a folder, or on the hub; which version it is; what to do where it is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import logging as hub_logging
+from transformers import AutoConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from fedsynth.system.proxy import UNREADABLE
+from fedsynth.typed import BadValue
+
+hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries would stand before our own line on what to do
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def locate(name: str) -> str:
+    """What is loaded: the folder of a shipped model, a folder, or a Hugging Face name, with `@revision` if it has one.
+
+    Raises:
+        BadValue: If it is neither a shipped model nor a folder, and cannot be a Hugging Face name.
+    """
+    if name.startswith("assets:"):
+        folder = Path(str(resources.files("fedsynth.assets"))) / name.removeprefix("assets:")
+        if not (folder / "config.json").is_file():
+            known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+            raise BadValue(f"no shipped model {name!r}; there are {', '.join('assets:' + k for k in known)}")
+        return str(folder)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
+        return str(path.absolute())
+    if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
+        raise BadValue(
+            f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario "
+            "says how in its first lines), or name a folder or a Hugging Face model"
+        )
+    return name
+
+
+def elsewhere(name: str) -> bool:
+    """Whether a model's name is that of a folder which is not on this machine: at a site, perhaps."""
+    return Path(name).is_absolute() and not Path(name).exists()
+
+
+def locate_adapter(name: str) -> Path:
+    """The folder of a shipped adapter, or a folder, in PEFT format.
+
+    Raises:
+        BadValue: If there is none.
+    """
+    shipped = Path(str(resources.files("fedsynth.assets")))
+    folder = shipped / name.removeprefix("assets:") if name.startswith("assets:") else Path(name)
+    if not (folder / "adapter_config.json").is_file():
+        known = sorted(f"assets:{p.parent.name}" for p in shipped.glob("*/adapter_config.json"))
+        raise BadValue(
+            f"no adapter {name!r}: name a folder that holds adapter_config.json and adapter_model.safetensors, or one "
+            f"of {', '.join(known)}"
+        )
+    return folder
+
+
+def place_of(name: str) -> dict[str, Any]:
+    """What every `from_pretrained` is given: where, and which revision. Code that comes with a model never runs."""
+    where = locate(name)
+    repository, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
+    return {
+        "pretrained_model_name_or_path": repository,
+        "revision": revision or "main",
+        "local_files_only": Path(where).is_dir(),
+        "trust_remote_code": False,
+    }
+
+
+def fetch(what: Any, name: str, **more: Any) -> Any:
+    """`what.from_pretrained`, with one line on what is wrong and the way out.
+
+    Raises:
+        BadValue: If it cannot be loaded.
+    """
+    try:
+        return what.from_pretrained(**place_of(name), **more)
+    except (OSError, ValueError, ImportError, RuntimeError, httpx.HTTPError, httpx.InvalidURL) as problem:
+        raise BadValue(_why(name, problem)) from problem
+
+
+def _why(name: str, problem: BaseException) -> str:
+    """One line; transformers wraps what the hub said, so that the causes are looked at, too."""
+    place = place_of(name)
+    repository = place["pretrained_model_name_or_path"]
+    causes: list[BaseException] = [problem]
+    while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
+        causes.append(deeper)
+
+    def said(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if place["local_files_only"]:
+        causes.clear()  # a folder: the hub has no part in it
+    if said(httpx.InvalidURL):
+        return f"the model {name!r} cannot be asked for: {UNREADABLE} ({causes[-1]})"
+    if said(GatedRepoError):
+        return (
+            f"the model {name!r} is gated: accept its licence at https://huggingface.co/{repository} "
+            "and log in with `hf auth login`"
+        )
+    if said(RepositoryNotFoundError):
+        return f"no model {name!r} on the hub: check the name; a private one needs `hf auth login`"
+    if said(RevisionNotFoundError):
+        return f"the model {repository!r} has no revision {place['revision']!r}: name a branch, a tag or a commit of it"
+    if said(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
+        return (
+            f"the model {name!r} is not on this machine, and the hub cannot be reached: download it beforehand with "
+            f"`{download_command(place)}` and set HF_HUB_OFFLINE=1, or name a folder"
+        )
+    first = next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(".: ")
+    return (
+        f"the model {name!r} cannot be loaded: {first}. Give a folder with a saved model, or a Hugging Face name that "
+        f"this machine can reach (looked for {repository!r})"
+    )
+
+
+def download_command(place: Mapping[str, Any]) -> str:
+    """What to type to have a model of the hub on this machine."""
+    revision = "" if place["revision"] == "main" else f" --revision {place['revision']}"
+    return f"hf download {place['pretrained_model_name_or_path']}{revision}"
+
+
+@lru_cache(maxsize=16)
+def config_of(name: str) -> Any:
+    """A model's configuration, read once per process.
+
+    Raises:
+        BadValue: If it cannot be loaded.
+    """
+    return fetch(AutoConfig, name)
+
+
+def file_of(name: str, file: str) -> str | None:
+    """Where a file of a model lies, downloaded if need be; None if it has none or cannot be asked."""
+    place = place_of(name)
+    place.pop("trust_remote_code")
+    path_or_name = place.pop("pretrained_model_name_or_path")
+    try:
+        found: str | None = cached_file(path_or_name, file, _raise_exceptions_for_missing_entries=False, **place)
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as problem:
+        raise BadValue(_why(name, problem)) from problem
+    return found
+
+
+def pin(name: str) -> str:
+    """A name that means the same model for ever: `org/name@<commit>` for one from the hub; others stay as they are.
+
+    The commit is that of the copy on this machine where the hub cannot be reached.
+
+    Raises:
+        BadValue: If the model is not found.
+    """
+    where = locate(name)
+    repository, _, revision = where.partition("@")
+    if Path(where).is_dir() or COMMIT.fullmatch(revision):
+        return name
+    config_of(name)  # says what is wrong where there is none
+    commit = extract_commit_hash(file_of(name, "config.json"), None)
+    if commit is None:
+        raise BadValue(f"the hub gives no commit for the model {name!r}: name one, as {repository}@COMMIT")
+    return f"{repository}@{commit}"
+
+
+def version_of(name: str) -> dict[str, str]:
+    """What a run records of a model: the revision of one from the hub, else the hash of its files."""
+    if Path(locate(name)).is_dir():
+        return {"sha256": weights_hash(name)}
+    return {"revision": pin(name).partition("@")[2]}
+
+
+def weights_hash(name: str) -> str:
+    """SHA-256 over configuration, tokenizer and safetensors of a local model; over the pinned name of one from the hub.
+
+    Raises:
+        BadValue: If a model from the hub without a commit in its name is not found.
+    """
+    where = locate(name)
+    return _hash_folder(where) if Path(where).is_dir() else hashlib.sha256(pin(where).encode()).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _hash_folder(folder: str) -> str:
+    digest = hashlib.sha256()
+    files = {file for pattern in ("*.safetensors", *TOKENIZER_FILES) for file in Path(folder).glob(pattern)}
+    for file in [*sorted(f for f in files if f.is_file()), Path(folder) / "config.json"]:
+        digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,340 @@
+"""The server LLM: one that completes and scores text in process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from fedsynth.models.adapters import merged
+from fedsynth.models.batches import by_length, given_rows, padded
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.encoding import text_rows
+from fedsynth.lora import Adapter
+from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
+from fedsynth.models.room import TOO_LONG, UNREADABLE
+from fedsynth.models.usage import Used
+
+T = TypeVar("T")
+
+RANKED = (
+    256  # tokens ranked before all of them are: top-p rarely reaches further, and to sort all takes most of the time
+)
+
+
+class TextModel(Protocol):
+    """What the teacher needs of an LLM, wherever it runs."""
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        """One continuation per prompt, in order; temperature 0 is greedy."""
+        ...
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Mean log-likelihood (nats) per token of each continuation after its prompt."""
+        ...
+
+
+class Draw(LogitsProcessor):
+    """Samples each row's next token with that row's own uniform numbers, by inversion of its distribution.
+
+    `generate` then only takes the maximum, so no generator of torch is read or moved. Inversion needs one number
+    per token where Gumbel noise needs a vocabulary of them: generation took 25 % longer with the latter.
+
+    Args:
+        uniforms: In [0, 1), shape (rows, new tokens), double precision.
+        prompt_length: Width of what is generated from, padding included: the prompts', or 1 (a decoder's start).
+        temperature: Above 0.
+        top_p: Only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float, top_p: float):
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+        self.temperature, self.top_p = temperature, top_p
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (rows, vocabulary) that leave the drawn token alone possible."""
+        mass = torch.softmax(scores.float() / self.temperature, dim=-1)
+        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
+        if self.top_p == 1:
+            drawn = self._place(mass, uniform)
+        else:
+            ranked, tokens = mass.topk(min(RANKED, mass.shape[-1]))
+            drawn = tokens.gather(1, self._place(self._nucleus(ranked), uniform))
+            further = ranked.sum(dim=-1) < self.top_p
+            if further.any():
+                ranked, tokens = mass[further].sort(dim=-1, descending=True)
+                drawn[further] = tokens.gather(1, self._place(self._nucleus(ranked), uniform[further]))
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def _place(self, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        cumulative = mass.double().cumsum(dim=-1)
+        # right=True never lands on a token of mass 0; the clamp is for round-off at the far end only.
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+
+    def _nucleus(self, ranked: torch.Tensor) -> torch.Tensor:
+        before = ranked.cumsum(dim=-1) - ranked
+        return ranked.masked_fill(before >= self.top_p, 0.0)
+
+
+class LocalLLM:
+    """A Hugging Face causal or seq2seq LM in process.
+
+    A causal LM goes on after the prompt; a seq2seq LM reads the prompt with its encoder, and its decoder writes.
+    Batches of like length run in `workers` threads. How many never changes a result: batches are formed before.
+
+    Args:
+        model: In evaluation mode, with or without an adapter. Its generation config is replaced: what is asked for in a
+            call is all that shapes the sampled distribution (some published configs bring a repetition penalty).
+        tokenizer: Of a causal LM: its BOS is put before every prompt, once. Of a seq2seq LM: what it puts around a text
+            (the EOS of T5) stands around every prompt. Its EOS, and the model's, end a continuation.
+        batch_size: Sequences at once.
+        workers: Threads; the default is as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
+    """
+
+    # Measured (1M-parameter Llama, vocabulary 4,096, 512 prompts of 110 tokens, 24 new, 2 cores, seconds): batch 64 in
+    # one thread 3.2, with two intra-op threads 2.1-2.6 (CPU 4.1-5.2), two workers 2.0-2.1 (CPU 3.8). Intra-op threads
+    # spin where others use the cores: 1,600 prompts of the shipped LLM took 224 s (CPU 104), two workers 39 s (CPU 15).
+    # 64 was the best batch (128: 1.0-1.1 times, 256: 1.3-1.5 times the time). The static cache gained 5-15 %, but is
+    # compiled per shape on GPUs; bfloat16 1.2 times, but see `load`. Neither is used.
+
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64, workers: int | None = None):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers}")
+        self.kind = kind_of(model.config)
+        stops = model.generation_config.eos_token_id
+        stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+        self.stops = sorted({*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # Padding is masked wherever it stands, so that any token will do for a tokenizer that has neither.
+        self.pad = pad if pad is not None else 0
+        plain: Any = GenerationConfig
+        # PEFT hands `generate` to the model within, which reads its own configuration.
+        within = model.get_base_model() if hasattr(model, "get_base_model") else model
+        starts = (getattr(c, "decoder_start_token_id", None) for c in (model.generation_config, model.config))
+        within.generation_config = plain(
+            eos_token_id=self.stops or None,
+            pad_token_id=self.pad,
+            decoder_start_token_id=next((s for s in starts if s is not None), None),
+        )
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        if workers is None:
+            workers = torch.get_num_threads() if torch.device(model.device).type == "cpu" else 1
+        self.workers = workers
+        self.context = context_of(model.config)
+        self.used = Used()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        adapter: Adapter | None = None,
+        batch_size: int = 64,
+        workers: int | None = None,
+        device: str = "cpu",
+    ) -> LocalLLM:
+        """A shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
+
+        On the CPU it computes in float32, however it was saved: in bfloat16 the rounding of a padded batch is coarse
+        enough for a prompt's neighbours to change its text. On a GPU it is as precise as it was saved.
+
+        Args:
+            path: Or name.
+            adapter: Added to its weights: LoRA beside each layer of a small model costs as much time as the layer.
+            batch_size: Sequences at once.
+            workers: Threads.
+            device: Of torch.
+
+        Raises:
+            BadValue: If it cannot be loaded, or writes no text; the message names the way out.
+            fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
+        """
+        name = str(path)
+        precision: Any = "auto" if torch.device(device).type != "cpu" else torch.float32
+        model: Any = load_model(name, "llm", dtype=precision)
+        if adapter is not None:
+            model = merged(name, adapter).to(model.dtype)
+        model = model.to(device)
+        return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
+
+    def complete(
+        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
+    ) -> list[str]:
+        """One continuation per prompt, in order, without its end mark.
+
+        Args:
+            prompts: Plain text; no chat template is applied, and the name of a control token is text. A line end is the
+                end of text of a model that has learnt lines.
+            max_tokens: At most so many new tokens each.
+            temperature: 0 takes the likeliest token each time.
+            top_p: In (0, 1]; see `Draw`.
+            seed: A prompt's text depends on the seed, the prompt and its place in this call, not on the other prompts.
+
+        Raises:
+            ValueError: If an argument is out of range, or a prompt leaves no room for `max_tokens` in the context.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        if temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        tokens = self._tokens(prompts)
+        self._check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
+
+        def continuations(rows: Sequence[int]) -> list[str]:
+            ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
+            begin = ids.shape[1] if self.kind == "causal" else 1  # a decoder begins with its start token alone
+            sampler = LogitsProcessorList()
+            if temperature > 0:
+                uniforms = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in rows])
+                sampler.append(Draw(torch.from_numpy(uniforms).to(ids.device), begin, temperature, top_p))
+            new = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, logits_processor=sampler
+            )[:, begin:]
+            texts: list[str] = self.tokenizer.batch_decode(
+                new, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            return texts
+
+        found = self._by_length([len(t) for t in tokens], continuations)
+        self.used.read += sum(map(len, tokens))
+        self.used.written += sum(map(len, text_rows(self.tokenizer, found)))
+        return found
+
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
+
+        Continuations are texts: whatever they spell is no control token, their line ends included. A continuation's
+        tokens are those that prompt + continuation has beyond the prompt's own. Where the tokenizer merges across the
+        border, and for a seq2seq LM, the two are tokenised apart, so that the prompt's tokens are always conditioned on
+        and never scored.
+
+        Raises:
+            ValueError: If the lists differ in length, a continuation is empty, or a pair exceeds the context.
+        """
+        if len(prompts) != len(continuations):
+            raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
+        if self.kind == "seq2seq":
+            return self._score_seq2seq(prompts, continuations)
+        starts = self._tokens(prompts)
+        whole = given_rows(self.tokenizer, prompts, self.kind, continuations)
+        apart = text_rows(self.tokenizer, continuations)
+        for i, (start, both) in enumerate(zip(starts, whole, strict=True)):
+            if both[: len(start)] != start:
+                whole[i] = start + apart[i]
+            if len(whole[i]) == len(start):
+                raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
+            if not start:
+                raise ValueError(f"prompt {i} holds no token and the tokenizer has no BOS; give a first word to go on")
+        self._check_room([len(t) for t in whole], 0, way_out="shorter texts")
+        self.used.read += sum(map(len, whole))
+
+        def likelihoods(rows: Sequence[int]) -> list[float]:
+            ids, mask = self._padded([whole[i] for i in rows], left=False)
+            first = min(len(starts[i]) for i in rows)  # no logits where every row is still in its prompt
+            wanted = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
+            seen = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=wanted, use_cache=False)
+            logits = seen.logits.float()
+            ahead = ids[:, first:, None]
+            logs = logits.gather(2, ahead).squeeze(2) - logits.logsumexp(dim=2)
+            begin = torch.tensor([len(starts[i]) - first for i in rows], device=ids.device)[:, None]
+            end = torch.tensor([len(whole[i]) - first for i in rows], device=ids.device)[:, None]
+            place = torch.arange(logs.shape[1], device=ids.device)
+            scored = (place >= begin) & (place < end)
+            means: list[float] = (logs.where(scored, 0.0).sum(dim=1) / scored.sum(dim=1)).tolist()
+            return means
+
+        return self._by_length([len(t) for t in whole], likelihoods)
+
+    def _score_seq2seq(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        starts = self._tokens(prompts)
+        wanted = text_rows(self.tokenizer, continuations)
+        for i, row in enumerate(wanted):
+            if not row:
+                raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
+        both = [len(s) + len(w) for s, w in zip(starts, wanted, strict=True)]
+        self._check_room(both, 0, way_out="shorter texts")
+        self.used.read += sum(both)
+
+        def likelihoods(rows: Sequence[int]) -> list[float]:
+            ids, mask = self._padded([starts[i] for i in rows], left=False)
+            ahead, scored = self._padded([wanted[i] for i in rows], left=False)
+            given = self.model.prepare_decoder_input_ids_from_labels(ahead)
+            seen = self.model(input_ids=ids, attention_mask=mask, decoder_input_ids=given, use_cache=False)
+            logits = seen.logits.float()
+            logs = logits.gather(2, ahead[:, :, None]).squeeze(2) - logits.logsumexp(dim=2)
+            means: list[float] = (logs.where(scored.bool(), 0.0).sum(dim=1) / scored.sum(dim=1)).tolist()
+            return means
+
+        return self._by_length(both, likelihoods)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """The LLM as an `Embedder`: mean of its last hidden states, shape (texts, width); long texts are cut.
+
+        Raises:
+            ValueError: If a text holds no token.
+        """
+        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
+
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """Why `complete`, or `score`, would refuse; see `fedsynth.models.room`."""
+        texts = [""] * len(prompts) if continuations is None else continuations
+        pairs = list(zip(prompts, texts, strict=True))
+        distinct = list(dict.fromkeys(pairs))
+        try:
+            needed = self._needed(distinct)
+        except Exception:  # each tokenizer has its own for what it cannot read
+            needed = [self._needed_by(pair) for pair in distinct]
+        room = math.inf if self.context is None else self.context
+        told = {
+            pair: UNREADABLE if tokens is None else TOO_LONG if tokens + more > room else None
+            for pair, tokens in zip(distinct, needed, strict=True)
+        }
+        return [told[pair] for pair in pairs]
+
+    def _needed(self, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
+        """Tokens of each prompt and its continuation, "" for none; None where the latter holds no token."""
+        starts = [len(row) for row in self._tokens([prompt for prompt, _ in pairs])]
+        apart = [len(row) for row in text_rows(self.tokenizer, [text for _, text in pairs])]
+        whole = [len(row) for row in self._tokens([prompt + text for prompt, text in pairs])]
+        return [
+            None if text and not own else max(both, start + own)
+            for (_, text), start, own, both in zip(pairs, starts, apart, whole, strict=True)
+        ]
+
+    def _needed_by(self, pair: tuple[str, str]) -> int | None:
+        try:
+            return self._needed([pair])[0]
+        except Exception:
+            return None
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return given_rows(self.tokenizer, texts, self.kind)
+
+    def _check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
+        longest = max(lengths, default=0)
+        if self.context is not None and longest + max_tokens > self.context:
+            raise ValueError(
+                f"text {list(lengths).index(longest)} has {longest} tokens and {max_tokens} more are asked for, but "
+                f"the model's context holds {self.context}: use {way_out}, fewer new tokens or a longer context"
+            )
+
+    def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = padded(rows, self.pad, left=left)
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _by_length(self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]]) -> list[T]:
+        return by_length(work, lengths, batch_size=self.batch_size, workers=self.workers)

@@ -1,0 +1,1 @@
+"""Small language models from scratch, on public text."""

@@ -1,0 +1,578 @@
+"""One experiment as typed, frozen, checked data."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from fedsynth.corpus import alike, told_apart
+from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
+from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.system.proxy import is_loopback
+from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
+
+Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
+"""Ways to clip gradients per example: `fedsynth.dpsgd`."""
+
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+"""Of a frozen base; what is trained, norms, sums and noise are float32 in any case."""
+
+
+@dataclass(frozen=True)
+class StrategyChoice:
+    """Which strategy runs: an importable class, and the options of its `Config`."""
+
+    use: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.use.count(":") != 1:
+            raise BadValue(f'strategy.use must read "package.module:Class", got {self.use!r}')
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Which rows of a data file are held out for testing: those whose `column` equals `equals`."""
+
+    column: str
+    equals: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled data set and how it is divided among clients.
+
+    Attributes:
+        source: `world:NAME` (a simulated world), `hf:NAME` (a Hugging Face data set), or a CSV, JSONL or Parquet file
+            or a folder written by `datasets.save_to_disk`, looked up beside the scenario, in the working directory,
+            then in the folder that the environment variable FEDSYNTH_DATA names. Splits of a data set stand in a column
+            `split`.
+        clients: How many; each is one hospital or bank.
+        labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
+        train_per_client: Simulated worlds: private notes per client.
+        test_per_client: Simulated worlds: test notes per client, declared public (docs/privacy.md).
+        text: Column of the text.
+        label: Column of the class name.
+        task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> response, of
+            which there is no list.
+        response: `instructions`: column of the response.
+        notes_per_patient: Simulated worlds: a patient has from 1 to so many of the notes, and is the privacy unit where
+            that is more than 1. The notes are the same.
+        planted: Simulated worlds, `instructions`: every private response ends with a secret of its own, for audits.
+        test: Rows held out for testing; without it a seeded fifth of each client's rows.
+        split: `iid`; `dirichlet` or `pathological`: by label; `natural`: by the values of `client_column`, the first
+            `clients` of them in sorted order.
+        alpha: `dirichlet`: concentration; the smaller, the more the clients differ.
+        classes_per_client: `pathological`: how many classes each client holds.
+        client_column: Column whose values are the natural clients.
+        unit: Column of the person; left out, rows are declared independent.
+        limit: At most so many private units per client, drawn after the split.
+        test_limit: At most so many test units per client, likewise.
+        duplicates: Equal texts (but for what is no difference in `spellings`) at two clients, or in training and test
+            text, are refused; or of all equal texts, those of one client too, one is kept, before the source is
+            divided.
+        spellings: Persons or clients that are written in several ways (case, blanks, composed characters and those
+            without a glyph make no difference) are refused; or merged, each into one. Labels of several spellings are
+            refused in any case.
+        revision: `hf:`: branch, tag or commit.
+        subset: `hf:`: configuration of the data set.
+        pooled: One home that holds all clients' text: a baseline that only a simulator can build.
+        tuned_on: Clients on which settings were tuned; results are reported without them, too. May name more clients
+            than a smaller run has.
+    """
+
+    source: str
+    clients: Count = 8
+    labels: Literal["all"] | tuple[str, ...] = "all"
+    train_per_client: Count = 200
+    test_per_client: Count = 600
+    text: str = "text"
+    label: str = "label"
+    task: Literal["classification", "instructions"] = "classification"
+    response: str = "response"
+    notes_per_patient: Count = 1
+    planted: bool = False
+    test: TestRows | None = None
+    split: Literal["iid", "dirichlet", "pathological", "natural"] = "iid"
+    alpha: Positive = 0.5
+    classes_per_client: Count | None = None
+    client_column: str | None = None
+    unit: str | None = None
+    limit: Count | None = None
+    test_limit: Count | None = None
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    spellings: Literal["refuse", "merge"] = "refuse"
+    revision: str | None = None
+    subset: str | None = None
+    pooled: bool = False
+    tuned_on: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range(self, "data")
+        if self.labels != "all" and not self.labels:
+            raise BadValue("the label list is empty: name the classes, or leave `labels` out to take all of the source")
+        if self.labels != "all" and len(set(self.labels)) < len(self.labels):
+            raise BadValue(f"labels holds a class twice: {sorted(self.labels)}")
+        if min(self.tuned_on, default=0) < 0 or len(set(self.tuned_on)) < len(self.tuned_on):
+            raise BadValue(f"tuned_on must name distinct clients, from 0, got {list(self.tuned_on)}")
+        if self.world is not None and (self.unit or self.test or self.client_column or self.split != "iid"):
+            raise BadValue("unit, test, client_column and split belong to data files, not to a simulated world")
+        if self.labels != "all" and (found := alike(self.labels)):
+            raise BadValue(f"labels holds a class in several spellings: {', '.join(map(told_apart, found))}")
+        if self.world is not None and (self.limit or self.test_limit or self.duplicates != "refuse"):
+            raise BadValue(
+                "limit, test_limit and duplicates belong to data files; a simulated world has train_per_client"
+            )
+        if self.spellings != "refuse" and not (self.unit or self.client_column):
+            raise BadValue("spellings is about persons and clients: name their column as unit or client_column")
+        if self.task == "instructions" and self.labels != "all":
+            raise BadValue('labels belong to task = "classification"; responses are not of a list')
+        if self.task == "instructions" and self.split in ("dirichlet", "pathological"):
+            raise BadValue(f'split = "{self.split}" goes by label, and instructions have none: use "iid" or "natural"')
+        if self.response != Data.response and (self.task == "classification" or self.world is not None):
+            raise BadValue('response is the column of a data file with task = "instructions"')
+        if self.planted and (self.world is None or self.task == "classification"):
+            raise BadValue('planted belongs to a simulated world with task = "instructions"')
+        if self.split == "natural" and self.client_column is None:
+            raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
+        if self.alpha != Data.alpha and self.split != "dirichlet":
+            raise BadValue(f'alpha belongs to split = "dirichlet", not to {self.split!r}')
+        if (self.classes_per_client is not None) != (self.split == "pathological"):
+            raise BadValue('classes_per_client and split = "pathological" need each other')
+        if self.world is None and self.notes_per_patient != 1:
+            raise BadValue("notes_per_patient belongs to a simulated world: a data file names its persons by data.unit")
+        if self.source == "hf:":
+            raise BadValue('source = "hf:" names no data set: write hf:NAME')
+        if self.hub_name is None and (self.revision or self.subset):
+            raise BadValue(f"revision and subset belong to a source hf:NAME, not to {self.source!r}")
+
+    @property
+    def world(self) -> str | None:
+        """Name of the simulated world, or None for a source of one's own."""
+        return self.source.removeprefix("world:") if self.source.startswith("world:") else None
+
+    @property
+    def unit_name(self) -> str:
+        """What is protected: the column of persons, a world's patients, or the row."""
+        return self.unit or ("patient" if self.notes_per_patient > 1 else "row")
+
+    @property
+    def hub_name(self) -> str | None:
+        """Name of the Hugging Face data set, or None for another source."""
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else None
+
+
+@dataclass(frozen=True)
+class GeneratorTraining:
+    """How a client fine-tunes its generator: LoRA under DP-SGD (settings tuned on simulated data only).
+
+    Attributes:
+        expected_batch: Expected size of a Poisson batch; the sampling rate is expected_batch / declared records.
+        steps: Noisy steps of a round, all charged; 100,000 in all rounds at most.
+        learning_rate: Of Adam, decayed linearly to a tenth.
+        clip_norm: Bound on the norm of one unit's gradient.
+        rank: LoRA rank.
+        alpha: LoRA scale is alpha / rank.
+        max_tokens: Longest example in tokens, label or instruction and end of text included.
+        microbatch: Examples per forward pass; bounds memory, does not change results.
+        learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
+        rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
+        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
+        precision: Of the generator's frozen base. `auto` is float32 under `dp`, where `bfloat16` is refused: in it no
+            clip norm bounds what a text moves. Else `auto` is bfloat16 on CPUs that compute in it where the model is
+            wide enough for that to pay: name one where arms or machines are compared. A scorer is float32.
+    """
+
+    expected_batch: Count = 50
+    steps: Count = 60
+    learning_rate: Positive = 2e-2
+    clip_norm: Positive = 0.3
+    rank: Count = 8
+    alpha: Positive = 16.0
+    max_tokens: int = 64
+    microbatch: Count = 64
+    learns: Literal["record", "response"] = "record"
+    rows_per_unit: Count = 1
+    clipping: Clipping = "bookkeeping"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        in_range(self)
+        if self.max_tokens < 4:
+            raise BadValue(f"max_tokens must be at least 4, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the server trains an adapter on text that is free to use (supervised fine-tuning).
+
+    Attributes:
+        epochs: Passes over the text.
+        batch: Examples per step.
+        learning_rate: Of AdamW, decayed linearly to a tenth.
+        max_tokens: Longest example in tokens.
+        max_grad_norm: Longer gradients of a step are shortened to this.
+        rank: LoRA rank, where a new adapter is made.
+        alpha: LoRA scale is alpha / rank.
+    """
+
+    epochs: Count = 3
+    batch: Count = 16
+    learning_rate: Positive = 2e-3
+    max_tokens: Count = 64
+    max_grad_norm: Positive = 1.0
+    rank: Annotated[Count, most(MAX_RANK)] = 8
+    alpha: Annotated[Positive, most(MAX_ALPHA)] = 16.0
+
+    def __post_init__(self) -> None:
+        in_range(self)
+
+
+@dataclass(frozen=True)
+class TaskTraining:
+    """How a client trains its task model: on augmented text first, then on its private text (same in every arm).
+
+    Attributes:
+        batch: Examples per step.
+        augmented_epochs: Passes over the server's text.
+        private_epochs: Passes over the private text.
+        learning_rate: Of AdamW while training from the pretrained model.
+        head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
+        continued_rate: Fraction of `learning_rate` on private text after augmented text.
+        token_dropout: Chance that a token is hidden during training (where all of the model is trained).
+        weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
+        max_tokens: Longest text in tokens.
+        trains: `all` of the model, or its `head` alone, on the mean of a frozen model's hidden states: for pretrained
+            encoders where training all of them would take too long.
+    """
+
+    batch: Count = 16
+    augmented_epochs: Count = 6
+    private_epochs: Count = 15
+    learning_rate: Positive = 1e-3
+    head_rate: Positive = 50.0
+    continued_rate: Positive = 1.0
+    token_dropout: float = 0.1
+    weight_decay: float = 0.05
+    max_grad_norm: Positive = 1.0
+    max_tokens: Count = 64
+    trains: Literal["all", "head"] = "all"
+
+    def __post_init__(self) -> None:
+        in_range(self, "client.task_training")
+        if not 0 <= self.token_dropout < 1:
+            raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise BadValue(f"weight_decay must be finite and not negative, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class Client:
+    """What a client runs. A site's own policy may be stricter, never looser.
+
+    Attributes:
+        generator: Causal or seq2seq model: `assets:NAME`, a folder, or a Hugging Face name, also `org/name@revision`.
+        task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: there the
+            generator itself, with an adapter, is what learns to respond.
+        task_models: Client k has the task model k % n of these n instead: architectures and tokenizers may differ.
+        guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
+        budget: Epsilon and delta of this run: all rounds, all releases.
+        max_noise_multiplier: A budget that needs more noise than this is refused before any training; 1000 at most.
+        generator_training: DP-SGD settings.
+        task_training: Task model settings.
+        answer_tokens: Instructions: longest response at evaluation.
+        scores: Under `dp`, what protects scores of the server's texts (CrossLM). `model`: a classifier of its own,
+            trained once under DP-SGD, gives those of all rounds. `noise`: the task model gives them, and each round's
+            list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
+        scorer_training: `scores = "model"`: DP-SGD settings; `learns` and `precision` have no meaning there.
+        score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
+        stacked: Simulations: the adapters of so many clients train in one pass of the model, each on its own text; left
+            out, of as many as that pays for. Results are the same but for rounding.
+    """
+
+    generator: str
+    task_model: str = ""
+    task_models: tuple[str, ...] = ()
+    guarantee: Literal["dp", "none"] = "dp"
+    budget: Budget | None = None
+    max_noise_multiplier: Positive = 20.0
+    generator_training: GeneratorTraining = GeneratorTraining()
+    task_training: TaskTraining = TaskTraining()
+    answer_tokens: Count = 32
+    scores: Literal["model", "noise"] = "model"
+    scorer_training: GeneratorTraining = GeneratorTraining()
+    score_norm: Positive = 1.0
+    stacked: Count | None = None
+
+    def __post_init__(self) -> None:
+        in_range(self, "client")
+        if "" in self.task_models:
+            raise BadValue("task_models holds an empty name: name a model for every place, or leave task_models out")
+        if self.guarantee == "dp" and self.budget is None:
+            raise BadValue(
+                'guarantee = "dp" needs a budget, e.g. budget = { epsilon = 8.0 }; or say guarantee = "none"'
+            )
+
+        if self.guarantee == "dp" and "ghost" in (self.generator_training.clipping, self.scorer_training.clipping):
+            raise BadValue('clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
+                           'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"')  # fmt: skip
+        if self.max_noise_multiplier > MAX_SIGMA:
+            raise BadValue(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {self.max_noise_multiplier:g}")
+        if self.budget is not None and self.budget.delta > Budget.delta:
+            raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
+
+    def plan(self, records: int, rounds: int = 1) -> DPPlan:
+        """The schedule of a client's DP training: what is charged, what is run, what is reported.
+
+        Args:
+            records: Declared, public number of privacy units.
+            rounds: Rounds that train on private text.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+            BadValue: If the run has no budget.
+        """
+        return self._plan(self.generator_training, records, rounds)
+
+    def score_plan(self, records: int, rounds: int = 1) -> DPPlan:
+        """The schedule of what protects a client's scores in all rounds.
+
+        `model`: one training; what its model says of texts in later rounds is post-processing. `noise`: one Gaussian
+        mechanism a round on the client's data as a whole. All scores may change with it, from one list within
+        `score_norm` to another, so that the plan's clip norm is twice that: two lists are no further apart.
+
+        Args:
+            records: Declared, public number of privacy units.
+            rounds: Of the run.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+            BadValue: If the run has no budget.
+        """
+        if self.scores == "model":
+            return self._plan(self.scorer_training, records, 1)
+        whole = GeneratorTraining(expected_batch=1, steps=1, clip_norm=2 * self.score_norm)
+        return self._plan(whole, 1, rounds)
+
+    def _plan(self, settings: GeneratorTraining, records: int, rounds: int) -> DPPlan:
+        if self.budget is None:
+            raise BadValue("a run without a budget has no plan")
+        return plan(
+            self.budget,
+            records=records,
+            expected_batch=min(settings.expected_batch, records),
+            steps=settings.steps,
+            rounds=rounds,
+            clip_norm=settings.clip_norm,
+            max_noise_multiplier=self.max_noise_multiplier,
+        )
+
+    def of(self, index: int) -> Client:
+        """What the client `index` runs: this, with its own one of `task_models`, and with what `precision = "auto"` is
+        under a guarantee."""
+        own, training = self, self.generator_training
+        if self.guarantee == "dp" and training.precision == "auto":
+            own = replace(own, generator_training=replace(training, precision="float32"))
+        return replace(own, task_model=self.task_models[index % len(self.task_models)]) if self.task_models else own
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
+
+    Attributes:
+        endpoint: Address up to and with the version, as `http://127.0.0.1:8000/v1`.
+        model: Its name there.
+        key_env: Environment variable that holds the key, where one is needed; never the key itself.
+        api: `completions` goes on after a prompt (a base LLM); `chat` puts each prompt as one user message.
+        timeout: Seconds to wait for an answer.
+        retries: How often a request is repeated that got no answer, 429 or 5xx.
+        concurrency: Requests at once.
+    """
+
+    endpoint: str
+    model: str
+    key_env: str | None = None
+    api: Literal["completions", "chat"] = "completions"
+    timeout: Positive = 60.0
+    retries: int = 3
+    concurrency: Count = 8
+
+    def __post_init__(self) -> None:
+        host = host_of(self.endpoint)
+        if not self.model:
+            raise BadValue("model is empty: name the model that the endpoint serves")
+        if self.key_env is not None and not self.key_env.isidentifier():
+            # Not repeated: whoever mistakes the field puts the key itself here.
+            raise BadValue(
+                "key_env must name an environment variable, as OPENAI_API_KEY; a key is no part of a scenario"
+            )
+        if self.key_env is not None and self.endpoint.startswith("http:") and not is_loopback(host):
+            raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
+        in_range(self)
+        if self.retries < 0:
+            raise BadValue(f"retries must be at least 0, got {self.retries}")
+
+
+def host_of(endpoint: str) -> str:
+    """The host of an endpoint's address, which holds nothing but scheme, host, port and path."""
+    try:
+        parts = urlsplit(endpoint)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc:
+        # Not repeated: a password or a key may stand in it.
+        raise BadValue("endpoint must read http://HOST:PORT/v1 or https://HOST/v1; a key goes where key_env says")
+    return host
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server runs.
+
+    Attributes:
+        llm: Causal or seq2seq model, named as a client's, or an endpoint.
+        adapter: LoRA of the llm that it starts with: `assets:NAME`, or a folder in PEFT format. Layers that it does not
+            adapt stay as they are; what its configuration says beyond that is used as PEFT does, or refused by name.
+        embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
+            itself, which no endpoint can be.
+        answer_seconds: How long one exchange may take before the run ends with a reason.
+        start_seconds: Simulations: how long SuperLink, Ray and the SuperNodes may take to be there. What has died is
+            noticed at once: this clock is for a machine so busy that nothing gets on.
+        quorum: Share of the asked clients that must answer.
+        professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
+        public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
+            a .txt with one per line). CrossLM measures the LLM on them; on those with a `label` of the list, also how
+            often it tells the label.
+    """
+
+    llm: str | Endpoint
+    adapter: str | None = None
+    embedder: str | None = None
+    answer_seconds: Positive = 3600.0
+    start_seconds: Positive = 3600.0
+    quorum: Share = 1.0
+    professional: str | Endpoint | None = None
+    public: str | None = None
+
+    def __post_init__(self) -> None:
+        in_range(self, "server")
+        if isinstance(self.llm, Endpoint) and self.adapter is not None:
+            raise BadValue("the llm is an endpoint, into which no adapter can be put: name a model as llm")
+        if isinstance(self.llm, Endpoint) and self.embedder is None:
+            raise BadValue(
+                "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
+                "like drafts together"
+            )
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Clients of a simulation that are away, leave or are slow. The server's own time limit is `server.answer_seconds`.
+
+    Attributes:
+        availability: Chance of a client to be there in a round; who is not is not asked, and spends nothing.
+        dropout: Chance of a client to leave an exchange before its answer arrives. What it spent is spent.
+        speed_tiers: Pairs of a share of the clients and how many times as long as others they take; shares sum to 1.
+        deadline: Of an exchange, in the time that a client of speed 1 takes. Answers of slower ones come after it: they
+            are not used, but they were released.
+        seed: Of who is away, leaves and is slow; the run's seed enters, too.
+    """
+
+    availability: Share = 1.0
+    dropout: Annotated[float, Range("lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
+    speed_tiers: tuple[tuple[Share, Positive], ...] = ()
+    deadline: Positive | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        in_range(self, "participation")
+        shares = [share for share, _ in self.speed_tiers]
+        if any(not 0 < share <= 1 for share in shares) or (shares and abs(sum(shares) - 1) > 1e-9):
+            raise BadValue(f"participation.speed_tiers: shares must lie in (0, 1] and sum to 1, got {shares}")
+        if any(not (0 < times < math.inf) for _, times in self.speed_tiers):
+            raise BadValue(f"participation.speed_tiers: times must be finite and above 0, got {list(self.speed_tiers)}")
+        if self.seed < 0:
+            raise BadValue(f"participation.seed must be at least 0, got {self.seed}")
+
+    @property
+    def loses(self) -> bool:
+        """Whether any client's answer can be missing."""
+        late = self.deadline is not None and any(times > self.deadline for _, times in self.speed_tiers)
+        return self.availability < 1 or self.dropout > 0 or late
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One experiment.
+
+    Attributes:
+        name: Names the run directory.
+        seeds: Public seeds; each is a world of its own.
+        rounds: Rounds of the strategy.
+        arms: Variants: name -> overrides of the other tables.
+        run: The arms that run unless others are asked for; left out: all.
+        participation: Clients that are away, leave or are slow.
+    """
+
+    name: str
+    strategy: StrategyChoice
+    data: Data
+    client: Client
+    server: Server
+    seeds: tuple[int, ...] = (0,)
+    rounds: Count = 1
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    run: tuple[str, ...] = ()
+    participation: Participation = field(default_factory=Participation)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
+        in_range(self)
+        # Before anything is planned: that many steps would take a client minutes and gigabytes to plan for.
+        for training, rounds in (("generator_training", self.rounds), ("scorer_training", 1)):
+            if (steps := getattr(self.client, training).steps) * rounds > MAX_STEPS:
+                times = f"{steps:,} in each of {rounds:,} rounds" if rounds > 1 else f"{steps:,}"
+                raise BadValue(f"client.{training}.steps must be at most {MAX_STEPS:,} over all rounds, got {times}: "
+                               "take fewer, of larger batches")  # fmt: skip
+        if self.participation.loses and self.server.quorum == 1:
+            raise BadValue("participation lets clients be missing, and server.quorum is 1: the first missing one would "
+                           "end the run; lower server.quorum")  # fmt: skip
+        if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
+            raise BadValue("client.task_model is missing: name the model that becomes a classifier")
+        for arm in self.run:
+            if arm not in self.arms:
+                raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")
+
+    @property
+    def stack(self) -> int:
+        """How many clients' adapters train in one pass; unless it is named, there are at least eight such stacks."""
+        clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
+        if training.clipping != "bookkeeping":
+            return 1
+        pays = min(STACK_TOKENS // training.max_tokens, training.microbatch) // training.expected_batch
+        return self.client.stacked or max(1, min(pays if pays >= 4 else 1, clients // 8))
+
+
+STACK_TOKENS = 1024  # of a step of a stack: beyond, one pass takes as long as many (docs/results.md)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm under one seed: a hypothetical world of its own."""
+
+    arm: str
+    seed: int
+    scenario: Scenario
+
+    def public_seed(self, purpose: str, *, round: int = 0, client: int = -1) -> int:
+        """A public random stream of its own for each purpose; the arm does not enter, so that arms are paired."""
+        text = f"{self.seed}/{round}/{client}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,0 +1,185 @@
+"""Scenarios as TOML: read, overridden by arms and by `--set`, resolved to cells, written."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedsynth.scenario.schema import Cell, Scenario
+from fedsynth.typed import BadValue, build, plain, toml_file
+
+
+def from_tree(tree: Mapping[str, Any]) -> Scenario:
+    """A scenario from what a TOML parser returned; every arm is resolved once, so that its keys are checked, too."""
+    tree = dict(tree)
+    choice = tree.get("strategy")
+    if isinstance(choice, Mapping):
+        choice = dict(choice)
+        tree["strategy"] = {"use": choice.pop("use", ""), "options": choice}
+    scenario = build(Scenario, tree)
+    for arm, overrides in scenario.arms.items():
+        try:
+            _override(scenario, overrides)
+        except BadValue as problem:
+            raise BadValue(f"[arms.{arm}] {problem}") from problem
+    return scenario
+
+
+def to_toml(scenario: Scenario) -> str:
+    """The inverse of `from_toml`."""
+    return tomli_w.dumps(_tree(scenario))
+
+
+def from_toml(text: str, where: str = "scenario") -> Scenario:
+    """A scenario from TOML text.
+
+    Raises:
+        BadValue: With the place and the reason.
+    """
+    try:
+        return from_tree(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as problem:
+        raise BadValue(f"{where}: not TOML: {problem}") from problem
+    except BadValue as problem:
+        raise BadValue(f"{where}: {problem}") from problem
+
+
+def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
+    """A scenario from a file, or a shipped one by name.
+
+    Args:
+        name: Path of a TOML file, or the name of a shipped scenario such as "hospitals".
+        sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
+
+    Raises:
+        BadValue: If there is none, or it is not valid; the message names file, key and the nearest right one.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
+        if str(name) not in shipped:
+            raise BadValue(f"no scenario {str(name)!r}: give a .toml file or one of {', '.join(sorted(shipped))}")
+        path = shipped[str(name)]
+    if not path.is_file():
+        raise BadValue(f"no scenario file {str(path)!r}")
+    with toml_file(path) as tree:
+        for item in sets:
+            tree = _merge(tree, _parse_set(item))
+        tree = _with_absolute_paths(tree, path.parent)
+        arms = {name: _with_absolute_paths(over, path.parent) for name, over in _table(tree, "arms").items()}
+        return from_tree({**tree, "arms": arms} if arms else tree)
+
+
+def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = tree.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+PATHS = (
+    ("data", "source"),
+    ("client", "generator"),
+    ("client", "task_model"),
+    ("client", "task_models"),
+    ("server", "llm"),
+    ("server", "adapter"),
+    ("server", "professional"),
+    ("server", "embedder"),
+    ("server", "public"),
+)
+TEXTS = (("data", "source"), ("server", "public"))
+
+
+def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Files and folders that stand beside the scenario, in the working directory, or (data) in FEDSYNTH_DATA.
+
+    Flower's processes have working directories of their own, so relative paths would lead elsewhere there. A name that
+    is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of `fedsynth.simulation.simulate.check`.
+    """
+    found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+    def absolute(name: object, *, text: bool) -> object:
+        if not isinstance(name, str) or not name or ":" in name:
+            return name
+        places = [folder / name, Path(name)]
+        if text and (shared := os.environ.get("FEDSYNTH_DATA")):
+            places.append(Path(shared) / name)
+        # Text may be a file or a saved data set; a file goes first.
+        there = [p for p in places if text and p.is_file()] or [p for p in places if p.is_dir()]
+        return str(there[0].absolute()) if there else name
+
+    for table, key in PATHS:
+        if key not in _table(found, table):
+            continue
+        named, text = found[table][key], (table, key) in TEXTS
+        several = isinstance(named, list)
+        found[table][key] = [absolute(n, text=text) for n in named] if several else absolute(named, text=text)
+    return found
+
+
+def shipped_scenarios() -> Iterator[Path]:
+    """The scenario files that come with the package."""
+    folder = Path(str(resources.files("fedsynth"))) / "app" / "scenarios"  # app is no package: a folder of data
+    yield from sorted(folder.glob("*.toml"))
+
+
+def cells(scenario: Scenario) -> list[Cell]:
+    """Every arm that runs, under every seed, resolved. Without arms: the scenario itself, named after its strategy."""
+    if not scenario.arms:
+        arm = scenario.strategy.use.rpartition(":")[2].lower()
+        return [Cell(arm, seed, scenario) for seed in scenario.seeds]
+    arms = scenario.run or tuple(scenario.arms)
+    resolved = {arm: _override(scenario, scenario.arms[arm]) for arm in arms}
+    return [Cell(arm, seed, resolved[arm]) for seed in scenario.seeds for arm in arms]
+
+
+def _override(scenario: Scenario, overrides: Mapping[str, Any]) -> Scenario:
+    for key in ("name", "seeds", "arms", "run"):
+        if key in overrides:
+            raise BadValue(f"{key!r} belongs to the whole scenario, an arm cannot override it")
+    tree = _tree(scenario)
+    tree.pop("arms", None)
+    tree.pop("run", None)
+    return from_tree(_merge(tree, overrides))
+
+
+def _tree(scenario: Scenario) -> dict[str, Any]:
+    tree: dict[str, Any] = plain(scenario)
+    tree["strategy"] = {"use": scenario.strategy.use, **tree["strategy"]["options"]}
+    return tree
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+    """`over` on top of `base`, table by table; what belongs to a strategy or split goes where `over` names another."""
+    merged = dict(base)
+    if key == "data" and "split" in over and over["split"] != base.get("split"):
+        merged = {name: value for name, value in merged.items() if name not in ("alpha", "classes_per_client")}
+    if key == "strategy" and "use" in over and over["use"] != base.get("use"):
+        merged = {}
+    moves = "endpoint" in over and over["endpoint"] != base.get("endpoint")
+    if key in ("server.llm", "server.professional") and moves:
+        merged = {}  # above all key_env: one server's key is not for another
+    for name, value in over.items():
+        old = merged.get(name)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[name] = _merge(old, value, name if not key else f"{key}.{name}") if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise BadValue(f"--set needs key=value, got {item!r}")
+    try:
+        return tomllib.loads(f"{key.strip()} = {value.strip()}")
+    except tomllib.TOMLDecodeError:
+        text = tomli_w.dumps({"v": value.strip()}).partition("=")[2].strip()  # a string without its quotes
+    try:
+        return tomllib.loads(f"{key.strip()} = {text}")
+    except tomllib.TOMLDecodeError as problem:
+        raise BadValue(f"--set {item!r}: {key.strip()!r} is no TOML key ({problem})") from problem

@@ -1,0 +1,90 @@
+"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells
+
+# In the order in which methods pass through them; the bar never goes back where one passes twice.
+PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "respond", "augment", "score", "teach",
+          "tune", "adopt", "learn", "evaluate")  # fmt: skip
+
+
+class Watch:
+    """Phase, clients done of all, what is kept of texts, epsilon spent, clients a minute, time left.
+
+    Args:
+        console: Where it shows.
+        scenario: What runs.
+        sites: How many real sites run it; None: a simulation.
+    """
+
+    def __init__(self, console: Console, scenario: Scenario, sites: int | None = None) -> None:
+        self.console = console
+        self.cells = len(cells(scenario))
+        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f} %"),
+                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.task = self.live.add_task("starting", total=1000 * self.cells)
+        self.at = self.furthest = 0
+        self.rounds = scenario.rounds  # an arm with fewer fills its part of the bar at once
+        self.last: tuple[str, str, int] = ("", "", 0)
+        self.begun = time.monotonic()
+        what = f"{scenario.data.clients} clients, {self.cells} cells (arms x seeds), data {scenario.data.source}"
+        if sites is not None:
+            what = f"{sites} site{'s' if sites > 1 else ''}, each with its own data"
+        console.print(f"[bold]{scenario.name}[/]: {what}")
+
+    def __enter__(self) -> Watch:
+        self.live.__enter__()
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.live.__exit__(*problem)  # type: ignore[arg-type]
+
+    def warn(self, text: str) -> None:
+        """A warning, above the live line."""
+        self.console.print(f"[yellow]warning:[/] {text}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        """One line of a run's events."""
+        if event.get("event") == "cell":
+            self.at = int(event["number"])
+            self._show(event, "", 0, 1)
+        elif event.get("event") in ("data", "workers", "sites"):
+            self.console.print(event["line"], markup=False, soft_wrap=True)
+        elif event.get("event") == "warning":
+            self.warn(event["text"])
+        elif event.get("event") == "progress":
+            self._show(event, event["phase"], event["done"], event["total"])
+
+    def _show(self, event: dict[str, Any], phase: str, done: int, total: int) -> None:
+        cell, number = f"{event['arm']} seed {event['seed']}", int(event.get("round", 1))
+        place = PHASES.index(phase) if phase in PHASES else 0
+        share = (max(number, 1) - 1 + (place + done / max(total, 1)) / len(PHASES)) / self.rounds
+        self.furthest = max(self.furthest, int(1000 * (self.at + min(share, 1.0))))
+        if (cell, phase, number) != self.last:
+            self.last, self.begun = (cell, phase, number), time.monotonic()
+            if not self.console.is_terminal and phase:
+                self.console.print(self._line(event, cell, phase, number), markup=False)
+        minutes = (time.monotonic() - self.begun) / 60
+        speed = f", {done / minutes:.0f}/min" if done and minutes > 0 else ""
+        text = f"{self._line(event, cell, phase or 'start', number)} {done}/{total}{speed}"
+        self.live.update(self.task, completed=self.furthest, description=text)
+
+    def _line(self, event: dict[str, Any], cell: str, phase: str, number: int) -> str:
+        turn = f" round {number}/{self.rounds}" if self.rounds > 1 and number else ""
+        told = [f"kept {_percent(event['kept'])}"] if event.get("kept") is not None else []
+        told += [f"epsilon {event['epsilon']:.2f}"] if event.get("epsilon") is not None else []
+        return f"[{self.at + 1}/{self.cells}] {cell}{turn}: {phase}" + (f" ({', '.join(told)})" if told else "")
+
+
+def _percent(share: float) -> str:
+    """Neither all nor nothing unless it is."""
+    return f"{share:.0%}" if share in (0, 1) else f"{min(max(share, 0.01), 0.99):.0%}"

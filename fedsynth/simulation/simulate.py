@@ -1,0 +1,413 @@
+"""A scenario from start to finish on this machine: check, launch, read the results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+
+from fedsynth.clients.home import declared_records
+from fedsynth.corpus import Corpus
+from fedsynth.data.card import card_line
+from fedsynth.data.partition import divide, label_list, misfits
+from fedsynth.data.tables import pinned as pinned_data
+from fedsynth.evaluation.utility import Difference, paired_difference
+from fedsynth.federation.environment import differences
+from fedsynth.federation.payload import corpus_from_parquet
+from fedsynth.federation.runs import check_free, prepare, private_of
+from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.validation import Rejected, check_settings
+from fedsynth.models.adapters import attach_lora, public_adapter
+from fedsynth.models.hub import pin
+from fedsynth.models.loading import check as check_model
+from fedsynth.models.loading import (
+    client_models,
+    device,
+    gpu_memory,
+    gpus,
+    load_generator,
+    load_tokenizer,
+    models_of,
+    server_models,
+)
+from fedsynth.privacy.plan import BudgetTooSmall
+from fedsynth.scenario.schema import Cell, Data, Scenario
+from fedsynth.scenario.toml import cells, from_toml, load, to_toml
+from fedsynth.simulation.flower import DEPLOYMENT, STATUS
+from fedsynth.simulation.launch import APP, launch
+from fedsynth.synthesis.augmentation import check_labels
+from fedsynth.training.examples import check_room
+from fedsynth.training.selfcheck import SelfCheckFailed, self_check
+from fedsynth.typed import BadValue
+
+SAFE_SHARE = 0.9  # of free memory that workers may fill
+MODELS = (
+    ("client", "generator"),
+    ("client", "task_model"),
+    ("client", "task_models"),
+    ("server", "llm"),
+    ("server", "professional"),
+    ("server", "embedder"),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run.
+
+    Attributes:
+        out: The run's directory.
+        summary: What `--json` prints.
+        metrics: Tidy: arm, seed, round, client, metric, value; client -1 is the server.
+        privacy: By arm: the statement in words and figures.
+    """
+
+    out: Path
+    summary: Mapping[str, Any]
+    metrics: pd.DataFrame
+    privacy: Mapping[str, Any]
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes, and what filters
+        left of its texts, where that is to be told."""
+        rows = []
+        for arm, found in self.summary["arms"].items():
+            row: dict[str, Any] = {"arm": arm, "guarantee": found["guarantee"], "epsilon": found["epsilon"]}
+            for metric, value in found["metrics"].items():
+                if not metric.startswith(("yield/", "exchange/")):
+                    row[metric], row[f"{metric}_std"] = value["mean"], value["std"]
+            row |= {"bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]}
+            rows.append({**row, "losses": "; ".join(loss["line"] for loss in found.get("losses", []))})
+        return pd.DataFrame(rows).set_index("arm")
+
+    @property
+    def few(self) -> dict[str, list[str]]:
+        """By arm what filters left, where that is so little that the arm's figures are not its method's."""
+        told = {arm: found.get("losses", []) for arm, found in self.summary["arms"].items()}
+        few = {arm: [loss["line"] for loss in own if loss["few"]] for arm, own in told.items()}
+        return {arm: lines for arm, lines in few.items() if lines}
+
+    def difference(self, arm: str, baseline: str, metric: str = "accuracy") -> Difference:
+        """Mean paired difference of two arms over (seed, client), with its bootstrap interval."""
+        return paired_difference(self.metrics, arm, baseline, metric=metric)
+
+    def corpora(self, arm: str, seed: int, kind: str = "written") -> dict[int, Corpus]:
+        """Texts by client: `drafts` (what clients released) or `written` (what the LLM wrote from them)."""
+        folder = self.out / "corpora" / arm / f"seed-{seed}"
+        files = sorted(folder.glob(f"{kind}-*.parquet"), key=lambda p: int(p.stem.split("-round")[1].split("-")[0]))
+        found = {int(p.stem.rpartition("client")[2]): p for p in files}  # of the last round
+        return {client: corpus_from_parquet(found[client].read_bytes()) for client in sorted(found)}
+
+
+def read(out: Path) -> Result:
+    """The result in a run's directory."""
+    files = {name: json.loads((out / f"{name}.json").read_text()) for name in ("summary", "privacy")}
+    return Result(out, files["summary"], pd.read_parquet(out / "metrics.parquet"), files["privacy"])
+
+
+def check(scenario: Scenario) -> list[str]:
+    """Everything that can be known before training: strategy options, models, data, budget. Returns warnings.
+
+    Raises:
+        BadValue: What is wrong and the way out.
+    """
+    warnings: list[str] = []
+    read: set[tuple[Any, ...]] = set()
+    planned: set[tuple[Any, ...]] = set()
+    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
+        resolved = cell.scenario
+        check_server(cell)
+        for name, role in client_models(resolved.client):
+            check_model(name, role)
+        labels = label_list(resolved.data)
+        if (resolved.data, resolved.client) not in read:
+            read.add((resolved.data, resolved.client))
+            if resolved.data.task == "classification":
+                try:
+                    check_labels(labels)
+                except ValueError as problem:
+                    raise BadValue(str(problem)) from problem
+            if resolved.data.world is None:
+                warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
+        warnings += server_warnings(cell)
+        kind, options = load_strategy(resolved.strategy)
+        key = (resolved.data, resolved.client, resolved.rounds, kind.trains_generator(options))
+        if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
+            planned.add(key)
+            _check_budget(scenario, cell, labels, scores=not kind.trains_generator(options))
+    return list(dict.fromkeys(warnings))
+
+
+def check_server(cell: Cell) -> None:
+    """What the server of an arm itself needs: options of the strategy, its models, its adapter; and that it asks
+    clients for nothing that none of them does.
+
+    Raises:
+        BadValue: What is wrong and the way out.
+    """
+    resolved = cell.scenario
+    try:
+        kind, options = load_strategy(resolved.strategy)
+        check_settings(resolved.client, resolved.rounds)  # before anything is planned with them
+        kind.check(options, resolved)
+    except (BadValue, Rejected) as problem:
+        raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
+    for name, role in server_models(resolved.server):
+        check_model(name, role)
+    if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
+        public_adapter(resolved.server.adapter, resolved.server.llm)
+
+
+def server_warnings(cell: Cell) -> list[str]:
+    """What is possible with an arm's method and options, and hardly meant so."""
+    kind, options = load_strategy(cell.scenario.strategy)
+    return kind.warnings(options, label_list(cell.scenario.data))
+
+
+def pinned(scenario: Scenario) -> Scenario:
+    """The scenario with the commits of all models and data from the hub, models of its arms included.
+
+    Raises:
+        BadValue: If a model of an arm that runs is not found.
+    """
+    found = with_models(scenario, {name: pin(name) for name, _ in models_of(scenario)})
+    return replace(found, data=pinned_data(scenario.data))
+
+
+def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
+    """The scenario with other names for models, those of its arms included.
+
+    Args:
+        scenario: Any.
+        pins: Old name -> new name; others stay.
+    """
+
+    def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: pinned_name(value) if (table, key) in MODELS else value for key, value in values.items()}
+
+    def pinned_name(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(pinned_name(name) for name in value)
+        return pins.get(value, value) if isinstance(value, str) else value
+
+    def here(table: str) -> dict[str, Any]:
+        values = getattr(scenario, table)
+        return renamed(table, {key: getattr(values, key) for t, key in MODELS if t == table})
+
+    arms = {
+        arm: {key: renamed(key, value) if isinstance(value, Mapping) else value for key, value in overrides.items()}
+        for arm, overrides in scenario.arms.items()
+    }
+    client, server = replace(scenario.client, **here("client")), replace(scenario.server, **here("server"))
+    return replace(scenario, client=client, server=server, arms=arms)
+
+
+def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scores: bool) -> None:
+    """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens.
+
+    Args:
+        scenario: Whose seeds count.
+        cell: Of an arm that spends.
+        labels: Of its data.
+        scores: Scores are what it spends on, not the training of a generator.
+    """
+    client, data = cell.scenario.client.of(0), cell.scenario.data
+    homes = 1 if data.pooled else data.clients
+    worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
+    records = min(declared_records(world, index) for world in worlds for index in range(homes))
+    try:
+        planned = (client.score_plan if scores else client.plan)(records, cell.scenario.rounds)
+    except BudgetTooSmall as problem:
+        raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
+    if scores:
+        return
+    settings = client.generator_training
+    tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
+    try:
+        check_room(tokenizer, model, labels, settings.max_tokens)
+        adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
+        self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
+    except (SelfCheckFailed, ValueError) as problem:
+        raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
+
+
+def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]) -> list[str]:
+    warnings = []
+    if data.labels == "all" and data.task == "classification":
+        warnings.append(
+            "the label list is read from the data; a real site must list it: a rare class can reveal a person"
+        )
+    warnings += misfits(data, labels)
+    for seed in scenario.seeds:
+        division = divide(data, seed)
+        if data.split == "pathological" and division.left_out.not_dealt:
+            warnings.append(
+                f"{division.left_out.not_dealt} rows are of classes that no client holds (seed {seed}): "
+                "ask for more clients, or more classes per client"
+            )
+        for index, site in enumerate(division.sites if labels else ()):
+            for name, corpus in (("training", site.train), ("test", site.test)):
+                if not set(labels) & set(corpus.answers):
+                    raise BadValue(f"arm {arm!r}: client {index} has no {name} example with a label of {list(labels)}")
+            present = sorted(set(labels) & set(site.train.answers))
+            if len(present) == 1:
+                warnings.append(f"client {index} has a single label, {present[0]!r} (seed {seed})")
+    return warnings
+
+
+def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
+    """How many workers run at once, and a line that says why.
+
+    A worker does what the check has just done in this process (it loaded the models and trained on one whole
+    micro-batch), so it needs about as much memory as this process has held at most. A process that holds much else,
+    such as a notebook, says how many it wants.
+
+    Args:
+        asked: By the user; left out: as many as there are cores, clients, and room for, and one at least.
+        clients: Of the run.
+    """
+    each = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+    free = psutil.virtual_memory().available
+    room = int(SAFE_SHARE * free) // each
+    said = f"about {each / 1e9:.1f} GB each, {free / 1e9:.0f} GB free"
+    if gpus():
+        held, spare = gpu_memory()  # what this process holds goes on being held while workers run
+        room = min(room, max(1, int(SAFE_SHARE * spare / held)) * gpus())
+        said += f"; on a GPU {held / 1e9:.1f} GB each, {spare / 1e9:.0f} GB free"
+    count = asked or max(1, min(len(os.sched_getaffinity(0)), clients, room))
+    tight = "" if count <= room else ": memory may not reach, a smaller microbatch or fewer --workers would help"
+    return count, f"{count} worker{'s' if count > 1 else ''}, {said}{tight}"
+
+
+def gpu_share(workers: int) -> float:
+    """What part of a GPU each worker counts as its own, so that all GPUs get as many; 0 where there is none."""
+    return math.floor(1e4 / math.ceil(workers / gpus())) / 1e4 if gpus() else 0.0
+
+
+def supernodes(clients: int, workers: int) -> int:
+    """How many SuperNodes host the clients: each gets one message per exchange. Few enough that Flower's own work is
+    little beside theirs, and enough that no worker waits long for the last message."""
+    return min(clients, max(8 * workers, -(-clients // 32)))
+
+
+def run(
+    scenario: Scenario | str | Path,
+    *,
+    out: Path | str | None = None,
+    workers: int | None = None,
+    port: int | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> Result:
+    """Runs a scenario as a Flower simulation on this machine.
+
+    Args:
+        scenario: A `Scenario`, the path of a TOML file, or the name of a shipped scenario.
+        out: The run's directory; must be new or empty. Left out: `runs/NAME-DATE` in the working directory.
+        workers: Client processes; left out: one per core, as far as memory reaches.
+        port: Of the run's SuperLink on this machine; left out: any free one.
+        on_event: Called with each progress event: arm, seed, round, phase, done, total. The first are "data" and
+            "workers", with a line on what the clients hold and on how many workers there are.
+        on_warning: Called with each warning of the check.
+
+    Raises:
+        BadValue: Something is wrong with scenario, data, models, budget or directory; nothing was run.
+        fedsynth.simulation.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
+    """
+    asked = scenario if isinstance(scenario, Scenario) else load(scenario)
+    place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    check_free(place)
+    _warn(check(asked), on_warning)
+    asked = pinned(asked)
+    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    cards = prepare(asked, place)
+    if on_event is not None:
+        on_event({"event": "data", "line": card_line(cards)})
+        on_event({"event": "workers", "line": said})
+    return _launched(asked, to_toml(asked), place, count, port, on_event)
+
+
+def resume(
+    out: Path | str,
+    *,
+    workers: int | None = None,
+    port: int | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> Result:
+    """Goes on with a run that was ended before it was done, to the results that it would have had.
+
+    Nothing is charged twice: clients answer a repeated order from what they stored. A run that is done is only read.
+
+    Args:
+        out: The run's directory.
+        workers, port, on_event, on_warning: As of `run`. A warning names what is not as it was when the run began.
+
+    Raises:
+        BadValue: If there is no run, or its clients' accounts are gone.
+        fedsynth.simulation.flower.LaunchFailed: The run did not complete, or still goes on.
+    """
+    place = Path(out).absolute()
+    if not (place / "scenario.toml").is_file():
+        raise BadValue(f"{place} holds no run: there is no scenario.toml; start one with --out")
+    if (place / DEPLOYMENT).is_file():
+        raise BadValue(f"{place} holds a run on sites: say with --server DIR which coordinator's")
+    if done(place):
+        return read(place)
+    if not private_of(place).is_dir():
+        raise BadValue(f"{private_of(place)} is gone, and with it what the clients of this run have spent and answered")
+    text = (place / "scenario.toml").read_text(encoding="utf-8")
+    asked = from_toml(text)
+    _warn([f"not as when the run began: {line}" for line in differences(place, asked)], on_warning)
+    _warn(check(asked), on_warning)
+    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    if on_event is not None:
+        on_event({"event": "workers", "line": said})
+    return _launched(asked, text, place, count, port, on_event)
+
+
+def done(out: Path) -> bool:
+    """Whether the run in a directory has completed."""
+    try:
+        return bool(json.loads((out / STATUS).read_text())["status"] == "completed")
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _warn(warnings: Sequence[str], on_warning: Callable[[str], None] | None) -> None:
+    for warning in warnings:
+        if on_warning is not None:
+            on_warning(warning)
+
+
+def _launched(
+    asked: Scenario,
+    text: str,
+    place: Path,
+    count: int,
+    port: int | None,
+    on_event: Callable[[dict[str, Any]], None] | None,
+) -> Result:
+    launch(
+        APP,
+        run_config={"scenario-toml": text, "out-dir": str(place)},
+        supernodes=supernodes(asked.data.clients, count),
+        workers=count,
+        gpu_share=gpu_share(count),
+        out=place,
+        logs=private_of(place) / "logs",
+        on_event=on_event,
+        port=port,
+        start_seconds=asked.server.start_seconds,
+    )
+    return read(place)

@@ -1,0 +1,92 @@
+"""What a server does with a client's adapter: lets it write records, and trains it on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.instructions import ASK, asked, parse_record
+from fedsynth.lora import Adapter, made_of
+from fedsynth.models.adapters import merged, read_adapter, with_adapter
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.pretraining.public_text import sample
+from fedsynth.scenario.schema import Tuning
+from fedsynth.synthesis.curation import Kept
+from fedsynth.training.examples import Learns, encode_records
+from fedsynth.training.sft import tune
+
+
+def write(
+    base: str, adapter: Adapter, count: int, temperature: float, top_p: float, max_tokens: int, *, seed: int
+) -> Kept:
+    """Records that a model writes from the bare header of an instruction; no example is shown to it.
+
+    Args:
+        base: Name of the model that the adapter belongs to.
+        adapter: Its guarantee is that of the records: they are post-processing.
+        count: Records asked for; those that do not end in time or hold no instruction and response are dropped.
+        temperature: Above 0.
+        top_p: In (0, 1].
+        max_tokens: Of a record.
+        seed: Public.
+
+    Raises:
+        fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
+    """
+    tokenizer = load_tokenizer(base)
+    writer = LocalLLM(
+        merged(base, adapter).to(device()),
+        tokenizer,
+        batch_size=256,
+        workers=len(os.sched_getaffinity(0)) if device().type == "cpu" else 1,
+    )
+    texts = writer.complete([ASK] * count, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    found: list[tuple[str, str]] = []
+    dropped: Counter[str] = Counter()
+    for text in texts:
+        record = parse_record(text)
+        if len(token_ids(tokenizer, text)) >= max_tokens:  # cut before its end
+            dropped["unfinished"] += 1
+        elif record is None:
+            dropped["no record"] += 1
+        else:
+            found.append(record)
+    prompts, answers = tuple(p for p, _ in found), tuple(a for _, a in found)
+    return Kept(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
+
+
+def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> Kept:
+    """Public instructions in the place of written ones; those that a record of `max_tokens` cannot hold are left out.
+
+    Args:
+        base: Whose tokens are counted.
+        source: Corpus file or world, as `server.public`.
+        count: Drawn, before any are left out.
+        max_tokens: Of a record.
+        seed: Public.
+    """
+    corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
+    fits = [row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_tokens]
+    return Kept(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
+
+
+def taught(
+    base: str, start: Adapter, pairs: Corpus, settings: Tuning, *, learns: Learns, seed: int
+) -> tuple[Adapter, float]:
+    """An adapter trained on instructions and responses, and its mean loss (nats per token) in the last pass.
+
+    Args:
+        base: Name of the model that the adapter belongs to.
+        start: What training goes on from.
+        pairs: Free to use. The guarantee of the result is theirs and the start's.
+        settings: Passes, batch, rate, longest example.
+        learns: The whole record or the response alone.
+        seed: Public; of the order.
+    """
+    tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
+    examples = encode_records(tokenizer, pairs, settings.max_tokens, kind_of(model.config), learns=learns)
+    loss = tune(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed)
+    return made_of(read_adapter(model, start.base), [start, pairs]), loss

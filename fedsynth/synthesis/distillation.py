@@ -1,0 +1,162 @@
+"""What is asked of a professional model, and how its answers are read: whether an instruction is good, a response."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from fedsynth.corpus import Corpus
+from fedsynth.instructions import asked, in_line, one_line, parse_response
+from fedsynth.models.room import TOO_LONG, misfits
+from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private, well_formed_instructions
+
+if TYPE_CHECKING:
+    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote model does not need
+
+Judge: TypeAlias = Literal["likelihood", "instruction", "none"]
+
+BEYOND = "beyond the most certain"  # as it was told to
+
+# --- Responses ------------------------------------------------------------------------------------------------------
+
+
+def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Kept:
+    """The instructions with the professional's greedy responses in place of any that stood there.
+
+    Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
+    are dropped.
+
+    Args:
+        professional: Reads each instruction as the beginning of a record.
+        instructions: Written, or public; never private.
+        max_tokens: Of a response.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(instructions)
+    short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_tokens))
+    answers = tuple(_responses(professional, short.corpus.prompts, max_tokens))
+    found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True)
+    return replace(found, dropped=dict(Counter(short.dropped) + Counter(found.dropped)))
+
+
+def _responses(professional: TextModel, instructions: Sequence[str], max_tokens: int) -> list[str]:
+    prompts = [asked(prompt) for prompt in instructions]
+    # Greedy: the seed moves nothing.
+    return [parse_response(t) for t in professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)]
+
+
+# --- Selection: the instructions that are worth a response ----------------------------------------------------------
+
+
+def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_tokens: int) -> Kept:
+    """The instructions that a judge finds good; `none` finds all of them good.
+
+    Args:
+        professional: The judge.
+        instructions: Written, or public; never private.
+        judge: Which question it is asked.
+        share: `likelihood`: as there.
+        max_tokens: `likelihood`: as there.
+
+    Raises:
+        ValueError: If the corpus is private, or an argument is out of range.
+    """
+    refuse_private(instructions)
+    if judge == "likelihood":
+        return judged_by_likelihood(professional, instructions, share, max_tokens)
+    if judge == "instruction":
+        return judged_by_instruction(professional, instructions)
+    if judge == "none":
+        return Kept(instructions, {})
+    raise ValueError(f'judge must be "likelihood", "instruction" or "none", got {judge!r}')
+
+
+def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_tokens: int) -> Kept:
+    """A judge for base LLMs: the share of the instructions of whose response the professional is most certain.
+
+    Certainty is the mean log-likelihood per token of its own greedy response. It is low where an instruction cannot be
+    understood and where the professional does not know the answer, which is when its response is likely wrong. The
+    likelihood of the instruction itself would prefer the words of public text to those of the clients.
+
+    Args:
+        professional: One that scores.
+        instructions: Written, or public; never private.
+        share: Of the instructions, in (0, 1], rounded up; those without a response never stay.
+        max_tokens: Of a response.
+
+    Raises:
+        ValueError: If the corpus is private, or the share lies outside its range.
+    """
+    refuse_private(instructions)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must lie in (0, 1], got {share}")
+    questions = [asked(prompt) for prompt in instructions.prompts]
+    reasons = misfits(professional, questions, max_tokens)
+    rows = [row for row, why in enumerate(reasons) if why is None]
+    responses = dict(
+        zip(rows, _responses(professional, [instructions.prompts[r] for r in rows], max_tokens), strict=True)
+    )
+    reasons = [why if why or responses[row] else "no response" for row, why in enumerate(reasons)]
+    rows = [row for row in rows if responses[row]]
+    replies = [f" {in_line(responses[row])}" for row in rows]
+    unfit = misfits(professional, [questions[row] for row in rows], 0, replies)
+    pairs = [(row, reply) for row, reply, why in zip(rows, replies, unfit, strict=True) if why is None]
+    certainty = professional.score([questions[row] for row, _ in pairs], [reply for _, reply in pairs])
+    certain = {row: score for (row, _), score in zip(pairs, certainty, strict=True) if score > -math.inf}
+    best = sorted(certain, key=lambda row: -certain[row])
+    chosen = set(best[: math.ceil(share * len(instructions))])
+    for row in rows:
+        reasons[row] = None if row in chosen else BEYOND if row in certain else TOO_LONG
+    return replace(keep_rows(instructions, reasons), lost=())
+
+
+VERDICT = "Verdict:"
+
+JUDGE = """Below stands an instruction that another model wrote. Is it good enough to learn from?
+
+Instruction: {prompt}
+
+Keep it if all of this holds, and drop it otherwise:
+1. It can be understood, and nothing of it is missing.
+2. It belongs to your field.
+3. You can respond to it correctly with what it says.
+End with one line: "{verdict}" followed by keep or by drop.
+"""
+
+NAMED = re.compile(re.escape(VERDICT) + r"[\"'*\[\s]*(?P<word>keep|drop)\b", re.IGNORECASE)
+
+
+def judge_prompt(prompt: str) -> str:
+    """The question to the judge about one instruction."""
+    return JUDGE.format(prompt=one_line(prompt), verdict=VERDICT)
+
+
+def parse_verdict(answer: str) -> bool | None:
+    """Whether the last verdict of an answer is to keep; None where there is none."""
+    words = [match["word"].lower() for match in NAMED.finditer(answer)]
+    return words[-1] == "keep" if words else None
+
+
+def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tokens: int = 256) -> Kept:
+    """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
+
+    An answer without a verdict drops its instruction, and is counted apart.
+
+    Raises:
+        ValueError: If the corpus is private.
+    """
+    refuse_private(instructions)
+    prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
+    reasons = misfits(professional, prompts, max_tokens)
+    rows = [row for row, why in enumerate(reasons) if why is None]
+    answers = professional.complete([prompts[r] for r in rows], max_tokens=max_tokens, temperature=0.0, seed=0)
+    words = {True: None, False: "judged not good enough", None: "unreadable judgement"}
+    for row, answer in zip(rows, answers, strict=True):
+        reasons[row] = words[parse_verdict(answer)]
+    return replace(keep_rows(instructions, reasons), lost=())

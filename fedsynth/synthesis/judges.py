@@ -1,0 +1,227 @@
+"""Which of a cluster's drafts are the best: by the server LLM's answer, or by its likelihoods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from fedsynth.corpus import Corpus
+from fedsynth.instructions import one_line
+from fedsynth.models.room import TOO_LONG, misfits
+from fedsynth.synthesis.augmentation import OPEN_LINE, check_labels
+from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private
+
+if TYPE_CHECKING:
+    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
+
+Judge: TypeAlias = Literal["instruction", "likelihood"]
+Groups: TypeAlias = Sequence[Sequence[int]]
+
+LEAD_IN = "The selected texts are:"
+
+SELECT = """Below is a numbered list of texts with their labels. The labels are: {labels}.
+
+{texts}
+
+Choose the texts to keep:
+1. Drop each text that lies outside {domain}, and each text whose label does not fit.
+2. Of texts that say nearly the same, keep only the most representative one.
+3. Keep at most {keep} texts.
+Answer with one line: "{lead_in}" followed by the numbers of the texts you keep, separated by commas, or by "none".
+"""
+NUMBERED = "{number}. [{label}] {text}"
+
+
+def select_prompt(examples: Sequence[tuple[str, str]], *, labels: Sequence[str], keep: int, domain: str) -> str:
+    """The question to the judge about the (label, text) examples of one cluster, numbered from 1."""
+    texts = "\n".join(
+        NUMBERED.format(number=i, label=label, text=one_line(text)) for i, (label, text) in enumerate(examples, start=1)
+    )
+    return SELECT.format(labels=", ".join(labels), texts=texts, domain=domain, keep=keep, lead_in=LEAD_IN)
+
+
+# The list ends where its form ends: in "1, 3 (2 repeats 1)" and in a reason on the next line no number is chosen.
+SELECTED = re.compile(
+    re.escape(LEAD_IN) + r"[\"'*]*[ \t]*\[?(?P<rows>none|\d+(?:[ \t]*(?:,|;|and|,[ \t]*and)?[ \t]*\d+)*)", re.IGNORECASE
+)
+
+
+def parse_selected(answer: str, size: int) -> list[int] | None:
+    """The kept rows (from 0, in the answer's order, each once), or None where the answer has no such line."""
+    match = SELECTED.search(answer)
+    if match is None:
+        return None
+    numbers = dict.fromkeys(int(n) for n in re.findall(r"\d+", match["rows"]))
+    return [n - 1 for n in numbers if 1 <= n <= size]
+
+
+def judge_by_instruction(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    labels: Sequence[str],
+    keep: int,
+    domain: str = "the domain that most of them share",
+    max_tokens: int = 64,
+    seed: int,
+) -> dict[int, Kept]:
+    """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
+
+    Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
+    its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call. Of a
+    cluster that does not fit into the LLM the longest texts are dropped until it does.
+
+    Raises:
+        ValueError: If a corpus is private, or its groups do not hold each row once.
+    """
+    _check_groups(corpora, groups, labels, keep)
+    reasons: dict[int, list[str | None]] = {site: [None] * len(corpus) for site, corpus in corpora.items()}
+
+    def question(site: int, group: Sequence[int]) -> str:
+        corpus = corpora[site]
+        examples = [(corpus.answers[i], corpus.prompts[i]) for i in group]
+        return select_prompt(examples, labels=labels, keep=keep, domain=domain)
+
+    asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
+    left = asked
+    while left:
+        unfit = misfits(llm, [question(site, group) for site, group in left], max_tokens)
+        left = [each for each, why in zip(left, unfit, strict=True) if why and each[1]]
+        for site, group in left:
+            longest = max(group, key=lambda row: len(corpora[site].prompts[row]))
+            group.remove(longest)
+            reasons[site][longest] = TOO_LONG
+    asked = [(site, group) for site, group in asked if group]
+    prompts = [question(site, group) for site, group in asked]
+    answers = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+    for (site, group), answer in zip(asked, answers, strict=True):
+        chosen = parse_selected(answer, len(group))
+        for place, row in enumerate(group):
+            if chosen is None:
+                reasons[site][row] = "unreadable judgement"
+            elif place not in chosen[:keep]:
+                reasons[site][row] = "beyond those selected"
+    return {site: keep_rows(corpora[site], reasons[site]) for site in sorted(corpora)}
+
+
+NEAR = 0.8  # share of common words from which two texts of a cluster count as one
+
+
+def near_identical(one: str, other: str) -> bool:
+    """Whether two texts share nearly all of their words (Jaccard index, case aside)."""
+    a, b = set(one.casefold().split()), set(other.casefold().split())
+    return len(a & b) >= NEAR * len(a | b)
+
+
+def judge_by_likelihood(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    labels: Sequence[str],
+    keep: int,
+    margin: float = 0.0,
+    rivals: int = 16,
+    seed: int = 0,
+) -> dict[int, Kept]:
+    """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
+
+    Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
+    All texts of all sites are scored in one call. A text that does not fit into the LLM after each of the labels that
+    it is compared by is dropped.
+
+    Args:
+        llm: One that scores.
+        corpora: By site; released texts.
+        groups: By site; the clusters of its rows.
+        labels: The public ones.
+        keep: Texts of a cluster that stay, at most.
+        margin: Nats per token by which another label may be likelier.
+        rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
+        seed: Of that draw.
+
+    Raises:
+        ValueError: If a corpus is private, or its groups do not hold each row once.
+    """
+    _check_groups(corpora, groups, labels, keep)
+    rows = [(site, row) for site in sorted(corpora) for row in range(len(corpora[site]))]
+    asked: list[tuple[tuple[int, int], str, str]] = []
+    for site, row in rows:
+        corpus = corpora[site]
+        text = " " + one_line(corpus.prompts[row])
+        others = [y for y in labels if y != corpus.answers[row]]
+        if len(others) > rivals:
+            drawn = np.random.default_rng([seed, site, row]).permutation(len(others))[:rivals]
+            others = [others[i] for i in sorted(drawn.tolist())]
+        asked += [((site, row), y, text) for y in [corpus.answers[row], *others]]
+    unfit = misfits(llm, [OPEN_LINE.format(label=y) for _, y, _ in asked], 0, [text for _, _, text in asked])
+    lacking = {at: why for (at, _, _), why in zip(asked, unfit, strict=True) if why is not None}
+    asked = [each for each in asked if each[0] not in lacking]
+    flat = llm.score([OPEN_LINE.format(label=y) for _, y, _ in asked], [text for _, _, text in asked])
+    scores: dict[tuple[int, int], dict[str, float]] = {at: {} for at in rows}
+    for (at, y, _), score in zip(asked, flat, strict=True):
+        scores[at][y] = score
+        if score == -np.inf:  # of an endpoint that refused it
+            lacking[at] = TOO_LONG
+
+    kept: dict[int, Kept] = {}
+    for site in sorted(corpora):
+        corpus = corpora[site]
+        reasons: list[str | None] = [lacking.get((site, row)) for row in range(len(corpus))]
+        for group in groups[site]:
+            own = {row: scores[site, row][corpus.answers[row]] for row in group if (site, row) not in lacking}
+            chosen: list[int] = []
+            for row in sorted(own, key=lambda row: -own[row]):
+                best_other = max((s for y, s in scores[site, row].items() if y != corpus.answers[row]), default=-np.inf)
+                if best_other > own[row] + margin:
+                    reasons[row] = "another label is likelier"
+                elif any(near_identical(corpus.prompts[row], corpus.prompts[other]) for other in chosen):
+                    reasons[row] = "near duplicate"
+                elif len(chosen) == keep:
+                    reasons[row] = "beyond the best of its cluster"
+                else:
+                    chosen.append(row)
+        kept[site] = keep_rows(corpus, reasons)
+    return kept
+
+
+def best_of(
+    llm: TextModel,
+    corpora: Mapping[int, Corpus],
+    groups: Mapping[int, Groups],
+    *,
+    judge: Judge,
+    labels: Sequence[str],
+    keep: int,
+    rivals: int = 16,
+    seed: int,
+) -> dict[int, Kept]:
+    """The best of each cluster, by either judge, for all sites at once.
+
+    Raises:
+        ValueError: If a corpus is private, its groups do not hold each row once, or there is no such judge.
+    """
+    if judge == "instruction":
+        return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed)
+    if judge == "likelihood":
+        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep, rivals=rivals, seed=seed)
+    raise ValueError(f'judge must be "instruction" or "likelihood", got {judge!r}')
+
+
+def _check_groups(
+    corpora: Mapping[int, Corpus], groups: Mapping[int, Groups], labels: Sequence[str], keep: int
+) -> None:
+    check_labels(labels)
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    for site, corpus in corpora.items():
+        refuse_private(corpus)
+        if sorted(row for group in groups[site] for row in group) != list(range(len(corpus))):
+            raise ValueError(f"the groups of site {site} must hold each of its {len(corpus)} rows once")
+        unknown = sorted(set(corpus.answers) - set(labels))
+        if unknown:
+            raise ValueError(f"site {site} has answers that are not labels: {unknown}; run well_formed first")

@@ -1,0 +1,221 @@
+"""What a server LLM learns from the clients' scores of its texts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance, Scores, united
+from fedsynth.instructions import one_line
+from fedsynth.lora import Adapter, made_of
+from fedsynth.models.adapters import new_adapter, public_adapter, read_adapter, with_adapter
+from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.room import misfits
+from fedsynth.scenario.schema import Tuning
+from fedsynth.synthesis.augmentation import OPEN_LINE
+from fedsynth.training.examples import Example, encode_text
+from fedsynth.training.sft import Guard, perplexity, prefer, tune
+from fedsynth.typed import BadValue, Count, Positive, in_range
+
+MEASURED = 200  # labelled texts, at most: each is scored after every label
+
+Aggregation: TypeAlias = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How an LLM learns from texts that clients' scores have ranked.
+
+    Attributes:
+        update: `likelihood`: the best texts become likelier after their labels (weight 1, all others 0). `preference`:
+            the best become likelier than the worst (DPO). `none`: scores filter the texts, and no more.
+        beta: `preference`: how strongly the LLM as it was before the round holds.
+        guard: Weight of what holds general ability (`tuning.Guard`): the LLM may not drift in what it says of the
+            round's texts, best or not, without their labels. No other text is needed for it.
+        tuning: Passes, batch, rate; rank, where the LLM comes without an adapter.
+        measured: Public texts that perplexity is measured on; they are never trained on.
+    """
+
+    update: Literal["likelihood", "preference", "none"] = "likelihood"
+    beta: Positive = 0.1
+    guard: float = 0.1
+    tuning: Tuning = field(default_factory=Tuning)
+    measured: Count = 300
+
+    def __post_init__(self) -> None:
+        in_range(self, "strategy.teaching")
+        if not self.guard >= 0:
+            raise BadValue(f"strategy.teaching.guard must not be negative, got {self.guard}")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The server's texts as clients' scores sort them, label by label.
+
+    Attributes:
+        best: The best share of each label's texts, in the order of the corpus.
+        pairs: (better text, worse text, label): the best share of each label against the worst, best against worst.
+    """
+
+    best: Corpus
+    pairs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An adapter of the LLM after a round.
+
+    Attributes:
+        adapter: Its guarantee is that of its start and of the texts that scores chose.
+        metrics: `llm/loss`, mean of the last pass; `llm/chosen_label_accuracy`, how often the LLM as it was agrees with
+            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. Before
+            and after the round, where there is public text: `general/perplexity_before` and `general/perplexity`; where
+            it has labels: `llm/test_label_accuracy_before` and `llm/test_label_accuracy`.
+    """
+
+    adapter: Adapter
+    metrics: Mapping[str, float]
+
+
+def aggregate(answers: Mapping[int, Scores], how: Aggregation) -> Scores:
+    """One score per text from those of the clients; one client without a guarantee leaves the result without."""
+    values = np.array([scores.values for scores in answers.values()])
+    together = values.mean(0) if how == "mean" else values.max(0)
+    return Scores(tuple(together.tolist()), united(list(answers.values())))
+
+
+def shuffled(scores: Scores, seed: int) -> Scores:
+    """The same numbers at other texts: an ablation in which they say nothing."""
+    order = np.random.default_rng(seed).permutation(len(scores.values)).tolist()
+    return replace(scores, values=tuple(scores.values[i] for i in order))
+
+
+def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
+    """The best and the worst texts of each label.
+
+    Only the order of scores within a label counts, so that clients may send them on any scale, with noise or without.
+    What is chosen derives from the scores: its guarantee is theirs and, from the second round on, the corpus's own.
+
+    Args:
+        corpus: Texts and the labels that they were asked for.
+        scores: One per text.
+        share: Of each label's texts, in (0, 1]; at least one text.
+    """
+    values, labels = np.asarray(scores.values), np.asarray(corpus.answers)
+    best: list[int] = []
+    pairs: list[tuple[str, str, str]] = []
+    for label in dict.fromkeys(corpus.answers):
+        rows = np.flatnonzero(labels == label)
+        order = rows[np.argsort(-values[rows], kind="stable")].tolist()
+        count = max(1, round(share * len(order)))
+        best += order[:count]
+        pairs += [
+            (corpus.prompts[a], corpus.prompts[b], label)
+            for a, b in zip(order[:count], order[::-1][:count], strict=True)
+            if values[a] > values[b]
+        ]
+    chosen = replace(corpus.take(sorted(best)), provenance=Provenance.LLM_WRITTEN, grants=united([corpus, scores]))
+    return Ranked(chosen, tuple(pairs))
+
+
+def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) -> Adapter:
+    """What tuning of the LLM starts from: the adapter that it has already, or a new one."""
+    if adapter is not None:
+        return public_adapter(adapter, llm)
+    return new_adapter(llm, rank=settings.rank, alpha=settings.alpha, seed=seed)
+
+
+def taught(
+    llm: str,
+    start: Adapter,
+    texts: Ranked,
+    written: Corpus,
+    teaching: Teaching,
+    *,
+    labels: Sequence[str],
+    public: Sequence[str],
+    seed: int,
+    tests: Corpus | None = None,
+) -> Taught:
+    """One round's update of the LLM's adapter.
+
+    Args:
+        llm: Name of the model.
+        start: What training goes on from.
+        texts: What the clients' scores chose.
+        written: All texts of the round.
+        teaching: How; its `update` is not `none`.
+        labels: All that there are.
+        public: Texts to measure perplexity on.
+        seed: Public; of the order.
+        tests: Public texts with labels, to measure how often the LLM tells them.
+    """
+    settings = teaching.tuning
+    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
+    pad, kind = tokenizer.pad_token_id, kind_of(model.config)
+
+    def encoded(given: str, text: str) -> Example:
+        return encode_text(tokenizer, given, text, settings.max_tokens, kind)
+
+    def ability(when: str) -> dict[str, float]:
+        found = {}
+        if public:
+            found[f"general/perplexity{when}"] = perplexity(model, [encoded("", text) for text in public], pad=pad)
+        if tests is not None and len(tests):
+            found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels)
+        return {name: value for name, value in found.items() if not math.isnan(value)}
+
+    judge = LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0)))
+    few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
+    metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels), **ability("_before")}
+    guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
+    codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
+    if teaching.update == "likelihood":
+        best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
+        loss = tune(model, best, settings, pad=pad, seed=seed, guard=guard)
+    else:
+        pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
+        loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
+    adapter = made_of(read_adapter(model, start.base), [start, texts.best])
+    learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
+    return Taught(adapter, {**metrics, **learnt, **ability("")})
+
+
+def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:
+    """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text.
+
+    A text that does not fit after each of the labels is read up to where it does; one of which nothing can be read is
+    left out.
+    """
+    prompts = [OPEN_LINE.format(label=y) for y in labels]
+    read = [(_readable(llm, prompts, f" {one_line(x)}"), y) for x, y in zip(texts.prompts, texts.answers, strict=True)]
+    read = [(text, y) for text, y in read if text]
+    if not read:
+        return math.nan
+    flat = llm.score(prompts * len(read), [text for text, _ in read for _ in labels])
+    likeliest = np.asarray(flat).reshape(len(read), len(labels)).argmax(1).tolist()
+    return float(np.mean([labels[i] == y for i, (_, y) in zip(likeliest, read, strict=True)]))
+
+
+def _readable(llm: TextModel, prompts: Sequence[str], text: str) -> str:
+    """As much of the beginning of a text as fits after each of the prompts; "" if nothing does."""
+
+    def fits(size: int, prompts: Sequence[str]) -> bool:
+        return not any(misfits(llm, prompts, 0, [text[:size]] * len(prompts)))
+
+    if fits(len(text), prompts):
+        return text
+    longest = [max(prompts, key=len)]  # to try them all for each length would take minutes
+    low, high = 0, len(text)  # `low` characters fit, `high` do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle, longest) else (low, middle)
+    while text[:low].strip() and not fits(low, prompts):  # another label has more tokens
+        low = low * 9 // 10
+    return text[:low] if text[:low].strip() else ""

@@ -1,0 +1,146 @@
+"""Records that a model writes in the manner of local ones, and which of them are worth learning (FedPIT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.evaluation.fidelity import ifd
+from fedsynth.instructions import ASK, REPLY, asked, of_line, parse_response, record
+from fedsynth.rouge import nearest
+from fedsynth.synthesis.curation import Kept, keep_rows, well_formed_instructions
+
+if TYPE_CHECKING:
+    from fedsynth.models.llm import TextModel  # brings torch
+
+OVERLAP = 0.7  # a ROUGE-L F1 above it is too like; paper, section 3
+TRIES = 3  # at a response; paper, section 3
+MIN_WORDS = 3  # of an instruction
+REFUSALS = ("as a ", "as an ", "sorry", "i'm sorry")  # how a chat model begins what is no instruction; the paper's list
+
+
+def generate(
+    llm: TextModel,
+    shown: Sequence[str],
+    local: Corpus,
+    *,
+    candidates: int,
+    shots: int,
+    max_tokens: int,
+    seed: int,
+) -> tuple[Corpus, dict[str, int]]:
+    """SynGen: records unlike every local one and unlike one another; and how many were dropped, by reason.
+
+    Decoding is greedy: only the demonstrations make two texts differ.
+
+    Args:
+        llm: With the global adapter.
+        shown: Local records as lines (`lines`): the demonstrations.
+        local: All local records, shown or not.
+        candidates: Instructions asked for.
+        shots: Demonstrations in a prompt, at most.
+        max_tokens: Longest instruction, and longest response.
+        seed: Of the demonstrations.
+    """
+    drafts = write_instructions(llm, shown, candidates, shots=shots, max_tokens=max_tokens, seed=seed)
+    formed = well_formed_instructions(drafts.corpus, min_words=MIN_WORDS)
+    prompts = formed.corpus.prompts
+    new = keep_rows(formed.corpus, _alike(prompts, local.prompts, "instruction like a local one"))
+    answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_tokens=max_tokens, seed=seed)
+    answered = well_formed_instructions(replace(new.corpus, answers=tuple(answers)), answered=True)
+    # Again with the response: an instruction of its own can carry a response that was copied.
+    whole = texts(answered.corpus)
+    unlike = keep_rows(answered.corpus, _alike(whole, texts(local), "record like a local one"))
+    single = keep_rows(unlike.corpus, _repeated(texts(unlike.corpus)))
+    funnel = {"asked": candidates}
+    for step in (drafts, formed, new, answered, unlike, single):
+        for reason, count in step.dropped.items():
+            funnel[reason] = funnel.get(reason, 0) + count
+    return single.corpus, funnel
+
+
+def write_instructions(
+    llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_tokens: int, seed: int
+) -> Kept:
+    """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
+    rng = np.random.default_rng([seed, 0])
+    prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
+    written = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+    told = [_instruction(text) for text in written]
+    drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
+    # An instruction's own words are no marks (`in_line`): this one ran on into the next record.
+    kept = keep_rows(drafts, ["template marker" if ASK in line else None for line in told])
+    return replace(kept, lost=())
+
+
+def _instruction(text: str) -> str:
+    """What stands before the mark of the response, on one line."""
+    told, mark, _ = text.partition(REPLY)
+    told = told.strip()
+    return told if mark and "\n" not in told and not told.lower().startswith(REFUSALS) else ""
+
+
+def respond(
+    llm: TextModel, shown: Sequence[str], instructions: Sequence[str], *, shots: int, max_tokens: int, seed: int
+) -> list[str]:
+    """A response to each instruction, written after random records; "" after `TRIES` without one."""
+    rng = np.random.default_rng([seed, 1])
+    found = [""] * len(instructions)
+    for _ in range(TRIES):
+        missing = [i for i, response in enumerate(found) if not response]
+        prompts = [_demonstrations(shown, shots, rng) + asked(instructions[i]) for i in missing]
+        written = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+        for i, text in zip(missing, written, strict=True):
+            found[i] = parse_response(text.strip().partition("\n")[0])
+    return found
+
+
+def select(
+    llm: TextModel, candidates: Corpus, *, keep: int, by: Literal["ifs", "random"] = "ifs", seed: int = 0
+) -> Corpus:
+    """SynSel: at most `keep` records, those of the lowest IFS = L(y|x) / L(y), in their order.
+
+    Args:
+        llm: With the local adapter: the global one would choose its own habits (the paper's footnote).
+        candidates: What `generate` left.
+        keep: The paper's M.
+        by: `random`: the ablation.
+        seed: Of the random choice.
+    """
+    if by == "random":
+        ranked = np.random.default_rng([seed, 2]).permutation(len(candidates))
+    else:
+        ranked = np.argsort(ifd(llm, candidates.prompts, candidates.answers), kind="stable")
+    return candidates.take(sorted(ranked[:keep].tolist()))
+
+
+def lines(corpus: Corpus) -> list[str]:
+    """Records as they stand in a prompt."""
+    return [record(prompt, answer) for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
+
+
+def texts(corpus: Corpus) -> list[str]:
+    """Records as they are compared: without their marks, which all have in common."""
+    return [f"{prompt} {answer}" for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
+
+
+def _demonstrations(shown: Sequence[str], shots: int, rng: np.random.Generator) -> str:
+    rows = rng.choice(len(shown), min(shots, len(shown)), replace=False)
+    return "".join(f"{shown[i]}\n" for i in rows)
+
+
+def _alike(written: Sequence[str], local: Sequence[str], reason: str) -> list[str | None]:
+    return [reason if close > OVERLAP else None for close in nearest(written, local)]
+
+
+def _repeated(written: Sequence[str]) -> list[str | None]:
+    kept: list[str] = []
+    reasons: list[str | None] = []
+    for text in written:
+        reasons.append("like an earlier one" if nearest([text], kept)[0] > OVERLAP else None)
+        kept += [] if reasons[-1] else [text]
+    return reasons

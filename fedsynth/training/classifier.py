@@ -1,0 +1,327 @@
+"""A task model: train it on labelled text, let it classify. No guarantee is claimed: it stays with its client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsynth.corpus import Corpus
+from fedsynth.models.adapters import attach_lora
+from fedsynth.models.batches import longest_of, padded, token_rows
+from fedsynth.models.embedding import Embedder
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.loading import Kind, device, kind_of, load_classifier
+from fedsynth.scenario.schema import TaskTraining
+from fedsynth.training.examples import readable, unit_rows
+
+
+class Probe(nn.Module):
+    """A task model whose head alone is trained, on the embeddings of a frozen model.
+
+    Embeddings are scaled to the length sqrt(width), a fixed map of one text: nothing is fitted to the data, and a
+    coordinate is about 1, as the head's learning rate wants it. The head starts at zero: its loss is convex, so that a
+    random start would only add noise. Its state is the head; the frozen model is not saved with it.
+
+    Args:
+        embedder: Stays as it is.
+        classes: Number of labels.
+    """
+
+    def __init__(self, embedder: Embedder, classes: int):
+        super().__init__()
+        self.embedder = embedder  # no module: not trained, not saved
+        self.head = nn.Linear(embedder.width, classes, device="cpu")
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, texts: Sequence[str], longest: int) -> Tensor:
+        """One row per text, float32 on the head's device, shape (texts, width)."""
+        return _features(self.embedder, tuple(texts), longest).to(self.head.weight.device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits, shape (texts, classes)."""
+        logits: Tensor = self.head(features)
+        return logits
+
+
+@lru_cache(maxsize=32)
+def _features(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tensor:
+    """Remembered while the process lives: every arm of a seed reads the same private and test texts. Whole lists, so
+    that a text always has the same neighbours in its batch, and the same result to the last bit."""
+    # After a space, as a classifier reads a text: so that an empty one holds a token, too.
+    found = torch.from_numpy(embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
+    return F.normalize(found, dim=1) * math.sqrt(embedder.width)
+
+
+@lru_cache(maxsize=2)
+def _embedder(name: str) -> Embedder:
+    return Embedder.load(name, device=device())
+
+
+def new_task_model(name: str, classes: int, trains: str, seed: int) -> nn.Module:
+    """A task model before its training.
+
+    Args:
+        name: The pretrained model.
+        classes: Number of labels.
+        trains: `all` or `head`, as in `TaskTraining`.
+        seed: Public seed of the head; a `Probe` needs none.
+    """
+    return Probe(_embedder(name), classes) if trains == "head" else load_classifier(name, classes, seed)
+
+
+def fit_classifier(
+    model: nn.Module,
+    tokenizer: Any,
+    corpus: Corpus,
+    labels: Sequence[str],
+    settings: TaskTraining,
+    *,
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Trains a task model in place on labelled text; rows with unknown labels are left out.
+
+    Args:
+        model: For sequence classification, `len(labels)` classes; or a `Probe`, for which `head_rate` and
+            `token_dropout` do not apply: its head is all that learns, from embeddings computed once per text.
+        tokenizer: Its tokenizer.
+        corpus: Texts and class names; a text that the tokenizer cannot read is left out.
+        labels: The public label list; a class's number is its place.
+        settings: Batch, regularisation, lengths.
+        epochs: Passes over the corpus.
+        rate: Learning rate, warmed up over ten steps and decayed linearly to zero.
+        seed: Public seed of order and token dropout.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+    reader = model.embedder.tokenizer if isinstance(model, Probe) else tokenizer
+    good = (readable(reader, text) for text in corpus.prompts)
+    rows = [i for i, (y, read) in enumerate(zip(corpus.answers, good, strict=True)) if y in number and read]
+    if not rows:
+        return  # nothing to learn from is no reason to fail: a client may hold other classes only
+    prompts = [corpus.prompts[i] for i in rows]
+    targets = torch.tensor([number[corpus.answers[i]] for i in rows])
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, Probe):
+        groups, speeds = [list(model.parameters())], [1.0]
+        features = model.features(prompts, settings.max_tokens)
+        lengths = [1] * len(rows)
+
+        def logits(chosen: Tensor) -> Tensor:
+            found: Tensor = model(features[chosen.to(features.device)])
+            return found
+    else:
+        pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+        groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
+        speeds = [1.0, settings.head_rate]
+        texts = _token_rows(tokenizer, prompts, settings.max_tokens, model.config)
+        lengths = [len(text) for text in texts]
+        hide = _hider(tokenizer, kind_of(model.config), settings.token_dropout, generator)
+
+        def logits(chosen: Tensor) -> Tensor:
+            tokens, present = padded([texts[i] for i in chosen.tolist()], tokenizer.pad_token_id)
+            return _logits(model, hide(tokens, present), present)
+
+    model.train()
+    total = epochs * math.ceil(len(rows) / settings.batch)
+    optimizer = torch.optim.AdamW(
+        [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
+    )
+    for step, chosen in enumerate(_batches(lengths, settings.batch, epochs, generator)):
+        share = min(1.0, (step + 1) / 10) * (1 - step / total)
+        for group, speed in zip(optimizer.param_groups, speeds, strict=True):
+            group["lr"] = rate * speed * share
+        loss = F.cross_entropy(logits(chosen), targets[chosen].to(next(model.parameters()).device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+    model.eval()
+
+
+def _hider(tokenizer: Any, kind: Kind, share: float, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
+    """Token dropout: a share of a text's tokens, drawn anew each time, is replaced by one that says nothing.
+
+    That is the mask token of a model that has one; for T5 padding that is attended to; for a causal model its BOS.
+    What an encoder or T5 puts around a text stays: their heads read it.
+    """
+    stands_for = (tokenizer.pad_token_id,) if kind == "seq2seq" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    hidden = torch.tensor(next(t for t in (tokenizer.mask_token_id, *stands_for) if t is not None))
+    around = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id) if kind != "causal" else ()
+    kept = torch.tensor([token for token in around if token is not None], dtype=torch.long)
+
+    def hide(tokens: Tensor, present: Tensor) -> Tensor:
+        drop = (torch.rand(tokens.shape, generator=generator) < share) & present.bool()
+        return torch.where(drop & ~torch.isin(tokens, kept), hidden, tokens)
+
+    return hide
+
+
+def classify(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int = 128
+) -> NDArray[np.int64]:
+    """The class number that the task model gives to each text, shape (len(texts),).
+
+    Args:
+        model: As `fit_classifier` trains it.
+        tokenizer: Its tokenizer.
+        texts: Any number.
+        longest: Longer texts are cut after so many tokens.
+        batch: Texts at once.
+    """
+    classes: NDArray[np.int64] = _all_logits(model, tokenizer, texts, longest, batch).argmax(-1).astype(np.int64)
+    return classes
+
+
+def confidences(
+    model: nn.Module, tokenizer: Any, corpus: Corpus, labels: Sequence[str], longest: int, batch: int = 128
+) -> list[float]:
+    """The probability, in 0..1, that the task model gives to each text's own label; 0 where that is not in the list.
+
+    Args:
+        model: As `fit_classifier` trains it, or a `new_scorer`.
+        tokenizer: Its tokenizer.
+        corpus: Texts and class names.
+        labels: The public label list.
+        longest: Longer texts are cut after so many tokens.
+        batch: Texts at once.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+    logits = torch.from_numpy(_all_logits(model, tokenizer, corpus.prompts, longest, batch))
+    found = logits.double().softmax(-1).numpy()
+    return [float(row[number[y]]) if y in number else 0.0 for row, y in zip(found, corpus.answers, strict=True)]
+
+
+@torch.no_grad()
+def _all_logits(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int
+) -> NDArray[np.float32]:
+    """Shape (texts, classes)."""
+    if isinstance(model, Probe):
+        found: Tensor = model(model.features(texts, longest))
+        return found.cpu().numpy()
+    rows = _token_rows(tokenizer, texts, longest, model.config)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    parts = [np.empty((0, int(model.config.num_labels)), np.float32)]  # type: ignore[union-attr, arg-type]
+    for at in range(0, len(order), batch):
+        tokens, present = padded([rows[i] for i in order[at : at + batch]], tokenizer.pad_token_id)
+        parts.append(_logits(model, tokens, present).cpu().numpy())
+    return np.concatenate(parts)[np.argsort(order, kind="stable")]
+
+
+# --- Under DP-SGD: a model whose opinions may leave ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One encoded text and its class number."""
+
+    tokens: tuple[int, ...]
+    label: int
+
+
+def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -> nn.Module:
+    """A classifier of which a LoRA and the new head are trained, before its training.
+
+    Args:
+        name: The pretrained model.
+        classes: Number of labels.
+        rank: Of the LoRA.
+        alpha: LoRA scale is alpha / rank.
+        seed: Public seed of head and LoRA.
+    """
+    model = load_classifier(name, classes, seed)
+    body = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+    head = [p for p in model.parameters() if id(p) not in body]
+    scorer = attach_lora(model, rank=rank, alpha=alpha, seed=seed)
+    for weight in head:
+        weight.requires_grad_(True)
+    return scorer
+
+
+def label_slots(
+    tokenizer: Any,
+    corpus: Corpus,
+    labels: Sequence[str],
+    records: int,
+    longest: int,
+    config: Any,
+    *,
+    rows_per_unit: int = 1,
+) -> list[tuple[LabelledText, ...]]:
+    """One slot per declared record, each a map of one privacy unit to itself: as `encode_slots` for a generator.
+
+    Args:
+        tokenizer: Public.
+        corpus: Private; `prompts` are texts, `answers` class names.
+        labels: The public label list.
+        records: Declared number of units.
+        longest: Longer texts are cut after so many tokens.
+        config: Of the classifier.
+        rows_per_unit: At most so many rows of a unit count.
+    """
+    number = {label: i for i, label in enumerate(labels)}
+
+    def encoded(row: int) -> LabelledText | None:
+        if corpus.answers[row] not in number:
+            return None
+        try:
+            [tokens] = _token_rows(tokenizer, [corpus.prompts[row]], longest, config)
+        except Exception:  # a record that fails the whole answer would show in the answer
+            return None
+        return LabelledText(tuple(tokens), number[corpus.answers[row]]) if tokens else None
+
+    return [
+        tuple(text for text in map(encoded, rows) if text is not None)
+        for rows in unit_rows(corpus, records, rows_per_unit)
+    ]
+
+
+def label_losses(model: nn.Module, examples: Sequence[LabelledText], pad: int) -> Tensor:
+    """Each text's negative log-likelihood of its class: no text enters another's loss."""
+    tokens, present = padded([e.tokens for e in examples], pad)
+    logits = _logits(model, tokens, present)
+    return F.cross_entropy(logits, torch.tensor([e.label for e in examples]).to(logits.device), reduction="none")
+
+
+def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:
+    where = next(model.parameters()).device
+    logits: Tensor = model(input_ids=tokens.to(where), attention_mask=present.to(where)).logits
+    return logits.float()
+
+
+def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any) -> list[list[int]]:
+    """Texts as the model is used to them.
+
+    A causal model reads them as a generator would write them after a control code: with a leading space, after the BOS.
+    The others read what their tokenizer puts around a text; T5 exactly one EOS, at the end: its head looks for it.
+    """
+    kind, longest = kind_of(config), longest_of(config, tokenizer, longest) or longest
+    if kind == "causal":
+        head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return [[*head, *token_ids(tokenizer, f" {text.strip()}")][:longest] for text in texts]
+    rows = token_rows(tokenizer, [text.strip() for text in texts], kind, longest)
+    if kind == "encoder":
+        return rows
+    end = tokenizer.eos_token_id
+    return [[*[t for t in row if t != end][: longest - 1], end] for row in rows]
+
+
+def _batches(lengths: Sequence[int], batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Every row once per epoch, in random batches of like length: of eight batches drawn at random, the rows are dealt
+    by length, and the batches shuffled. Without it half of a batch of questions was padding."""
+    width = torch.tensor(lengths)
+    for _ in range(epochs):
+        for window in torch.randperm(len(lengths), generator=generator).split(8 * batch):
+            dealt = window[width[window].argsort(stable=True)].split(batch)
+            yield from (dealt[i] for i in torch.randperm(len(dealt), generator=generator).tolist())

@@ -1,0 +1,352 @@
+"""A generator trained on private text under DP-SGD.
+
+DP-SGD is Abadi et al. 2016 (algorithm 1) with Poisson sampling owned by the loop: masks are drawn before text is seen,
+an empty batch is a noise-only step, and the noisy sum is divided by the expected batch, never by the drawn one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedsynth.dpsgd import Clipper, clipper
+from fedsynth.dpsgd.stacked import Factors, Stacked, stacked
+from fedsynth.models.batches import padded
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training.examples import Example, Slot
+
+IGNORED = -100  # cross_entropy's own mark for positions without a target
+
+
+Losses: TypeAlias = Callable[[nn.Module, Sequence[Any], int], Tensor]
+"""Model, examples, padding token -> each example's own loss, shape (examples,)."""
+
+
+class Randomness(Protocol):
+    """Noise and Poisson draws: a grant's own (fedsynth.privacy.noise), or a public one where nothing is protected."""
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        """`count` standard normals."""
+
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
+        """An independent coin per unit."""
+
+
+def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
+    """Each example's mean negative log-likelihood over its own learnt tokens: no example enters another's loss."""
+    logits, wanted = next_tokens(model, examples, pad)
+    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED)
+    return losses.view_as(wanted).sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
+
+
+def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
+    """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
+    that are learnt, (examples, positions), `IGNORED` elsewhere."""
+    where = next(model.parameters()).device
+    if _reads_and_writes(model):
+        within: Any = getattr(model, "_module", model)  # Opacus wraps it
+        given, present = padded([e.tokens[: e.start] for e in examples], pad)
+        wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
+        # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
+        before = within.prepare_decoder_input_ids_from_labels(wanted)
+        read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
+        logits = _float(model(**read, use_cache=False).logits)
+    else:
+        tokens, present = padded([e.tokens for e in examples], pad)
+        targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
+        length = tokens.shape[1]
+        # What comes before all learnt tokens needs no logits: they cost as much as some layers.
+        first = max(0, min(min(e.start for e in examples) - 1, length - 2))
+        read = {"input_ids": tokens.to(where), "attention_mask": present.to(where)}
+        logits = _float(model(**read, logits_to_keep=torch.arange(first, length - 1, device=where)).logits)
+        wanted = targets[:, first + 1 : length].to(where)
+    return logits, wanted
+
+
+def _float(logits: Tensor) -> Tensor:
+    return logits.float() if torch.finfo(logits.dtype).bits < 32 else logits
+
+
+def _reads_and_writes(model: nn.Module) -> bool:
+    within: Any = getattr(model, "_module", model)  # Opacus wraps it
+    return bool(getattr(getattr(within, "config", None), "is_encoder_decoder", False))
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int) -> float:
+    """Mean over examples of their negative log-likelihood (nats) per learnt token.
+
+    Raises:
+        ValueError: If there is no example.
+    """
+    if not examples:
+        raise ValueError("a mean loss needs at least one example")
+    with torch.no_grad():
+        parts = [next_token_losses(model, examples[i : i + batch], pad) for i in range(0, len(examples), batch)]
+    return float(torch.cat(parts).double().mean())
+
+
+def clipped_sum(
+    clip: Clipper,
+    model: nn.Module,
+    units: Sequence[Slot],
+    *,
+    pad: int,
+    microbatch: int,
+    losses: Losses | None = None,
+) -> list[Tensor]:
+    """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
+
+    The loss of an example is `next_token_losses` unless another one is given.
+    """
+    losses_of: Losses = losses or next_token_losses
+    for part in _microbatches(model, units, microbatch):
+        examples, numbers = _rows(units, part)
+        clip.add(partial(losses_of, model, examples, pad), numbers)
+    return clip.take()
+
+
+def clipped_sums(
+    clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, microbatch: int
+) -> Tensor:
+    """As `clipped_sum`, of several clients' units at once: (clients, numbers), as `Stacked.weights`."""
+    whole = [unit for own in units for unit in own]
+    client = [number for number, own in enumerate(units) for _ in own]
+    for part in _microbatches(model, whole, microbatch):
+        examples, numbers = _rows(whole, part)
+        clip.add(partial(next_token_losses, model, examples, pad), numbers, [client[n] for n in numbers])
+    return clip.take()
+
+
+def _microbatches(model: nn.Module, units: Sequence[Slot], microbatch: int) -> Iterator[list[int]]:
+    """The numbers of the units that are passed together: `microbatch` examples at most (more only where one unit has
+    more), sorted by length."""
+    both = _reads_and_writes(model)
+
+    def shape(number: int) -> tuple[int, int]:
+        """Of its longest example: what is read and what is written, or all in one."""
+        ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in units[number]]
+        return max(n - s for s, n in ends), max(s for s, _ in ends)
+
+    ordered = sorted((number for number, unit in enumerate(units) if unit), key=shape)
+    at = 0
+    while at < len(ordered):
+        end, rows = at + 1, len(units[ordered[at]])
+        while end < len(ordered) and rows + len(units[ordered[end]]) <= microbatch:
+            rows += len(units[ordered[end]])
+            end += 1
+        yield ordered[at:end]
+        at = end
+
+
+def _rows(units: Sequence[Slot], numbers: Sequence[int]) -> tuple[list[Any], list[int]]:
+    """The examples of these units, and each one's unit."""
+    return [e for n in numbers for e in units[n]], [n for n in numbers for _ in units[n]]
+
+
+_BLOCK = 2**18  # noise that is made at once
+
+
+def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
+    """Gaussian noise onto a sum, in place: added in float64, block by block to need no second copy."""
+    flat = total.view(-1)
+    for at in range(0, len(flat), _BLOCK):
+        part = flat[at : at + _BLOCK]
+        noise = torch.from_numpy(randomness.normals(len(part)))
+        part.copy_((deviation * noise).to(part.device).add_(part))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are optimised, in the order of the model."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one client learns, and how that is drawn, clipped and noised: made by `private` or `without_guarantee`.
+
+    Attributes:
+        slots: One per privacy unit.
+        rate: Chance of each of them in each step.
+        expected_batch: Each step's sum is divided by this, whatever was drawn.
+        steps: Noisy steps, empty draws included.
+        clip_norm: C; infinite: no clipping.
+        noise_multiplier: Deviation of the noise in units of C.
+        randomness: Of draws and noise.
+        proximal: Mu of FedProx (arXiv 1812.06127): the loss gains mu / 2 times the squared distance from the start.
+            Its gradient is a function of the weights alone: added to the noisy sum, it costs no privacy.
+    """
+
+    slots: Sequence[Slot]
+    rate: float
+    expected_batch: int
+    steps: int
+    clip_norm: float
+    noise_multiplier: float
+    randomness: Randomness
+    proximal: float = 0.0
+
+    def draw(self) -> list[Slot]:
+        """The units of the next step."""
+        mask = self.randomness.poisson_mask(len(self.slots), self.rate)
+        return [self.slots[i] for i in np.flatnonzero(mask).tolist()]
+
+
+def private(slots: Sequence[Slot], plan: DPPlan, randomness: Randomness, proximal: float = 0.0) -> Training:
+    """DP-SGD exactly as planned: rate, steps, clip and noise are the plan's, which is what was charged.
+
+    Raises:
+        ValueError: If there is not one slot per declared record.
+    """
+    if len(slots) != plan.records:
+        raise ValueError(f"the plan declares {plan.records} records, got {len(slots)} slots")
+    return Training(
+        slots,
+        rate=plan.sampling_rate,
+        expected_batch=plan.expected_batch,
+        steps=plan.steps,
+        clip_norm=plan.clip_norm,
+        noise_multiplier=plan.noise_multiplier,
+        randomness=randomness,
+        proximal=proximal,
+    )
+
+
+def without_guarantee(slots: Sequence[Slot], settings: GeneratorTraining, seed: int, proximal: float = 0.0) -> Training:
+    """The same schedule without clip and noise: the control arm that shows what privacy costs."""
+    batch = min(settings.expected_batch, len(slots))
+    return Training(
+        slots,
+        rate=batch / len(slots),
+        expected_batch=batch,
+        steps=settings.steps,
+        clip_norm=math.inf,
+        noise_multiplier=0.0,
+        randomness=PublicRandomness(seed),
+        proximal=proximal,
+    )
+
+
+def train_generator(
+    model: nn.Module,
+    training: Training,
+    settings: GeneratorTraining,
+    *,
+    pad: int,
+    losses: Losses | None = None,
+) -> int:
+    """Trains in place; returns the number of steps that ran.
+
+    Args:
+        model: Its trainable weights are trained.
+        training: See there.
+        settings: Learning rate, micro-batch and engine.
+        pad: Token that fills a batch.
+        losses: Of the examples; `next_token_losses` unless a classifier is trained.
+    """
+    with clipper(model.train(), training.clip_norm, settings.clipping) as clip:
+
+        def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
+            [own] = drawn
+            found = clipped_sum(clip, model, own, pad=pad, microbatch=settings.microbatch, losses=losses)
+            return [total.unsqueeze(0) for total in found]
+
+        ran = _descend(trainable(model), [training], settings, sums)
+    model.eval()
+    return ran
+
+
+def train_stacked(
+    model: nn.Module, factors: Factors, trainings: Sequence[Training], settings: GeneratorTraining, *, pad: int
+) -> int:
+    """Trains the adapters of several clients at once, in place; returns the number of steps that ran.
+
+    Each client has its own draws, noise and sums, and its own part of the optimizer's state: what becomes of it is the
+    same in any stack, but for rounding.
+
+    Args:
+        model: With LoRA, whose weights stay as they are.
+        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape); trained in place.
+        trainings: One per client; steps, clip norm and proximal pull are those of all.
+        settings: Of all.
+        pad: Token that fills a batch.
+
+    Raises:
+        ValueError: If the trainings differ in what must be common, or clipping is not `bookkeeping`.
+    """
+    if len({(t.steps, t.clip_norm, t.proximal) for t in trainings}) != 1 or settings.clipping != "bookkeeping":
+        raise ValueError("clients that train in one pass need the same steps, clip norm and proximal pull, and "
+                         "clipping = 'bookkeeping'")  # fmt: skip
+    with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
+
+        def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
+            return [clipped_sums(clip, model, drawn, pad=pad, microbatch=settings.microbatch)]
+
+        ran = _descend([clip.weights], trainings, settings, sums)
+    model.eval()
+    return ran
+
+
+def _descend(
+    weights: Sequence[Tensor],
+    trainings: Sequence[Training],
+    settings: GeneratorTraining,
+    sums_of: Callable[[Sequence[Sequence[Slot]]], list[Tensor]],
+) -> int:
+    """Steps of Adam on clipped, noised sums; returns how many.
+
+    Args:
+        weights: Of all clients: of one its own, of several one row of numbers each.
+        trainings: One per client.
+        settings: Learning rate.
+        sums_of: What each client drew -> the clipped sums of all, (clients, ...) by weight.
+    """
+    proximal, steps = trainings[0].proximal, trainings[0].steps
+    starts = [w.detach().clone() for w in weights] if proximal else weights
+    optimizer = torch.optim.Adam(weights, lr=settings.learning_rate, betas=(0.9, 0.99))
+    ran = 0
+    for step in range(steps):
+        totals = sums_of([training.draw() for training in trainings])
+        for client, training in enumerate(trainings):
+            for total in totals:
+                if training.noise_multiplier > 0:
+                    add_noise(total[client], training.noise_multiplier * training.clip_norm, training.randomness)
+        for weight, start, total in zip(weights, starts, totals, strict=True):
+            given = total.to(weight.dtype)  # after the noise: until then sums of several passes are in float64
+            for client, training in enumerate(trainings):
+                given[client].div_(training.expected_batch)
+            weight.grad = given.view(weight.shape)
+            if proximal:
+                weight.grad = weight.grad + proximal * (weight.detach() - start)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
+        optimizer.step()
+        ran += 1
+    return ran
+
+
+@dataclass
+class PublicRandomness:
+    """Poisson draws from a public seed, for training that claims no guarantee; it has no noise to give."""
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._rng = np.random.default_rng(self.seed)
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        """Never: noise from a public seed protects nothing."""
+        raise RuntimeError(f"{count} normals asked of a public seed: noise comes from a grant's key only")
+
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
+        """An independent coin per unit."""
+        return self._rng.random(count) < rate

@@ -1,0 +1,183 @@
+"""Texts as examples to train on, and privacy units as slots of them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+from torch import nn
+
+from fedsynth.corpus import Corpus
+from fedsynth.instructions import ASK, asked, record
+from fedsynth.models.batches import token_rows
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.loading import Kind, context_of
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded text.
+
+    Attributes:
+        tokens: Token ids.
+        start: Position of the first token that is learnt; what stands before it (BOS, control code) is given. A seq2seq
+            model reads what is given with its encoder, and its decoder learns the rest.
+    """
+
+    tokens: tuple[int, ...]
+    start: int
+
+
+class Encoded(Protocol):
+    """An encoded text with whatever its loss needs beside the tokens."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Token ids."""
+
+
+Slot: TypeAlias = Sequence[Encoded]
+"""What is learnt of one privacy unit: its examples, clipped together; none for an empty unit."""
+
+
+Learns: TypeAlias = Literal["record", "response"]
+
+
+def control_code(label: str) -> str:
+    """How a label is put before its text (FDKT step 1)."""
+    return f"{label}:"
+
+
+def encode_slots(
+    tokenizer: Any,
+    corpus: Corpus,
+    labels: Sequence[str],
+    records: int,
+    longest: int,
+    kind: Kind = "causal",
+    *,
+    learns: Learns = "record",
+    rows_per_unit: int = 1,
+) -> list[tuple[Example, ...]]:
+    """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
+
+    A unit is a person where the corpus names persons; its first rows that have a text are used. A row with an unknown
+    label and a text that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of
+    one unit changes another's slot, or whether there is an answer. Declare at least as many units as there are: of
+    more, only the first `records` are used, and taking one of them away would let the next one in (then the replace-one
+    figure holds).
+
+    Args:
+        tokenizer: Public.
+        corpus: Private; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
+        labels: The public label list; empty for instructions.
+        records: Declared number of units; the plan's, whatever the real count is.
+        longest: Longest example in tokens.
+        kind: Of the generator.
+        learns: Instructions: the whole record after its mark, or the response alone.
+        rows_per_unit: At most so many rows of a unit count.
+    """
+    known = set(labels)
+
+    def encoded(row: int) -> Example | None:
+        if labels and corpus.answers[row] not in known:
+            return None
+        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
+
+    return [
+        tuple(example for example in map(encoded, rows) if example is not None)
+        for rows in unit_rows(corpus, records, rows_per_unit)
+    ]
+
+
+def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list[int]]:
+    """The first rows of each privacy unit that have a text, in as many slots as were declared; none where there is no
+    unit. A row without a text holds its unit's place, and is none of its rows."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, unit in enumerate(corpus.units if corpus.units is not None else range(len(corpus))):
+        rows.setdefault(unit, []).extend([row] if corpus.prompts[row] else [])
+    slots = [found[:rows_per_unit] for found in rows.values()][:records]
+    return [*slots, *([] for _ in range(records - len(slots)))]
+
+
+def encode_records(
+    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, learns: Learns = "record"
+) -> list[Example]:
+    """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
+    tokenizer cannot read are left out."""
+    each_its_own = replace(corpus, units=None)
+    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, learns=learns)
+    return [example for slot in slots for example in slot]
+
+
+def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> tuple[str, str]:
+    """What is given of a row, and what is learnt."""
+    if labels:
+        return control_code(corpus.answers[row]), corpus.prompts[row].strip()
+    whole = record(corpus.prompts[row], corpus.answers[row])
+    given = ASK if learns == "record" else asked(corpus.prompts[row])
+    return given, whole.removeprefix(given).strip()
+
+
+def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
+    try:
+        return encode_text(tokenizer, given, text, longest, kind)
+    except Exception:  # a record that fails the whole answer would show in the answer
+        return None
+
+
+def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
+    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long.
+
+    The end of text stands at the end alone: line ends of the text and names of control tokens in it are text.
+    """
+    if kind == "seq2seq":
+        [head] = token_rows(tokenizer, [given], kind)
+    else:
+        head = token_ids(tokenizer, given)
+        head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
+        text = f" {text}"
+    # The end of text is learnt, also where a long text was cut: a generator that never ends writes noise up to the
+    # limit, and drafts without an end are not used.
+    body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
+    return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
+
+
+def readable(tokenizer: Any, text: str) -> bool:
+    """Whether a tokenizer makes tokens of a text: a record that fails the whole answer would show in the answer."""
+    try:
+        return bool(token_ids(tokenizer, text))
+    except Exception:  # each tokenizer has its own
+        return False
+
+
+def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int) -> None:
+    """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
+
+    Raises:
+        ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
+            no end of text or tokens that the model does not know.
+    """
+    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(control_code, labels)} or {
+        ASK: len(token_ids(tokenizer, ASK)) + 1
+    }
+    code, tokens = max(codes.items(), key=lambda item: item[1])
+    if tokens + 2 > longest:
+        raise ValueError(f"the control code {code!r} has {tokens} tokens, which leaves no text of {longest}")
+    context = context_of(model.config)
+    if context is not None and longest > context:
+        raise ValueError(
+            f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_tokens"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token (eos_token): a text that never ends cannot be learnt")
+    if len(tokenizer) > vocabulary_of(model):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary_of(model)}: "
+                         "save the model with the tokenizer that it was trained with")  # fmt: skip
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Tokens that the model embeds: often more than its tokenizer writes."""
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    return embedding.num_embeddings

@@ -1,0 +1,218 @@
+"""An adapter trained on text that is free to use: public, released, or written by the server's model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedsynth.scenario.schema import Tuning
+from fedsynth.training.dp_training import IGNORED, next_token_losses, next_tokens, trainable
+from fedsynth.training.examples import Example
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What holds a model's general ability while it is tuned: it may not drift from what it said of some texts before.
+
+    Attributes:
+        examples: The texts; as many as examples of the tuning are read in each step.
+        weight: Of the mean KL divergence per token, from the model as it was to the model as it is.
+    """
+
+    examples: Sequence[Example]
+    weight: float
+
+
+def tune(
+    model: nn.Module,
+    examples: Sequence[Example],
+    settings: Tuning,
+    *,
+    pad: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    guard: Guard | None = None,
+) -> float:
+    """Supervised fine-tuning of what is trainable in a model, in place (AdamW, rate decayed linearly to a tenth).
+
+    Args:
+        model: With an adapter.
+        examples: What is learnt of each is said by its `start`.
+        settings: Passes, batch, rate.
+        pad: Token that fills a batch.
+        seed: Public; of the order.
+        weights: One per example, not negative: its loss counts so many times; left out: all count once. An example of
+            weight 0 is not read.
+        guard: Against forgetting.
+
+    Returns:
+        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan where there is nothing to
+        learn from.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or there is not one per example.
+    """
+    share = np.ones(len(examples)) if weights is None else np.asarray(weights, np.float64)
+    if len(share) != len(examples) or not np.isfinite(share).all() or (share < 0).any():
+        raise ValueError(f"tune needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
+
+    def loss(batch: list[int]) -> Tensor:
+        each = next_token_losses(model, [examples[i] for i in batch], pad)
+        factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
+        return (factor * each).sum() / factor.sum()
+
+    return _descend(model, np.flatnonzero(share).tolist(), loss, settings, pad=pad, seed=seed, guard=guard)
+
+
+def prefer(
+    model: nn.Module,
+    pairs: Sequence[tuple[Example, Example]],
+    settings: Tuning,
+    *,
+    beta: float,
+    pad: int,
+    seed: int,
+    guard: Guard | None = None,
+) -> float:
+    """Direct preference optimisation of what is trainable in a model, in place (Rafailov et al. 2023, equation 7).
+
+    Args:
+        model: With an adapter; as it is now it is the reference.
+        pairs: Preferred and rejected text, after the same prompt.
+        settings: As in `tune`; a batch holds pairs.
+        beta: How strongly the reference holds: POPri 0.01, up to 0.1.
+        pad: Token that fills a batch.
+        seed: Public; of the order.
+        guard: Against forgetting.
+
+    Returns:
+        The mean loss of the last pass (ln 2 where no pair is told apart); nan where there is no pair.
+
+    Raises:
+        ValueError: If beta is not above 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+
+    def ahead(batch: list[int]) -> Tensor:
+        """By how many nats the preferred texts are likelier than the rejected ones."""
+        chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], pad) for side in (0, 1))
+        return chosen - rejected
+
+    model.eval()
+    with torch.no_grad():
+        blocks = [list(range(at, min(at + settings.batch, len(pairs)))) for at in range(0, len(pairs), settings.batch)]
+        before = [ahead(block) for block in blocks]
+        reference = torch.cat(before) if before else torch.empty(0)
+
+    def loss(batch: list[int]) -> Tensor:
+        return -F.logsigmoid(beta * (ahead(batch) - reference[batch])).mean()
+
+    return _descend(model, list(range(len(pairs))), loss, settings, pad=pad, seed=seed, guard=guard)
+
+
+def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:
+    """Of all learnt tokens together: exp of their mean negative log-likelihood.
+
+    Raises:
+        ValueError: If there is no example.
+    """
+    if not examples:
+        raise ValueError("a perplexity needs at least one example")
+    with torch.no_grad():
+        whole = [_likelihoods(model, examples[at : at + batch], pad) for at in range(0, len(examples), batch)]
+    return math.exp(-float(torch.cat(whole).double().sum()) / sum(map(_learnt, examples)))
+
+
+def _learnt(example: Example) -> int:
+    return max(1, len(example.tokens) - example.start)
+
+
+def _likelihoods(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
+    """Log-likelihood of each example's learnt tokens together, in nats."""
+    losses = next_token_losses(model, examples, pad)
+    return -losses * torch.tensor([_learnt(e) for e in examples], dtype=losses.dtype, device=losses.device)
+
+
+def _descend(
+    model: nn.Module,
+    rows: Sequence[int],
+    loss_of: Callable[[list[int]], Tensor],
+    settings: Tuning,
+    *,
+    pad: int,
+    seed: int,
+    guard: Guard | None,
+) -> float:
+    if not rows:
+        return math.nan
+    weights = trainable(model)
+    start = [w.detach().clone() for w in weights]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
+    steps = settings.epochs * math.ceil(len(rows) / settings.batch)
+    rng = np.random.default_rng([seed, 0x60A2D])
+    model.train()
+    losses: list[float] = []
+    for step, batch in enumerate(_batches(rows, settings, seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
+        held: list[Example] = []
+        if guard is not None and guard.weight > 0 and guard.examples:
+            held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
+        # Weights change places for it, and so it comes before anything that a gradient is taken of.
+        said = _said_before(model, held, start, pad) if held else None
+        loss = loss_of(batch)
+        losses.append(float(loss.detach()))
+        if guard is not None and said is not None:
+            loss = loss + guard.weight * _drift(model, held, said, pad)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+        optimizer.step()
+    model.eval()
+    return float(np.mean(losses[-math.ceil(len(rows) / settings.batch) :]))
+
+
+def _said_before(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:
+    """Log-probabilities of each next token by the model with the trainable weights `start`."""
+    with torch.no_grad(), _as_it_was(trainable(model), start):
+        return next_tokens(model, examples, pad)[0].log_softmax(-1)
+
+
+def _drift(model: nn.Module, examples: Sequence[Example], before: Tensor, pad: int) -> Tensor:
+    """Mean KL divergence per learnt token from those log-probabilities to the model's as it is."""
+    logits, wanted = next_tokens(model, examples, pad)
+    learnt = wanted != IGNORED
+    return ((before.exp() * (before - logits.log_softmax(-1))).sum(-1) * learnt).sum() / learnt.sum().clamp(min=1)
+
+
+@contextmanager
+def _as_it_was(weights: Sequence[nn.Parameter], start: Sequence[Tensor]) -> Iterator[None]:
+    """Trainable weights are few: changing places is cheaper than a frozen copy of the model."""
+    now = [w.detach().clone() for w in weights]
+    _put(weights, start)
+    try:
+        yield
+    finally:
+        _put(weights, now)
+
+
+@torch.no_grad()
+def _put(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
+def _batches(rows: Sequence[int], settings: Tuning, seed: int) -> Iterator[list[int]]:
+    rng = np.random.default_rng(seed)
+    for _ in range(settings.epochs):
+        order = rng.permutation(rows).tolist()
+        for at in range(0, len(order), settings.batch):
+            yield order[at : at + settings.batch]
