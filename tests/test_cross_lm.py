@@ -992,7 +992,7 @@ def test_the_mislabelled_server_is_what_its_card_says() -> None:
 def test_it_can_be_made_again(tmp_path: Path) -> None:
     world = load_world("hospitals")
     card = mislabelled(world, tmp_path / "lora", steps=2)
-    assert card["command"].endswith("--role mislabelled --steps 2 --seed 0")
+    assert card["command"].endswith(" mislabelled OUT --steps 2 --seed 0")
     assert load_adapter(str(tmp_path / "lora"), "assets:tiny-llm").rank == 4
     with pytest.raises(BadValue, match="hospitals"):
         mislabelled(load_world("banks"), tmp_path / "banks")

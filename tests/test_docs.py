@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import house
 import pytest
 from inprocess import play
 from scripted import ScriptedLLM
@@ -82,6 +83,11 @@ def test_the_page_of_keys_is_what_the_code_says() -> None:
     assert named["data.source"].default == "-"
     assert named["client.guarantee"].kind == '"dp" or "none"'
     assert not [key.name for key in named.values() if not key.meaning]
+
+
+def test_the_map_of_the_house_is_what_the_files_say() -> None:
+    assert house.PAGE.read_text() == house.written(), "run: python tests/house.py"
+    assert all(house.first_line(path) for wing in house.WINGS for path in (ROOT / wing).rglob("*.py"))
 
 
 def test_the_readmes_commands_exist() -> None:

@@ -380,10 +380,10 @@ def test_a_site_with_a_key_that_nobody_registered_gets_nothing(hall: Hall, tmp_p
     stopped(hall)
     place = hall.federation.place("north")
     write_node_keys(place / "keys" / "other", tmp_path / "other.pub")
-    impatient = f"import fedsynth.deployment.site.supernode\nfedsynth.deployment.site.supernode.REFUSED_SECONDS = 3\n{START_SITE}"
+    impatient = f"import fedsynth.deployment.site.supernode as watch\nwatch.REFUSED_SECONDS = 3\n{START_SITE}"
     with edited(site_file(hall), private_key='"keys/other"'):
-        started = spawn([sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.deployment.client_process"], tmp_path,
-                        tmp_path / "start.log")  # fmt: skip
+        command = [sys.executable, "-P", "-c", impatient, place, 0, "-m", "fedsynth.deployment.client_process"]
+        started = spawn(command, tmp_path, tmp_path / "start.log")
         assert started.process.wait(120) == 1
     assert "did not let this site in" in last_line(started)
     assert "send north.pub to the coordinator" in last_line(started)

@@ -1,4 +1,4 @@
-"""Who may import whom: layers from left to right, and who may know Flower, torch and databases."""
+"""Packages import only those before them; who may know Flower, torch and databases."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -7,70 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = """
-cli
-cli_deployment
-site_init site_check site_model site_start site_approve site_loss submit
-site_watch superlink deployment
-site_ready site_rows
-invited
-server
-reporting forecast
-comparison comparison_tables
-grids
-simulate watch dryrun dry_models client_work probe
-fedsynth_sim launch
-flower
-strategies clients
-federation exchanges nodes runs wire firewall tasks recall trackers
-classifier public_models world_models world_adapters
-judges mentor apprentice selfgen feedback selfcheck
-loopcheck
-teacher publictext pretraining gates llm remote tuning training examples generation curation evaluation embedding
-batches adapters surroundings
-models dpsgd participation
-hub certificates invitation
-scenario scenario_toml scenario_keys privacy lora rouge data datacard tables sources world payload tokenizer checkpoint
-corpus csv_faults typed limits losses assets instructions usage proxy folders rowwise rowstore encoding sentences room
-"""
-LAYER = {module: depth for depth, line in enumerate(LAYERS.split("\n")) for module in line.split()}
+PACKAGES = (
+    "base", "system", "privacy", "scenario", "models", "world", "data", "dpsgd", "training", "evaluation",
+    "pretraining", "synthesis", "federation", "strategies", "clients", "simulation", "fedsynth_sim", "comparison",
+    "forecast", "deployment", "reporting", "cli",
+)  # fmt: skip
+"""Lowest first: each imports only those before it. The base is what stands at the root of `fedsynth`."""
+DEPTH = {package: depth for depth, package in enumerate(PACKAGES)}
+BASE = {"corpus", "instructions", "limits", "lora", "rouge", "typed"}
 MAY_IMPORT = {
-    "sqlalchemy": {"sources"},
-    "flwr": {
-        "wire",
-        "federation",
-        "exchanges",
-        "nodes",
-        "clients.app",
-        "clients.answer",
-        "clients.home",
-        "clients.site",
-        "clients.process",
-        "clients.stock",
-        "flower",
-        "fedsynth_sim",
-    },
-    "torch": {
-        "models",
-        "dpsgd",
-        "training",
-        "examples",
-        "selfcheck",
-        "loopcheck",
-        "classifier",
-        "generation",
-        "llm",
-        "evaluation",
-        "pretraining",
-        "public_models",
-        "world_models",
-        "world_adapters",
-        "gates",
-        "embedding",
-        "batches",
-        "adapters",
-        "tuning",
-    },
+    "sqlalchemy": {"data"},
+    "flwr": {"federation", "clients", "simulation", "fedsynth_sim", "deployment"},
+    "torch": {"models", "dpsgd", "training", "pretraining"},
 }
 FOLDERS = {"fedsynth": "fedsynth", "strategies": "fedsynth.strategies", "clients": "fedsynth.clients"}
 FOLDERS["simulations/fedsynth_sim"] = "fedsynth_sim"
@@ -98,31 +46,72 @@ def imports(name: str, source: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def package_of(dotted: str) -> str | None:
+    """The package that a module or an imported name belongs to; None for what is not of this project."""
+    top, *rest = dotted.split(".")
+    if top in ("fedsynth_sim", "strategies", "clients"):
+        return top
+    if top != "fedsynth" or not rest or rest[0] == "__version__":
+        return None
+    return "base" if rest[0] in BASE else rest[0]
+
+
 def violations(sources: Mapping[str, str]) -> list[str]:
     """What is wrong, one line each."""
     wrong = []
     for name, source in sources.items():
-        own = name.removeprefix("fedsynth.").split(".")
-        if name == "fedsynth":
-            own = ["cli"]  # the public face: `fedsynth.run` is imported on first use
-        if own[0] not in LAYER:
-            wrong.append(f"{name} stands in no layer: add it to LAYERS")
+        own = package_of(name) or "cli"  # the public face: `fedsynth.run` is imported on first use
+        if own == "assets":
+            continue  # data
+        if own not in DEPTH:
+            wrong.append(f"{name} stands in no package: add it to PACKAGES")
             continue
         for imported in imports(name, source):
-            top, *rest = imported.split(".")
-            allowed = MAY_IMPORT.get(top)
-            if allowed is not None and not {own[0], ".".join(own[:2])} & allowed:
+            top = imported.split(".")[0]
+            if own not in MAY_IMPORT.get(top, {own}):
                 wrong.append(f"{name} imports {top}")
-            other = (rest[0] if rest else "") if top == "fedsynth" else top if top in ("fedsynth_sim", *FOLDERS) else ""
-            if other not in LAYER or other == own[0]:
+            other = package_of(imported)
+            if other in (None, own) or other not in DEPTH:
                 continue
-            if LAYER[other] < LAYER[own[0]] or {other, own[0]} == {"strategies", "clients"}:
+            if DEPTH[other] > DEPTH[own] or {other, own} == {"strategies", "clients"}:
                 wrong.append(f"{name} imports {imported}")
     return wrong
 
 
-def test_imports_go_from_left_to_right() -> None:
+def rings(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a ring, anywhere in them, or depend on such."""
+    below = {
+        name: {_module(i, sources) for i in imports(name, source)} - {name, ""} for name, source in sources.items()
+    }
+    while free := {name for name, needs in below.items() if not needs}:
+        below = {name: needs - free for name, needs in below.items() if name not in free}
+    return sorted(below)
+
+
+def _module(imported: str, sources: Mapping[str, str]) -> str:
+    """The module that an imported name stands in; empty for what is not of this project."""
+    while imported and imported not in sources:
+        imported = imported.rpartition(".")[0]
+    return "" if imported == "fedsynth" else imported
+
+
+def test_packages_import_only_those_before_them() -> None:
     assert violations(modules()) == []
+    assert {package_of(name) or "cli" for name in modules()} == {*PACKAGES, "assets"}
+
+
+def test_no_modules_import_each_other_in_a_ring() -> None:
+    assert rings(modules()) == []
+
+
+def test_a_ring_is_found() -> None:
+    ring = {
+        "fedsynth.a": "def f():\n    from fedsynth.b import c",
+        "fedsynth.b": "from fedsynth import a",
+        "fedsynth.c": "",
+    }
+    assert rings(ring) == ["fedsynth.a", "fedsynth.b"]
+    assert rings(ring | {"fedsynth.b": ""}) == []
 
 
 def test_every_folder_is_looked_at() -> None:
@@ -142,14 +131,14 @@ def test_every_folder_is_looked_at() -> None:
             "def f():\n    import fedsynth.federation.records",
             "fedsynth.privacy.plan imports fedsynth.federation.records",
         ),
-        ("fedsynth.corpus", "from fedsynth import lora", "fedsynth.corpus imports fedsynth.lora"),
-        ("fedsynth.corpus", "from . import lora", "fedsynth.corpus imports fedsynth.lora"),
+        ("fedsynth.corpus", "from fedsynth import models", "fedsynth.corpus imports fedsynth.models"),
+        ("fedsynth.corpus", "from . import models", "fedsynth.corpus imports fedsynth.models"),
         ("fedsynth.strategies.fdkt", "from fedsynth.clients import home", "imports fedsynth.clients.home"),
         ("fedsynth.clients.home", "from fedsynth.strategies.fdkt import FDKT", "imports fedsynth.strategies.fdkt"),
         ("fedsynth.strategies.fdkt", "from flwr.app import Message", "fedsynth.strategies.fdkt imports flwr"),
-        ("fedsynth.clients.learn", "import flwr", "fedsynth.clients.learn imports flwr"),
+        ("fedsynth.training.sft", "import flwr", "fedsynth.training.sft imports flwr"),
         ("fedsynth.synthesis.curation", "import torch.nn as nn", "fedsynth.synthesis.curation imports torch"),
-        ("fedsynth.novelty", "", "fedsynth.novelty stands in no layer"),
+        ("fedsynth.novelty", "", "fedsynth.novelty stands in no package"),
     ],
 )
 def test_a_bad_import_is_caught(name: str, source: str, wrong: str) -> None:
@@ -166,7 +155,7 @@ def test_a_bad_import_is_caught(name: str, source: str, wrong: str) -> None:
             "from fedsynth.federation.strategy import Clients\nfrom fedsynth.lora import average",
         ),
         ("fedsynth.clients.home", "import flwr.app"),
-        ("fedsynth.evaluation.utility", "import torch\nfrom fedsynth.models.loading import load"),
+        ("fedsynth.training.sft", "import torch\nfrom fedsynth.models.loading import load"),
         ("fedsynth.data.partition", "import flwr_datasets\nfrom fedsynth.privacy import noise"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = {"fedsynth/app": "simulations", "fedsynth/clients": "clients", "fedsynth/strategies": "strategies"}
-NOT_SHIPPED = {"fedsynth.app.benchmarks"}
+NOT_SHIPPED = {"fedsynth.app.assets", "fedsynth.app.benchmarks"}
 
 
 def build_wheel(tree: Path) -> Path:
@@ -86,7 +86,7 @@ def test_wheel_carries_the_data(wheel: list[str]) -> None:
     expected |= {f"fedsynth/app/scenarios/{path.name}" for path in (ROOT / "simulations/scenarios").glob("*.toml")}
     expected |= {
         path.relative_to(ROOT).as_posix()
-        for folder in ("assets", "reporting", "world")
+        for folder in ("assets", "deployment", "reporting", "world")
         for path in (ROOT / "fedsynth" / folder).rglob("*")
         if path.suffix in {".safetensors", ".json", ".toml", ".html"}
     }
@@ -98,7 +98,8 @@ def test_wheel_carries_every_module_and_nothing_else(wheel: list[str]) -> None:
     for link, target in LINKS.items():
         modules |= {f"{link}/{path.relative_to(ROOT / target).as_posix()}" for path in (ROOT / target).rglob("*.py")}
     shipped = {name for name in wheel if name.endswith(".py")}
-    assert shipped == {name for name in modules if not name.startswith("fedsynth/app/benchmarks/")}
+    left_out = tuple(f"{package.replace('.', '/')}/" for package in NOT_SHIPPED)
+    assert shipped == {name for name in modules if not name.startswith(left_out)}
 
 
 def test_no_file_speaks_of_one_machine() -> None:

@@ -258,8 +258,6 @@ def test_sizes_that_cannot_be_are_refused(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "--corpus FILE"),
-        ({"corpus": "a.csv", "world": "hospitals"}, "not both"),
         ({"corpus": "a.csv", "held_out": "split"}, "COLUMN=VALUE"),
         ({"corpus": "a.csv", "device": "tpu"}, "device must"),
         ({"corpus": "a.csv", "steps": 0}, "--steps"),
@@ -275,7 +273,6 @@ def test_options_that_do_not_fit_are_refused_before_any_work(options, message, t
         "resume": False,
         "device": "cpu",
         "threads": 1,
-        "world": "",
     }
     with pytest.raises(BadValue, match=message):
         pretrain_command(out=tmp_path / "model", **{**usual, **options})

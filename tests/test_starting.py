@@ -206,7 +206,7 @@ def test_where_there_is_no_flower_that_is_said(monkeypatch: pytest.MonkeyPatch) 
 def test_every_command_that_needs_flower_says_so_before_anything_else(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    site = (ROOT / "fedsynth" / "site.template.toml").read_text()
+    site = (ROOT / "fedsynth" / "deployment" / "site" / "site.template.toml").read_text()
     site = re.sub(r"^@\w+@\n", "", site, flags=re.M).replace("@name@", "north").replace("@address@", "127.0.0.1:1")
     site = site.replace("@task@", "instructions").replace("@asked@", "8").replace("records = 0", "records = 100")
     (tmp_path / "site.toml").write_text(site.replace('label = "label"', 'response = "response"'))

@@ -620,7 +620,7 @@ def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
 def test_private_text_is_stopped_in_one_place_only() -> None:
     """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
     packers = [p for p in Path(client.__file__).parent.glob("*.py") if re.search(r"\bpack_answer\(", p.read_text())]
-    assert [p.name for p in packers] == ["answer.py"]
+    assert [p.name for p in packers] == ["handler.py"]
 
 
 # Adapters and scores at the firewall

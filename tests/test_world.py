@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import make
 from acceptance import GATES, sample_lines
 from fedsynth.corpus import Provenance
+from fedsynth.typed import BadValue
 from fedsynth.world import (
     WORLDS,
     Style,
@@ -56,6 +58,14 @@ def marked(world: World, line: str) -> tuple[str, str]:
 def planted(world: World, style: Style) -> str:
     uniform = np.cumsum(np.full((8, 40), 1 / 40), axis=1)
     return write_note(world, style, 0, uniform, np.random.default_rng(0))
+
+
+def test_an_asset_is_made_in_an_empty_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(BadValue, match="already holds something"):
+        make.make("hospitals", "llm", tmp_path)
+    with pytest.raises(BadValue, match="--steps must be at least 1, got 0"):
+        make.make("hospitals", "llm", tmp_path / "new", steps=0)
 
 
 @pytest.mark.parametrize("name", WORLDS)

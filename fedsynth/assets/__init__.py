@@ -1,1 +1,1 @@
-"""Tiny models, made by `fedsynth pretrain` from the public part of the simulated world."""
+"""Tiny models, made by `simulations/assets/make.py` from the public part of the simulated world."""

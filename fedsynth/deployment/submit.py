@@ -1,4 +1,4 @@
-"""A run on real sites: submitted to a coordinator's SuperLink, watched, and ended (fedsynth.simulation.launch: in simulations)."""
+"""A run on real sites: submitted to a coordinator's SuperLink, watched, and ended."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A stand-in for a worker: what each kind of a client's work costs there, in seconds and memory, on dummy text.
 
-`python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output: it is a process
-with a worker's environment and imports, so that what it takes is what a worker will take. As many of them measure side
-by side as workers will run: cores share memory and its bandwidth.
+`python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output: it
+is a process with a worker's environment and imports, so that what it takes is what a worker will take. As many of them
+measure side by side as workers will run: cores share memory and its bandwidth.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
     """Files and folders that stand beside the scenario, in the working directory, or (data) in FEDSYNTH_DATA.
 
     Flower's processes have working directories of their own, so relative paths would lead elsewhere there. A name that
-    is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of `fedsynth.simulation.simulate.check`.
+    is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of the check before a run.
     """
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 

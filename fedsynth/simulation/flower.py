@@ -43,8 +43,8 @@ SERVER_PROCESS = "server.pid"  # in the private directory of a run on real sites
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-# From the first to before the second: versions whose programs, and whose client process (fedsynth.deployment.client_process), are
-# as this package knows them. pyproject.toml says the same.
+# From the first to before the second: versions whose programs, and whose client process (deployment/client_process.py),
+# are as this package knows them. pyproject.toml says the same.
 FLOWER = ((1, 41), (1, 43))
 
 

@@ -1,1 +1,1 @@
-"""Models that learn: generators under DP-SGD, adapters on free text, classifiers; and what is checked before a charge."""
+"""Models that learn: generators under DP-SGD, adapters on free text, classifiers; and the checks before a charge."""

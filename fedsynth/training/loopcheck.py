@@ -1,9 +1,9 @@
 """Whether the step loop trains as a plan says: it is run on public units, and what it draws and adds is tested.
 
-`fedsynth.training.dp_training` itself runs, with the plan's rate, steps, clip norm, noise and divisor, the settings' engine and
-micro-batch. Units have known gradients, all alike and far above C. So an optimizer must be given |drawn| C along one
-direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected batch. Each of a dozen
-tests fails with a chance of 1e-9 where all is right; the key is fixed, so that a verdict is the same each time.
+`fedsynth.training.dp_training` itself runs, with the plan's rate, steps, clip norm, noise and divisor, the settings'
+engine and micro-batch. Units have known gradients, all alike and far above C. So an optimizer must be given |drawn| C
+along one direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected batch. Each of
+a dozen tests fails with a chance of 1e-9 where all is right; the key is fixed, so that a verdict is the same each time.
 """
 
 from __future__ import annotations

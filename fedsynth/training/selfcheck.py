@@ -45,8 +45,8 @@ def self_check(
     Each time: the model's gradients are finite, not zero and clipped, and those of an example are the same alone and in
     a batch (BatchNorm, packing and batch-mean losses are found so). Once in a process for the same code, plan,
     settings, shapes, device and precision: the loop's draws, noise, divisor and steps are the plan's
-    (`fedsynth.training.loopcheck`), one unit more moves the sum by C at most with few and with most rows that a pass can have,
-    and there is memory for the largest pass (`whole_microbatch`). Leaves the model as it was.
+    (`fedsynth.training.loopcheck`), one unit more moves the sum by C at most with few and with most rows that a pass
+    can have, and there is memory for the largest pass (`whole_microbatch`). Leaves the model as it was.
 
     Args:
         model: What will be trained.

@@ -66,7 +66,7 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     weights = out / "adapter_model.safetensors"
     weights.chmod(0o644)  # safetensors writes for the owner alone; wheels keep the mode
     card = {
-        "command": f"fedsynth pretrain --world {world.name} --role mislabelled --steps {steps} --seed {seed}",
+        "command": f"simulations/assets/make.py {world.name} mislabelled OUT --steps {steps} --seed {seed}",
         "world": world.name,
         "role": "mislabelled",
         "base": base,

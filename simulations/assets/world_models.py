@@ -75,7 +75,7 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
     torch.set_num_threads(1)  # small matrices: more threads cost more than they give
     recipe = RECIPES[role]
     steps = steps or recipe.steps
-    options = f"--world {world.name} --role {role} --steps {steps} --seed {seed}"
+    options = f"{world.name} {role} OUT --steps {steps} --seed {seed}"
     started = time.process_time()
     tokenizer = world_tokenizer(world, recipe.task)
     model = new_model(recipe.shape, tokenizer, seed)
@@ -98,7 +98,7 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
             print(f"{role} {done}/{steps} loss {mean_loss(losses):.3f} {seconds:.0f} CPU s", flush=True)
         if done % SAVE_EVERY == 0 or done == steps:
             card = {
-                "command": f"fedsynth pretrain {options}",
+                "command": f"simulations/assets/make.py {options}",
                 "world": world.name,
                 "role": role,
                 "recipe": asdict(recipe),

@@ -7,7 +7,8 @@ some forty lines that knows one family and nothing else: fused projections, cach
 random Llama of 15 million parameters goes on for 64 tokens after prompts of 32. Greedy, both write the same.
 
 Waste is what batches compute over what their texts need, rows times the longest row by the sum of rows: of the batches
-that `fedsynth.models.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated notes.
+that `fedsynth.models.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated
+notes.
 """
 
 from __future__ import annotations

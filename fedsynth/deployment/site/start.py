@@ -42,7 +42,8 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
 
     Four programs: the SuperNode, which talks to the server; the SuperExec, which starts a process for each message and
     shows a secret that is made anew each time; in place of Flower's client process a stand-in
-    (`fedsynth.deployment.client_process`), the only program on the SuperExec's PATH; and the warm process that it hands over to.
+    (`fedsynth.deployment.client_process`), the only program on the SuperExec's PATH; and the warm process that it
+    hands over to.
 
     Flower gives the token of a message to its process as an argument, which other users of this machine can read
     unless /proc is mounted with hidepid=2: a site's machine should have no users who are not trusted with its data.
