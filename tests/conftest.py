@@ -18,6 +18,7 @@ PROCESSES = ("test_run.py", "test_deployment.py", "test_launch.py", "test_server
              "test_deployment_full.py", "test_faults.py")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests are shared out to several processes, a file's stay together."""
     items.sort(key=lambda item: item.path.name not in PROCESSES)  # stable: the order within a file stays

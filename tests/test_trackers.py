@@ -104,6 +104,16 @@ def test_unknown_and_missing_trackers_are_refused_before_a_run(monkeypatch: pyte
         check(["mlflow"])
 
 
+def test_what_a_warning_or_a_path_has_in_brackets_is_shown(tmp_path: Path) -> None:
+    out, [place] = io.StringIO(), [tmp_path / "[red]notes[/]"]
+    place.mkdir(parents=True)
+    watch = Watch(Console(file=out, width=40), from_toml(instructions(place, AVERAGE, rounds=3)))
+    watch.warn("[client.budget] delta is large")
+    said = out.getvalue().splitlines()
+    assert str(place) in said[0]
+    assert said[1] == "warning: [client.budget] delta is large"
+
+
 def test_lines_say_round_yield_and_epsilon(tmp_path: Path) -> None:
     out = io.StringIO()
     scenario = from_toml(instructions(tmp_path, AVERAGE, rounds=3))

@@ -192,7 +192,7 @@ def compare_command(
     console = _console(error=True)
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
     done = compare(asked, place, workers=workers, parallel=parallel, on_event=Lines(console).event,
-                   on_warning=lambda text: console.print(f"[yellow]warning:[/] {text}"))  # fmt: skip
+                   on_warning=lambda text: _warn(console, text))  # fmt: skip
     shown = console if as_json else _console(error=False)
     if not shown.is_terminal:
         shown.width = 140
@@ -362,6 +362,10 @@ def ledger_export(
     print(f"{len(lines)} written to {out}")
 
 
+def _warn(console: Console, text: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
 def _print_ledger(console: Console, found: dict[str, Any]) -> None:
     from fedsynth.federation.runs import up
 
@@ -506,7 +510,7 @@ def _print_forecast(console: Console, made: Any) -> None:
         soft_wrap=True,
     )
     for line in made.warnings:
-        console.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
+        _warn(console, line)
 
 
 def _figure(value: dict[str, Any] | None) -> str:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedsynth.scenario.schema import Scenario
@@ -39,7 +40,7 @@ class Watch:
         what = f"{scenario.data.clients} clients, {self.cells} cells (arms x seeds), data {scenario.data.source}"
         if sites is not None:
             what = f"{sites} site{'s' if sites > 1 else ''}, each with its own data"
-        console.print(f"[bold]{scenario.name}[/]: {what}")
+        console.print(f"[bold]{escape(scenario.name)}[/]: {escape(what)}", soft_wrap=True)
 
     def __enter__(self) -> Watch:
         self.live.__enter__()
@@ -50,7 +51,7 @@ class Watch:
 
     def warn(self, text: str) -> None:
         """A warning, above the live line."""
-        self.console.print(f"[yellow]warning:[/] {text}")
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def event(self, event: dict[str, Any]) -> None:
         """One line of a run's events."""
@@ -72,7 +73,7 @@ class Watch:
         if (cell, phase, number) != self.last:
             self.last, self.begun = (cell, phase, number), time.monotonic()
             if not self.console.is_terminal and phase:
-                self.console.print(self._line(event, cell, phase, number), markup=False)
+                self.console.print(self._line(event, cell, phase, number), markup=False, soft_wrap=True)
         minutes = (time.monotonic() - self.begun) / 60
         speed = f", {done / minutes:.0f}/min" if done and minutes > 0 else ""
         text = f"{self._line(event, cell, phase or 'start', number)} {done}/{total}{speed}"
