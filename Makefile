@@ -4,7 +4,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 READY := .venv/.ready
 
 # Two at once, the files of tests/conftest.py's PROCESSES one after the other: on two cores more is slower.
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 .PHONY: run test slow deployment check bench docs .venv
 

@@ -2,9 +2,12 @@
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 SESSION = "FEDSYNTH_TEST_SESSION"  # inherited by whatever this test process starts: another one may run beside it
 os.environ[SESSION] = str(os.getpid())
@@ -18,9 +21,19 @@ PROCESSES = ("test_run.py", "test_deployment.py", "test_launch.py", "test_server
              "test_deployment_full.py", "test_faults.py")  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before the names of groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests are shared out to several processes, a file's stay together."""
+    """Puts the longest first."""
     items.sort(key=lambda item: item.path.name not in PROCESSES)  # stable: the order within a file stays
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("processes" if item.path.name in PROCESSES else item.path.stem))
+
+
+class ByFile(LoadScopeScheduling):
+    """Where tests are shared out to several processes, those of a file stay together, and all of `PROCESSES`."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "processes" if Path(file).name in PROCESSES else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Called by pytest-xdist for `-n`."""
+    return ByFile(config, log)
