@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fedsynth.lora import Adapter
 from fedsynth.models.adapters import merged
 from fedsynth.models.batches import by_length, given_rows, padded
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
-from fedsynth.lora import Adapter
 from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.usage import Used
