@@ -29,9 +29,9 @@ bench: $(READY)  ## time and memory; the other benchmarks give the tables of doc
 	@set -e; for each in privacy "dp_step --repeats 3" stacked generation clients; do set -- $$each; echo "$$1"; \
 	$(BIN)/python simulations/benchmarks/$$1.py $$2 $$3; done
 
-docs: $(READY)
+docs: $(READY)  ## the pages of docs/ as a site, in site/
 	@$(PIP) install -c constraints.txt -e ".[docs]"
-	@$(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .venv: $(READY)
 

@@ -60,10 +60,10 @@ Trains: TypeAlias = Generator[ToTrain | Meet, TrainedLora, R]
 
 
 def together(functions: Sequence[Trains[R]]) -> list[R]:
-    """Runs them all, in turns from training to training; what they return.
+    """Runs all functions, in turns from training to training, and returns their results.
 
-    A training that fails fails in each of the functions that asked for it, where it stands. Those that wait go on when
-    all others wait as well, or are through.
+    If a training fails, it fails in each function that asked for it. The functions that wait continue when all others
+    wait as well, or have ended.
     """
     results: dict[int, R] = {}
     answers: dict[int, Any] = dict.fromkeys(range(len(functions)))

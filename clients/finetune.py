@@ -160,7 +160,7 @@ def put_to_use(home: Home, adapter: Adapter) -> None:
     part = home.work / f"{IN_USE}.part"
     part.write_bytes(encode(Adopt(adapter)))
     part.replace(home.work / IN_USE)
-    if home.instructs:  # what a classifier's generator writes with is no model to answer with
+    if home.instructs:  # a classifier's generator answers nobody
         keep_facts(home)
 
 

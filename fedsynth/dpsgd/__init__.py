@@ -71,9 +71,9 @@ class Unclipped:
 def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeeping") -> Iterator[Clipper]:
     """An engine for one model in training; the model is as before when it closes.
 
-    Which dimension of a layer's input counts the examples is told by its size:
-    `fedsynth.training.selfcheck.self_check`, with batches of several sizes, is what finds a model in which another
-    dimension has that size by chance, or in which examples meet. No guarantee goes without it.
+    The engine finds the batch dimension of a layer's input by its size. In some models another dimension has that size
+    by chance, or examples meet. `fedsynth.training.selfcheck.self_check` finds these models with batches of several
+    sizes. No guarantee goes without it.
 
     Args:
         model: With at least one trainable weight.

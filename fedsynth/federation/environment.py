@@ -25,7 +25,7 @@ FILE = "versions.json"
 
 
 def surroundings(scenario: Scenario) -> dict[str, Any]:
-    """As `versions.json` of a run's directory holds it."""
+    """What `versions.json` in a run's directory holds."""
     return {
         "fedsynth": __version__,
         "python": platform.python_version(),
@@ -42,7 +42,7 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
 
 
 def differences(run: Path, scenario: Scenario) -> list[str]:
-    """What is no longer as it was when a run was made, in words; its results may then come out otherwise.
+    """What has changed since a run was made, one line each; a repetition may then have other results.
 
     Args:
         run: Its directory.

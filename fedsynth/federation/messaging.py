@@ -134,7 +134,7 @@ class Clients:
         return f"site {self.sites[home]!r}" if self.sites else f"client {home}"
 
     def _miss(self, home: int, order: Order[Any]) -> None:
-        """Notes that a client may have spent something of which its answer would have told."""
+        """Records a client whose privacy spending is unknown because its answer is missing."""
         if any(field.name == "statement" for field in fields(order.reply)):
             self.journal.silent.add((home, self.exchange))
 

@@ -128,7 +128,7 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @abstractmethod
     def round(self, clients: Clients, state: S) -> S:
-        """One round: what is asked, what is made of it, what the state is after."""
+        """One round: asks clients, works on their answers, returns the next state."""
 
     def seed(self, purpose: str, home: int = -1) -> int:
         """A public random stream of its own for each purpose, round and home."""

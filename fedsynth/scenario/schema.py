@@ -72,12 +72,12 @@ class Data:
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
         test_limit: At most so many test units per client, likewise.
-        duplicates: Equal texts (but for what is no difference in `spellings`) at two clients, or in training and test
-            text, are refused; or of all equal texts, those of one client too, one is kept, before the source is
-            divided.
-        spellings: Persons or clients that are written in several ways (case, blanks, composed characters and those
-            without a glyph make no difference) are refused; or merged, each into one. Labels of several spellings are
-            refused in any case.
+        duplicates: `refuse` rejects a text that two clients hold, or that is in training and test text. `drop` keeps
+            one copy of each text, also within a client, before the source is divided. Texts are compared as in
+            `spellings`.
+        spellings: `refuse` rejects a person or a client in several spellings; `merge` makes each of them one. Case,
+            blanks, composed characters and characters without a glyph make no difference. Labels in several spellings
+            are always refused.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
         pooled: One home that holds all clients' text: a baseline that only a simulator can build.
@@ -179,7 +179,8 @@ class GeneratorTraining:
         alpha: LoRA scale is alpha / rank.
         max_tokens: Longest example in tokens, label or instruction and end of text included.
         microbatch: Examples per forward pass; bounds memory, does not change results.
-        learns: Instructions: the whole `record` (what is to write instructions, too, needs that), or the `response`.
+        learns: Instructions: the loss is on the whole `record` (a model that writes instructions needs that), or on
+            the `response` only.
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
         clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
         precision: Of the generator's frozen base. `auto` is float32 under `dp`, where `bfloat16` is refused: in it no

@@ -345,13 +345,16 @@ def resume(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Goes on with a run that was ended before it was done, to the results that it would have had.
+    """Resumes a run that ended too soon; it reaches the results that it would have had.
 
     Nothing is charged twice: clients answer a repeated order from what they stored. A run that is done is only read.
 
     Args:
         out: The run's directory.
-        workers, port, on_event, on_warning: As of `run`. A warning names what is not as it was when the run began.
+        workers: As in `run`.
+        port: As in `run`.
+        on_event: As in `run`.
+        on_warning: As in `run`; also called with each change of versions, hardware or code since the run began.
 
     Raises:
         BadValue: If there is no run, or its clients' accounts are gone.

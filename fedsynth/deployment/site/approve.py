@@ -61,7 +61,7 @@ def user() -> str:
 def _stored(place: Place, held: dict[str, Any]) -> bytes:
     """The sealed answer that waits, as the ledger keeps it."""
     stored = place.open_ledger().answered(held["order"])
-    # The text that a process wrote down which died before it was stored was another.
+    # A process that crashed before it stored its answer may have held a different text.
     if stored is None or hashlib.sha256(stored).hexdigest() != held["sha256"]:
         raise BadValue(f"order {held['order'][:12]} has no stored answer yet: its training has not ended")
     return stored

@@ -30,8 +30,11 @@ class SiteFailed(LaunchFailed):
 
 @dataclass
 class Patience:
-    """Whether a SuperNode that ended is started anew. It gives up where a network is cut at the wrong moment; and a
-    server takes one that died for connected, and refuses the next, until it has missed its heartbeats for a minute."""
+    """Whether a SuperNode that ended is started again.
+
+    Flower's SuperNode may exit on a network cut. The server considers a killed node online for a minute, and refuses
+    its successor for as long.
+    """
 
     place: Place
     first: float | None = None  # when the first of several ended that hardly lived
