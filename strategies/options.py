@@ -42,7 +42,6 @@ class FDKTOptions:
         top_p: Of the LLM.
         max_tokens: Longest answer of the LLM.
         pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
-        share_adapters: Clients send their DP adapters, too (same release, no further cost).
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
@@ -63,7 +62,6 @@ class FDKTOptions:
     top_p: Share = 0.95
     max_tokens: Count = 48
     pooled: bool = False
-    share_adapters: bool = False
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")

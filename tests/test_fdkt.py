@@ -438,20 +438,6 @@ def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: 
     assert whole.metric("accuracy")
 
 
-def test_shared_adapters_cost_nothing_more_and_load_with_peft(toml: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    made = world(
-        toml.replace('judge = "likelihood"', 'judge = "likelihood"\nshare_adapters = true'), "dp_only", tmp_path
-    )
-    made.run()
-    folder = made.out / "adapters" / "dp_only" / "seed-0" / "round-1-client-0"
-    loaded = PeftModel.from_pretrained(tiny.model(), str(folder))
-    assert any("lora_B" in n and float(p.abs().sum()) > 0 for n, p in loaded.named_parameters())
-    home = fedsynth.clients.home.simulated_home(made.cell, 0, private_of(made.out), "simulated")
-    assert home.ledger.spent()[0] <= 8.0
-
-
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:
     by_arm = {c.arm: c for c in cells(from_toml(toml))}
     assert by_arm["local"].public_seed("learn", client=2) == by_arm["fdkt"].public_seed("learn", client=2)

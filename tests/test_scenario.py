@@ -180,6 +180,19 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("strategy.share_adapters=true", r"unknown key 'share_adapters' in \[strategy\]"),
+    ],
+)
+def test_a_key_of_an_earlier_version_that_is_gone_is_refused_as_an_unknown_one(
+    file: Path, line: str, said: str
+) -> None:
+    with pytest.raises(BadValue, match=said):
+        load_strategy(load(file, [line]).strategy)
+
+
+@pytest.mark.parametrize(
     ("use", "said"),
     [
         ("fedsynth.strategies.fdkt:FDTK", "no strategy"),
