@@ -182,6 +182,7 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("client.task_training.continued_rate=0.5", r"unknown key 'continued_rate' in \[client.task_training\]"),
         ("strategy.share_adapters=true", r"unknown key 'share_adapters' in \[strategy\]"),
     ],
 )
@@ -225,7 +226,7 @@ SCENARIO = Scenario("n", StrategyChoice(LOCAL), DATA, CLIENT, Server("l"))
         (GeneratorTraining(), "max_tokens", 3),
         *[
             (TaskTraining(), n, v)
-            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens")
+            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "max_tokens")
             for v in (0, -1, math.nan)
         ],
         *[(TaskTraining(), "token_dropout", v) for v in (-0.1, 1.0, math.nan)],

@@ -242,7 +242,6 @@ class TaskTraining:
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
         head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
-        continued_rate: Fraction of `learning_rate` on private text after augmented text.
         token_dropout: Chance that a token is hidden during training (where all of the model is trained).
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
@@ -256,7 +255,6 @@ class TaskTraining:
     private_epochs: Count = 15
     learning_rate: Positive = 1e-3
     head_rate: Positive = 50.0
-    continued_rate: Positive = 1.0
     token_dropout: float = 0.1
     weight_decay: float = 0.05
     max_grad_norm: Positive = 1.0
