@@ -12,7 +12,6 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Endpoint, Scenario, Tuning
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
-from fedsynth.synthesis.reward_tuning import Aggregation as ScoreAggregation
 from fedsynth.synthesis.reward_tuning import Teaching
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
@@ -184,7 +183,6 @@ class CrossLMOptions:
     Attributes:
         feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
             stays as it is and clients learn all its texts (ZeroGen).
-        aggregation: Of the clients' scores of a text.
         keep: Share of each label's texts, by score, that the LLM and the clients learn from.
         teaching: How the LLM learns from them.
         written: Texts that the LLM writes in a round, before any are dropped.
@@ -196,7 +194,6 @@ class CrossLMOptions:
     """
 
     feedback: Literal["scores", "shuffled", "none"] = "scores"
-    aggregation: ScoreAggregation = "mean"
     keep: Share = 0.35
     teaching: Teaching = field(default_factory=Teaching)
     written: Annotated[Count, most(MAX_TEXTS)] = 800

@@ -35,6 +35,10 @@ def refusal(method: str, options: str, llm: str) -> str:
     return str(caught.value)
 
 
+def test_cross_lm_takes_the_mean_of_scores_and_nothing_else() -> None:
+    assert "unknown key 'aggregation' in [strategy]" in refusal(CROSS_LM, 'aggregation = "max"', PLAIN)
+
+
 # As KnowledgeSG says it: 'an endpoint with api = "chat" ...: say strategy.KEY = "VALUE"'.
 @pytest.mark.parametrize(
     ("method", "options", "way_out"),
