@@ -183,6 +183,8 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
     ("line", "said"),
     [
         ("client.task_training.continued_rate=0.5", r"unknown key 'continued_rate' in \[client.task_training\]"),
+        ("participation.deadline=3.0", r"unknown key 'deadline' in \[participation\]"),
+        ("participation.speed_tiers=[[1.0, 2.0]]", r"unknown key 'speed_tiers' in \[participation\]"),
         ("strategy.share_adapters=true", r"unknown key 'share_adapters' in \[strategy\]"),
     ],
 )
