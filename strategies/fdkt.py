@@ -129,7 +129,7 @@ class FDKT(RoundStrategy[State]):
         """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
         c, journal = self.config, self.server.journal
         journal.progress("augment", 0, len(shown))
-        if c.pooled and c.demonstrations != "none":
+        if c.one_to_many and c.demonstrations != "none":
             everyone = pool(list(shown.values()))
             shown = dict.fromkeys(shown, everyone)
         written = augment(

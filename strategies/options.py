@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.models.hub import weights_hash
@@ -40,7 +40,7 @@ class FDKTOptions:
         temperature: Of the LLM.
         top_p: Of the LLM.
         max_tokens: Longest answer of the LLM.
-        pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
+        one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
@@ -60,7 +60,9 @@ class FDKTOptions:
     temperature: Positive = 1.0
     top_p: Share = 0.95
     max_tokens: Count = 48
-    pooled: bool = False
+    one_to_many: bool = False
+
+    renamed: ClassVar[Mapping[str, str]] = {"pooled": "one_to_many"}
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
