@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
@@ -139,12 +139,18 @@ class RoundStrategy(Strategy, Generic[S]):
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
         num_rounds: int = 1,
-        timeout: float = 3600,  # noqa: ARG002 - Flower's signature; the scenario's server.answer_seconds rules
-        train_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_fn: Any = None,  # noqa: ARG002
+        *_: Any,
+        **__: Any,
     ) -> Result:
-        """Runs all rounds, and measures every client's task model after each."""
+        """Runs all rounds, and measures every client's task model after each.
+
+        Args:
+            grid: Flower's.
+            initial_arrays: Go into the result as they are.
+            num_rounds: In all, with those of a run that goes on.
+            *_: Flower's timeout and configurations: the scenario says them.
+            **__: Likewise.
+        """
         clients, journal = self.server.open_clients(grid), self.server.journal
         result = Result(arrays=initial_arrays or ArrayRecord())
         state = self._resumed(clients, self.initial())
@@ -186,23 +192,10 @@ class RoundStrategy(Strategy, Generic[S]):
                 found.setdefault(metric, []).append(value)
         return MetricRecord({metric: sum(found[metric]) / len(found[metric]) for metric in sorted(found)})
 
-    def configure_train(self, *_: Any, **__: Any) -> Iterable[Message]:
-        """Unused: `round` drives its own exchanges."""
-        return []
+    def _unused(self, *_: Any, **__: Any) -> Any:
+        """Flower's hooks are for its own loop; `start` takes the place of that loop."""
 
-    def aggregate_train(self, *_: Any, **__: Any) -> tuple[None, None]:
-        """Unused: `round` drives its own exchanges."""
-        return None, None
-
-    def configure_evaluate(self, *_: Any, **__: Any) -> Iterable[Message]:
-        """Unused: `start` asks for the evaluation."""
-        return []
-
-    def aggregate_evaluate(self, *_: Any, **__: Any) -> None:
-        """Unused: `start` asks for the evaluation."""
-
-    def summary(self) -> None:
-        """Unused: the run directory holds the scenario and the results."""
+    configure_train = aggregate_train = configure_evaluate = aggregate_evaluate = summary = _unused
 
 
 def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any]:
