@@ -31,7 +31,6 @@ def learn(home: Home, order: Learn) -> Learnt:
     if order.corpus is not None and len(order.corpus) > 0:
         epochs = settings.augmented_epochs
         fit_classifier(model, tokenizer, order.corpus, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed)
-        rate *= settings.continued_rate
     epochs = settings.private_epochs
     fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
     save_weights(model, home.work / WEIGHTS)

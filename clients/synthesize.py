@@ -13,7 +13,7 @@ from fedsynth.models.adapters import new_adapter
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.privacy.release import DPTrained, Trained, release, release_adapter, release_without_guarantee
+from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
 from fedsynth.training.dp_training import private, without_guarantee
 from fedsynth.training.examples import control_code
 
@@ -41,9 +41,7 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Trains[Synthesized
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
     texts, labels, unfinished = _sample(home, receipt.model, order)
-    adapter = release_adapter(receipt, receipt.model) if order.share_adapter else None
-    said = home.said(plan, settings.rows_per_unit)
-    return Synthesized(release(receipt, texts, labels), said, unfinished, adapter)
+    return Synthesized(release(receipt, texts, labels), home.said(plan, settings.rows_per_unit), unfinished)
 
 
 def _without_guarantee(home: Home, order: Synthesize, start: Adapter) -> Trains[Synthesized]:
@@ -57,7 +55,7 @@ def _without_guarantee(home: Home, order: Synthesize, start: Adapter) -> Trains[
     corpus = release_without_guarantee(
         trained, written, home.ledger, home.run, trained.reason, allowed=home.rules.without_guarantee
     )
-    return Synthesized(corpus, home.said(None), unfinished, trained.model if order.share_adapter else None)
+    return Synthesized(corpus, home.said(None), unfinished)
 
 
 def _sample(home: Home, adapter: Adapter, order: Synthesize) -> tuple[list[str], list[str], int]:

@@ -20,7 +20,7 @@ from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.synthesis.augmentation import augment
 from fedsynth.synthesis.curation import asked_for, deduplicate, well_formed, yields
-from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, aggregate, first_adapter, ranked, shuffled, taught
+from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, first_adapter, mean_scores, ranked, shuffled, taught
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class CrossLM(RoundStrategy[State]):
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
         """Step 3: how likely each text's label is to the clients' models."""
         answers = clients.ask(Score(written, self.seed("score")))
-        scores = aggregate({home: answer.scores for home, answer in answers.items()}, self.config.aggregation)
+        scores = mean_scores({home: answer.scores for home, answer in answers.items()})
         self.server.journal.metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 

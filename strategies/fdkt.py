@@ -77,15 +77,12 @@ class FDKT(RoundStrategy[State]):
                 top_p=c.draft_top_p,
                 max_tokens=c.draft_tokens,
                 seed=self.seed("synthesize", home),
-                share_adapter=c.share_adapters,
             )
             for home in clients.homes
         }
         drafts: dict[int, Corpus] = {}
         for home, answer in clients.ask_each(orders).items():
             journal.corpus(home, "drafts", answer.corpus)
-            if answer.adapter is not None:
-                journal.adapter(home, answer.adapter)
             missing = {"unfinished": answer.unfinished}
             drafts[home] = self._curate(home, "drafts", answer.corpus, self.server.labels, missing)
         return drafts
@@ -132,7 +129,7 @@ class FDKT(RoundStrategy[State]):
         """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
         c, journal = self.config, self.server.journal
         journal.progress("augment", 0, len(shown))
-        if c.pooled and c.demonstrations != "none":
+        if c.one_to_many and c.demonstrations != "none":
             everyone = pool(list(shown.values()))
             shown = dict.fromkeys(shown, everyone)
         written = augment(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.models.hub import weights_hash
@@ -12,7 +12,6 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Endpoint, Scenario, Tuning
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
-from fedsynth.synthesis.reward_tuning import Aggregation as ScoreAggregation
 from fedsynth.synthesis.reward_tuning import Teaching
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
@@ -41,8 +40,7 @@ class FDKTOptions:
         temperature: Of the LLM.
         top_p: Of the LLM.
         max_tokens: Longest answer of the LLM.
-        pooled: Show every client's drafts to all (one-to-many), instead of each client's own.
-        share_adapters: Clients send their DP adapters, too (same release, no further cost).
+        one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
@@ -62,8 +60,9 @@ class FDKTOptions:
     temperature: Positive = 1.0
     top_p: Share = 0.95
     max_tokens: Count = 48
-    pooled: bool = False
-    share_adapters: bool = False
+    one_to_many: bool = False
+
+    renamed: ClassVar[Mapping[str, str]] = {"pooled": "one_to_many"}
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
@@ -186,7 +185,6 @@ class CrossLMOptions:
     Attributes:
         feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
             stays as it is and clients learn all its texts (ZeroGen).
-        aggregation: Of the clients' scores of a text.
         keep: Share of each label's texts, by score, that the LLM and the clients learn from.
         teaching: How the LLM learns from them.
         written: Texts that the LLM writes in a round, before any are dropped.
@@ -198,7 +196,6 @@ class CrossLMOptions:
     """
 
     feedback: Literal["scores", "shuffled", "none"] = "scores"
-    aggregation: ScoreAggregation = "mean"
     keep: Share = 0.35
     teaching: Teaching = field(default_factory=Teaching)
     written: Annotated[Count, most(MAX_TEXTS)] = 800

@@ -44,7 +44,7 @@ from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.synthesis.reward_tuning import Teaching, aggregate, label_accuracy, ranked, shuffled, taught
+from fedsynth.synthesis.reward_tuning import Teaching, label_accuracy, mean_scores, ranked, shuffled, taught
 from fedsynth.training.classifier import (
     confidences,
     fit_classifier,
@@ -219,7 +219,7 @@ def test_clients_are_given_the_best_share_of_each_label_and_keep_what_they_had(r
     asked = run.orders(Score)[0].corpus
     assert first.counts() == {y: max(1, round(0.35 * n)) for y, n in asked.counts().items()}
     assert second.prompts[: len(first)] == first.prompts
-    scores = aggregate({i: a.scores for i, a in enumerate(run.answers(Score)[:3])}, "mean").values
+    scores = mean_scores({i: a.scores for i, a in enumerate(run.answers(Score)[:3])}).values
     for label in LABELS:
         kept = [
             s for s, x, y in zip(scores, asked.prompts, asked.answers, strict=True) if y == label and x in first.prompts
@@ -370,7 +370,7 @@ def planted() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
                 model, tokenizer, notes, world.labels, TaskTraining(), epochs=epochs, rate=1e-3, seed=1
             ) if epochs else None
             scores.append(Scores(tuple(confidences(model, tokenizer, corpus, world.labels, 64))))
-        values = aggregate(dict(enumerate(scores)), "mean").values
+        values = mean_scores(dict(enumerate(scores))).values
         found.append(
             {
                 k: [v for v, (kind, _, _) in zip(values, texts, strict=True) if kind == k]
@@ -742,12 +742,11 @@ def test_the_best_share_of_each_label_by_hand() -> None:
     assert ranked(written, Scores((0.5,) * 5, ("g",)), 0.4).best.grants == ()  # an earlier round had no guarantee
 
 
-def test_aggregation_by_hand() -> None:
+def test_mean_scores_by_hand() -> None:
     answers = {0: Scores((0.2, 0.8), ("g",)), 3: Scores((0.4, 0.0), ("h",))}
-    assert aggregate(answers, "mean").values == pytest.approx((0.3, 0.4))
-    assert aggregate(answers, "max").values == (0.4, 0.8)
-    assert aggregate(answers, "mean").grants == ("g", "h")
-    assert aggregate({**answers, 4: Scores((1.0, 1.0))}, "mean").grants == ()
+    assert mean_scores(answers).values == pytest.approx((0.3, 0.4))
+    assert mean_scores(answers).grants == ("g", "h")
+    assert mean_scores({**answers, 4: Scores((1.0, 1.0))}).grants == ()
 
 
 def test_shuffling_keeps_the_numbers() -> None:

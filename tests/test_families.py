@@ -43,7 +43,6 @@ from fedsynth.federation.messages import Learn, Synthesize
 from fedsynth.models.adapters import attach_lora, read_adapter, save_adapter
 from fedsynth.models.batches import longest_of, token_rows
 from fedsynth.models.embedding import Embedder
-from fedsynth.models.hub import weights_hash
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
 from fedsynth.privacy.ledger import Ledger
@@ -518,15 +517,12 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
         return train_generator(model, training, *args, **more)
 
     monkeypatch.setattr("fedsynth.clients.batched_training.train_generator", spy)
-    order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3, share_adapter=True)
+    order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3)
     with home(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])
     assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])  # type: ignore[arg-type]
     assert len(answer.corpus) + answer.unfinished == 12
     assert answer.statement.guarantee == "dp"
-    assert answer.adapter is not None
-    assert answer.adapter.base == weights_hash(families.folder(family))
-    assert any((a != 0).any() for n, a in answer.adapter.arrays.items() if "lora_B" in n)
 
 
 @pytest.mark.parametrize("trains", ["all", "head"])

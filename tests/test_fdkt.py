@@ -165,7 +165,6 @@ def test_only_synthetic_text_and_labels_go_up(fdkt: World) -> None:
     drafts = [a.corpus for a in fdkt.answers(Synthesized)]
     assert len(drafts) == CLIENTS
     assert all(c.provenance is Provenance.DP_SYNTHETIC and len(c.grants) == 1 for c in drafts)
-    assert all(a.adapter is None for a in fdkt.answers(Synthesized))
     assert len({c.grants for c in drafts}) == CLIENTS  # a grant of its own for each
     assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in fdkt.answers(Evaluated))
 
@@ -438,18 +437,23 @@ def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: 
     assert whole.metric("accuracy")
 
 
-def test_shared_adapters_cost_nothing_more_and_load_with_peft(toml: str, tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    made = world(
-        toml.replace('judge = "likelihood"', 'judge = "likelihood"\nshare_adapters = true'), "dp_only", tmp_path
-    )
-    made.run()
-    folder = made.out / "adapters" / "dp_only" / "seed-0" / "round-1-client-0"
-    loaded = PeftModel.from_pretrained(tiny.model(), str(folder))
-    assert any("lora_B" in n and float(p.abs().sum()) > 0 for n, p in loaded.named_parameters())
-    home = fedsynth.clients.home.simulated_home(made.cell, 0, private_of(made.out), "simulated")
-    assert home.ledger.spent()[0] <= 8.0
+@pytest.mark.parametrize("option", ["", "one_to_many = true", "pooled = true"])
+def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path, option: str) -> None:
+    made = world(toml.replace("shots = 2", f"shots = {CLIENTS}\n{option}"), "fdkt", tmp_path)
+    kind, config = load_strategy(made.cell.scenario.strategy)
+    strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.journal, lambda _: None))  # type: ignore[arg-type, return-value]
+    drafts = {
+        home: Corpus((f"heart of {home}", f"skin of {home}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{home}",))
+        for home in range(CLIENTS)
+    }
+    written = strategy._augment(drafts)  # type: ignore[attr-defined]
+    prompts = made.llm.completed[-1]
+    assert len(prompts) == CLIENTS * 8
+    for home in range(CLIENTS):
+        wanted = set(range(CLIENTS)) if option else {home}
+        for prompt in prompts[8 * home : 8 * home + 8]:
+            assert {other for other in range(CLIENTS) if f"of {other}" in prompt} == wanted
+        assert set(written[home].grants) == {f"g{other}" for other in wanted}  # whose guarantee it has
 
 
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:

@@ -35,6 +35,22 @@ def refusal(method: str, options: str, llm: str) -> str:
     return str(caught.value)
 
 
+def test_the_old_name_of_an_option_works_with_a_warning_and_not_beside_the_new_one() -> None:
+    asked = scenario(FDKT, "pooled = true\nwritten = 100", f'"{tiny.folder()}"')
+    assert load_strategy(asked.strategy)[1] == FDKTOptions(one_to_many=True, written=100)
+    said = "strategy.pooled is called strategy.one_to_many now; the next version refuses the old name"
+    assert server_warnings(cells(asked)[0]) == [said]
+    new = scenario(FDKT, "one_to_many = true\nwritten = 100", f'"{tiny.folder()}"')
+    assert server_warnings(cells(new)[0]) == []
+    assert "strategy.pooled is the old name of strategy.one_to_many" in refusal(
+        FDKT, "pooled = true\none_to_many = true", PLAIN
+    )
+
+
+def test_cross_lm_takes_the_mean_of_scores_and_nothing_else() -> None:
+    assert "unknown key 'aggregation' in [strategy]" in refusal(CROSS_LM, 'aggregation = "max"', PLAIN)
+
+
 # As KnowledgeSG says it: 'an endpoint with api = "chat" ...: say strategy.KEY = "VALUE"'.
 @pytest.mark.parametrize(
     ("method", "options", "way_out"),

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from local import LocalGrid
 from scripted import ScriptedLLM
 from test_mutants import files_of, zipped
 
-from fedsynth.federation.availability import Fate, fates, slowness
+from fedsynth.federation.availability import Fate, fates
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
@@ -53,15 +52,10 @@ def test_each_misses_as_often_as_the_table_says(tmp_path: Path) -> None:
     left = fates(cell_with(tmp_path, dropout=0.2), 1, 1, homes)
     assert set(left.values()) == {Fate.DROPPED}
     assert within(len(left), 0.2, 2000)
-    tiers = {"speed_tiers": ((0.75, 1.0), (0.25, 6.0))}
-    late = fates(cell_with(tmp_path, deadline=3.0, **tiers), 1, 1, homes)
-    assert set(late.values()) == {Fate.LATE}
-    assert within(len(late), 0.25, 2000)
-    assert fates(cell_with(tmp_path, deadline=6.0, **tiers), 1, 1, homes) == {}  # in time to the second
-    assert fates(cell_with(tmp_path, **tiers), 1, 1, homes) == {}
+    assert fates(cell_with(tmp_path), 1, 1, homes) == {}
 
 
-def test_absent_for_a_round_gone_for_an_exchange_slow_for_good(tmp_path: Path) -> None:
+def test_absent_for_a_round_gone_for_an_exchange(tmp_path: Path) -> None:
     cell = cell_with(tmp_path, availability=0.5, dropout=0.5, seed=3)
     first, same_round, next_round = (fates(cell, *place, range(200)) for place in ((1, 1), (1, 2), (2, 3)))
 
@@ -70,10 +64,6 @@ def test_absent_for_a_round_gone_for_an_exchange_slow_for_good(tmp_path: Path) -
 
     assert of(first, Fate.ABSENT) == of(same_round, Fate.ABSENT) != of(next_round, Fate.ABSENT)
     assert of(first, Fate.DROPPED) != of(same_round, Fate.DROPPED)
-    table = Participation(speed_tiers=((0.5, 1.0), (0.5, 4.0)))
-    assert Counter(slowness(table, 0, home) for home in range(2000)).keys() == {1.0, 4.0}
-    assert [slowness(table, 0, home) for home in range(50)] != [slowness(table, 1, home) for home in range(50)]
-    assert slowness(Participation(), 0, 7) == 1.0
     # The same in every arm, another one under another seed.
     assert fates(replace(cell, arm="other"), 1, 1, range(200)) == first
     assert fates(replace(cell, seed=1), 1, 1, range(200)) != first
@@ -84,8 +74,6 @@ def test_absent_for_a_round_gone_for_an_exchange_slow_for_good(tmp_path: Path) -
     [
         ("participation.dropout = 1.0", r"participation.dropout must lie in \[0, 1\), got 1.0"),
         ("participation.availability = 0.0", r"participation.availability must lie in \(0, 1\], got 0.0"),
-        ("participation.speed_tiers = [[0.5, 1.0], [0.2, 3.0]]", "sum to 1"),
-        ("participation.speed_tiers = [[1.0, 0.0]]", "above 0"),
         ("participation.dropout = 0.1", "server.quorum is 1"),
         ("participation.seed = -1", "seed must be at least 0"),
     ],
@@ -97,7 +85,7 @@ def test_bad_tables_are_refused_at_load(tmp_path: Path, line: str, said: str) ->
 
 TABLE = """
 server.quorum = 0.3
-participation = { availability = 0.8, dropout = 0.3, speed_tiers = [[0.8, 1], [0.2, 9]], deadline = 3.0, seed = SEED }
+participation = { availability = 0.8, dropout = 0.4, seed = SEED }
 """
 
 
@@ -106,9 +94,9 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
     run = play(toml + TABLE.replace("SEED", "2"), tmp_path)
     told = {
         name: [value for *_, metric, value in run.journal.rows if metric.endswith(f"-finetune/{name}")]
-        for name in ("clients", "answered", "absent", "dropped", "late")
+        for name in ("clients", "answered", "absent", "dropped")
     }
-    gone = sum(len(told[name]) for name in ("absent", "dropped", "late"))
+    gone = sum(len(told[name]) for name in ("absent", "dropped"))
     assert told["clients"] == [6.0, 6.0]
     assert sum(told["answered"]) == 12 - gone
     assert gone > 0

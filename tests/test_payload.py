@@ -47,12 +47,12 @@ ADAPTER = Adapter(
 )
 STATEMENT = Statement("dp", 7.99, 1e-5, 11.28, {2: 18.5, 10: 90.25}, "row", 1, 0.928, 0.125, 60, 0.3, True)
 VALUES = [
-    Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_tokens=48, seed=2**47 + 1, share_adapter=True),
+    Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_tokens=48, seed=2**47 + 1),
     Learn(seed=3),
     Learn(seed=3, corpus=CORPUS),
     Evaluate(),
     Synthesized(CORPUS, STATEMENT, unfinished=2),
-    Synthesized(Corpus((), (), Provenance.SELF_GENERATED), Statement("none", None, 1e-5), 0, ADAPTER),
+    Synthesized(Corpus((), (), Provenance.SELF_GENERATED), Statement("none", None, 1e-5), 0),
     Finetune(ADAPTER, seed=1, frozen_a=True),
     Finetuned(ADAPTER, STATEMENT, records=200),
     Adopt(ADAPTER),
@@ -92,12 +92,13 @@ def test_every_order_and_answer_class_is_among_the_values() -> None:
 
 def test_equal_values_give_equal_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     turned = dataclasses.replace(ADAPTER, arrays=dict(reversed(ADAPTER.arrays.items())))
-    answer = Synthesized(CORPUS, STATEMENT, 0, ADAPTER)
-    before = encode(answer)
+    texts, trained = Synthesized(CORPUS, STATEMENT, 0), Finetuned(ADAPTER, STATEMENT, records=200)
+    before = encode(texts), encode(trained)
     monkeypatch.setattr(time, "time", lambda: 2e9)  # a zip made by default holds the clock
     rows = dict(reversed(STATEMENT.epsilon_rows.items()))
-    again = Synthesized(dataclasses.replace(CORPUS), dataclasses.replace(STATEMENT, epsilon_rows=rows), 0, turned)
-    assert encode(again) == before
+    said = dataclasses.replace(STATEMENT, epsilon_rows=rows)
+    again = Synthesized(dataclasses.replace(CORPUS), said, 0), Finetuned(turned, said, records=200)
+    assert (encode(again[0]), encode(again[1])) == before
     assert encode(Evaluated({"a": 1.0, "b": 2.0}, 1)) == encode(Evaluated({"b": 2.0, "a": 1.0}, 1))
 
 
@@ -348,6 +349,12 @@ def test_numbers_beyond_floats_do_not_fit() -> None:
                 decode(data, Finetune)
 
 
+@dataclass(frozen=True)
+class Both:
+    corpus: Corpus
+    adapter: Adapter
+
+
 def test_each_part_is_named_once() -> None:
     corpus = {"$corpus": "0", "provenance": "public", "grants": []}
     for value, files, said in [
@@ -362,10 +369,10 @@ def test_each_part_is_named_once() -> None:
     ]:
         with pytest.raises(BadPayload, match=said):
             decode(archive({**head(value), **files}), Learn)
-    twice = {"corpus": corpus, "adapter": {"$adapter": "0", "rank": 1, "alpha": 1.0, "base": "", "grants": []}}
-    read = json.dumps({"schema": 2, "type": "Synthesized", "value": twice}).encode()
+    trained = {"$adapter": "0", "rank": 1, "alpha": 1.0, "base": "", "grants": []}
+    read = json.dumps({"schema": 2, "type": "Both", "value": {"corpus": corpus, "adapter": trained}}).encode()
     with pytest.raises(BadPayload, match="one twice"):
-        decode(archive({"value.json": read, "0": b""}), Synthesized)
+        decode(archive({"value.json": read, "0": b""}), Both)
 
 
 def patched(data: bytes, mark: bytes, offset: int, value: bytes) -> bytes:

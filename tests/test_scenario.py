@@ -180,6 +180,22 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("client.task_training.continued_rate=0.5", r"unknown key 'continued_rate' in \[client.task_training\]"),
+        ("participation.deadline=3.0", r"unknown key 'deadline' in \[participation\]"),
+        ("participation.speed_tiers=[[1.0, 2.0]]", r"unknown key 'speed_tiers' in \[participation\]"),
+        ("strategy.share_adapters=true", r"unknown key 'share_adapters' in \[strategy\]"),
+    ],
+)
+def test_a_key_of_an_earlier_version_that_is_gone_is_refused_as_an_unknown_one(
+    file: Path, line: str, said: str
+) -> None:
+    with pytest.raises(BadValue, match=said):
+        load_strategy(load(file, [line]).strategy)
+
+
+@pytest.mark.parametrize(
     ("use", "said"),
     [
         ("fedsynth.strategies.fdkt:FDTK", "no strategy"),
@@ -212,7 +228,7 @@ SCENARIO = Scenario("n", StrategyChoice(LOCAL), DATA, CLIENT, Server("l"))
         (GeneratorTraining(), "max_tokens", 3),
         *[
             (TaskTraining(), n, v)
-            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "continued_rate", "max_tokens")
+            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "max_tokens")
             for v in (0, -1, math.nan)
         ],
         *[(TaskTraining(), "token_dropout", v) for v in (-0.1, 1.0, math.nan)],

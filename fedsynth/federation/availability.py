@@ -1,4 +1,4 @@
-"""Which clients of a simulation are there, leave, or are too slow: by public seeds, so that a run can be repeated."""
+"""Which clients of a simulation are there, and which leave: by public seeds, so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ class Fate(StrEnum):
 
     ABSENT = "was not there in this round"
     DROPPED = "left before its answer arrived"
-    LATE = "answered after the deadline"
 
 
 def fates(cell: Cell, round: int, exchange: int, homes: Sequence[int]) -> dict[int, Fate]:
@@ -34,19 +33,7 @@ def fates(cell: Cell, round: int, exchange: int, homes: Sequence[int]) -> dict[i
             found[home] = Fate.ABSENT
         elif _chance(table, cell.seed, 1, exchange, home) < table.dropout:
             found[home] = Fate.DROPPED
-        elif table.deadline is not None and slowness(table, cell.seed, home) > table.deadline:
-            found[home] = Fate.LATE
     return found
-
-
-def slowness(table: Participation, seed: int, home: int) -> float:
-    """How many times as long as a client of speed 1 a home takes for everything: a property of the home."""
-    chance, passed = _chance(table, seed, 2, 0, home), 0.0
-    for share, times in table.speed_tiers:
-        passed += share
-        if chance < passed:
-            return times
-    return table.speed_tiers[-1][1] if table.speed_tiers else 1.0
 
 
 def _chance(table: Participation, seed: int, purpose: int, number: int, home: int) -> float:

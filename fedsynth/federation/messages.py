@@ -53,7 +53,6 @@ class Synthesized:
     statement: Statement = _leaves(Origin.PUBLIC)
     unfinished: int = _leaves(Origin.RELEASED)
     """Samples cut at the token limit, or of more characters than a text may have; left out of the corpus."""
-    adapter: Adapter | None = _leaves(Origin.RELEASED, default=None)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ class Synthesize(Order[Synthesized]):
         top_p: Nucleus of the sampling.
         max_tokens: Longest sample.
         seed: Public: order of nothing private depends on it.
-        share_adapter: Send the DP adapter, too: post-processing of the same release, no further cost.
     """
 
     task: ClassVar[str] = "train.synthesize"
@@ -76,7 +74,6 @@ class Synthesize(Order[Synthesized]):
     top_p: float
     max_tokens: int
     seed: int
-    share_adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,8 +315,7 @@ def outputs(order: Order[Any]) -> set[Output]:
         Adopt: set(),
         Learn: set(),
     }
-    more: set[Output] = {"adapter"} if isinstance(order, Synthesize) and order.share_adapter else set()
-    return kinds[type(order)] | more
+    return kinds[type(order)]
 
 
 ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
@@ -139,12 +139,18 @@ class RoundStrategy(Strategy, Generic[S]):
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
         num_rounds: int = 1,
-        timeout: float = 3600,  # noqa: ARG002 - Flower's signature; the scenario's server.answer_seconds rules
-        train_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_fn: Any = None,  # noqa: ARG002
+        *_: Any,
+        **__: Any,
     ) -> Result:
-        """Runs all rounds, and measures every client's task model after each."""
+        """Runs all rounds, and measures every client's task model after each.
+
+        Args:
+            grid: Flower's.
+            initial_arrays: Go into the result as they are.
+            num_rounds: In all, with those of a run that goes on.
+            *_: Flower's timeout and configurations: the scenario says them.
+            **__: Likewise.
+        """
         clients, journal = self.server.open_clients(grid), self.server.journal
         result = Result(arrays=initial_arrays or ArrayRecord())
         state = self._resumed(clients, self.initial())
@@ -186,31 +192,43 @@ class RoundStrategy(Strategy, Generic[S]):
                 found.setdefault(metric, []).append(value)
         return MetricRecord({metric: sum(found[metric]) / len(found[metric]) for metric in sorted(found)})
 
-    def configure_train(self, *_: Any, **__: Any) -> Iterable[Message]:
-        """Unused: `round` drives its own exchanges."""
-        return []
+    def _unused(self, *_: Any, **__: Any) -> Any:
+        """Flower's hooks are for its own loop; `start` takes the place of that loop."""
 
-    def aggregate_train(self, *_: Any, **__: Any) -> tuple[None, None]:
-        """Unused: `round` drives its own exchanges."""
-        return None, None
-
-    def configure_evaluate(self, *_: Any, **__: Any) -> Iterable[Message]:
-        """Unused: `start` asks for the evaluation."""
-        return []
-
-    def aggregate_evaluate(self, *_: Any, **__: Any) -> None:
-        """Unused: `start` asks for the evaluation."""
-
-    def summary(self) -> None:
-        """Unused: the run directory holds the scenario and the results."""
+    configure_train = aggregate_train = configure_evaluate = aggregate_evaluate = summary = _unused
 
 
 def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any]:
     """The class that a scenario names, and its checked options.
 
     Raises:
-        BadValue: If there is no such class, it is no RoundStrategy, or an option does not fit.
+        BadValue: If there is no such class, it is no RoundStrategy, an option does not fit, or one stands there under
+            its old name and its new one.
     """
+    found = _class(choice)
+    options = dict(choice.options)
+    for old, new in _renamed(found, choice).items():
+        if new in options:
+            raise BadValue(f"strategy.{old} is the old name of strategy.{new}: give the new one alone")
+        options[new] = options.pop(old)
+    return found, build(found.config_class, options, "strategy")
+
+
+def old_names(choice: StrategyChoice) -> list[str]:
+    """A warning for each option that a scenario gives under its old name."""
+    return [
+        f"strategy.{old} is called strategy.{new} now; the next version refuses the old name"
+        for old, new in _renamed(_class(choice), choice).items()
+    ]
+
+
+def _renamed(found: type[RoundStrategy[Any]], choice: StrategyChoice) -> dict[str, str]:
+    """Old names of options, as given, and their new ones: a `config_class` lists its own in `renamed`."""
+    names: Mapping[str, str] = getattr(found.config_class, "renamed", {})
+    return {old: new for old, new in names.items() if old in choice.options}
+
+
+def _class(choice: StrategyChoice) -> type[RoundStrategy[Any]]:
     module, _, name = choice.use.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -218,4 +236,4 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
         raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem})") from problem
     if not (isinstance(found, type) and issubclass(found, RoundStrategy)):
         raise BadValue(f"strategy.use: {choice.use!r} is not a RoundStrategy")
-    return found, build(found.config_class, choice.options, "strategy")
+    return found

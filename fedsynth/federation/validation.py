@@ -182,11 +182,6 @@ def check_answer(
         _check_grants(answer.statement, answer.corpus.grants)
         if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) != (answer.statement.guarantee == "dp"):
             raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that calls itself otherwise")
-        if answer.adapter is not None:
-            _check_factors("adapter", answer.adapter)
-            _check_grants(answer.statement, answer.adapter.grants)
-            if not order.share_adapter:
-                raise Rejected("an adapter that was not asked for")
     if isinstance(answer, Finetuned) and isinstance(order, Finetune):
         _check_grants(answer.statement, answer.adapter.grants)
         _check_adapter(answer.adapter, order.start, only=only_b if order.frozen_a else None)

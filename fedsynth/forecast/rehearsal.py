@@ -44,7 +44,6 @@ from fedsynth.forecast.estimating import Elsewhere, Tally, kept_words, on_paper,
 from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
-from fedsynth.models.adapters import new_adapter
 from fedsynth.models.loading import one_thread
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
@@ -132,12 +131,7 @@ class _Answering(Clients):
         if isinstance(order, Synthesize):
             grants = GRANT if of.client.guarantee == "dp" else ()
             corpus = replace(self._drafts(home, order.per_label, order.max_tokens), grants=grants)
-            adapter = None
-            if order.share_adapter:
-                settings = of.client.generator_training
-                start = new_adapter(of.client.generator, rank=settings.rank, alpha=settings.alpha, seed=0)
-                adapter = _trained_from(start, rng, grants)
-            return Synthesized(corpus, self._statement(home), 0, adapter)
+            return Synthesized(corpus, self._statement(home), 0)
         if isinstance(order, Finetune):
             adapter = _trained_from(order.start, rng, GRANT if of.client.guarantee == "dp" else ())
             if order.frozen_a:

@@ -243,7 +243,6 @@ class TaskTraining:
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
         head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
-        continued_rate: Fraction of `learning_rate` on private text after augmented text.
         token_dropout: Chance that a token is hidden during training (where all of the model is trained).
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
@@ -257,7 +256,6 @@ class TaskTraining:
     private_epochs: Count = 15
     learning_rate: Positive = 1e-3
     head_rate: Positive = 50.0
-    continued_rate: Positive = 1.0
     token_dropout: float = 0.1
     weight_decay: float = 0.05
     max_grad_norm: Positive = 1.0
@@ -475,38 +473,27 @@ class Server:
 
 @dataclass(frozen=True)
 class Participation:
-    """Clients of a simulation that are away, leave or are slow. The server's own time limit is `server.answer_seconds`.
+    """Clients of a simulation that are away or leave. The server's own time limit is `server.answer_seconds`.
 
     Attributes:
         availability: Chance of a client to be there in a round; who is not is not asked, and spends nothing.
         dropout: Chance of a client to leave an exchange before its answer arrives. What it spent is spent.
-        speed_tiers: Pairs of a share of the clients and how many times as long as others they take; shares sum to 1.
-        deadline: Of an exchange, in the time that a client of speed 1 takes. Answers of slower ones come after it: they
-            are not used, but they were released.
-        seed: Of who is away, leaves and is slow; the run's seed enters, too.
+        seed: Of who is away and who leaves; the run's seed enters, too.
     """
 
     availability: Share = 1.0
     dropout: Annotated[float, Range("lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
-    speed_tiers: tuple[tuple[Share, Positive], ...] = ()
-    deadline: Positive | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         in_range(self, "participation")
-        shares = [share for share, _ in self.speed_tiers]
-        if any(not 0 < share <= 1 for share in shares) or (shares and abs(sum(shares) - 1) > 1e-9):
-            raise BadValue(f"participation.speed_tiers: shares must lie in (0, 1] and sum to 1, got {shares}")
-        if any(not (0 < times < math.inf) for _, times in self.speed_tiers):
-            raise BadValue(f"participation.speed_tiers: times must be finite and above 0, got {list(self.speed_tiers)}")
         if self.seed < 0:
             raise BadValue(f"participation.seed must be at least 0, got {self.seed}")
 
     @property
     def loses(self) -> bool:
         """Whether any client's answer can be missing."""
-        late = self.deadline is not None and any(times > self.deadline for _, times in self.speed_tiers)
-        return self.availability < 1 or self.dropout > 0 or late
+        return self.availability < 1 or self.dropout > 0
 
 
 @dataclass(frozen=True)
@@ -519,7 +506,7 @@ class Scenario:
         rounds: Rounds of the strategy.
         arms: Variants: name -> overrides of the other tables.
         run: The arms that run unless others are asked for; left out: all.
-        participation: Clients that are away, leave or are slow.
+        participation: Clients that are away or leave.
     """
 
     name: str

@@ -24,7 +24,7 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.environment import differences
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.runs import check_free, prepare, private_of
-from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.strategy import load_strategy, old_names
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.hub import pin
@@ -171,7 +171,7 @@ def check_server(cell: Cell) -> None:
 def server_warnings(cell: Cell) -> list[str]:
     """What is possible with an arm's method and options, and hardly meant so."""
     kind, options = load_strategy(cell.scenario.strategy)
-    return kind.warnings(options, label_list(cell.scenario.data))
+    return [*old_names(cell.scenario.strategy), *kind.warnings(options, label_list(cell.scenario.data))]
 
 
 def pinned(scenario: Scenario) -> Scenario:

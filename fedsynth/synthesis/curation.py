@@ -57,7 +57,7 @@ class Stage:
 
 
 def refuse_private(corpus: Corpus) -> None:
-    """Curation and the teacher see released text only.
+    """Curation and the teacher see released text only: asked at each door, where text comes in or goes to a model.
 
     Raises:
         ValueError: If the corpus is private.
@@ -156,12 +156,7 @@ def _count(text: str) -> int:
 
 
 def deduplicate(corpus: Corpus) -> Kept:
-    """The first of each text, whatever its case, white space and label.
-
-    Raises:
-        ValueError: If the corpus is private.
-    """
-    refuse_private(corpus)
+    """The first of each text, whatever its case, white space and label."""
     seen: dict[str, str] = {}
     reasons: list[str | None] = []
     for text, label in zip(corpus.prompts, corpus.answers, strict=True):
@@ -178,9 +173,8 @@ def balance(corpus: Corpus, *, per_label: int, seed: int) -> Kept:
     """At most `per_label` rows of each label, drawn at random, in their order.
 
     Raises:
-        ValueError: If the corpus is private, or `per_label` is below 1.
+        ValueError: If `per_label` is below 1.
     """
-    refuse_private(corpus)
     if per_label < 1:
         raise ValueError(f"per_label must be at least 1, got {per_label}")
     rng = np.random.default_rng(seed)
@@ -310,9 +304,8 @@ def novel(corpus: Corpus, threshold: float = 0.7) -> Kept:
         threshold: In (0, 1]; Self-Instruct (arXiv 2212.10560, section 2.2): 0.7. At 1 only the same words are alike.
 
     Raises:
-        ValueError: If the corpus is private, or the threshold lies outside its range.
+        ValueError: If the threshold lies outside its range.
     """
-    refuse_private(corpus)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
     kept: list[str] = []

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 
@@ -24,8 +24,6 @@ from fedsynth.training.sft import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
 MEASURED = 200  # labelled texts, at most: each is scored after every label
-
-Aggregation: TypeAlias = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,10 @@ class Taught:
     metrics: Mapping[str, float]
 
 
-def aggregate(answers: Mapping[int, Scores], how: Aggregation) -> Scores:
-    """One score per text from those of the clients; one client without a guarantee leaves the result without."""
+def mean_scores(answers: Mapping[int, Scores]) -> Scores:
+    """The mean score of each text over the clients; one client without a guarantee leaves the result without."""
     values = np.array([scores.values for scores in answers.values()])
-    together = values.mean(0) if how == "mean" else values.max(0)
-    return Scores(tuple(together.tolist()), united(list(answers.values())))
+    return Scores(tuple(values.mean(0).tolist()), united(list(answers.values())))
 
 
 def shuffled(scores: Scores, seed: int) -> Scores:
