@@ -16,7 +16,7 @@ from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, answer
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Order
 from fedsynth.federation.records import unpack_answer
-from fedsynth.federation.runs import places
+from fedsynth.federation.run.directory import places
 from fedsynth.models.loading import one_thread
 
 

@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 
 from fedsynth.federation.messages import Envelope, Evaluate, Evaluated, Finetune, Finetuned, Order, Refused
 from fedsynth.federation.records import pack_order, unpack_order
-from fedsynth.federation.runs import places
+from fedsynth.federation.run.directory import places
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import WrongAdapter, new_adapter
 from fedsynth.privacy.plan import Statement

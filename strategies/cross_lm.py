@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
 from fedsynth.federation.cached_llm import Recalled
 from fedsynth.federation.messages import Learn, Score
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, digest_of
 from fedsynth.models.llm import LocalLLM, TextModel

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Literal
 
 from fedsynth.federation.messages import Adopt, SelfTrain
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_CANDIDATES, MAX_SHOTS, Tokens, most
 from fedsynth.lora import Adapter, average

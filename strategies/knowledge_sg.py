@@ -11,7 +11,7 @@ from math import isfinite
 
 from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import Adopt, Finetune
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, completed
 from fedsynth.models.adapters import new_adapter

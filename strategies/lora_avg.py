@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsynth.federation.messages import Adopt, Finetune, Finetuned
-from fedsynth.federation.runs import SERVER, Journal
+from fedsynth.federation.run.log import SERVER, Journal
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
 

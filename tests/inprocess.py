@@ -22,7 +22,8 @@ from fedsynth.federation.messages import Order, Refused
 from fedsynth.federation.nodes import nodes_by_home
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted
-from fedsynth.federation.runs import Journal, private_of
+from fedsynth.federation.run.directory import private_of
+from fedsynth.federation.run.log import Journal
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import from_toml, to_toml

@@ -13,7 +13,7 @@ import pytest
 from test_ledger import COST, PLAN, answer, bind, charge, die, killed, open_ledger
 
 import fedsynth.cli.main
-from fedsynth.federation.runs import up
+from fedsynth.federation.run.privacy_report import up
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.ledger import LedgerUnusable
 from fedsynth.privacy.plan import Budget

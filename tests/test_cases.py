@@ -25,7 +25,7 @@ import fedsynth.cli.main
 from fedsynth.cli.main import _print_table
 from fedsynth.data.partition import divide, misfits
 from fedsynth.data.tables import read_rows
-from fedsynth.federation.runs import summarize
+from fedsynth.federation.run.summary import summarize
 from fedsynth.scenario.schema import Data
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.simulation.simulate import check, read

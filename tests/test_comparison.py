@@ -25,7 +25,9 @@ from fedsynth.comparison.grids import Grid, read_grid
 from fedsynth.comparison.grids import to_toml as to_toml_of
 from fedsynth.comparison.running import compare, depends_on_epsilon, parts, read, shares
 from fedsynth.comparison.tables import NOTES, costs_table, utility_table
-from fedsynth.federation.runs import prepare, summarize, up
+from fedsynth.federation.run.directory import prepare
+from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.summary import summarize
 from fedsynth.reporting import comparison_page
 from fedsynth.reporting.page import render
 from fedsynth.scenario.schema import Scenario

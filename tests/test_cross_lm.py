@@ -28,7 +28,8 @@ from fedsynth.evaluation.attack import auroc
 from fedsynth.federation.availability import fates
 from fedsynth.federation.messages import Evaluate, Learn, Score, Scored
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
-from fedsynth.federation.runs import Journal, guarantee_of, privacy_line
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, load_strategy
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter

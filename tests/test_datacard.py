@@ -9,7 +9,9 @@ import pandas as pd
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.card import MEASURED, SIMULATED, card_line, data_card, data_cards
 from fedsynth.data.partition import LeftOut, Site
-from fedsynth.federation.runs import Journal, _assumptions, prepare
+from fedsynth.federation.run.directory import prepare
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import _assumptions
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
 

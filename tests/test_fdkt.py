@@ -23,7 +23,9 @@ from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
 from fedsynth.federation.payload import decode
-from fedsynth.federation.runs import Journal, guarantee_of, private_of
+from fedsynth.federation.run.directory import private_of
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
 from fedsynth.scenario.schema import Cell

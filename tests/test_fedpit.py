@@ -26,7 +26,7 @@ from fedsynth.data.partition import Site
 from fedsynth.evaluation.fidelity import ifd
 from fedsynth.federation.messages import FUNNEL, Adopt, Finetune, SelfTrain
 from fedsynth.federation.nodes import TooFewReplies
-from fedsynth.federation.runs import privacy_line
+from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_answer, check_order
 from fedsynth.instructions import ASK, REPLY, asked, parse_record

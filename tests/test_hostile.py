@@ -21,7 +21,8 @@ from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.payload import encode
 from fedsynth.federation.records import pack_answer, parted
-from fedsynth.federation.runs import Journal, privacy_line
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import RoundStrategy, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.lora import Adapter

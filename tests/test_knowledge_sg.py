@@ -27,7 +27,8 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Finetuned
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.records import unpack_order
-from fedsynth.federation.runs import SERVER, guarantee_of, privacy_line, up
+from fedsynth.federation.run.log import SERVER
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, up
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_answer
 from fedsynth.lora import Adapter, average

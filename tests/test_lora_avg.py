@@ -14,7 +14,7 @@ from fedsynth.clients import app
 from fedsynth.clients.home import COVERED
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.nodes import TooFewReplies
-from fedsynth.federation.runs import privacy_line
+from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.lora import Adapter, average, only_b, stacked, update
 from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.models.hub import weights_hash

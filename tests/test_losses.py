@@ -14,7 +14,9 @@ from rich.console import Console
 from scripted import ScriptedLLM
 
 from fedsynth.cli.main import _print_table
-from fedsynth.federation.runs import COLUMNS, Journal, prepare, summarize
+from fedsynth.federation.run.directory import prepare
+from fedsynth.federation.run.log import COLUMNS, Journal
+from fedsynth.federation.run.summary import summarize
 from fedsynth.reporting import run_report
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml

@@ -24,7 +24,9 @@ from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.records import parted
-from fedsynth.federation.runs import COLUMNS, SERVER, Journal, missing, privacy_line
+from fedsynth.federation.run.log import COLUMNS, SERVER, Journal
+from fedsynth.federation.run.privacy_report import privacy_line
+from fedsynth.federation.run.summary import missing
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.privacy.plan import Statement
 from fedsynth.scenario.schema import Cell, Participation

@@ -25,7 +25,7 @@ from local import LocalGrid
 
 from fedsynth.app.fedsynth_sim import server_app
 from fedsynth.clients.app import client_app, simulation
-from fedsynth.federation.runs import prepare
+from fedsynth.federation.run.directory import prepare
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM

@@ -25,7 +25,10 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_to_parquet
-from fedsynth.federation.runs import Journal, prepare, private_of, summarize, up
+from fedsynth.federation.run.directory import prepare, private_of
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.summary import summarize
 from fedsynth.privacy.plan import Statement
 from fedsynth.reporting import run_report, site_report, statistics
 from fedsynth.reporting.cautions import cautions

@@ -17,11 +17,11 @@ from scripted import ScriptedLLM
 from test_participation import corrupting
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.federation.checkpoint import Checkpoint
 from fedsynth.federation.messages import Finetune, Finetuned
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.payload import decode, encode
-from fedsynth.federation.runs import Journal
+from fedsynth.federation.run.checkpoint import Checkpoint
+from fedsynth.federation.run.log import Journal
 from fedsynth.lora import Adapter
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import STATUS

@@ -46,7 +46,8 @@ from fedsynth.federation.messages import ORDERS, OUTPUTS, Code, Envelope, Evalua
 from fedsynth.federation.nodes import Deployment, TooFewReplies
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import KINDS, pack_order, unpack_answer
-from fedsynth.federation.runs import Journal, _privacy, guarantee_of, privacy_line
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import Binding, BudgetExhausted, Ledger
@@ -927,7 +928,7 @@ def test_units_of_sites_that_differ_are_all_named(tmp_path: Path, toml: str, not
     deployed = Deployed(sites, toml, tmp_path / "run")
     deployed.run()
     assert "-DP per person or row" in privacy_line([deployed.journal])
-    told = _privacy([deployed.journal])["largest_over_clients"]
+    told = privacy_report([deployed.journal])["largest_over_clients"]
     assert told["unit"] == "person or row"
     assert set(told["epsilon_rows"]) == {"2", "5", "10"}
 

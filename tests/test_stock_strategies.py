@@ -25,7 +25,7 @@ from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.flower_compat import adapter_of, arrays_of, chosen_cell, common_start, largest_epsilon
 from fedsynth.clients.home import Home, simulated_home
 from fedsynth.federation.messages import Finetune
-from fedsynth.federation.runs import private_of
+from fedsynth.federation.run.directory import private_of
 from fedsynth.lora import Adapter, average
 from fedsynth.models.adapters import WrongAdapter, with_adapter
 from fedsynth.privacy.plan import epsilon

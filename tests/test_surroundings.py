@@ -16,9 +16,10 @@ import tiny
 from inprocess import instructions
 
 import fedsynth.cli.main
-import fedsynth.federation.environment as module
-from fedsynth.federation.environment import differences, surroundings
-from fedsynth.federation.runs import COLUMNS, prepare
+import fedsynth.federation.run.environment as module
+from fedsynth.federation.run.directory import prepare
+from fedsynth.federation.run.environment import differences, surroundings
+from fedsynth.federation.run.log import COLUMNS
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.typed import BadValue

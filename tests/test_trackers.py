@@ -14,8 +14,8 @@ from inprocess import instructions, play
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from fedsynth.federation.runs import COLUMNS
-from fedsynth.federation.trackers import check, figures, tell
+from fedsynth.federation.run.log import COLUMNS
+from fedsynth.federation.run.trackers import check, figures, tell
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation.progress import Watch
 from fedsynth.typed import BadValue

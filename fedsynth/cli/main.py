@@ -99,7 +99,7 @@ def run_command(
         )
     trackers = [name.strip() for name in track.split(",") if name.strip()]
     if trackers:
-        from fedsynth.federation.trackers import check
+        from fedsynth.federation.run.trackers import check
 
         check(trackers)
     known = from_ or resume_
@@ -110,7 +110,7 @@ def run_command(
     else:
         result = _simulate(console, asked, out, from_, resume_, workers, port)
     if trackers:
-        from fedsynth.federation.trackers import tell
+        from fedsynth.federation.run.trackers import tell
 
         tell(trackers, asked, result.metrics, result.out)
     _print_table(console if as_json else _console(error=False), result)
@@ -133,7 +133,7 @@ def _simulate(
     with Watch(console, asked) as watch:
         told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
-            from fedsynth.federation.environment import differences
+            from fedsynth.federation.run.environment import differences
 
             for line in differences(from_, asked):
                 watch.warn(f"not as in {from_}: {line}")
@@ -367,7 +367,7 @@ def _warn(console: Console, text: str) -> None:
 
 
 def _print_ledger(console: Console, found: dict[str, Any]) -> None:
-    from fedsynth.federation.runs import up
+    from fedsynth.federation.run.privacy_report import up
 
     spent = (
         "no guarantee" if found["epsilon"] is None else f"epsilon {up(found['epsilon'], 3):.3f} at {found['delta']:g}"
@@ -398,7 +398,7 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
 
 def _filter_lines(found: dict[str, Any]) -> list[str]:
     """What guards the lifetime cap, and how much of it is left."""
-    from fedsynth.federation.runs import up
+    from fedsynth.federation.run.privacy_report import up
 
     cap, by = found["cap"], found["filter"]
     if found["epsilon"] is None:
@@ -454,7 +454,8 @@ def _console(*, error: bool) -> Console:
 
 def _print_table(console: Console, result: Any) -> None:
     """The result table, and one privacy line per arm."""
-    from fedsynth.federation.runs import missing, up
+    from fedsynth.federation.run.privacy_report import up
+    from fedsynth.federation.run.summary import missing
 
     arms = result.summary["arms"]
     names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
@@ -491,7 +492,7 @@ def _print_table(console: Console, result: Any) -> None:
 
 def _print_forecast(console: Console, made: Any) -> None:
     """What is foreseen of a run, arm by arm and in all, and what will not fit."""
-    from fedsynth.federation.runs import up
+    from fedsynth.federation.run.privacy_report import up
 
     table = Table(title=f"{made.scenario}: forecast")
     for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):

@@ -21,7 +21,7 @@ import pandas as pd
 from fedsynth.comparison.grids import Grid, at_epsilon, read_grid, refuse_another, scenario_of
 from fedsynth.comparison.grids import to_toml as grid_to_toml
 from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points, utility
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.loading import gpus
 from fedsynth.scenario.schema import Cell, Scenario

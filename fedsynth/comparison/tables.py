@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedsynth.federation.runs import up
+from fedsynth.federation.run.privacy_report import up
 
 HEADS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match", "field_match": "field match",
          "rouge_l": "ROUGE-L"}  # fmt: skip

@@ -18,9 +18,9 @@ from fedsynth.deployment.plan import chosen, deployed, read_deployment
 from fedsynth.deployment.registry import Site, sites, states_by
 from fedsynth.deployment.server import commands, read_config
 from fedsynth.deployment.superlink import SERVERAPP, SUPERLINK_LOG
-from fedsynth.federation.environment import differences
 from fedsynth.federation.nodes import Deployment
-from fedsynth.federation.runs import begin, check_free, private_of
+from fedsynth.federation.run.directory import begin, check_free, private_of
+from fedsynth.federation.run.environment import differences
 from fedsynth.models.hub import elsewhere, pin
 from fedsynth.models.loading import models_of
 from fedsynth.scenario.schema import Scenario

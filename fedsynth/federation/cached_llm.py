@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fedsynth.federation.runs import SERVER, Journal
+from fedsynth.federation.run.log import SERVER, Journal
 from fedsynth.models.llm import TextModel
 from fedsynth.models.room import misfits
 

@@ -18,12 +18,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from fedsynth.corpus import Corpus, Scores
 from fedsynth.federation.availability import Fate, fates
-from fedsynth.federation.checkpoint import Exchange
 from fedsynth.federation.messages import Code, Envelope, Evaluate, Order, Refused
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies, first_line, nodes_by_name
 from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import derived, joined, pack_order, parted, payload_bytes, unpacked
-from fedsynth.federation.runs import SERVER, Journal, append_event
+from fedsynth.federation.run.checkpoint import Exchange
+from fedsynth.federation.run.log import SERVER, Journal, append_event
 from fedsynth.federation.validation import Rejected, check_answer
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS

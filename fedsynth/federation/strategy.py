@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedsynth.federation.messages import Evaluate, Evaluated
 from fedsynth.federation.messaging import Clients
-from fedsynth.federation.runs import Journal, append_event
-from fedsynth.federation.trackers import event_files, figures
+from fedsynth.federation.run.log import Journal, append_event
+from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
 from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice

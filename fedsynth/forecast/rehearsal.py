@@ -38,7 +38,8 @@ from fedsynth.federation.messages import (
 )
 from fedsynth.federation.payload import encode
 from fedsynth.federation.records import pack_order, payload_bytes
-from fedsynth.federation.runs import Journal, guarantee_of
+from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.forecast.estimating import Elsewhere, Tally, kept_words, on_paper, server_models, varied, vocabulary
 from fedsynth.forecast.profiling import busy, dummy_site

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.page import listed
 from fedsynth.reporting.statistics import Figures
 from fedsynth.scenario.schema import Scenario

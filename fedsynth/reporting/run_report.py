@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.federation.environment import FILE
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.environment import FILE
+from fedsynth.federation.run.log import SERVER
 from fedsynth.pretraining.public_text import sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render

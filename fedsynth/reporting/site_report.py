@@ -12,7 +12,8 @@ import pandas as pd
 
 from fedsynth.corpus import Corpus, pool, same
 from fedsynth.data.partition import open_sites
-from fedsynth.federation.runs import SERVER, private_of
+from fedsynth.federation.run.directory import private_of
+from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Quote, Quotes, Section, Table
 from fedsynth.reporting.run_page import CLOSENESS, quality_table
 from fedsynth.reporting.run_report import SCHEMA, embedder, read_scenario, save

@@ -10,7 +10,8 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 
 from fedsynth.evaluation.utility import bootstrap, paired_difference
-from fedsynth.federation.runs import SERVER, up
+from fedsynth.federation.run.log import SERVER
+from fedsynth.federation.run.privacy_report import up
 from fedsynth.reporting.page import Number
 from fedsynth.synthesis.attrition import Loss
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import distinct, frechet, mauve, self_bleu
 from fedsynth.federation.payload import corpus_from_parquet
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.statistics import Figures
 from fedsynth.rouge import words
 from fedsynth.scenario.schema import Data

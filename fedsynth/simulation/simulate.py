@@ -21,9 +21,9 @@ from fedsynth.data.card import card_line
 from fedsynth.data.partition import divide, label_list, misfits
 from fedsynth.data.tables import pinned as pinned_data
 from fedsynth.evaluation.utility import Difference, paired_difference
-from fedsynth.federation.environment import differences
 from fedsynth.federation.payload import corpus_from_parquet
-from fedsynth.federation.runs import check_free, prepare, private_of
+from fedsynth.federation.run.directory import check_free, prepare, private_of
+from fedsynth.federation.run.environment import differences
 from fedsynth.federation.strategy import load_strategy, old_names
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter

@@ -196,7 +196,7 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     from fedsynth.federation.messages import Finetune
     from fedsynth.federation.messaging import Clients
     from fedsynth.federation.nodes import nodes_by_home
-    from fedsynth.federation.runs import Journal
+    from fedsynth.federation.run.log import Journal
 
     of = cell(size, model, guarantee, precision)
     scenario = of.scenario

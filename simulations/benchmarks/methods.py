@@ -21,7 +21,7 @@ import fedsynth
 from fedsynth.corpus import Corpus
 from fedsynth.evaluation.utility import paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
-from fedsynth.federation.runs import SERVER
+from fedsynth.federation.run.log import SERVER
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.simulation.simulate import Result, read

@@ -16,9 +16,11 @@ from flwr.serverapp import Grid, ServerApp
 import fedsynth
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import Recalled
-from fedsynth.federation.checkpoint import CHECKPOINTS
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_home
-from fedsynth.federation.runs import Journal, append_event, places, prepare, summarize, write_metrics
+from fedsynth.federation.run.checkpoint import CHECKPOINTS
+from fedsynth.federation.run.directory import places, prepare
+from fedsynth.federation.run.log import Journal, append_event
+from fedsynth.federation.run.summary import summarize, write_metrics
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.models.adapters import public_adapter
 from fedsynth.models.embedding import Embedder

@@ -1,0 +1,87 @@
+"""A run's directory, which people share, and the private one beside it: where they lie, and how they are begun."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsynth.data.card import data_cards
+from fedsynth.federation.run.environment import FILE, surroundings
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import from_toml, load, to_toml
+from fedsynth.typed import BadValue
+
+
+def check_free(out: Path) -> None:
+    """Whether a run can be begun in a directory.
+
+    Raises:
+        BadValue: If it, or the private one beside it, holds anything: a run is never overwritten.
+    """
+    for place in (out, private_of(out)):
+        # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            begun = (out / "scenario.toml").is_file()
+            more = f", or go on with the one that is there: fedsynth run --resume {out}" if begun else ""
+            raise BadValue(f"the directory {str(place)!r} already holds something: name another run with --out{more}")
+
+
+def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
+    """Makes a simulation's directory and writes what is known before the run.
+
+    Returns:
+        The data cards. What they count is private text, so that `data.json` lies in the private directory.
+
+    Raises:
+        BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
+    """
+    check_free(out)
+    cards = data_cards(scenario)
+    begin(scenario, out, {}, {"data.json": cards})
+    return cards
+
+
+def begin(scenario: Scenario, out: Path, more: Mapping[str, Any], private: Mapping[str, Any]) -> None:
+    """Makes a run's directory, and the private one beside it.
+
+    Args:
+        scenario: What runs.
+        out: The directory; free.
+        more: JSON by the name of its file, in the directory.
+        private: Likewise, in the private one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    beside = private_of(out)
+    beside.mkdir(mode=0o700, exist_ok=True)
+    (out / FILE).write_text(json.dumps(surroundings(scenario), indent=1), encoding="utf-8")
+    for folder, files in ((out, more), (beside, private)):
+        for name, value in files.items():
+            (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    # Last and at once: a directory that has it can be gone on with.
+    part = out / "scenario.toml.part"
+    part.write_text(to_toml(scenario), encoding="utf-8")
+    part.replace(out / "scenario.toml")
+
+
+def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:
+    """The scenario's TOML, the run's directory and the private one, from a run-config.
+
+    The launcher sends all three. By hand (`flwr run simulations`) the scenario is a shipped one by name, and the
+    directories lie under the user's home: the working directory of Flower's processes is not the caller's.
+
+    Raises:
+        BadValue: If a directory is relative.
+    """
+    toml = str(config.get("scenario-toml", "")) or to_toml(load(str(config.get("scenario", "hospitals"))))
+    name = from_toml(toml).name
+    out = Path(str(config.get("out-dir", "")) or Path.home() / ".fedsynth" / "runs" / f"{name}-{run_id}")
+    if not out.is_absolute():
+        raise BadValue(f"out-dir must be absolute, got {str(out)!r}")
+    return toml, out, private_of(out)
+
+
+def private_of(out: Path) -> Path:
+    """Where a simulation keeps its clients' private state: beside the directory that people share, never in it."""
+    return out.with_name(out.name + ".private")

@@ -1,0 +1,156 @@
+"""What a run says of privacy: one sentence for each arm, and the figures and terms that it stands on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from importlib.metadata import version
+from typing import Any
+
+from fedsynth.federation.run.log import Journal
+from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
+
+
+def guarantee_of(journals: Sequence[Journal]) -> str:
+    """ "none" if one client of one seed released anything without a mechanism, or the simulator pooled raw text."""
+    pooled = any(j.cell.scenario.data.pooled for j in journals)
+    open_ = any(s.guarantee == "none" for j in journals for s in j.statements.values())
+    return "none" if pooled or open_ else "dp"
+
+
+MEASURED = "test figures: measured on task models that learnt private text and stay at their clients"
+WORKED = "how long a simulated client worked (seconds): it depends on what was drawn of its text, and no site tells it"
+NOT_COVERED = (
+    "tuning: settings come from public or simulated data; tuning on private text would cost more",
+    "a server that does not run the published bundle: Flower clients execute the code that it sends",
+    "what the base models had read before",
+)
+
+
+PUBLIC = (
+    "the number of records that a client declares",
+    "label list, tokenizer, longest text",
+    "base models and the LLM's prompts",
+    "all settings of the scenario",
+    "seeds of everything but noise and Poisson draws",
+)
+
+
+def privacy_report(journals: Sequence[Journal]) -> dict[str, Any]:
+    """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
+    guarantee = guarantee_of(journals)
+    measured = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
+    worked = [WORKED] if journals[0].simulated else []
+    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": [*measured, *worked, *NOT_COVERED],
+            "terms": _terms(journals)}  # fmt: skip
+    spent = _spent(journals)
+    if guarantee == "none" or not spent:
+        return head
+    worst = max(spent, key=lambda s: s.epsilon or 0.0)
+    figures = worst.to_dict()
+    figures["delta"] = max(s.delta for s in spent)
+    figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
+    figures["unit"] = " or ".join(sorted({s.unit for s in spent}))
+    if rows_only := [s for s in spent if s.unit == "row"]:
+        plans = {_plan_of(s) for s in rows_only}
+        figures["epsilon_rows"] = {
+            str(rows): up(max(group_epsilon(plan, rows, plan.delta) for plan in plans), 2) for rows in ROWS_OF_A_PERSON
+        }
+    return {**head, "largest_over_clients": figures}
+
+
+def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
+    """What the figures of an arm are figures of, in words, and the largest number of units that a client has."""
+    client, seen = journals[0].cell.scenario.client, sorted({kind for j in journals for kind in j.released})
+    terms: dict[str, Any] = {
+        "adversary": "an honest-but-curious server that runs the published bundle",
+        "sees": seen,
+        "public": list(PUBLIC),
+        "assumptions": _assumptions(journals).removeprefix("; "),
+        "silent": sorted({(j.cell.seed, home) for j in journals for home, _ in j.silent}),
+    }
+    spent = _spent(journals)
+    if guarantee_of(journals) == "none" or not spent:
+        return terms
+    listed = seen == ["scores"] and client.scores == "noise"
+    training = client.scorer_training if "scores" in seen else client.generator_training
+    rate = min(s.sampling_rate or 1.0 for s in spent)
+    return {
+        **terms,
+        "mechanism": "Gaussian noise on a client's list of scores, clipped as a whole, each round" if listed else (
+            "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch"
+        ),
+        "sampler": "none: all of the client's data takes part" if listed else (
+            "Poisson: each unit enters each batch by a draw of its own"
+        ),
+        "accountant": f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, "
+        "rounded up",
+        "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
+        "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
+        "largest_units": 1 if listed else round(training.expected_batch / rate),
+    }  # fmt: skip
+
+
+def _spent(journals: Sequence[Journal]) -> list[Statement]:
+    return [s for j in journals for s in j.statements.values() if s.epsilon is not None]
+
+
+def up(value: float, digits: int) -> float:
+    """Rounded to `digits` places, never below the value: a bound that is printed must hold."""
+    return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
+
+
+def _plan_of(said: Statement) -> DPPlan:
+    """The plan that a statement was made from, up to a factor in records and batch that no figure depends on."""
+    rate = Fraction(said.sampling_rate or 1).limit_denominator(10**7)
+    return DPPlan(
+        records=10 * rate.denominator,
+        expected_batch=10 * rate.numerator,
+        steps=said.steps or 1,
+        rounds=1,
+        clip_norm=said.clip_norm or 1.0,
+        noise_multiplier=said.sigma or 1.0,
+        delta=said.delta,
+    )
+
+
+def privacy_line(journals: Sequence[Journal]) -> str:
+    """One sentence per arm: adversary, what it sees, the bound and what it covers."""
+    if any(j.cell.scenario.data.pooled for j in journals):
+        return "no guarantee: the simulator pools raw private text, which no real server could see"
+    seen = " and ".join(sorted({kind for j in journals for kind in j.released}))
+    if guarantee_of(journals) == "none":
+        return f"no differential privacy guarantee: {seen} left clients without a mechanism; no epsilon holds for them"
+    spent = _spent(journals)
+    if not spent:
+        return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
+    epsilon, delta = up(max(s.epsilon or 0.0 for s in spent), 3), max(s.delta for s in spent)
+    replaced = up(max(s.epsilon_replace_one or 0.0 for s in spent), 2)
+    unit = " or ".join(sorted({s.unit for s in spent}))  # sites may differ in what they protect
+    return (
+        f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
+        f"({replaced:.2f} if replaced by another {unit}); largest over "
+        + ("clients and seeds, each a world of its own" if journals[0].simulated else "sites, in this run alone")
+        + ("; simulated: noise reproducible" if any(s.simulated for s in spent) else "")
+        + _assumptions(journals)
+    )
+
+
+def _assumptions(journals: Sequence[Journal]) -> str:
+    """What a simulator took from private rows where a site would declare it."""
+    data = journals[0].cell.scenario.data
+    silent = len({(j.cell.seed, home) for j in journals for home, _ in j.silent})
+    missing = (
+        f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
+    )
+    listed = data.labels == "all" and data.task == "classification"
+    taken = (
+        [] if data.world or not journals[0].simulated else (["label list"] if listed else []) + ["number of records"]
+    )
+    dropped = "; duplicates dropped across clients by the simulator, no site could" if data.duplicates == "drop" else ""
+    return (
+        f"; {' and '.join(taken)} read from the data by the simulator, a site would declare them{dropped}{missing}"
+        if taken
+        else missing
+    )

@@ -1,0 +1,98 @@
+"""The tables of a run: the metrics of all cells as one frame, and each arm's summary of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedsynth.federation.run.log import COLUMNS, SERVER, Journal
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
+from fedsynth.scenario.schema import Scenario
+from fedsynth.synthesis.attrition import losses
+from fedsynth.typed import plain
+
+
+def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:
+    """The tidy metrics of all cells so far, one row per (arm, seed, round, client, metric)."""
+    frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
+    part = out / "metrics.parquet.part"
+    frame.to_parquet(part, index=False)
+    part.replace(out / "metrics.parquet")
+    return frame
+
+
+def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[Journal]) -> dict[str, Any]:
+    """Writes metrics.parquet, privacy.json and summary.json; returns the summary that `--json` prints."""
+    frame = write_metrics(out, journals)
+    arms = list(dict.fromkeys(j.cell.arm for j in journals))
+    tuned_on, lost = set(scenario.data.tuned_on), losses(frame)
+    summary = {
+        "scenario": scenario.name,
+        "out": str(out),
+        "seconds": round(seconds, 1),
+        "arms": {
+            arm: {
+                **_arm(frame, arm, [j for j in journals if j.cell.arm == arm], tuned_on),
+                "losses": [{**plain(loss), "few": loss.few, "line": str(loss)} for loss in lost.get(arm, ())],
+            }
+            for arm in arms
+        },
+    }
+    privacy = {arm: privacy_report([j for j in journals if j.cell.arm == arm]) for arm in arms}
+    (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def missing(frame: pd.DataFrame) -> list[str]:
+    """Which exchanges went on without some clients, and why: a line for each arm and seed."""
+    rows = frame[frame["metric"].astype(str).str.startswith("exchange/")]
+    lines = []
+    for (arm, seed), own in rows.groupby(["arm", "seed"], sort=False):
+        said = []
+        for place in dict.fromkeys(own["metric"].str.rpartition("/")[0]):
+            here = own[own["metric"].str.startswith(f"{place}/")]
+            kinds = here["metric"].str.rpartition("/")[2]
+            asked, answered = (int(here.loc[kinds == kind, "value"].iloc[0]) for kind in ("clients", "answered"))
+            of = here.groupby(kinds, sort=False)["client"]
+            why = [f"{len(who)} {kind} ({', '.join(map(str, sorted(who)))})"
+                   for kind, who in of if kind not in ("clients", "answered")]  # fmt: skip
+            phase, number = place.rpartition("-")[2], int(here["round"].iloc[0])
+            said.append(f"{phase} of round {number}: {answered} of {asked} clients, {', '.join(why)}")
+        lines.append(f"{arm} seed {seed} went on without some clients: {'; '.join(said)}")
+    return lines
+
+
+def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: set[int]) -> dict[str, Any]:
+    own = frame[(frame["arm"] == arm) & (frame["client"] != SERVER)]
+    last = own[own["round"] == own["round"].max()]
+    metrics = {}
+    for metric, rows in last.groupby("metric"):
+        name = str(metric)
+        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/")):
+            continue
+        metrics[name] = _over_seeds(rows)
+        held = rows[~rows["client"].isin(tuned_on)]
+        if tuned_on and not name.startswith("yield/") and len(held):
+            metrics[f"{name}_held_out_clients"] = _over_seeds(held)
+    epsilons = [s.epsilon for j in journals for s in j.statements.values()]
+    statements = [s for j in journals for s in j.statements.values()]
+    guarantee = guarantee_of(journals)
+    moved = own[own["metric"].str.startswith("bytes/")].groupby("metric")["value"].sum()
+    return {
+        "metrics": metrics,
+        "guarantee": guarantee,
+        "epsilon": None if guarantee == "none" else max((e for e in epsilons if e is not None), default=0.0),
+        "delta": None if guarantee == "none" else max((s.delta for s in statements), default=0.0),
+        "bytes": {d: int(moved.get(f"bytes/{d}", 0)) for d in ("up", "down")},
+    }
+
+
+def _over_seeds(rows: pd.DataFrame) -> dict[str, Any]:
+    per_seed = rows.groupby("seed")["value"].mean()
+    std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
+    return {"mean": float(per_seed.mean()), "std": std, "n": len(per_seed)}
