@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsynth.models.hub import locate_adapter, weights_hash
 from fedsynth.lora import Adapter, only_b
+from fedsynth.models.hub import locate_adapter, weights_hash
 from fedsynth.models.loading import dtype_of, load_generator
 from fedsynth.scenario.schema import Precision
 from fedsynth.typed import BadValue

@@ -22,10 +22,10 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
-from fedsynth.system.proxy import UNREADABLE, no_proxies
-from fedsynth.scenario.schema import Endpoint, host_of
-from fedsynth.typed import BadValue
 from fedsynth.models.usage import Used
+from fedsynth.scenario.schema import Endpoint, host_of
+from fedsynth.system.proxy import UNREADABLE, no_proxies
+from fedsynth.typed import BadValue
 
 A = TypeVar("A")
 B = TypeVar("B")

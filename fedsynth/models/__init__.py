@@ -1,0 +1,1 @@
+"""Language models by role: where they lie, how they load, read, write and embed text."""
