@@ -94,7 +94,7 @@ class KnowledgeSG(RoundStrategy[State]):
             raw = draw(base, public or "", c.written, c.max_tokens, seed=self.seed("public"))
         else:
             how = (c.temperature, c.top_p, c.max_tokens)
-            raw = write(base, writer, c.written, *how, seed=self.seed("write", owner))
+            raw = write(server.engine, base, writer, c.written, *how, seed=self.seed("write", owner))
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences)
         fresh = novel(formed.corpus, c.novelty)
@@ -120,7 +120,8 @@ class KnowledgeSG(RoundStrategy[State]):
         start = writer if c.start_from == "dp" else None
         if start is None:
             start = new_adapter(base, rank=c.tuning.rank, alpha=c.tuning.alpha, seed=self.seed("target"))
-        target, loss = taught(base, start, pairs, c.tuning, learns=c.learns, seed=self.seed("teach", owner))
+        engine, seed = self.server.engine, self.seed("teach", owner)
+        target, loss = taught(engine, base, start, pairs, c.tuning, learns=c.learns, seed=seed)
         self.server.journal.adapter(owner, target, "target")
         if isfinite(loss):
             self.server.journal.metric(owner, "loss/target", loss)

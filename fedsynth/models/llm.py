@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -12,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fedsynth.lora import Adapter
 from fedsynth.models.adapters import merged
 from fedsynth.models.batches import by_length, given_rows, padded
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
-from fedsynth.lora import Adapter
 from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.usage import Used
@@ -167,6 +168,11 @@ class LocalLLM:
         model = model.to(device)
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
+    @classmethod
+    def for_server(cls, name: str, adapter: Adapter | None = None) -> LocalLLM:
+        """As `load`; clients wait while the server works, so it uses every core, whatever torch was told."""
+        return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
+
     def complete(
         self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
     ) -> list[str]:
@@ -190,7 +196,7 @@ class LocalLLM:
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
         tokens = self._tokens(prompts)
-        self._check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
+        self.check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
 
         def continuations(rows: Sequence[int]) -> list[str]:
             ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
@@ -237,7 +243,7 @@ class LocalLLM:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
             if not start:
                 raise ValueError(f"prompt {i} holds no token and the tokenizer has no BOS; give a first word to go on")
-        self._check_room([len(t) for t in whole], 0, way_out="shorter texts")
+        self.check_room([len(t) for t in whole], 0, way_out="shorter texts")
         self.used.read += sum(map(len, whole))
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
@@ -264,7 +270,7 @@ class LocalLLM:
             if not row:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
         both = [len(s) + len(w) for s, w in zip(starts, wanted, strict=True)]
-        self._check_room(both, 0, way_out="shorter texts")
+        self.check_room(both, 0, way_out="shorter texts")
         self.used.read += sum(both)
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
@@ -279,13 +285,17 @@ class LocalLLM:
 
         return self._by_length(both, likelihoods)
 
+    def embedder(self) -> Embedder:
+        """The LLM as an `Embedder`."""
+        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers)
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The LLM as an `Embedder`: mean of its last hidden states, shape (texts, width); long texts are cut.
+        """Mean of its last hidden states, shape (texts, width); long texts are cut.
 
         Raises:
             ValueError: If a text holds no token.
         """
-        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
+        return self.embedder().embed(texts)
 
     def misfits(
         self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
@@ -324,7 +334,12 @@ class LocalLLM:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return given_rows(self.tokenizer, texts, self.kind)
 
-    def _check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
+    def check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
+        """Refuses texts of so many tokens that leave no room for `max_tokens` more.
+
+        Raises:
+            ValueError: If there is such a text; the message names it, and the way out.
+        """
         longest = max(lengths, default=0)
         if self.context is not None and longest + max_tokens > self.context:
             raise ValueError(
