@@ -15,6 +15,7 @@ from fedsynth.federation.runs import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, digest_of
 from fedsynth.models.llm import TextModel
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.synthesis.augmentation import augment
@@ -88,9 +89,7 @@ class CrossLM(RoundStrategy[State]):
             per_site=c.written,
             mode="none",
             shots=1,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            max_tokens=c.max_tokens,
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
             seed=self.seed("write"),
         )[0]
         formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences)

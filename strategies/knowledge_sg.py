@@ -15,6 +15,7 @@ from fedsynth.federation.runs import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, completed
 from fedsynth.models.adapters import new_adapter
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
 from fedsynth.synthesis.apprentice import draw, taught, write
@@ -93,8 +94,8 @@ class KnowledgeSG(RoundStrategy[State]):
         if writer is None:
             raw = draw(base, public or "", c.written, c.max_tokens, seed=self.seed("public"))
         else:
-            how = (c.temperature, c.top_p, c.max_tokens)
-            raw = write(server.engine, base, writer, c.written, *how, seed=self.seed("write", owner))
+            how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens)
+            raw = write(server.engine, base, writer, c.written, how, seed=self.seed("write", owner))
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences)
         fresh = novel(formed.corpus, c.novelty)

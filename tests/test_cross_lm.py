@@ -35,6 +35,7 @@ from fedsynth.models.adapters import load_adapter, new_adapter, public_adapter, 
 from fedsynth.models.hub import locate_adapter, weights_hash
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
@@ -176,7 +177,7 @@ def end(run: Played, llm: str) -> Corpus:
     """What the LLM writes after the last round."""
     writer = LocalLLM.load(llm, adapter=run.states[-1].adapter, batch_size=256)
     asked = [y for y in LABELS for _ in range(60)]
-    texts = writer.complete([f"{y}:" for y in asked], max_tokens=14, temperature=1.0, seed=77)
+    texts = writer.complete([f"{y}:" for y in asked], SamplingParams(temperature=1.0, max_new_tokens=14), seed=77)
     return Corpus(tuple(t.strip() for t in texts), tuple(asked), Provenance.PUBLIC)
 
 

@@ -30,6 +30,7 @@ from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
 from fedsynth.forecast.profiling import Cost, Probed, Unit, dummy_site, measured, typical_lengths
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
 from fedsynth.models.llm import LocalLLM
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Cell, Tuning
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.synthesis.apprentice import taught, write
@@ -95,7 +96,7 @@ class Makes(Asks):
 
     def round(self, clients: Clients, state: Nothing) -> Nothing:
         engine, start = self.server.engine, self.server.new_adapter(1)
-        write(engine, tiny.folder(), start, 40, 1.0, 1.0, 8, seed=0)
+        write(engine, tiny.folder(), start, 40, SamplingParams(temperature=1.0, max_new_tokens=8), seed=0)
         llm = engine.load(tiny.folder(), start)
         assert len(llm.score(["a"] * 40, [f"{chr(98 + n)}" for n in range(4)] * 10)) == 40
         pairs = Corpus(("ab",) * 40, ("cd",) * 40, Provenance.PUBLIC)

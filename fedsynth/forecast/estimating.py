@@ -19,6 +19,7 @@ from fedsynth.models.batches import given_rows
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import Used
 from fedsynth.scenario.schema import Cell, Endpoint, Tuning
 from fedsynth.training.engine import Engine
@@ -92,27 +93,19 @@ class SampledLLM:
     tally: Tally
     used: Used = field(default_factory=Used)
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         with self.tally.aside():
-            lengths = self._lengths(prompts, max_tokens, "fewer or shorter demonstrations")
+            lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
             order, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
 
             def sample(n: int) -> list[Any]:
                 rows = [int(order[i * len(order) // n]) for i in range(n)]
-                return self.llm.complete(
-                    [prompts[row] for row in rows],
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    seed=seed,
-                )
+                return self.llm.complete([prompts[row] for row in rows], sampling, seed=seed)
 
-            key = ("complete", _size(self.llm.model), max_tokens, temperature, _magnitude(lengths))
+            key = ("complete", _size(self.llm.model), sampling, _magnitude(lengths))
             known = self.tally.add(key, len(prompts), sample, lanes * self.llm.batch_size, lanes=lanes)
             pool, tally = vocabulary(known), self.tally
             texts = [varied(known[i % len(known)], pool, tally.labels, tally.rng) for i in range(len(prompts))]
@@ -253,14 +246,14 @@ class Elsewhere:
     labels: Sequence[str]
     tally: Tally
 
-    def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int, **how: float) -> list[str]:  # noqa: ARG002
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One line of text, a verdict, a choice, and a block of each label."""
         self.tally.read += sum(map(_roughly, prompts))
-        self.tally.written += max_tokens * len(prompts)
-        rng = np.random.default_rng(seed)
+        self.tally.written += sampling.max_new_tokens * len(prompts)
+        rng, words = np.random.default_rng(seed), max(5, sampling.max_new_tokens * 3 // 4)
         found = []
         for _ in prompts:
-            line = " ".join(f"word{n}" for n in rng.integers(10_000, size=max(5, max_tokens * 3 // 4)).tolist())
+            line = " ".join(f"word{n}" for n in rng.integers(10_000, size=words).tolist())
             blocks = "".join(f"-----\nLabel: {label}\nText: {line}\n" for label in self.labels)
             found.append(f"{line}\nThe selected texts are: 1\nVerdict: keep\n{blocks}")
         return found

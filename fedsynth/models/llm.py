@@ -20,6 +20,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import Used
 
 T = TypeVar("T")
@@ -32,10 +33,8 @@ RANKED = (
 class TextModel(Protocol):
     """What the teacher needs of an LLM, wherever it runs."""
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
-        """One continuation per prompt, in order; temperature 0 is greedy."""
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """One continuation per prompt, in order."""
         ...
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -173,40 +172,31 @@ class LocalLLM:
         """As `load`; clients wait while the server works, so it uses every core, whatever torch was told."""
         return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One continuation per prompt, in order, without its end mark.
 
         Args:
             prompts: Plain text; no chat template is applied, and the name of a control token is text. A line end is the
                 end of text of a model that has learnt lines.
-            max_tokens: At most so many new tokens each.
-            temperature: 0 takes the likeliest token each time.
-            top_p: In (0, 1]; see `Draw`.
+            sampling: How tokens are drawn, and how many; see `Draw`.
             seed: A prompt's text depends on the seed, the prompt and its place in this call, not on the other prompts.
 
         Raises:
-            ValueError: If an argument is out of range, or a prompt leaves no room for `max_tokens` in the context.
+            ValueError: If a prompt leaves no room for the new tokens in the context.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        tokens = self._tokens(prompts)
-        self.check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
+        new_tokens, tokens = sampling.max_new_tokens, self._tokens(prompts)
+        self.check_room([len(t) for t in tokens], new_tokens, way_out="fewer or shorter demonstrations")
 
         def continuations(rows: Sequence[int]) -> list[str]:
             ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
             begin = ids.shape[1] if self.kind == "causal" else 1  # a decoder begins with its start token alone
             sampler = LogitsProcessorList()
-            if temperature > 0:
-                uniforms = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in rows])
-                sampler.append(Draw(torch.from_numpy(uniforms).to(ids.device), begin, temperature, top_p))
+            if sampling.temperature > 0:
+                uniforms = np.stack([np.random.default_rng([seed, i]).random(new_tokens) for i in rows])
+                numbers = torch.from_numpy(uniforms).to(ids.device)
+                sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p))
             new = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, logits_processor=sampler
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, logits_processor=sampler
             )[:, begin:]
             texts: list[str] = self.tokenizer.batch_decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False

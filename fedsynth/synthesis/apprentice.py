@@ -10,6 +10,7 @@ from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import merged, read_adapter, with_adapter
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import Tuning
 from fedsynth.synthesis.curation import Kept
@@ -23,9 +24,7 @@ def write(
     base: str,
     adapter: Adapter,
     count: int,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
+    sampling: SamplingParams,
     *,
     seed: int,
 ) -> Kept:
@@ -36,9 +35,7 @@ def write(
         base: Name of the model that the adapter belongs to.
         adapter: Its guarantee is that of the records: they are post-processing.
         count: Records asked for; those that do not end in time or hold no instruction and response are dropped.
-        temperature: Above 0.
-        top_p: In (0, 1].
-        max_tokens: Of a record.
+        sampling: Of a record.
         seed: Public.
 
     Raises:
@@ -46,12 +43,12 @@ def write(
     """
     tokenizer = load_tokenizer(base)
     writer = engine.serve(merged(base, adapter).to(device()), tokenizer)
-    texts = writer.complete([ASK] * count, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    texts = writer.complete([ASK] * count, sampling, seed=seed)
     found: list[tuple[str, str]] = []
     dropped: Counter[str] = Counter()
     for text in texts:
         record = parse_record(text)
-        if len(token_ids(tokenizer, text)) >= max_tokens:  # cut before its end
+        if len(token_ids(tokenizer, text)) >= sampling.max_new_tokens:  # cut before its end
             dropped["unfinished"] += 1
         elif record is None:
             dropped["no record"] += 1
