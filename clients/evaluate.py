@@ -17,6 +17,7 @@ from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import device, load_generator, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.training.classifier import classify
 from fedsynth.training.dp_training import mean_loss
 from fedsynth.training.examples import readable
@@ -83,5 +84,5 @@ def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = N
     model = load_generator(name, precision).to(device()) if adapter is None else on_base(home, adapter)
     writer = Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))
     prompts = [asked(instruction) for instruction in instructions]
-    written = writer.complete(prompts, max_tokens=home.config.answer_tokens, temperature=0.0, seed=0)
+    written = writer.complete(prompts, SamplingParams.greedy(home.config.answer_tokens), seed=0)
     return [parse_response(text) for text in written]

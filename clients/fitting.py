@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fedsynth.models.batches import token_rows
 from fedsynth.models.llm import LocalLLM
+from fedsynth.models.sampling import SamplingParams
 
 T = TypeVar("T")
 
@@ -25,16 +26,14 @@ class Fitting:
     def __init__(self, llm: LocalLLM):
         self.llm = llm
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `LocalLLM.complete`; "" for a prompt that does not fit."""
 
         def those(rows: Sequence[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
-            return self.llm.complete(chosen, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+            return self.llm.complete(chosen, sampling, seed=seed)
 
-        return _whatever_fits(those, len(prompts), lambda row: self._fits(prompts[row], max_tokens), "")
+        return _whatever_fits(those, len(prompts), lambda row: self._fits(prompts[row], sampling.max_new_tokens), "")
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """As `LocalLLM.score`; no likelihood at all for a pair that does not fit."""

@@ -13,6 +13,7 @@ from fedsynth.models.adapters import new_adapter
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
 from fedsynth.training.dp_training import private, without_guarantee
 from fedsynth.training.examples import control_code
@@ -65,9 +66,7 @@ def _sample(home: Home, adapter: Adapter, order: Synthesize) -> tuple[list[str],
     writer = LocalLLM(on_base(home, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
         [control_code(label) for label in codes],
-        max_tokens=order.max_tokens,
-        temperature=order.temperature,
-        top_p=order.top_p,
+        SamplingParams(temperature=order.temperature, top_p=order.top_p, max_new_tokens=order.max_tokens),
         seed=order.seed,
     )
     # A text as long as the limit was cut before its end; one of more characters than a text may have is never sent, as

@@ -6,7 +6,6 @@ Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. Num
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
@@ -15,7 +14,8 @@ from fedsynth.federation.messages import Learn, Score
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, digest_of
-from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.models.llm import TextModel
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.synthesis.augmentation import augment
@@ -89,9 +89,7 @@ class CrossLM(RoundStrategy[State]):
             per_site=c.written,
             mode="none",
             shots=1,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            max_tokens=c.max_tokens,
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
             seed=self.seed("write"),
         )[0]
         formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences)
@@ -129,6 +127,7 @@ class CrossLM(RoundStrategy[State]):
             tests = labelled(models.public, self.server.labels, MEASURED, seed)
         journal.progress("teach", 0, 1)
         done = taught(
+            self.server.engine,
             models.llm,
             start,
             texts,
@@ -148,5 +147,4 @@ class CrossLM(RoundStrategy[State]):
         name = self.server.cell.scenario.server.llm
         if adapter is None or not isinstance(name, str):
             return self.server.llm
-        llm = LocalLLM.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
-        return Recalled(llm, digest_of(adapter), self.server.journal)
+        return Recalled(self.server.engine.load(name, adapter), digest_of(adapter), self.server.journal)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Learn, Synthesize
 from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
 from fedsynth.synthesis.curation import Kept, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
@@ -139,9 +140,7 @@ class FDKT(RoundStrategy[State]):
             per_site=c.written,
             mode=c.demonstrations,
             shots=c.shots,
-            temperature=c.temperature,
-            top_p=c.top_p,
-            max_tokens=c.max_tokens,
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
             seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}

@@ -15,6 +15,7 @@ from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, completed
 from fedsynth.models.adapters import new_adapter
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
 from fedsynth.synthesis.apprentice import draw, taught, write
@@ -93,8 +94,8 @@ class KnowledgeSG(RoundStrategy[State]):
         if writer is None:
             raw = draw(base, public or "", c.written, c.max_tokens, seed=self.seed("public"))
         else:
-            how = (c.temperature, c.top_p, c.max_tokens)
-            raw = write(base, writer, c.written, *how, seed=self.seed("write", owner))
+            how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens)
+            raw = write(server.engine, base, writer, c.written, how, seed=self.seed("write", owner))
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences)
         fresh = novel(formed.corpus, c.novelty)
@@ -120,7 +121,8 @@ class KnowledgeSG(RoundStrategy[State]):
         start = writer if c.start_from == "dp" else None
         if start is None:
             start = new_adapter(base, rank=c.tuning.rank, alpha=c.tuning.alpha, seed=self.seed("target"))
-        target, loss = taught(base, start, pairs, c.tuning, learns=c.learns, seed=self.seed("teach", owner))
+        engine, seed = self.server.engine, self.seed("teach", owner)
+        target, loss = taught(engine, base, start, pairs, c.tuning, learns=c.learns, seed=seed)
         self.server.journal.adapter(owner, target, "target")
         if isfinite(loss):
             self.server.journal.metric(owner, "loss/target", loss)

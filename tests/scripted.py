@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from fedsynth.models.sampling import SamplingParams
+
 
 @dataclass
 class ScriptedLLM:
@@ -13,14 +15,12 @@ class ScriptedLLM:
     completed: list[list[str]] = field(default_factory=list)  # the prompts of each call
     scored: list[int] = field(default_factory=list)  # how many pairs each call held
     context: int | None = None  # characters; what does not fit raises, as in a real one
-    settings: list[dict[str, float]] = field(default_factory=list)
+    settings: list[tuple[SamplingParams, int]] = field(default_factory=list)
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
-        assert not any(self.misfits(prompts, max_tokens))
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+        assert not any(self.misfits(prompts, sampling.max_new_tokens))
         self.completed.append(list(prompts))
-        self.settings.append({"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed})
+        self.settings.append((sampling, seed))
         return [self.answer(prompt) for prompt in prompts]
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:

@@ -36,6 +36,7 @@ from fedsynth.models.adapters import load_adapter, new_adapter, public_adapter, 
 from fedsynth.models.hub import locate_adapter, weights_hash
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
@@ -55,6 +56,7 @@ from fedsynth.training.classifier import (
     new_task_model,
 )
 from fedsynth.training.dp_training import clipped_sum, next_token_losses, trainable
+from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_slots, encode_text
 from fedsynth.training.sft import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue
@@ -176,7 +178,7 @@ def end(run: Played, llm: str) -> Corpus:
     """What the LLM writes after the last round."""
     writer = LocalLLM.load(llm, adapter=run.states[-1].adapter, batch_size=256)
     asked = [y for y in LABELS for _ in range(60)]
-    texts = writer.complete([f"{y}:" for y in asked], max_tokens=14, temperature=1.0, seed=77)
+    texts = writer.complete([f"{y}:" for y in asked], SamplingParams(temperature=1.0, max_new_tokens=14), seed=77)
     return Corpus(tuple(t.strip() for t in texts), tuple(asked), Provenance.PUBLIC)
 
 
@@ -309,7 +311,7 @@ def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_
     agrees = Scores(tuple(a - b for a, b in zip(asked[:40], asked[40:], strict=True)))
     start = new_adapter(llm, rank=2, alpha=4.0, seed=0)
     metrics = taught(
-        llm, start, ranked(written, agrees, 0.35), written, Teaching(tuning=Tuning(epochs=1)), labels=LABELS,
+        Engine(), llm, start, ranked(written, agrees, 0.35), written, Teaching(tuning=Tuning(epochs=1)), labels=LABELS,
         public=(), seed=0, tests=written,
     ).metrics  # fmt: skip
     assert metrics["llm/chosen_label_accuracy"] > 0.9
@@ -955,7 +957,9 @@ def test_what_is_taught_has_the_guarantee_of_its_start_too(llm: str) -> None:
     texts, teaching = ranked(corpus, Scores((1.0, 0.5), ("s",)), 1.0), Teaching(tuning=Tuning(epochs=1))
 
     def grants(start: Adapter) -> tuple[str, ...]:
-        done = taught(llm, start, texts, corpus, teaching, labels=("heart", "skin"), public=(), seed=0).adapter
+        done = taught(
+            Engine(), llm, start, texts, corpus, teaching, labels=("heart", "skin"), public=(), seed=0
+        ).adapter
         assert not done.public
         return done.grants
 

@@ -21,6 +21,7 @@ from fedsynth.models.encoding import prompt_rows, text_rows, token_ids
 from fedsynth.models.hub import config_of
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.tokenizer import train_tokenizer
 from fedsynth.synthesis.augmentation import line_prompt
 from fedsynth.synthesis.curation import well_formed
@@ -259,7 +260,7 @@ def learnt(tokenizer: Any, text: str) -> LocalLLM:
 @pytest.mark.parametrize("name", ["lines", "llama"])
 def test_a_letter_of_several_lines_is_learnt_whole_and_written_back(name: str) -> None:
     text = "Hi,\n\n</s>?\n- A\t<pad>"
-    [written] = learnt(tokenizer_of(name), text).complete(["Plan:"], max_tokens=90, temperature=0.0, seed=0)
+    [written] = learnt(tokenizer_of(name), text).complete(["Plan:"], SamplingParams.greedy(90), seed=0)
     assert written == f" {text}"
     draft = Corpus((written,), ("Plan",), Provenance.PUBLIC)
     assert well_formed(draft, labels=("Plan",), min_words=1).corpus.prompts == (text,)

@@ -45,6 +45,7 @@ from fedsynth.models.batches import longest_of, token_rows
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
@@ -305,7 +306,7 @@ PROMPTS = ["flu: a", "cold: abc abc abc", "x", "flu: a"]
 @pytest.mark.parametrize("family", WRITERS)
 def test_greedy_text_is_the_likeliest_token_each_time(family: str) -> None:
     llm = LocalLLM.load(families.folder(family), batch_size=3, workers=1)
-    texts = llm.complete(PROMPTS, max_tokens=6, temperature=0.0, seed=0)
+    texts = llm.complete(PROMPTS, SamplingParams.greedy(6), seed=0)
     for given, text in zip(token_rows(llm.tokenizer, PROMPTS, llm.kind), texts, strict=True):
         new: list[int] = []
         while len(new) < 6 and (not new or new[-1] not in llm.stops):
@@ -318,7 +319,7 @@ def test_greedy_text_is_the_likeliest_token_each_time(family: str) -> None:
 def test_a_text_depends_on_seed_prompt_and_place_only(family: str) -> None:
     model = lora(family)
     writer, single = (LocalLLM(model, tokenizer_of(family), batch_size=b, workers=1) for b in (64, 1))
-    asked = {"max_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 5}
+    asked = {"sampling": SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=12), "seed": 5}
     texts = writer.complete(PROMPTS, **asked)
     assert single.complete(PROMPTS, **asked) == texts
     assert writer.complete(["another, longer prompt"] * 3 + PROMPTS[3:], **asked)[3] == texts[3]
@@ -340,7 +341,7 @@ def test_a_score_is_the_mean_log_likelihood_of_the_continuation(family: str) -> 
 
 def test_a_writers_own_habits_do_not_shape_what_it_writes_under_an_adapter() -> None:
     model = lora("qwen2")
-    asked = {"max_tokens": 12, "temperature": 1.0, "seed": 5}
+    asked = {"sampling": SamplingParams(temperature=1.0, max_new_tokens=12), "seed": 5}
     texts = LocalLLM(model, tokenizer_of("qwen2"), workers=1).complete(PROMPTS, **asked)
     model.get_base_model().generation_config.repetition_penalty = 50.0  # some published models ask for one
     assert LocalLLM(model, tokenizer_of("qwen2"), workers=1).complete(PROMPTS, **asked) == texts

@@ -70,7 +70,7 @@ class Writer(LocalLLM):
     prompts: tuple[list[str], ...] = ([],)
     answer = staticmethod(inventor)
 
-    def complete(self, prompts: Sequence[str], **_: Any) -> list[str]:
+    def complete(self, prompts: Sequence[str], *_: Any, **__: Any) -> list[str]:
         self.prompts[0].extend(prompts)
         return [self.answer(prompt) for prompt in prompts]
 

@@ -16,18 +16,24 @@ from inprocess import canary, instructions, play
 
 import fedsynth.cli.main
 import fedsynth.forecast.check
+import fedsynth.forecast.estimating
 import fedsynth.forecast.profiling
 import fedsynth.forecast.rehearsal
 import fedsynth.forecast.work
+import fedsynth.training.engine
 from fedsynth.clients.home import cell_of
+from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import open_sites
 from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Order
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
 from fedsynth.forecast.profiling import Cost, Probed, Unit, dummy_site, measured, typical_lengths
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
-from fedsynth.scenario.schema import Cell
+from fedsynth.models.llm import LocalLLM
+from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.schema import Cell, Tuning
 from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.synthesis.apprentice import taught, write
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 FEDPIT = "fedsynth.strategies.fedpit:FedPIT"
@@ -85,6 +91,19 @@ class Twice(Asks):
         return [Finetune(start, 1), Finetune(start, 2)]
 
 
+class Makes(Asks):
+    """Everything is done by a model that the strategy makes itself: it writes, scores and learns."""
+
+    def round(self, clients: Clients, state: Nothing) -> Nothing:
+        engine, start = self.server.engine, self.server.new_adapter(1)
+        write(engine, tiny.folder(), start, 40, SamplingParams(temperature=1.0, max_new_tokens=8), seed=0)
+        llm = engine.load(tiny.folder(), start)
+        assert len(llm.score(["a"] * 40, [f"{chr(98 + n)}" for n in range(4)] * 10)) == 40
+        pairs = Corpus(("ab",) * 40, ("cd",) * 40, Provenance.PUBLIC)
+        taught(engine, tiny.folder(), start, pairs, Tuning(epochs=3, batch=4), learns="response", seed=0)
+        return state
+
+
 @pytest.mark.parametrize(
     ("strategy", "guarantee", "options"),
     [(AVERAGE, "dp", ""), (AVERAGE, "dp", 'aggregation = "frozen_a"'), (AVERAGE, "none", ""), (FEDPIT, "none",
@@ -128,8 +147,6 @@ task_training = { augmented_epochs = 1, private_epochs = 1 }
 llm = "assets:tiny-llm"
 [arms.main]
 """
-    from fedsynth.models.llm import LocalLLM
-
     llm = LocalLLM.load("assets:tiny-llm")
     ran = play(toml, tmp_path / "ran", llm=llm)
     found = rehearsed(toml, tmp_path / "rehearsed")
@@ -143,6 +160,25 @@ llm = "assets:tiny-llm"
     assert learning.work[0][Unit("fit", "main")] == pytest.approx(60 + 24, abs=5)  # some may be dropped
     assert found.written > 0
     assert found.read > found.written
+
+
+def test_of_a_model_that_a_strategy_makes_itself_a_sample_is_asked_and_all_of_it_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: dict[str, list[int]] = {"complete": [], "score": [], "descend": []}
+
+    def noted(name: str, real: Any) -> Any:
+        return lambda model, things, *more, **how: done[name].append(len(things)) or real(model, things, *more, **how)
+
+    monkeypatch.setattr(fedsynth.forecast.estimating, "WHOLE", 0.0)  # the smallest sample
+    monkeypatch.setattr(LocalLLM, "complete", noted("complete", LocalLLM.complete))
+    monkeypatch.setattr(LocalLLM, "score", noted("score", LocalLLM.score))
+    monkeypatch.setattr(fedsynth.training.engine, "descend", noted("descend", fedsynth.training.engine.descend))
+    found = rehearsed(scenario(tmp_path, "test_forecast:Makes", model=tiny.folder()), tmp_path / "rehearsed")
+    assert found.noted == ()
+    assert done == {"complete": [1], "score": [1], "descend": [4]}  # a text, a pair, a step
+    assert found.read == 40 * len("<question:") + 40 * len("<ab")
+    assert found.written > 0
 
 
 def test_no_record_of_a_client_stands_in_what_is_made_up(tmp_path: Path) -> None:

@@ -33,11 +33,13 @@ from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_answer
 from fedsynth.lora import Adapter, average
 from fedsynth.models.llm import LocalLLM
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
 from fedsynth.scenario.schema import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.synthesis.apprentice import taught, write
+from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_records
 from fedsynth.typed import BadValue
 
@@ -110,7 +112,7 @@ def records(run: Played, base: str, home: int) -> dict[str, str]:
     """What a client's DP model writes, sampled again from the adapter that it sent: prompt -> first response."""
     seed = run.cell.public_seed("write", round=run.cell.scenario.rounds, client=home)
     adapter = run.answers(Finetune)[-3:][home].adapter
-    corpus = write(base, adapter, 40, 0.7, 1.0, 40, seed=seed).corpus
+    corpus = write(Engine(), base, adapter, 40, SamplingParams(temperature=0.7, max_new_tokens=40), seed=seed).corpus
     return dict(reversed(list(zip(corpus.prompts, corpus.answers, strict=True))))
 
 
@@ -299,13 +301,13 @@ def test_instructions_come_from_the_bare_header_and_each_adapter_writes_its_own(
     adapters = [a.adapter for a in run.answers(Finetune)]
     seen: list[list[str]] = []
 
-    def complete(self: LocalLLM, prompts: list[str], **_: object) -> list[str]:
+    def complete(self: LocalLLM, prompts: list[str], *_: object, **__: object) -> list[str]:
         seen.append(list(prompts))
         return [""] * len(prompts)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLLM, "complete", complete)
-        write(base, adapters[0], 5, 0.7, 1.0, 40, seed=0)
+        write(Engine(), base, adapters[0], 5, SamplingParams(temperature=0.7, max_new_tokens=40), seed=0)
     assert seen == [["question:"] * 5]
     assert records(run, base, 0) != records(run, base, 1)
 
@@ -407,7 +409,7 @@ def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
     found = {}
     for learns in ("response", "record"):
         losses = [
-            taught(base, start, pairs, Tuning(epochs=e), learns=learns, seed=0)[1]
+            taught(Engine(), base, start, pairs, Tuning(epochs=e), learns=learns, seed=0)[1]
             for e in (1, 12)  # type: ignore[arg-type]
         ]
         assert losses[1] < losses[0]

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import fedsynth.models.llm as llm_module
 from fedsynth.models.llm import Draw, LocalLLM
+from fedsynth.models.sampling import SamplingParams
 
 LETTERS = "abcdefghijkl: "
 SPECIALS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "\n"}
@@ -70,7 +72,7 @@ def log_probabilities(llm: LocalLLM, tokens: list[int]) -> torch.Tensor:
 
 def sampled_and_expected(llm: LocalLLM, temperature: float) -> tuple[list[int], list[float]]:
     draws = 4000
-    texts = llm.complete(["ab:"] * draws, max_tokens=1, temperature=temperature, seed=7)
+    texts = llm.complete(["ab:"] * draws, SamplingParams(temperature=temperature, max_new_tokens=1), seed=7)
     exact = (log_probabilities(llm, ids(llm, "ab:"))[-1] / temperature).softmax(-1).tolist()
     expected = [draws * exact[llm.tokenizer.convert_tokens_to_ids(letter)] for letter in LETTERS]
     observed = [texts.count(letter) for letter in LETTERS]
@@ -141,12 +143,12 @@ def test_global_generators_are_neither_moved_nor_read() -> None:
     llm = tiny()
     torch.manual_seed(1), np.random.seed(1), random.seed(1)  # noqa: NPY002
     before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
-    first = llm.complete(["ab"] * 9, max_tokens=8, temperature=1.0, seed=3)
+    first = llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=3)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (str(np.random.get_state()), random.getstate())  # noqa: NPY002
     torch.manual_seed(2), np.random.seed(2), random.seed(2)  # noqa: NPY002
-    assert llm.complete(["ab"] * 9, max_tokens=8, temperature=1.0, seed=3) == first
-    assert llm.complete(["ab"] * 9, max_tokens=8, temperature=1.0, seed=4) != first
+    assert llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=3) == first
+    assert llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=4) != first
 
 
 # --- batches ---
@@ -156,17 +158,17 @@ PROMPTS = ["a:", "abcabcabc:", "fg", "a:", "klkl dd", "c", "abcdefghijkl:", "ee:
 
 def test_a_text_depends_on_its_place_and_seed_not_on_the_other_prompts() -> None:
     llm = tiny()
-    together = llm.complete(PROMPTS, max_tokens=12, temperature=1.0, seed=5)
+    together = llm.complete(PROMPTS, SamplingParams(temperature=1.0, max_new_tokens=12), seed=5)
     others = ["lllllllllllllll"] * 8 + ["b:"]
-    assert llm.complete(others, max_tokens=12, temperature=1.0, seed=5)[8] == together[8]
-    assert llm.complete(PROMPTS[:1], max_tokens=12, temperature=1.0, seed=5)[0] == together[0]
+    assert llm.complete(others, SamplingParams(temperature=1.0, max_new_tokens=12), seed=5)[8] == together[8]
+    assert llm.complete(PROMPTS[:1], SamplingParams(temperature=1.0, max_new_tokens=12), seed=5)[0] == together[0]
     assert together[0] != together[3]  # the same prompt at another place is another draw
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 64}, {"workers": 2}, {"workers": 5}])
 def test_batches_and_workers_change_no_result(options: dict[str, int]) -> None:
     one, other = tiny(), tiny(**options)
-    asked = {"max_tokens": 12, "temperature": 1.0, "top_p": 0.9, "seed": 5}
+    asked = {"sampling": SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=12), "seed": 5}
     assert one.complete(PROMPTS, **asked) == other.complete(PROMPTS, **asked)
     continuations = [p[::-1] for p in PROMPTS]
     np.testing.assert_allclose(one.score(PROMPTS, continuations), other.score(PROMPTS, continuations), atol=1e-5)
@@ -181,7 +183,7 @@ def test_workers_leave_the_number_of_threads_as_it_was() -> None:
 
 def test_nothing_asked_nothing_answered() -> None:
     llm = tiny()
-    assert llm.complete([], max_tokens=3, temperature=1.0, seed=0) == []
+    assert llm.complete([], SamplingParams(temperature=1.0, max_new_tokens=3), seed=0) == []
     assert llm.score([], []) == []
     assert llm.embed([]).shape == (0, 16)
 
@@ -193,7 +195,7 @@ def test_greedy_text_ends_before_the_end_mark() -> None:
     stopped = 0
     for seed in range(4):
         llm = tiny(seed=seed)
-        for prompt, text in zip(PROMPTS, llm.complete(PROMPTS, max_tokens=10, temperature=0.0, seed=0), strict=True):
+        for prompt, text in zip(PROMPTS, llm.complete(PROMPTS, SamplingParams.greedy(10), seed=0), strict=True):
             tokens, new = ids(llm, prompt), []
             while len(new) < 10:
                 new.append(int(log_probabilities(llm, tokens + new)[-1].argmax()))
@@ -206,15 +208,15 @@ def test_greedy_text_ends_before_the_end_mark() -> None:
 
 def test_a_prompt_too_long_for_the_context_is_refused_with_its_length() -> None:
     llm = tiny()
-    llm.complete(["a" * 53], max_tokens=10, temperature=1.0, seed=0)  # 53 + BOS + 10 = 64
+    llm.complete(["a" * 53], SamplingParams(temperature=1.0, max_new_tokens=10), seed=0)  # 53 + BOS + 10 = 64
     with pytest.raises(ValueError, match=r"text 1 has 55 tokens and 10 more .* context holds 64: use fewer or shorter"):
-        llm.complete(["a", "a" * 54], max_tokens=10, temperature=1.0, seed=0)
+        llm.complete(["a", "a" * 54], SamplingParams(temperature=1.0, max_new_tokens=10), seed=0)
 
 
-@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}])
-def test_arguments_out_of_range_are_named(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}])
+def test_arguments_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        tiny().complete(["a"], **{"max_tokens": 2, "temperature": 1.0, "seed": 0} | wrong)
+        replace(SamplingParams(temperature=1.0, max_new_tokens=2), **wrong)
 
 
 # --- scores ---
@@ -275,7 +277,7 @@ def test_a_saved_model_is_loaded_with_eos_for_padding_and_without_its_own_sampli
     tokenizer = letters(bos_token="<bos>", eos_token="\n")
     model = tiny_llama(tokenizer)
     in_memory = LocalLLM(model, tokenizer, workers=1)
-    asked = {"max_tokens": 12, "temperature": 0.0, "seed": 0}
+    asked = {"sampling": SamplingParams.greedy(12), "seed": 0}
     expected = in_memory.complete(PROMPTS, **asked)
     model.generation_config.repetition_penalty = 50.0
     model.save_pretrained(tmp_path)
@@ -297,9 +299,9 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_what_the_model_has_no_room_for_is_told_and_is_what_it_would_refuse() -> None:
     llm = tiny()  # a context of 64 tokens, of which the BOS is one
     assert llm.misfits(["a" * 59, "a" * 60, "a"], 4) == [None, "too long", None]
-    llm.complete(["a" * 59], max_tokens=4, temperature=0.0, seed=0)
+    llm.complete(["a" * 59], SamplingParams.greedy(4), seed=0)
     with pytest.raises(ValueError, match="context holds 64"):
-        llm.complete(["a" * 60], max_tokens=4, temperature=0.0, seed=0)
+        llm.complete(["a" * 60], SamplingParams.greedy(4), seed=0)
     assert llm.misfits(["a", "a", "a"], 0, ["b" * 62, "b" * 63, "b"]) == [None, "too long", None]
     llm.score(["a"], ["b" * 62])
     with pytest.raises(ValueError, match="context holds 64"):

@@ -28,6 +28,7 @@ from fedsynth.deployment.site.ready import server
 from fedsynth.deployment.site.start import _environment
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import config_of
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.simulation.flower import environment
 from fedsynth.system.proxy import is_loopback, past_proxies
 from fedsynth.typed import BadValue
@@ -255,7 +256,7 @@ def test_an_endpoint_here_is_asked_directly_and_one_elsewhere_through_the_proxy(
     # In a process whose environment nobody completed: a notebook.
     for url, told in ((f"http://127.0.0.1:{listener.port}/v1", listener), ("http://llm.example.test/v1", proxy)):
         with pytest.raises(EndpointFailed):  # what answers is no model
-            RemoteLLM(url, "small", retries=0).complete(["a"], max_tokens=1, temperature=0.0, seed=0)
+            RemoteLLM(url, "small", retries=0).complete(["a"], SamplingParams.greedy(1), seed=0)
         assert [path.partition("/v1")[2] for path in told.asked] == ["/completions"]
 
 

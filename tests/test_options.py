@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 from fedsynth.federation.strategy import load_strategy
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.simulate import check, server_warnings
@@ -119,7 +120,7 @@ def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
     from fedsynth.synthesis.augmentation import augment
 
     labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
-    settings: dict[str, Any] = {"shots": 1, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    settings: dict[str, Any] = {"shots": 1, "sampling": SamplingParams(temperature=1.0, max_new_tokens=8), "seed": 0}
     nothing = {0: Corpus((), (), Provenance.PUBLIC)}
     written = augment(ScriptedLLM(), nothing, labels=labels, per_site=3, mode=mode, **settings)[0]
     assert set(labels) - set(written.corpus.answers) == {"d"}

@@ -162,7 +162,7 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     class Writer:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
-        def complete(self, prompts: Sequence[str], **_: Any) -> list[str]:
+        def complete(self, prompts: Sequence[str], *_: Any, **__: Any) -> list[str]:
             return [" fine", "x" * (MAX_TEXT + 1), "y" * MAX_TEXT, " cut"][: len(prompts)]
 
     monkeypatch.setattr(module, "LocalLLM", Writer)

@@ -30,6 +30,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import endpoints_of, models_of
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Endpoint, Scenario, Server
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.simulate import pinned
@@ -123,8 +124,9 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
     made.close()
 
 
-def complete(llm: RemoteLLM, *prompts: str, **more: Any) -> list[str]:
-    return llm.complete(prompts, **{"max_tokens": 4, "temperature": 0.7, "seed": 5, **more})
+def complete(llm: RemoteLLM, *prompts: str, seed: int = 5, **more: Any) -> list[str]:
+    sampling = SamplingParams(**{"temperature": 0.7, "max_new_tokens": 4, **more})
+    return llm.complete(prompts, sampling, seed=seed)
 
 
 def failure(stand: Stand, **more: Any) -> str:
@@ -150,7 +152,7 @@ def test_answers_stand_in_the_order_of_the_prompts_however_they_come(stand: Stan
 
 
 def test_a_prompt_goes_out_as_it_is_with_what_was_asked_for(stand: Stand) -> None:
-    assert complete(RemoteLLM(stand.url, "small"), "heart:", max_tokens=7, top_p=0.9) == [" a text"]
+    assert complete(RemoteLLM(stand.url, "small"), "heart:", max_new_tokens=7, top_p=0.9) == [" a text"]
     [(path, body, _)] = stand.seen
     seed = body.pop("seed")
     assert path == "/v1/completions"
@@ -205,7 +207,7 @@ def test_what_a_content_filter_cut_is_empty(stand: Stand) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -0.1}, "temperature must not be negative, got -0.1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),
@@ -327,11 +329,11 @@ def test_a_prompt_that_is_too_long_costs_its_own_answer_alone(stand: Stand) -> N
 
     stand.reply = reply
     llm = RemoteLLM(stand.url, "small")
-    assert llm.complete(["a", "long", "b"], max_tokens=4, temperature=0.0, seed=0) == [" fine", "", " fine"]
-    assert llm.complete(["long", "longer"], max_tokens=4, temperature=0.0, seed=0) == ["", ""]
+    assert llm.complete(["a", "long", "b"], SamplingParams.greedy(4), seed=0) == [" fine", "", " fine"]
+    assert llm.complete(["long", "longer"], SamplingParams.greedy(4), seed=0) == ["", ""]
     stand.reply = lambda path, body: (400, refused("prompt too long"))
     with pytest.raises(EndpointFailed, match="prompt too long"):
-        llm.complete(["long", "longer"], max_tokens=4, temperature=0.0, seed=0)
+        llm.complete(["long", "longer"], SamplingParams.greedy(4), seed=0)
 
 
 def test_a_text_that_is_too_long_to_score_costs_its_own_score_alone(stand: Stand) -> None:
@@ -655,7 +657,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str
 
 def test_transformers_serve_answers_as_the_model_in_process(serving: tuple[str, str]) -> None:
     url, name = serving
-    greedy: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "seed": 0}
+    greedy: dict[str, Any] = {"sampling": SamplingParams.greedy(6), "seed": 0}
     prompts = ["heart: a", "skin:", "note"]
     near = tiny.model(), tiny.tokenizer()
     near[1].bos_token = None  # that server puts none before a prompt, as this tokenizer adds none by itself
@@ -664,10 +666,10 @@ def test_transformers_serve_answers_as_the_model_in_process(serving: tuple[str, 
 
 def test_transformers_serve_draws_by_the_seed(serving: tuple[str, str]) -> None:
     llm = RemoteLLM(*serving, concurrency=1)  # its generator is one for all requests
-    first, again = (complete(llm, "heart:", "heart:", max_tokens=12) for _ in range(2))
+    first, again = (complete(llm, "heart:", "heart:", max_new_tokens=12) for _ in range(2))
     assert first == again
     assert first[0] != first[1]
-    assert complete(llm, "heart:", "heart:", max_tokens=12, seed=6) != first
+    assert complete(llm, "heart:", "heart:", max_new_tokens=12, seed=6) != first
 
 
 def test_transformers_serve_cannot_score(serving: tuple[str, str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.fdkt import FDKT
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import (
@@ -35,6 +36,7 @@ from fedsynth.synthesis.judges import (
 )
 
 LABELS = ("fever", "cough", "injury")
+SAMPLING = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=24)
 
 
 def corpus(
@@ -48,7 +50,7 @@ def drafts(per_label: int, site: int = 0, labels: tuple[str, ...] = LABELS) -> C
 
 
 def ask(llm: ScriptedLLM, demonstrations: dict[int, Corpus], mode: Mode = "per_label", **options: Any) -> Any:
-    asked = {"labels": LABELS, "per_site": 6, "shots": 2, "temperature": 0.8, "top_p": 0.9, "max_tokens": 24, "seed": 1}
+    asked = {"labels": LABELS, "per_site": 6, "shots": 2, "sampling": SAMPLING, "seed": 1}
     return augment(llm, demonstrations, mode=mode, **(asked | options))
 
 
@@ -215,7 +217,7 @@ def test_all_sites_go_in_one_call_and_get_their_own_answers() -> None:
     assert [len(prompts) for prompts in llm.completed] == [12]
     assert {site: set(a.corpus.prompts) for site, a in result.items()} == {1: {"from site1"}, 3: {"from site3"}}
     assert {site: a.corpus.grants for site, a in result.items()} == {1: ("g1",), 3: ("g3",)}
-    assert llm.settings == [{"max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 1}]
+    assert llm.settings == [(SAMPLING, 1)]
 
 
 def test_a_sites_prompts_depend_on_the_seed_and_not_on_other_sites() -> None:
@@ -335,7 +337,7 @@ def test_the_instructed_judge_keeps_the_numbers_of_each_cluster() -> None:
     assert kept.dropped == {"beyond those selected": 1, "unreadable judgement": 2}
     assert kept.lost == ()
     assert "2. [fever] t2\n3. [injury] t5" in llm.completed[0][0]
-    assert llm.settings[0]["temperature"] == 0.0
+    assert llm.settings[0][0].temperature == 0.0
 
 
 def test_a_label_that_is_lost_whole_is_named() -> None:

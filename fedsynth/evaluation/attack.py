@@ -11,6 +11,7 @@ import numpy as np
 
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import ASK, asked, of_line
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import rouge_l, words
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def name_reconstruction(
 
 
 def _greedy(model: TextModel, prompts: Sequence[str], max_tokens: int) -> list[str]:
-    return model.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)  # greedy: the seed moves nothing
+    return model.complete(prompts, SamplingParams.greedy(max_tokens), seed=0)  # greedy: the seed moves nothing
 
 
 def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedsynth.corpus import same
 from fedsynth.instructions import one_line
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import rouge_l
 
 if TYPE_CHECKING:
@@ -166,6 +167,6 @@ def llm_judge(llm: TextModel, *, max_tokens: int = 256, seed: int = 0) -> Judge:
 
     def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
         asked = [compare_prompt(x, a, b) for x, a, b in zip(prompts, one, other, strict=True)]
-        return [parse_verdict(t) for t in llm.complete(asked, max_tokens=max_tokens, temperature=0.0, seed=seed)]
+        return [parse_verdict(t) for t in llm.complete(asked, SamplingParams.greedy(max_tokens), seed=seed)]
 
     return judge

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fedsynth.federation.run.log import SERVER, Journal
 from fedsynth.models.llm import TextModel
 from fedsynth.models.room import misfits
+from fedsynth.models.sampling import SamplingParams
 
 V = TypeVar("V")
 
@@ -24,12 +25,11 @@ class Recalled:
     def __init__(self, llm: TextModel, name: str, journal: Journal) -> None:
         self.llm, self.name, self.journal = llm, name, journal
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
-        how: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-        return self._said(["complete", list(prompts), how], lambda: self.llm.complete(prompts, **how))
+        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        question = ["complete", list(prompts), {**how, "seed": seed}]
+        return self._said(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """As `TextModel`."""

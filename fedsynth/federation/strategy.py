@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
 from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice
+from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue, build
 
 __all__ = ["Clients", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method is written with
@@ -41,6 +42,7 @@ class ServerSide:
         journal: Where the strategy records what it kept and dropped.
         open_clients: Flower's grid -> the clients of this cell.
         measures: Whether clients' models are measured after each round.
+        engine: Loads, asks and trains language models that the strategy makes itself.
     """
 
     cell: Cell
@@ -51,6 +53,7 @@ class ServerSide:
     journal: Journal
     open_clients: Callable[[Grid], Clients]
     measures: bool = True
+    engine: Engine = field(default_factory=Engine)
 
     def new_adapter(self, seed: int) -> Adapter:
         """What training of the clients' model starts from: the server has their base, too.

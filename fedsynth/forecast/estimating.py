@@ -15,11 +15,15 @@ from numpy.typing import NDArray
 
 from fedsynth.forecast.profiling import busy
 from fedsynth.models.adapters import public_adapter
+from fedsynth.models.batches import given_rows
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
-from fedsynth.models.llm import LocalLLM
-from fedsynth.scenario.schema import Cell, Endpoint
-from fedsynth.training import sft as tuning
+from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.models.sampling import SamplingParams
+from fedsynth.models.usage import Used
+from fedsynth.scenario.schema import Cell, Endpoint, Tuning
+from fedsynth.training.engine import Engine
+from fedsynth.training.sft import Guard, LossOf
 
 # Seconds of work, of all threads, for which a call's sample grows: a whole batch shows what memory it takes.
 WHOLE = 2.5
@@ -36,6 +40,7 @@ class Tally:
         read: Tokens of prompts and of scored texts.
         written: Tokens.
         known: What calls of a kind were found to take, and gave.
+        rng: Of what is made up.
     """
 
     labels: frozenset[str]
@@ -44,6 +49,16 @@ class Tally:
     read: int = 0
     written: int = 0
     known: dict[Any, tuple[float, list[Any]]] = field(default_factory=dict)
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Work within is spent here: it is not what the strategy itself takes."""
+        begun = busy()
+        try:
+            yield
+        finally:
+            self.spent += busy() - begun
 
     def add(self, key: Any, count: int, sample: Callable[[int], list[Any]], most: int, *, lanes: int = 1) -> list[Any]:
         """What a sample of `count` things gave; the time of all of them is noted.
@@ -70,116 +85,135 @@ class Tally:
         return found
 
 
-@contextmanager
-def on_paper(tally: Tally) -> Iterator[None]:
-    """Within, models of this process do a sample of what they are asked for, and make up the rest from it.
+@dataclass
+class SampledLLM:
+    """A `TextModel` that completes and scores a sample of what it is asked for, and makes up the rest from it."""
 
-    Completion, scoring, embedding and tuning are all that a server asks of a model here (`llm`, `embedding`, `tuning`),
-    whether a strategy has it from its `ServerSide` or made it itself.
-    """
-    complete, score, embed, descend = LocalLLM.complete, LocalLLM.score, Embedder.embed, tuning._descend
-    rng = np.random.default_rng(0)
+    llm: LocalLLM
+    tally: Tally
+    used: Used = field(default_factory=Used)
 
-    def completed(llm: LocalLLM, prompts: Sequence[str], *, max_tokens: int, **how: Any) -> list[str]:
-        lengths = [len(row) for row in llm._tokens(prompts)]
-        llm._check_room(lengths, max_tokens, way_out="fewer or shorter demonstrations")
-        tally.read += sum(lengths)
-        if not prompts:
-            return []
-        order, lanes = np.argsort(lengths, kind="stable"), _lanes(llm, len(prompts))
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """As `TextModel`."""
+        with self.tally.aside():
+            lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
+            if not prompts:
+                return []
+            order, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
 
-        def sample(n: int) -> list[Any]:
-            rows = [int(order[i * len(order) // n]) for i in range(n)]
-            return list(complete(llm, [prompts[row] for row in rows], max_tokens=max_tokens, **how))
+            def sample(n: int) -> list[Any]:
+                rows = [int(order[i * len(order) // n]) for i in range(n)]
+                return self.llm.complete([prompts[row] for row in rows], sampling, seed=seed)
 
-        key = (
-            "complete",
-            _size(llm.model),
-            max_tokens,
-            how.get("temperature"),
-            int(np.log2(max(1.0, float(np.mean(lengths))))),
-        )
-        known = tally.add(key, len(prompts), sample, lanes * llm.batch_size, lanes=lanes)
-        pool = vocabulary(known)
-        texts = [varied(known[i % len(known)], pool, tally.labels, rng) for i in range(len(prompts))]
-        tally.written += sum(map(len, text_rows(llm.tokenizer, texts)))
-        return texts
+            key = ("complete", _size(self.llm.model), sampling, _magnitude(lengths))
+            known = self.tally.add(key, len(prompts), sample, lanes * self.llm.batch_size, lanes=lanes)
+            pool, tally = vocabulary(known), self.tally
+            texts = [varied(known[i % len(known)], pool, tally.labels, tally.rng) for i in range(len(prompts))]
+            written = sum(map(len, text_rows(self.llm.tokenizer, texts)))
+            tally.written += written
+            self.used.written += written
+            return texts
 
-    def scored(llm: LocalLLM, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        lengths = [len(row) for row in llm._tokens([p + c for p, c in zip(prompts, continuations, strict=True)])]
-        llm._check_room(lengths, 0, way_out="shorter texts")
-        tally.read += sum(lengths)
-        # Pairs of one text in a row are compared with each other: they are taken, and made up, together.
-        groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
-        if not groups:
-            return []
-        order, lanes = np.argsort([lengths[g[0]] for g in groups], kind="stable"), _lanes(llm, len(prompts))
-        size = len(prompts) / len(groups)
+    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """As `TextModel`. Pairs of one text in a row are compared with each other: they are taken, and made up,
+        together."""
+        with self.tally.aside():
+            both = [p + c for p, c in zip(prompts, continuations, strict=True)]
+            lengths = self._lengths(both, 0, "shorter texts")
+            groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
+            if not groups:
+                return []
+            order = np.argsort([lengths[group[0]] for group in groups], kind="stable")
+            lanes, size = self._lanes(len(prompts)), len(prompts) / len(groups)
 
-        def sample(n: int) -> list[Any]:
-            chosen = [groups[int(order[i * len(order) // n])] for i in range(n)]
-            rows = [row for group in chosen for row in group]
-            found = iter(score(llm, [prompts[r] for r in rows], [continuations[r] for r in rows]))
-            return [[next(found) for _ in group] for group in chosen]
+            def sample(n: int) -> list[Any]:
+                chosen = [groups[int(order[i * len(order) // n])] for i in range(n)]
+                rows = [row for group in chosen for row in group]
+                found = iter(self.llm.score([prompts[r] for r in rows], [continuations[r] for r in rows]))
+                return [[next(found) for _ in group] for group in chosen]
 
-        most = max(1, round(lanes * llm.batch_size / size))
-        key = ("score", _size(llm.model), round(size), int(np.log2(max(1.0, float(np.mean(lengths))))))
-        known = tally.add(key, len(groups), sample, most, lanes=lanes)
-        made = (known[i % len(known)] for i in range(len(groups)))
-        return [v[k % len(v)] for group, v in zip(groups, made, strict=True) for k in range(len(group))]
+            most = max(1, round(lanes * self.llm.batch_size / size))
+            key = ("score", _size(self.llm.model), round(size), _magnitude(lengths))
+            known = self.tally.add(key, len(groups), sample, most, lanes=lanes)
+            made = (known[i % len(known)] for i in range(len(groups)))
+            return [v[k % len(v)] for group, v in zip(groups, made, strict=True) for k in range(len(group))]
 
-    def embedded(embedder: Embedder, texts: Sequence[str], *, longest: int | None = None) -> NDArray[np.float32]:
+    def misfits(
+        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    ) -> list[str | None]:
+        """As the model itself."""
+        return self.llm.misfits(prompts, more, continuations)
+
+    def _lengths(self, texts: Sequence[str], more: int, way_out: str) -> list[int]:
+        """Tokens of each text; they count as read. Refused as by the model itself where they leave no room."""
+        lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind)]
+        self.llm.check_room(lengths, more, way_out=way_out)
+        self.tally.read += sum(lengths)
+        self.used.read += sum(lengths)
+        return lengths
+
+    def _lanes(self, count: int) -> int:
+        return max(1, min(self.llm.workers, -(-count // self.llm.batch_size)))
+
+
+@dataclass(frozen=True)
+class SampledEmbedder:
+    """Embeds a sample of texts, and gives vectors near those for all of them."""
+
+    embedder: Embedder
+    tally: Tally
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Shape (texts, width)."""
         if not texts:
-            return embed(embedder, texts, longest=longest)
-        most = embedder.batch_size * embedder.workers
-        key = ("embed", _size(embedder.body), longest)
-        known = tally.add(key, len(texts), lambda n: list(embed(embedder, texts[:n], longest=longest)), most)
-        rows = np.stack([known[i % len(known)] for i in range(len(texts))])
-        noise = rng.normal(scale=float(np.std(rows)) + 1e-9, size=rows.shape)
-        return (rows + noise).astype(np.float32)
+            return self.embedder.embed(texts)
+        with self.tally.aside():
+            most, key = self.embedder.batch_size * self.embedder.workers, ("embed", _size(self.embedder.body))
+            known = self.tally.add(key, len(texts), lambda n: list(self.embedder.embed(texts[:n])), most)
+            rows = np.stack([known[i % len(known)] for i in range(len(texts))])
+            noise = self.tally.rng.normal(scale=float(np.std(rows)) + 1e-9, size=rows.shape)
+            return (rows + noise).astype(np.float32)
 
-    def descended(model: Any, rows: Sequence[int], loss_of: Any, settings: Any, **more: Any) -> float:
+
+@dataclass(frozen=True)
+class SampledEngine(Engine):
+    """Models that a strategy makes itself do a sample, too: of texts, of scores, of the steps of their training."""
+
+    tally: Tally
+
+    def asked(self, llm: LocalLLM) -> TextModel:
+        """As `Engine`."""
+        return SampledLLM(llm, self.tally)
+
+    def descend(
+        self,
+        model: Any,
+        rows: Sequence[int],
+        loss_of: LossOf,
+        settings: Tuning,
+        *,
+        pad: int,
+        seed: int,
+        guard: Guard | None,
+    ) -> float:
+        """As `Engine`, in a few steps of all."""
         if not rows:
             return float("nan")
         steps = settings.epochs * -(-len(rows) // settings.batch)
-        guard = more.get("guard")
-        few = replace(settings, epochs=1)
+        few, take = replace(settings, epochs=1), super().descend
 
         def sample(n: int) -> list[Any]:
             some = [rows[i % len(rows)] for i in range(n * settings.batch)]
-            return [descend(model, some, loss_of, few, **more)] * n
+            return [take(model, some, loss_of, few, pad=pad, seed=seed, guard=guard)] * n
 
         key = ("tune", _size(model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
-        return float(tally.add(key, steps, sample, 16)[0])
-
-    def aside(made_up: Callable[..., Any]) -> Callable[..., Any]:
-        """What it takes here is not what the strategy itself takes."""
-
-        def noted(*arguments: Any, **more: Any) -> Any:
-            begun = busy()
-            try:
-                return made_up(*arguments, **more)
-            finally:
-                tally.spent += busy() - begun
-
-        return noted
-
-    put: Any = setattr  # methods of others, put back below
-    try:
-        put(LocalLLM, "complete", aside(completed))
-        put(LocalLLM, "score", aside(scored))
-        put(Embedder, "embed", aside(embedded))
-        put(tuning, "_descend", aside(descended))
-        yield
-    finally:
-        put(LocalLLM, "complete", complete)
-        put(LocalLLM, "score", score)
-        put(Embedder, "embed", embed)
-        put(tuning, "_descend", descend)
+        with self.tally.aside():
+            return float(self.tally.add(key, steps, sample, 16)[0])
 
 
-def _lanes(llm: LocalLLM, count: int) -> int:
-    return max(1, min(llm.workers, -(-count // llm.batch_size)))
+def _magnitude(lengths: Sequence[int]) -> int:
+    """Texts of about as many tokens cost about the same."""
+    return int(np.log2(max(1.0, float(np.mean(lengths)))))
 
 
 def _size(model: Any) -> int:
@@ -212,14 +246,14 @@ class Elsewhere:
     labels: Sequence[str]
     tally: Tally
 
-    def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int, **how: float) -> list[str]:  # noqa: ARG002
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One line of text, a verdict, a choice, and a block of each label."""
         self.tally.read += sum(map(_roughly, prompts))
-        self.tally.written += max_tokens * len(prompts)
-        rng = np.random.default_rng(seed)
+        self.tally.written += sampling.max_new_tokens * len(prompts)
+        rng, words = np.random.default_rng(seed), max(5, sampling.max_new_tokens * 3 // 4)
         found = []
         for _ in prompts:
-            line = " ".join(f"word{n}" for n in rng.integers(10_000, size=max(5, max_tokens * 3 // 4)).tolist())
+            line = " ".join(f"word{n}" for n in rng.integers(10_000, size=words).tolist())
             blocks = "".join(f"-----\nLabel: {label}\nText: {line}\n" for label in self.labels)
             found.append(f"{line}\nThe selected texts are: 1\nVerdict: keep\n{blocks}")
         return found
@@ -236,24 +270,32 @@ def _roughly(text: str) -> int:
 
 
 def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[Any, Any]) -> tuple[Any, Any, Any]:
-    """LLM, professional and embedding as the server app has them; an endpoint is not asked."""
-    cores, server = len(os.sched_getaffinity(0)), cell.scenario.server
+    """LLM, professional and embedding as the server app has them, but sampled; an endpoint is not asked.
 
-    def loaded(model: str | Endpoint, adapter: str | None = None) -> Any:
+    Args:
+        cell: Names them.
+        labels: The public label list.
+        tally: Notes what they are asked for.
+        models: Those that this process has loaded already; filled.
+    """
+    server = cell.scenario.server
+
+    def loaded(model: str | Endpoint, adapter: str | None = None) -> TextModel:
         if isinstance(model, Endpoint):
             return Elsewhere(labels, tally)
         if (model, adapter) not in models:
             lora = None if adapter is None else public_adapter(adapter, model)
-            models[model, adapter] = LocalLLM.load(model, adapter=lora, batch_size=256, workers=cores)
-        return models[model, adapter]
+            models[model, adapter] = LocalLLM.for_server(model, lora)
+        return SampledLLM(models[model, adapter], tally)
 
     llm = loaded(server.llm, server.adapter)
     professional = llm if server.professional is None else loaded(server.professional)
     if server.embedder is None:
-        return llm, professional, llm.embed
+        assert isinstance(llm, SampledLLM)  # an endpoint needs an embedder: scenario.Server
+        return llm, professional, SampledEmbedder(llm.llm.embedder(), tally).embed
     if server.embedder not in models:
-        models[server.embedder] = Embedder.load(server.embedder, workers=cores)
-    return llm, professional, models[server.embedder].embed
+        models[server.embedder] = Embedder.load(server.embedder, workers=len(os.sched_getaffinity(0)))
+    return llm, professional, SampledEmbedder(models[server.embedder], tally).embed
 
 
 def kept_words(labels: Sequence[str]) -> frozenset[str]:

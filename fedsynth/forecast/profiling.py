@@ -27,6 +27,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import Site, divide, label_list, open_site
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Cell, Client
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.flower import KEEPING, LaunchFailed
@@ -257,8 +258,8 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
 
     def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:
-        how: dict[str, Any] = {"max_tokens": unit.tokens, "temperature": unit.temperature, "top_p": unit.top_p}
-        return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], seed=0, **how)
+        how = SamplingParams(temperature=unit.temperature, top_p=unit.top_p, max_new_tokens=unit.tokens)
+        return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], how, seed=0)
 
     if unit.kind == "sample":
         return written([control_code(label) for label in labels] or [ASK], 256), 256

@@ -41,7 +41,7 @@ from fedsynth.federation.records import pack_order, payload_bytes
 from fedsynth.federation.run.log import Journal
 from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
-from fedsynth.forecast.estimating import Elsewhere, Tally, kept_words, on_paper, server_models, varied, vocabulary
+from fedsynth.forecast.estimating import SampledEngine, Tally, kept_words, server_models, varied, vocabulary
 from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
@@ -254,21 +254,18 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     kind, config = load_strategy(cell.scenario.strategy)
     clients.begun = begun = busy()
     llm, professional, embed = server_models(cell, labels, tally, known)
-    for model in (llm, professional):
-        if isinstance(model, Elsewhere):
-            model.tally = tally
-    server = ServerSide(cell, labels, llm, professional, embed, journal, lambda _: clients)
+    engine = SampledEngine(tally)
+    server = ServerSide(cell, labels, llm, professional, embed, journal, lambda _: clients, engine=engine)
     grid: Any = None
-    with on_paper(tally):
-        try:
-            kind(config, server).start(grid, num_rounds=cell.scenario.rounds)
-        except _Enough:
-            noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round "
-                         f"{journal.round - 1}")  # fmt: skip
-        except Unforeseen as problem:
-            noted.append(f"{problem}: what comes after it is left out")
-        except Exception as problem:  # of the strategy or a model, as it would come in the run
-            noted.append(f"the run would fail: {problem}")
+    try:
+        kind(config, server).start(grid, num_rounds=cell.scenario.rounds)
+    except _Enough:
+        noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round "
+                     f"{journal.round - 1}")  # fmt: skip
+    except Unforeseen as problem:
+        noted.append(f"{problem}: what comes after it is left out")
+    except Exception as problem:  # of the strategy or a model, as it would come in the run
+        noted.append(f"the run would fail: {problem}")
     own = busy() - begun - tally.spent - clients.spent
     whole = _with_missing_rounds(clients.exchanges, journal.round, cell.scenario.rounds, noted)
     done = max(1, len({e.number for e in clients.exchanges}))

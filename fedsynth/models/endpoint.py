@@ -22,6 +22,7 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import Used
 from fedsynth.scenario.schema import Endpoint, host_of
 from fedsynth.system.proxy import UNREADABLE, no_proxies
@@ -110,35 +111,24 @@ class RemoteLLM:
             retries=to.retries,
             concurrency=to.concurrency,
         )
-        found.complete(["A"], max_tokens=1, temperature=0.0, seed=0)
+        found.complete(["A"], SamplingParams.greedy(1), seed=0)
         return found
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One answer per prompt, in order; empty where the server's content filter cut it, or the server refused the
         prompt, as one that is too long, and takes a short one.
 
         Args:
             prompts: Plain text; with `api = "chat"` the server applies the model's template.
-            max_tokens: At most so many new tokens each.
-            temperature: 0 takes the likeliest token each time.
-            top_p: In (0, 1].
+            sampling: How tokens are drawn, and how many.
             seed: Every prompt goes out with a seed of its own, made of this one and its place in the call. It works as
                 far as the server honours it: many repeat a text only while nothing else is asked of them.
 
         Raises:
-            ValueError: If an argument is out of range.
             EndpointFailed: If a prompt gets no answer.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": max_tokens}
-        settings |= {"temperature": temperature, "top_p": top_p}
+        settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": sampling.max_new_tokens}
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
 
         @cache
         def takes_short() -> bool:

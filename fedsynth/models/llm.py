@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -19,6 +20,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import Used
 
 T = TypeVar("T")
@@ -31,10 +33,8 @@ RANKED = (
 class TextModel(Protocol):
     """What the teacher needs of an LLM, wherever it runs."""
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
-        """One continuation per prompt, in order; temperature 0 is greedy."""
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """One continuation per prompt, in order."""
         ...
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -167,40 +167,36 @@ class LocalLLM:
         model = model.to(device)
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
-    def complete(
-        self, prompts: Sequence[str], *, max_tokens: int, temperature: float, top_p: float = 1.0, seed: int
-    ) -> list[str]:
+    @classmethod
+    def for_server(cls, name: str, adapter: Adapter | None = None) -> LocalLLM:
+        """As `load`; clients wait while the server works, so it uses every core, whatever torch was told."""
+        return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
+
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One continuation per prompt, in order, without its end mark.
 
         Args:
             prompts: Plain text; no chat template is applied, and the name of a control token is text. A line end is the
                 end of text of a model that has learnt lines.
-            max_tokens: At most so many new tokens each.
-            temperature: 0 takes the likeliest token each time.
-            top_p: In (0, 1]; see `Draw`.
+            sampling: How tokens are drawn, and how many; see `Draw`.
             seed: A prompt's text depends on the seed, the prompt and its place in this call, not on the other prompts.
 
         Raises:
-            ValueError: If an argument is out of range, or a prompt leaves no room for `max_tokens` in the context.
+            ValueError: If a prompt leaves no room for the new tokens in the context.
         """
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        tokens = self._tokens(prompts)
-        self._check_room([len(t) for t in tokens], max_tokens, way_out="fewer or shorter demonstrations")
+        new_tokens, tokens = sampling.max_new_tokens, self._tokens(prompts)
+        self.check_room([len(t) for t in tokens], new_tokens, way_out="fewer or shorter demonstrations")
 
         def continuations(rows: Sequence[int]) -> list[str]:
             ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
             begin = ids.shape[1] if self.kind == "causal" else 1  # a decoder begins with its start token alone
             sampler = LogitsProcessorList()
-            if temperature > 0:
-                uniforms = np.stack([np.random.default_rng([seed, i]).random(max_tokens) for i in rows])
-                sampler.append(Draw(torch.from_numpy(uniforms).to(ids.device), begin, temperature, top_p))
+            if sampling.temperature > 0:
+                uniforms = np.stack([np.random.default_rng([seed, i]).random(new_tokens) for i in rows])
+                numbers = torch.from_numpy(uniforms).to(ids.device)
+                sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p))
             new = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False, logits_processor=sampler
+                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, logits_processor=sampler
             )[:, begin:]
             texts: list[str] = self.tokenizer.batch_decode(
                 new, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -237,7 +233,7 @@ class LocalLLM:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
             if not start:
                 raise ValueError(f"prompt {i} holds no token and the tokenizer has no BOS; give a first word to go on")
-        self._check_room([len(t) for t in whole], 0, way_out="shorter texts")
+        self.check_room([len(t) for t in whole], 0, way_out="shorter texts")
         self.used.read += sum(map(len, whole))
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
@@ -264,7 +260,7 @@ class LocalLLM:
             if not row:
                 raise ValueError(f"continuation {i} holds no token: {continuations[i]!r}; leave empty texts out")
         both = [len(s) + len(w) for s, w in zip(starts, wanted, strict=True)]
-        self._check_room(both, 0, way_out="shorter texts")
+        self.check_room(both, 0, way_out="shorter texts")
         self.used.read += sum(both)
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
@@ -279,13 +275,17 @@ class LocalLLM:
 
         return self._by_length(both, likelihoods)
 
+    def embedder(self) -> Embedder:
+        """The LLM as an `Embedder`."""
+        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers)
+
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """The LLM as an `Embedder`: mean of its last hidden states, shape (texts, width); long texts are cut.
+        """Mean of its last hidden states, shape (texts, width); long texts are cut.
 
         Raises:
             ValueError: If a text holds no token.
         """
-        return Embedder(self.model, self.tokenizer, batch_size=self.batch_size, workers=self.workers).embed(texts)
+        return self.embedder().embed(texts)
 
     def misfits(
         self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
@@ -324,7 +324,12 @@ class LocalLLM:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return given_rows(self.tokenizer, texts, self.kind)
 
-    def _check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
+    def check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
+        """Refuses texts of so many tokens that leave no room for `max_tokens` more.
+
+        Raises:
+            ValueError: If there is such a text; the message names it, and the way out.
+        """
         longest = max(lengths, default=0)
         if self.context is not None and longest + max_tokens > self.context:
             raise ValueError(

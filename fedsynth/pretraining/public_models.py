@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from fedsynth.models.encoding import prompt_rows
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.causal_lm import (
     CHECKPOINT,
     Pretraining,
@@ -202,6 +203,6 @@ def _samples(model: Any, tokenizer: Any, learn: Lines, seed: int) -> list[str]:
     chosen = known[:: max(1, len(known) // SAMPLED_TOPICS)][:SAMPLED_TOPICS] if known else []
     prompts = [f"{topic}:" for topic in chosen] or [""] * SAMPLED_TOPICS
     texts = LocalLLM(model, tokenizer).complete(
-        prompts, max_tokens=SAMPLED_TOKENS, temperature=0.8, top_p=0.95, seed=seed
+        prompts, SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=SAMPLED_TOKENS), seed=seed
     )
     return [f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)]

@@ -13,6 +13,7 @@ import numpy as np
 from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.instructions import one_line
 from fedsynth.models.room import misfits
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.curation import refuse_private
 
 if TYPE_CHECKING:
@@ -146,9 +147,7 @@ def augment(
     per_site: int,
     mode: Mode,
     shots: int,
-    temperature: float,
-    top_p: float,
-    max_tokens: int,
+    sampling: SamplingParams,
     seed: int,
 ) -> dict[int, Augmented]:
     """More texts like each site's demonstrations, all sites' prompts in one call.
@@ -162,9 +161,7 @@ def augment(
             "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
             "none": one text per prompt, after its label's name alone (an ablation).
         shots: Demonstrations of a label in a prompt.
-        temperature: FDKT: 0.8.
-        top_p: FDKT: 0.9.
-        max_tokens: Of one answer.
+        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
         seed: Of the demonstrations' order and of the LLM's sampling.
 
     Raises:
@@ -199,9 +196,7 @@ def augment(
                 texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
                 asked.append(_Asked(site, [(label, t) for t in texts], _line_writer(label), _line_reader(label)))
 
-    answers = llm.complete(
-        _fitting(llm, asked, max_tokens), max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+    answers = llm.complete(_fitting(llm, asked, sampling.max_new_tokens), sampling, seed=seed)
 
     written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
     dropped: dict[int, Counter[str]] = {site: Counter() for site in bare}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import asked, in_line, one_line, parse_response
 from fedsynth.models.room import TOO_LONG, misfits
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private, well_formed_instructions
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> K
 def _responses(professional: TextModel, instructions: Sequence[str], max_tokens: int) -> list[str]:
     prompts = [asked(prompt) for prompt in instructions]
     # Greedy: the seed moves nothing.
-    return [parse_response(t) for t in professional.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=0)]
+    return [parse_response(t) for t in professional.complete(prompts, SamplingParams.greedy(max_tokens), seed=0)]
 
 
 # --- Selection: the instructions that are worth a response ----------------------------------------------------------
@@ -150,7 +151,7 @@ def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tok
     prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
     reasons = misfits(professional, prompts, max_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]
-    answers = professional.complete([prompts[r] for r in rows], max_tokens=max_tokens, temperature=0.0, seed=0)
+    answers = professional.complete([prompts[r] for r in rows], SamplingParams.greedy(max_tokens), seed=0)
     words = {True: None, False: "judged not good enough", None: "unreadable judgement"}
     for row, answer in zip(rows, answers, strict=True):
         reasons[row] = words[parse_verdict(answer)]

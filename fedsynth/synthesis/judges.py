@@ -11,6 +11,7 @@ import numpy as np
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import one_line
 from fedsynth.models.room import TOO_LONG, misfits
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.augmentation import OPEN_LINE, check_labels
 from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private
 
@@ -97,7 +98,7 @@ def judge_by_instruction(
             reasons[site][longest] = TOO_LONG
     asked = [(site, group) for site, group in asked if group]
     prompts = [question(site, group) for site, group in asked]
-    answers = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+    answers = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
     for (site, group), answer in zip(asked, answers, strict=True):
         chosen = parse_selected(answer, len(group))
         for place, row in enumerate(group):

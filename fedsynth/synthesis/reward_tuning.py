@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,11 +13,12 @@ from fedsynth.corpus import Corpus, Provenance, Scores, united
 from fedsynth.instructions import one_line
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import new_adapter, public_adapter, read_adapter, with_adapter
-from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.models.llm import TextModel
 from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.models.room import misfits
 from fedsynth.scenario.schema import Tuning
 from fedsynth.synthesis.augmentation import OPEN_LINE
+from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text
 from fedsynth.training.sft import Guard, perplexity, prefer, tune
 from fedsynth.typed import BadValue, Count, Positive, in_range
@@ -129,6 +129,7 @@ def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) ->
 
 
 def taught(
+    engine: Engine,
     llm: str,
     start: Adapter,
     texts: Ranked,
@@ -143,6 +144,7 @@ def taught(
     """One round's update of the LLM's adapter.
 
     Args:
+        engine: Asks the model, and takes the steps.
         llm: Name of the model.
         start: What training goes on from.
         texts: What the clients' scores chose.
@@ -168,17 +170,19 @@ def taught(
             found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
-    judge = LocalLLM(model.eval(), tokenizer, batch_size=256, workers=len(os.sched_getaffinity(0)))
+    judge = engine.serve(model.eval(), tokenizer)
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
     metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels), **ability("_before")}
     guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
     codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
     if teaching.update == "likelihood":
         best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
-        loss = tune(model, best, settings, pad=pad, seed=seed, guard=guard)
+        loss = tune(model, best, settings, pad=pad, seed=seed, guard=guard, descend=engine.descend)
     else:
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
-        loss = prefer(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard)
+        loss = prefer(
+            model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard, descend=engine.descend
+        )
     adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
     return Taught(adapter, {**metrics, **learnt, **ability("")})

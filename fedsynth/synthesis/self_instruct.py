@@ -11,6 +11,7 @@ import numpy as np
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import ifd
 from fedsynth.instructions import ASK, REPLY, asked, of_line, parse_response, record
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import nearest
 from fedsynth.synthesis.curation import Kept, keep_rows, well_formed_instructions
 
@@ -69,7 +70,7 @@ def write_instructions(
     """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
     rng = np.random.default_rng([seed, 0])
     prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
-    written = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+    written = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
     told = [_instruction(text) for text in written]
     drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
     # An instruction's own words are no marks (`in_line`): this one ran on into the next record.
@@ -93,7 +94,7 @@ def respond(
     for _ in range(TRIES):
         missing = [i for i, response in enumerate(found) if not response]
         prompts = [_demonstrations(shown, shots, rng) + asked(instructions[i]) for i in missing]
-        written = llm.complete(prompts, max_tokens=max_tokens, temperature=0.0, seed=seed)
+        written = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
         for i, text in zip(missing, written, strict=True):
             found[i] = parse_response(text.strip().partition("\n")[0])
     return found

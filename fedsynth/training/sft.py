@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from fedsynth.scenario.schema import Tuning
 from fedsynth.training.dp_training import IGNORED, next_token_losses, next_tokens, trainable
 from fedsynth.training.examples import Example
+
+LossOf: TypeAlias = Callable[[list[int]], Tensor]
+"""Rows of a batch -> their loss, with a gradient."""
 
 
 @dataclass(frozen=True)
@@ -30,127 +34,48 @@ class Guard:
     weight: float
 
 
-def tune(
-    model: nn.Module,
-    examples: Sequence[Example],
-    settings: Tuning,
-    *,
-    pad: int,
-    seed: int,
-    weights: Sequence[float] | None = None,
-    guard: Guard | None = None,
-) -> float:
-    """Supervised fine-tuning of what is trainable in a model, in place (AdamW, rate decayed linearly to a tenth).
+class Descent(Protocol):
+    """What takes the optimizer's steps."""
 
-    Args:
-        model: With an adapter.
-        examples: What is learnt of each is said by its `start`.
-        settings: Passes, batch, rate.
-        pad: Token that fills a batch.
-        seed: Public; of the order.
-        weights: One per example, not negative: its loss counts so many times; left out: all count once. An example of
-            weight 0 is not read.
-        guard: Against forgetting.
-
-    Returns:
-        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan where there is nothing to
-        learn from.
-
-    Raises:
-        ValueError: If a weight is negative or not finite, or there is not one per example.
-    """
-    share = np.ones(len(examples)) if weights is None else np.asarray(weights, np.float64)
-    if len(share) != len(examples) or not np.isfinite(share).all() or (share < 0).any():
-        raise ValueError(f"tune needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
-
-    def loss(batch: list[int]) -> Tensor:
-        each = next_token_losses(model, [examples[i] for i in batch], pad)
-        factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
-        return (factor * each).sum() / factor.sum()
-
-    return _descend(model, np.flatnonzero(share).tolist(), loss, settings, pad=pad, seed=seed, guard=guard)
+    def __call__(
+        self,
+        model: nn.Module,
+        rows: Sequence[int],
+        loss_of: LossOf,
+        settings: Tuning,
+        *,
+        pad: int,
+        seed: int,
+        guard: Guard | None,
+    ) -> float:
+        """See `descend`."""
+        ...
 
 
-def prefer(
-    model: nn.Module,
-    pairs: Sequence[tuple[Example, Example]],
-    settings: Tuning,
-    *,
-    beta: float,
-    pad: int,
-    seed: int,
-    guard: Guard | None = None,
-) -> float:
-    """Direct preference optimisation of what is trainable in a model, in place (Rafailov et al. 2023, equation 7).
-
-    Args:
-        model: With an adapter; as it is now it is the reference.
-        pairs: Preferred and rejected text, after the same prompt.
-        settings: As in `tune`; a batch holds pairs.
-        beta: How strongly the reference holds: POPri 0.01, up to 0.1.
-        pad: Token that fills a batch.
-        seed: Public; of the order.
-        guard: Against forgetting.
-
-    Returns:
-        The mean loss of the last pass (ln 2 where no pair is told apart); nan where there is no pair.
-
-    Raises:
-        ValueError: If beta is not above 0.
-    """
-    if not beta > 0:
-        raise ValueError(f"beta must be above 0, got {beta}")
-
-    def ahead(batch: list[int]) -> Tensor:
-        """By how many nats the preferred texts are likelier than the rejected ones."""
-        chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], pad) for side in (0, 1))
-        return chosen - rejected
-
-    model.eval()
-    with torch.no_grad():
-        blocks = [list(range(at, min(at + settings.batch, len(pairs)))) for at in range(0, len(pairs), settings.batch)]
-        before = [ahead(block) for block in blocks]
-        reference = torch.cat(before) if before else torch.empty(0)
-
-    def loss(batch: list[int]) -> Tensor:
-        return -F.logsigmoid(beta * (ahead(batch) - reference[batch])).mean()
-
-    return _descend(model, list(range(len(pairs))), loss, settings, pad=pad, seed=seed, guard=guard)
-
-
-def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:
-    """Of all learnt tokens together: exp of their mean negative log-likelihood.
-
-    Raises:
-        ValueError: If there is no example.
-    """
-    if not examples:
-        raise ValueError("a perplexity needs at least one example")
-    with torch.no_grad():
-        whole = [_likelihoods(model, examples[at : at + batch], pad) for at in range(0, len(examples), batch)]
-    return math.exp(-float(torch.cat(whole).double().sum()) / sum(map(_learnt, examples)))
-
-
-def _learnt(example: Example) -> int:
-    return max(1, len(example.tokens) - example.start)
-
-
-def _likelihoods(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
-    """Log-likelihood of each example's learnt tokens together, in nats."""
-    losses = next_token_losses(model, examples, pad)
-    return -losses * torch.tensor([_learnt(e) for e in examples], dtype=losses.dtype, device=losses.device)
-
-
-def _descend(
+def descend(
     model: nn.Module,
     rows: Sequence[int],
-    loss_of: Callable[[list[int]], Tensor],
+    loss_of: LossOf,
     settings: Tuning,
     *,
     pad: int,
     seed: int,
     guard: Guard | None,
 ) -> float:
+    """AdamW on what is trainable in a model, in place; the rate falls linearly to a tenth.
+
+    Args:
+        model: With an adapter.
+        rows: That batches are drawn from: each once a pass.
+        loss_of: Of a batch.
+        settings: Passes, batch, rate.
+        pad: Token that fills a batch.
+        seed: Public; of the order.
+        guard: Against forgetting.
+
+    Returns:
+        The mean loss of the last pass, without the guard's; nan where there is no row.
+    """
     if not rows:
         return math.nan
     weights = trainable(model)
@@ -178,6 +103,121 @@ def _descend(
         optimizer.step()
     model.eval()
     return float(np.mean(losses[-math.ceil(len(rows) / settings.batch) :]))
+
+
+def tune(
+    model: nn.Module,
+    examples: Sequence[Example],
+    settings: Tuning,
+    *,
+    pad: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    guard: Guard | None = None,
+    descend: Descent = descend,
+) -> float:
+    """Supervised fine-tuning of what is trainable in a model, in place.
+
+    Args:
+        model: With an adapter.
+        examples: What is learnt of each is said by its `start`.
+        settings: Passes, batch, rate.
+        pad: Token that fills a batch.
+        seed: Public; of the order.
+        weights: One per example, not negative: its loss counts so many times; left out: all count once. An example of
+            weight 0 is not read.
+        guard: Against forgetting.
+        descend: Takes the steps.
+
+    Returns:
+        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan where there is nothing to
+        learn from.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or there is not one per example.
+    """
+    share = np.ones(len(examples)) if weights is None else np.asarray(weights, np.float64)
+    if len(share) != len(examples) or not np.isfinite(share).all() or (share < 0).any():
+        raise ValueError(f"tune needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
+
+    def loss(batch: list[int]) -> Tensor:
+        each = next_token_losses(model, [examples[i] for i in batch], pad)
+        factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
+        return (factor * each).sum() / factor.sum()
+
+    return descend(model, np.flatnonzero(share).tolist(), loss, settings, pad=pad, seed=seed, guard=guard)
+
+
+def prefer(
+    model: nn.Module,
+    pairs: Sequence[tuple[Example, Example]],
+    settings: Tuning,
+    *,
+    beta: float,
+    pad: int,
+    seed: int,
+    guard: Guard | None = None,
+    descend: Descent = descend,
+) -> float:
+    """Direct preference optimisation of what is trainable in a model, in place (Rafailov et al. 2023, equation 7).
+
+    Args:
+        model: With an adapter; as it is now it is the reference.
+        pairs: Preferred and rejected text, after the same prompt.
+        settings: As in `tune`; a batch holds pairs.
+        beta: How strongly the reference holds: POPri 0.01, up to 0.1.
+        pad: Token that fills a batch.
+        seed: Public; of the order.
+        guard: Against forgetting.
+        descend: Takes the steps.
+
+    Returns:
+        The mean loss of the last pass (ln 2 where no pair is told apart); nan where there is no pair.
+
+    Raises:
+        ValueError: If beta is not above 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+
+    def ahead(batch: list[int]) -> Tensor:
+        """By how many nats the preferred texts are likelier than the rejected ones."""
+        chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], pad) for side in (0, 1))
+        return chosen - rejected
+
+    model.eval()
+    with torch.no_grad():
+        blocks = [list(range(at, min(at + settings.batch, len(pairs)))) for at in range(0, len(pairs), settings.batch)]
+        before = [ahead(block) for block in blocks]
+        reference = torch.cat(before) if before else torch.empty(0)
+
+    def loss(batch: list[int]) -> Tensor:
+        return -F.logsigmoid(beta * (ahead(batch) - reference[batch])).mean()
+
+    return descend(model, list(range(len(pairs))), loss, settings, pad=pad, seed=seed, guard=guard)
+
+
+def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:
+    """Of all learnt tokens together: exp of their mean negative log-likelihood.
+
+    Raises:
+        ValueError: If there is no example.
+    """
+    if not examples:
+        raise ValueError("a perplexity needs at least one example")
+    with torch.no_grad():
+        whole = [_likelihoods(model, examples[at : at + batch], pad) for at in range(0, len(examples), batch)]
+    return math.exp(-float(torch.cat(whole).double().sum()) / sum(map(_learnt, examples)))
+
+
+def _learnt(example: Example) -> int:
+    return max(1, len(example.tokens) - example.start)
+
+
+def _likelihoods(model: nn.Module, examples: Sequence[Example], pad: int) -> Tensor:
+    """Log-likelihood of each example's learnt tokens together, in nats."""
+    losses = next_token_losses(model, examples, pad)
+    return -losses * torch.tensor([_learnt(e) for e in examples], dtype=losses.dtype, device=losses.device)
 
 
 def _said_before(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:

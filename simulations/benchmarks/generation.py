@@ -14,6 +14,7 @@ notes.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedsynth.models.batches import by_length
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import computes_in_bfloat16, device, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.world.grammar import private_notes
 from fedsynth.world.lexicon import load_world
 
@@ -126,11 +128,12 @@ def loops(repeats: int) -> list[Bar]:
             ids, _ = llm._padded(llm._tokens(texts), left=True)
             if kind == torch.float32:
                 told_by = [tokenizer.decode(row, skip_special_tokens=True) for row in mini.write(ids, NEW)]
-                if llm.complete(texts, max_tokens=NEW, temperature=0.0, seed=0) != told_by:
+                if llm.complete(texts, SamplingParams.greedy(NEW), seed=0) != told_by:
                     raise RuntimeError("the two loops do not write the same: what is timed is not one thing")
-            generator, ask = torch.Generator().manual_seed(0), partial(llm.complete, texts, max_tokens=NEW, seed=0)
-            took = seconds({"greedy": partial(ask, temperature=0.0), "drawn": partial(ask, temperature=1.0),
-                            "top-p 0.95": partial(ask, temperature=1.0, top_p=0.95),
+            generator, ask = torch.Generator().manual_seed(0), partial(llm.complete, texts, seed=0)
+            drawn = SamplingParams(temperature=1.0, max_new_tokens=NEW)
+            took = seconds({"greedy": partial(ask, SamplingParams.greedy(NEW)), "drawn": partial(ask, drawn),
+                            "top-p 0.95": partial(ask, replace(drawn, top_p=0.95)),
                             "minimal greedy": partial(mini.write, ids, NEW),
                             "minimal drawn": partial(mini.write, ids, NEW, generator)}, repeats)  # fmt: skip
             name, case = str(kind).removeprefix("torch."), f"{rows} prompts of {PROMPT}, {NEW} new"

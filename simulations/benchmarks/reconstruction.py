@@ -30,6 +30,7 @@ from fedsynth.models.loading import load_generator, load_tokenizer
 from fedsynth.scenario.schema import Scenario, Tuning
 from fedsynth.scenario.toml import load
 from fedsynth.synthesis.apprentice import taught
+from fedsynth.training.engine import Engine
 from fedsynth.world import secret_of
 
 SETS = (
@@ -56,7 +57,7 @@ def by_heart(scenario: Scenario, seed: int, client: int) -> Adapter:
     name = scenario.client.generator
     start = new_adapter(name, rank=BY_HEART.rank, alpha=BY_HEART.alpha, seed=client)
     train = open_site(scenario.data, client, seed).train
-    return taught(name, start, train, BY_HEART, learns="response", seed=client)[0]
+    return taught(Engine(), name, start, train, BY_HEART, learns="response", seed=client)[0]
 
 
 def rows(scenario: Scenario, out: Path) -> list[dict[str, Any]]:

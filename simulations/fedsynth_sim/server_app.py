@@ -125,7 +125,7 @@ def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | Remote
     if isinstance(model, Endpoint):
         return RemoteLLM.connect(model)
     lora = None if adapter is None else public_adapter(adapter, model)
-    return LocalLLM.load(model, adapter=lora, batch_size=256, workers=len(os.sched_getaffinity(0)))
+    return LocalLLM.for_server(model, lora)
 
 
 @cache

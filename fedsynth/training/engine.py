@@ -1,0 +1,51 @@
+"""Language models that the server makes itself, from an adapter: how they are loaded, asked and trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedsynth.lora import Adapter
+from fedsynth.models.llm import LocalLLM, TextModel
+from fedsynth.scenario.schema import Tuning
+from fedsynth.training.sft import Guard, LossOf, descend
+
+
+class Engine:
+    """In this process, on all of its cores. A forecast passes one that does a sample of what it is asked for."""
+
+    def load(self, name: str, adapter: Adapter | None = None) -> TextModel:
+        """A model by its name, with an adapter added to its weights.
+
+        Raises:
+            BadValue: If it cannot be loaded; the message names the way out.
+            fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
+        """
+        return self.asked(LocalLLM.for_server(name, adapter))
+
+    def serve(self, model: Any, tokenizer: Any) -> TextModel:
+        """A model that is in memory already."""
+        cores = len(os.sched_getaffinity(0)) if torch.device(model.device).type == "cpu" else 1
+        return self.asked(LocalLLM(model, tokenizer, batch_size=256, workers=cores))
+
+    def asked(self, llm: LocalLLM) -> TextModel:
+        """What a strategy asks in the place of a model: the model itself."""
+        return llm
+
+    def descend(
+        self,
+        model: nn.Module,
+        rows: Sequence[int],
+        loss_of: LossOf,
+        settings: Tuning,
+        *,
+        pad: int,
+        seed: int,
+        guard: Guard | None,
+    ) -> float:
+        """The optimizer's steps of `tune` and `prefer`; see `fedsynth.training.sft.descend`."""
+        return descend(model, rows, loss_of, settings, pad=pad, seed=seed, guard=guard)
