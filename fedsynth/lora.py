@@ -244,8 +244,10 @@ def _factors(adapter: Adapter) -> dict[str, tuple[Matrix, Matrix]]:
         if a is None or b is None:
             raise ValueError(f"{module!r} needs both factors, {_A[1:]} and {_B[1:]}; `completed` adds what is missing")
         if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == adapter.rank:
-            raise ValueError(f"{module!r} must have A of shape (rank, in) and B of shape (out, rank) for rank "
-                             f"{adapter.rank}, got {a.shape} and {b.shape}")  # fmt: skip
+            raise ValueError(
+                f"{module!r} must have A of shape (rank, in) and B of shape (out, rank) for rank "
+                f"{adapter.rank}, got {a.shape} and {b.shape}"
+            )
         found[module] = (a.astype(np.float64), b.astype(np.float64))
     return found
 
@@ -260,8 +262,10 @@ def _check_fit(adapters: Sequence[Adapter], shapes: Sequence[Mapping[str, tuple[
         for name in [*shapes[0], *theirs]:
             size, its_size = shapes[0].get(name, "absent"), theirs.get(name, "absent")
             if size != its_size:
-                raise ValueError(f"adapters differ in their tensors' names or shapes: {name!r} is {size} and "
-                                 f"{its_size}; make them all for the same modules of one model")  # fmt: skip
+                raise ValueError(
+                    f"adapters differ in their tensors' names or shapes: {name!r} is {size} and "
+                    f"{its_size}; make them all for the same modules of one model"
+                )
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -272,8 +276,10 @@ def _normalised(what: str, adapters: Sequence[Adapter], weights: Sequence[float]
     if not adapters:
         raise ValueError(f"{what} needs at least one adapter")
     if len(weights) != len(adapters) or min(weights) < 0 or not 0 < sum(weights) < inf:
-        raise ValueError(f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
-                         f"{list(weights)} for {len(adapters)}")  # fmt: skip
+        raise ValueError(
+            f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
+            f"{list(weights)} for {len(adapters)}"
+        )
     return [float(w) / sum(weights) for w in weights]
 
 

@@ -359,7 +359,7 @@ def test_a_funnel_accounts_for_every_row() -> None:
         lambda c: balance(c, per_label=1, seed=0),
     ],
 )
-def test_private_text_is_refused(step) -> None:  # type: ignore[no-untyped-def]
+def test_private_text_is_refused(step) -> None:
     with pytest.raises(ValueError, match="private corpus"):
         step(private())
     assert isinstance(step(notes(("one two", "a"))), Kept)

@@ -111,8 +111,12 @@ def test_only_a_public_key_that_flower_takes_is_a_key(tmp_path: Path) -> None:
     openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     (tmp_path / "rsa.pub").write_bytes(rsa.generate_private_key(65537, 2048).public_key().public_bytes(*openssh))
     (tmp_path / "text.pub").write_text("not a key")
-    for name, said in (("node", "must not leave its site"), ("rsa.pub", "of the kind ssh-rsa"),
-                       ("text.pub", "no OpenSSH public key"), ("none.pub", "cannot be read")):  # fmt: skip
+    for name, said in (
+        ("node", "must not leave its site"),
+        ("rsa.pub", "of the kind ssh-rsa"),
+        ("text.pub", "no OpenSSH public key"),
+        ("none.pub", "cannot be read"),
+    ):
         with pytest.raises(BadValue, match=said):
             fingerprint(tmp_path / name)
 
@@ -338,7 +342,7 @@ def test_how_a_run_on_sites_has_ended(
             raise CommandRefused("Connection to the SuperLink is unavailable.")
         return {"runs": [{"status": flower, "status-details": "it fell" if "failed" in flower else "N/A"}]}
 
-    watched = submit._watched(flwr, "1", tmp_path, Events(tmp_path / "events.jsonl"))  # type: ignore[arg-type]
+    watched = submit._watched(flwr, "1", tmp_path, Events(tmp_path / "events.jsonl"))
     if said is None:
         assert list(watched) == []
         return

@@ -87,7 +87,7 @@ OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 ANSWERS = (*UNDER_A_GRANT, OPEN)
 ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
 ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, home=3)
-FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]  # type: ignore[arg-type]
+FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]
 
 
 def with_field(answer: Any, name: str, value: object) -> Any:
@@ -301,9 +301,9 @@ def test_the_digest_changes_with_run_seed_exchange_and_home(change: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_tokens": 47}, {"seed": 2},
-               {"share_adapter": True}]
-)  # fmt: skip
+    "change",
+    [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_tokens": 47}, {"seed": 2}, {"share_adapter": True}],
+)
 def test_the_digest_changes_with_every_field_of_the_order(change: dict[str, Any]) -> None:
     assert digest_of(replace(ORDER, **change)) != digest_of()
 
@@ -735,7 +735,7 @@ def test_a_server_caps_an_adapter_that_it_did_not_send() -> None:
         ({"arrays": {n: a * 2e6 for n, a in FACTORS_OF_TWO.items()}}, "beyond 1e"),
     ]:
         with pytest.raises(Rejected, match=said):
-            check_answer(order, answered("flu", adapter=replace(own, **change)), LABELS)  # type: ignore[arg-type]
+            check_answer(order, answered("flu", adapter=replace(own, **change)), LABELS)
     with pytest.raises(Rejected, match="not asked for"):
         check_answer(ORDER, answered("flu", adapter=own), LABELS)
 

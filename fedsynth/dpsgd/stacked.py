@@ -141,8 +141,10 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
             forwards[module] = partial(_forward, module, name, parts, read, record)
     for name, weight in model.named_parameters():
         if (weight.requires_grad or weight in known) and not (weight in known and weight in factors):
-            raise UnknownWeight(f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
-                                "train each client by itself")  # fmt: skip
+            raise UnknownWeight(
+                f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
+                "train each client by itself"
+            )
     with full_precision(), patched(forwards):
         yield Stacked(weights, places, clip_norm, record)
     for weight, place in places.items():

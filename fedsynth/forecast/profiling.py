@@ -410,11 +410,13 @@ def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequen
     Raises:
         ProbeFailed: If one of them ends early.
     """
-    asked = json.dumps({
-        "scenario": to_toml(scenario),
-        "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
-        "lengths": {arm: list(each) for arm, each in lengths.items()},
-    })  # fmt: skip
+    asked = json.dumps(
+        {
+            "scenario": to_toml(scenario),
+            "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
+            "lengths": {arm: list(each) for arm, each in lengths.items()},
+        }
+    )
     environment = {**KEEPING, **os.environ, "OMP_NUM_THREADS": "1"}
     standing = [
         subprocess.Popen(

@@ -36,8 +36,15 @@ PROMPT, NEW, VOCABULARY = 32, 64, 8192
 def built(dtype: torch.dtype = torch.float32) -> Any:
     """A random model of 15 million parameters that never ends a text, with a tokenizer's special tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-                         num_attention_heads=6, max_position_embeddings=256, tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight[load_tokenizer("assets:tiny-base").eos_token_id] = 0.0
@@ -129,10 +136,16 @@ def loops(repeats: int) -> list[Bar]:
                 if llm.complete(texts, max_tokens=NEW, temperature=0.0, seed=0) != told_by:
                     raise RuntimeError("the two loops do not write the same: what is timed is not one thing")
             generator, ask = torch.Generator().manual_seed(0), partial(llm.complete, texts, max_tokens=NEW, seed=0)
-            took = seconds({"greedy": partial(ask, temperature=0.0), "drawn": partial(ask, temperature=1.0),
-                            "top-p 0.95": partial(ask, temperature=1.0, top_p=0.95),
-                            "minimal greedy": partial(mini.write, ids, NEW),
-                            "minimal drawn": partial(mini.write, ids, NEW, generator)}, repeats)  # fmt: skip
+            took = seconds(
+                {
+                    "greedy": partial(ask, temperature=0.0),
+                    "drawn": partial(ask, temperature=1.0),
+                    "top-p 0.95": partial(ask, temperature=1.0, top_p=0.95),
+                    "minimal greedy": partial(mini.write, ids, NEW),
+                    "minimal drawn": partial(mini.write, ids, NEW, generator),
+                },
+                repeats,
+            )
             name, case = str(kind).removeprefix("torch."), f"{rows} prompts of {PROMPT}, {NEW} new"
             bars.append(figure(f"tokens per second of CPU, drawn, {name}", case, rows * NEW / took["drawn"]))
             bars.append(
