@@ -280,7 +280,7 @@ def test_every_split_deals_each_row_once_and_repeats_with_its_seed(tmp_path: Pat
     data, again = many(tmp_path / "a.csv", **split), many(tmp_path / "b.csv", **split)
     before = str(np.random.get_state()), random.getstate()  # noqa: NPY002  # the hidden generator stays as it is
     sites = open_sites(data, 3)
-    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
+    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002 - as above
     assert sorted(everything(sites)) == sorted(table(160)["text"])
     assert open_sites(again, 3) == sites
     assert open_sites(data, 4) != sites

@@ -309,7 +309,10 @@ def test_a_run_waits_for_its_sites_and_then_goes_by_the_quorum(tmp_path: Path, m
     monkeypatch.setattr(submit, "states_by", lambda *_: (next(states), ["77"]))
     lines: list[str] = []
     wait: Any = submit._wait_for_sites
-    tell = lambda event: lines.append(event["line"])  # noqa: E731
+
+    def tell(event: dict[str, Any]) -> None:
+        lines.append(event["line"])
+
     with pytest.raises(BadValue, match=r"not online after 0.01 s \(wait_seconds of server.toml\): b; .*--sites"):
         wait(folder, None, hospitals(), asked_of, tell, lines.append)
     assert lines[0].startswith("registered with the SuperLink, and not in sites.toml: node 77; whoever")

@@ -439,7 +439,7 @@ def test_all_folders_of_a_site_are_its_owners_alone_whatever_the_umask(tmp_path:
             site = place(folder, rows())
             site = replace(site, site=replace(site.site, accounts=accounts))
             list(import_rows(site))
-            home(site, scenario()).train  # noqa: B018
+            assert home(site, scenario()).train
     finally:
         os.umask(before)
     made = [

@@ -192,7 +192,7 @@ def test_what_is_not_finite_counts_for_nothing_and_spoils_nobody(bad: float) -> 
         scale = torch.tensor([bad if n == 2 else 1.0 for n in chosen], dtype=torch.float64)
         with stacked(model.train(), adapters(model), C) as engine:
             read = [texts[n] for n in chosen]
-            engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023
+            engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023 - called at once
             found.append([engine.take()])
     assert apart(*found) <= 1e-12
 

@@ -63,7 +63,7 @@ def scenarios(
 @app.command("run")
 def run_command(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")] = "",
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006 - typer makes a list for each call
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
@@ -168,7 +168,7 @@ def compare_command(
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas; 0,1,2 by default.")] = "",
     arms: Annotated[str, typer.Option(help="Arms, separated by commas; those that run unasked by default.")] = "",
     baseline: Annotated[str, typer.Option(help="The arm to compare with; the first one by default.")] = "",
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006 - typer makes a list for each call
     out: Annotated[Path | None, typer.Option(help="The comparison's directory; runs/compare-NAME by default.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes of each run.")] = None,
     parallel: Annotated[int | None, typer.Option(help="Runs at once; as cores and memory allow by default.")] = None,
@@ -220,7 +220,7 @@ def compare_command(
 @app.command("check")
 def check_command(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")],
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006 - typer makes a list for each call
     arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",

@@ -263,7 +263,7 @@ def check_examples(layer: str, x: Tensor, record: Record) -> None:
 
 def _linear(layer: Any, transposed: bool, named: _Named, x: Tensor) -> Tensor:
     named.check(x)
-    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, transposed, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, transposed, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -271,7 +271,7 @@ def _embedding(layer: nn.Embedding, named: _Named, ids: Tensor) -> Tensor:
     if len(ids) == 1 < named.record.examples:  # positions, the same for all examples: each has a gradient of its own
         ids = ids.expand(named.record.examples, *ids.shape[1:])
     named.check(ids)
-    out: Tensor = _Embedding.apply(ids, layer.weight, layer.padding_idx, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedding.apply(ids, layer.weight, layer.padding_idx, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -303,7 +303,7 @@ def _spread(weight: nn.Parameter, x: Tensor, record: Record) -> Tensor:
     """The weight once per example, to be multiplied with or added to x, (examples, ..., width)."""
     if not weight.requires_grad:
         return weight
-    copies: Tensor = _Spread.apply(weight, len(x), x.dim(), record)  # type: ignore[no-untyped-call]
+    copies: Tensor = _Spread.apply(weight, len(x), x.dim(), record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return copies
 
 
@@ -322,9 +322,9 @@ def _lora(
 ) -> Tensor:
     """What PEFT computes, in the precision of the base: W x + scale B A x."""
     if not (first.weight.requires_grad or second.weight.requires_grad):
-        return forward(x)  # type: ignore[no-any-return]
+        return forward(x)  # type: ignore[no-any-return]  # PEFT's own forward
     named.check(x)
-    out: Tensor = _Lora.apply(layer.base_layer(x), x, first.weight, second.weight, scale, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Lora.apply(layer.base_layer(x), x, first.weight, second.weight, scale, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 

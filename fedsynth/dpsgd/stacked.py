@@ -167,7 +167,7 @@ def _forward(
 ) -> Tensor:
     check_examples(name, x, record)
     first, second = _weights(parts)
-    out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]  # torch types no `apply`
         layer.base_layer(x), x, factors[first], factors[second], parts[2], (first, second), record
     )
     return out

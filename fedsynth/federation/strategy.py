@@ -144,9 +144,9 @@ class RoundStrategy(Strategy, Generic[S]):
         initial_arrays: ArrayRecord | None = None,
         num_rounds: int = 1,
         timeout: float = 3600,  # noqa: ARG002 - Flower's signature; the scenario's server.answer_seconds rules
-        train_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002
-        evaluate_fn: Any = None,  # noqa: ARG002
+        train_config: ConfigRecord | None = None,  # noqa: ARG002 - Flower's signature
+        evaluate_config: ConfigRecord | None = None,  # noqa: ARG002 - Flower's signature
+        evaluate_fn: Any = None,  # noqa: ARG002 - Flower's signature
     ) -> Result:
         """Runs all rounds, and measures every client's task model after each."""
         clients, journal = self.server.open_clients(grid), self.server.journal

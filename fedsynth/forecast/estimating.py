@@ -212,7 +212,7 @@ class Elsewhere:
     labels: Sequence[str]
     tally: Tally
 
-    def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int, **how: float) -> list[str]:  # noqa: ARG002
+    def complete(self, prompts: Sequence[str], *, max_tokens: int, seed: int, **how: float) -> list[str]:  # noqa: ARG002 - the signature of LLM
         """One line of text, a verdict, a choice, and a block of each label."""
         self.tally.read += sum(map(_roughly, prompts))
         self.tally.written += max_tokens * len(prompts)

@@ -253,7 +253,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return _classifying(client, labels, texts, unit)
 
     def writer(batch: int) -> LocalLLM:
-        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]
+        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]  # a stand-in
         return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
 
     def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:

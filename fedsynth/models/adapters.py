@@ -179,7 +179,7 @@ def _start(adapted: PeftModel, seed: int) -> None:
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
     body: Any = getattr(model, "base_model", model)
-    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]
+    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]  # torch types it as Tensor | Module
     heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
     inside = {id(m) for m in body.modules()}
     return {
@@ -328,7 +328,7 @@ def _check_understood(config: Mapping[str, Any]) -> None:
     rank, alpha = config["r"], config["lora_alpha"]
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise WrongAdapter(f"r must be a whole number from 1 and lora_alpha a finite one, got {rank!r} and {alpha!r}")
-    defaults: dict[str, Any] = LoraConfig().to_dict() | {"init_lora_weights": None}  # type: ignore[no-untyped-call]
+    defaults: dict[str, Any] = LoraConfig().to_dict() | {"init_lora_weights": None}  # type: ignore[no-untyped-call]  # PEFT types no `to_dict`
     other = []
     for key, value in config.items():
         if key in (*USED, *OF_NO_MATTER, "peft_type") or (key == "init_lora_weights" and value in STARTS):

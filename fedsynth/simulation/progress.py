@@ -53,7 +53,7 @@ class Watch:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self.live.__exit__(*problem)  # type: ignore[arg-type]
+        self.live.__exit__(*problem)  # type: ignore[arg-type]  # passed on as it came
 
     def warn(self, text: str) -> None:
         """A warning, above the live line."""

@@ -181,5 +181,5 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
 
 def vocabulary_of(model: nn.Module) -> int:
     """Tokens that the model embeds: often more than its tokenizer writes."""
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # torch types it as Tensor | Module
     return embedding.num_embeddings

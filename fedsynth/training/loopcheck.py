@@ -172,7 +172,7 @@ class _Idle:
     def normals(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)
 
-    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002 - the signature of Randomness
         return np.zeros(1, np.bool_)
 
 
@@ -262,7 +262,7 @@ class _Flat(nn.Module):
         self.input = nn.Parameter(torch.full((1, 1, _WIDTH), size), requires_grad=False)
         self._read: list[Tensor] = []
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor) -> Any:  # noqa: ARG002
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor) -> Any:  # noqa: ARG002 - transformers' signature
         """Logits, all zero at the start."""
         self._read.append(input_ids[:, :_DIGITS])
         logits: Tensor = self.layer(self.input.expand(len(input_ids), len(logits_to_keep), -1))
