@@ -123,6 +123,10 @@ def completed(part: Adapter, whole: Adapter) -> Adapter:
 def mix(first: Adapter, second: Adapter, share: float) -> Adapter:
     """share * first + (1 - share) * second on the factors (FedPIT's local aggregation sharing).
 
+    >>> first, second = (Adapter({"x.lora_A.weight": np.full((1, 2), n)}, 1, 1.0, "base") for n in (1.0, 5.0))
+    >>> mix(first, second, 0.75).arrays["x.lora_A.weight"].tolist()
+    [[2.0, 2.0]]
+
     At 1 the result is `first` itself, at 0 `second`, with its own grants alone. In between the product of the mixed
     factors is not the mixed product; `stacked([first, second], [share, 1 - share])` is.
 
