@@ -196,8 +196,12 @@ def _answer(
         if _no_room(problem):
             code = Code.DISK_FULL
             where = "the disk" if home is None else home.log_folder
-            print(f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
-                  "be resumed", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
+                "be resumed",
+                file=sys.stderr,
+                flush=True,
+            )
         if code is not Code.AWAITS_APPROVAL:
             with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
                 _enter(home, "refused", task=kind.task, code=code.value, why=type(problem).__name__)

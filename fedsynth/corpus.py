@@ -63,7 +63,11 @@ def same(text: str) -> str:
 
 
 def alike(texts: Iterable[str]) -> list[list[str]]:
-    """Groups of different texts that are the `same`, sorted."""
+    """Groups of different texts that are the `same`, sorted.
+
+    >>> alike(["Billing", "login", "billing "])
+    [['Billing', 'billing ']]
+    """
     groups: dict[str, list[str]] = {}
     for text in sorted(set(texts)):
         groups.setdefault(same(text), []).append(text)
@@ -199,6 +203,13 @@ class Scores:
 
 def pool(corpora: Sequence[Corpus]) -> Corpus:
     """All examples of corpora of one provenance, in order; grants are united.
+
+    >>> first = Corpus(("a bill",), ("billing",), Provenance.DP_SYNTHETIC, grants=("one",))
+    >>> second = Corpus(("a parcel",), ("delivery",), Provenance.DP_SYNTHETIC, grants=("two",))
+    >>> pool([first, second]).prompts
+    ('a bill', 'a parcel')
+    >>> pool([first, second]).grants
+    ('one', 'two')
 
     Raises:
         ValueError: If there is no corpus, or their provenances differ.

@@ -26,6 +26,11 @@ def record(prompt: str, answer: str) -> str:
     """Instruction and response as one line, without a line end; `parse_record` gives them back.
 
     White space around a text is no part of it.
+
+    >>> record("Name a fruit.", "An apple.")
+    'question: Name a fruit. answer: An apple.'
+    >>> parse_record(record("Two lines,\\nplease.", "One\\ntwo"))
+    ('Two lines,\\nplease.', 'One\\ntwo')
     """
     return f"{asked(prompt)} {in_line(answer)}"
 

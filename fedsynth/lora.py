@@ -123,6 +123,10 @@ def completed(part: Adapter, whole: Adapter) -> Adapter:
 def mix(first: Adapter, second: Adapter, share: float) -> Adapter:
     """share * first + (1 - share) * second on the factors (FedPIT's local aggregation sharing).
 
+    >>> first, second = (Adapter({"x.lora_A.weight": np.full((1, 2), n)}, 1, 1.0, "base") for n in (1.0, 5.0))
+    >>> mix(first, second, 0.75).arrays["x.lora_A.weight"].tolist()
+    [[2.0, 2.0]]
+
     At 1 the result is `first` itself, at 0 `second`, with its own grants alone. In between the product of the mixed
     factors is not the mixed product; `stacked([first, second], [share, 1 - share])` is.
 
@@ -244,8 +248,10 @@ def _factors(adapter: Adapter) -> dict[str, tuple[Matrix, Matrix]]:
         if a is None or b is None:
             raise ValueError(f"{module!r} needs both factors, {_A[1:]} and {_B[1:]}; `completed` adds what is missing")
         if a.ndim != 2 or b.ndim != 2 or not len(a) == b.shape[1] == adapter.rank:
-            raise ValueError(f"{module!r} must have A of shape (rank, in) and B of shape (out, rank) for rank "
-                             f"{adapter.rank}, got {a.shape} and {b.shape}")  # fmt: skip
+            raise ValueError(
+                f"{module!r} must have A of shape (rank, in) and B of shape (out, rank) for rank "
+                f"{adapter.rank}, got {a.shape} and {b.shape}"
+            )
         found[module] = (a.astype(np.float64), b.astype(np.float64))
     return found
 
@@ -260,8 +266,10 @@ def _check_fit(adapters: Sequence[Adapter], shapes: Sequence[Mapping[str, tuple[
         for name in [*shapes[0], *theirs]:
             size, its_size = shapes[0].get(name, "absent"), theirs.get(name, "absent")
             if size != its_size:
-                raise ValueError(f"adapters differ in their tensors' names or shapes: {name!r} is {size} and "
-                                 f"{its_size}; make them all for the same modules of one model")  # fmt: skip
+                raise ValueError(
+                    f"adapters differ in their tensors' names or shapes: {name!r} is {size} and "
+                    f"{its_size}; make them all for the same modules of one model"
+                )
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -272,8 +280,10 @@ def _normalised(what: str, adapters: Sequence[Adapter], weights: Sequence[float]
     if not adapters:
         raise ValueError(f"{what} needs at least one adapter")
     if len(weights) != len(adapters) or min(weights) < 0 or not 0 < sum(weights) < inf:
-        raise ValueError(f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
-                         f"{list(weights)} for {len(adapters)}")  # fmt: skip
+        raise ValueError(
+            f"{what} needs one non-negative weight per adapter, finite and not all zero, got "
+            f"{list(weights)} for {len(adapters)}"
+        )
     return [float(w) / sum(weights) for w in weights]
 
 

@@ -49,6 +49,9 @@ def rouge_l(one: str, other: str) -> float:
     """ROUGE-L F1 (beta 1) in 0..1: twice the longest common subsequence of words over both lengths (Lin 2004, 3.1).
 
     0 where neither text holds a word.
+
+    >>> rouge_l("the cat sat", "The cat has sat, yes")  # 3 words in common, of 3 and of 5
+    0.75
     """
     return nearest([one], [other])[0]
 

@@ -101,6 +101,12 @@ def _hints(cls: type) -> dict[str, Any]:
 def build(kind: type[T], value: object, key: str = "") -> T:
     """`value` as an instance of `kind`: a frozen dataclass whose fields may nest.
 
+    >>> build(tuple[float, ...], [1, 0.5])
+    (1.0, 0.5)
+    >>> build(dict[str, int], {"steps": "many"}, "client")
+    Traceback (most recent call last):
+    fedsynth.typed.BadValue: client.steps must be a whole number, got 'many' (text)
+
     Args:
         kind: A dataclass, or any annotation made of dataclasses, tuples, mappings, literals, enums, scalars, unions.
         value: What a JSON or TOML parser returns.

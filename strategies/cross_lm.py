@@ -46,7 +46,7 @@ class CrossLM(RoundStrategy[State]):
         return config.feedback != "none"
 
     @classmethod
-    def trains_generator(cls, config: CrossLMOptions) -> bool:  # noqa: ARG003
+    def trains_generator(cls, config: CrossLMOptions) -> bool:  # noqa: ARG003 - whatever its options say
         """Never: scores are all that clients give."""
         return False
 

@@ -27,7 +27,7 @@ class LocalOnly(RoundStrategy[State]):
     tasks = ("classification", "instructions")
 
     @classmethod
-    def spends(cls, config: Config) -> bool:  # noqa: ARG003
+    def spends(cls, config: Config) -> bool:  # noqa: ARG003 - it has none that matter
         """Nothing is asked of a client but to learn."""
         return False
 

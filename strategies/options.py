@@ -165,11 +165,14 @@ class KnowledgeSGOptions:
         client, server = scenario.client, scenario.server
         professional = server.professional or server.llm
         if "://" in client.generator:
-            raise BadValue(f"client.generator {client.generator!r} is an endpoint: clients train this model, name one "
-                           "with weights")  # fmt: skip
+            raise BadValue(
+                f"client.generator {client.generator!r} is an endpoint: clients train this model, name one with weights"
+            )
         if isinstance(professional, str) and weights_hash(professional) == weights_hash(client.generator):
-            raise BadValue(f"the professional model {professional!r} is the clients' own, it would teach itself: name "
-                           "one that knows more as server.professional")  # fmt: skip
+            raise BadValue(
+                f"the professional model {professional!r} is the clients' own, it would teach itself: name "
+                "one that knows more as server.professional"
+            )
         if _chats(professional) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
         if self.instructions == "public" and server.public is None:
@@ -220,17 +223,23 @@ class CrossLMOptions:
     def check(self, scenario: Scenario) -> None:
         """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
         if self.teaches and isinstance(scenario.server.llm, Endpoint):
-            raise BadValue("CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
-                           'say strategy.teaching.update = "none"')  # fmt: skip
+            raise BadValue(
+                "CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
+                'say strategy.teaching.update = "none"'
+            )
         if _chats(scenario.server.llm):
-            raise BadValue(f"{NO_LINE}, and CrossLM's texts go on after a label's name: name one that goes on after a "
-                           "prompt, or a model with weights, as server.llm")  # fmt: skip
+            raise BadValue(
+                f"{NO_LINE}, and CrossLM's texts go on after a label's name: name one that goes on after a "
+                "prompt, or a model with weights, as server.llm"
+            )
         client, data = scenario.client, scenario.data
         if self.feedback == "none" or client.guarantee == "none":
             return
         if client.scores == "model" and client.task_training.trains == "head":
-            raise BadValue('client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
-                           'are: say client.scores = "noise", or trains = "all"')  # fmt: skip
+            raise BadValue(
+                'client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
+                'are: say client.scores = "noise", or trains = "all"'
+            )
         # Patients, and a file's records, are counted when the data is divided, or declared by their site.
         if data.world is not None and data.notes_per_patient == 1:
             try:

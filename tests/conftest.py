@@ -17,8 +17,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests start whole runs or sites: they go one after the other, and first, beside all others.
-PROCESSES = ("test_run.py", "test_deployment.py", "test_launch.py", "test_server.py", "test_site.py", "test_wheel.py",
-             "test_deployment_full.py", "test_faults.py")  # fmt: skip
+PROCESSES = (
+    "test_run.py",
+    "test_deployment.py",
+    "test_launch.py",
+    "test_server.py",
+    "test_site.py",
+    "test_wheel.py",
+    "test_deployment_full.py",
+    "test_faults.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

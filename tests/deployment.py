@@ -42,9 +42,14 @@ start(place, client=sys.argv[3:])
 def fedsynth(*arguments: object, cwd: Path, seconds: float = 120, code: int = 0) -> subprocess.CompletedProcess[str]:
     """One command, run to its end."""
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "fedsynth.cli.main", *map(str, arguments)], cwd=cwd, env=environment(), text=True,
-        capture_output=True, timeout=seconds, check=False,
-    )  # fmt: skip
+        [sys.executable, "-P", "-m", "fedsynth.cli.main", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=seconds,
+        check=False,
+    )
     assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
@@ -90,8 +95,15 @@ class Running:
 
 def spawn(command: Sequence[object], cwd: Path, log: Path, **more: Any) -> Running:
     with log.open("ab") as out:
-        process = subprocess.Popen(list(map(str, command)), cwd=cwd, env={**environment(), **more}, stdout=out,
-                                   stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            list(map(str, command)),
+            cwd=cwd,
+            env={**environment(), **more},
+            stdout=out,
+            stderr=out,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     return Running(process, log)
 
 
@@ -113,8 +125,11 @@ class Federation:
         return self.folder / name
 
     def start_server(self) -> Running:
-        self.server = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "server", "start", self.coordinator],
-                            self.folder, self.folder / "server.log")  # fmt: skip
+        self.server = spawn(
+            [sys.executable, "-P", "-m", "fedsynth.cli.main", "server", "start", self.coordinator],
+            self.folder,
+            self.folder / "server.log",
+        )
         self.server.wait_for("the SuperLink listens")
         return self.server
 
@@ -141,8 +156,18 @@ class Federation:
     def run(
         self, scenario: str | Path, out: str, *arguments: object, code: int = 0
     ) -> subprocess.CompletedProcess[str]:
-        return fedsynth("run", scenario, "--server", self.coordinator, "--out", self.folder / out, *arguments,
-                        cwd=self.folder, seconds=280, code=code)  # fmt: skip
+        return fedsynth(
+            "run",
+            scenario,
+            "--server",
+            self.coordinator,
+            "--out",
+            self.folder / out,
+            *arguments,
+            cwd=self.folder,
+            seconds=280,
+            code=code,
+        )
 
     def trail(self, name: str) -> list[dict[str, Any]]:
         lines = (self.place(name) / "state" / "audit.jsonl").read_text().splitlines()
@@ -193,15 +218,15 @@ def federation(
 def fill_in(place: Path, *, records: int, policy: str = "", **toml: str) -> None:
     """What an operator does with site.toml."""
     text = (place / "site.toml").read_text()
+    todo = 'person = "patient"        # TODO column that says whose row it is; or: independent_rows = true'
     changes = {
-        'person = "patient"        # TODO column that says whose row it is; or: independent_rows = true':
-            "independent_rows = true",
+        todo: "independent_rows = true",
         "records = 0": f"records = {records}",
         "minimum_records = 100": "minimum_records = 1",
         "approve_text = true": policy or "approve_text = false",
         'outputs = ["text", "scores"]  ': 'outputs = ["text", "adapter", "scores"]  ',
         **toml,
-    }  # fmt: skip
+    }
     for old, new in changes.items():
         assert old in text, f"site.toml has no {old!r}:\n{text}"
         text = text.replace(old, new)

@@ -47,7 +47,7 @@ def _keep_what_is_sent() -> None:
         return send(objects, *arguments, **more)
 
     runtime.push_objects = keep
-    runtime._kept = True  # type: ignore[attr-defined]
+    runtime._kept = True
 
 
 if __name__ == "__main__":

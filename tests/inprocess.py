@@ -78,9 +78,14 @@ def instructions(
     )
     frame.to_csv(tmp_path / "records.csv", index=False)
     return INSTRUCTIONS.format(
-        strategy=strategy, options=options, file=tmp_path / "records.csv", guarantee=guarantee, clients=clients,
-        rounds=rounds, model=model or tiny.folder()
-    )  # fmt: skip
+        strategy=strategy,
+        options=options,
+        file=tmp_path / "records.csv",
+        guarantee=guarantee,
+        clients=clients,
+        rounds=rounds,
+        model=model or tiny.folder(),
+    )
 
 
 def embed(texts: Any) -> Any:

@@ -75,8 +75,9 @@ def scenario(
     """The scenario of simulation and deployment alike; the simulation reads all sites' records from one file."""
     file = folder / f"{'-'.join(names)}.csv"
     pd.concat(records(names).values()).to_csv(file, index=False)
-    return SCENARIO.format(file=file, clients=len(names), steps=steps, rounds=rounds, guarantee=guarantee,
-                           answer_seconds=answer_seconds)  # fmt: skip
+    return SCENARIO.format(
+        file=file, clients=len(names), steps=steps, rounds=rounds, guarantee=guarantee, answer_seconds=answer_seconds
+    )
 
 
 def adapters(out: Path) -> dict[str, dict[str, Any]]:

@@ -32,10 +32,11 @@ class LocalGrid(Grid):
         self.app, self.spoil = app, spoil
         # Ids are not in the order of partitions, as in Flower.
         self.contexts = {
-            1000 + (7 * p) % 101: Context(1, 1000 + (7 * p) % 101, {"partition-id": p, "num-partitions": nodes},
-                                          RecordDict(), dict(run_config))
+            1000 + (7 * p) % 101: Context(
+                1, 1000 + (7 * p) % 101, {"partition-id": p, "num-partitions": nodes}, RecordDict(), dict(run_config)
+            )
             for p in range(nodes)
-        }  # fmt: skip
+        }
         self.orders: list[Message] = []
         self.replies: list[Message] = []
         self._waiting: dict[str, Message] = {}

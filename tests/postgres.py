@@ -51,9 +51,16 @@ def served() -> Iterator[Server]:
         with (folder / "said").open("a") as out:  # no pipe: the server would keep it open
             environment = {**os.environ, "LC_ALL": "C", "HOME": str(folder)}
             done = subprocess.run(
-                list(map(str, words)), cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                timeout=60, check=False, **as_user,
-            )  # fmt: skip
+                list(map(str, words)),
+                cwd=folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=60,
+                check=False,
+                **as_user,
+            )
         assert done.returncode == 0, "\n".join(path.read_text() for path in folder.glob("[sl]*") if path.is_file())
 
     try:
@@ -62,9 +69,18 @@ def served() -> Iterator[Server]:
             for path in (folder, folder / "password"):
                 os.chown(path, user.pw_uid, user.pw_gid)
         call(
-            initdb, "-D", folder / "data", "-U", OWNER, "--pwfile", folder / "password", "--auth=scram-sha-256",
-            "--encoding=UTF8", "--no-locale", "--no-sync",
-        )  # fmt: skip
+            initdb,
+            "-D",
+            folder / "data",
+            "-U",
+            OWNER,
+            "--pwfile",
+            folder / "password",
+            "--auth=scram-sha-256",
+            "--encoding=UTF8",
+            "--no-locale",
+            "--no-sync",
+        )
         settings = f"-k {folder} -c listen_addresses='' -c fsync=off -c max_connections=10 -c shared_buffers=8MB"
         call(pg_ctl, "-D", folder / "data", "-l", folder / "log", "-o", settings, "-w", "-t", "50", "start")
         yield Server(folder)

@@ -23,10 +23,10 @@ def listen(event: str, arguments: tuple[Any, ...]) -> None:
 if __name__ == "__main__":
     sys.addaudithook(listen)  # before anything else is imported
 
-from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402
-from local import LocalGrid  # noqa: E402
+from flwr.app import ConfigRecord, Message, RecordDict  # noqa: E402 - after the hook
+from local import LocalGrid  # noqa: E402 - after the hook
 
-from fedsynth.app.fedsynth_sim.server_app import conduct  # noqa: E402
+from fedsynth.app.fedsynth_sim.server_app import conduct  # noqa: E402 - after the hook
 
 
 def with_clients(toml: str, out: Path, clients: int) -> LocalGrid:

@@ -173,8 +173,12 @@ def test_the_command_shows_verifies_and_exports(
     exported = (tmp_path / "audit.jsonl").read_bytes()
     assert json.loads(exported)["dataset"] == "ward"
     with sqlite3.connect(private / "ledger.sqlite") as db:
-        secrets = [row[0] for row in db.execute("SELECT key FROM grants WHERE key IS NOT NULL UNION "
-                                                "SELECT value FROM meta WHERE name = 'mac_key'")]  # fmt: skip
+        secrets = [
+            row[0]
+            for row in db.execute(
+                "SELECT key FROM grants WHERE key IS NOT NULL UNION SELECT value FROM meta WHERE name = 'mac_key'"
+            )
+        ]
     assert len(secrets) == 2
     for secret in (*secrets, ANSWER):  # not as bytes, hex or base64
         assert secret not in exported

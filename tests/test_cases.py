@@ -171,7 +171,8 @@ class Case:
 
 CASES = {
     "units": Case(
-        units, (r"persons of the column 'patient'", r"'PAT003' and 'PAT003\u0020' and 'pat003'", 'spellings = "merge"'),
+        units,
+        (r"persons of the column 'patient'", r"'PAT003' and 'PAT003\u0020' and 'pat003'", 'spellings = "merge"'),
         ("15 persons",),
     ),
     "wards": Case(wards, ("1 clients of the column 'ward'", r"'north' and 'nor\u200bth'")),
@@ -188,7 +189,7 @@ CASES = {
     "toml_int": Case(toml_int, ("data.labels must be ", "a list of texts: write them in quotes")),
     "blank_in_label": Case(blank_in_label, ("it ends with a blank",)),
     "semicolon": Case(semicolon, ("columns are parted by ';'", "save it with commas")),
-}  # fmt: skip
+}
 
 
 def refusal(path: Path) -> str:
@@ -214,8 +215,9 @@ def test_the_shared_input_is_refused_likewise(name: str) -> None:
     assert not [words for words in (*case.says, *case.shared) if words not in said], said
 
 
-def test_the_command_ends_with_the_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_the_command_ends_with_the_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["fedsynth", "check", str(semicolon(tmp_path))])
     with pytest.raises(SystemExit) as ended:
         fedsynth.cli.main.main()
@@ -231,7 +233,9 @@ def test_persons_that_are_merged_are_as_many_as_there_are(tmp_path: Path) -> Non
         sites = divide(data, 0).sites
         held = [{*corpus.units} for site in sites for corpus in (site.train, site.test) if corpus.units]
         assert sum(map(len, held)) == len(set.union(*held)) == persons  # nobody is at two places
-        assert misfits(data, LABELS) == [f"{data.source}: {2 * persons} spellings of persons or clients are merged into others of them"]  # fmt: skip  # noqa: E501
+        assert misfits(data, LABELS) == [
+            f"{data.source}: {2 * persons} spellings of persons or clients are merged into others of them"
+        ]
 
 
 # --- Kinds of columns -------------------------------------------------------------------------------------------------
@@ -325,5 +329,5 @@ def test_the_command_says_so_too(tmp_path: Path) -> None:
 def _toml(asked: object) -> str:
     from fedsynth.scenario.toml import to_toml
 
-    assert from_toml(to_toml(asked)) == asked  # type: ignore[arg-type]
-    return to_toml(asked)  # type: ignore[arg-type]
+    assert from_toml(to_toml(asked)) == asked
+    return to_toml(asked)

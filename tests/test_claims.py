@@ -24,16 +24,18 @@ def plan(records: int, batch: int, steps: int, sigma: float, rounds: int = 1, de
 @pytest.mark.parametrize(
     "planned",
     [
-        plan(200, 25, 60, 0.928), plan(10**6, 1, 1000, 20.0),
-        plan(200, 25, 60, 100.0), plan(500, 50, 600, 1.4, delta=1e-7),
+        plan(200, 25, 60, 0.928),
+        plan(10**6, 1, 1000, 20.0),
+        plan(200, 25, 60, 100.0),
+        plan(500, 50, 600, 1.4, delta=1e-7),
     ],
     ids=lambda p: f"n={p.records} sigma={p.noise_multiplier}",
-)  # fmt: skip
+)
 def test_what_clients_say_of_their_plans_passes(planned: DPPlan) -> None:
     said = statement(planned, rows=())
     check(said)
     check(replace(said, unit="person", rows_per_unit=3, simulated=True), simulated=True)
-    check(replace(said, epsilon=said.epsilon + 1, epsilon_replace_one=math.inf))  # type: ignore[operator]
+    check(replace(said, epsilon=said.epsilon + 1, epsilon_replace_one=math.inf))
     check(statement(None, unit="person"))
 
 

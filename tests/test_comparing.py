@@ -24,7 +24,7 @@ def server(arm: str, epsilon: float, metric: str, value: float, seed: int = 0, r
 
 
 def frame(*rows: Iterable[Row] | Row) -> pd.DataFrame:
-    flat = [r for row in rows for r in ([row] if isinstance(row[0], str) else row)]  # type: ignore[index]
+    flat = [r for row in rows for r in ([row] if isinstance(row[0], str) else row)]
     return pd.DataFrame(flat, columns=list(COLUMNS))
 
 
@@ -94,8 +94,11 @@ def test_each_arm_counts_in_its_own_last_round() -> None:
 
 
 def test_a_pooled_arm_is_not_paired_with_one_client_of_others() -> None:
-    rows = frame(level("local", NAN, LOCAL), level("pooled", NAN, {(0, 0): 0.9, (1, 0): 0.8}),
-                 server("pooled", NAN, "data/pooled", 1.0))  # fmt: skip
+    rows = frame(
+        level("local", NAN, LOCAL),
+        level("pooled", NAN, {(0, 0): 0.9, (1, 0): 0.8}),
+        server("pooled", NAN, "data/pooled", 1.0),
+    )
     row = utility(rows, {"h": Terms("local", "accuracy", (1,))}).set_index("arm").loc["pooled"]
     assert row["mean"] == pytest.approx(0.85)
     assert math.isnan(row["difference"])
@@ -135,8 +138,10 @@ def test_what_is_stated_without_a_guarantee_is_nothing_and_without_a_release_zer
 
 
 def test_a_client_without_a_guarantee_leaves_the_arm_without_one() -> None:
-    rows = frame(server("mixed", 8.0, "privacy/epsilon", math.inf),
-                 ("h", "classification", 8.0, "mixed", 0, 1, 0, "privacy/epsilon", 7.9))  # fmt: skip
+    rows = frame(
+        server("mixed", 8.0, "privacy/epsilon", math.inf),
+        ("h", "classification", 8.0, "mixed", 0, 1, 0, "privacy/epsilon", 7.9),
+    )
     assert costs(rows).iloc[0]["guarantee"] == "none"
 
 
@@ -145,15 +150,19 @@ def placed(arm: str, utility: float, epsilon: float, moved: float, *, pooled: bo
 
 
 def test_a_front_by_hand() -> None:
-    found = pareto(pd.DataFrame([
-        placed("local", 0.5, 0.0, 10),
-        placed("twin", 0.5, 0.0, 10),           # alike in all: neither dominates
-        placed("dp_only", 0.7, 8.0, 50),
-        placed("fdkt2", 0.8, 2.0, 120),         # better than dp_only for a smaller epsilon, not for fewer bytes
-        placed("fdkt8", 0.85, 8.0, 120),        # as many bytes as fdkt2, and better
-        placed("no_dp", 0.84, math.inf, 120),
-        placed("pooled", 0.99, math.inf, 1, pooled=True),
-    ])).set_index("arm")  # fmt: skip
+    found = pareto(
+        pd.DataFrame(
+            [
+                placed("local", 0.5, 0.0, 10),
+                placed("twin", 0.5, 0.0, 10),  # alike in all: neither dominates
+                placed("dp_only", 0.7, 8.0, 50),
+                placed("fdkt2", 0.8, 2.0, 120),  # better than dp_only for a smaller epsilon, not for fewer bytes
+                placed("fdkt8", 0.85, 8.0, 120),  # as many bytes as fdkt2, and better
+                placed("no_dp", 0.84, math.inf, 120),
+                placed("pooled", 0.99, math.inf, 1, pooled=True),
+            ]
+        )
+    ).set_index("arm")
     assert set(found.index[found["pareto_epsilon"]]) == {"local", "twin", "fdkt2", "fdkt8"}
     assert set(found.index[found["pareto_bytes"]]) == {"local", "twin", "dp_only", "fdkt8"}
 
@@ -164,12 +173,22 @@ def test_scenarios_have_fronts_of_their_own() -> None:
 
 
 def test_points_hold_what_was_stated_and_what_was_sent() -> None:
-    more = [server("local", NAN, "privacy/epsilon", 0.0),
-            *(("h", "classification", 8.0, "fdkt", s, 1, 0, "privacy/epsilon", 7.994) for s in (0, 1)),
-            *(("h", "classification", 8.0, "fdkt", s, 1, c, f"bytes/{d}", 5.0) for s in (0, 1) for c in (0, 1)
-              for d in ("up", "down")),
-            *(("h", "classification", NAN, "local", s, 1, c, f"bytes/{d}", 1.0) for s in (0, 1) for c in (0, 1)
-              for d in ("up", "down"))]  # fmt: skip
+    more = [
+        server("local", NAN, "privacy/epsilon", 0.0),
+        *(("h", "classification", 8.0, "fdkt", s, 1, 0, "privacy/epsilon", 7.994) for s in (0, 1)),
+        *(
+            ("h", "classification", 8.0, "fdkt", s, 1, c, f"bytes/{d}", 5.0)
+            for s in (0, 1)
+            for c in (0, 1)
+            for d in ("up", "down")
+        ),
+        *(
+            ("h", "classification", NAN, "local", s, 1, c, f"bytes/{d}", 1.0)
+            for s in (0, 1)
+            for c in (0, 1)
+            for d in ("up", "down")
+        ),
+    ]
     found = points(frame(level("local", NAN, LOCAL), level("fdkt", 8.0, AT_8), more)).set_index("arm")
     assert found["epsilon"].to_dict() == {"local": 0.0, "fdkt": 7.994}
     assert math.isnan(found.loc["local", "budget"])

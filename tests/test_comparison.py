@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import multiprocessing
@@ -183,7 +184,7 @@ def test_a_completed_grid_is_read_and_not_run_again(
 
 def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, Stand, list[dict[str, Any]]]) -> None:
     _, out, _, _ = made
-    console = Console(width=160, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, quiet=False, file=io.StringIO())
     tables = read(out).tables
     console.print(utility_table(tables, "instructions"), costs_table(tables, "instructions"))
     said = console.export_text()
@@ -248,9 +249,13 @@ def test_the_command_prints_tables_and_one_json_object_last(
     ],
 )
 def test_bad_grids_are_one_line_before_any_work(
-    words: list[str], said: str, stand: Stand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    said: str,
+    stand: Stand,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     declared(tmp_path)
     assert typed(words, tmp_path, monkeypatch) == 2
     [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("fedsynth: bad input")]
@@ -377,9 +382,13 @@ def test_a_method_that_spends_against_its_word_is_found_out(
     ],
 )
 def test_runs_stand_side_by_side_where_there_is_room(
-    room: int, workers: int | None, parallel: int | None, expected: tuple[int, int], tmp_path: Path,
+    room: int,
+    workers: int | None,
+    parallel: int | None,
+    expected: tuple[int, int],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(simulate, "concurrency", lambda asked, clients: (min(room, clients), ""))
     monkeypatch.setattr(comparison, "gpus", lambda: 0)
     assert shares(parts(declared(tmp_path)), workers, parallel) == expected
@@ -433,14 +442,22 @@ def test_every_number_of_the_page_stands_in_its_table(
             row = table.iloc[int(element.attrib["data-row"])]
             assert shown(text, float(row["value"])), (text, dict(row))
             seen.add((row["part"].partition(":")[0], row["statistic"]))
-    assert {("utility", "mean"), ("utility", "low"), ("utility", "difference"), ("cost", "total"),
-            ("point", "utility")} <= seen  # fmt: skip
+    assert {
+        ("utility", "mean"),
+        ("utility", "low"),
+        ("utility", "difference"),
+        ("cost", "total"),
+        ("point", "utility"),
+    } <= seen
     for cell in (e for e in root.iter() if e.tag.endswith("td")):
         bare = "".join(e.text or "" for e in cell.iter() if "data-row" not in e.attrib)
         assert not re.search(r"\d\.\d", bare + "".join(e.tail or "" for e in cell.iter())), bare
     # What the page's table holds is what the comparison's says.
-    [main] = [r for r in report["tables"]["instructions"]["utility"]
-              if (r["arm"], r["epsilon"], r["metric"]) == ("main", 8.0, "rouge_l")]  # fmt: skip
+    [main] = [
+        r
+        for r in report["tables"]["instructions"]["utility"]
+        if (r["arm"], r["epsilon"], r["metric"]) == ("main", 8.0, "rouge_l")
+    ]
     own = table[
         (table["part"] == "utility: notes, epsilon 8") & (table["metric"] == "rouge_l") & (table["arm"] == "main")
     ]

@@ -151,9 +151,13 @@ def toml(tmp_path_factory: pytest.TempPathFactory, llm: str) -> str:
     public = pd.DataFrame([(words(y, rng), y) for y in LABELS * 30] + [("abc", "other")], columns=["text", "label"])
     public.to_csv(place / "public.csv", index=False)
     return SCENARIO.format(
-        rounds=ROUNDS, file=place / "notes.csv", public=place / "public.csv", slm=tiny.folder(), llm=llm,
+        rounds=ROUNDS,
+        file=place / "notes.csv",
+        public=place / "public.csv",
+        slm=tiny.folder(),
+        llm=llm,
         bert=families.folder("bert"),
-    )  # fmt: skip
+    )
 
 
 class Runs:

@@ -15,7 +15,7 @@ from fedsynth.data.partition import LeftOut, Site, divide, find, label_list, mis
 from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.typed import BadValue
 
-TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
+TestRows.__test__ = False  # pytest would collect it
 
 
 def table(rows: int = 20, **more: Any) -> pd.DataFrame:
@@ -280,7 +280,7 @@ def test_every_split_deals_each_row_once_and_repeats_with_its_seed(tmp_path: Pat
     data, again = many(tmp_path / "a.csv", **split), many(tmp_path / "b.csv", **split)
     before = str(np.random.get_state()), random.getstate()  # noqa: NPY002  # the hidden generator stays as it is
     sites = open_sites(data, 3)
-    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
+    assert (str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002 - as above
     assert sorted(everything(sites)) == sorted(table(160)["text"])
     assert open_sites(again, 3) == sites
     assert open_sites(data, 4) != sites
@@ -334,13 +334,16 @@ def test_persons_are_dealt_whole_by_their_first_label(tmp_path: Path, split: dic
 @pytest.mark.parametrize(
     ("split", "clients", "said"),
     [
-        ({"split": "dirichlet", "alpha": 0.001}, 8, "no draw with alpha = 0.001 left each of 8 clients 2 examples: ask "
-         "for a larger alpha or fewer clients"),
+        (
+            {"split": "dirichlet", "alpha": 0.001},
+            8,
+            "no draw with alpha = 0.001 left each of 8 clients 2 examples: ask for a larger alpha or fewer clients",
+        ),
         ({"split": "pathological", "classes_per_client": 3}, 4, "classes_per_client must lie in 1..2 .*, got 3"),
         ({"split": "pathological", "classes_per_client": 2}, 12, "a class has fewer examples than clients that draw"),
         ({"split": "pathological", "classes_per_client": 1}, 20, "client 0 has no training example: ask for more cl"),
     ],
-)  # fmt: skip
+)
 def test_a_split_that_leaves_a_client_without_examples_says_the_way_out(
     tmp_path: Path, split: dict[str, Any], clients: int, said: str
 ) -> None:
@@ -511,17 +514,24 @@ def test_instructions_of_a_file_are_prompts_and_responses(tmp_path: Path) -> Non
     )
     frame.to_csv(tmp_path / "q.csv", index=False)
     data = Data(
-        str(tmp_path / "q.csv"), clients=2, task="instructions", text="question", response="answer",
-        split="natural", client_column="source",
-    )  # fmt: skip
+        str(tmp_path / "q.csv"),
+        clients=2,
+        task="instructions",
+        text="question",
+        response="answer",
+        split="natural",
+        client_column="source",
+    )
     assert label_list(data) == ()
     division = divide(data, 0)
     assert division.left_out.incomplete == 1
     assert [len(s.train) + len(s.test) for s in division.sites] == [3, 2]
     held = pool([division.sites[0].train, division.sites[0].test])
     assert set(zip(held.prompts, held.answers, strict=True)) == {
-        ("what is thing 1 ?", "same"), ("what is thing 2 ?", "a long response"), ("what is thing 4 ?", "an answer")
-    }  # fmt: skip
+        ("what is thing 1 ?", "same"),
+        ("what is thing 2 ?", "a long response"),
+        ("what is thing 4 ?", "an answer"),
+    }
     assert "no response" in misfits(data, ())[0]
 
 

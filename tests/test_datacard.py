@@ -34,21 +34,35 @@ def test_every_figure_of_a_card_by_hand() -> None:
     assert card == {
         "clients": [
             {
-                "train": 4, "test": 1, "units": 3, "labels": {"flu": 2, "asthma": 1}, "labels_present": 2, "other": 1,
-                "words": {"min": 1, "median": 2.0, "p95": 4, "max": 4}, "duplicates": 1,
+                "train": 4,
+                "test": 1,
+                "units": 3,
+                "labels": {"flu": 2, "asthma": 1},
+                "labels_present": 2,
+                "other": 1,
+                "words": {"min": 1, "median": 2.0, "p95": 4, "max": 4},
+                "duplicates": 1,
             },
             {
-                "train": 2, "test": 2, "units": 2, "labels": {"asthma": 2}, "labels_present": 1,
-                "words": {"min": 2, "median": 2.5, "p95": 3, "max": 3}, "duplicates": 0,
+                "train": 2,
+                "test": 2,
+                "units": 2,
+                "labels": {"asthma": 2},
+                "labels_present": 1,
+                "words": {"min": 2, "median": 2.5, "p95": 3, "max": 3},
+                "duplicates": 0,
             },
         ],
         "total": {
-            "train": 6, "test": 3, "units": 5, "classes": 3,
+            "train": 6,
+            "test": 3,
+            "units": 5,
+            "classes": 3,
             "words": {"min": 1, "median": 2.0, "p95": 4, "max": 4},
             "left_out": {"incomplete": 2, "duplicates": 1, "not_dealt": 0, "over_limit": 5},
             "duplicates": {"between_clients": 1, "train_and_test": 1},
         },
-    }  # fmt: skip
+    }
     assert json.loads(json.dumps(card)) == card
 
 
@@ -91,8 +105,11 @@ def test_a_card_per_seed_and_per_way_of_dividing(tmp_path: Path) -> None:
     cards = data_cards(asked)
     assert cards["origin"] == MEASURED
     assert [(c["seed"], c["arms"], [x["train"] for x in c["clients"]]) for c in cards["cards"]] == [
-        (0, ["one", "pooled"], [8, 8]), (0, ["few"], [3, 3]), (3, ["one", "pooled"], [8, 8]), (3, ["few"], [3, 3]),
-    ]  # fmt: skip
+        (0, ["one", "pooled"], [8, 8]),
+        (0, ["few"], [3, 3]),
+        (3, ["one", "pooled"], [8, 8]),
+        (3, ["few"], [3, 3]),
+    ]
     assert "note" not in json.dumps(cards)  # figures, no text
 
 

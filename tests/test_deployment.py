@@ -150,9 +150,14 @@ def test_each_site_keeps_an_account_a_trail_and_a_model_of_its_own(ran: Ran) -> 
         assert [grant["state"] for grant in found["grants"]] == ["sent"]
         events = [(e["event"], e.get("task")) for e in ran.federation.trail(name)]
         assert events == [
-            ("asked", "train.synthesize"), ("charged", None), ("stored", None), ("answered", None),
-            ("asked", "train.learn"), ("stored", None), ("answered", None),
-        ]  # fmt: skip
+            ("asked", "train.synthesize"),
+            ("charged", None),
+            ("stored", None),
+            ("answered", None),
+            ("asked", "train.learn"),
+            ("stored", None),
+            ("answered", None),
+        ]
         assert list(state.rglob("task_model.safetensors"))
 
 

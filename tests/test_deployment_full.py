@@ -122,8 +122,9 @@ def test_sizes_by_message_type_at_the_socket_are_those_of_the_payloads(ran: Ran)
     adapter = max(len(payload) for payload in payloads(ran.dump))
     sizes = {
         (kind, way): [passed(way, *window) for window in found[kind]]
-        for way, found in (("up", up), ("down", down)) for kind in kinds
-    }  # fmt: skip
+        for way, found in (("up", up), ("down", down))
+        for kind in kinds
+    }
     print(f"\n{adapter=} {sizes}")
     bundle = sizes["train.finetune", "down"].pop(0) - adapter  # comes with a run's first message, and is never run
     assert 0 < bundle < 300_000
@@ -217,8 +218,9 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     (folder / "scenario.toml").write_text(text.replace("clients = 3", "clients = 1").replace('unit = "person"\n', ""))
     outputs = 'outputs = ["text", "scores"]  '
     keep = {"minimum_records = 1": "minimum_records = 100", outputs.replace('"scores', '"adapter", "scores'): outputs}
-    with federation(folder, folder / "scenario.toml", {"alone": notes}, port=free_port(),
-                    policy="approve_text = true", **keep) as made:  # fmt: skip
+    with federation(
+        folder, folder / "scenario.toml", {"alone": notes}, port=free_port(), policy="approve_text = true", **keep
+    ) as made:
         made.start_site("alone")
         yield made
 
@@ -228,8 +230,12 @@ def begun(made: Federation, name: str) -> tuple[Running, str]:
     command = ["run", made.coordinator / "scenario.toml", "--out", made.folder / name, "--server", made.coordinator]
     run = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", *command], made.folder, made.folder / f"{name}.log")
     place = load_site(made.place("alone"))
-    held = until(lambda: [h for h in place.approvals.all() if h["decision"] == "waits"
-                          and place.open_ledger().answered(h["order"])], "text waits")  # fmt: skip
+    held = until(
+        lambda: [
+            h for h in place.approvals.all() if h["decision"] == "waits" and place.open_ledger().answered(h["order"])
+        ],
+        "text waits",
+    )
     return run, held[0]["order"]
 
 

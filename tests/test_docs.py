@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import house
 import pytest
@@ -16,9 +22,10 @@ from scripted import ScriptedLLM
 
 import fedsynth.cli.main
 from fedsynth.federation.messages import Learn
+from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.keys import keys, page
-from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.schema import Scenario, StrategyChoice
 from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios
 from fedsynth.simulation.flower import environment
 
@@ -74,6 +81,75 @@ def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch:
     assert 0 < written <= 4 * 5 * 10
     assert {len(o.corpus.grants) for o in played.orders(Learn)} == {4}  # of all clients
     assert {cell.arm for cell in cells(from_toml(scenario))} == {"local", "continued"}
+
+
+def test_a_round_of_the_docs_needs_no_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page_ = ROOT / "docs" / "your-own-strategy.md"
+    [code], [session] = blocks(page_, "python"), blocks(page_, "pycon")
+    (tmp_path / "continued.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "continued", raising=False)
+    examples = doctest.DocTestParser().get_doctest(session, {}, page_.name, str(page_), 0)
+    assert len(examples.examples) >= 8
+    assert doctest.DocTestRunner().run(examples).failed == 0
+    monkeypatch.delitem(sys.modules, "continued")
+
+
+@pytest.mark.parametrize("module", ["corpus", "instructions", "lora", "rouge", "typed"])
+def test_examples_of_the_base_are_true(module: str) -> None:
+    failed, attempted = doctest.testmod(importlib.import_module(f"fedsynth.{module}"))
+    assert not failed
+    assert attempted
+
+
+def strategies() -> list[Any]:
+    """The classes that the shipped scenarios name."""
+    named = {cell.scenario.strategy.use for path in shipped_scenarios() for cell in cells(load(path))}
+    return [load_strategy(StrategyChoice(use))[0] for use in sorted(named)]
+
+
+def has_option(kind: Any, names: Sequence[str]) -> bool:
+    for name in names:
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if name not in hints:
+            return False
+        kind = hints[name]
+    return True
+
+
+def exists(dotted: str) -> bool:
+    """Whether a name stands in `fedsynth`, in its strategies' options (`strategy.`), or among a scenario's keys."""
+    parts = dotted.split(".")
+    if parts[0] == "strategy":
+        return any(has_option(strategy.config_class, parts[1:]) for strategy in strategies())
+    if dotted in {key.name for key in keys()}:
+        return True
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(["fedsynth", *parts[:length]]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[length:]:
+            found = getattr(found, name, None)
+        return found is not None
+    return False
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda p: p.stem)
+def test_what_a_method_names_is_there(path: Path) -> None:
+    named = re.findall(r"`([a-z_]+(?:\.\w+)+)(?:[ (][^`]*)?`", path.read_text())
+    assert named
+    assert [each for each in named if not exists(each)] == []
+
+
+def test_a_name_that_moved_is_found() -> None:
+    assert exists("synthesis.judges.best_of")
+    assert exists("client.guarantee")
+    assert not exists("teacher.best_of")
+    assert not exists("synthesis.judges.best")
+    assert not exists("client.guaranty")
+    assert exists("strategy.teaching.guard")
+    assert not exists("strategy.teaching.guarded")
 
 
 def test_the_page_of_keys_is_what_the_code_says() -> None:

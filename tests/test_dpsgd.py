@@ -72,7 +72,7 @@ def brute_force(model: Any, tokens: Tensor, units: Sequence[int]) -> list[Tensor
         loss = losses(model, tokens[row : row + 1]).sum()
         grad = flat(torch.autograd.grad(loss, weights, allow_unused=True), weights)
         found[unit] = found.get(unit, 0) + grad
-    return list(found.values())  # type: ignore[arg-type]
+    return list(found.values())
 
 
 def clip(grads: Sequence[Tensor], clip_norm: float = C) -> Tensor:
@@ -161,7 +161,7 @@ def test_opacus_gives_the_same_sum(family: str, mode: str, clipping: Clipping) -
     model = built(family, mode, tie_word_embeddings=family == "t5")  # ghost knows no tied weights
     for length in (6, 40):
         own, other = (summed(model, texts(length), clipping=way) for way in ("bookkeeping", clipping))
-        assert apart(own, other) < 1e-6  # type: ignore[arg-type]
+        assert apart(own, other) < 1e-6
 
 
 def test_opacus_own_clip_is_met_within_its_one_in_a_million() -> None:
@@ -169,10 +169,10 @@ def test_opacus_own_clip_is_met_within_its_one_in_a_million() -> None:
     wrapped = GradSampleModule(model, loss_reduction="sum")
     losses(model, tokens).sum().backward()
     weights = trainable(wrapped)
-    each = torch.cat([w.grad_sample.flatten(1) for w in weights], 1)  # type: ignore[attr-defined]
+    each = torch.cat([w.grad_sample.flatten(1) for w in weights], 1)
     factor = (C * MARGIN / (each.norm(dim=1) + 1e-6)).clamp(max=1.0)  # Opacus' DPOptimizer
     for weight in weights:
-        weight.grad, weight.grad_sample = None, None  # type: ignore[attr-defined]
+        weight.grad, weight.grad_sample = None, None
     wrapped.to_standard_module()
     assert apart(summed(model, tokens), factor @ each) < 1e-5
 
@@ -189,7 +189,7 @@ def test_taking_the_sums_starts_the_next_at_zero_and_nothing_is_a_sum_of_zeros()
     with clipper(model, C) as engine:
         empty = engine.take()
         for tokens in (one, two):
-            engine.add(lambda tokens=tokens: losses(model, tokens), range(ROWS))  # type: ignore[misc]
+            engine.add(lambda tokens=tokens: losses(model, tokens), range(ROWS))
             sums = engine.take()
     assert all(not total.any() for total in empty)
     assert [t.shape for t in empty] == [w.shape for w in trainable(model)]

@@ -131,13 +131,13 @@ def test_a_line_end_that_only_the_end_of_text_can_write_is_a_blank() -> None:
 def test_the_end_of_text_stands_at_the_end_of_an_example_alone_and_the_text_is_whole(name: str) -> None:
     tokenizer, kind = tokenizer_of(name), families.KINDS.get(name, "causal")
     corpus = Corpus(TYPED, ("Plan",) * len(TYPED), Provenance.PRIVATE)
-    slots = encode_slots(tokenizer, corpus, ("Plan",), len(TYPED), 4000, kind)  # type: ignore[arg-type]
+    slots = encode_slots(tokenizer, corpus, ("Plan",), len(TYPED), 4000, kind)
     for text, [example] in zip(TYPED, slots, strict=True):
         learnt = list(example.tokens[example.start :])
         assert learnt.index(tokenizer.eos_token_id) == len(learnt) - 1
         assert control_ids(tokenizer).isdisjoint(learnt[:-1])
         assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == text.strip()
-    [[short]] = encode_slots(tokenizer, corpus.take([len(LINES)]), ("Plan",), 1, 20, kind)  # type: ignore[arg-type]
+    [[short]] = encode_slots(tokenizer, corpus.take([len(LINES)]), ("Plan",), 1, 20, kind)
     assert len(short.tokens) == 20
     assert short.tokens[-1] == tokenizer.eos_token_id  # a cut end is learnt as one
     assert tokenizer.eos_token_id not in short.tokens[short.start : -1]
@@ -148,7 +148,7 @@ def test_a_record_comes_back_from_its_example_whatever_it_holds(name: str) -> No
     tokenizer, kind = tokenizer_of(name), families.KINDS.get(name, "causal")
     corpus = Corpus(TYPED, TYPED[::-1], Provenance.PRIVATE)
     for learns in ("record", "response"):
-        slots = encode_slots(tokenizer, corpus, (), len(TYPED), 4000, kind, learns=learns)  # type: ignore[arg-type]
+        slots = encode_slots(tokenizer, corpus, (), len(TYPED), 4000, kind, learns=learns)
         for prompt, answer, [example] in zip(TYPED, TYPED[::-1], slots, strict=True):
             learnt = tokenizer.decode(example.tokens[example.start :], skip_special_tokens=True)
             text = learnt if learns == "record" else f"{asked(prompt)}{learnt}"
@@ -198,11 +198,12 @@ def test_what_stands_around_a_text_is_what_the_tokenizer_puts_there(name: str) -
     else:
         whole = tokenizer(texts)["input_ids"]
         cut = tokenizer(texts, truncation=True, max_length=5)["input_ids"]
-    assert token_rows(tokenizer, texts, kind) == whole  # type: ignore[arg-type]
-    assert token_rows(tokenizer, texts, kind, 5) == cut  # type: ignore[arg-type]
+    assert token_rows(tokenizer, texts, kind) == whole
+    assert token_rows(tokenizer, texts, kind, 5) == cut
     typed = "".join(CONTROL)
-    [empty], [row], [prompt] = (rows(tokenizer, [t], kind) for rows, t in  # type: ignore[operator]
-                                [(token_rows, ""), (token_rows, typed), (given_rows, typed)])  # fmt: skip
+    [empty], [row], [prompt] = (
+        rows(tokenizer, [t], kind) for rows, t in [(token_rows, ""), (token_rows, typed), (given_rows, typed)]
+    )
     assert [t for t in row if t in control] == [t for t in prompt if t in control] == empty
 
 
@@ -246,9 +247,16 @@ def learnt(tokenizer: Any, text: str) -> LocalLLM:
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **settings, max_position_embeddings=128,
-                                             eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-                                             pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                **settings,
+                max_position_embeddings=128,
+                eos_token_id=tokenizer.eos_token_id,
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(50):
         optimizer.zero_grad()

@@ -122,7 +122,7 @@ def tokenizer_of(family: str) -> Any:
 
 
 def slots(family: str) -> list[tuple[Example, ...]]:
-    found = encode_slots(tokenizer_of(family), CORPUS, LABELS, 4, 64, KINDS[family])  # type: ignore[arg-type]
+    found = encode_slots(tokenizer_of(family), CORPUS, LABELS, 4, 64, KINDS[family])
     assert () not in found
     return found
 
@@ -134,7 +134,7 @@ def slots(family: str) -> list[tuple[Example, ...]]:
 def test_a_model_is_told_by_its_architecture(family: str) -> None:
     assert fits(families.folder(family), "embedder") == KINDS[family]
     for role in ("task_model", "embedder"):
-        check(families.folder(family), role)  # type: ignore[arg-type]
+        check(families.folder(family), role)
 
 
 @pytest.mark.parametrize("family", WRITERS)
@@ -460,8 +460,8 @@ def test_what_stands_around_a_text_by_kind() -> None:
 @pytest.mark.parametrize("family", ALL)
 def test_hidden_tokens_are_of_the_text_alone(family: str) -> None:
     tokenizer = tokenizer_of(family)
-    tokens = torch.tensor(token_rows(tokenizer, ["abcdefgh"] * 50, KINDS[family]))  # type: ignore[arg-type]
-    hide = _hider(tokenizer, KINDS[family], 0.5, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    tokens = torch.tensor(token_rows(tokenizer, ["abcdefgh"] * 50, KINDS[family]))
+    hide = _hider(tokenizer, KINDS[family], 0.5, torch.Generator().manual_seed(0))
     hidden = hide(tokens, torch.ones_like(tokens))
     changed = hidden[hidden != tokens]
     assert 0.3 < len(changed) / tokens.numel() < 0.6
@@ -521,7 +521,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
     order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3)
     with home(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])
-    assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])  # type: ignore[arg-type]
+    assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])
     assert len(answer.corpus) + answer.unfinished == 12
     assert answer.statement.guarantee == "dp"
 

@@ -82,8 +82,16 @@ class Hall:
 
     def submit(self, *arguments: object) -> Running:
         """A run in the background."""
-        command = [sys.executable, "-P", "-m", "fedsynth.cli.main", "run", *arguments, "--server",
-                   self.federation.coordinator]  # fmt: skip
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "fedsynth.cli.main",
+            "run",
+            *arguments,
+            "--server",
+            self.federation.coordinator,
+        ]
         self.latest = spawn(command, self.federation.folder, self.federation.folder / f"{self.fault}.log")
         return self.latest
 
@@ -112,8 +120,9 @@ class Hall:
             assert len(account["reservations"]) == 1
             assert account["epsilon"] <= 8.0
         run = json.loads((self.out / "deployment.json").read_text())["run"]
-        assert instructed.same(instructed.simulated(self.text, tmp_path / "simulated", run),
-                               instructed.adapters(self.out))  # fmt: skip
+        assert instructed.same(
+            instructed.simulated(self.text, tmp_path / "simulated", run), instructed.adapters(self.out)
+        )
 
     def nothing_left(self) -> None:
         """No process works on any more, but for those that stand."""
@@ -362,14 +371,22 @@ def test_a_clock_that_is_off_is_named_by_the_check_and_by_the_start(hall: Hall, 
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     said = "ahead of the server's: set it by NTP"
     place = hall.federation.place("north")
-    checked = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "check", place, "--json"], tmp_path,
-                    tmp_path / "check.log", **path)  # fmt: skip
+    checked = spawn(
+        [sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "check", place, "--json"],
+        tmp_path,
+        tmp_path / "check.log",
+        **path,
+    )
     assert checked.process.wait(120) == 1
     findings = [json.loads(line) for line in checked.said().splitlines() if line.startswith("{")]
     assert [f["what"] for f in findings if f["state"] == "problem"] == ["clock"]
     assert said in next(f["says"] for f in findings if f["what"] == "clock")
-    started = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "start", place], tmp_path,
-                    tmp_path / "start.log", **path)  # fmt: skip
+    started = spawn(
+        [sys.executable, "-P", "-m", "fedsynth.cli.main", "site", "start", place],
+        tmp_path,
+        tmp_path / "start.log",
+        **path,
+    )
     assert started.process.wait(120) == 1
     assert said in last_line(started)
     hall.nothing_left()
@@ -394,8 +411,17 @@ def test_a_site_with_a_key_that_nobody_registered_gets_nothing(hall: Hall, tmp_p
 def test_a_server_whose_certificate_has_expired_is_neither_started_nor_trusted(hall: Hall, tmp_path: Path) -> None:
     """Means: certificates that were valid until yesterday; a SuperLink that uses them is started by hand."""
     port, coordinator = free_port(), tmp_path / "coordinator"
-    fedsynth("server", "init", coordinator, "--port", port, "--scenario",
-             hall.federation.coordinator / "scenario.toml", "--test-certificates", cwd=tmp_path)  # fmt: skip
+    fedsynth(
+        "server",
+        "init",
+        coordinator,
+        "--port",
+        port,
+        "--scenario",
+        hall.federation.coordinator / "scenario.toml",
+        "--test-certificates",
+        cwd=tmp_path,
+    )
     shutil.rmtree(coordinator / "certificates")
     write_certificates(coordinator / "certificates", ["127.0.0.1"], days=-1)
     refused = fedsynth("server", "start", coordinator, cwd=tmp_path, code=2)
@@ -406,11 +432,26 @@ def test_a_server_whose_certificate_has_expired_is_neither_started_nor_trusted(h
     stopped(hall)
     at = coordinator / "certificates"
     superlink = spawn(
-        ["flower-superlink", "--host", "127.0.0.1", "--port", port, "--ssl-certfile", at / "server.crt",
-         "--ssl-keyfile", at / "server.key", "--ssl-ca-certfile", at / "ca.crt"],
-        tmp_path, tmp_path / "superlink.log", FLWR_HOME=str(tmp_path / "flower"), FLWR_TELEMETRY_ENABLED="0",
-        FLWR_DISABLE_UPDATE_CHECK="1", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    )  # fmt: skip
+        [
+            "flower-superlink",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--ssl-certfile",
+            at / "server.crt",
+            "--ssl-keyfile",
+            at / "server.key",
+            "--ssl-ca-certfile",
+            at / "ca.crt",
+        ],
+        tmp_path,
+        tmp_path / "superlink.log",
+        FLWR_HOME=str(tmp_path / "flower"),
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
     try:
         superlink.wait_for("Uvicorn running")
         place = hall.federation.place("north")

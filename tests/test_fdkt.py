@@ -173,8 +173,11 @@ def test_only_synthetic_text_and_labels_go_up(fdkt: World) -> None:
 
 def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> None:
     def decoded(message: Message) -> str:
-        kinds = {Synthesize.task: (Synthesize, Synthesized), Learn.task: (Learn, Learn.reply),
-                 Evaluate.task: (Evaluate, Evaluated)}  # fmt: skip
+        kinds = {
+            Synthesize.task: (Synthesize, Synthesized),
+            Learn.task: (Learn, Learn.reply),
+            Evaluate.task: (Evaluate, Evaluated),
+        }
         record = message.content.get("fedsynth")
         if record is None:
             return ""

@@ -142,7 +142,7 @@ def test_the_global_adapter_is_the_mean_weighted_by_real_records(tmp_path: Path,
     expected = average([a.adapter for a in first], records)
     assert {digest(order.adapter) for order in run.orders(Adopt)[:3]} == {digest(expected)}
     assert {digest(order.start) for order in run.orders(SelfTrain)[3:]} == {digest(expected)}
-    assert digest(in_use(run.home(0))) == digest(run.states[-1].adapters[0])  # type: ignore[arg-type]
+    assert digest(in_use(run.home(0))) == digest(run.states[-1].adapters[0])
 
 
 def test_at_beta_0_an_unshown_record_counts_through_filter_and_ranking_only(
@@ -273,7 +273,7 @@ def test_version_1_sends_the_synthetic_half_and_keeps_one_trained_on_both(tmp_pa
         digest(a.adapter) for a in synthetic.answers(SelfTrain)
     ]
     assert run.orders(Adopt) == []
-    kept = [digest(in_use(run.home(i))) for i in range(2)]  # type: ignore[arg-type]
+    kept = [digest(in_use(run.home(i))) for i in range(2)]
     assert kept == [digest(a.adapter) for a in both.answers(SelfTrain)]
 
 
@@ -411,8 +411,15 @@ def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
         return seen[-1][1]
 
     monkeypatch.setattr(client, "syn_sel", watched)
-    sets = ["rounds=2", "data.clients=2", "data.train_per_client=10", "data.test_per_client=4", 'run=["fedpit"]',
-            "client.generator_training.steps=4", "strategy.candidates=24"]  # fmt: skip
+    sets = [
+        "rounds=2",
+        "data.clients=2",
+        "data.train_per_client=10",
+        "data.test_per_client=4",
+        'run=["fedpit"]',
+        "client.generator_training.steps=4",
+        "strategy.candidates=24",
+    ]
     play(to_toml(load("hospitals-fedpit", sets)), tmp_path, "fedpit")
     assert len(seen) == 4
     for train, kept in seen:

@@ -106,9 +106,13 @@ class Makes(Asks):
 
 @pytest.mark.parametrize(
     ("strategy", "guarantee", "options"),
-    [(AVERAGE, "dp", ""), (AVERAGE, "dp", 'aggregation = "frozen_a"'), (AVERAGE, "none", ""), (FEDPIT, "none",
-     "shots = 1\ncandidates = 4\nkeep = 2\nmax_tokens = 4")],
-)  # fmt: skip
+    [
+        (AVERAGE, "dp", ""),
+        (AVERAGE, "dp", 'aggregation = "frozen_a"'),
+        (AVERAGE, "none", ""),
+        (FEDPIT, "none", "shots = 1\ncandidates = 4\nkeep = 2\nmax_tokens = 4"),
+    ],
+)
 def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, guarantee: str, options: str) -> None:
     model = tiny.folder()
     toml = scenario(tmp_path, strategy, guarantee=guarantee, options=options, rounds=2, rows=24, model=model)

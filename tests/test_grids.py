@@ -50,8 +50,9 @@ def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
     assert found.epsilons == (2.0, 8.0)
     first, second = found.scenarios["hospitals"], found.scenarios["answers"]
     assert first == Entry("hospitals", ("local", "fdkt", "fdkt_epsilon2"), "local", "accuracy", ("data.clients=4",))
-    assert second == Entry("hospitals-knowledgesg", ("local", "public_instructions", "own_responses", "knowledge_sg"),
-                           "local", "rouge_l")  # fmt: skip
+    assert second == Entry(
+        "hospitals-knowledgesg", ("local", "public_instructions", "own_responses", "knowledge_sg"), "local", "rouge_l"
+    )
 
 
 def test_a_resolved_grid_reads_back(tmp_path: Path) -> None:
@@ -86,8 +87,14 @@ def test_an_epsilon_reaches_the_arms_that_have_budgets_of_their_own() -> None:
 
 
 def test_the_command_line_says_the_same_as_a_file() -> None:
-    found = asked_for(["hospitals", "hospitals-knowledgesg"], epsilons="2, 8", seeds="0,1", arms="", baseline="local",
-                      sets=["data.clients=2"])  # fmt: skip
+    found = asked_for(
+        ["hospitals", "hospitals-knowledgesg"],
+        epsilons="2, 8",
+        seeds="0,1",
+        arms="",
+        baseline="local",
+        sets=["data.clients=2"],
+    )
     assert found.name == "hospitals-hospitals-knowledgesg"
     assert (found.seeds, found.epsilons) == ((0, 1), (2.0, 8.0))
     assert {entry.baseline for entry in found.scenarios.values()} == {"local"}

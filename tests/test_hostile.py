@@ -46,12 +46,14 @@ class Sites(LocalGrid):
     """Three sites, each of which answers as it is told to."""
 
     def __init__(self, says: Mapping[str, Says]) -> None:
-        super().__init__(None, len(says), {})  # type: ignore[arg-type]
+        super().__init__(None, len(says), {})
         self.says = dict(zip(self.contexts, says.items(), strict=True))
 
     def get_nodes(self) -> Iterable[Any]:
-        return [SimpleNamespace(node_id=node, name=name, status="online", last_activated_at="")
-                for node, (name, _) in self.says.items()]  # fmt: skip
+        return [
+            SimpleNamespace(node_id=node, name=name, status="online", last_activated_at="")
+            for node, (name, _) in self.says.items()
+        ]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for key in message_ids:

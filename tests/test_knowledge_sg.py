@@ -361,7 +361,11 @@ def test_without_a_judge_the_professional_only_responds(tmp_path: Path, base: st
 
 
 def test_the_instruction_judge_decides(tmp_path: Path, base: str) -> None:
-    pro = ScriptedLLM(answer=lambda p: professional(p) if p.startswith("question:") else f"Verdict: {'drop' if ' a ' in p else 'keep'}")  # fmt: skip  # noqa: E501
+    pro = ScriptedLLM(
+        answer=lambda p: (
+            professional(p) if p.startswith("question:") else f"Verdict: {'drop' if ' a ' in p else 'keep'}"
+        )
+    )
     run = play(toml(tmp_path, base, 'judge = "instruction"'), tmp_path, professional=pro)
     assert sum(run.metric("yield/judged/dropped/judged not good enough")) > 0
     assert pro.scored == []
@@ -462,7 +466,9 @@ def test_what_the_method_cannot_do_is_refused(tmp_path: Path, models: tuple[str,
     base, other = models
     good = f'server.professional = "{other}"\n'
     assert "weights" in refusal(tmp_path, "http://127.0.0.1:8000/v1")
-    assert "classification" in refusal(tmp_path, base, last=good + 'data.task = "classification"\nclient.task_model = "x"\n')  # fmt: skip  # noqa: E501
+    assert "classification" in refusal(
+        tmp_path, base, last=good + 'data.task = "classification"\nclient.task_model = "x"\n'
+    )
     assert "server.public" in refusal(tmp_path, base, 'instructions = "public"', last=good)
     assert '"record"' in refusal(tmp_path, base, last=good + 'client.generator_training.learns = "response"\n')
     chat = 'server.professional = { endpoint = "http://127.0.0.1:8000/v1", model = "m", api = "chat" }\n'

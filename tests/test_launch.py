@@ -147,7 +147,7 @@ class TestWhatARunStandsOn:
                     raise answer
                 return {"status": answer}
 
-            _watch(planned(tmp_path, **plan), SimpleNamespace(poll=lambda: None), status)  # type: ignore[arg-type]
+            _watch(planned(tmp_path, **plan), SimpleNamespace(poll=lambda: None), status)
 
         return watch
 
@@ -155,8 +155,11 @@ class TestWhatARunStandsOn:
         self, watch: Callable[..., None]
     ) -> None:
         sim = module.SIMULATION
-        watch([{sim: self.LIVES}, {sim: self.DEAD}, {}, {sim: self.LIVES}],
-              ["pending", "starting", "finished:completed"], "completed")  # fmt: skip
+        watch(
+            [{sim: self.LIVES}, {sim: self.DEAD}, {}, {sim: self.LIVES}],
+            ["pending", "starting", "finished:completed"],
+            "completed",
+        )
 
     @pytest.mark.parametrize(
         ("name", "status", "reason"),
@@ -312,8 +315,11 @@ def test_nobody_but_the_run_can_have_code_run_by_its_workers(tmp_path: Path) -> 
             [raylet] = named(psutil.Process(children[0]), "raylet")
             [address] = [word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--gcs-address=")]
             env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
-            said.append(subprocess.run([sys.executable, "-c", STRANGER, address], env=env, capture_output=True,
-                                       text=True, check=False).stderr)  # fmt: skip
+            said.append(
+                subprocess.run(
+                    [sys.executable, "-c", STRANGER, address], env=env, capture_output=True, text=True, check=False
+                ).stderr
+            )
         elif event["event"] == "started":
             children.append(event["pid"])
 

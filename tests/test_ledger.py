@@ -170,8 +170,12 @@ def test_a_forged_grant_does_not_begin(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     grant = charge(ledger)
     less = replace(PLAN, noise_multiplier=0.1)
-    for forged in (replace(grant, id="00"), replace(grant, plan=less), replace(grant, counter=2),
-                   replace(grant, binding=replace(grant.binding, data="other"))):  # fmt: skip
+    for forged in (
+        replace(grant, id="00"),
+        replace(grant, plan=less),
+        replace(grant, counter=2),
+        replace(grant, binding=replace(grant.binding, data="other")),
+    ):
         with pytest.raises(GrantUsed, match="not of the ledger"):
             ledger.begin(forged)
     with pytest.raises(ValueError, match="binding names plan"):

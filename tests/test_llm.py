@@ -141,12 +141,12 @@ def test_a_token_of_no_mass_is_never_drawn() -> None:
 
 def test_global_generators_are_neither_moved_nor_read() -> None:
     llm = tiny()
-    torch.manual_seed(1), np.random.seed(1), random.seed(1)  # noqa: NPY002
-    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)  # noqa: NPY002 - the global one, on purpose
+    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()  # noqa: NPY002 - the global one, on purpose
     first = llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=3)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (str(np.random.get_state()), random.getstate())  # noqa: NPY002
-    torch.manual_seed(2), np.random.seed(2), random.seed(2)  # noqa: NPY002
+    assert before[1:] == (str(np.random.get_state()), random.getstate())  # noqa: NPY002 - the global one, on purpose
+    torch.manual_seed(2), np.random.seed(2), random.seed(2)  # noqa: NPY002 - the global one, on purpose
     assert llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=3) == first
     assert llm.complete(["ab"] * 9, SamplingParams(temperature=1.0, max_new_tokens=8), seed=4) != first
 

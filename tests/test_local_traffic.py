@@ -141,8 +141,9 @@ os._exit(0)
 )
 def test_grpc_goes_past_the_proxy_to_this_machine(completed: bool, seconds: int, own: dict[str, str]) -> None:
     env = behind_a_dead_proxy(os.environ) | own
-    done = subprocess.run([sys.executable, "-c", GRPC, str(seconds)], check=False,
-                          env=env | (past_proxies(env) if completed else {}))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", GRPC, str(seconds)], check=False, env=env | (past_proxies(env) if completed else {})
+    )
     assert done.returncode == (0 if completed else 1)
 
 
@@ -236,14 +237,18 @@ def test_which_hosts_are_always_this_machine(host: str, here: bool) -> None:
 
 def test_programs_of_runs_servers_and_sites_start_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", behind_a_dead_proxy(os.environ))
-    (tmp_path / "server.toml").write_text('host = "0.0.0.0"\nport = 1\nlocal = "fl.example.org:1"\ncertificate = "a"\n'
-                                          'key = "b"\nca = "c"\n')  # fmt: skip
+    (tmp_path / "server.toml").write_text(
+        'host = "0.0.0.0"\nport = 1\nlocal = "fl.example.org:1"\ncertificate = "a"\nkey = "b"\nca = "c"\n'
+    )
     link = SimpleNamespace(address="127.0.0.2:9443")
     place: Any = SimpleNamespace(
         cards={}, folder=tmp_path, state=tmp_path, site=SimpleNamespace(superlink=link, threads=1)
     )
-    for env, more in ((environment("m"), None), (flower_environment(tmp_path, "m"), "fl.example.org"),
-                      (_environment(place, "m"), "127.0.0.2")):  # fmt: skip
+    for env, more in (
+        (environment("m"), None),
+        (flower_environment(tmp_path, "m"), "fl.example.org"),
+        (_environment(place, "m"), "127.0.0.2"),
+    ):
         assert {"127.0.0.1", "localhost", "::1", *([more] if more else [])} <= set(env["no_proxy"].split(","))
         assert env["http_proxy"] == DEAD
     link.address = "fl.example.org:9443"  # another machine: the site's proxy leads there

@@ -125,8 +125,10 @@ def keyed(name: str) -> Break:
 
 
 POISSON = Training.draw
-EACH_DRAW = ("totals = sums_of([training.draw() for training in trainings])",
-             "drawn = [training.draw() for training in trainings]; totals = sums_of(drawn)")  # fmt: skip
+EACH_DRAW = (
+    "totals = sums_of([training.draw() for training in trainings])",
+    "drawn = [training.draw() for training in trainings]; totals = sums_of(drawn)",
+)
 THE_FOUR: dict[str, tuple[Break, str]] = {
     "noise divided by the batch": (noise(lambda t, d, r, plan: (d / plan.expected_batch, r)), "noise has deviation 0"),
     "no noise": (noise(lambda t, d, r, plan: (0.0, r)), "the noise has deviation"),

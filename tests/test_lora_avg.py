@@ -25,7 +25,7 @@ STRATEGY = "fedsynth.strategies.lora_avg:LoraAverage"
 
 
 def played(tmp_path: Path, options: str = "", **more: object) -> Played:
-    return play(instructions(tmp_path, STRATEGY, options=options, **more), tmp_path)  # type: ignore[arg-type]
+    return play(instructions(tmp_path, STRATEGY, options=options, **more), tmp_path)
 
 
 def same(one: Adapter, other: Adapter) -> bool:

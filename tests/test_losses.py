@@ -163,12 +163,22 @@ def test_terminal_json_summary_and_report_say_it_in_the_arms_own_line(tmp_path: 
     summary = json.loads((out / "summary.json").read_text())
     assert summary["arms"]["a"]["losses"] == []
     assert [loss["line"] for loss in summary["arms"]["b"]["losses"]] == [
-        line, "0 of 16 written texts left (too short 16)",
-    ]  # fmt: skip
+        line,
+        "0 of 16 written texts left (too short 16)",
+    ]
     assert summary["arms"]["b"]["losses"][0] | {"line": ""} == {
-        "what": "drafts", "asked": 24, "left": 0, "taken": 24, "reason": "unfinished", "most": 24, "clients": 2,
-        "bare": 2, "narrowed": 0, "few": True, "line": "",
-    }  # fmt: skip
+        "what": "drafts",
+        "asked": 24,
+        "left": 0,
+        "taken": 24,
+        "reason": "unfinished",
+        "most": 24,
+        "clients": 2,
+        "bare": 2,
+        "narrowed": 0,
+        "few": True,
+        "line": "",
+    }
 
     result = read(out)
     shown = io.StringIO()
@@ -222,8 +232,9 @@ def test_drafts_that_never_end_are_counted_as_lost_and_told(tmp_path: Path) -> N
         f'[server]\nllm = "scripted"\n[arms.main]\n'
     )
     run = play(toml, tmp_path, llm=ScriptedLLM(answer=lambda prompt: "" if "skin" in prompt else " good"))
-    found = losses(pd.DataFrame(list(run.journal.rows), columns=["arm", "seed", "round", "client", "metric",
-                                                                        "value"]))["main"]  # fmt: skip
+    found = losses(pd.DataFrame(list(run.journal.rows), columns=["arm", "seed", "round", "client", "metric", "value"]))[
+        "main"
+    ]
     assert [str(loss) for loss in found] == [
         "0 of 6 drafts left (unfinished 6)",
         # heart, skin, heart, skin, heart: two answers are empty, and of three the same one is kept.

@@ -125,7 +125,7 @@ def test_private_text_is_never_shown() -> None:
         respond(llm, private, 8)
     for judge in ("likelihood", "instruction", "none"):
         with pytest.raises(ValueError, match="private"):
-            judged(llm, private, judge, 1.0, 8)  # type: ignore[arg-type]
+            judged(llm, private, judge, 1.0, 8)
     assert llm.completed == []
 
 
@@ -133,7 +133,7 @@ def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="share"):
         judged_by_likelihood(ScriptedLLM(), written("a"), 0.0, 8)
     with pytest.raises(ValueError, match="judge"):
-        judged(ScriptedLLM(), written("a"), "vote", 1.0, 8)  # type: ignore[arg-type]
+        judged(ScriptedLLM(), written("a"), "vote", 1.0, 8)
 
 
 # --- instructions that do not fit into the professional ---

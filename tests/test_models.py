@@ -367,8 +367,11 @@ def test_a_scenario_is_pinned_with_its_arms(hub: str) -> None:
     head = replace(scenario.client, task_training=TaskTraining(trains="head"))
     assert dict(models_of(replace(scenario, client=head, arms={}, run=())))["assets:tiny-slm"] == "embedder"
     assert {name for name, _ in models_of(found)} == {
-        f"{hub}@{COMMITS['main']}", f"{hub}@{COMMITS['v1']}", "assets:tiny-slm", "assets:tiny-llm"
-    }  # fmt: skip
+        f"{hub}@{COMMITS['main']}",
+        f"{hub}@{COMMITS['v1']}",
+        "assets:tiny-slm",
+        "assets:tiny-llm",
+    }
 
 
 def test_a_saved_adapter_names_the_base_and_its_revision(hub: str, tmp_path: Path) -> None:

@@ -40,9 +40,16 @@ from fedsynth.federation.validation import Rejected, check_answer, check_order
 Files = list[tuple[str, bytes]]
 ORDER_OF: dict[type, Order[Any]] = {
     order.reply: order
-    for order in (Synthesize(9, 0.8, 0.95, 48, 1), Learn(3, CORPUS), Evaluate(), Finetune(ADAPTER, 1), Adopt(ADAPTER),
-                  Score(CORPUS, 4), SelfTrain(ADAPTER, 1, 2))
-}  # fmt: skip
+    for order in (
+        Synthesize(9, 0.8, 0.95, 48, 1),
+        Learn(3, CORPUS),
+        Evaluate(),
+        Finetune(ADAPTER, 1),
+        Adopt(ADAPTER),
+        Score(CORPUS, 4),
+        SelfTrain(ADAPTER, 1, 2),
+    )
+}
 LABELS = CORPUS.answers
 
 
@@ -162,8 +169,11 @@ def changed(tree: Any, rng: random.Random) -> Any:
             del found[key]
         case 1:
             value = rng.choice(NASTY)()
-            found = {**found, rng.choice((*(str(key)[:9] for key in keys), "more", "$corpus", "", "9" * 400)): value} \
-                if isinstance(found, dict) else [*found, value]  # fmt: skip
+            found = (
+                {**found, rng.choice((*(str(key)[:9] for key in keys), "more", "$corpus", "", "9" * 400)): value}
+                if isinstance(found, dict)
+                else [*found, value]
+            )
         case _:
             found[key] = changed(found[key], rng)
     return found

@@ -130,8 +130,18 @@ def test_the_key_is_not_shown_pickled_or_copied() -> None:
 def test_simulated_keys_differ_in_every_part_and_repeat() -> None:
     base = (7, 1, 2, "ab")
     assert simulated_key(*base) == simulated_key(*base)
-    keys = {simulated_key(*k) for k in [base, (8, 1, 2, "ab"), (7, 2, 1, "ab"), (7, 1, 3, "ab"), (7, 1, 2, "ac"),
-                                        (71, 1, 2, "ab"), (7, 11, 2, "ab")]}  # fmt: skip
+    keys = {
+        simulated_key(*k)
+        for k in [
+            base,
+            (8, 1, 2, "ab"),
+            (7, 2, 1, "ab"),
+            (7, 1, 3, "ab"),
+            (7, 1, 2, "ac"),
+            (71, 1, 2, "ab"),
+            (7, 11, 2, "ab"),
+        ]
+    }
     assert len(keys) == 7
     assert len({site_key() for _ in range(10)}) == 10
     assert len(site_key()) == 32

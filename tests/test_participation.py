@@ -38,7 +38,7 @@ AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 
 def cell_with(tmp_path: Path, **table: object) -> Cell:
     [cell] = cells(from_toml(instructions(tmp_path, AVERAGE) + "server.quorum = 0.1\n"))
-    return replace(cell, scenario=replace(cell.scenario, participation=Participation(**table)))  # type: ignore[arg-type]
+    return replace(cell, scenario=replace(cell.scenario, participation=Participation(**table)))
 
 
 def within(count: int, chance: float, of: int) -> bool:
@@ -127,8 +127,10 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
 
 
 def methods(tmp_path: Path) -> dict[str, str]:
-    small = "written = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n" \
-            "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"  # fmt: skip
+    small = (
+        "written = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n"
+        "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"
+    )
     pit = "candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8"
     sg = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
     more = {"rounds": 2, "clients": 5, "rows": 50}
@@ -161,7 +163,7 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
     pull, slow = LocalGrid.pull_messages, {}
 
     def late(grid: LocalGrid, ids: object) -> object:
-        wanted = list(ids)  # type: ignore[call-overload]
+        wanted = list(ids)
         of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
         if of and not slow:
             slow[min(of)] = time.monotonic()
@@ -200,7 +202,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     pull, slow, begun = LocalGrid.pull_messages, {}, list[float]()
 
     def late(grid: LocalGrid, ids: object) -> object:
-        wanted = list(ids)  # type: ignore[call-overload]
+        wanted = list(ids)
         of = {key: message for key, message in grid._waiting.items() if message.metadata.message_type == Finetune.task}
         if of and not slow:
             slow[min(of)] = of[min(of)]

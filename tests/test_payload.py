@@ -331,7 +331,7 @@ def test_tensors_that_are_not_as_safetensors_writes_them_are_refused(data: bytes
         (b" " * (1 << 25), "bytes"),
     ],
     ids=["nested", "too deep", "400 digits", "100000 digits", "twice", "text", "name", "surrogate", "values", "size"],
-)  # fmt: skip
+)
 def test_json_that_multiplies_or_overflows_is_refused(value: bytes, said: str) -> None:
     data = archive({"value.json": b'{"schema": 2, "type": "Learn", "value": %s}' % value})
     with pytest.raises(BadPayload, match=said):
@@ -526,8 +526,10 @@ def denied_dictionary(rows: int, length: int) -> bytes:
         return out + bytes([number])
 
     named = pa.array([0] * rows, pa.int32())
-    columns: Any = {"prompt": pa.DictionaryArray.from_arrays(named, ["x" * length]),
-                    "answer": pa.DictionaryArray.from_arrays(named, ["flu"])}  # fmt: skip
+    columns: Any = {
+        "prompt": pa.DictionaryArray.from_arrays(named, ["x" * length]),
+        "answer": pa.DictionaryArray.from_arrays(named, ["flu"]),
+    }
     data = parquet(columns, dictionary_pagesize_limit=10**8, write_statistics=False, store_schema=False)
     size = int.from_bytes(data[-8:-4], "little")
     body, foot = data[: -8 - size], data[-8 - size : -8]
@@ -566,12 +568,16 @@ def test_texts_of_older_runs_are_read() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"PAR1", parquet({"prompt": ["a"], "answer": ["b"]})[:-9], parquet({"prompt": [None], "answer": ["b"]}),
-        parquet({"prompt": ["a"], "answer": [1]}), parquet({"prompt": ["a"]}),
+        b"",
+        b"PAR1",
+        parquet({"prompt": ["a"], "answer": ["b"]})[:-9],
+        parquet({"prompt": [None], "answer": ["b"]}),
+        parquet({"prompt": ["a"], "answer": [1]}),
+        parquet({"prompt": ["a"]}),
         parquet({"prompt": ["a"], "answer": ["b"], "more": ["c"]}),
         parquet({"prompt": ["a"], "answer": ["b"]}, compression="zstd"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_corpus_is_a_bad_payload(data: bytes) -> None:
     with pytest.raises(BadPayload):
         corpus_from_parquet(data)

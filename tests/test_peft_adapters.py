@@ -136,8 +136,18 @@ def test_every_key_that_is_not_put_to_use_is_refused_by_name(plain: Path) -> Non
     known = {*USED, *OF_NO_MATTER, "peft_type", "runtime_config"}  # the last one is never written
     known |= {"init_lora_weights", "megatron_core"}  # have tests of their own
     others = [field for field in fields(LoraConfig) if field.name not in known]
-    assert {"alpha_pattern", "rank_pattern", "use_dora", "lora_bias", "layer_replication", "bias", "modules_to_save",
-            "alora_invocation_tokens", "target_parameters", "loftq_config"} <= {f.name for f in others}  # fmt: skip
+    assert {
+        "alpha_pattern",
+        "rank_pattern",
+        "use_dora",
+        "lora_bias",
+        "layer_replication",
+        "bias",
+        "modules_to_save",
+        "alora_invocation_tokens",
+        "target_parameters",
+        "loftq_config",
+    } <= {f.name for f in others}
     for field in others:
         assert f"says more: {field.name} = " in changed(plain, **{field.name: another(field)}), field.name
 
@@ -201,15 +211,20 @@ def test_a_start_of_orthogonal_factors_leaves_the_base_as_it_is_and_gives_the_lo
         ({"lora_alpha": "8"}, "lora_alpha a finite one"),
         ({"r": 2}, r"not those of LoRA of rank 2 .*lora_A.weight is (3, 32), not (2, 32)"),
         ({"target_modules": None}, "names no target_modules"),
-        ({"target_modules": ["q_proj"]}, "has tensors for model.layers.0.self_attn.v_proj, model.layers.1.self_attn."
-                                         "v_proj, which its target_modules do not name"),
-        ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "has no tensors for model.layers.0.self_attn.o_proj, "
-                                                             "model.layers.1.self_attn.o_proj, which"),
+        (
+            {"target_modules": ["q_proj"]},
+            "has tensors for model.layers.0.self_attn.v_proj, model.layers.1.self_attn."
+            "v_proj, which its target_modules do not name",
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj", "o_proj"]},
+            "has no tensors for model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj, which",
+        ),
         ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, "it adapts lm_head: only linear layers but the heads"),
         ({"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0]}, "has tensors for model.layers.1"),
         ({"target_modules": "(q_proj"}, "its choice of layers cannot be read"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named(plain: Path, change: dict[str, Any], said: str) -> None:
     for part in said.split(" .*"):
         assert part in changed(plain, **change)

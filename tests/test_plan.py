@@ -287,9 +287,18 @@ def test_digest_tells_plans_apart_and_survives_json() -> None:
     assert DPPlan.from_dict(json.loads(json.dumps(WORLD.to_dict()))) == WORLD
     assert DPPlan.from_dict(WORLD.to_dict()).digest() == WORLD.digest()
     assert replace(WORLD, clip_norm=1).digest() == WORLD.digest()
-    others = [replace(WORLD, **{name: value}) for name, value in
-              {"records": 401, "expected_batch": 51, "steps": 61, "rounds": 2, "clip_norm": 1.1,
-               "noise_multiplier": 0.929, "delta": 1e-6}.items()]  # fmt: skip
+    others = [
+        replace(WORLD, **{name: value})
+        for name, value in {
+            "records": 401,
+            "expected_batch": 51,
+            "steps": 61,
+            "rounds": 2,
+            "clip_norm": 1.1,
+            "noise_multiplier": 0.929,
+            "delta": 1e-6,
+        }.items()
+    ]
     assert len({p.digest() for p in [WORLD, *others]}) == 8
     with pytest.raises(ValueError, match="sigma"):
         DPPlan.from_dict(WORLD.to_dict() | {"sigma": 1.0})

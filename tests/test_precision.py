@@ -46,8 +46,13 @@ SETTINGS = GeneratorTraining(expected_batch=10, steps=3, clip_norm=C, rank=8, al
 def wide(width: int, trained: bool, dtype: Any = torch.float32) -> Any:
     """A Llama of two layers with LoRA, fresh or past its start."""
     heads = width // 32
-    base = tiny.model(hidden_size=width, intermediate_size=2 * width, num_attention_heads=heads,
-                      num_key_value_heads=heads, initializer_range=0.05).to(dtype)  # fmt: skip
+    base = tiny.model(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        initializer_range=0.05,
+    ).to(dtype)
     return adapted(base, 8, trained)
 
 
@@ -290,7 +295,7 @@ def test_half_precision_under_a_clip_norm_is_refused_by_every_engine(model: Any)
         with (
             pytest.raises(HalfPrecision, match=r"is torch\.b?float16.* no clip norm bounds"),
             clipper(model, C, clipping),
-        ):  # type: ignore[arg-type]
+        ):
             pass
     factors = {weight: torch.stack([weight.detach()]) for weight in trainable(model)}
     with pytest.raises(HalfPrecision), stacked(model, factors, C):
@@ -385,8 +390,13 @@ def test_bfloat16_under_a_guarantee_is_refused_by_key_value_and_way_out(tmp_path
     check_scenario(scenario(tmp_path, FDKT, "auto"))
     check_scenario(scenario(tmp_path, FDKT, "bfloat16", 'client.guarantee = "none"'))
     with pytest.raises(BadValue, match=said):
-        check_scenario(from_toml(instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage").replace(
-            "steps = 3,", 'steps = 3, precision = "bfloat16",')))  # fmt: skip
+        check_scenario(
+            from_toml(
+                instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage").replace(
+                    "steps = 3,", 'steps = 3, precision = "bfloat16",'
+                )
+            )
+        )
 
 
 @pytest.mark.usefixtures("planned")

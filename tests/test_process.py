@@ -25,8 +25,9 @@ COLD = ("-c", "import sys; print('cold', *sys.argv[1:])")
 
 def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """As a SuperExec starts it: by its name, with nothing else on the PATH."""
-    return subprocess.run([STAND_IN, *arguments], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60,
-                          check=False)  # fmt: skip
+    return subprocess.run(
+        [STAND_IN, *arguments], env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_every_program_that_a_server_can_have_started_is_a_stand_in(tmp_path: Path) -> None:

@@ -59,9 +59,14 @@ def test_a_recipe_opens_no_door(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["ExecStart=flower-superlink --insecure", "  POSTGRES_PASSWORD: hunter22", "proxy_ssl_verify off;",
-     "NOTES_DB=postgresql://reader:hunter22@db/clinic", "proxy_pass http://superlink:9443;"],
-)  # fmt: skip
+    [
+        "ExecStart=flower-superlink --insecure",
+        "  POSTGRES_PASSWORD: hunter22",
+        "proxy_ssl_verify off;",
+        "NOTES_DB=postgresql://reader:hunter22@db/clinic",
+        "proxy_pass http://superlink:9443;",
+    ],
+)
 def test_open_doors_would_be_found(line: str) -> None:
     assert OPEN_DOORS.search(line)
 
@@ -143,9 +148,11 @@ def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     from fedsynth.deployment.certificates import write_certificates
 
     write_certificates(tmp_path, ["superlink.example.org"])
-    text = re.sub(r"/etc/fedsynth/\S+?(\.\w+);", lambda found: {
-        ".crt": f"{tmp_path}/server.crt;", ".key": f"{tmp_path}/server.key;"}[found[1]],
-        (RECIPES / "nginx.conf").read_text())  # fmt: skip
+    text = re.sub(
+        r"/etc/fedsynth/\S+?(\.\w+);",
+        lambda found: {".crt": f"{tmp_path}/server.crt;", ".key": f"{tmp_path}/server.key;"}[found[1]],
+        (RECIPES / "nginx.conf").read_text(),
+    )
     (tmp_path / "nginx.conf").write_text(
         f"pid {tmp_path}/pid;\nerror_log stderr;\nevents {{}}\nhttp {{ access_log off; {text} }}\n"
     )
@@ -159,8 +166,13 @@ def test_compose_accepts_its_file(tmp_path: Path) -> None:
     asked = [needs("docker"), "compose"]
     if subprocess.run([*asked, "version"], capture_output=True, check=False).returncode:
         asked = [needs("docker-compose")]
-    done = subprocess.run([*asked, "-f", RECIPES / "compose.yaml", "config", "--quiet"], capture_output=True, text=True,
-                          env={**os.environ, "FEDSYNTH_USER": "1000:1000"}, check=False)  # fmt: skip
+    done = subprocess.run(
+        [*asked, "-f", RECIPES / "compose.yaml", "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "FEDSYNTH_USER": "1000:1000"},
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -222,8 +234,16 @@ class Terminal:
         for program in programs.iterdir():
             program.chmod(0o755)
         env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.shell = subprocess.Popen(["bash", "-m"], cwd=folder, stdin=subprocess.PIPE, stdout=log.open("ab"), env=env,
-                                      stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+        self.shell = subprocess.Popen(
+            ["bash", "-m"],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=log.open("ab"),
+            env=env,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
 
     def type(self, block: str) -> None:
         assert self.shell.stdin is not None
@@ -256,8 +276,13 @@ def terminals(folder: Path) -> Iterator[dict[str, Terminal]]:
 
 
 def order_at(site: str, folder: Path) -> str:
-    held = subprocess.run([folder / "bin" / "fedsynth", "site", "approve", site, "--json"], cwd=folder, text=True,
-                          capture_output=True, check=True).stdout  # fmt: skip
+    held = subprocess.run(
+        [folder / "bin" / "fedsynth", "site", "approve", site, "--json"],
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout
     return str(json.loads(held)[0]["order"][:6])
 
 
@@ -273,8 +298,11 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     sections = re.findall(r"^## Terminal (\d): (.*?)\n(.*?)(?=^## )", page.read_text(), re.DOTALL | re.MULTILINE)
-    typed = [(number, block) for number, _, text in sections
-             for block in re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]  # fmt: skip
+    typed = [
+        (number, block)
+        for number, _, text in sections
+        for block in re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ]
     with terminals(tmp_path) as terminal:
         terminal["2"].type("python notes.py")
         terminal["2"].wait()

@@ -119,8 +119,11 @@ def test_the_style_of_a_note_is_found_in_it(name):
         for note in private_notes(world, index, 30, 3, split="test").prompts:
             found = style_of(world, note)
             assert (found.main, found.history, found.openers, found.closers) == (
-                style.main, style.history, style.openers, style.closers
-            )  # fmt: skip
+                style.main,
+                style.history,
+                style.openers,
+                style.closers,
+            )
             assert (found.separator, found.order, found.traits) == (style.separator, style.order, style.traits)
 
 
@@ -146,8 +149,10 @@ def test_no_test_record_is_in_any_training_corpus(hospitals):
 def test_every_planted_reference_is_one_records_own(hospitals):
     planted = [
         private_records(hospitals, index, 500, seed, split=split, planted=True)
-        for index in (0, 1) for seed in (0, 1) for split in ("train", "test")
-    ]  # fmt: skip
+        for index in (0, 1)
+        for seed in (0, 1)
+        for split in ("train", "test")
+    ]
     secrets = [secret_of(answer) for corpus in planted for answer in corpus.answers]
     assert len(set(secrets)) == 8 * 500
     assert all(len(secret.split()) == 4 and set(secret.split()) <= set(hospitals.words) for secret in secrets)

@@ -53,7 +53,7 @@ def test_only_a_receipt_is_released() -> None:
     imitation: Any = type("Imitation", (), {"plan": PLAN, "grant": GRANT, "steps_run": 60})()
     for other in (Trained("model", "FedPIT"), imitation, None):
         with pytest.raises(NotReleasable, match="DPTrained"):
-            release(other, ["p"], ["a"])  # type: ignore[arg-type]
+            release(other, ["p"], ["a"])
 
 
 def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -75,7 +75,7 @@ def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: p
             trained, replace(text, provenance=Provenance.PUBLIC), ledger, "run", "x", allowed=True
         )
     with pytest.raises(NotReleasable, match="Trained"):
-        release_without_guarantee(RECEIPT, text, ledger, "run", "x", allowed=True)  # type: ignore[arg-type]
+        release_without_guarantee(RECEIPT, text, ledger, "run", "x", allowed=True)
     with pytest.raises(ValueError, match="reason"):
         release_without_guarantee(replace(trained, reason=""), text, ledger, "run", "", allowed=True)
 
@@ -92,7 +92,7 @@ def test_weights_and_scores_without_guarantee_lose_their_grants(tmp_path: Path) 
 def test_released_scores_carry_their_grant() -> None:
     assert release_scores(RECEIPT, [0.25, 0.5]) == Scores((0.25, 0.5), grants=(GRANT.id,))
     with pytest.raises(NotReleasable, match="DPTrained"):
-        release_scores(Trained("model", "raw"), [0.5])  # type: ignore[arg-type]
+        release_scores(Trained("model", "raw"), [0.5])
 
 
 def launders(source: str) -> list[int]:
@@ -104,7 +104,7 @@ def launders(source: str) -> list[int]:
         named = isinstance(node, ast.Attribute) and node.attr == "DP_SYNTHETIC"
         spelled = isinstance(node, ast.Constant) and node.value in ("dp_synthetic", "DP_SYNTHETIC")
         if (named or spelled) and not compared:
-            lines.append(node.lineno)  # type: ignore[attr-defined]
+            lines.append(node.lineno)
         for child in ast.iter_child_nodes(node):
             # What is called inside a comparison is used, not compared.
             visit(child, compared and not isinstance(child, ast.Call | ast.Lambda | ast.NamedExpr))
@@ -171,7 +171,7 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     monkeypatch.setattr(module, "text_rows", lambda _, texts: [[0] * (9 if text == " cut" else 3) for text in texts])
     home: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"))
     order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
-    texts, labels, unfinished = module._sample(home, adapter, order)  # type: ignore[arg-type]
+    texts, labels, unfinished = module._sample(home, adapter, order)
     assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)
     sent = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
     check_answer(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), home.labels)

@@ -81,8 +81,12 @@ class Stand:
                 sent = content if isinstance(content, str) else json.dumps(content)
                 self.send_response(status)
                 kind = "text/html" if sent.startswith("<") else "application/json"
-                for name, value in {"Content-Type": kind, "retry-after-ms": "1", "Location": f"{stand.url}/moved",
-                                    "Content-Length": str(len(sent.encode()))}.items():  # fmt: skip
+                for name, value in {
+                    "Content-Type": kind,
+                    "retry-after-ms": "1",
+                    "Location": f"{stand.url}/moved",
+                    "Content-Length": str(len(sent.encode())),
+                }.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(sent.encode())
@@ -515,9 +519,11 @@ def test_endpoints_are_neither_loaded_nor_pinned_but_written_down(tmp_path: Path
     found = scenario()
     assert pinned(found) == found
     assert set(models_of(found)) == {
-        (tiny.folder(), "generator"), (tiny.folder(), "task_model"), (tiny.folder(), "embedder"),
+        (tiny.folder(), "generator"),
+        (tiny.folder(), "task_model"),
+        (tiny.folder(), "embedder"),
         ("assets:tiny-llm", "llm"),
-    }  # fmt: skip
+    }
     assert [at.model for at in endpoints_of(found)] == ["small", "large"]
     prepare(found, tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "versions.json").read_text())

@@ -45,12 +45,27 @@ from fedsynth.world import load_world
 HOSTILE = "<script>alert('x')</script> <img src=http://example.org/x onerror=alert(1)> \x07 & \"quoted\" ]]>"
 LABELS = load_world("hospitals").labels
 TEXTS = tuple(f"{HOSTILE} pain number {i} of the left knee" for i in range(3 * len(LABELS)))
-DP = Statement("dp", 7.99364, 1e-5, 14.341719, unit="patient", sigma=1.416, sampling_rate=0.25, steps=60, clip_norm=0.3,
-               simulated=True)  # fmt: skip
+DP = Statement(
+    "dp",
+    7.99364,
+    1e-5,
+    14.341719,
+    unit="patient",
+    sigma=1.416,
+    sampling_rate=0.25,
+    steps=60,
+    clip_norm=0.3,
+    simulated=True,
+)
 # By arm: accuracy of clients 0 and 1 of seed 0, then of seed 1.
 ACCURACY = {"local": (0.5, 0.6, 0.7, 0.6), "fdkt": (0.6, 0.8, 0.8, 1.0), "no_dp": (0.6, 0.6, 0.9, 0.9)}
-SMALL = ["data.clients=2", "data.train_per_client=20", "data.test_per_client=20", "seeds=[0, 1]",
-         'run=["local", "fdkt", "no_dp"]']  # fmt: skip
+SMALL = [
+    "data.clients=2",
+    "data.train_per_client=20",
+    "data.test_per_client=20",
+    "seeds=[0, 1]",
+    'run=["local", "fdkt", "no_dp"]',
+]
 
 
 def embed(texts: Sequence[str]) -> np.ndarray:
@@ -325,7 +340,7 @@ def test_the_privacy_card_has_every_fact(run: Path) -> None:
             names = ["".join(e.itertext()) for e in card.iter("dt")]
             cards[card.find("h3").text] = dict(
                 zip(names, ["".join(e.itertext()) for e in card.iter("dd")], strict=True)
-            )  # type: ignore[union-attr]
+            )
     said = cards["fdkt"]
     assert said["epsilon"].startswith("7.994")
     assert said["epsilon if a patient is replaced by another"] == "14.35"
@@ -359,9 +374,17 @@ def run_report_of(spent: dict[str, object]) -> dict[str, object]:
     run_report.add_privacy(figures, privacy)
     run = {"name": "x", "source": "s", "task": "t", "unit": "row", "seeds": [0], "tuned_on": [], "strategies": {}}
     texts = {"kinds": [], "labels": [], "reference": "", "embedder": "", "left_out": "", "bare": []}
-    return {"rows": [run_report._row(r) for r in figures.rows], "run": {**run, "models": {}, "versions": {}},
-            "arms": ["fdkt"], "pooled": [], "baseline": "fdkt", "privacy": privacy, "warnings": [], "examples": [],
-            "texts": texts}  # fmt: skip
+    return {
+        "rows": [run_report._row(r) for r in figures.rows],
+        "run": {**run, "models": {}, "versions": {}},
+        "arms": ["fdkt"],
+        "pooled": [],
+        "baseline": "fdkt",
+        "privacy": privacy,
+        "warnings": [],
+        "examples": [],
+        "texts": texts,
+    }
 
 
 def test_thousands_of_clients_make_no_page_too_long_to_open() -> None:
@@ -383,7 +406,7 @@ def words_of(run: Path, **privacy: object) -> list[str]:
     metrics = pd.read_parquet(run / "metrics.parquet")
     figures, said = Figures(), json.loads((run / "privacy.json").read_text())
     for arm, more in privacy.items():
-        said[arm] = {**said[arm], **more}  # type: ignore[dict-item]
+        said[arm] = {**said[arm], **more}
     run_report.add_privacy(figures, said)
     found = cautions(figures, said, metrics, run_report.read_scenario(run), list(ACCURACY), [])
     return [word for word, _ in found]

@@ -22,7 +22,7 @@ from fedsynth.rouge import nearest, rouge_l, words
         ("カード・ゲーム", ["カ", "ー", "ト\u3099", "ケ\u3099", "ー", "ム"]),
         ("한국어 문장", ["한국어", "문장"]),  # Korean has blanks
         ("ไป123", ["ไ", "ป", "123"]),
-        ("inter\u00adnational می\u200cخواهم", ["international", "میخواهم"]),  # noqa: RUF001
+        ("inter\u00adnational می\u200cخواهم", ["international", "میخواهم"]),  # noqa: RUF001 - Persian
         ("I ❤\ufe0f 1\ufe0f\u20e3 🙂 you", ["i", "1", "you"]),
         ("", []),
         (" -- \u200b…", []),

@@ -26,9 +26,15 @@ from fedsynth.simulation.simulate import resume
 
 ROOT = Path(__file__).parent.parent
 FEDSYNTH = [sys.executable, "-m", "fedsynth.cli.main"]
-QUICK = ["client.generator_training.steps=3", "client.task_training.augmented_epochs=1", "data.test_per_client=40",
-         "client.task_training.private_epochs=1", "strategy.written=16", "strategy.per_label=3",
-         "data.train_per_client=60"]  # fmt: skip
+QUICK = [
+    "client.generator_training.steps=3",
+    "client.task_training.augmented_epochs=1",
+    "data.test_per_client=40",
+    "client.task_training.private_epochs=1",
+    "strategy.written=16",
+    "strategy.per_label=3",
+    "data.train_per_client=60",
+]
 
 
 def command(*more: str) -> list[str]:
@@ -94,8 +100,17 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     out, done = ended
     assert "data: 3 clients, 60 training and 40 test texts, " in done.stderr
     names = {p.name for p in out.iterdir()}
-    assert names == {"scenario.toml", "summary.json", "metrics.parquet", "privacy.json", "corpora", "versions.json",
-                     "events.jsonl", "status.json", "tensorboard"}  # fmt: skip
+    assert names == {
+        "scenario.toml",
+        "summary.json",
+        "metrics.parquet",
+        "privacy.json",
+        "corpora",
+        "versions.json",
+        "events.jsonl",
+        "status.json",
+        "tensorboard",
+    }
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()
@@ -309,7 +324,7 @@ def _text(path: Path) -> str:
 
 def wait_for(condition: object, seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.2)
 

@@ -102,9 +102,16 @@ def test_without_arms_the_cell_is_named_after_its_strategy() -> None:
 def test_sets_override_by_dotted_key_in_toml_or_bare_text(file: Path) -> None:
     scenario = load(
         file,
-        ["client.budget.epsilon=0.5", "seeds = [9]", "data.source=other notes.csv", "data.pooled=true",
-         'name="quoted"', "strategy.per_label=7", "data.labels=all"],
-    )  # fmt: skip
+        [
+            "client.budget.epsilon=0.5",
+            "seeds = [9]",
+            "data.source=other notes.csv",
+            "data.pooled=true",
+            'name="quoted"',
+            "strategy.per_label=7",
+            "data.labels=all",
+        ],
+    )
     assert scenario.client.budget == Budget(0.5)
     assert scenario.seeds == (9,)
     assert (scenario.data.source, scenario.data.pooled, scenario.data.labels) == ("other notes.csv", True, "all")
@@ -155,7 +162,7 @@ def test_toml_comes_back(file: Path) -> None:
         ('name = "two"', "name = 2", "name must be text, got 2"),
         ('name = "two"', "name = ", "not TOML"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_named_with_file_place_and_nearest_key(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert TEXT.count(old) == 1
     path = tmp_path / "wrong.toml"
@@ -240,7 +247,7 @@ SCENARIO = Scenario("n", StrategyChoice(LOCAL), DATA, CLIENT, Server("l"))
         (SCENARIO, "run", ("local",)),
         *[(StrategyChoice("a:B"), "use", v) for v in ("", "a", "a:b:C")],
     ],
-)  # fmt: skip
+)
 def test_a_value_out_of_range_is_refused_by_name(value: Any, name: str, bad: Any) -> None:
     with pytest.raises(BadValue, match="label" if name == "labels" else "client_column" if name == "split" else name):
         replace(value, **{name: bad})

@@ -111,8 +111,12 @@ def test_only_a_public_key_that_flower_takes_is_a_key(tmp_path: Path) -> None:
     openssh = (serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     (tmp_path / "rsa.pub").write_bytes(rsa.generate_private_key(65537, 2048).public_key().public_bytes(*openssh))
     (tmp_path / "text.pub").write_text("not a key")
-    for name, said in (("node", "must not leave its site"), ("rsa.pub", "of the kind ssh-rsa"),
-                       ("text.pub", "no OpenSSH public key"), ("none.pub", "cannot be read")):  # fmt: skip
+    for name, said in (
+        ("node", "must not leave its site"),
+        ("rsa.pub", "of the kind ssh-rsa"),
+        ("text.pub", "no OpenSSH public key"),
+        ("none.pub", "cannot be read"),
+    ):
         with pytest.raises(BadValue, match=said):
             fingerprint(tmp_path / name)
 
@@ -305,7 +309,10 @@ def test_a_run_waits_for_its_sites_and_then_goes_by_the_quorum(tmp_path: Path, m
     monkeypatch.setattr(submit, "states_by", lambda *_: (next(states), ["77"]))
     lines: list[str] = []
     wait: Any = submit._wait_for_sites
-    tell = lambda event: lines.append(event["line"])  # noqa: E731
+
+    def tell(event: dict[str, Any]) -> None:
+        lines.append(event["line"])
+
     with pytest.raises(BadValue, match=r"not online after 0.01 s \(wait_seconds of server.toml\): b; .*--sites"):
         wait(folder, None, hospitals(), asked_of, tell, lines.append)
     assert lines[0].startswith("registered with the SuperLink, and not in sites.toml: node 77; whoever")
@@ -338,7 +345,7 @@ def test_how_a_run_on_sites_has_ended(
             raise CommandRefused("Connection to the SuperLink is unavailable.")
         return {"runs": [{"status": flower, "status-details": "it fell" if "failed" in flower else "N/A"}]}
 
-    watched = submit._watched(flwr, "1", tmp_path, Events(tmp_path / "events.jsonl"))  # type: ignore[arg-type]
+    watched = submit._watched(flwr, "1", tmp_path, Events(tmp_path / "events.jsonl"))
     if said is None:
         assert list(watched) == []
         return

@@ -516,8 +516,9 @@ def test_what_goes_wrong_at_a_site_reaches_the_server_as_a_code_only(
 
 
 def decode_all(deployed: Deployed) -> bytes:
-    return b"".join(bytes(r.content["fedsynth"]["payload"]) for r in deployed.grid.replies
-                    if r.content["fedsynth"]["refused"])  # fmt: skip
+    return b"".join(
+        bytes(r.content["fedsynth"]["payload"]) for r in deployed.grid.replies if r.content["fedsynth"]["refused"]
+    )
 
 
 class TestApproval:
@@ -592,7 +593,7 @@ def test_two_nodes_of_one_name_are_refused_before_anything_is_asked(
     deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
     at: dict[str, Any] = {"status": "online", "last_activated_at": ""}
     nodes = [SimpleNamespace(node_id=number, name=name, **at) for number, name in enumerate([*NAMES, "ukb"])]
-    deployed.grid.get_nodes = lambda: nodes  # type: ignore[method-assign]
+    deployed.grid.get_nodes = lambda: nodes
     with pytest.raises(TooFewReplies, match="2 SuperNodes are registered as 'ukb'"):
         deployed.run()
     assert not deployed.grid.orders
@@ -639,7 +640,7 @@ def test_a_site_that_connected_anew_is_asked_anew_under_the_same_grant(
             grid.connected = "later"
         return pull([each for each in ids if each not in lost])
 
-    grid.pull_messages = forgetful  # type: ignore[method-assign]
+    grid.pull_messages = forgetful
     deployed.run()
     assert len(deployed.texts()) == 3
     for place in deployed.sites:
@@ -692,8 +693,7 @@ def test_what_an_order_lets_out_is_what_its_answer_class_holds() -> None:
     from typing import get_type_hints
 
     for order in ORDERS:
-        held = {KINDS[kind] for hint in get_type_hints(order.reply).values() for kind in KINDS
-                if hint is kind}  # fmt: skip
+        held = {KINDS[kind] for hint in get_type_hints(order.reply).values() for kind in KINDS if hint is kind}
         fields = {f.metadata["origin"].value for f in __import__("dataclasses").fields(order.reply)}
         told = outputs(order.__new__(order))
         assert told - {"metrics"} == held, order
@@ -753,8 +753,9 @@ class TestFile:
         (tmp_path / "site.toml").write_text(text.replace("records = 0", "records = 250"))
         site = load_site(tmp_path).site
         assert site.data.labels == ("heart", "skin")
-        assert site.policy == Policy(lifetime=Budget(10.0), strategies=("fedsynth.strategies.fdkt:FDKT",),
-                                     models=("assets:hospitals-slm",))  # fmt: skip
+        assert site.policy == Policy(
+            lifetime=Budget(10.0), strategies=("fedsynth.strategies.fdkt:FDKT",), models=("assets:hospitals-slm",)
+        )
         assert site.superlink == SuperLink("fl.example.org:9443")
         assert site.policy.approve_text
         assert not site.policy.without_guarantee

@@ -53,7 +53,7 @@ from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
 
-TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
+TestRows.__test__ = False  # pytest would collect it
 
 LABELS = ("heart", "skin")
 PARTS = ("train", "test")
@@ -104,8 +104,15 @@ def place(folder: Path, content: Sequence[bytes], task: str = "classification", 
     (folder / "notes.jsonl").write_bytes(b"\n".join(content) + b"\n")
     facts: dict[str, Any] = {"labels": LABELS} if task == "classification" else {"task": task}
     facts |= {"person": "person", "records": 9, "test": TestRows("part", "test"), **more}
-    policy = Policy(Budget(1e4), orders=tuple(o.task for o in ORDERS), outputs=OUTPUTS, without_guarantee=True,
-                    minimum_records=1, models=(tiny.folder(),), approve_text=False)  # fmt: skip
+    policy = Policy(
+        Budget(1e4),
+        orders=tuple(o.task for o in ORDERS),
+        outputs=OUTPUTS,
+        without_guarantee=True,
+        minimum_records=1,
+        models=(tiny.folder(),),
+        approve_text=False,
+    )
     data = SiteData(id="notes-1", source="notes.jsonl", **facts)
     return Place(Site("north", data, policy, SuperLink("127.0.0.1:9443")), folder)
 
@@ -127,16 +134,22 @@ def asked(site: Place, order: Order[Any], toml: str, exchange: int = 1, run: str
     whole = to_toml(from_toml(toml))
     cell, context = cell_of(whole, "main", 0), Context(1, 1, {}, RecordDict(), {"scenario-toml": whole})
     content = pack_order(order, Envelope(run, "main", 0, exchange, 0))
-    sealed = answer(type(order), content, context, lambda _, envelope: home_of(site, cell, envelope, {}),
-                    unopened=lambda task, why: None)  # fmt: skip
+    sealed = answer(
+        type(order),
+        content,
+        context,
+        lambda _, envelope: home_of(site, cell, envelope, {}),
+        unopened=lambda task, why: None,
+    )
     return unpack_answer(sealed, order.reply)
 
 
 def orders(task: str, guarantee: str) -> Iterator[Order[Any]]:
     """One of each kind that a scenario can lead to, in an order in which a run could ask them."""
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
-    written = Corpus(("some text", "other text"), LABELS if task == "classification" else ("so", "or so"),
-                     Provenance.LLM_WRITTEN)  # fmt: skip
+    written = Corpus(
+        ("some text", "other text"), LABELS if task == "classification" else ("so", "or so"), Provenance.LLM_WRITTEN
+    )
     yield Learn(0, written)
     yield Evaluate()
     yield Evaluate(start)
@@ -388,7 +401,7 @@ def test_persons_of_several_spellings_are_not_imported_unless_a_key_merges_them(
     data = replace(site.site.data, spellings="merge")
     site = replace(site, site=replace(site.site, data=data))
     assert "1 persons are written in several ways, and each counts as one (data.spellings)" in told(site)
-    assert home(site, scenario()).train.units[:2] == ("p0", "p0")  # type: ignore[index]
+    assert home(site, scenario()).train.units[:2] == ("p0", "p0")
 
 
 def test_a_source_without_a_row_to_learn_from_is_a_problem_and_imported_all_the_same(tmp_path: Path) -> None:
@@ -426,7 +439,7 @@ def test_all_folders_of_a_site_are_its_owners_alone_whatever_the_umask(tmp_path:
             site = place(folder, rows())
             site = replace(site, site=replace(site.site, accounts=accounts))
             list(import_rows(site))
-            home(site, scenario()).train  # noqa: B018
+            assert home(site, scenario()).train
     finally:
         os.umask(before)
     made = [

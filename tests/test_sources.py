@@ -26,7 +26,7 @@ from fedsynth.scenario.schema import TestRows
 from fedsynth.training.examples import unit_rows
 from fedsynth.typed import BadValue, build
 
-TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
+TestRows.__test__ = False  # pytest would collect it
 
 NOTES = [  # id, person, text, label, part; one has no text
     (1, 7, "cough and fever", "flu", "train"),
@@ -223,13 +223,13 @@ BOTH: dict[str, Any] = {
     "a label that is not listed": lambda row, kind: line(row, kind, label="cholera"),
     "a blank person": lambda row, kind: line(row, kind, person=" "),
     "a person that is no UTF-8": lambda row, kind: line(row, kind, person="@").replace(b"@", b"M\xfcller"),
-    "a number of 5,000 digits": lambda row, kind: line(row, kind, text="@").replace(b'"@"', b"9" * 5000).replace(
-        b"@", b"9" * 5000
+    "a number of 5,000 digits": lambda row, kind: (
+        line(row, kind, text="@").replace(b'"@"', b"9" * 5000).replace(b"@", b"9" * 5000)
     ),
     "a cell that is too long": lambda row, kind: line(row, kind, text="a" * 1_000_001),
     "a blank line": lambda row, kind: b" ",
     "binary": lambda row, kind: bytes(range(11, 200)).replace(b"\r", b""),
-}  # fmt: skip
+}
 CSV: dict[str, Any] = {
     "a field too many": lambda row, kind: line(row, kind, label="flu,mild"),
     "a field too few": lambda row, kind: b"note",
@@ -614,7 +614,7 @@ ONE = {"source": "notes.csv", "person": "person"}
         ({"text": "label"}, "data.text and data.label both name the column 'label'"),
         ({"person": ""}, "data.person is empty: name a column"),
     ],
-)  # fmt: skip
+)
 def test_what_a_site_declares_is_checked_before_anything_is_read(more: dict[str, Any], wrong: str) -> None:
     with pytest.raises(BadValue, match=re.escape(wrong)):
         SiteData(**{"id": "notes", "records": 3, "labels": LABELS, **ONE, **more})

@@ -128,8 +128,11 @@ def test_each_client_ends_where_it_would_alone(family: str, error: float, sigma:
         assert apart(ends, expected[client]) <= error
         assert apart(ends, [stack[client] for stack in start]) > 0.01
     assert all(torch.equal(w, before[n]) for n, w in model.named_parameters())  # the model's own adapter is not used
-    moved = {n for n, w, s in zip((n for n in before if "lora_" in n), factors.values(), start, strict=True)
-             if not torch.equal(w, s)}  # fmt: skip
+    moved = {
+        n
+        for n, w, s in zip((n for n in before if "lora_" in n), factors.values(), start, strict=True)
+        if not torch.equal(w, s)
+    }
     assert moved == {n for n in before if "lora_B" in n or ("lora_A" in n and not frozen_a)}
 
 
@@ -189,7 +192,7 @@ def test_what_is_not_finite_counts_for_nothing_and_spoils_nobody(bad: float) -> 
         scale = torch.tensor([bad if n == 2 else 1.0 for n in chosen], dtype=torch.float64)
         with stacked(model.train(), adapters(model), C) as engine:
             read = [texts[n] for n in chosen]
-            engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023
+            engine.add(lambda: next_token_losses(model, read, 0) * scale, chosen, [(0, 1, 1, 2)[n] for n in chosen])  # noqa: B023 - called at once
             found.append([engine.take()])
     assert apart(*found) <= 1e-12
 
@@ -285,8 +288,10 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
         assert one.statement == other.statement
         assert one.records == other.records
     for home in range(5):
-        first, second = ([{k: v for k, v in e.items() if k != "at"} for e in run.home(home).ledger.entries()]
-                         for run in (alone, stack))  # fmt: skip
+        first, second = (
+            [{k: v for k, v in e.items() if k != "at"} for e in run.home(home).ledger.entries()]
+            for run in (alone, stack)
+        )
         assert first == second
     # The same stacks on another number of nodes: bit by bit.
     again = played(tmp_path / "again", guarantee, stack=2, nodes=5)
@@ -333,7 +338,7 @@ def test_parts_of_a_message_come_back_in_order() -> None:
     from flwr.app import ConfigRecord, RecordDict
 
     parts = [RecordDict({"fedsynth": ConfigRecord({"payload": bytes([n])})}) for n in range(12)]
-    assert [p["fedsynth"]["payload"] for p in parted(joined(parts))] == [bytes([n]) for n in range(12)]  # type: ignore[index]
+    assert [p["fedsynth"]["payload"] for p in parted(joined(parts))] == [bytes([n]) for n in range(12)]
     assert parted(joined(parts[:1])) == parts[:1]
     strange = RecordDict({"fedsynth.0": ConfigRecord({}), "fedsynth.7": ConfigRecord({})})
     assert parted(strange) == [strange]

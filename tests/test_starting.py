@@ -57,10 +57,10 @@ def answer(message: Any, context: Any) -> Any:
 
 
 def test_nodes_are_waited_for_as_long_as_the_scenario_says_and_the_line_names_key_time_and_way_out() -> None:
-    assert nodes_by_home(Slow(answer, 1, {}), 1, seconds=60.0) == {0: 1000}  # type: ignore[arg-type]
+    assert nodes_by_home(Slow(answer, 1, {}), 1, seconds=60.0) == {0: 1000}
     said = LATE.format(key=r"server\.start_seconds")
     with pytest.raises(TooFewReplies, match="0 of 1 SuperNodes said which partition they hold " + said):
-        nodes_by_home(LocalGrid(answer, 0, {}), 1, seconds=0.1)  # type: ignore[arg-type]
+        nodes_by_home(LocalGrid(answer, 0, {}), 1, seconds=0.1)
 
 
 def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkey
     (tmp_path / "run" / "scenario.toml").write_text(toml)  # the launcher's work
     begun = time.monotonic()
     with pytest.raises(TooFewReplies, match=r"server\.start_seconds"):
-        server_app.conduct(LocalGrid(answer, 0, {}), toml, tmp_path / "run")  # type: ignore[arg-type]
+        server_app.conduct(LocalGrid(answer, 0, {}), toml, tmp_path / "run")
     assert time.monotonic() - begun < 60
 
 
@@ -103,7 +103,7 @@ def test_a_superlink_that_does_not_listen_is_waited_for_by_server_toml(
     monkeypatch.setattr(superlink, "listens", lambda *_: False)
     lives, quiet, log = SimpleNamespace(poll=lambda: None), SimpleNamespace(show=lambda: None), tmp_path / "log"
     with pytest.raises(LaunchFailed, match=LATE.format(key=r"start_seconds of server\.toml")):
-        superlink._wait_for(lives, config, log, 0, quiet)  # type: ignore[arg-type]
+        superlink._wait_for(lives, config, log, 0, quiet)
 
 
 # ---- A site ----
@@ -200,9 +200,15 @@ def test_where_there_is_no_flower_that_is_said(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "words",
-    [["run", "hospitals"], ["check", "hospitals"], ["compare", "hospitals"], ["server", "start", "DIR"],
-     ["site", "start", "DIR"], ["run", "--server", "DIR"]],
-)  # fmt: skip
+    [
+        ["run", "hospitals"],
+        ["check", "hospitals"],
+        ["compare", "hospitals"],
+        ["server", "start", "DIR"],
+        ["site", "start", "DIR"],
+        ["run", "--server", "DIR"],
+    ],
+)
 def test_every_command_that_needs_flower_says_so_before_anything_else(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -233,8 +233,16 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(tmp_path: Path)
     examples = [Example(tuple(range(5 + i, 15 + i)), start=2) for i in range(3)]
     trained = with_adapter(tiny.folder(), start)
     slots = [(e,) for e in examples]
-    training = Training(slots, rate=1.0, expected_batch=3, steps=4, clip_norm=math.inf, noise_multiplier=0.0,
-                        randomness=Always(), proximal=2.0)  # fmt: skip
+    training = Training(
+        slots,
+        rate=1.0,
+        expected_batch=3,
+        steps=4,
+        clip_norm=math.inf,
+        noise_multiplier=0.0,
+        randomness=Always(),
+        proximal=2.0,
+    )
     train_generator(trained, training, settings, pad=0)
 
     model = with_adapter(tiny.folder(), start).train()
@@ -402,10 +410,13 @@ def test_arrays_that_are_no_adapter_of_this_model_are_refused(tmp_path: Path) ->
     told = {"server-round": 1}
     name, array = next(iter(world.start.arrays.items()))
     other = {
-        "wrong_adapter": [{"weight": array}, {**world.start.arrays, name: array[:1]},
-                          {**world.start.arrays, name: np.zeros(array.shape, np.int64)}],
+        "wrong_adapter": [
+            {"weight": array},
+            {**world.start.arrays, name: array[:1]},
+            {**world.start.arrays, name: np.zeros(array.shape, np.int64)},
+        ],
         "bad_order": [{**world.start.arrays, name: array * np.nan}],
-    }  # fmt: skip
+    }
     for expected, cases in other.items():
         for case in cases:
             arrays = ArrayRecord({n: Array(np.asarray(a)) for n, a in case.items()})

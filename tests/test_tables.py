@@ -18,7 +18,7 @@ from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.scenario.toml import load
 from fedsynth.typed import BadValue
 
-TestRows.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it
+TestRows.__test__ = False  # pytest would collect it
 
 
 @pytest.fixture(autouse=True)
@@ -65,8 +65,11 @@ def test_splits_become_a_column_and_numbers_become_class_names(tmp_path: Path) -
     saved().save_to_disk(tmp_path / "notes")
     found = read_rows(Data(str(tmp_path / "notes"), test=TestRows("split", "test")))
     assert found.table[["text", "label", "held"]].to_numpy().tolist() == [
-        ["a b", "flu", False], ["c d", "asthma", False], ["e f", "asthma", False], ["g h", "asthma", True],
-    ]  # fmt: skip
+        ["a b", "flu", False],
+        ["c d", "asthma", False],
+        ["e f", "asthma", False],
+        ["g h", "asthma", True],
+    ]
     assert found.incomplete == 1  # -1 hides a label
 
 
@@ -169,8 +172,11 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.csv", "text,label\na,b,c\nd,e,f\n", "the row of line 2 has 3 fields"),
         ("a.csv", '\ntext,label\r\n"a\n\nb",x\n\na, b,x\n', "the row of line 7 has 3 fields, the header has 2"),
         ("a.csv", "text , label\na,x\n", "no column 'text'; it has 'text ', ' label'"),
-        ("a.jsonl", '{"text": "a", "label": "x"}\n\n{"text": "a", "label": ' + "1" * 5000 + "}\n",
-         "line 3 holds a number that is too long to be read: put it in quotes"),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "x"}\n\n{"text": "a", "label": ' + "1" * 5000 + "}\n",
+            "line 3 holds a number that is too long to be read: put it in quotes",
+        ),
         ("a.jsonl", '{"text": "a", "label": ' + "[" * 100_000 + "}\n", "line 1 is nested too deep to be read"),
         ("a.csv", 'text,label\n"a b,x\n', "cannot be read: "),
         ("a.jsonl", '{"text": "a b", "label": "x"}\n{"text": \n', "line 2 is not JSON: Expecting value"),
@@ -191,10 +197,14 @@ def test_a_folder_of_files_is_no_source(tmp_path: Path) -> None:
         ("a.csv", "text,label\na,Caf\u00e9\nb,Cafe\u0301\n", r"'Cafe\u0301' and 'Caf\u00e9'; write each class one way"),
         ("a.csv", "text,label\n\u200b,x\na,\u00ad\n", "no row has both 'text' and 'label' (it has 2 rows)"),
         ("a.csv", 'text,label\na,x\n"b c,x\nd,y\n', "a quote in line 3 begins a field and never closes: 2 lines stand"),
-        ("a.csv", "text,label\na,Billing\nb,billing \n", "labels differ only in case, blanks or what cannot "
-         "be seen: 'Billing' and 'billing\\u0020'; write each class one way"),
+        (
+            "a.csv",
+            "text,label\na,Billing\nb,billing \n",
+            "labels differ only in case, blanks or what cannot "
+            "be seen: 'Billing' and 'billing\\u0020'; write each class one way",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_is_one_line(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:
     assert said in refused(write(tmp_path / name, content))
 

@@ -319,7 +319,7 @@ def test_a_label_of_words_stands_in_a_line(label: str) -> None:
 
 
 def judged(llm: ScriptedLLM, text: Corpus, groups: list[list[int]], judge: str, keep: int = 2) -> Kept:
-    return best_of(llm, {0: text}, {0: groups}, judge=judge, labels=LABELS, keep=keep, seed=0)[0]  # type: ignore[arg-type]
+    return best_of(llm, {0: text}, {0: groups}, judge=judge, labels=LABELS, keep=keep, seed=0)[0]
 
 
 SIX = corpus([("t0", "fever"), ("t1", "cough"), ("t2", "fever"), ("t3", "injury"), ("t4", "cough"), ("t5", "injury")])

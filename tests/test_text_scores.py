@@ -48,7 +48,7 @@ def test_no_example_is_zero_and_bad_arguments_are_refused() -> None:
         instruction_scores(["a"], ["a"], fields="")
 
 
-def prefers(better: dict[str, Verdict | None]):  # type: ignore[no-untyped-def]
+def prefers(better: dict[str, Verdict | None]):
     """A judge that gives one verdict for each (answer, other answer)."""
 
     def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:

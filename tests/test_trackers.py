@@ -37,8 +37,12 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def test_means_over_clients_and_the_servers_own_figures() -> None:
-    rows = [("a", 0, 1, 0, "accuracy", 0.5), ("a", 0, 1, 1, "accuracy", 1.0), ("a", 0, 1, -1, "loss", 3.0),
-            ("a", 0, 2, 0, "accuracy", 0.25)]  # fmt: skip
+    rows = [
+        ("a", 0, 1, 0, "accuracy", 0.5),
+        ("a", 0, 1, 1, "accuracy", 1.0),
+        ("a", 0, 1, -1, "loss", 3.0),
+        ("a", 0, 2, 0, "accuracy", 0.25),
+    ]
     assert figures(rows, 1) == {"accuracy": 0.75, "server/loss": 3.0}
     assert figures(rows, 2) == {"accuracy": 0.25}
 
@@ -123,4 +127,7 @@ def test_lines_say_round_yield_and_epsilon(tmp_path: Path) -> None:
         watch.event({**at, "done": done, "kept": 0.714, "epsilon": 7.987})
     watch.event({**at, "round": 3, "done": 0, "kept": None, "epsilon": None})
     lines = out.getvalue().splitlines()[1:]
-    assert lines == ["[1/1] main seed 0 round 2/3: finetune (kept 71%, epsilon 7.99)", "[1/1] main seed 0 round 3/3: finetune"]  # fmt: skip  # noqa: E501
+    assert lines == [
+        "[1/1] main seed 0 round 2/3: finetune (kept 71%, epsilon 7.99)",
+        "[1/1] main seed 0 round 3/3: finetune",
+    ]

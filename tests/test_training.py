@@ -149,7 +149,7 @@ def test_the_loss_of_uniform_logits_is_the_log_of_the_vocabulary_for_every_lengt
 
 def test_text_and_end_of_text_are_learnt_and_code_and_padding_are_not() -> None:
     model = Table(torch.zeros(2, 5, 8))
-    model.forward = lambda input_ids, attention_mask, logits_to_keep: SimpleNamespace(  # type: ignore[method-assign]
+    model.forward = lambda input_ids, attention_mask, logits_to_keep: SimpleNamespace(
         logits=model.logits[:, logits_to_keep]
     )
     next_token_losses(model, [NOTE, SHORT], tiny.PAD).sum().backward()
@@ -343,7 +343,7 @@ def poison(model: Any, token: int, value: float) -> None:
 
 def without_where(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
     """Broken on purpose: a NaN times zero is NaN."""
-    norm = torch.sqrt(sum((g.flatten(1) ** 2).sum(1) for g in grads))  # type: ignore[arg-type]
+    norm = torch.sqrt(sum((g.flatten(1) ** 2).sum(1) for g in grads))
     factor = (clip_norm / norm).nan_to_num(0.0).clamp(max=1.0)
     return torch.cat([torch.einsum("n,n...->...", factor, g).flatten() for g in grads])
 
@@ -424,7 +424,7 @@ class Events:
 def test_draws_come_before_text_at_the_planned_rate_and_do_not_depend_on_it() -> None:
     one, two = Events(examples(12)), Events([*examples(4, seed=1), *[None] * 8])
     for events in (one, two):
-        fit(lora(), events, events)  # type: ignore[arg-type]
+        fit(lora(), events, events)
         assert events.rates == [4 / 12] * 6
         steps = "".join({"mask": "m", "text": "t", "noise": "n"}[e] for e in events.seen).split("m")
         assert steps[0] == ""
@@ -667,8 +667,9 @@ def test_memory_for_a_unit_of_many_rows_does_not_grow_with_its_pairs(monkeypatch
     with clipper(model.train(), C) as clip:
         whole = clipped_sum(clip, model, [tuple(batch)], pad=tiny.PAD, microbatch=9)
     alone = sum(gradient_alone(model.eval(), example) for example in batch)
-    assert torch.allclose(torch.cat([p.flatten().double() for p in whole]), alone * (C * MARGIN / alone.norm()),
-                          rtol=1e-3, atol=1e-6)  # fmt: skip
+    assert torch.allclose(
+        torch.cat([p.flatten().double() for p in whole]), alone * (C * MARGIN / alone.norm()), rtol=1e-3, atol=1e-6
+    )
     use = bookkeeping.Product(torch.randn(9, 4, 6), torch.randn(9, 4, 5), False)
     monkeypatch.setattr(bookkeeping, "_rows", rows)
     unit = torch.zeros(9, dtype=torch.long)

@@ -87,7 +87,7 @@ OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 ANSWERS = (*UNDER_A_GRANT, OPEN)
 ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
 ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, home=3)
-FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]  # type: ignore[arg-type]
+FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]
 
 
 def with_field(answer: Any, name: str, value: object) -> Any:

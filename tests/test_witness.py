@@ -196,8 +196,14 @@ def shared(place: Place, name: str = "south") -> Place:
     return made
 
 
-@pytest.mark.parametrize("look", [_open_account, lambda south: list(check(south)), lambda south: charge(
-    south.open_ledger(), "order of south", "other/main/0")])  # fmt: skip
+@pytest.mark.parametrize(
+    "look",
+    [
+        _open_account,
+        lambda south: list(check(south)),
+        lambda south: charge(south.open_ledger(), "order of south", "other/main/0"),
+    ],
+)
 def test_each_site_of_a_shared_account_knows_what_the_other_charged(place: Place, look: Any) -> None:
     south, copy = shared(place), backup(place)
     three = answered(place, place.open_ledger(), "order 3")
@@ -232,9 +238,9 @@ def test_a_witness_of_its_own_charges_alone_lets_a_shared_account_be_spent_twice
     south, copy = shared(place), backup(place)
     answered(place, place.open_ledger(), "order 3")
     told = {"dataset": "ward", "cap": Budget(20.0), "create": False}
-    Forgetful(place.ledger, witness=south.witness(), **told).tell_witness()  # type: ignore[arg-type]
+    Forgetful(place.ledger, witness=south.witness(), **told).tell_witness()
     restore(place, copy)
-    Forgetful(place.ledger, witness=south.witness(), **told)  # type: ignore[arg-type]
+    Forgetful(place.ledger, witness=south.witness(), **told)
 
 
 def test_a_lifetime_that_is_lowered_before_the_first_run_chooses_the_order_and_later_is_told(place: Place) -> None:

@@ -53,8 +53,10 @@ def server_init(
     if certificate is not None and key is not None and ca is not None and not test_certificates:
         files = Files(certificate, key, ca)
     elif not test_certificates or certificate or key or ca:
-        raise BadValue("name the server's certificate with --certificate, --key and --ca, or have one made for tests: "
-                       "--test-certificates")  # fmt: skip
+        raise BadValue(
+            "name the server's certificate with --certificate, --key and --ca, or have one made for tests: "
+            "--test-certificates"
+        )
     asked = load(scenario)
     if not all(name.startswith("assets:") or Path(name).is_absolute() for name in planned(asked).models):
         from fedsynth.deployment.submit import pinned  # sites allow models by name, that of the hub with its commit
@@ -94,8 +96,10 @@ def server_invite(
             table.add_row(site.name, str(number), states[site.name], site.since, site.fingerprint)
         Console(width=None if Console().is_terminal else 140).print(table)
         for node in others:
-            _say(f"warning: node {node} is registered, and not in {folder / invited.SITES}: whoever reaches the "
-                 "SuperLink's control API can register keys; no run asks it")  # fmt: skip
+            _say(
+                f"warning: node {node} is registered, and not in {folder / invited.SITES}: whoever reaches the "
+                "SuperLink's control API can register keys; no run asks it"
+            )
     elif remove is not None:
         gone = invited.remove(folder, remove)
         _say(f"{gone.name} is shut out; its key {gone.fingerprint} cannot be registered again")

@@ -63,7 +63,7 @@ def scenarios(
 @app.command("run")
 def run_command(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")] = "",
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006 - typer makes a list for each call
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
@@ -168,7 +168,7 @@ def compare_command(
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas; 0,1,2 by default.")] = "",
     arms: Annotated[str, typer.Option(help="Arms, separated by commas; those that run unasked by default.")] = "",
     baseline: Annotated[str, typer.Option(help="The arm to compare with; the first one by default.")] = "",
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, as for `run`, of all scenarios.")] = [],  # noqa: B006 - typer makes a list for each call
     out: Annotated[Path | None, typer.Option(help="The comparison's directory; runs/compare-NAME by default.")] = None,
     workers: Annotated[int | None, typer.Option(help="Client processes of each run.")] = None,
     parallel: Annotated[int | None, typer.Option(help="Runs at once; as cores and memory allow by default.")] = None,
@@ -191,8 +191,14 @@ def compare_command(
 
     console = _console(error=True)
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
-    done = compare(asked, place, workers=workers, parallel=parallel, on_event=Lines(console).event,
-                   on_warning=lambda text: _warn(console, text))  # fmt: skip
+    done = compare(
+        asked,
+        place,
+        workers=workers,
+        parallel=parallel,
+        on_event=Lines(console).event,
+        on_warning=lambda text: _warn(console, text),
+    )
     shown = console if as_json else _console(error=False)
     if not shown.is_terminal:
         shown.width = 140
@@ -214,7 +220,7 @@ def compare_command(
 @app.command("check")
 def check_command(
     scenario: Annotated[str, typer.Argument(help="A TOML file, or a shipped scenario by name.")],
-    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006
+    set_: Annotated[list[str], typer.Option("--set", help="key=value, the key dotted: client.budget.epsilon=2")] = [],  # noqa: B006 - typer makes a list for each call
     arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
@@ -380,10 +386,14 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
         table.add_column(head)
     for row in found["reservations"]:
         plan = row["plan"]
-        what = row["reason"] if plan is None else (
-            f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
-            f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
-        )  # fmt: skip
+        what = (
+            row["reason"]
+            if plan is None
+            else (
+                f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
+                f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
+            )
+        )
         drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
         lost = row["run"] == LOST or (plan is not None and row["reason"])  # declared so
         state = "lost" if lost else "no guarantee" if plan is None else "reserved"
@@ -407,8 +417,10 @@ def _filter_lines(found: dict[str, Any]) -> list[str]:
         return [
             "as if all plans had been fixed in advance; the filter's figure follows when the account is next opened"
         ]
-    told = (f"this is as if all plans had been fixed in advance; {up(by['epsilon'], 3):.3f} by the filter of order "
-            f"{by['order']}, wherever a plan was chosen after seeing results")  # fmt: skip
+    told = (
+        f"this is as if all plans had been fixed in advance; {up(by['epsilon'], 3):.3f} by the filter of order "
+        f"{by['order']}, wherever a plan was chosen after seeing results"
+    )
     if cap is None:
         return [told]
     share = max(0.0, by["used"] / by["room"]) if by["room"] > 0 else 1.0
@@ -498,11 +510,14 @@ def _print_forecast(console: Console, made: Any) -> None:
     for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
         table.add_column(head, no_wrap=True)
     for name, arm in made.arms.items():
-        epsilon, delta = ("-" if x is None else said for x, said in (
-            (arm.epsilon, f"{up(arm.epsilon or 0.0, 3):.3f}"), (arm.delta, f"{arm.delta or 0.0:g}")))  # fmt: skip
+        epsilon, delta = (
+            "-" if x is None else said
+            for x, said in ((arm.epsilon, f"{up(arm.epsilon or 0.0, 3):.3f}"), (arm.delta, f"{arm.delta or 0.0:g}"))
+        )
         moved = [f"{count / 1e6:.2f} MB" for count in (arm.up, arm.down)]
-        table.add_row(name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}",
-                      f"{arm.seconds:.0f}")  # fmt: skip
+        table.add_row(
+            name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}", f"{arm.seconds:.0f}"
+        )
     console.print(table)
     console.print(
         f"in all about {made.seconds:.0f} s with {made.workers} worker{'s' if made.workers > 1 else ''}, starting and "

@@ -156,11 +156,15 @@ def _resolved(grid: Grid, name: str, entry: Entry, folder: Path) -> Entry:
         raise BadValue(f"arms names one twice: {', '.join(arms)}")
     baseline, metric = entry.baseline or grid.baseline or arms[0], entry.metric or METRICS[scenario.data.task][0]
     if baseline not in arms:
-        raise BadValue(f"the baseline {baseline!r} is not among the arms that run: {', '.join(arms)}; add it to arms, "
-                       "or name another baseline for this scenario")  # fmt: skip
+        raise BadValue(
+            f"the baseline {baseline!r} is not among the arms that run: {', '.join(arms)}; add it to arms, "
+            "or name another baseline for this scenario"
+        )
     if metric not in METRICS[scenario.data.task]:
-        raise BadValue(f"metric must be one of {', '.join(METRICS[scenario.data.task])} where data.task is "
-                       f"{scenario.data.task!r}, got {metric!r}")  # fmt: skip
+        raise BadValue(
+            f"metric must be one of {', '.join(METRICS[scenario.data.task])} where data.task is "
+            f"{scenario.data.task!r}, got {metric!r}"
+        )
     return Entry(use, arms, baseline, metric, entry.set)
 
 
@@ -196,8 +200,11 @@ def refuse_another(old: Grid, new: Grid, place: str) -> None:
     Raises:
         BadValue: What differs.
     """
-    wrong = [f"{key} {_shown(getattr(old, key))} there, {_shown(getattr(new, key))} now"
-             for key in ("name", "seeds") if getattr(old, key) != getattr(new, key)]  # fmt: skip
+    wrong = [
+        f"{key} {_shown(getattr(old, key))} there, {_shown(getattr(new, key))} now"
+        for key in ("name", "seeds")
+        if getattr(old, key) != getattr(new, key)
+    ]
     if not set(old.epsilons) <= set(new.epsilons) or bool(old.epsilons) != bool(new.epsilons):
         wrong.append(f"epsilons {_shown(old.epsilons)} there, {_shown(new.epsilons)} now")
     for name, was in old.scenarios.items():
@@ -205,8 +212,11 @@ def refuse_another(old: Grid, new: Grid, place: str) -> None:
         if now is None:
             wrong.append(f"the scenario {name!r} is missing now")
         else:
-            wrong += [f"scenarios.{name}.{key} {_shown(getattr(was, key))} there, {_shown(getattr(now, key))} now"
-                      for key in ("use", "arms", "set") if getattr(was, key) != getattr(now, key)]  # fmt: skip
+            wrong += [
+                f"scenarios.{name}.{key} {_shown(getattr(was, key))} there, {_shown(getattr(now, key))} now"
+                for key in ("use", "arms", "set")
+                if getattr(was, key) != getattr(now, key)
+            ]
     if wrong:
         raise BadValue(f"{place!r} holds another comparison ({'; '.join(wrong)}): name another directory with --out")
 

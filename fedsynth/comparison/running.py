@@ -177,8 +177,10 @@ def state(part: Part, out: Path) -> State:
     if not (place / "scenario.toml").exists():
         return "new"
     if (place / "scenario.toml").read_text(encoding="utf-8") != to_toml(part.scenario):
-        raise BadValue(f"{str(place)!r} holds a run of another scenario than {part.entry!r} is now (its file, the "
-                       "commit of a model or this program has changed): name another directory with --out")  # fmt: skip
+        raise BadValue(
+            f"{str(place)!r} holds a run of another scenario than {part.entry!r} is now (its file, the "
+            "commit of a model or this program has changed): name another directory with --out"
+        )
     return "completed" if simulate.done(place) else "begun"
 
 
@@ -369,8 +371,10 @@ def _rows(part: Part, result: simulate.Result) -> pd.DataFrame:
         assert budget is not None or not depends  # a scenario under dp has a budget
         epsilons[arm] = budget.epsilon if depends and budget is not None else math.nan
         if not depends and summary["guarantee"] == "dp" and summary["epsilon"] > 0:
-            raise RuntimeError(f"{part.name}, arm {arm!r}: {cell.scenario.strategy.use} says that it spends nothing, "
-                               f"and spent epsilon {summary['epsilon']}: its `spends` is wrong")  # fmt: skip
+            raise RuntimeError(
+                f"{part.name}, arm {arm!r}: {cell.scenario.strategy.use} says that it spends nothing, "
+                f"and spent epsilon {summary['epsilon']}: its `spends` is wrong"
+            )
         last = int(result.metrics.loc[result.metrics["arm"] == arm, "round"].max())
         for seed in part.scenario.seeds:
             if summary["guarantee"] == "none" or summary["epsilon"] == 0:
@@ -406,12 +410,13 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
         "out": str(out),
         "seeds": list(grid.seeds),
         "scenarios": {name: asdict(t) for name, t in known.items()},
-        "tables": {task: {"utility": _of_task(levels, task), "costs": _of_task(spent, task)}
-                   for task in frame["task"].unique()},
+        "tables": {
+            task: {"utility": _of_task(levels, task), "costs": _of_task(spent, task)} for task in frame["task"].unique()
+        },
         "points": _records(marked),
         "privacy": privacy,
         "few_texts": {name: arms for name, arms in few.items() if arms},
-    }  # fmt: skip
+    }
     frame.to_parquet(out / f"{FRAME}.part", index=False)
     (out / f"{FRAME}.part").replace(out / FRAME)
     (out / f"{TABLES}.part").write_text(json.dumps(tables, indent=1), encoding="utf-8")

@@ -10,8 +10,13 @@ from rich.table import Table
 
 from fedsynth.federation.run.privacy_report import up
 
-HEADS = {"accuracy": "accuracy", "macro_f1": "macro F1", "exact_match": "exact match", "field_match": "field match",
-         "rouge_l": "ROUGE-L"}  # fmt: skip
+HEADS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "field_match": "field match",
+    "rouge_l": "ROUGE-L",
+}
 NOTES = (
     "Mean and deviation over seeds of the clients' means, 95 % below (bootstrap over seeds, then clients); held-out "
     "leaves out clients on which settings were tuned; differences are paired by (seed, client), at equal epsilon.",

@@ -82,8 +82,10 @@ def read_file(path: Path, asked: Sequence[str]) -> Read:
     if not path.is_file():
         raise BadValue(f"no such file in {path.parent.absolute()}")
     readers: dict[str, Callable[[Path, Sequence[str]], Read]] = {
-        ".csv": _from_csv, ".jsonl": _from_jsonl, ".parquet": _from_parquet
-    }  # fmt: skip
+        ".csv": _from_csv,
+        ".jsonl": _from_jsonl,
+        ".parquet": _from_parquet,
+    }
     try:
         return readers[path.suffix.lower()](path, asked)
     except OSError as problem:
@@ -98,8 +100,14 @@ def chosen(names: Sequence[str], asked: Sequence[str]) -> None:
     """
     for column in asked:
         if column not in names:
-            parted = next((f"; are its columns parted by {sign!r}? save it with commas" for sign in ";\t|"
-                           if len(names) == 1 and sign in names[0]), "")  # fmt: skip
+            parted = next(
+                (
+                    f"; are its columns parted by {sign!r}? save it with commas"
+                    for sign in ";\t|"
+                    if len(names) == 1 and sign in names[0]
+                ),
+                "",
+            )
             raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}{parted}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
@@ -206,8 +214,10 @@ def _from_csv(path: Path, asked: Sequence[str]) -> Read:
         if record.unclosed:
             notes.append(f"line {record.line}: a quote that does not close before a comma or line end is read as text")
         if (held := _rows_within(record, len(names))) is not None:
-            notes.append(f"line {record.line}: a quote closes {held[0]} line(s) further on, {held[1]} lines look like "
-                         "rows of their own and are in one cell")  # fmt: skip
+            notes.append(
+                f"line {record.line}: a quote closes {held[0]} line(s) further on, {held[1]} lines look like "
+                "rows of their own and are in one cell"
+            )
     return Read("line", names, rows, notes)
 
 

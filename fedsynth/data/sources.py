@@ -265,15 +265,17 @@ def laid_out(records: Sequence[Record], data: SiteData) -> Site:
         elif spare > 0:
             spare -= 1
             train.append((-1 - number, record))  # no other row's, and no number of one
-    return Site(*(
-        Corpus(
-            tuple(record.text for _, record in rows),
-            tuple(label.get(record.answer, record.answer) for _, record in rows),
-            Provenance.PRIVATE,
-            units=tuple(unit for unit, _ in rows),
+    return Site(
+        *(
+            Corpus(
+                tuple(record.text for _, record in rows),
+                tuple(label.get(record.answer, record.answer) for _, record in rows),
+                Provenance.PRIVATE,
+                units=tuple(unit for unit, _ in rows),
+            )
+            for rows in (train, test)
         )
-        for rows in (train, test)
-    ))  # fmt: skip
+    )
 
 
 def units_of(records: Sequence[Record]) -> Counter[str | int]:
@@ -367,8 +369,10 @@ def _test_rows(data: SiteData, found: Gathered, count: int) -> list[str]:
     assert data.test is not None
     if not count:
         known = ", ".join(map(repr, found.splits[:NAMED])) or "no value"
-        return [f"no row to test on: none that can be read has {data.test.equals!r} in the test column "
-                f"{data.test.column!r}; it has {known}"]  # fmt: skip
+        return [
+            f"no row to test on: none that can be read has {data.test.equals!r} in the test column "
+            f"{data.test.column!r}; it has {known}"
+        ]
     train = units_of(found.records)
     if data.person and (both := len({record.unit for record in found.records if record.held} & set(train))):
         return [f"{both} values of {data.person!r} have training and test rows: a person belongs in one of the two"]

@@ -187,8 +187,11 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
     found[UNIT] = found.index if columns.unit is None else _names(raw, columns.unit)
     found[CLIENT] = "" if columns.client is None else _names(raw, columns.client)
     found[HELD] = held[whole]
-    merged = sum(_one_spelling(found, column, name, columns.spellings)
-                 for column, name in ((UNIT, columns.unit), (CLIENT, columns.client)) if name)  # fmt: skip
+    merged = sum(
+        _one_spelling(found, column, name, columns.spellings)
+        for column, name in ((UNIT, columns.unit), (CLIENT, columns.client))
+        if name
+    )
     if columns.classes:
         refuse_alike(found[LABEL])
     if both := len(set(found[UNIT][found[HELD]]) & set(found[UNIT][~found[HELD]])):

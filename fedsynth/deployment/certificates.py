@@ -126,12 +126,15 @@ def fingerprint(public: Path) -> str:
     try:
         key = serialization.load_ssh_public_key(text)
     except (ValueError, UnsupportedAlgorithm) as problem:
-        raise BadValue(f"{str(public)!r} holds no OpenSSH public key ({problem}): `fedsynth site init` writes one, "
-                       "NAME.pub") from problem  # fmt: skip
+        raise BadValue(
+            f"{str(public)!r} holds no OpenSSH public key ({problem}): `fedsynth site init` writes one, NAME.pub"
+        ) from problem
     if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in CURVES:
         kind = text.split()[0].decode(errors="replace")
-        raise BadValue(f"{str(public)!r} is a key of the kind {kind}: Flower takes ECDSA keys of the NIST curves, as "
-                       "`fedsynth site init` or `ssh-keygen -t ecdsa -b 384` makes them")  # fmt: skip
+        raise BadValue(
+            f"{str(public)!r} is a key of the kind {kind}: Flower takes ECDSA keys of the NIST curves, as "
+            "`fedsynth site init` or `ssh-keygen -t ecdsa -b 384` makes them"
+        )
     return "SHA256:" + base64.b64encode(hashlib.sha256(base64.b64decode(text.split()[1])).digest()).decode().rstrip("=")
 
 
@@ -161,8 +164,10 @@ def check_pair(certificate: Path, key: Path) -> list[str]:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=_no_password)
     except (ssl.SSLError, ValueError) as problem:
         reason = getattr(problem, "reason", None) or str(problem)
-        raise BadValue(f"the key {key} does not belong to the certificate {certificate}, or is no key as PEM without a "
-                       f"password ({reason})") from problem  # fmt: skip
+        raise BadValue(
+            f"the key {key} does not belong to the certificate {certificate}, or is no key as PEM without a "
+            f"password ({reason})"
+        ) from problem
     if mode & 0o077:
         warnings.append(f"the key {key} can be read by others (mode {mode & 0o777:04o}): chmod 600 {key}")
     return warnings
@@ -208,8 +213,10 @@ def check_covers(certificate: Path, key: Path, ca: str, host: str) -> None:
             except ssl.SSLWantReadError:
                 pass
             except ssl.SSLCertVerificationError as problem:
-                raise BadValue(f"who connects to {host} would refuse the certificate {certificate}: "
-                               f"{problem.verify_message.rstrip('.')}") from problem  # fmt: skip
+                raise BadValue(
+                    f"who connects to {host} would refuse the certificate {certificate}: "
+                    f"{problem.verify_message.rstrip('.')}"
+                ) from problem
 
 
 def for_tests(certificate: Path) -> bool:

@@ -98,8 +98,10 @@ def stand_ins(
     try:
         subprocess.run([folder / STAND_IN, PROBE], check=True, timeout=seconds, capture_output=True)
     except subprocess.TimeoutExpired as problem:
-        raise CannotStandIn(f"{folder / STAND_IN} did not run within {seconds:g} s (start_seconds of site.toml): wait "
-                            "until this machine is less busy, or raise that key") from problem  # fmt: skip
+        raise CannotStandIn(
+            f"{folder / STAND_IN} did not run within {seconds:g} s (start_seconds of site.toml): wait "
+            "until this machine is less busy, or raise that key"
+        ) from problem
     except (OSError, subprocess.SubprocessError) as problem:
         why = f"programs in {folder} cannot be run ({problem}): is it mounted noexec?"
         raise CannotStandIn(f"{why} Name another `state` folder in site.toml") from problem

@@ -98,8 +98,10 @@ def public_labels(data: Data) -> tuple[str, ...]:
         BadValue: If it would be read from a file.
     """
     if data.labels == "all" and data.world is None and data.task == "classification":
-        raise BadValue(f"data.labels would be read from {data.source}, and the list of a run on sites must be public: "
-                       'name the classes, data.labels = ["...", "..."]')  # fmt: skip
+        raise BadValue(
+            f"data.labels would be read from {data.source}, and the list of a run on sites must be public: "
+            'name the classes, data.labels = ["...", "..."]'
+        )
     return label_list(data)
 
 
@@ -144,6 +146,8 @@ def check_name(name: str) -> str:
         BadValue: If it cannot be one.
     """
     if not NAME.fullmatch(name):
-        raise BadValue(f"a site's name has letters, digits, '.', '_' and '-', 63 at most, and begins with a letter or "
-                       f"digit, got {name!r}")  # fmt: skip
+        raise BadValue(
+            f"a site's name has letters, digits, '.', '_' and '-', 63 at most, and begins with a letter or "
+            f"digit, got {name!r}"
+        )
     return name

@@ -45,17 +45,21 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     planned = cells(scenario)
     if len(planned) != 1:
         arms, seeds = (list(dict.fromkeys(getattr(cell, key) for cell in planned)) for key in ("arm", "seed"))
-        raise BadValue(f"the arms {', '.join(arms)} under the seeds {', '.join(map(str, seeds))} are {len(planned)} "
-                       "runs, and each would be charged to the sites' real data: name one arm with --arms, one seed "
-                       "with --seeds")  # fmt: skip
+        raise BadValue(
+            f"the arms {', '.join(arms)} under the seeds {', '.join(map(str, seeds))} are {len(planned)} "
+            "runs, and each would be charged to the sites' real data: name one arm with --arms, one seed "
+            "with --seeds"
+        )
     (cell,) = planned
     resolved = cell.scenario
     public_labels(resolved.data)
     if resolved.data.pooled:
         raise BadValue(f"arm {cell.arm!r}: data.pooled puts all clients' text in one place, which only a simulator can")
     if resolved.participation != Participation():
-        raise BadValue(f"arm {cell.arm!r}: participation is of simulated clients; real ones are away by themselves, "
-                       "see server.quorum and server.answer_seconds")  # fmt: skip
+        raise BadValue(
+            f"arm {cell.arm!r}: participation is of simulated clients; real ones are away by themselves, "
+            "see server.quorum and server.answer_seconds"
+        )
     data = replace(resolved.data, clients=clients, tuned_on=())  # whose numbers are those of simulated clients
     own: dict[str, dict[str, Any]] = {cell.arm: {}} if scenario.arms else {}
     return replace(resolved, data=data, seeds=(cell.seed,), arms=own, run=tuple(own))

@@ -97,8 +97,10 @@ class Policy:
             if budget is not None and budget.delta > Budget.delta:
                 raise BadValue(f"policy.{name}: delta must be at most {Budget.delta:g}, got {budget.delta:g}")
         if self.per_run is not None and self.per_run.epsilon > self.lifetime.epsilon:
-            raise BadValue(f"policy.per_run allows epsilon {self.per_run.epsilon:g}, more than policy.lifetime "
-                           f"({self.lifetime.epsilon:g})")  # fmt: skip
+            raise BadValue(
+                f"policy.per_run allows epsilon {self.per_run.epsilon:g}, more than policy.lifetime "
+                f"({self.lifetime.epsilon:g})"
+            )
         if self.outputs and not self.orders:
             raise BadValue("policy.orders is empty: such a site answers nothing; leave it out for the usual orders")
         for bundle in self.bundles:

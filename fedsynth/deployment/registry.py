@@ -64,8 +64,10 @@ def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
     with _changing(folder) as known:
         for site in known:
             if site.name == name:
-                raise BadValue(f"the name {name!r} is taken, by the key {site.fingerprint} since {site.since}: choose "
-                               f"another, or `fedsynth server invite {folder} --remove {name}`")  # fmt: skip
+                raise BadValue(
+                    f"the name {name!r} is taken, by the key {site.fingerprint} since {site.since}: choose "
+                    f"another, or `fedsynth server invite {folder} --remove {name}`"
+                )
             if site.fingerprint == fingerprint:
                 raise BadValue(f"the key {fingerprint} is already that of the site {site.name!r}, since {site.since}")
         with commands(folder, config) as flwr:
@@ -74,9 +76,11 @@ def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
             except CommandRefused as problem:
                 if "already in use" not in str(problem):
                     raise BadValue(str(problem)) from problem
-                raise BadValue(f"the SuperLink knows the key {fingerprint}, though {SITES} does not: it was removed, "
-                               "or registered by other means. Flower takes a key once: the site makes a new one by "
-                               "`fedsynth site init DIR --new-key`, and keeps its account") from problem  # fmt: skip
+                raise BadValue(
+                    f"the SuperLink knows the key {fingerprint}, though {SITES} does not: it was removed, "
+                    "or registered by other means. Flower takes a key once: the site makes a new one by "
+                    "`fedsynth site init DIR --new-key`, and keeps its account"
+                ) from problem
         made = Site(name, fingerprint, str(answer["node-id"]), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
         _write_sites(folder, [*known, made])
     return made

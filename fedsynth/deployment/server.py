@@ -115,8 +115,10 @@ def init(
     if files is None:
         made = {name: f"certificates/{file}" for name, file in certificates.NAMES.items()}
         if public_ca is None and not _loopback(public_host):
-            warnings.append("the certificates are for tests: nobody but the invited knows their CA, and they expire in "
-                            "a year; for real sites have one made, --certificate, --key and --ca name it")  # fmt: skip
+            warnings.append(
+                "the certificates are for tests: nobody but the invited knows their CA, and they expire in "
+                "a year; for real sites have one made, --certificate, --key and --ca name it"
+            )
     else:
         made = {name: str(getattr(files, name).absolute()) for name in certificates.NAMES}
         warnings += certificates.check_pair(files.certificate, files.key)
@@ -211,14 +213,17 @@ def reach(folder: Path, config: ServerConfig, seconds: float = 10.0) -> None:
             raw.settimeout(seconds)
             context.wrap_socket(raw, server_hostname=host).close()
     except ssl.SSLCertVerificationError as problem:
-        raise BadValue(f"the SuperLink at {config.local} has a certificate that {config.ca} does not vouch for: "
-                       f"{problem.verify_message.rstrip('.')}") from problem  # fmt: skip
+        raise BadValue(
+            f"the SuperLink at {config.local} has a certificate that {config.ca} does not vouch for: "
+            f"{problem.verify_message.rstrip('.')}"
+        ) from problem
     except ssl.SSLError as problem:
         raise BadValue(f"what answers at {config.local} is no SuperLink over TLS ({problem.reason})") from problem
     except OSError as problem:
         why = problem.strerror or type(problem).__name__
-        raise BadValue(f"no SuperLink answers at {config.local} ({why}): start it with `fedsynth server start "
-                       f"{folder}`") from problem  # fmt: skip
+        raise BadValue(
+            f"no SuperLink answers at {config.local} ({why}): start it with `fedsynth server start {folder}`"
+        ) from problem
 
 
 def flower_environment(folder: Path, marker: str) -> dict[str, str]:

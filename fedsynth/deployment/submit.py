@@ -146,12 +146,17 @@ def _wait_for_sites(
     while True:
         states, others = _answered(lambda: states_by(flwr, sites(server)))
         if others and not told:
-            _warn(on_warning, f"registered with the SuperLink, and not in sites.toml: node {', '.join(others)}; "
-                              "whoever reaches its control API can register keys, under any name")  # fmt: skip
+            _warn(
+                on_warning,
+                f"registered with the SuperLink, and not in sites.toml: node {', '.join(others)}; "
+                "whoever reaches its control API can register keys, under any name",
+            )
         away = [site.name for site in asked_of if states[site.name] != "online"]
         if gone := [name for name in away if states[name] == "unknown"]:
-            raise BadValue(f"the SuperLink does not know the site {gone[0]!r} (a new database?): remove it, and let it "
-                           "in again; a new database takes the same key")  # fmt: skip
+            raise BadValue(
+                f"the SuperLink does not know the site {gone[0]!r} (a new database?): remove it, and let it "
+                "in again; a new database takes the same key"
+            )
         if not away:
             return
         line = f"waiting for {', '.join(f'{name} ({states[name]})' for name in away)}: `fedsynth site start` there"
@@ -162,8 +167,10 @@ def _wait_for_sites(
             break
         time.sleep(min(LOOK_SECONDS, seconds))
     if len(asked_of) - len(away) < math.ceil(asked.server.quorum * len(asked_of)):
-        raise BadValue(f"not online after {seconds:g} s (wait_seconds of server.toml): {', '.join(away)}; start them, "
-                       "or begin a run without them: --sites")  # fmt: skip
+        raise BadValue(
+            f"not online after {seconds:g} s (wait_seconds of server.toml): {', '.join(away)}; start them, "
+            "or begin a run without them: --sites"
+        )
     _warn(on_warning, f"not online, the quorum goes on without them: {', '.join(away)}")
 
 
@@ -192,8 +199,10 @@ def _run(server: Path, flwr: Commands, text: str, out: Path, deployment: Deploym
                 _stop(flwr, run, out)
             raise
         except _Ended as problem:
-            raise LaunchFailed(f"{one_line(str(problem))} (log: {server.absolute() / SUPERLINK_LOG}); go on with "
-                               f"`fedsynth run --resume {out} --server {server}`") from None  # fmt: skip
+            raise LaunchFailed(
+                f"{one_line(str(problem))} (log: {server.absolute() / SUPERLINK_LOG}); go on with "
+                f"`fedsynth run --resume {out} --server {server}`"
+            ) from None
 
 
 class _Ended(Exception):

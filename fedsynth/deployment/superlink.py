@@ -78,14 +78,17 @@ def start(folder: Path, tell: Callable[[str], None]) -> None:
                 shown = _Tail(log, since)
                 _wait_for(superlink, config, log, since, shown)
                 superexec = spawn(running, _superexec(folder, config, superlink.pid), env, home, out)
-            tell(f"the SuperLink listens on {joined(config.host, config.port)}, sites connect to {invitation.address}; "
-                 f"Ctrl-C ends it (log: {log})")  # fmt: skip
+            tell(
+                f"the SuperLink listens on {joined(config.host, config.port)}, sites connect to {invitation.address}; "
+                f"Ctrl-C ends it (log: {log})"
+            )
             while superlink.poll() is None and superexec.poll() is None:
                 shown.show()
                 time.sleep(0.2)
             shown.show()
-            who, code = ("SuperLink", superlink.poll()) if superlink.poll() is not None else (
-                "SuperExec", superexec.poll())  # fmt: skip
+            who, code = (
+                ("SuperLink", superlink.poll()) if superlink.poll() is not None else ("SuperExec", superexec.poll())
+            )
             raise ServerFailed(f"{last_words(log, since, f'the {who} died: {ending(code)}')} (log: {log})")
         except KeyboardInterrupt:
             tell("ending the SuperLink and what runs on it")
@@ -105,9 +108,17 @@ def _superlink(folder: Path, config: ServerConfig) -> list[str]:
 
 
 def _superexec(folder: Path, config: ServerConfig, superlink: int) -> list[str]:
-    return ["flower-superexec", "--runtime-api-address", config.local, "--root-certificates", config.ca,
-            "--superexec-auth-secret-file", str(flower_home(folder) / "superexec.secret"),
-            "--parent-pid", str(superlink)]  # fmt: skip
+    return [
+        "flower-superexec",
+        "--runtime-api-address",
+        config.local,
+        "--root-certificates",
+        config.ca,
+        "--superexec-auth-secret-file",
+        str(flower_home(folder) / "superexec.secret"),
+        "--parent-pid",
+        str(superlink),
+    ]
 
 
 def _environment(folder: Path, marker: str) -> dict[str, str]:
@@ -128,8 +139,10 @@ def _wait_for(superlink: subprocess.Popen[bytes], config: ServerConfig, log: Pat
             said = last_words(log, since, f"the SuperLink did not start: {ending(superlink.returncode)}")
             raise ServerFailed(f"{one_line(said)} (log: {log})")
         if (taken := time.monotonic() - begun) > config.start_seconds:
-            raise ServerFailed(f"the SuperLink does not listen after {taken:.0f} s (start_seconds of {CONFIG}): wait "
-                               f"until this machine is less busy, or raise that key (log: {log})")  # fmt: skip
+            raise ServerFailed(
+                f"the SuperLink does not listen after {taken:.0f} s (start_seconds of {CONFIG}): wait "
+                f"until this machine is less busy, or raise that key (log: {log})"
+            )
         time.sleep(0.05)
     try:
         reach(log.parent, config, config.start_seconds)
@@ -163,5 +176,6 @@ def _check_port(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
     except OSError as problem:
-        raise BadValue(f"the SuperLink cannot listen on {joined(host, port)}: {problem.strerror}; see host and port in "
-                       f"{CONFIG}") from problem  # fmt: skip
+        raise BadValue(
+            f"the SuperLink cannot listen on {joined(host, port)}: {problem.strerror}; see host and port in {CONFIG}"
+        ) from problem

@@ -87,8 +87,9 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:
-            raise UnknownWeight(f"the weight {name!r} is {weight.dtype}: sums and noise would be rounded to that; "
-                                "train it in float32")  # fmt: skip
+            raise UnknownWeight(
+                f"the weight {name!r} is {weight.dtype}: sums and noise would be rounded to that; train it in float32"
+            )
     if math.isinf(clip_norm):
         yield Unclipped(model)
         return

@@ -37,8 +37,10 @@ class Hooks:
         count = int(unit.max()) + 1
         found: list[Any] = [getattr(w, "grad_sample", None) for w in self._weights]
         if any(not isinstance(g, Tensor) or len(g) != len(units) for g in found):
-            raise UnknownWeight("a layer gives no gradient per example through Opacus' hooks; clipping = 'bookkeeping' "
-                                "knows more layers, or freeze it (requires_grad_(False))")  # fmt: skip
+            raise UnknownWeight(
+                "a layer gives no gradient per example through Opacus' hooks; clipping = 'bookkeeping' "
+                "knows more layers, or freeze it (requires_grad_(False))"
+            )
         grads = [united(g, unit, count) for g in found]
         squares = torch.stack([square_norms(g) for g in grads]).sum(0)
         factor = clip_factors(squares, self._clip_norm)

@@ -169,8 +169,10 @@ def check_precision(device: torch.device) -> None:
         ValueError: If so.
     """
     if torch.is_autocast_enabled(device.type):
-        raise ValueError("norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
-                         "makes a frozen base faster")  # fmt: skip
+        raise ValueError(
+            "norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
+            "makes a frozen base faster"
+        )
 
 
 def check_bounded(model: nn.Module) -> None:
@@ -185,8 +187,10 @@ def check_bounded(model: nn.Module) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         computes = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)  # a buffer may hold positions
         if computes and tensor.dtype not in (torch.float32, torch.float64):
-            raise HalfPrecision(f"{name!r} is {tensor.dtype}, and there a unit's gradient can depend on how many others"
-                                " are passed with it, so that no clip norm bounds what it moves")  # fmt: skip
+            raise HalfPrecision(
+                f"{name!r} is {tensor.dtype}, and there a unit's gradient can depend on how many others"
+                " are passed with it, so that no clip norm bounds what it moves"
+            )
 
 
 def check_unused(weights: Mapping[str, nn.Parameter]) -> None:
@@ -201,8 +205,10 @@ def check_unused(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
         if weight.grad is not None:
             weight.grad = None
-            raise UnknownWeight(f"the weight {name!r} is used outside of its layer, so that no gradient per example is "
-                                "known: freeze it (requires_grad_(False))")  # fmt: skip
+            raise UnknownWeight(
+                f"the weight {name!r} is used outside of its layer, so that no gradient per example is "
+                "known: freeze it (requires_grad_(False))"
+            )
 
 
 def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., Tensor] | None:
@@ -224,8 +230,10 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
         return partial(_torch_norm, module, _Named(name, record))
     if kind.__name__.endswith(("RMSNorm", "LayerNorm")) and all(weight.dim() == 1 for weight in own.values()):
         return partial(_spread_norm, module, tuple(own), _Named(name, record), module.forward)
-    raise UnknownWeight(f"no gradient per example is known of {name}.{next(iter(own))} in a {type(module).__name__}: "
-                        "freeze it (requires_grad_(False)), or train a LoRA on linear layers")  # fmt: skip
+    raise UnknownWeight(
+        f"no gradient per example is known of {name}.{next(iter(own))} in a {type(module).__name__}: "
+        "freeze it (requires_grad_(False)), or train a LoRA on linear layers"
+    )
 
 
 @dataclass(frozen=True)
@@ -246,14 +254,16 @@ def check_examples(layer: str, x: Tensor, record: Record) -> None:
         UnknownWeight: If not.
     """
     if x.dim() < 2 or len(x) != record.examples:
-        raise UnknownWeight(f"the layer {layer!r} gets an input of shape {tuple(x.shape)} for {record.examples} "
-                            "examples: it mixes them, or is the same for all of them; freeze its weights "
-                            "(requires_grad_(False))")  # fmt: skip
+        raise UnknownWeight(
+            f"the layer {layer!r} gets an input of shape {tuple(x.shape)} for {record.examples} "
+            "examples: it mixes them, or is the same for all of them; freeze its weights "
+            "(requires_grad_(False))"
+        )
 
 
 def _linear(layer: Any, transposed: bool, named: _Named, x: Tensor) -> Tensor:
     named.check(x)
-    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, transposed, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x, layer.weight, layer.bias, transposed, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -261,7 +271,7 @@ def _embedding(layer: nn.Embedding, named: _Named, ids: Tensor) -> Tensor:
     if len(ids) == 1 < named.record.examples:  # positions, the same for all examples: each has a gradient of its own
         ids = ids.expand(named.record.examples, *ids.shape[1:])
     named.check(ids)
-    out: Tensor = _Embedding.apply(ids, layer.weight, layer.padding_idx, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Embedding.apply(ids, layer.weight, layer.padding_idx, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 
@@ -293,7 +303,7 @@ def _spread(weight: nn.Parameter, x: Tensor, record: Record) -> Tensor:
     """The weight once per example, to be multiplied with or added to x, (examples, ..., width)."""
     if not weight.requires_grad:
         return weight
-    copies: Tensor = _Spread.apply(weight, len(x), x.dim(), record)  # type: ignore[no-untyped-call]
+    copies: Tensor = _Spread.apply(weight, len(x), x.dim(), record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return copies
 
 
@@ -312,9 +322,9 @@ def _lora(
 ) -> Tensor:
     """What PEFT computes, in the precision of the base: W x + scale B A x."""
     if not (first.weight.requires_grad or second.weight.requires_grad):
-        return forward(x)  # type: ignore[no-any-return]
+        return forward(x)  # type: ignore[no-any-return]  # PEFT's own forward
     named.check(x)
-    out: Tensor = _Lora.apply(layer.base_layer(x), x, first.weight, second.weight, scale, named.record)  # type: ignore[no-untyped-call]
+    out: Tensor = _Lora.apply(layer.base_layer(x), x, first.weight, second.weight, scale, named.record)  # type: ignore[no-untyped-call]  # torch types no `apply`
     return out
 
 

@@ -141,8 +141,10 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
             forwards[module] = partial(_forward, module, name, parts, read, record)
     for name, weight in model.named_parameters():
         if (weight.requires_grad or weight in known) and not (weight in known and weight in factors):
-            raise UnknownWeight(f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
-                                "train each client by itself")  # fmt: skip
+            raise UnknownWeight(
+                f"{name!r} is no factor of a plain LoRA, or has no clients' own: freeze it, or "
+                "train each client by itself"
+            )
     with full_precision(), patched(forwards):
         yield Stacked(weights, places, clip_norm, record)
     for weight, place in places.items():
@@ -165,7 +167,7 @@ def _forward(
 ) -> Tensor:
     check_examples(name, x, record)
     first, second = _weights(parts)
-    out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]
+    out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]  # torch types no `apply`
         layer.base_layer(x), x, factors[first], factors[second], parts[2], (first, second), record
     )
     return out

@@ -82,8 +82,14 @@ def _at(whole: pd.DataFrame, epsilon: float) -> pd.DataFrame:
 def _level(figures: pd.DataFrame, tuned_on: set[int]) -> dict[str, float | int]:
     low, high = bootstrap(figures.set_index(["seed", "client"])["value"])
     per_seed = figures.groupby("seed")["value"].mean()
-    found = {"mean": float(per_seed.mean()), "std": float(per_seed.std(ddof=1)), "low": low, "high": high,
-             "seeds": len(per_seed), "clients": int(figures["client"].nunique())}  # fmt: skip
+    found = {
+        "mean": float(per_seed.mean()),
+        "std": float(per_seed.std(ddof=1)),
+        "low": low,
+        "high": high,
+        "seeds": len(per_seed),
+        "clients": int(figures["client"].nunique()),
+    }
     held = figures[~figures["client"].isin(tuned_on)].groupby("seed")["value"].mean() if tuned_on else per_seed[:0]
     return {**found, "held_out_mean": float(held.mean()), "held_out_std": float(held.std(ddof=1))}
 
@@ -159,14 +165,22 @@ def points(frame: pd.DataFrame, metrics: Mapping[str, str] | None = None) -> pd.
         if not len(values):
             continue
         low, high = bootstrap(values)
-        rows.append({
-            "scenario": cell["scenario"], "task": cell["task"], "arm": cell["arm"], "budget": cell["epsilon"],
-            "guarantee": cost["guarantee"],
-            "epsilon": math.inf if cost["guarantee"] == "none" else cost["epsilon_stated"],
-            "bytes": cost["bytes_up"] + cost["bytes_down"], "metric": metric,
-            "utility": float(values.groupby(level="seed").mean().mean()), "low": low, "high": high,
-            "pooled": cost["pooled"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "scenario": cell["scenario"],
+                "task": cell["task"],
+                "arm": cell["arm"],
+                "budget": cell["epsilon"],
+                "guarantee": cost["guarantee"],
+                "epsilon": math.inf if cost["guarantee"] == "none" else cost["epsilon_stated"],
+                "bytes": cost["bytes_up"] + cost["bytes_down"],
+                "metric": metric,
+                "utility": float(values.groupby(level="seed").mean().mean()),
+                "low": low,
+                "high": high,
+                "pooled": cost["pooled"],
+            }
+        )
     return pd.DataFrame(rows)
 
 

@@ -13,7 +13,7 @@ from scipy.special import rel_entr
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from fedsynth.instructions import asked, in_line, one_line
 from fedsynth.rouge import words

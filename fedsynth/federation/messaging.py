@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
 
 from fedsynth.corpus import Corpus, Scores
 from fedsynth.federation.availability import Fate, fates

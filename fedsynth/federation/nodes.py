@@ -72,9 +72,11 @@ def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 36
     while len(places) < partitions:
         taken = time.monotonic() - begun
         if taken > seconds:
-            raise TooFewReplies(f"{len(places)} of {partitions} SuperNodes said which partition they hold after "
-                                f"{taken:.0f} s (server.start_seconds): the machine is too busy; wait until it is less "
-                                "so, take fewer --workers, or raise that key")  # fmt: skip
+            raise TooFewReplies(
+                f"{len(places)} of {partitions} SuperNodes said which partition they hold after "
+                f"{taken:.0f} s (server.start_seconds): the machine is too busy; wait until it is less "
+                "so, take fewer --workers, or raise that key"
+            )
         new = [node for node in grid.get_node_ids() if node not in places.values()]
         asked = [Message(RecordDict({"who": ConfigRecord({})}), message_type=WHO, dst_node_id=node) for node in new]
         if not asked:
@@ -105,8 +107,10 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]
     online = [node for node in grid.get_nodes() if node.status == "online"]
     for name, count in Counter(str(node.name) for node in online).items():
         if count > 1 and name in names:  # Flower makes keys unique, not names
-            raise TooFewReplies(f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
-                                "but one, before anything is asked")  # fmt: skip
+            raise TooFewReplies(
+                f"{count} SuperNodes are registered as {name!r}: find out who they are, and remove all "
+                "but one, before anything is asked"
+            )
     known = {str(node.name): (int(node.node_id), str(node.last_activated_at)) for node in online}
     return {number: known[name] for number, name in enumerate(names) if name in known}
 

@@ -90,14 +90,18 @@ class RoundStrategy(Strategy, Generic[S]):
             BadValue: If not, with the way out.
         """
         if scenario.data.task not in cls.tasks:
-            raise BadValue(f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
-                           f"this scenario has {scenario.data.task!r}")  # fmt: skip
+            raise BadValue(
+                f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
+                f"this scenario has {scenario.data.task!r}"
+            )
         client = scenario.client
         half = client.generator_training.precision == "bfloat16"
         if half and client.guarantee == "dp" and cls.trains_generator(config):
-            raise BadValue('client.generator_training.precision = "bfloat16" gives no guarantee: in it one text can '
-                           'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
-                           'is float32 under client.guarantee = "dp"')  # fmt: skip
+            raise BadValue(
+                'client.generator_training.precision = "bfloat16" gives no guarantee: in it one text can '
+                'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
+                'is float32 under client.guarantee = "dp"'
+            )
         if hasattr(config, "check"):
             config.check(scenario)
 

@@ -227,8 +227,10 @@ def _check_records(records: int, said: Statement, batch: int | None) -> None:
 def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
     """Each figure that the order asks for, and no other: a name becomes a word of a report."""
     if set(metrics) != set(names):
-        raise Rejected(f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "
-                       f"{len(set(metrics) - set(names))} others are there")  # fmt: skip
+        raise Rejected(
+            f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "
+            f"{len(set(metrics) - set(names))} others are there"
+        )
     for name in names:
         if not math.isfinite(metrics[name]):
             raise Rejected(f"metrics {name!r} must be finite, got {metrics[name]}")

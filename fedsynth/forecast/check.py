@@ -259,8 +259,10 @@ def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tu
             [replace(p, rounds=max(p.rounds, n)) for p, n in plans], max(p.delta for p, _ in plans)
         )
         if client.budget is not None and spent > client.budget.epsilon:
-            told.append(f"all that it asks of a client costs epsilon {spent:.3f}, its budget is "
-                        f"{client.budget.epsilon:g}: clients will refuse")  # fmt: skip
+            told.append(
+                f"all that it asks of a client costs epsilon {spent:.3f}, its budget is "
+                f"{client.budget.epsilon:g}: clients will refuse"
+            )
     largest, homes = rehearsed.epsilon, 1 if cell.scenario.data.pooled else cell.scenario.data.clients
     of_generator = {p for plans in rehearsed.plans.values() for p in plans}
     known = {p.records for p in of_generator}
@@ -281,16 +283,17 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
     free = psutil.virtual_memory().available
     needed = made.memory - psutil.Process().memory_info().rss  # this process holds its part already
     if needed > SAFE_SHARE * free:
-        warnings.append(f"will not fit: {made.workers} workers and what drives them need {needed / 1e9:.1f} GB of "
-                        f"memory, {free / 1e9:.1f} GB are free: ask for fewer workers or smaller batches")  # fmt: skip
+        warnings.append(
+            f"will not fit: {made.workers} workers and what drives them need {needed / 1e9:.1f} GB of "
+            f"memory, {free / 1e9:.1f} GB are free: ask for fewer workers or smaller batches"
+        )
     there = next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
     room = shutil.disk_usage(there).free
     kept = sum(_on_disk(cell, found[cell.arm]) for cell in cells(scenario))
     if kept > SAFE_SHARE * room:
         warnings.append(f"will not fit: the run writes {kept / 1e9:.1f} GB to {there}, {room / 1e9:.1f} GB are free")
     if made.seconds > BUSY * made.seconds_alone:
-        warnings.append("others use the cores: on an idle machine the run would take about "
-                        f"{made.seconds_alone:.0f} s")  # fmt: skip
+        warnings.append(f"others use the cores: on an idle machine the run would take about {made.seconds_alone:.0f} s")
     if made.seconds > DAY:
         warnings.append(f"will take {made.seconds / DAY:.1f} days: ask for fewer seeds, arms or steps")
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
@@ -298,8 +301,9 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
         if made.arms[cell.arm].seconds / len(scenario.seeds) > patience * max(1, len(found[cell.arm].exchanges)):
             warnings.append(f"arm {cell.arm!r}: an exchange may take longer than server.answer_seconds = {patience:g}")
     if endpoints_of(scenario):
-        warnings.append("an endpoint's time is not in the seconds: what is asked of it stands under tokens, as an "
-                        "upper bound")  # fmt: skip
+        warnings.append(
+            "an endpoint's time is not in the seconds: what is asked of it stands under tokens, as an upper bound"
+        )
     return warnings
 
 

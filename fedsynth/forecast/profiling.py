@@ -254,7 +254,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return _classifying(client, labels, texts, unit)
 
     def writer(batch: int) -> LocalLLM:
-        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]
+        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]  # a stand-in
         return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
 
     def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:
@@ -411,11 +411,13 @@ def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequen
     Raises:
         ProbeFailed: If one of them ends early.
     """
-    asked = json.dumps({
-        "scenario": to_toml(scenario),
-        "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
-        "lengths": {arm: list(each) for arm, each in lengths.items()},
-    })  # fmt: skip
+    asked = json.dumps(
+        {
+            "scenario": to_toml(scenario),
+            "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
+            "lengths": {arm: list(each) for arm, each in lengths.items()},
+        }
+    )
     environment = {**KEEPING, **os.environ, "OMP_NUM_THREADS": "1"}
     standing = [
         subprocess.Popen(

@@ -248,7 +248,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)
     nodes = {home: home for home in facts}
-    clients = _Answering(None, nodes, cell, "simulated", labels, journal, facts=facts, lengths=lengths)  # type: ignore[arg-type]
+    clients = _Answering(None, nodes, cell, "simulated", labels, journal, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
     noted: list[str] = []
 
     kind, config = load_strategy(cell.scenario.strategy)

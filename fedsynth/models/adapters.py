@@ -179,7 +179,7 @@ def _start(adapted: PeftModel, seed: int) -> None:
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
     body: Any = getattr(model, "base_model", model)
-    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]
+    head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]  # torch types it as Tensor | Module
     heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
     inside = {id(m) for m in body.modules()}
     return {
@@ -240,10 +240,13 @@ def stack_of(model: PeftModel, adapters: Sequence[Adapter]) -> Stack:
     weights = _by_name(model)
     for adapter in adapters:
         _check_fits(adapter, weights)
-    return Stack(tuple(weights), {
-        weight: torch.from_numpy(np.stack([a.arrays[name] for a in adapters])).to(weight.device)
-        for name, weight in weights.items()
-    })  # fmt: skip
+    return Stack(
+        tuple(weights),
+        {
+            weight: torch.from_numpy(np.stack([a.arrays[name] for a in adapters])).to(weight.device)
+            for name, weight in weights.items()
+        },
+    )
 
 
 def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
@@ -266,8 +269,16 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
 GUARANTEE = "grants.json"  # beside an adapter's weights
 USED = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # Of where the adapter comes from and how it was trained; PEFT itself sets `fan_in_fan_out` by the kind of each layer.
-OF_NO_MATTER = ("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-                "lora_dropout", "fan_in_fan_out")  # fmt: skip
+OF_NO_MATTER = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "lora_dropout",
+    "fan_in_fan_out",
+)
 # Of `init_lora_weights`: of A and B alone. Others, as "pissa" and "olora", change the base itself.
 STARTS = (True, False, "gaussian", "orthogonal")
 
@@ -317,7 +328,7 @@ def _check_understood(config: Mapping[str, Any]) -> None:
     rank, alpha = config["r"], config["lora_alpha"]
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise WrongAdapter(f"r must be a whole number from 1 and lora_alpha a finite one, got {rank!r} and {alpha!r}")
-    defaults: dict[str, Any] = LoraConfig().to_dict() | {"init_lora_weights": None}  # type: ignore[no-untyped-call]
+    defaults: dict[str, Any] = LoraConfig().to_dict() | {"init_lora_weights": None}  # type: ignore[no-untyped-call]  # PEFT types no `to_dict`
     other = []
     for key, value in config.items():
         if key in (*USED, *OF_NO_MATTER, "peft_type") or (key == "init_lora_weights" and value in STARTS):
@@ -330,9 +341,11 @@ def _check_understood(config: Mapping[str, Any]) -> None:
             told = f"{key} = {json.dumps(value)[:80]}"
             other.append(told if key in defaults else f"{told} (unknown to the installed PEFT)")
     if other:
-        raise WrongAdapter(f"only what A and B hold can be put to use, and its adapter_config.json says more: "
-                           f"{', '.join(other)}; merge it into a model of its own (PEFT's merge_and_unload), and name "
-                           "that as the model")  # fmt: skip
+        raise WrongAdapter(
+            f"only what A and B hold can be put to use, and its adapter_config.json says more: "
+            f"{', '.join(other)}; merge it into a model of its own (PEFT's merge_and_unload), and name "
+            "that as the model"
+        )
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], whole: Adapter, chosen: set[str]) -> None:

@@ -47,9 +47,12 @@ def prompt_rows(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[
     if tokenizer.eos_token != LINE_END:
         return text_rows(tokenizer, [prompt + text for prompt, text in zip(prompts, texts, strict=True)])
     lines = [prompt.split(LINE_END) for prompt in prompts]
-    rows = iter(text_rows(tokenizer, [
-        line for whole, text in zip(lines, texts, strict=True) for line in (*whole[:-1], whole[-1] + text)
-    ]))  # fmt: skip
+    rows = iter(
+        text_rows(
+            tokenizer,
+            [line for whole, text in zip(lines, texts, strict=True) for line in (*whole[:-1], whole[-1] + text)],
+        )
+    )
     found = []
     for whole in lines:
         row = next(rows)

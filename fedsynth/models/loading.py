@@ -100,8 +100,9 @@ def check(name: str, role: Role) -> None:
     fits(name, role)
     tokenizer, known = load_tokenizer(name), getattr(config_of(name).get_text_config(), "vocab_size", None)
     if known is not None and len(tokenizer) > known:
-        raise BadValue(f"the model {name!r} knows {known} tokens, its tokenizer {len(tokenizer)}: they do not belong "
-                       "together")  # fmt: skip
+        raise BadValue(
+            f"the model {name!r} knows {known} tokens, its tokenizer {len(tokenizer)}: they do not belong together"
+        )
     _check_weights(name)
 
 
@@ -137,8 +138,10 @@ def load_tokenizer(name: str) -> Any:
     """
     tokenizer = fetch(AutoTokenizer, name)
     if not any(file_of(name, file) for file in VOCABULARIES):  # transformers would make do with an empty vocabulary
-        raise BadValue(f"the model {name!r} has no tokenizer beside its weights: save its tokenizer into the folder, "
-                       f"as one of {', '.join(VOCABULARIES)}")  # fmt: skip
+        raise BadValue(
+            f"the model {name!r} has no tokenizer beside its weights: save its tokenizer into the folder, "
+            f"as one of {', '.join(VOCABULARIES)}"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -274,14 +277,17 @@ def client_models(client: Client) -> list[tuple[str, Role]]:
     """The models that clients run, with what each is for."""
     task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
     # Instructions need no task model.
-    return [(client.generator, "generator"),
-            *((name, task) for name in client.task_models or (client.task_model,) if name)]  # fmt: skip
+    return [
+        (client.generator, "generator"),
+        *((name, task) for name in client.task_models or (client.task_model,) if name),
+    ]
 
 
 def server_models(server: Server) -> list[tuple[str, Role]]:
     """The models that the server runs, with what each is for; no endpoints."""
-    found: list[tuple[str, Role]] = [(name, "llm") for name in (server.llm, server.professional)
-                                     if isinstance(name, str)]  # fmt: skip
+    found: list[tuple[str, Role]] = [
+        (name, "llm") for name in (server.llm, server.professional) if isinstance(name, str)
+    ]
     return found if server.embedder is None else [*found, (server.embedder, "embedder")]
 
 

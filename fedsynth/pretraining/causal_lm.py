@@ -176,7 +176,7 @@ class Pretraining:
     ):
         self.weigh = weigh
         self.model, self.rows, self.reading, self.device = model, rows, reading, torch.device(device)
-        self.model.to(self.device).train()  # type: ignore[arg-type]
+        self.model.to(self.device).train()  # type: ignore[arg-type]  # transformers wraps `to` without its types
         self.optimizers = optimizers(model)
         self.done = 0
         self.earlier, self.started = 0.0, time.monotonic()

@@ -175,7 +175,7 @@ def pretrain_from_text(
             "tokens": sum(map(len, measured)),
             "nats_per_token": round(held_out_loss(trained.model, tokenizer, measured), 4),
         },
-        "samples": _samples(trained.model.to("cpu").eval(), tokenizer, learn, wanted.seed),  # type: ignore[arg-type]
+        "samples": _samples(trained.model.to("cpu").eval(), tokenizer, learn, wanted.seed),  # type: ignore[arg-type]  # likewise wrapped
         "seconds": round(trained.seconds),
     }
     save_model(trained.model, tokenizer, out, lambda _: card)

@@ -99,8 +99,10 @@ def _reaches(
     except Exception as problem:  # of the accountant, on figures that nobody has planned with
         raise ValueError(f"{name} of its plan cannot be computed ({type(problem).__name__})") from problem
     if true is not None:
-        raise ValueError(f"{name} is said to be {claimed:.4g}; noise_multiplier {sigma:g} at sampling rate {rate:g} "
-                         f"costs {true:.4g} or more over {steps} steps at delta {delta:g}")  # fmt: skip
+        raise ValueError(
+            f"{name} is said to be {claimed:.4g}; noise_multiplier {sigma:g} at sampling rate {rate:g} "
+            f"costs {true:.4g} or more over {steps} steps at delta {delta:g}"
+        )
 
 
 @lru_cache(maxsize=4096)

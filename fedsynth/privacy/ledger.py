@@ -352,8 +352,10 @@ class Ledger:
                 for id in derived_from:
                     state = db.execute("SELECT state FROM grants WHERE id = ?", (id,)).fetchone()
                     if state is None or state[0] not in ("stored", "sent"):
-                        raise GrantUsed(f"grant {id} is {'unknown' if state is None else state[0]}: only what a grant "
-                                        "has let out is processed further without a charge")  # fmt: skip
+                        raise GrantUsed(
+                            f"grant {id} is {'unknown' if state is None else state[0]}: only what a grant "
+                            "has let out is processed further without a charge"
+                        )
                 db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
                 return
             if row is None or (isinstance(grant_or_order, Grant) and row[0] != grant_or_order.id):
@@ -545,8 +547,10 @@ class Ledger:
             order = order or order_for(limit)
             if private and admits(limit, order, plans, asked):
                 continue
-            before, after = (epsilon_at(used(p, order), order, limit.delta) if private else math.inf
-                             for p in (plans, [*plans, asked]))  # fmt: skip
+            before, after = (
+                epsilon_at(used(p, order), order, limit.delta) if private else math.inf
+                for p in (plans, [*plans, asked])
+            )
             raise BudgetExhausted(
                 f"the {asked.rounds} round(s) asked would pass {what}, epsilon {limit.epsilon:g} at delta "
                 f"{limit.delta:g}: by the filter of order {order}, which takes plans as chosen after seeing results, "
@@ -637,8 +641,12 @@ class Ledger:
             db = self._connect(draft)
             try:
                 db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
-                meta = {"schema": SCHEMA, "dataset": self.dataset, "mac_key": self._keys(0, "data"),
-                        "order": order_for(self.cap)}  # fmt: skip
+                meta = {
+                    "schema": SCHEMA,
+                    "dataset": self.dataset,
+                    "mac_key": self._keys(0, "data"),
+                    "order": order_for(self.cap),
+                }
                 db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
                 db.execute("COMMIT")
             finally:

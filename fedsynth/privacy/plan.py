@@ -55,8 +55,10 @@ class Budget:
             raise ValueError(f"epsilon must be finite and > 0, got {self.epsilon}; no guarantee is: no budget")
         _check_delta(self.delta)
         if self.delta < MIN_DELTA:
-            raise ValueError(f"delta must be at least {MIN_DELTA:g}, got {self.delta:g}: epsilon cannot be computed "
-                             f"below; ask for {MIN_DELTA:g}, or more")  # fmt: skip
+            raise ValueError(
+                f"delta must be at least {MIN_DELTA:g}, got {self.delta:g}: epsilon cannot be computed "
+                f"below; ask for {MIN_DELTA:g}, or more"
+            )
 
 
 @dataclass(frozen=True)

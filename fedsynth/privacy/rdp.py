@@ -36,5 +36,10 @@ def bound(pieces: Iterable[tuple[float, float, int]], delta: float) -> float:
     Some tenths of it above that of privacy loss distributions, where an order fits; it takes no time and no memory.
     """
     steps = list(pieces)
-    return max(0.0, min(math.fsum(of_step(q, sigma, order) * count for q, sigma, count in steps)
-                        - above_epsilon(order, delta) for order in ORDERS))  # fmt: skip
+    return max(
+        0.0,
+        min(
+            math.fsum(of_step(q, sigma, order) * count for q, sigma, count in steps) - above_epsilon(order, delta)
+            for order in ORDERS
+        ),
+    )

@@ -67,8 +67,10 @@ def cautions(
         found.append(("Test figures are not covered by epsilon.", MEASURED))
     of_filters = losses(metrics)
     for words, few in ((LITTLE, True), (BARE, False)):
-        told = {arm: [str(loss) for loss in own if loss.few == few and (few or loss.bare)]
-                for arm, own in of_filters.items()}  # fmt: skip
+        told = {
+            arm: [str(loss) for loss in own if loss.few == few and (few or loss.bare)]
+            for arm, own in of_filters.items()
+        }
         name = "Hardly any text left." if few else "Clients without text."
         found += [(name, words.format(arm, "; ".join(lines))) for arm, lines in told.items() if lines]
     spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", arm=arm)) for arm in arms}

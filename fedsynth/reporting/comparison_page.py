@@ -18,9 +18,15 @@ from fedsynth.typed import BadValue
 LEVELS = ("mean", "std", "low", "high", "held_out_mean", "held_out_std", "seeds", "clients")
 GAPS = ("difference", "difference_low", "difference_high", "better", "pairs")
 PAIRED = {*GAPS, "better_pairs"}
-COSTS = {"epsilon_stated": "epsilon", "delta": "delta", "bytes_up": "bytes up", "bytes_down": "bytes down",
-         "client_seconds": "client seconds", "tokens_read": "tokens read",
-         "tokens_written": "tokens written"}  # fmt: skip
+COSTS = {
+    "epsilon_stated": "epsilon",
+    "delta": "delta",
+    "bytes_up": "bytes up",
+    "bytes_down": "bytes down",
+    "client_seconds": "client seconds",
+    "tokens_read": "tokens read",
+    "tokens_written": "tokens written",
+}
 MEGABYTE = 1e6
 TASKS = {"classification": "Classification", "instructions": "Instructions"}
 
@@ -97,22 +103,35 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     names, seeds = list(report["scenarios"]), len(report["seeds"])
     at = f", at epsilon {listed([f'{e:g}' for e in report['epsilons']])}" if report["epsilons"] else ""
     lead = f"Arms of {listed(names)}{at}, {seeds} seed{'s' if seeds > 1 else ''} each."
-    banner = "Shareable: computed from the directories of the runs, that is from released texts, declared facts and test figures."  # fmt: skip  # noqa: E501
+    banner = (
+        "Shareable: computed from the directories of the runs, "
+        "that is from released texts, declared facts and test figures."
+    )
     return Page(f"Comparison: {report['name']}", lead, banner, sections, table)
 
 
 def _cautions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     if (seeds := len(report["seeds"])) < 3:
-        found.append((f"{seeds} seed{'s' if seeds > 1 else ''}.", "How results differ from seed to seed is hardly "
-                      "known: intervals are too narrow."))  # fmt: skip
+        found.append(
+            (
+                f"{seeds} seed{'s' if seeds > 1 else ''}.",
+                "How results differ from seed to seed is hardly known: intervals are too narrow.",
+            )
+        )
     found += [
-        ("The best of many.", "Whoever picks the best arm by these figures sees it a little better than it is; "
-         "epsilon does not cover that arms were compared by test figures."),
-        ("Worlds of their own.", "Each seed, arm and epsilon is a hypothetical federation. On real data all these runs "
-         "would charge the same people, and their epsilons would add up."),
+        (
+            "The best of many.",
+            "Whoever picks the best arm by these figures sees it a little better than it is; "
+            "epsilon does not cover that arms were compared by test figures.",
+        ),
+        (
+            "Worlds of their own.",
+            "Each seed, arm and epsilon is a hypothetical federation. On real data all these runs "
+            "would charge the same people, and their epsilons would add up.",
+        ),
         ("Test figures are not covered by epsilon.", "They are measured at the clients, on test sets declared public."),
-    ]  # fmt: skip
+    ]
     few = [f"{run}, {arm}: {told}" for run, arms in report.get("few_texts", {}).items() for arm, told in arms.items()]
     found += [("Hardly any text left.", f"{told}. These figures are not those of the method.") for told in few]
     without = sorted({f"{p['arm']} ({p['scenario']})" for p in report["points"] if p["guarantee"] == "none"})
@@ -156,8 +175,10 @@ def _task(figures: Figures, report: Mapping[str, Any], task: str) -> list[Block]
 
 def _plots(figures: Figures, rows: Sequence[Mapping[str, Any]], baseline: str, metric: str) -> list[Plot]:
     arms = list(dict.fromkeys(row["arm"] for row in rows))
-    captions = (f"{_first_up(metric)}, mean over clients and seeds with its 95 % interval",
-                f"{_first_up(metric)} above that of {baseline}, pair by pair, with its 95 % interval")  # fmt: skip
+    captions = (
+        f"{_first_up(metric)}, mean over clients and seeds with its 95 % interval",
+        f"{_first_up(metric)} above that of {baseline}, pair by pair, with its 95 % interval",
+    )
     plots = []
     for caption, (middle, low, high) in zip(captions, (("mean", "low", "high"), GAPS[:3]), strict=True):
         chosen = [row for row in rows if row[middle] is not None]
@@ -181,8 +202,16 @@ def _place(figures: Figures, row: Mapping[str, Any], metric: str, name: str) -> 
 
 def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, scenario: str) -> Table:
     held = any(row["held_out_mean"] is not None for row in rows)
-    heads = ["arm", "epsilon", NAMES.get(metric, metric), "95 % interval", *(["held-out clients"] if held else []),
-             "difference", "95 % interval", "better in"]  # fmt: skip
+    heads = [
+        "arm",
+        "epsilon",
+        NAMES.get(metric, metric),
+        "95 % interval",
+        *(["held-out clients"] if held else []),
+        "difference",
+        "95 % interval",
+        "better in",
+    ]
     cells: list[list[Cell]] = []
     for row in rows:
 
@@ -197,12 +226,20 @@ def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, sce
             return "-" if number(low) == "-" else ("[", number(low, **how), ", ", number(high, **how), "]")
 
         epsilon = "-" if row["epsilon"] is None else f"{row['epsilon']:g}"
-        cells.append([
-            row["arm"], epsilon, spread("mean", "std"), interval("low", "high"),
-            *([spread("held_out_mean", "held_out_std")] if held else []),
-            number("difference", sign=True), interval("difference_low", "difference_high", sign=True),
-            "-" if number("better") == "-" else (number("better_pairs", digits=0), " of ", number("pairs", digits=0)),
-        ])  # fmt: skip
+        cells.append(
+            [
+                row["arm"],
+                epsilon,
+                spread("mean", "std"),
+                interval("low", "high"),
+                *([spread("held_out_mean", "held_out_std")] if held else []),
+                number("difference", sign=True),
+                interval("difference_low", "difference_high", sign=True),
+                "-"
+                if number("better") == "-"
+                else (number("better_pairs", digits=0), " of ", number("pairs", digits=0)),
+            ]
+        )
     return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", words=frozenset({0, 1}))
 
 
@@ -260,8 +297,18 @@ def _costs(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
             cells = [figures.number(place, 0) for place in spent[2:]]
             budget = "-" if row["epsilon"] is None else f"{row['epsilon']:g}"
             rows.append([row["scenario"], row["arm"], budget, said, epsilon, *cells])
-    heads = ["scenario", "arm", "budget", "guarantee", "states", "bytes up", "bytes down", "client seconds",
-             "tokens read", "tokens written"]  # fmt: skip
+    heads = [
+        "scenario",
+        "arm",
+        "budget",
+        "guarantee",
+        "states",
+        "bytes up",
+        "bytes down",
+        "client seconds",
+        "tokens read",
+        "tokens written",
+    ]
     note = (
         "Of one seed: all clients, all rounds (mean over seeds). Tokens are those of the server's LLM; seconds are of "
         "this machine, busy as it was."
@@ -277,10 +324,13 @@ def _privacy(report: Mapping[str, Any]) -> list[Block]:
 def _made(report: Mapping[str, Any]) -> list[Block]:
     seeds = ", ".join(map(str, report["seeds"]))
     terms = [
-        (f"{name}:", f"baseline {of['baseline']}, first metric {NAMES.get(of['metric'], of['metric'])}"
-         + (f", settings tuned on clients {', '.join(map(str, of['tuned_on']))}" if of["tuned_on"] else ""))
+        (
+            f"{name}:",
+            f"baseline {of['baseline']}, first metric {NAMES.get(of['metric'], of['metric'])}"
+            + (f", settings tuned on clients {', '.join(map(str, of['tuned_on']))}" if of["tuned_on"] else ""),
+        )
         for name, of in report["scenarios"].items()
-    ]  # fmt: skip
+    ]
     again = (
         f"Seeds {seeds}. The command that made it goes on, or reads what is there; all rows are in {FRAME}, "
         "the grid in comparison.toml."

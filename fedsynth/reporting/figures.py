@@ -160,14 +160,20 @@ def lines(series: Sequence[Series], *, title: str, x_name: str) -> Markup:
     places = sorted({m.x for m in marks})
     count = Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{:g}</text>')
     parts += [count.format(_n(x_at(x)), bottom + 17, x) for x in places[:: math.ceil(len(places) / 10)]]
-    parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        _n((left + right) / 2), bottom + 33, x_name))  # fmt: skip
+    parts.append(
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            _n((left + right) / 2), bottom + 33, x_name
+        )
+    )
     for k, one in enumerate(series):
         own = [m for m in one.marks if m]
         aside = (k - (len(series) - 1) / 2) * 2.5  # or the whiskers of series would hide each other
         path = " ".join(f"{_n(x_at(m.x) + aside)},{_n(y_at(m.value))}" for m in own)
-        parts.append(Markup('<polyline class="line" points="{}" stroke="var(--s{})" stroke-dasharray="{}"/>').format(
-            path, _colour(k), DASHES[k % len(DASHES)] or "none"))  # fmt: skip
+        parts.append(
+            Markup('<polyline class="line" points="{}" stroke="var(--s{})" stroke-dasharray="{}"/>').format(
+                path, _colour(k), DASHES[k % len(DASHES)] or "none"
+            )
+        )
         for m in own:
             x = x_at(m.x) + aside
             if m.low is not None and m.high is not None:
@@ -204,8 +210,11 @@ def scatter(series: Sequence[Series], *, title: str, x_name: str, y_name: str, x
 
     parts = [_level(y_at(t), left, right) + _level_tick(left - 5, y_at(t), t, ticks) for t in ticks]
     parts += [_grid(x_at(t), top, bottom) + _tick(x_at(t), bottom + 17, t, x_ticks) for t in x_ticks]
-    parts.append(Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
-        _n((left + right) / 2), bottom + 34, x_name))  # fmt: skip
+    parts.append(
+        Markup('<text class="tick" x="{}" y="{}" text-anchor="middle">{}</text>').format(
+            _n((left + right) / 2), bottom + 34, x_name
+        )
+    )
     parts.append(Markup('<text class="tick" x="4" y="12">{}</text>').format(y_name))
     for k, one in enumerate(series):
         for m in one.marks:
@@ -297,7 +306,8 @@ def _shape(look: int, x: float, y: float, mark: Mark | None, said: str) -> Marku
     style = "open" if kind in ("ring", "cross", "plus") else "mark"
     title = Markup("<title>{}</title>").format(said) if said else Markup("")
     head = Markup('<path class="{}" d="{}" style="--c:var(--s{})"{}>').format(
-        style, corners.get(kind, ring), _colour(look), facts)  # fmt: skip
+        style, corners.get(kind, ring), _colour(look), facts
+    )
     return head + title + Markup("</path>")
 
 

@@ -169,8 +169,14 @@ def render(page: Page) -> str:
     """The page as HTML that is well-formed XML, too; every text is escaped."""
     # `finalize` sees each value before it is escaped; text of models may hold what no page can.
     loader = PackageLoader("fedsynth.reporting", "")
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=printable,
-                        trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    pages = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     pages.tests["number"] = lambda piece: isinstance(piece, Number)
     pages.filters["pieces"] = pieces
     return pages.get_template("page.html").render(page=page)

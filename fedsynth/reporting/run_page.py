@@ -31,8 +31,13 @@ from fedsynth.reporting.statistics import HELD_OUT, Figures
 
 SHOWN_LABELS = 12  # in a figure
 SHOWN_CLIENTS = 50  # in a table; the others are in the table of figures alone
-NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "exact_match": "exact match", "field_match": "field match",
-         "rouge_l": "ROUGE-L"}  # fmt: skip
+NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "exact_match": "exact match",
+    "field_match": "field match",
+    "rouge_l": "ROUGE-L",
+}
 
 
 def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
@@ -60,8 +65,10 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     if names := figures.metrics("server"):
         rows: list[list[Cell]] = [
             [arm, name, _spread(figures, "server", name, arm, None)]
-            for arm in arms for name in names if figures.row("server", name, "mean", arm=arm) is not None
-        ]  # fmt: skip
+            for arm in arms
+            for name in names
+            if figures.row("server", name, "mean", arm=arm) is not None
+        ]
         heads = ["arm", "figure", "last round, mean ± deviation over seeds"]
         table_of = Table(heads, rows, words=frozenset({0, 1}))
         sections.append(Section("Other figures", "other", [table_of]))
@@ -131,21 +138,34 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         if held:
             row.append(_spread(figures, "utility", held, arm))
         rows.append(
-            [*row, _guarantee(report, arm), figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3),
-             *([_left(figures, arm, lost.get(arm, ()))] if lost else [])]
-        )  # fmt: skip
+            [
+                *row,
+                _guarantee(report, arm),
+                figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3),
+                *([_left(figures, arm, lost.get(arm, ()))] if lost else []),
+            ]
+        )
     note = (
         "Means over clients, then mean ± standard deviation over seeds. Intervals: percentile bootstrap over seeds, "
-        "then clients within each." if main else ""
-    )  # fmt: skip
+        "then clients within each."
+        if main
+        else ""
+    )
     blocks: list[Block] = []
     if main:
         plots = [
-            _dots(figures, "utility", main, arms,
-                  f"{_first_up(main)}, mean over clients and seeds with its 95 % interval"),
-            _dots(figures, "difference", main, arms,
-                  f"{_first_up(main)} above that of {baseline}, pair by pair, with its 95 % interval", baseline),
-        ]  # fmt: skip
+            _dots(
+                figures, "utility", main, arms, f"{_first_up(main)}, mean over clients and seeds with its 95 % interval"
+            ),
+            _dots(
+                figures,
+                "difference",
+                main,
+                arms,
+                f"{_first_up(main)} above that of {baseline}, pair by pair, with its 95 % interval",
+                baseline,
+            ),
+        ]
         blocks.append(Plots([p for p in plots if p is not None]))
     words = frozenset({0, len(heads), len(heads) + 2})
     heads += ["guarantee", "epsilon", *(["left by filters"] if lost else [])]
@@ -240,7 +260,7 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         ("adjacency", terms.get("adjacency", "zero-out: one unit is replaced by an empty one")),
         (f"epsilon if a {unit} is replaced by another", bound("epsilon_replace_one", 2)),
         ("unit", units),
-    ]  # fmt: skip
+    ]
     if sizes := list(spent.get("epsilon_rows", {})):
         group: list[Any] = []
         for size in sizes:
@@ -275,8 +295,12 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         for arm in arms:
             if figures.row("utility", metric, "mean", arm=arm) is None:
                 continue
-            row: list[Cell] = [arm, _name(metric), _spread(figures, "utility", metric, arm),
-                               _interval(figures, "utility", metric, arm)]  # fmt: skip
+            row: list[Cell] = [
+                arm,
+                _name(metric),
+                _spread(figures, "utility", metric, arm),
+                _interval(figures, "utility", metric, arm),
+            ]
             rows.append([*row, *([_spread(figures, "utility", metric + HELD_OUT, arm)] if held else [])])
     heads = ["arm", "metric", "mean ± deviation", "95 % interval", *(["held-out clients"] if held else [])]
     blocks: list[Block] = [Table(heads, rows, "After the last round", words=frozenset({0, 1}))]
@@ -340,9 +364,15 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
     return plots
 
 
-VARIETY = (("texts", "texts", 0), ("words", "words", 1), ("distinct_1", "distinct-1", 3),
-           ("distinct_2", "distinct-2", 3), ("self_bleu", "self-BLEU", 3), ("label_balance", "label balance", 3),
-           ("compared", "compared", 0))  # fmt: skip
+VARIETY = (
+    ("texts", "texts", 0),
+    ("words", "words", 1),
+    ("distinct_1", "distinct-1", 3),
+    ("distinct_2", "distinct-2", 3),
+    ("self_bleu", "self-BLEU", 3),
+    ("label_balance", "label balance", 3),
+    ("compared", "compared", 0),
+)
 CLOSENESS = (("mauve", "MAUVE", 3), ("frechet", "Frechet distance", None), ("embedded", "texts compared", 0))
 
 
@@ -382,14 +412,18 @@ def quality_table(
 ) -> list[Block]:
     """One line per arm that has texts of the kind, and columns that any of them has; nothing where no arm has."""
     there = [c for c in columns if f"{kind}/{c[0]}" in figures.metrics(part)]
-    chosen = [a for a in arms
-              if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)]  # fmt: skip
+    chosen = [
+        a for a in arms if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)
+    ]
     rows: list[list[Cell]] = []
     for arm in chosen:
         # What is the same for all seeds by construction needs no deviation.
-        cells_of = [figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
-                    if key in ("compared", "embedded") else _spread(figures, part, f"{kind}/{key}", arm, digits)
-                    for key, _, digits in there]  # fmt: skip
+        cells_of = [
+            figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
+            if key in ("compared", "embedded")
+            else _spread(figures, part, f"{kind}/{key}", arm, digits)
+            for key, _, digits in there
+        ]
         rows.append([arm, *cells_of])
     return [Table(["arm", *(head for _, head, _ in there)], rows, caption)] if rows else []
 
@@ -397,20 +431,30 @@ def quality_table(
 def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("distinct-n", "different n-grams of words over all of them (Li et al. 2016): the higher, the more varied"),
-        ("self-BLEU", "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the "
-         "more alike"),
-        ("counted on", "equally many texts of each client (compared), as both depend on how many there are; per "
-         "client, then means over clients and mean ± deviation over seeds"),
-    ]  # fmt: skip
+        (
+            "self-BLEU",
+            "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the more alike",
+        ),
+        (
+            "counted on",
+            "equally many texts of each client (compared), as both depend on how many there are; per "
+            "client, then means over clients and mean ± deviation over seeds",
+        ),
+    ]
     if described["labels"]:
         found.append(
             ("label balance", "entropy of the labels over its largest value: 1 where all are equally frequent")
         )
     if any(name.endswith("/mauve") for name in figures.metrics("text")):
-        found.append(("MAUVE and Frechet distance", f"from {described['reference']}, by embeddings of "
-                      f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
-                      "fresh text is what two draws of the same source have. Compare figures of this "
-                      "report only"))  # fmt: skip
+        found.append(
+            (
+                "MAUVE and Frechet distance",
+                f"from {described['reference']}, by embeddings of "
+                f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
+                "fresh text is what two draws of the same source have. Compare figures of this "
+                "report only",
+            )
+        )
     if described["left_out"]:
         found.append(("no MAUVE, no Frechet distance", described["left_out"]))
     return [(word, f"{said}.") for word, said in found]
@@ -454,10 +498,17 @@ def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
             for reason, row in found.items():
                 if reason not in ("in", "kept") and figures.value(row):
                     reasons += ["; " if reasons else "", f"{reason.replace('_', ' ')} ", figures.number(row, None)]
-            rows.append([arm, stage.replace("_", " "), figures.number(found.get("in"), 1),
-                         figures.number(found.get("kept"), 1), tuple(reasons) or "-"])  # fmt: skip
+            rows.append(
+                [
+                    arm,
+                    stage.replace("_", " "),
+                    figures.number(found.get("in"), 1),
+                    figures.number(found.get("kept"), 1),
+                    tuple(reasons) or "-",
+                ]
+            )
     heads = ["arm", "step", "in", "kept", "dropped because, or of these"]
-    return Table(heads, rows, YIELD, words=frozenset({0, 1, 4}))  # fmt: skip
+    return Table(heads, rows, YIELD, words=frozenset({0, 1, 4}))
 
 
 def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[str]) -> Plot | None:
@@ -517,17 +568,25 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
 
 def _made(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     run, versions = report["run"], report["run"]["versions"]
-    facts: list[tuple[str, Cell]] = [(name, figures.number(figures.row("run", name, "value"), 0))
-                                     for name in ("clients", "seeds", "rounds", "seconds")]  # fmt: skip
+    facts: list[tuple[str, Cell]] = [
+        (name, figures.number(figures.row("run", name, "value"), 0))
+        for name in ("clients", "seeds", "rounds", "seconds")
+    ]
     facts = [(name, cell) for name, cell in facts if cell != "-"]
-    facts += [("seeds of the run", ", ".join(map(str, run["seeds"]))), ("data", run["source"]), ("task", run["task"]),
-              ("privacy unit", run["unit"])]  # fmt: skip
+    facts += [
+        ("seeds of the run", ", ".join(map(str, run["seeds"]))),
+        ("data", run["source"]),
+        ("task", run["task"]),
+        ("privacy unit", run["unit"]),
+    ]
     methods: dict[str, list[str]] = {}
     for arm, use in run["strategies"].items():
         methods.setdefault(use, []).append(arm)
     facts += [("strategies", "; ".join(f"{use}: {', '.join(of)}" for use, of in methods.items()))]
-    facts += [("model " + name, ", ".join(f"{key} {str(value)[:16]}" for key, value in kind.items()))
-              for name, kind in run["models"].items()]  # fmt: skip
+    facts += [
+        ("model " + name, ", ".join(f"{key} {str(value)[:16]}" for key, value in kind.items()))
+        for name, kind in run["models"].items()
+    ]
     if "fedsynth" in versions:
         packages = {
             "fedsynth": versions["fedsynth"],

@@ -109,8 +109,9 @@ def build(out: Path) -> dict[str, Any]:
             "tuned_on": list(tuned_on),
             "strategies": {arm: of_arm[arm].strategy.use.rpartition(":")[2] for arm in arms if arm in of_arm},
             "models": {_short(name): facts for name, facts in versions.get("models", {}).items()},
-            "versions": {key: versions[key] for key in ("fedsynth", "python", "packages", "hardware", "code")
-                         if key in versions},
+            "versions": {
+                key: versions[key] for key in ("fedsynth", "python", "packages", "hardware", "code") if key in versions
+            },
         },
         "arms": arms,
         "pooled": apart,
@@ -121,7 +122,7 @@ def build(out: Path) -> dict[str, Any]:
         "texts": described,
         "examples": _examples(texts, arms),
         "rows": [_row(row) for row in figures.rows],
-    }  # fmt: skip
+    }
 
 
 def read_scenario(out: Path) -> Scenario:
@@ -229,8 +230,18 @@ def _examples(texts: Sequence[Released], arms: Sequence[str]) -> list[dict[str, 
             shown.append(own.corpus)
             for number in _varied(own.corpus.answers, EXAMPLES):
                 text, answer = own.corpus.prompts[number], own.corpus.answers[number]
-                found.append({"arm": arm, "kind": kind, "seed": own.seed, "client": own.client, "file": own.file,
-                              "number": number, "text": _cut(text), "answer": _cut(answer)})  # fmt: skip
+                found.append(
+                    {
+                        "arm": arm,
+                        "kind": kind,
+                        "seed": own.seed,
+                        "client": own.client,
+                        "file": own.file,
+                        "number": number,
+                        "text": _cut(text),
+                        "answer": _cut(answer),
+                    }
+                )
     return found
 
 

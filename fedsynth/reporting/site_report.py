@@ -127,14 +127,23 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
         known = {same(text) for text in train.prompts}
         for arm, values, of in ((t.arm, found, t.corpus), (HELD_TEXTS, held, test)):
             exact = np.mean([same(text) in known for text in of.prompts[:size]])
-            rows += [(arm, t.kind, t.seed, "nearest", float(values.mean())),
-                     (arm, t.kind, t.seed, "near_copies", float((values >= NEAR).mean())),
-                     (arm, t.kind, t.seed, "copies", float(exact))]  # fmt: skip
+            rows += [
+                (arm, t.kind, t.seed, "nearest", float(values.mean())),
+                (arm, t.kind, t.seed, "near_copies", float((values >= NEAR).mean())),
+                (arm, t.kind, t.seed, "copies", float(exact)),
+            ]
         best = np.argsort(-found, kind="stable")[:PAIRS]
         pairs.setdefault((t.arm, t.kind), []).extend(
-            {"arm": t.arm, "kind": t.kind, "seed": t.seed, "client": t.client, "rouge_l": float(found[i]),
-             "text": t.corpus.prompts[i]} for i in best.tolist()
-        )  # fmt: skip
+            {
+                "arm": t.arm,
+                "kind": t.kind,
+                "seed": t.seed,
+                "client": t.client,
+                "rouge_l": float(found[i]),
+                "text": t.corpus.prompts[i],
+            }
+            for i in best.tolist()
+        )
     frame = pd.DataFrame(rows, columns=["arm", "kind", "seed", "metric", "value"])
     for (of_arm, of_kind, metric), rows_of in frame.groupby(["arm", "kind", "metric"], sort=False):
         per_seed = rows_of.groupby("seed")["value"].mean()
@@ -144,8 +153,15 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
     chosen = [pair for own in pairs.values() for pair in sorted(own, key=lambda p: -p["rouge_l"])[:PAIRS]]
     for number, pair in enumerate(chosen):
         pair["metric"] = f"{pair['kind']}/pair {number}"
-        figures.add("pair", pair["metric"], "rouge_l", pair["rouge_l"], arm=pair["arm"], seed=pair["seed"],
-                    client=pair["client"])  # fmt: skip
+        figures.add(
+            "pair",
+            pair["metric"],
+            "rouge_l",
+            pair["rouge_l"],
+            arm=pair["arm"],
+            seed=pair["seed"],
+            client=pair["client"],
+        )
         near_to, _ = private_texts[pair["arm"], pair["seed"], pair["client"]]
         pair["private"] = max(near_to.prompts, key=lambda text: rouge_l(text, pair["text"]))
     return chosen
@@ -178,8 +194,17 @@ def page(report: Mapping[str, Any]) -> Page:
     copies: list[Block] = []
     for kind in kinds:
         copies += quality_table(figures, "copies", [*arms, HELD_TEXTS], kind, columns, f"Texts of the kind “{kind}”")
-    copies.append(Items([("Read it so:", "text that is no closer to private training text than held-out test text is "
-                          "no copy of it. This looks for copies; it is no bound: epsilon is.")]))  # fmt: skip
+    copies.append(
+        Items(
+            [
+                (
+                    "Read it so:",
+                    "text that is no closer to private training text than held-out test text is "
+                    "no copy of it. This looks for copies; it is no bound: epsilon is.",
+                )
+            ]
+        )
+    )
     sections = [Section("Near copies of private text", "copies", copies)]
     far: list[Block] = []
     for kind in kinds:
@@ -202,9 +227,18 @@ def page(report: Mapping[str, Any]) -> Page:
         clients = sorted({r["client"] for r in figures.rows if r["part"] == "data"})
         heads = ["client", *(n.replace("_", " ") for n in names)]
         rows: list[list[Cell]] = [
-            [str(c), *(figures.number(figures.row("data", n, "median" if n == "words" else "value", client=c),
-                                      1 if n == "words" else 0) for n in names)] for c in clients
-        ]  # fmt: skip
+            [
+                str(c),
+                *(
+                    figures.number(
+                        figures.row("data", n, "median" if n == "words" else "value", client=c),
+                        1 if n == "words" else 0,
+                    )
+                    for n in names
+                ),
+            ]
+            for c in clients
+        ]
         table = Table(heads, rows, "What each client holds (first seed)", report["origin"])
         sections.append(Section("Private data", "data", [table]))
     lead = "Released and written texts against the private text they came from."

@@ -156,8 +156,14 @@ def add_curves(figures: Figures, metrics: pd.DataFrame) -> None:
             if rows["round"].nunique() < 2:
                 continue
             for number, of_round in rows.groupby("round"):
-                _add_mean(figures, "curve", metric, of_round.groupby("seed")["value"].mean(), arm=str(arm),
-                          round=_whole(number))  # fmt: skip
+                _add_mean(
+                    figures,
+                    "curve",
+                    metric,
+                    of_round.groupby("seed")["value"].mean(),
+                    arm=str(arm),
+                    round=_whole(number),
+                )
 
 
 def add_differences(
@@ -184,8 +190,9 @@ def add_differences(
                 except ValueError:  # no pair: an arm without this metric
                     continue
                 for statistic in ("mean", "low", "high", "better", "pairs"):
-                    figures.add("difference", metric + end, statistic, getattr(found, statistic), arm=arm,
-                                baseline=baseline)  # fmt: skip
+                    figures.add(
+                        "difference", metric + end, statistic, getattr(found, statistic), arm=arm, baseline=baseline
+                    )
 
 
 def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
@@ -216,8 +223,11 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
             per_client = moved.groupby(["seed", "client"])["value"].sum().groupby(level="seed").mean() / 1000
             _add_mean(figures, "cost", f"kilobytes {direction} per client", per_client, arm=str(arm))
         _add_mean(figures, "cost", "seconds per seed", rows[rows["metric"] == "seconds/cell"]["value"], arm=str(arm))
-        for metric, name in (("seconds/client", "client CPU seconds"), ("llm/tokens_read", "LLM tokens read"),
-                             ("llm/tokens_written", "LLM tokens written")):  # fmt: skip
+        for metric, name in (
+            ("seconds/client", "client CPU seconds"),
+            ("llm/tokens_read", "LLM tokens read"),
+            ("llm/tokens_written", "LLM tokens written"),
+        ):
             per_seed = rows[rows["metric"] == metric].groupby("seed")["value"].sum()
             _add_mean(figures, "cost", name, per_seed, arm=str(arm))
 

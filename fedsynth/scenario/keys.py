@@ -39,8 +39,13 @@ def keys(kind: type = Scenario, table: str = "") -> Iterator[Key]:
         name = f"{table}{field.name}"
         inner = next((o for o in _options(hints[field.name]) if dataclasses.is_dataclass(o)), None)
         if inner is StrategyChoice:
-            yield Key("strategy.use", "text", "-", "The strategy's class, as module:Class; all other keys of the table "
-                      "are its options (docs/methods, docs/your-own-strategy.md).")  # fmt: skip
+            yield Key(
+                "strategy.use",
+                "text",
+                "-",
+                "The strategy's class, as module:Class; all other keys of the table "
+                "are its options (docs/methods, docs/your-own-strategy.md).",
+            )
         elif inner is not None and field.name not in ("llm", "professional"):
             yield from keys(typing.cast(type, inner), f"{name}.")
         else:

@@ -318,8 +318,10 @@ class Client:
             )
 
         if self.guarantee == "dp" and "ghost" in (self.generator_training.clipping, self.scorer_training.clipping):
-            raise BadValue('clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
-                           'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"')  # fmt: skip
+            raise BadValue(
+                'clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
+                'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"'
+            )
         if self.max_noise_multiplier > MAX_SIGMA:
             raise BadValue(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {self.max_noise_multiplier:g}")
         if self.budget is not None and self.budget.delta > Budget.delta:
@@ -528,11 +530,15 @@ class Scenario:
         for training, rounds in (("generator_training", self.rounds), ("scorer_training", 1)):
             if (steps := getattr(self.client, training).steps) * rounds > MAX_STEPS:
                 times = f"{steps:,} in each of {rounds:,} rounds" if rounds > 1 else f"{steps:,}"
-                raise BadValue(f"client.{training}.steps must be at most {MAX_STEPS:,} over all rounds, got {times}: "
-                               "take fewer, of larger batches")  # fmt: skip
+                raise BadValue(
+                    f"client.{training}.steps must be at most {MAX_STEPS:,} over all rounds, got {times}: "
+                    "take fewer, of larger batches"
+                )
         if self.participation.loses and self.server.quorum == 1:
-            raise BadValue("participation lets clients be missing, and server.quorum is 1: the first missing one would "
-                           "end the run; lower server.quorum")  # fmt: skip
+            raise BadValue(
+                "participation lets clients be missing, and server.quorum is 1: the first missing one would "
+                "end the run; lower server.quorum"
+            )
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         for arm in self.run:

@@ -235,8 +235,13 @@ def ray_token() -> dict[str, str]:
 def ray_clocks(seconds: float) -> dict[str, str]:
     """Ray's own clocks of its start, of 20 to 100 s each, set to `seconds`, as its environment variables."""
     whole = str(math.ceil(seconds))
-    names = ("raylet_start_wait_time_s", "worker_register_timeout_seconds", "gcs_server_request_timeout_seconds",
-             "gcs_rpc_server_reconnect_timeout_s", "NUM_REDIS_GET_RETRIES")  # fmt: skip
+    names = (
+        "raylet_start_wait_time_s",
+        "worker_register_timeout_seconds",
+        "gcs_server_request_timeout_seconds",
+        "gcs_rpc_server_reconnect_timeout_s",
+        "NUM_REDIS_GET_RETRIES",
+    )
     milliseconds = str(min(math.ceil(1000 * seconds), 2**31 - 1))
     return {**{f"RAY_{name}": whole for name in names}, "RAY_agent_register_timeout_ms": milliseconds}
 
@@ -373,9 +378,17 @@ def spawn(
             library.prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
 
     running.append(
-        subprocess.Popen(command, env=dict(env), cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                         start_new_session=True, preexec_fn=with_me)
-    )  # fmt: skip
+        subprocess.Popen(
+            command,
+            env=dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=with_me,
+        )
+    )
     return running[-1]
 
 

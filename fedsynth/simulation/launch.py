@@ -312,8 +312,10 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
 def _check_clock(plan: _Plan, begun: float, what: str) -> None:
     taken = time.monotonic() - begun
     if taken > plan.start_seconds:
-        raise _RunFailed(f"{what} after {taken:.0f} s (server.start_seconds): the machine is too busy; wait until it "
-                         "is less so, or raise that key")  # fmt: skip
+        raise _RunFailed(
+            f"{what} after {taken:.0f} s (server.start_seconds): the machine is too busy; wait until it "
+            "is less so, or raise that key"
+        )
 
 
 def _parts(names: set[str]) -> dict[str, psutil.Process]:

@@ -29,8 +29,14 @@ class Watch:
     def __init__(self, console: Console, scenario: Scenario, sites: int | None = None) -> None:
         self.console = console
         self.cells = len(cells(scenario))
-        columns = (TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.percentage:>3.0f} %"),
-                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task = self.live.add_task("starting", total=1000 * self.cells)
         self.at = self.furthest = 0
@@ -47,7 +53,7 @@ class Watch:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self.live.__exit__(*problem)  # type: ignore[arg-type]
+        self.live.__exit__(*problem)  # type: ignore[arg-type]  # passed on as it came
 
     def warn(self, text: str) -> None:
         """A warning, above the live line."""

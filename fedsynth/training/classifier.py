@@ -121,7 +121,7 @@ def fit_classifier(
             found: Tensor = model(features[chosen.to(features.device)])
             return found
     else:
-        pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+        pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]  # torch types it as Tensor | Module
         groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
         speeds = [1.0, settings.head_rate]
         texts = _token_rows(tokenizer, prompts, settings.max_tokens, model.config)
@@ -212,7 +212,7 @@ def _all_logits(
         return found.cpu().numpy()
     rows = _token_rows(tokenizer, texts, longest, model.config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = [np.empty((0, int(model.config.num_labels)), np.float32)]  # type: ignore[union-attr, arg-type]
+    parts = [np.empty((0, int(model.config.num_labels)), np.float32)]  # type: ignore[union-attr, arg-type]  # likewise
     for at in range(0, len(order), batch):
         tokens, present = padded([rows[i] for i in order[at : at + batch]], tokenizer.pad_token_id)
         parts.append(_logits(model, tokens, present).cpu().numpy())
@@ -241,7 +241,7 @@ def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -
         seed: Public seed of head and LoRA.
     """
     model = load_classifier(name, classes, seed)
-    body = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]
+    body = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]  # torch types it as Tensor | Module
     head = [p for p in model.parameters() if id(p) not in body]
     scorer = attach_lora(model, rank=rank, alpha=alpha, seed=seed)
     for weight in head:

@@ -284,8 +284,10 @@ def train_stacked(
         ValueError: If the trainings differ in what must be common, or clipping is not `bookkeeping`.
     """
     if len({(t.steps, t.clip_norm, t.proximal) for t in trainings}) != 1 or settings.clipping != "bookkeeping":
-        raise ValueError("clients that train in one pass need the same steps, clip norm and proximal pull, and "
-                         "clipping = 'bookkeeping'")  # fmt: skip
+        raise ValueError(
+            "clients that train in one pass need the same steps, clip norm and proximal pull, and "
+            "clipping = 'bookkeeping'"
+        )
     with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
 
         def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:

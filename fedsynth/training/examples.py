@@ -173,11 +173,13 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token): a text that never ends cannot be learnt")
     if len(tokenizer) > vocabulary_of(model):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary_of(model)}: "
-                         "save the model with the tokenizer that it was trained with")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {vocabulary_of(model)}: "
+            "save the model with the tokenizer that it was trained with"
+        )
 
 
 def vocabulary_of(model: nn.Module) -> int:
     """Tokens that the model embeds: often more than its tokenizer writes."""
-    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]  # torch types it as Tensor | Module
     return embedding.num_embeddings

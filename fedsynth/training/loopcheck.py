@@ -134,8 +134,13 @@ def _trained(
     scale = plan.expected_batch / (plan.noise_multiplier * plan.clip_norm)
 
     def look(weights: Sequence[Tensor]) -> None:
-        gradients = torch.cat([torch.zeros(clients, w.numel() // clients) if w.grad is None
-                               else w.grad.reshape(clients, -1).cpu() for w in weights], 1)  # fmt: skip
+        gradients = torch.cat(
+            [
+                torch.zeros(clients, w.numel() // clients) if w.grad is None else w.grad.reshape(clients, -1).cpu()
+                for w in weights
+            ],
+            1,
+        )
         drawn = model.drawn()
         for client, given in enumerate(gradients.double().numpy()):
             own = drawn[drawn // plan.records == client] - client * plan.records
@@ -167,7 +172,7 @@ class _Idle:
     def normals(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)
 
-    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002 - the signature of Randomness
         return np.zeros(1, np.bool_)
 
 
@@ -257,7 +262,7 @@ class _Flat(nn.Module):
         self.input = nn.Parameter(torch.full((1, 1, _WIDTH), size), requires_grad=False)
         self._read: list[Tensor] = []
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor) -> Any:  # noqa: ARG002
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor) -> Any:  # noqa: ARG002 - transformers' signature
         """Logits, all zero at the start."""
         self._read.append(input_ids[:, :_DIGITS])
         logits: Tensor = self.layer(self.input.expand(len(input_ids), len(logits_to_keep), -1))
@@ -304,8 +309,10 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
         yield f"the sampler draws at rate {sizes.mean() / n:.4f}, planned is {q:.4f}"
     squares = int(((sizes - expected) ** 2).sum())
     if _chance_of_squares(squares, len(sizes), n, q) < CHANCE:
-        yield (f"the sizes of {len(sizes)} draws vary by {squares / len(sizes):.3g} about {expected}, those of Poisson "
-               f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?")  # fmt: skip
+        yield (
+            f"the sizes of {len(sizes)} draws vary by {squares / len(sizes):.3g} about {expected}, those of Poisson "
+            f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?"
+        )
     seen, times = np.unique(np.concatenate([drawn for each in found for drawn in each.drawn]), return_counts=True)
     if len(seen) < n:  # those who are never drawn are alike, and may be too many to list
         times = np.append(times, 0)
@@ -322,8 +329,10 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     ):
         both = sum(len(np.intersect1d(one, two, assume_unique=True)) for one, two in pairs)
         if pairs and _two_sided(both, n * len(pairs), q * q) < CHANCE:
-            yield (f"in {len(pairs)} pairs of {where} {both} units were drawn twice, "
-                   f"{n * len(pairs) * q * q:.3g} would be by chance")  # fmt: skip
+            yield (
+                f"in {len(pairs)} pairs of {where} {both} units were drawn twice, "
+                f"{n * len(pairs) * q * q:.3g} would be by chance"
+            )
 
 
 def _noise(found: Sequence[Watched], other: Sequence[Watched]) -> Iterator[str]:
@@ -340,8 +349,10 @@ def _noise(found: Sequence[Watched], other: Sequence[Watched]) -> Iterator[str]:
     each = np.sum([one.each for one in found], axis=0)
     if (by_number := far(each, len(square))).min() < CHANCE / len(by_number):
         at = int(by_number.argmin())
-        yield (f"at one weight the noise has deviation {math.sqrt(each[at] / len(square)):.4g} in units of sigma C, "
-               "planned is 1")  # fmt: skip
+        yield (
+            f"at one weight the noise has deviation {math.sqrt(each[at] / len(square)):.4g} in units of sigma C, "
+            "planned is 1"
+        )
     fourth = sum(sum(one.fourth) for one in found) / (3 * count) - 1
     if _normal(fourth / math.sqrt(96 / 9 / count)) < CHANCE:
         yield f"the noise is not Gaussian: its fourth power has a mean of {3 * fourth + 3:.3f} times sigma C, not 3"

@@ -84,11 +84,15 @@ def self_check(
             summed = partial(clipped_sum, clip, model, pad=pad, microbatch=settings.microbatch, losses=losses)
             for unit in units:
                 _check_norm(_norm(summed([unit])), tight)
-            _once((shapes, settings.clipping, rows, losses),
-                  lambda: _check_counts(lambda count: summed([short] * count), rows, tight))  # fmt: skip
+            _once(
+                (shapes, settings.clipping, rows, losses),
+                lambda: _check_counts(lambda count: summed([short] * count), rows, tight),
+            )
         largest = (rows, settings.rows_per_unit, settings.max_tokens)
-        _once((shapes, settings.clipping, largest, losses),
-              lambda: whole_microbatch(model, plan, settings, pad=pad, losses=losses, example=example))  # fmt: skip
+        _once(
+            (shapes, settings.clipping, largest, losses),
+            lambda: whole_microbatch(model, plan, settings, pad=pad, losses=losses, example=example),
+        )
     except UnknownWeight as problem:
         raise SelfCheckFailed(str(problem)) from problem
     except HalfPrecision as problem:
@@ -237,8 +241,10 @@ def _check_norm(norm: float, limit: float) -> None:
     if not norm <= limit:
         raise SelfCheckFailed(f"a clipped gradient has norm {norm}, above clip_norm {limit}")
     if norm == 0:
-        raise SelfCheckFailed("an example has no gradient, or one that is not finite: is anything trainable, are its "
-                              "tokens learnt, are the weights finite?")  # fmt: skip
+        raise SelfCheckFailed(
+            "an example has no gradient, or one that is not finite: is anything trainable, are its "
+            "tokens learnt, are the weights finite?"
+        )
 
 
 def _check_counts(summed: Callable[[int], Sequence[Tensor]], most: int, clip_norm: float) -> None:

@@ -78,8 +78,12 @@ def _answers(world: World, model: Any, tokenizer: Any, per_site: int, seed: int)
     prompts = [note for corpus in notes for note in corpus.prompts]
     truths = [answer for corpus in notes for answer in corpus.answers]
     replies = sample_lines(model, tokenizer, [asked(note) for note in prompts], seed=seed, top_p=0.0)
-    known = {fact[0] for facts, row in zip(world.facts, known_facts(world), strict=True)
-             for fact, frequent in zip(facts, row, strict=True) if frequent}  # fmt: skip
+    known = {
+        fact[0]
+        for facts, row in zip(world.facts, known_facts(world), strict=True)
+        for fact, frequent in zip(facts, row, strict=True)
+        if frequent
+    }
     exact = [reply == truth for reply, truth in zip(replies, truths, strict=True)]
     department = [(r or "").partition(FIELD)[0] == t.partition(FIELD)[0] for r, t in zip(replies, truths, strict=True)]
     frequent = [hit for hit, truth in zip(exact, truths, strict=True) if truth.split(FIELD)[1] in known]

@@ -101,9 +101,17 @@ def built(size: str, folder: Path) -> Path:
     torch.manual_seed(0)
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     vocabulary = 8192 if size == "15m" else len(tokenizer)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=inner,
-                                         num_hidden_layers=layers, num_attention_heads=heads,
-                                         max_position_embeddings=128, **special))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=128,
+            **special,
+        )
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -114,8 +122,18 @@ def cell(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     *_, clients, batch, tokens, _ = SIZES[size]
     # Of 20 texts each is drawn by a coin of its own; of 8 all are in every step, so that ways differ in nothing else.
     texts = 20 if size == "toy" else batch
-    toml = SCENARIO.format(clients=clients, texts=texts, model=model, batch=batch, guarantee=guarantee, steps=STEPS,
-                           rounds=1 + SIZES[size][-1], rate=RATE, tokens=tokens, precision=precision)  # fmt: skip
+    toml = SCENARIO.format(
+        clients=clients,
+        texts=texts,
+        model=model,
+        batch=batch,
+        guarantee=guarantee,
+        steps=STEPS,
+        rounds=1 + SIZES[size][-1],
+        rate=RATE,
+        tokens=tokens,
+        precision=precision,
+    )
     return cell_of(to_toml(from_toml(toml)), "main", 0)
 
 
@@ -299,14 +317,30 @@ def pfl(size: str, model: Path) -> list[float]:
     with tempfile.TemporaryDirectory() as folder:
         start = new_adapter(str(model), rank=8, alpha=16.0, seed=0)
         np.savez(Path(folder) / "start.npz", **dict(start.arrays))
-        np.savez(Path(folder) / "texts.npz", tokens=tokens.numpy(), present=present.numpy(),
-                 starts=np.array([t.start for t in whole]))  # fmt: skip
+        np.savez(
+            Path(folder) / "texts.npz",
+            tokens=tokens.numpy(),
+            present=present.numpy(),
+            starts=np.array([t.start for t in whole]),
+        )
         batch = of.scenario.client.generator_training.expected_batch
-        asked = {"model": str(model), "folder": folder, "clients": len(texts), "steps": STEPS, "rate": RATE,
-                 "batch": batch, "rounds": 1 + SIZES[size][-1]}  # fmt: skip
+        asked = {
+            "model": str(model),
+            "folder": folder,
+            "clients": len(texts),
+            "steps": STEPS,
+            "rate": RATE,
+            "batch": batch,
+            "rounds": 1 + SIZES[size][-1],
+        }
         script = Path(__file__).with_name("clients_pfl.py")
-        ran = subprocess.run([str(PFL / "bin/python"), str(script), json.dumps(asked)], check=False, text=True,
-                             capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+        ran = subprocess.run(
+            [str(PFL / "bin/python"), str(script), json.dumps(asked)],
+            check=False,
+            text=True,
+            capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if ran.returncode:
             raise RuntimeError(ran.stderr[-2000:])
     found: list[float] = json.loads(ran.stdout.splitlines()[-1])
@@ -347,8 +381,13 @@ def compared(size: str, repeats: int, model: Path) -> list[Bar]:
                 command = [sys.executable, __file__, "--way", way, "--size", size, "--model", str(model)]
                 quiet = {"OMP_NUM_THREADS": "1", "FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
                 as_launched = KEEPING if way.startswith("ours") or way.endswith("kept") else {}
-                done = subprocess.run([*command, "--out", str(out)], check=False, capture_output=True, text=True,
-                                      env={**os.environ, **quiet, **as_launched})  # fmt: skip
+                done = subprocess.run(
+                    [*command, "--out", str(out)],
+                    check=False,
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, **quiet, **as_launched},
+                )
                 if done.returncode:
                     raise RuntimeError(f"{size}, {way}: {done.stderr[-2000:]}")
                 taken[way].append(json.loads(out.read_text()))
@@ -358,8 +397,11 @@ def compared(size: str, repeats: int, model: Path) -> list[Bar]:
     taken = {way: turns for way, turns in taken.items() if all(turns)}
     all_rounds = {way: statistics.median(each for turn in turns for each in turn) for way, turns in taken.items()}
     bars = [figure(f"{way}: milliseconds of CPU per client", case, 1000 * each) for way, each in all_rounds.items()]
-    limits = {"plain": ("a plain loop", 0.7 if size == "toy" else 0.95), "usual": ("Flower the usual way", 5.0),
-              "pfl": ("pfl", 1.0)}  # fmt: skip
+    limits = {
+        "plain": ("a plain loop", 0.7 if size == "toy" else 0.95),
+        "usual": ("Flower the usual way", 5.0),
+        "pfl": ("pfl", 1.0),
+    }
     for way in limits.keys() & taken.keys():
         ratios = [
             statistics.median(theirs) / statistics.median(ours)
@@ -380,8 +422,18 @@ def many(clients: int) -> list[Bar]:
 
     with tempfile.TemporaryDirectory() as folder:
         model = built("toy", Path(folder) / "model")
-        toml = SCENARIO.format(clients=clients, texts=20, model=model, batch=4, guarantee="dp", steps=5, rate=1e-3,
-                               tokens=16, precision="float32", rounds=2)  # fmt: skip
+        toml = SCENARIO.format(
+            clients=clients,
+            texts=20,
+            model=model,
+            batch=4,
+            guarantee="dp",
+            steps=5,
+            rate=1e-3,
+            tokens=16,
+            precision="float32",
+            rounds=2,
+        )
         scenario = from_toml(toml)
         scenario = replace(scenario, client=replace(scenario.client, answer_tokens=4))
         watcher.start()

@@ -49,7 +49,7 @@ class Learner(nn.Module):
         return {"none": Weighted(0.0, 1)}
 
 
-class Clock(TrainingProcessCallback):  # type: ignore[misc]
+class Clock(TrainingProcessCallback):
     """CPU time of each round."""
 
     def __init__(self) -> None:
@@ -90,14 +90,18 @@ def main(asked: dict[str, Any]) -> list[float]:
     data = FederatedDataset(lambda client: Dataset(raw_data=users[client], user_id=client), sampler)
     clock = Clock()
     FederatedAveraging().run(
-        NNAlgorithmParams(central_num_iterations=asked["rounds"], evaluation_frequency=10**6,
-                          train_cohort_size=asked["clients"], val_cohort_size=None),
+        NNAlgorithmParams(
+            central_num_iterations=asked["rounds"],
+            evaluation_frequency=10**6,
+            train_cohort_size=asked["clients"],
+            val_cohort_size=None,
+        ),
         SimulatedBackend(training_data=data, val_data=None),
         model,
         NNTrainHyperParams(local_batch_size=asked["batch"], local_num_epochs=1, local_learning_rate=asked["rate"]),
         NNEvalHyperParams(local_batch_size=None),
         callbacks=[clock],
-    )  # fmt: skip
+    )
     return [taken / asked["clients"] for taken in clock.taken]
 
 

@@ -47,16 +47,30 @@ def built(family: str, *, tied: bool = True, layers: int = 2) -> Any:
     torch.manual_seed(0)
     common = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied}
     if family == "llama":
-        config = LlamaConfig(hidden_size=384, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=6,
-                             max_position_embeddings=512, **common)  # fmt: skip
+        config = LlamaConfig(
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=layers,
+            num_attention_heads=6,
+            max_position_embeddings=512,
+            **common,
+        )
         return LlamaForCausalLM(config)
     if family == "gpt2":
         none = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         model = GPT2LMHeadModel(GPT2Config(n_embd=384, n_layer=layers, n_head=6, n_positions=512, **none, **common))
         model.transformer.wpe.requires_grad_(False)  # Opacus has no gradient per example of what is shared by all
         return model
-    config = T5Config(d_model=384, d_ff=1024, d_kv=64, num_layers=layers, num_heads=6, dropout_rate=0.0,
-                      decoder_start_token_id=0, **common)  # fmt: skip
+    config = T5Config(
+        d_model=384,
+        d_ff=1024,
+        d_kv=64,
+        num_layers=layers,
+        num_heads=6,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        **common,
+    )
     model = T5ForConditionalGeneration(config)
     for name, weight in model.named_parameters():  # the same table for all examples: no gradient per example
         weight.requires_grad_("relative_attention_bias" not in name)
@@ -118,7 +132,7 @@ def measured(family: str, mode: str, count: int, length: int, ways: tuple[str, .
     batch, steps = batch_of(count, length), {"plain": plain(prepared())}
     for way in ways:
         # The cost of noise is that of its numbers: in full fine-tuning it stands in a column of its own.
-        steps[way] = private(prepared(), way, noise=mode == "lora")  # type: ignore[arg-type]
+        steps[way] = private(prepared(), way, noise=mode == "lora")
     if mode == "full":
         steps["with noise"] = private(prepared(), "bookkeeping", noise=True)
     runs = {name: partial(step, batch) for name, step in steps.items()}
@@ -154,8 +168,9 @@ def persons(repeats: int) -> list[Bar]:
                 clip.add(lambda: next_token_losses(model, batch, 0), units)
                 clip.take()
 
-        took = seconds({"texts": lambda: step(list(range(32))), "persons": lambda: step([i // 4 for i in range(32)])},
-                       repeats)  # fmt: skip
+        took = seconds(
+            {"texts": lambda: step(list(range(32))), "persons": lambda: step([i // 4 for i in range(32)])}, repeats
+        )
         bars.append(
             figure("time of text-level clipping", f"llama {mode} 8 persons x 4", took["persons"] / took["texts"])
         )
@@ -170,8 +185,10 @@ def bfloat16(repeats: int) -> list[Bar]:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     bars = []
     for count, length in ((8, 64), (16, 64), (8, 256)):
-        models = {name: attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0).train()
-                  for name, kind in kinds.items()}  # fmt: skip
+        models = {
+            name: attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0).train()
+            for name, kind in kinds.items()
+        }
         batch = batch_of(count, length)
         runs = {name: partial(plain(m), batch) for name, m in models.items()}
         took = seconds(runs, repeats)
@@ -179,8 +196,11 @@ def bfloat16(repeats: int) -> list[Bar]:
         bars.append(at_least("bfloat16 faster than float32", case, took["float32"] / took["bfloat16"], 1.8))
     ends = {name: _trained(kind) for name, kind in kinds.items()}
     gap = abs(ends["bfloat16"][1] / ends["float32"][1] - 1)
-    print(f"loss of a whole training: from {ends['float32'][0]:.3f} to {ends['float32'][1]:.4f} (float32), "
-          f"{ends['bfloat16'][1]:.4f} (bfloat16)", file=sys.stderr)  # fmt: skip
+    print(
+        f"loss of a whole training: from {ends['float32'][0]:.3f} to {ends['float32'][1]:.4f} (float32), "
+        f"{ends['bfloat16'][1]:.4f} (bfloat16)",
+        file=sys.stderr,
+    )
     return [*bars, at_most("loss beside float32", "60 steps, 6 layers", gap, 0.01)]
 
 

@@ -94,8 +94,10 @@ def compared(name: str, arms: str, clients: str, *sets: str) -> list[Bar]:
     print(f"{name}: {checking:.0f} s; running, {foreseen['seconds']:.0f} s foreseen ...", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         ran, took, watched = command("run", name, "--seeds", "0", *words, "--out", str(Path(folder) / "run"))
-    moved = {who: {d: sum(a["bytes"][d] for a in said["arms"].values()) for d in ("up", "down")}
-             for who, said in (("foreseen", foreseen), ("ran", ran))}  # fmt: skip
+    moved = {
+        who: {d: sum(a["bytes"][d] for a in said["arms"].values()) for d in ("up", "down")}
+        for who, said in (("foreseen", foreseen), ("ran", ran))
+    }
     pairs = {"time": (foreseen["seconds"], took), "memory": (foreseen["memory"]["total"], watched.memory)}
     pairs |= {f"bytes {d}": (moved["foreseen"][d], moved["ran"][d]) for d in ("up", "down")}
     for what, (said, true) in pairs.items():

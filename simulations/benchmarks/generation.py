@@ -38,8 +38,15 @@ PROMPT, NEW, VOCABULARY = 32, 64, 8192
 def built(dtype: torch.dtype = torch.float32) -> Any:
     """A random model of 15 million parameters that never ends a text, with a tokenizer's special tokens."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=384, intermediate_size=1024, num_hidden_layers=6,
-                         num_attention_heads=6, max_position_embeddings=256, tie_word_embeddings=False)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         model.lm_head.weight[load_tokenizer("assets:tiny-base").eos_token_id] = 0.0

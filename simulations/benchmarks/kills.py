@@ -83,8 +83,10 @@ def compared(whole: Path, broken: Path) -> dict[str, Any]:
     """By name how many things differ between two runs' directories."""
     frames = [frame_of(place) for place in (whole, broken)]
     kinds = ("corpora/**/*.parquet", "adapters/**/*.safetensors", "privacy.json")
-    files = {kind: [{p.relative_to(place): p.read_bytes() for p in place.glob(kind)} for place in (whole, broken)]
-             for kind in kinds}  # fmt: skip
+    files = {
+        kind: [{p.relative_to(place): p.read_bytes() for p in place.glob(kind)} for place in (whole, broken)]
+        for kind in kinds
+    }
     differ = {
         kind: sum(one.get(name) != other.get(name) for name in {*one, *other}) for kind, (one, other) in files.items()
     }
@@ -179,8 +181,9 @@ def main(arguments: list[str]) -> int:
                 worst[name] = worst.get(name, 0) + count
             print(f"run {number}: {worst}", file=sys.stderr, flush=True)
             number += 1
-        bars.append(at_least("kills", ", ".join(f"{who} {n}" for who, n in total.items()), sum(total.values()),
-                             chosen.kills))  # fmt: skip
+        bars.append(
+            at_least("kills", ", ".join(f"{who} {n}" for who, n in total.items()), sum(total.values()), chosen.kills)
+        )
         bars += [at_most(name, f"{number} runs", count, 0) for name, count in worst.items()]
     return told(bars, chosen.json)
 

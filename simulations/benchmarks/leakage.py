@@ -162,8 +162,15 @@ def leaks(run: Path, *, arms: Sequence[str], number: int | None, candidates: int
             raise SystemExit(f"arm {cell.arm!r} has no planted secrets to look for: data.planted = true")
         if base and not any(row.arm == "base" and row.seed == cell.seed for row in rows):
             untrained = Cell("base", cell.seed, cell.scenario)
-            rows.append(attack(untrained, dict.fromkeys(range(data.clients), load(cell, None)), "anyone",
-                               candidates=candidates, utility=None))  # fmt: skip
+            rows.append(
+                attack(
+                    untrained,
+                    dict.fromkeys(range(data.clients), load(cell, None)),
+                    "anyone",
+                    candidates=candidates,
+                    utility=None,
+                )
+            )
         own = metrics[
             (metrics["arm"] == cell.arm) & (metrics["seed"] == cell.seed) & (metrics["metric"] == "field_match")
         ]
@@ -185,8 +192,9 @@ def line(leak: Leak) -> str:
 def over_seeds(rows: Sequence[Leak]) -> list[str]:
     """Per arm and adversary, the mean over seeds of each figure and its range."""
     figures = {"ROUGE-L": "rouge_l", "secrets written": "recovered", "exposure, bits": "exposure"}
-    table = pd.DataFrame([{"arm": row.arm, "sees": row.adversary, **{n: getattr(row, f)[0] for n, f in figures.items()}}
-                          for row in rows])  # fmt: skip
+    table = pd.DataFrame(
+        [{"arm": row.arm, "sees": row.adversary, **{n: getattr(row, f)[0] for n, f in figures.items()}} for row in rows]
+    )
     found = table.groupby(["arm", "sees"], sort=False).agg(["mean", "min", "max"])
     names = list(dict.fromkeys(name for name, _ in found.columns))
     return ["| arm | adversary | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)] + [

@@ -107,8 +107,10 @@ def written_table(out: Path, metrics: pd.DataFrame, world: World) -> str:
             for name in ("perplexity_before", "perplexity")
         )
         change = "-" if pd.isna(before) else f"{before:.1f} -> {after:.1f}"
-        lines.append(f"| `{arm}` | {number} | {spread(own['right'])} | {own['facts'].mean():.0f} | "
-                     f"{own['texts'].mean():.0f} | {change} |")  # fmt: skip
+        lines.append(
+            f"| `{arm}` | {number} | {spread(own['right'])} | {own['facts'].mean():.0f} | "
+            f"{own['texts'].mean():.0f} | {change} |"
+        )
     return "\n".join(lines)
 
 

@@ -72,8 +72,14 @@ def corpora(rows: int, width: int = 192) -> None:
 class Memory(threading.Thread):
     """The largest resident set of each kind of process below this one."""
 
-    KINDS = (("ray::", "workers, each"), ("raylet", "ray"), ("gcs_server", "ray"), ("flwr-serverapp", "server app"),
-             ("superlink", "SuperLink"), ("flwr-simulation", "driver"))  # fmt: skip
+    KINDS = (
+        ("ray::", "workers, each"),
+        ("raylet", "ray"),
+        ("gcs_server", "ray"),
+        ("flwr-serverapp", "server app"),
+        ("superlink", "SuperLink"),
+        ("flwr-simulation", "driver"),
+    )
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -98,11 +104,21 @@ class Memory(threading.Thread):
 
 def many_clients(clients: int) -> None:
     """One round of FDKT among `clients` simulated hospitals."""
-    scenario = load("hospitals", [
-        f"data.clients={clients}", "data.train_per_client=40", "data.test_per_client=40", "seeds=[0]", 'run=["fdkt"]',
-        "client.generator_training={ expected_batch = 10, steps = 5 }", "strategy.per_label=1", "strategy.written=16",
-        "client.max_noise_multiplier=50", "client.task_training={ augmented_epochs = 1, private_epochs = 1 }",
-    ])  # fmt: skip
+    scenario = load(
+        "hospitals",
+        [
+            f"data.clients={clients}",
+            "data.train_per_client=40",
+            "data.test_per_client=40",
+            "seeds=[0]",
+            'run=["fdkt"]',
+            "client.generator_training={ expected_batch = 10, steps = 5 }",
+            "strategy.per_label=1",
+            "strategy.written=16",
+            "client.max_noise_multiplier=50",
+            "client.task_training={ augmented_epochs = 1, private_epochs = 1 }",
+        ],
+    )
     seen = {"synthesize": 0}
 
     def watch(event: dict[str, object]) -> None:
@@ -119,8 +135,10 @@ def many_clients(clients: int) -> None:
         cell = float(result.metrics.query("metric == 'seconds/cell'")["value"].iloc[0])
     watcher.over.set()
     fewest = min(map(len, drafts.values()))
-    print(f"{clients} clients, one round: {whole:.0f} s in all, {cell:.0f} s in the round on {os.cpu_count()} cores: "
-          f"{cell / clients:.2f} s per client")  # fmt: skip
+    print(
+        f"{clients} clients, one round: {whole:.0f} s in all, {cell:.0f} s in the round on {os.cpu_count()} cores: "
+        f"{cell / clients:.2f} s per client"
+    )
     print(f"  DP steps each: 5; released texts of the client with fewest: {fewest}; answers: {len(drafts)}")
     print(f"  epsilon {result.summary['arms']['fdkt']['epsilon']:.3f}")
     for kind, megabytes in sorted(watcher.most.items()):

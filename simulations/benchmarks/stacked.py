@@ -46,8 +46,14 @@ def built(size: str) -> Any:
     """A random model of a size."""
     width, inner, layers, heads = SIZES[size]
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=min(VOCABULARY, 16 * width), hidden_size=width, intermediate_size=inner,
-                         num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=512)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=min(VOCABULARY, 16 * width),
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=512,
+    )
     return LlamaForCausalLM(config).to(device())
 
 

@@ -63,8 +63,11 @@ def _place_of(problem: BaseException) -> str:
     if isinstance(problem, BadValue | TooFewReplies | EndpointFailed | KeyboardInterrupt | SystemExit):
         return ""
     ours = {Path(fedsynth.__file__).resolve().parent, Path(__file__).resolve().parent}
-    frames = [f for f in traceback.extract_tb(problem.__traceback__)
-              if "site-packages" not in f.filename and not ours & set(Path(f.filename).resolve().parents)]  # fmt: skip
+    frames = [
+        f
+        for f in traceback.extract_tb(problem.__traceback__)
+        if "site-packages" not in f.filename and not ours & set(Path(f.filename).resolve().parents)
+    ]
     return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else ""
 
 
@@ -81,8 +84,10 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
     planned = cells(scenario)
     journals: list[Journal] = []
     for number, cell in enumerate(planned):
-        append_event(out / "events.jsonl", {"event": "cell", "arm": cell.arm, "seed": cell.seed,
-                                            "number": number, "cells": len(planned)})  # fmt: skip
+        append_event(
+            out / "events.jsonl",
+            {"event": "cell", "arm": cell.arm, "seed": cell.seed, "number": number, "cells": len(planned)},
+        )
         journals.append(_one_cell(grid, cell, out, deployed))
         write_metrics(out, journals)
     summarize(scenario, out, time.monotonic() - started, journals)

@@ -68,8 +68,11 @@ def _models(place: Place) -> Iterator[Finding]:
     for name in place.site.policy.models:
         yield _found("model", partial(_loads, name))
     if not place.site.policy.models and not all(name for _, name in own):
-        yield Finding("models", "warning", "policy.models is empty, and [models] does not name both: scenarios that "
-                                           "need another model are refused")  # fmt: skip
+        yield Finding(
+            "models",
+            "warning",
+            "policy.models is empty, and [models] does not name both: scenarios that need another model are refused",
+        )
 
 
 def _fits(name: str, role: Role) -> str:

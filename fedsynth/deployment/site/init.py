@@ -67,8 +67,10 @@ def template(name: str, invited: Invitation) -> str:
     for mark, value in filled.items():
         text = text.replace(mark, value)
     if asked.task == "instructions":
-        text = text.replace('label = "label"           # TODO (of instructions: response = "response")',
-                            'response = "response"     # TODO')  # fmt: skip
+        text = text.replace(
+            'label = "label"           # TODO (of instructions: response = "response")',
+            'response = "response"     # TODO',
+        )
     return text
 
 

@@ -50,9 +50,14 @@ def models(place: Place, run: str = "") -> tuple[list[tuple[Path, Kept]], list[s
     known, unread = all_kept(place.state)
     found = [(folder, kept) for folder, kept in known if kept.run.startswith(run)]
     if not found:
-        raise BadValue("; ".join(unread) or (f"no run {run!r} left a model in {place.state}: `fedsynth site model` "
-                                             "without --run lists all" if run else
-                                             f"no run has left a model in {place.state} yet"))  # fmt: skip
+        raise BadValue(
+            "; ".join(unread)
+            or (
+                f"no run {run!r} left a model in {place.state}: `fedsynth site model` without --run lists all"
+                if run
+                else f"no run has left a model in {place.state} yet"
+            )
+        )
     return found, unread
 
 

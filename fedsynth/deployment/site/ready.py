@@ -54,8 +54,9 @@ def check_state(place: Place) -> str:
     try:
         opened = [*close(place.state), *(close(place.accounts) if place.accounts.is_dir() else [])]
     except OSError as problem:
-        raise BadValue(f"{problem.filename} can be read by others, and is not this user's to close: make it so"
-                       ) from problem  # fmt: skip
+        raise BadValue(
+            f"{problem.filename} can be read by others, and is not this user's to close: make it so"
+        ) from problem
     free = shutil.disk_usage(place.state).free
     if free < 2**30:
         raise BadValue(
@@ -73,9 +74,11 @@ def check_account(place: Place) -> None:
     """
     if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail)):
         return
-    raise BadValue(f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "
-                   "knows of orders for it: what they spent would be forgotten; restore it, or `fedsynth site "
-                   "declare-loss DIR` makes one that holds every charge of the trail")  # fmt: skip
+    raise BadValue(
+        f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "
+        "knows of orders for it: what they spent would be forgotten; restore it, or `fedsynth site "
+        "declare-loss DIR` makes one that holds every charge of the trail"
+    )
 
 
 def check_key(place: Place) -> str:

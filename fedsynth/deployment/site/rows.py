@@ -58,16 +58,28 @@ def _told(place: Place, account: Ledger, found: Gathered, before: list[Record] |
     )
     if not any(record.text and not record.held for record in found.records):
         columns = " and ".join(map(repr, (data.text, data.columns.answer)))
-        yield Finding("data", "problem", f"no training row has {columns} that can be read: orders are answered all the "
-                                         "same, and charged, with nothing but noise in them")  # fmt: skip
+        yield Finding(
+            "data",
+            "problem",
+            f"no training row has {columns} that can be read: orders are answered all the "
+            "same, and charged, with nothing but noise in them",
+        )
     if before is not None and before != list(found.records):
-        yield Finding("data", "warning", "these are other rows than those imported before: an order that was not "
-                                         "answered yet is charged again when it comes again")  # fmt: skip
+        yield Finding(
+            "data",
+            "warning",
+            "these are other rows than those imported before: an order that was not "
+            "answered yet is charged again when it comes again",
+        )
     for said in warnings(data, found):
         yield Finding("data", "warning", said)
     if len(units_of(found.records)) > data.records and (figures := replaced(account)):
-        yield Finding("data", "warning", f"what this account has reserved: epsilon {figures[1]:.4g} for one that is "
-                                         f"emptied, {figures[0]:.4g} for one that another one replaces")  # fmt: skip
+        yield Finding(
+            "data",
+            "warning",
+            f"what this account has reserved: epsilon {figures[1]:.4g} for one that is "
+            f"emptied, {figures[0]:.4g} for one that another one replaces",
+        )
 
 
 def replaced(account: Ledger) -> tuple[float, float] | None:

@@ -116,8 +116,16 @@ def _supernode(place: Place, port: int, secret: Path) -> list[str]:
 
 def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
     # Without TLS: it stays on this machine, and shows the secret.
-    return [_flower("flower-superexec"), "--insecure", "--runtime-api-address", f"127.0.0.1:{port}",
-            "--superexec-auth-secret-file", str(secret), "--parent-pid", str(supernode)]  # fmt: skip
+    return [
+        _flower("flower-superexec"),
+        "--insecure",
+        "--runtime-api-address",
+        f"127.0.0.1:{port}",
+        "--superexec-auth-secret-file",
+        str(secret),
+        "--parent-pid",
+        str(supernode),
+    ]
 
 
 def _flower(program: str) -> str:

@@ -66,9 +66,11 @@ class Patience:
 
 
 def _refused(place: Place) -> str:
-    return (f"{place.site.superlink.address} did not let this site in. Either its key is not registered there: send "
-            f"{place.site.name}.pub to the coordinator. Or another SuperNode shows the same key, or did until it was "
-            "killed less than a minute ago")  # fmt: skip
+    return (
+        f"{place.site.superlink.address} did not let this site in. Either its key is not registered there: send "
+        f"{place.site.name}.pub to the coordinator. Or another SuperNode shows the same key, or did until it was "
+        "killed less than a minute ago"
+    )
 
 
 def tell(line: str) -> None:
@@ -106,8 +108,10 @@ def watch(
                 started = now
             seen = now if not started or _connected(supernode, port) else seen
         if not started and now - begun > place.site.start_seconds:
-            raise SiteFailed(f"the SuperNode has not started after {now - begun:.0f} s (start_seconds of site.toml): "
-                             "wait until this machine is less busy, or raise that key")  # fmt: skip
+            raise SiteFailed(
+                f"the SuperNode has not started after {now - begun:.0f} s (start_seconds of site.toml): "
+                "wait until this machine is less busy, or raise that key"
+            )
         if now - seen > SILENT_SECONDS:
             # Where TLS is cut in its handshake Flower gives up, and its process stays without doing anything.
             if "server" not in _problems(place):

@@ -150,8 +150,10 @@ class Exchange:
         if not self._asked.is_file():
             return None
         if self._asked.read_text() != asked():
-            raise BadValue(f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
-                           "models or files have changed since; run the scenario anew")  # fmt: skip
+            raise BadValue(
+                f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
+                "models or files have changed since; run the scenario anew"
+            )
         try:
             with zipfile.ZipFile(self._path) as archive:
                 homes = json.loads(archive.read("head.json"))["homes"]
@@ -184,17 +186,21 @@ def _kept(state: object) -> bytes:
     """A state as bytes from which it comes back as it is."""
     kind = type(state)
     if not dataclasses.is_dataclass(state):
-        raise BadValue(f"a strategy's state must be a frozen dataclass, so that a run can go on from it; "
-                       f"got {kind.__name__}")  # fmt: skip
+        raise BadValue(
+            f"a strategy's state must be a frozen dataclass, so that a run can go on from it; got {kind.__name__}"
+        )
     try:
         data = encode(state, trusted=True)
         again = decode(data, kind, trusted=True)
     except Exception as problem:  # whatever a strategy may hold
-        raise BadValue(f"the strategy's state {kind.__name__} cannot be kept, so that a run could go on from it: "
-                       f"{problem}") from problem  # fmt: skip
+        raise BadValue(
+            f"the strategy's state {kind.__name__} cannot be kept, so that a run could go on from it: {problem}"
+        ) from problem
     if not _alike(state, again):
-        raise BadValue(f"the strategy's state {kind.__name__} does not come back as it is: name its fields' types "
-                       "(Any brings back lists for tuples), and hold plain values, Corpus and Adapter")  # fmt: skip
+        raise BadValue(
+            f"the strategy's state {kind.__name__} does not come back as it is: name its fields' types "
+            "(Any brings back lists for tuples), and hold plain values, Corpus and Adapter"
+        )
     return data
 
 

@@ -19,8 +19,19 @@ from fedsynth.models.loading import endpoints_of, gpu_names, models_of
 from fedsynth.scenario.schema import Scenario
 from fedsynth.typed import BadValue
 
-PACKAGES = ("flwr", "ray", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy", "pandas",
-            "flwr-datasets", "datasets")  # fmt: skip
+PACKAGES = (
+    "flwr",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+    "dp-accounting",
+    "numpy",
+    "pandas",
+    "flwr-datasets",
+    "datasets",
+)
 FILE = "versions.json"
 
 
@@ -31,14 +42,18 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
-        "hardware": {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)),
-                     "memory_gb": round(psutil.virtual_memory().total / 1e9), "gpus": gpu_names()},
+        "hardware": {
+            "cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9),
+            "gpus": gpu_names(),
+        },
         "code": _code(),
         "public_seeds": list(scenario.seeds),
         "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
         # Which weights answer there, only their server knows.
         "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
-    }  # fmt: skip
+    }
 
 
 def differences(run: Path, scenario: Scenario) -> list[str]:
@@ -56,8 +71,11 @@ def differences(run: Path, scenario: Scenario) -> list[str]:
     except (OSError, ValueError) as problem:
         raise BadValue(f"{run} is no run's directory: {FILE} cannot be read ({problem})") from problem
     now = json.loads(json.dumps(surroundings(scenario)))
-    return [f"{key}: {_at(then, key)!r} then, {_at(now, key)!r} now"
-            for key in sorted({*_keys(then), *_keys(now)}) if _at(then, key) != _at(now, key)]  # fmt: skip
+    return [
+        f"{key}: {_at(then, key)!r} then, {_at(now, key)!r} now"
+        for key in sorted({*_keys(then), *_keys(now)})
+        if _at(then, key) != _at(now, key)
+    ]
 
 
 def _keys(tree: Mapping[str, Any], above: str = "") -> list[str]:
@@ -92,8 +110,13 @@ def _code() -> dict[str, Any] | None:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True,
-                                  check=True, timeout=20)  # fmt: skip
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), *words],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=20,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
