@@ -315,9 +315,17 @@ def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_
     agrees = Scores(tuple(a - b for a, b in zip(asked[:40], asked[40:], strict=True)))
     start = new_adapter(llm, rank=2, alpha=4.0, seed=0)
     metrics = taught(
-        Engine(), llm, start, ranked(written, agrees, 0.35), written, Teaching(tuning=Tuning(epochs=1)), labels=LABELS,
-        public=(), seed=0, tests=written,
-    ).metrics  # fmt: skip
+        Engine(),
+        llm,
+        start,
+        ranked(written, agrees, 0.35),
+        written,
+        Teaching(tuning=Tuning(epochs=1)),
+        labels=LABELS,
+        public=(),
+        seed=0,
+        tests=written,
+    ).metrics
     assert metrics["llm/chosen_label_accuracy"] > 0.9
     assert 0.3 < metrics["llm/test_label_accuracy_before"] < 0.7
     assert "llm/label_accuracy" not in metrics

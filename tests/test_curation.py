@@ -352,14 +352,14 @@ def test_a_funnel_accounts_for_every_row() -> None:
 
 
 @pytest.mark.parametrize("step", [lambda c: well_formed(c, labels=["a"], min_words=1), well_formed_instructions])
-def test_private_text_is_refused_where_it_would_come_in(step) -> None:  # type: ignore[no-untyped-def]
+def test_private_text_is_refused_where_it_would_come_in(step) -> None:
     with pytest.raises(ValueError, match="private corpus"):
         step(private())
     assert isinstance(step(notes(("one two", "a"))), Kept)
 
 
 @pytest.mark.parametrize("step", [deduplicate, lambda c: balance(c, per_label=1, seed=0), novel])
-def test_a_later_step_leaves_private_text_private(step) -> None:  # type: ignore[no-untyped-def]
+def test_a_later_step_leaves_private_text_private(step) -> None:
     found = step(private()).corpus  # so the next door refuses it
     assert len(found) > 0
     assert found.provenance is Provenance.PRIVATE

@@ -451,7 +451,7 @@ def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path
         home: Corpus((f"heart of {home}", f"skin of {home}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{home}",))
         for home in range(CLIENTS)
     }
-    written = strategy._augment(drafts)  # type: ignore[attr-defined]
+    written = strategy._augment(drafts)
     prompts = made.llm.completed[-1]
     assert len(prompts) == CLIENTS * 8
     for home in range(CLIENTS):

@@ -412,10 +412,7 @@ def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
     start, (pairs, _) = run.answers(Finetune)[0].adapter, journaled(run, "pairs")[0]
     found = {}
     for learns in ("response", "record"):
-        losses = [
-            taught(Engine(), base, start, pairs, Tuning(epochs=e), learns=learns, seed=0)[1]
-            for e in (1, 12)  # type: ignore[arg-type]
-        ]
+        losses = [taught(Engine(), base, start, pairs, Tuning(epochs=e), learns=learns, seed=0)[1] for e in (1, 12)]
         assert losses[1] < losses[0]
         found[learns] = losses[0]
     assert found["response"] > found["record"]  # the base has never seen such responses, but wrote the instructions

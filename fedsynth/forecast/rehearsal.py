@@ -260,8 +260,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     try:
         kind(config, server).start(grid, num_rounds=cell.scenario.rounds)
     except _Enough:
-        noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round "
-                     f"{journal.round - 1}")  # fmt: skip
+        noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round {journal.round - 1}")
     except Unforeseen as problem:
         noted.append(f"{problem}: what comes after it is left out")
     except Exception as problem:  # of the strategy or a model, as it would come in the run

@@ -59,8 +59,11 @@ def missing(frame: pd.DataFrame) -> list[str]:
             kinds = here["metric"].str.rpartition("/")[2]
             asked, answered = (int(here.loc[kinds == kind, "value"].iloc[0]) for kind in ("clients", "answered"))
             of = here.groupby(kinds, sort=False)["client"]
-            why = [f"{len(who)} {kind} ({', '.join(map(str, sorted(who)))})"
-                   for kind, who in of if kind not in ("clients", "answered")]  # fmt: skip
+            why = [
+                f"{len(who)} {kind} ({', '.join(map(str, sorted(who)))})"
+                for kind, who in of
+                if kind not in ("clients", "answered")
+            ]
             phase, number = place.rpartition("-")[2], int(here["round"].iloc[0])
             said.append(f"{phase} of round {number}: {answered} of {asked} clients, {', '.join(why)}")
         lines.append(f"{arm} seed {seed} went on without some clients: {'; '.join(said)}")
