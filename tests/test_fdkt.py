@@ -446,7 +446,7 @@ def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: 
 def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path, option: str) -> None:
     made = world(toml.replace("shots = 2", f"shots = {CLIENTS}\n{option}"), "fdkt", tmp_path)
     kind, config = load_strategy(made.cell.scenario.strategy)
-    strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.journal, lambda _: None))  # type: ignore[arg-type, return-value]
+    strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.journal, lambda _: None))
     drafts = {
         home: Corpus((f"heart of {home}", f"skin of {home}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{home}",))
         for home in range(CLIENTS)
