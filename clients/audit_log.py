@@ -20,12 +20,12 @@ from fedsynth.typed import BadValue
 FIRST = "0" * 64
 
 
-class TrailBroken(BadValue):
+class AuditLogCorrupted(BadValue):
     """A line of the trail is not as it was written, or one is gone."""
 
 
 @dataclass(frozen=True)
-class Trail:
+class AuditLog:
     """One JSON object a line, each with the SHA-256 of the line before it: what is changed, put in or taken out shows.
 
     Lines that are taken off the end do not show, and who may write the file can write all of it anew: an operator who
@@ -118,7 +118,7 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
     """All entries, oldest first, each checked against the one before.
 
     Raises:
-        TrailBroken: With the number of the line.
+        AuditLogCorrupted: With the number of the line.
     """
     before = FIRST
     lines = path.read_bytes().split(b"\n") if path.exists() else []
@@ -133,7 +133,9 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
             before = _digest(line)
             continue
         if entry is None or entry.get("before") != before:
-            raise TrailBroken(f"{path}, line {number}: it does not follow from the line before; the trail was changed")
+            raise AuditLogCorrupted(
+                f"{path}, line {number}: it does not follow from the line before; the trail was changed"
+            )
         before = _digest(line)
         yield entry
 

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class ToTrain:
+class TrainRequest:
     """A LoRA of a client's model, to be trained.
 
     Attributes:
@@ -39,7 +39,7 @@ class ToTrain:
 
 
 @dataclass(frozen=True)
-class TrainedLora:
+class TrainResult:
     """What came of it.
 
     Attributes:
@@ -51,11 +51,11 @@ class TrainedLora:
     steps: int
 
 
-class Meet:
+class Barrier:
     """Waits for the others of its pass."""
 
 
-Trains: TypeAlias = Generator[ToTrain | Meet, TrainedLora, R]
+Trains: TypeAlias = Generator[TrainRequest | Barrier, TrainResult, R]
 """A function that hands over what is to be trained, may wait for the others, and returns R."""
 
 
@@ -69,7 +69,7 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
     answers: dict[int, Any] = dict.fromkeys(range(len(functions)))
     waiting: list[int] = []
     while answers:
-        asked: dict[int, ToTrain] = {}
+        asked: dict[int, TrainRequest] = {}
         for number, answer in answers.items():
             function = functions[number]
             try:
@@ -77,7 +77,7 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
             except StopIteration as end:
                 results[number] = end.value
                 continue
-            if isinstance(said, ToTrain):
+            if isinstance(said, TrainRequest):
                 asked[number] = said
             else:
                 waiting.append(number)
@@ -92,7 +92,7 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
     return [results[number] for number in range(len(functions))]
 
 
-def _alike(asked: dict[int, ToTrain]) -> list[list[int]]:
+def _alike(asked: dict[int, TrainRequest]) -> list[list[int]]:
     """Those that one pass can train."""
     groups: dict[Any, list[int]] = {}
     for number, one in asked.items():
@@ -103,13 +103,13 @@ def _alike(asked: dict[int, ToTrain]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _trained(alike: Sequence[ToTrain]) -> list[TrainedLora]:
+def _trained(alike: Sequence[TrainRequest]) -> list[TrainResult]:
     one = alike[0]
     pad, precision = load_tokenizer(one.base).pad_token_id, one.settings.precision
     model = with_adapter(one.base, one.start, frozen_a=one.frozen_a, precision=precision).to(device())
     if len(alike) == 1:
         steps = train_generator(model, one.training, one.settings, pad=pad)
-        return [TrainedLora(read_adapter(model, one.start.base), steps)]
+        return [TrainResult(read_adapter(model, one.start.base), steps)]
     stack = stack_of(model, [each.start for each in alike])
     steps = train_stacked(model, stack.factors, [each.training for each in alike], one.settings, pad=pad)
-    return [TrainedLora(replace(one.start, arrays=arrays, grants=(), public=False), steps) for arrays in stack.read()]
+    return [TrainResult(replace(one.start, arrays=arrays, grants=(), public=False), steps) for arrays in stack.read()]

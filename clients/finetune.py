@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from peft import PeftModel
 
-from fedsynth.clients.batched_training import ToTrain, Trains
+from fedsynth.clients.batched_training import TrainRequest, Trains
 from fedsynth.clients.home import Home
 from fedsynth.clients.local_model import keep_facts
 from fedsynth.corpus import Corpus
@@ -37,7 +37,7 @@ def finetune(home: Home, order: Finetune, digest: str) -> Trains[Finetuned]:
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
     settings, pull = home.config.generator_training, order.proximal or 0.0
-    to_train = partial(ToTrain, home.config.generator, order.start, settings, frozen_a=order.frozen_a)
+    to_train = partial(TrainRequest, home.config.generator, order.start, settings, frozen_a=order.frozen_a)
     if home.config.guarantee == "none":
         check(home, order.start)
         slots = slots_of(home, home.train, home.records)

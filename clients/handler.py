@@ -17,7 +17,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from fedsynth.clients.approval import AwaitsApproval, NotApproved
-from fedsynth.clients.batched_training import Meet, Trains, together
+from fedsynth.clients.batched_training import Barrier, Trains, together
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.home import Home, NotAllowed, WrongData, WrongLabels
@@ -177,7 +177,7 @@ def _answer(
                 stored = seal(reply, allowed=home.rules.outputs, waived=home.waived)
                 # A process that is killed hardly ever leaves the answers of some who trained together: those who train
                 # again do so among the same, to the same weights.
-                yield Meet()
+                yield Barrier()
                 _hold(home, kind, digest, stored, reply)
                 if _under_grant(reply):
                     home.ledger.store(digest, stored, derived_from=_grants(reply))

@@ -15,9 +15,9 @@ from typing import Any
 
 from fedsynth import __version__
 from fedsynth.clients.approval import Approvals
-from fedsynth.clients.audit_log import Trail
+from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import Site, label_list, open_site, open_sites
+from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
 from fedsynth.federation.messages import ORDERS, OUTPUTS, Output
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
@@ -99,13 +99,13 @@ class Home:
     work: Path
     run: str
     ledger: Ledger
-    open: Callable[[], Site]
+    open: Callable[[], ClientData]
     simulated: bool
     stacked: bool = False
     allowed: Rules | None = None
     lock: Path | None = None
     approvals: Approvals | None = None
-    trail: Trail | None = None
+    trail: AuditLog | None = None
     world: str | None = None
 
     @property
@@ -114,7 +114,7 @@ class Home:
         return self.allowed or (EVERYTHING if self.simulated else COVERED)
 
     @cached_property
-    def site(self) -> Site:
+    def site(self) -> ClientData:
         """The client's text."""
         return self.open()
 
@@ -260,7 +260,7 @@ def declared_records(cell: Cell, index: int) -> int:
     return len(set(train.units)) if train.units is not None else len(train)
 
 
-def _site(cell: Cell, index: int) -> Site:
+def _site(cell: Cell, index: int) -> ClientData:
     data = cell.scenario.data
     if data.world is not None:
         return _drawn(replace(data, tuned_on=()), cell.seed, index)
@@ -268,7 +268,7 @@ def _site(cell: Cell, index: int) -> Site:
 
 
 @lru_cache(maxsize=1024)
-def _drawn(data: Data, seed: int, index: int) -> Site:
+def _drawn(data: Data, seed: int, index: int) -> ClientData:
     """A worker meets the same home in every round, and in every arm."""
     return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 

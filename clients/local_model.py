@@ -16,7 +16,7 @@ FACTS = "model.json"  # beside the weights
 
 
 @dataclass(frozen=True)
-class Kept:
+class LocalModel:
     """What is known of a model.
 
     Attributes:
@@ -39,13 +39,13 @@ def keep_facts(home: Home) -> None:
     if home.simulated:
         return
     base = weights_hash(home.config.generator if home.instructs else home.config.task_model)
-    facts = Kept(home.run, datetime.now(UTC).isoformat(timespec="seconds"), home.config, base, home.labels)
+    facts = LocalModel(home.run, datetime.now(UTC).isoformat(timespec="seconds"), home.config, base, home.labels)
     part = home.work / f"{FACTS}.part"
     part.write_text(json.dumps(plain(facts)), encoding="utf-8")
     part.replace(home.work / FACTS)
 
 
-def all_kept(state: Path) -> tuple[list[tuple[Path, Kept]], list[str]]:
+def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:
     """The folders of a site's models and what is known of each, oldest first; and which files cannot be read, and why.
 
     Args:
@@ -54,7 +54,7 @@ def all_kept(state: Path) -> tuple[list[tuple[Path, Kept]], list[str]]:
     found, unread = [], []
     for path in (state / "runs").glob(f"*/*/*/{FACTS}"):
         try:
-            found.append((path.parent, build(Kept, json.loads(path.read_text(encoding="utf-8")))))
+            found.append((path.parent, build(LocalModel, json.loads(path.read_text(encoding="utf-8")))))
         except (ValueError, OSError) as problem:  # BadValue is one
             unread.append(f"{path}: {problem}")
     return sorted(found, key=lambda each: each[1].learnt), unread

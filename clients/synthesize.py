@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsynth.clients.batched_training import ToTrain, Trains
+from fedsynth.clients.batched_training import TrainRequest, Trains
 from fedsynth.clients.finetune import check, on_base, slots_of
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
@@ -37,7 +37,7 @@ def synthesize(home: Home, order: Synthesize, digest: str) -> Trains[Synthesized
     grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
     randomness = home.ledger.begin(grant)
     slots = slots_of(home, home.train, plan.records)
-    trained = yield ToTrain(name, start, settings, private(slots, plan, randomness))
+    trained = yield TrainRequest(name, start, settings, private(slots, plan, randomness))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
@@ -49,7 +49,7 @@ def _without_guarantee(home: Home, order: Synthesize, start: Adapter) -> Trains[
     """The same schedule without clip and noise. Logged, charged as non-private, refused outside simulations."""
     settings = home.config.generator_training
     slots = slots_of(home, home.train, home.records)
-    found = yield ToTrain(home.config.generator, start, settings, without_guarantee(slots, settings, order.seed))
+    found = yield TrainRequest(home.config.generator, start, settings, without_guarantee(slots, settings, order.seed))
     trained = Trained(found.adapter, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(home, trained.model, order)
     written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)

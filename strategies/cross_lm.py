@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
-from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.messages import Learn, Score
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
@@ -147,4 +147,4 @@ class CrossLM(RoundStrategy[State]):
         name = self.server.cell.scenario.server.llm
         if adapter is None or not isinstance(name, str):
             return self.server.llm
-        return Recalled(self.server.engine.load(name, adapter), digest_of(adapter), self.server.journal)
+        return CachedLLM(self.server.engine.load(name, adapter), digest_of(adapter), self.server.journal)

@@ -14,7 +14,7 @@ from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
-from fedsynth.synthesis.curation import Kept, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
+from fedsynth.synthesis.curation import Filtered, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
 from fedsynth.synthesis.judges import best_of
 
 
@@ -166,7 +166,7 @@ class FDKT(RoundStrategy[State]):
         self._note(home, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
         return unique.corpus
 
-    def _note(self, home: int, steps: list[tuple[str, Kept]]) -> None:
+    def _note(self, home: int, steps: list[tuple[str, Filtered]]) -> None:
         for stage in yields(steps):
             self.server.journal.stage(home, stage)
 

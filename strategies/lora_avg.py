@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedsynth.federation.messages import Adopt, Finetune, Finetuned
-from fedsynth.federation.run.log import SERVER, Journal
+from fedsynth.federation.run.log import SERVER, RunLog
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
 
@@ -63,7 +63,7 @@ class LoraAverage(RoundStrategy[State]):
         return replace(state, round=state.round + 1, adapter=adapter)
 
 
-def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: Journal) -> Adapter:
+def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: RunLog) -> Adapter:
     """The mean of the clients' adapters, weighted by their records; each of them is noted, too.
 
     Args:

@@ -17,13 +17,13 @@ from scripted import ScriptedLLM
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.data.partition import label_list
-from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.messages import Order, Refused
 from fedsynth.federation.nodes import nodes_by_home
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted
 from fedsynth.federation.run.directory import private_of
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import from_toml, to_toml
@@ -99,7 +99,7 @@ class Played:
 
     cell: Cell
     grid: LocalGrid
-    journal: Journal
+    journal: RunLog
     out: Path
     states: list[Any] = field(default_factory=list)
 
@@ -148,9 +148,9 @@ def play(
     data = cell.scenario.data
     homes, labels = 1 if data.pooled else data.clients, label_list(data)
     grid = LocalGrid(client_app(simulation), nodes or homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
-    journal = Journal(cell, out, out / "events.jsonl")
-    llm = Recalled(llm or ScriptedLLM(), "llm", journal)
-    professional = llm if professional is None else Recalled(professional, "professional", journal)
+    journal = RunLog(cell, out, out / "events.jsonl")
+    llm = CachedLLM(llm or ScriptedLLM(), "llm", journal)
+    professional = llm if professional is None else CachedLLM(professional, "professional", journal)
 
     def open_clients(grid: Any) -> Clients:
         return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, run, labels, journal)

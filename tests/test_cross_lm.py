@@ -28,7 +28,7 @@ from fedsynth.evaluation.attack import auroc
 from fedsynth.federation.availability import fates
 from fedsynth.federation.messages import Evaluate, Learn, Score, Scored
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, load_strategy
 from fedsynth.lora import Adapter
@@ -58,7 +58,7 @@ from fedsynth.training.classifier import (
 from fedsynth.training.dp_training import clipped_sum, next_token_losses, trainable
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_slots, encode_text
-from fedsynth.training.sft import Guard, perplexity, prefer, tune
+from fedsynth.training.sft import Guard, dpo, perplexity, sft
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, main_facts, private_notes, site, told_labels, write_note
 from world_adapters import WRONG, mislabelled, mislabelled_notes
@@ -548,7 +548,7 @@ def asked(toml: str, llm: str, tmp_path: Path) -> Iterator[Any]:
         cell, out = cell_of(whole, arm, 0), tmp_path / arm
         out.mkdir(exist_ok=True)
         grid = LocalGrid(client_app(simulation), 3, {"scenario-toml": whole, "out-dir": str(out)})
-        journal = Journal(cell, out, out / "events.jsonl")
+        journal = RunLog(cell, out, out / "events.jsonl")
         clients = Clients(grid, nodes_by_home(grid, 3), cell, "simulated", LABELS, journal)
         return Asked(Played(cell, grid, journal, out), clients)
 
@@ -799,13 +799,13 @@ def test_preference_makes_the_preferred_likelier_than_the_rejected() -> None:
             )
 
     before = gap()
-    first = prefer(model, pairs, replace(STEPS, epochs=1, learning_rate=1e-12), beta=0.5, pad=tiny.PAD, seed=0)
+    first = dpo(model, pairs, replace(STEPS, epochs=1, learning_rate=1e-12), beta=0.5, pad=tiny.PAD, seed=0)
     assert first == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference
-    assert prefer(model, pairs, STEPS, beta=0.5, pad=tiny.PAD, seed=0) < 0.5
+    assert dpo(model, pairs, STEPS, beta=0.5, pad=tiny.PAD, seed=0) < 0.5
     assert gap() > before + 0.1
-    assert math.isnan(prefer(model, [], STEPS, beta=0.5, pad=tiny.PAD, seed=0))
+    assert math.isnan(dpo(model, [], STEPS, beta=0.5, pad=tiny.PAD, seed=0))
     with pytest.raises(ValueError, match="beta must be above 0"):
-        prefer(model, pairs, STEPS, beta=0.0, pad=tiny.PAD, seed=0)
+        dpo(model, pairs, STEPS, beta=0.0, pad=tiny.PAD, seed=0)
 
 
 def test_a_guard_holds_what_the_model_says_of_other_text() -> None:
@@ -814,7 +814,7 @@ def test_a_guard_holds_what_the_model_says_of_other_text() -> None:
 
     def drift(weight: float) -> float:
         model, before = adapted(), adapted()
-        tune(model, learnt, STEPS, pad=tiny.PAD, seed=0, guard=Guard(others, weight))
+        sft(model, learnt, STEPS, pad=tiny.PAD, seed=0, guard=Guard(others, weight))
         with torch.no_grad():
             return float(
                 (next_token_losses(model, others, tiny.PAD) - next_token_losses(before, others, tiny.PAD)).abs().mean()
@@ -827,7 +827,7 @@ def test_a_guard_holds_what_the_model_says_of_other_text() -> None:
 def test_a_guard_leaves_weights_and_loss_as_they_are_where_nothing_moves() -> None:
     model = adapted()
     start = [w.detach().clone() for w in trainable(model)]
-    tune(
+    sft(
         model,
         [example("ab")],
         replace(STEPS, epochs=1, learning_rate=1e-12),

@@ -14,7 +14,7 @@ from fedsynth.limits import MAX_TEXT
 from fedsynth.rouge import nearest
 from fedsynth.synthesis import curation
 from fedsynth.synthesis.curation import (
-    Kept,
+    Filtered,
     at_most,
     balance,
     clusters,
@@ -88,7 +88,7 @@ def test_a_text_is_dropped_for_the_reason_that_is_named(text: str, label: str, r
     assert len(kept.corpus) == (reason is None)
 
 
-def form(texts: Sequence[str], labels: Sequence[str], known: Sequence[str]) -> Kept:
+def form(texts: Sequence[str], labels: Sequence[str], known: Sequence[str]) -> Filtered:
     return well_formed(Corpus(tuple(texts), tuple(labels), Provenance.PUBLIC), labels=known, min_words=1)
 
 
@@ -355,7 +355,7 @@ def test_a_funnel_accounts_for_every_row() -> None:
 def test_private_text_is_refused_where_it_would_come_in(step) -> None:
     with pytest.raises(ValueError, match="private corpus"):
         step(private())
-    assert isinstance(step(notes(("one two", "a"))), Kept)
+    assert isinstance(step(notes(("one two", "a"))), Filtered)
 
 
 @pytest.mark.parametrize("step", [deduplicate, lambda c: balance(c, per_label=1, seed=0), novel])
@@ -478,5 +478,5 @@ def test_a_threshold_out_of_range_is_refused(threshold: float) -> None:
 
 def test_the_first_rows_are_kept_and_the_others_counted() -> None:
     rows = Corpus(("a", "b", "c"), ("x", "y", "z"), Provenance.LLM_WRITTEN)
-    assert at_most(rows, 2) == Kept(rows.take([0, 1]), {"beyond 2": 1})
-    assert at_most(rows, 3) == at_most(rows, 9) == Kept(rows, {})
+    assert at_most(rows, 2) == Filtered(rows.take([0, 1]), {"beyond 2": 1})
+    assert at_most(rows, 3) == at_most(rows, 9) == Filtered(rows, {})

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.data.partition import LeftOut, Site, divide, find, label_list, misfits, open_site, open_sites
+from fedsynth.data.partition import ClientData, LeftOut, divide, find, label_list, misfits, open_site, open_sites
 from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.typed import BadValue
 
@@ -38,7 +38,7 @@ def texts(*corpora: Corpus) -> list[str]:
     return [t for c in corpora for t in c.prompts]
 
 
-def everything(sites: list[Site]) -> list[str]:
+def everything(sites: list[ClientData]) -> list[str]:
     return texts(*(c for s in sites for c in (s.train, s.test)))
 
 

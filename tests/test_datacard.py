@@ -8,9 +8,9 @@ import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.card import MEASURED, SIMULATED, card_line, data_card, data_cards
-from fedsynth.data.partition import LeftOut, Site
+from fedsynth.data.partition import ClientData, LeftOut
 from fedsynth.federation.run.directory import prepare
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import _assumptions
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
@@ -21,11 +21,11 @@ def corpus(*rows: tuple[str, str], units: tuple[int, ...] | None = None) -> Corp
 
 
 SITES = [
-    Site(
+    ClientData(
         corpus(("a b", "flu"), ("A  b", "flu"), ("c d e f", "asthma"), ("g", "other"), units=(1, 1, 2, 3)),
         corpus(("t t", "flu")),
     ),
-    Site(corpus(("a b", "asthma"), ("h i j", "asthma")), corpus(("h I j", "asthma"), ("u", "flu"))),
+    ClientData(corpus(("a b", "asthma"), ("h i j", "asthma")), corpus(("h I j", "asthma"), ("u", "flu"))),
 ]
 
 
@@ -68,12 +68,12 @@ def test_every_figure_of_a_card_by_hand() -> None:
 
 def test_p95_is_the_length_that_95_of_100_texts_do_not_exceed() -> None:
     lengths = [1] * 95 + [7] * 5
-    card = data_card([Site(corpus(*((" ".join("w" * n), "x") for n in lengths)), corpus(("t", "x")))], ("x",))
+    card = data_card([ClientData(corpus(*((" ".join("w" * n), "x") for n in lengths)), corpus(("t", "x")))], ("x",))
     assert card["clients"][0]["words"] == {"min": 1, "median": 1.0, "p95": 1, "max": 7}
 
 
 def test_lengths_are_in_words_of_the_script() -> None:
-    card = data_card([Site(corpus(("心が痛い", "x"), ("ผมปวด, b/c", "x")), corpus(("t", "x")))], ("x",))
+    card = data_card([ClientData(corpus(("心が痛い", "x"), ("ผมปวด, b/c", "x")), corpus(("t", "x")))], ("x",))
     assert card["clients"][0]["words"] == {"min": 4, "median": 5.5, "p95": 7, "max": 7}  # a character each; b and c
 
 
@@ -130,6 +130,6 @@ def test_the_privacy_line_names_dropped_duplicates(tmp_path: Path) -> None:
     said = {}
     for duplicates in ("refuse", "drop"):
         asked = scenario(f'source = "a.csv"\nlabels = ["x"]\nduplicates = "{duplicates}"')
-        said[duplicates] = _assumptions([Journal(cells(asked)[0], tmp_path, tmp_path / "events")])
+        said[duplicates] = _assumptions([RunLog(cells(asked)[0], tmp_path, tmp_path / "events")])
     assert said["refuse"] == "; number of records read from the data by the simulator, a site would declare them"
     assert said["drop"] == said["refuse"] + "; duplicates dropped across clients by the simulator, no site could"

@@ -37,7 +37,7 @@ from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, learn
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import Site
+from fedsynth.data.partition import ClientData
 from fedsynth.dpsgd import MARGIN, clipper
 from fedsynth.federation.messages import Learn, Synthesize
 from fedsynth.models.adapters import attach_lora, read_adapter, save_adapter
@@ -499,7 +499,7 @@ def test_features_of_a_text_do_not_depend_on_other_texts() -> None:
 
 @contextmanager
 def home(tmp_path: Path, **client: Any) -> Iterator[Home]:
-    site = Site(train=TOY, test=TOY)
+    site = ClientData(train=TOY, test=TOY)
     settings = replace(SETTINGS, max_tokens=32, expected_batch=64, steps=2)
     names = {"generator": families.folder("llama"), "task_model": families.folder("llama"), **client}
     config = Client(**names, budget=Budget(2.0), generator_training=settings)

@@ -24,7 +24,7 @@ from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize,
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
 from fedsynth.federation.payload import decode
 from fedsynth.federation.run.directory import private_of
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
@@ -111,7 +111,7 @@ class World:
     cell: Cell
     grid: LocalGrid
     llm: ScriptedLLM
-    journal: Journal
+    journal: RunLog
     out: Path
     state: Any = None
     homes: list[Home] = field(default_factory=list)
@@ -153,7 +153,7 @@ def world(toml: str, arm: str, tmp_path: Path, nodes: int = CLIENTS, **more: Any
         client_app(simulation), nodes, {"scenario-toml": to_toml(from_toml(toml)), "out-dir": str(out)}, **more
     )
     llm = ScriptedLLM(answer=lambda prompt: f" written after {len(prompt)} characters")
-    return World(cell, grid, llm, Journal(cell, out, out / "events.jsonl"), out)
+    return World(cell, grid, llm, RunLog(cell, out, out / "events.jsonl"), out)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fedsynth.clients import self_train as client
 from fedsynth.clients.finetune import in_use
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import Site
+from fedsynth.data.partition import ClientData
 from fedsynth.evaluation.fidelity import ifd
 from fedsynth.federation.messages import FUNNEL, Adopt, Finetune, SelfTrain
 from fedsynth.federation.nodes import TooFewReplies
@@ -570,7 +570,7 @@ def test_what_follows_the_true_fields_is_no_part_of_a_worlds_task_and_an_error_e
 ) -> None:
     file = played(tmp_path, strategy=FEDIT, clients=1).home(0)
     notes = private_records(load_world("hospitals"), 0, 5, 0, split="test")
-    world = replace(file, world="hospitals", open=lambda: Site(file.train, notes))
+    world = replace(file, world="hospitals", open=lambda: ClientData(file.train, notes))
     for home, exact in ((file, 0.0), (world, 1.0)):
         true = home.test.answers
         for said, right in ((lambda y: f"{y} ; ref one two", exact), (str, 1.0), (lambda y: f"ref; {y}", 0.0)):

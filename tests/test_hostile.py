@@ -21,7 +21,7 @@ from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.payload import encode
 from fedsynth.federation.records import pack_answer, parted
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import RoundStrategy, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
@@ -66,7 +66,7 @@ class Sites(LocalGrid):
 
 def clients(tmp_path: Path, says: Mapping[str, Says], quorum: float) -> Clients:
     [cell] = cells(from_toml(instructions(tmp_path, AVERAGE) + f"server.quorum = {quorum}\n"))
-    journal = Journal(cell, tmp_path, tmp_path / "events.jsonl", simulated=False)
+    journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl", simulated=False)
     return Clients(Sites(says), {}, cell, "run", (), journal, sites=tuple(says))
 
 

@@ -15,7 +15,7 @@ from scripted import ScriptedLLM
 
 from fedsynth.cli.main import _print_table
 from fedsynth.federation.run.directory import prepare
-from fedsynth.federation.run.log import COLUMNS, Journal
+from fedsynth.federation.run.log import COLUMNS, RunLog
 from fedsynth.federation.run.summary import summarize
 from fedsynth.reporting import run_report
 from fedsynth.scenario.schema import Scenario
@@ -34,8 +34,8 @@ def scenario(arms: str = "[arms.a]\n[arms.b]\n", data: str = 'source = "world:ho
     )
 
 
-def journal(place: Path, arm: int = 0) -> Journal:
-    found = Journal(cells(scenario())[arm], place, place / "events.jsonl")
+def journal(place: Path, arm: int = 0) -> RunLog:
+    found = RunLog(cells(scenario())[arm], place, place / "events.jsonl")
     found.round = 1
     return found
 
@@ -44,12 +44,12 @@ def step(name: str, before: int, after: int, lost: tuple[str, ...] = (), **dropp
     return Stage(name, before, after, {reason.replace("_", " "): count for reason, count in dropped.items()}, lost)
 
 
-def told(*journals: Journal) -> dict[str, list[str]]:
+def told(*journals: RunLog) -> dict[str, list[str]]:
     frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
     return {arm: [str(loss) for loss in own] for arm, own in losses(frame).items()}
 
 
-def fdkt(journal: Journal, client: int, unfinished: int, kept: int, written: int) -> None:
+def fdkt(journal: RunLog, client: int, unfinished: int, kept: int, written: int) -> None:
     """Of 12 drafts and 8 texts of a client."""
     drafts = 12 - unfinished
     journal.stage(client, step("drafts", 12, kept, unfinished=unfinished, too_short=drafts - kept))
@@ -147,7 +147,7 @@ def ended(place: Path) -> Path:
     prepare(asked, place)
     journals = []
     for number, cell in enumerate(cells(asked)):
-        made = Journal(cell, place, place / "events.jsonl", round=1)
+        made = RunLog(cell, place, place / "events.jsonl", round=1)
         for client in (0, 1):
             fdkt(made, client, *((12, 0, 0) if number else (0, 12, 8)))
             made.metric(client, "accuracy", 0.5)

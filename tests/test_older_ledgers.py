@@ -11,7 +11,7 @@ import pytest
 
 from fedsynth.clients.audit_log import entries
 from fedsynth.data.sources import SiteData
-from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.declare_loss import declare, lost
 from fedsynth.federation.messages import Synthesized
@@ -28,7 +28,9 @@ SENT = "0757fd2542f3b30d316584891652d0ad3517f0605e695af262d52d8cd193d1b0"
 
 def opened(tmp_path: Path, name: str, cap: float = 10.0) -> Place:
     data = SiteData(id="charite-1", source="notes.csv", labels=("heart", "skin"), person="person", records=12)
-    place = Place(Site("charite", data, Policy(Budget(cap), minimum_records=1), SuperLink("127.0.0.1:9443")), tmp_path)
+    place = Place(
+        SiteConfig("charite", data, Policy(Budget(cap), minimum_records=1), SuperLink("127.0.0.1:9443")), tmp_path
+    )
     place.ledger.parent.mkdir(parents=True)
     with sqlite3.connect(place.ledger) as db:
         db.executescript((WRITTEN / name / "ledger.sql").read_text())

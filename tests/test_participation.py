@@ -24,7 +24,7 @@ from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.records import parted
-from fedsynth.federation.run.log import COLUMNS, SERVER, Journal
+from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.run.summary import missing
 from fedsynth.privacy.audit import contents, ledgers_in, problems
@@ -225,7 +225,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
 def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path) -> None:
     cell = cell_with(tmp_path)
     for order in ((8.0, 9.5), (9.5, 8.0)):
-        journal = Journal(cell, tmp_path, tmp_path / "events.jsonl")
+        journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
         for epsilon in order:
             journal.state(0, Statement("dp", epsilon, 1e-5))
         assert journal.statements[0].epsilon == 9.5

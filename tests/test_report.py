@@ -26,7 +26,7 @@ from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.directory import prepare, private_of
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
 from fedsynth.privacy.plan import Statement
@@ -86,7 +86,7 @@ def make(out: Path, scenario: Scenario) -> Path:
     prepare(scenario, out)
     journals = []
     for cell in cells(scenario):
-        journal = Journal(cell, out, out / "events.jsonl")
+        journal = RunLog(cell, out, out / "events.jsonl")
         for number in (1, 2):
             journal.round = number
             for client in (0, 1):

@@ -21,7 +21,7 @@ from fedsynth.federation.messages import Finetune, Finetuned
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.payload import decode, encode
 from fedsynth.federation.run.checkpoint import Checkpoint
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.lora import Adapter
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import STATUS
@@ -87,7 +87,7 @@ def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkey
     toml = instructions(tmp_path, AVERAGE, clients=4, rows=60) + "server.quorum = 0.25\n"
     whole = play(toml, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "adapter", dies)  # after the first exchange
+        patch.setattr(RunLog, "adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
             play(toml, tmp_path / "died")
     [record] = (tmp_path / "died").rglob("exchange-1.zip")
@@ -109,7 +109,7 @@ def dies(self: Any, *_: Any, **__: Any) -> None:
 def test_other_orders_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=2, rows=20)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "adapter", dies)  # after the first exchange
+        patch.setattr(RunLog, "adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
             play(toml, tmp_path)
     monkeypatch.setattr(Clients, "_digest", lambda *_: "0")
@@ -232,12 +232,12 @@ def test_answers_are_whole_or_not_there(tmp_path: Path) -> None:
 
 def test_a_journal_comes_back_as_it_was(tmp_path: Path) -> None:
     cell = cells(from_toml(instructions(tmp_path, AVERAGE)))[0]
-    journal = Journal(cell, tmp_path, tmp_path / "events.jsonl", round=2)
+    journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl", round=2)
     journal.metric(-1, "loss", float("nan"))
     journal.count("bytes/up", 0, 5)
     journal.count("bytes/up", 0, 6)
     journal.released, journal.silent = {"adapters"}, {(3, 1)}
-    again = Journal(cell, tmp_path, tmp_path / "events.jsonl")
+    again = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
     again.restore(json.loads(json.dumps(journal.record())))
     assert again.rows[0][:5] == ("main", 0, 2, -1, "loss")
     assert np.isnan(again.rows[0][5])

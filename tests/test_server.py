@@ -304,7 +304,7 @@ def test_a_run_waits_for_its_sites_and_then_goes_by_the_quorum(tmp_path: Path, m
     folder = coordinator(tmp_path / "dir")
     text = (folder / "server.toml").read_text()
     (folder / "server.toml").write_text(text.replace("wait_seconds = 600.0", "wait_seconds = 0.01"))
-    asked_of = [invited.Site(name, "f", name, "s") for name in ("a", "b")]
+    asked_of = [invited.RegisteredSite(name, "f", name, "s") for name in ("a", "b")]
     states = iter([{"a": "offline", "b": "registered"}, *[{"a": "online", "b": "registered"}] * 9])
     monkeypatch.setattr(submit, "states_by", lambda *_: (next(states), ["77"]))
     lines: list[str] = []
@@ -464,7 +464,7 @@ def test_a_run_is_submitted_interrupted_and_gone_on_with(
     monkeypatch.setattr(submit, "APP", STAND_IN)
     monkeypatch.setattr(submit, "STOPPING_SECONDS", 0.5)
     monkeypatch.setattr(submit, "_wait_for_sites", lambda *_: None)  # none is started here
-    monkeypatch.setattr(submit, "chosen", lambda *_: (invited.Site("st-marys", "f", "1", "s"),))
+    monkeypatch.setattr(submit, "chosen", lambda *_: (invited.RegisteredSite("st-marys", "f", "1", "s"),))
     out = tmp_path / "out"
     seen: list[dict[str, Any]] = []
 

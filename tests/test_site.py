@@ -26,7 +26,7 @@ from scripted import ScriptedLLM
 import fedsynth.federation.messaging
 from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
-from fedsynth.clients.audit_log import Trail, TrailBroken, entries
+from fedsynth.clients.audit_log import AuditLog, AuditLogCorrupted, entries
 from fedsynth.clients.handler import answer
 from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance
@@ -34,7 +34,7 @@ from fedsynth.data.partition import label_list
 from fedsynth.data.sources import SiteData
 from fedsynth.deployment.client import home_of
 from fedsynth.deployment.invitation import Invitation, Planned
-from fedsynth.deployment.policy import Place, Policy, Site, SuperLink, load_site
+from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink, load_site
 from fedsynth.deployment.site.approve import decide, held_text
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.declare_loss import declare, lost
@@ -46,7 +46,7 @@ from fedsynth.federation.messages import ORDERS, OUTPUTS, Code, Envelope, Evalua
 from fedsynth.federation.nodes import Deployment, TooFewReplies
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import KINDS, pack_order, unpack_answer
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
@@ -153,7 +153,7 @@ def places(
         own = SiteData(id=f"{name}-1", source="notes.csv", person="person", records=ROWS, **_typed({**facts, **data}))
         policy = (policies or {}).get(name, POLICY)
         policy = replace(policy, models=policy.models or (MODEL[0],))
-        made.append(Place(Site(name, own, policy, SuperLink("127.0.0.1:9443")), folder))
+        made.append(Place(SiteConfig(name, own, policy, SuperLink("127.0.0.1:9443")), folder))
     return made
 
 
@@ -201,7 +201,7 @@ class Deployed:
         self.whole = to_toml(from_toml(self.toml))
         self.cell = cell_of(self.whole, "main", 0)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.cell, self.out, self.out / "events.jsonl", simulated=False)
+        self.journal = RunLog(self.cell, self.out, self.out / "events.jsonl", simulated=False)
         for index, place in enumerate(self.sites):
             if not place.ledger.exists() and self.accounts:
                 place.open_ledger(create=True, **self.keys(index))
@@ -667,7 +667,7 @@ def test_a_full_disk_has_a_code_and_one_line_at_the_site(
 
 
 def test_an_entry_of_the_trail_that_a_full_disk_cuts_short_leaves_nothing(tmp_path: Path) -> None:
-    trail = Trail(tmp_path / "audit.jsonl", {})
+    trail = AuditLog(tmp_path / "audit.jsonl", {})
     trail.add("asked")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -723,7 +723,7 @@ class TestTrail:
         assert "zq" not in sites[1].trail.read_text()
 
     def test_a_changed_a_missing_and_an_added_line_show(self, tmp_path: Path) -> None:
-        trail = Trail(tmp_path / "audit.jsonl", {"superlink": "here"})
+        trail = AuditLog(tmp_path / "audit.jsonl", {"superlink": "here"})
         for number in range(4):
             trail.add("asked", number=number)
         lines = trail.path.read_text().splitlines()
@@ -736,7 +736,7 @@ class TestTrail:
         }
         for changed in broken.values():
             trail.path.write_text("\n".join(changed) + "\n")
-            with pytest.raises(TrailBroken, match=r"line [23]:"):
+            with pytest.raises(AuditLogCorrupted, match=r"line [23]:"):
                 list(entries(trail.path))
 
 
@@ -799,7 +799,7 @@ def test_a_start_makes_the_account_once_and_asks_for_the_one_that_the_trail_know
     place = places(tmp_path, notes)[0]
     _open_account(place)
     assert place.ledger.exists()
-    Trail(place.trail, {"dataset": place.site.data.id}).add("asked")
+    AuditLog(place.trail, {"dataset": place.site.data.id}).add("asked")
     _open_account(place)
     place.ledger.unlink()
     with pytest.raises(BadValue, match="the account of the data set 'charite-1' is gone"):
@@ -935,7 +935,7 @@ def test_units_of_sites_that_differ_are_all_named(tmp_path: Path, toml: str, not
 
 
 def test_a_line_that_a_killed_process_left_half_written_does_not_look_like_a_change(tmp_path: Path) -> None:
-    trail = Trail(tmp_path / "audit.jsonl", {})
+    trail = AuditLog(tmp_path / "audit.jsonl", {})
     trail.add("asked", number=0)
     with trail.path.open("ab") as file:
         file.write(b'{"at": "2026-')

@@ -22,7 +22,7 @@ from fedsynth.data.rowstore import Imported, Record, RowsUnusable
 from fedsynth.data.sources import SiteData
 from fedsynth.deployment.certificates import write_node_keys
 from fedsynth.deployment.client import home_of
-from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink
 from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.ready import check_state
@@ -114,7 +114,7 @@ def place(folder: Path, content: Sequence[bytes], task: str = "classification", 
         approve_text=False,
     )
     data = SiteData(id="notes-1", source="notes.jsonl", **facts)
-    return Place(Site("north", data, policy, SuperLink("127.0.0.1:9443")), folder)
+    return Place(SiteConfig("north", data, policy, SuperLink("127.0.0.1:9443")), folder)
 
 
 def imported(folder: Path, content: Sequence[bytes], task: str = "classification", **more: Any) -> Place:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import Site
+from fedsynth.data.partition import ClientData
 from fedsynth.data.sources import SiteData, _engine, gathered, laid_out, misread, warnings
 from fedsynth.privacy.noise import data_mac
 from fedsynth.scenario.schema import TestRows
@@ -61,7 +61,7 @@ def site(**more: Any) -> SiteData:
     return SiteData(**{**known, **more})
 
 
-def read(data: SiteData, folder: Path) -> Site:
+def read(data: SiteData, folder: Path) -> ClientData:
     """What orders of a site work with."""
     return laid_out(gathered(data, folder).records, data)
 
@@ -139,7 +139,7 @@ def test_the_same_rows_are_the_same_corpus_from_every_source(
         url = "sqlite:///notes.db" if kind == "sqlite" else request.getfixturevalue("server").url()
         monkeypatch.setenv("NOTES_DB", url)
     found = read(site(**place, test=TestRows("part", "test")), tmp_path)
-    assert found == Site(TRAIN, TEST)
+    assert found == ClientData(TRAIN, TEST)
     assert data_mac(KEY, found.train) == data_mac(KEY, TRAIN)
     assert data_mac(KEY, found.train) != data_mac(KEY, TRAIN.take([1, 0, 2, 3, 4]))  # the order counts
 

@@ -373,15 +373,15 @@ def test_how_many_train_in_one_pass(
 
 
 def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
-    from fedsynth.clients.batched_training import ToTrain
+    from fedsynth.clients.batched_training import TrainRequest
     from fedsynth.models.adapters import new_adapter
 
     starts = [new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=seed) for seed in range(3)]
     settings = GeneratorTraining(expected_batch=4, steps=2, learning_rate=1e-3, rank=2, alpha=4.0, precision="float32")
     text = [(Example((5, 6, 7, 8), 2),)] * 4
 
-    def asked(client: int) -> ToTrain:
-        return ToTrain(tiny.folder(), starts[client], settings, without_guarantee(text, settings, client))
+    def asked(client: int) -> TrainRequest:
+        return TrainRequest(tiny.folder(), starts[client], settings, without_guarantee(text, settings, client))
 
     together = module._trained([asked(client) for client in range(3)])
     for client, found in enumerate(together):
@@ -391,12 +391,12 @@ def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
-    from fedsynth.clients.batched_training import ToTrain
+    from fedsynth.clients.batched_training import TrainRequest
     from fedsynth.models.adapters import new_adapter
 
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
     settings = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0)
-    base = ToTrain(tiny.folder(), start, settings, without_guarantee([()] * 4, settings, 0))
+    base = TrainRequest(tiny.folder(), start, settings, without_guarantee([()] * 4, settings, 0))
     others = [
         replace(base, frozen_a=True),
         replace(base, settings=replace(settings, learning_rate=0.5)),
@@ -409,13 +409,13 @@ def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
 
 
 def test_nobody_passes_where_all_meet_before_all_are_there_or_through() -> None:
-    from fedsynth.clients.batched_training import Meet, Trains, together
+    from fedsynth.clients.batched_training import Barrier, Trains, together
 
     passed: list[str] = []
 
     def walker(name: str, meets: int, fails: bool = False) -> Trains[str]:
         for number in range(meets):
-            yield Meet()
+            yield Barrier()
             passed.append(f"{name}{number}")
         if fails:
             raise ValueError(name)

@@ -25,7 +25,7 @@ from fedsynth.synthesis.augmentation import (
     parse_blocks,
     parse_line,
 )
-from fedsynth.synthesis.curation import Kept, clusters
+from fedsynth.synthesis.curation import Filtered, clusters
 from fedsynth.synthesis.judges import (
     LEAD_IN,
     best_of,
@@ -318,7 +318,7 @@ def test_a_label_of_words_stands_in_a_line(label: str) -> None:
 # --- judges ---
 
 
-def judged(llm: ScriptedLLM, text: Corpus, groups: list[list[int]], judge: str, keep: int = 2) -> Kept:
+def judged(llm: ScriptedLLM, text: Corpus, groups: list[list[int]], judge: str, keep: int = 2) -> Filtered:
     return best_of(llm, {0: text}, {0: groups}, judge=judge, labels=LABELS, keep=keep, seed=0)[0]
 
 

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from fedsynth.federation.run.log import COLUMNS
 from fedsynth.federation.run.trackers import check, figures, tell
 from fedsynth.scenario.toml import from_toml
-from fedsynth.simulation.progress import Watch
+from fedsynth.simulation.progress import ProgressBar
 from fedsynth.typed import BadValue
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
@@ -111,7 +111,7 @@ def test_unknown_and_missing_trackers_are_refused_before_a_run(monkeypatch: pyte
 def test_what_a_warning_or_a_path_has_in_brackets_is_shown(tmp_path: Path) -> None:
     out, [place] = io.StringIO(), [tmp_path / "[red]notes[/]"]
     place.mkdir(parents=True)
-    watch = Watch(Console(file=out, width=40), from_toml(instructions(place, AVERAGE, rounds=3)))
+    watch = ProgressBar(Console(file=out, width=40), from_toml(instructions(place, AVERAGE, rounds=3)))
     watch.warn("[client.budget] delta is large")
     said = out.getvalue().splitlines()
     assert str(place) in said[0]
@@ -121,7 +121,7 @@ def test_what_a_warning_or_a_path_has_in_brackets_is_shown(tmp_path: Path) -> No
 def test_lines_say_round_yield_and_epsilon(tmp_path: Path) -> None:
     out = io.StringIO()
     scenario = from_toml(instructions(tmp_path, AVERAGE, rounds=3))
-    watch = Watch(Console(file=out, width=120), scenario)
+    watch = ProgressBar(Console(file=out, width=120), scenario)
     at = {"event": "progress", "arm": "main", "seed": 0, "round": 2, "phase": "finetune", "total": 3}
     for done in (0, 1, 3):
         watch.event({**at, "done": done, "kept": 0.714, "epsilon": 7.987})

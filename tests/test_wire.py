@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord, RecordDict
 from fedsynth.clients import handler as client
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance, Scores
-from fedsynth.data.partition import Site
+from fedsynth.data.partition import ClientData
 from fedsynth.federation import messages as tasks
 from fedsynth.federation.messages import (
     ORDERS,
@@ -462,7 +462,7 @@ def home(folder: Path, train: Corpus) -> Home:
     task = TaskTraining(batch=2, private_epochs=1, max_tokens=8)
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
     ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
-    return Home(0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: Site(train, train), simulated=True)
+    return Home(0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: ClientData(train, train), simulated=True)
 
 
 @pytest.mark.parametrize("crash", ["none", "tokenizer"])

@@ -16,9 +16,9 @@ import pytest
 from test_ledger import FORK, PLAN, answer, bind, die, killed, states
 
 import fedsynth.cli.main
-from fedsynth.clients.audit_log import Trail, TrailBroken, entries
+from fedsynth.clients.audit_log import AuditLog, AuditLogCorrupted, entries
 from fedsynth.data.sources import SiteData
-from fedsynth.deployment.policy import Place, Policy, Site, SuperLink
+from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.declare_loss import declare, lost
 from fedsynth.deployment.site.start import _open_account
@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Place:
     """A site with an account of which two rounds of a run are spent, each in the trail."""
     data = SiteData(id="ward", source="notes.csv", labels=("a", "b"), person="person", records=100)
     policy = Policy(lifetime=Budget(20.0), minimum_records=1, models=("assets:tiny-slm",))
-    made = Place(Site("north", data, policy, SuperLink("127.0.0.1:9443")), tmp_path / "north")
+    made = Place(SiteConfig("north", data, policy, SuperLink("127.0.0.1:9443")), tmp_path / "north")
     made.folder.mkdir()
     ledger = made.open_ledger(create=True)
     for number in (1, 2):
@@ -282,7 +282,7 @@ def test_a_grant_whose_answer_was_stored_does_not_run_again_from_a_copy_of_befor
         assert db.execute("SELECT COUNT(*) FROM grants WHERE key IS NOT NULL").fetchone() == (0,)
 
 
-class Dying(Trail):
+class Dying(AuditLog):
     """Its process dies before it has written a charge down, or right after."""
 
     after = False
@@ -342,7 +342,7 @@ def test_a_changed_line_does_not_hide_the_grants_of_others(place: Place) -> None
     restore(place, copy)
     lines = place.trail.read_bytes().split(b"\n")
     place.trail.write_bytes(b"\n".join([b"scribbled over", *lines[1:]]))
-    with pytest.raises(TrailBroken):
+    with pytest.raises(AuditLogCorrupted):
         list(entries(place.trail))
     with pytest.raises(LedgerBehind):
         place.open_ledger()
@@ -440,7 +440,7 @@ def test_a_damaged_line_of_the_trail_is_told_in_one_line_and_stops_no_reading(
     for content in (line + b"\n" + whole, whole + line + b"\n" + whole):
         place.trail.write_bytes(content)
         assert {c.grant for c in known} <= {c.grant for c in place.witness().known()}
-        with pytest.raises(TrailBroken, match=r"line \d+: it does not follow"):
+        with pytest.raises(AuditLogCorrupted, match=r"line \d+: it does not follow"):
             list(entries(place.trail))
     place.ledger.unlink()
     place.trail.write_bytes(line + b"\n")

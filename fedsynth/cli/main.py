@@ -21,7 +21,7 @@ from fedsynth.privacy.ledger import LOST, LedgerUnusable
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
-from fedsynth.simulation.progress import Watch
+from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
 from fedsynth.typed import BadValue
 
@@ -130,7 +130,7 @@ def _simulate(
     check_flower()
     from fedsynth.simulation.simulate import resume, run
 
-    with Watch(console, asked) as watch:
+    with ProgressBar(console, asked) as watch:
         told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
             from fedsynth.federation.run.environment import differences
@@ -154,7 +154,7 @@ def _run_on_sites(
     planned = deployed(asked, len(chosen(server, names)))
     from fedsynth.deployment import submit
 
-    with Watch(console, planned, planned.data.clients) as watch:
+    with ProgressBar(console, planned, planned.data.clients) as watch:
         told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
         if resumed is not None:
             return submit.resume(server, resumed, **told)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import Division, LeftOut, Site, divide, label_list, overlaps, unified
+from fedsynth.data.partition import ClientData, Division, LeftOut, divide, label_list, overlaps, unified
 from fedsynth.rouge import words
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
@@ -20,7 +20,7 @@ NONE_LEFT_OUT = LeftOut()
 SIMULATED = "drawn from a simulated world: no private text"
 
 
-def data_card(sites: Sequence[Site], labels: Sequence[str], left_out: LeftOut = NONE_LEFT_OUT) -> dict[str, Any]:
+def data_card(sites: Sequence[ClientData], labels: Sequence[str], left_out: LeftOut = NONE_LEFT_OUT) -> dict[str, Any]:
     """Sizes, labels, text lengths and duplicates of every client, and totals.
 
     Args:
@@ -83,7 +83,7 @@ def card_line(cards: Mapping[str, Any]) -> str:
     )
 
 
-def _client(site: Site, labels: Sequence[str]) -> dict[str, Any]:
+def _client(site: ClientData, labels: Sequence[str]) -> dict[str, Any]:
     train = site.train
     counts = train.counts()
     known = {label: counts[label] for label in labels if counts[label]}

@@ -33,9 +33,9 @@ from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 
 __all__ = [
+    "ClientData",
     "Division",
     "LeftOut",
-    "Site",
     "divide",
     "find",
     "label_list",
@@ -52,7 +52,7 @@ SMALLEST = 2  # units of a client where a Dirichlet draw is repeated otherwise: 
 
 
 @dataclass(frozen=True)
-class Site:
+class ClientData:
     """One client's text.
 
     Attributes:
@@ -85,7 +85,7 @@ class LeftOut:
 class Division:
     """Every client's text, in the order of clients, and what was left out."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[ClientData, ...]
     left_out: LeftOut = LeftOut()
 
 
@@ -177,7 +177,7 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[st
     return found
 
 
-def open_sites(data: Data, seed: int) -> list[Site]:
+def open_sites(data: Data, seed: int) -> list[ClientData]:
     """Every client's text, in the order of clients; one site with all of it where `pooled`.
 
     Args:
@@ -191,7 +191,7 @@ def open_sites(data: Data, seed: int) -> list[Site]:
     return list(divide(data, seed).sites)
 
 
-def open_site(data: Data, index: int, seed: int) -> Site:
+def open_site(data: Data, index: int, seed: int) -> ClientData:
     """One client's text: `open_sites(data, seed)[index]` of a scenario that is not pooled."""
     if data.world is not None:
         world = load_world(data.world)
@@ -201,7 +201,7 @@ def open_site(data: Data, index: int, seed: int) -> Site:
         else:
             train = private_notes(world, index, data.train_per_client, seed, split="train")
             test = private_notes(world, index, data.test_per_client, seed, split="test")
-        return Site(replace(train, units=_patients(len(train), data.notes_per_patient, seed, index)), test)
+        return ClientData(replace(train, units=_patients(len(train), data.notes_per_patient, seed, index)), test)
     return divide(replace(data, pooled=False), seed).sites[index]
 
 
@@ -219,11 +219,13 @@ def divide(data: Data, seed: int) -> Division:
         # Neither labels nor pooling change who holds what.
         found = _divide(replace(data, pooled=False, labels="all", tuned_on=()), seed, read_rows(data))
     if data.pooled:
-        return replace(found, sites=(Site(pool([s.train for s in found.sites]), pool([s.test for s in found.sites])),))
+        return replace(
+            found, sites=(ClientData(pool([s.train for s in found.sites]), pool([s.test for s in found.sites])),)
+        )
     return found
 
 
-def overlaps(sites: Sequence[Site]) -> tuple[int, int]:
+def overlaps(sites: Sequence[ClientData]) -> tuple[int, int]:
     """Texts in the training text of more than one client, and texts in both training and test text of any clients.
 
     Texts are equal that are the `same`.
@@ -359,7 +361,7 @@ def _undealt(data: Data) -> str:
     )
 
 
-def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
+def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> ClientData:
     rng = np.random.default_rng([seed, 0xDA7A, index])
     held = table[HELD]
     if data.test is None:
@@ -376,7 +378,7 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> Site:
         train = train[train[UNIT].isin(rng.permutation(train[UNIT].unique())[: data.limit])]
     if data.test_limit is not None:
         test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
-    return Site(_corpus(train), _corpus(test))
+    return ClientData(_corpus(train), _corpus(test))
 
 
 def _corpus(table: pd.DataFrame) -> Corpus:

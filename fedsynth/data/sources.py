@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedsynth.corpus import Corpus, Provenance, same
-from fedsynth.data.partition import Site, overlaps, unified
+from fedsynth.data.partition import ClientData, overlaps, unified
 from fedsynth.data.rowstore import Record
 from fedsynth.data.rowwise import Lost, Read, read_file, result, text_of, tried
 from fedsynth.data.tables import Columns, refuse_alike
@@ -243,7 +243,7 @@ def _person(cell: str | Lost | None) -> str | None:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", same(cell)) or None
 
 
-def laid_out(records: Sequence[Record], data: SiteData) -> Site:
+def laid_out(records: Sequence[Record], data: SiteData) -> ClientData:
     """The site's training and test text: what orders work with. Each row becomes what it becomes whatever the others
     hold (docs/deployment/data.md).
 
@@ -265,7 +265,7 @@ def laid_out(records: Sequence[Record], data: SiteData) -> Site:
         elif spare > 0:
             spare -= 1
             train.append((-1 - number, record))  # no other row's, and no number of one
-    return Site(
+    return ClientData(
         *(
             Corpus(
                 tuple(record.text for _, record in rows),
@@ -379,7 +379,7 @@ def _test_rows(data: SiteData, found: Gathered, count: int) -> list[str]:
     return []
 
 
-def _units(data: SiteData, found: Gathered, site: Site) -> list[str]:
+def _units(data: SiteData, found: Gathered, site: ClientData) -> list[str]:
     said = []
     unit, units = f"values of {data.person!r}" if data.person else "rows", units_of(found.records)
     if len(units) > data.records:

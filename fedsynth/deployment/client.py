@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Context
 
-from fedsynth.clients.audit_log import Trail
+from fedsynth.clients.audit_log import AuditLog
 from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
 from fedsynth.deployment.invitation import public_labels
 from fedsynth.deployment.policy import SITE, Place, load_site
@@ -86,7 +86,7 @@ def unopened(task: str, why: str) -> None:
         why: A traceback.
     """
     place = load_site(Path(os.environ[SITE]))
-    Trail(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
+    AuditLog(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
         "refused", task=task, why="no home could be opened for the order: site.log"
     )
     site_log(place.state).error("%s: %s", task, why)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.deployment.invitation import public_labels
-from fedsynth.deployment.registry import Site, sites
+from fedsynth.deployment.registry import RegisteredSite, sites
 from fedsynth.federation.nodes import Deployment
 from fedsynth.scenario.schema import Participation, Scenario
 from fedsynth.scenario.toml import cells
@@ -16,7 +16,7 @@ from fedsynth.simulation.flower import DEPLOYMENT
 from fedsynth.typed import BadValue
 
 
-def chosen(server: Path, names: Sequence[str]) -> tuple[Site, ...]:
+def chosen(server: Path, names: Sequence[str]) -> tuple[RegisteredSite, ...]:
     """The sites of a run.
 
     Args:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsynth.clients.approval import Approvals
-from fedsynth.clients.audit_log import Trail
+from fedsynth.clients.audit_log import AuditLog
 from fedsynth.data import rowstore
 from fedsynth.data.sources import SiteData, laid_out
 from fedsynth.deployment.invitation import check_name, host_and_port
@@ -19,7 +19,7 @@ from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
 
 if TYPE_CHECKING:
-    from fedsynth.data.partition import Site as Texts
+    from fedsynth.data.partition import ClientData as Texts
     from fedsynth.privacy.ledger import Ledger
 
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
@@ -109,7 +109,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Site:
+class ClientData:
     """What site.toml says.
 
     Attributes:
@@ -149,7 +149,7 @@ class Site:
 class Place:
     """A site's file and its folder, in which all relative paths of the file lie."""
 
-    site: Site
+    site: ClientData
     folder: Path
 
     @property
@@ -188,13 +188,13 @@ class Place:
         """What waits for a person."""
         return Approvals(self.state / "approvals")
 
-    def witness(self, who: Mapping[str, Any] | None = None) -> Trail:
+    def witness(self, who: Mapping[str, Any] | None = None) -> AuditLog:
         """The audit trail, to which entries about this data set are added.
 
         Args:
             who: What else stands in every entry: who asks.
         """
-        return Trail(self.trail, {**(who or {}), "dataset": self.site.data.id})
+        return AuditLog(self.trail, {**(who or {}), "dataset": self.site.data.id})
 
     def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
         """The account, with the audit trail as its witness unless another one is named.
@@ -244,4 +244,4 @@ def load_site(path: Path) -> Place:
     """
     file = path / "site.toml" if path.is_dir() else path
     with toml_file(file, "make one with `fedsynth site init`") as table:
-        return Place(build(Site, table), file.absolute().parent)
+        return Place(build(ClientData, table), file.absolute().parent)

@@ -25,7 +25,7 @@ SITES_TEXT = """\
 
 
 @dataclass(frozen=True)
-class Site:
+class RegisteredSite:
     """A site that has been let in.
 
     Attributes:
@@ -45,10 +45,10 @@ class Site:
 class Sites:
     """sites.toml."""
 
-    sites: tuple[Site, ...] = ()
+    sites: tuple[RegisteredSite, ...] = ()
 
 
-def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
+def invite(folder: Path, public_key: Path, name: str | None = None) -> RegisteredSite:
     """Registers a site's public key with the running SuperLink, and notes the site in sites.toml.
 
     Args:
@@ -81,12 +81,12 @@ def invite(folder: Path, public_key: Path, name: str | None = None) -> Site:
                     "or registered by other means. Flower takes a key once: the site makes a new one by "
                     "`fedsynth site init DIR --new-key`, and keeps its account"
                 ) from problem
-        made = Site(name, fingerprint, str(answer["node-id"]), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
+        made = RegisteredSite(name, fingerprint, str(answer["node-id"]), f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}")
         _write_sites(folder, [*known, made])
     return made
 
 
-def remove(folder: Path, name: str) -> Site:
+def remove(folder: Path, name: str) -> RegisteredSite:
     """Unregisters a site: it gets nothing from then on, and its key cannot be registered again.
 
     Raises:
@@ -107,7 +107,7 @@ def remove(folder: Path, name: str) -> Site:
     return gone
 
 
-def sites(folder: Path) -> tuple[Site, ...]:
+def sites(folder: Path) -> tuple[RegisteredSite, ...]:
     """The sites that have been let in, in the order in which a run numbers them.
 
     Raises:
@@ -131,7 +131,7 @@ def states(folder: Path) -> tuple[dict[str, str], list[str]]:
         return states_by(flwr, sites(folder))
 
 
-def states_by(flwr: Commands, known: Sequence[Site]) -> tuple[dict[str, str], list[str]]:
+def states_by(flwr: Commands, known: Sequence[RegisteredSite]) -> tuple[dict[str, str], list[str]]:
     """`states`, through an open command line."""
     nodes = flwr("supernode", "list")["nodes"]
     there = {str(node["node-id"]): str(node["status"]) for node in nodes if node["status"] != "unregistered"}
@@ -140,18 +140,18 @@ def states_by(flwr: Commands, known: Sequence[Site]) -> tuple[dict[str, str], li
 
 
 @contextlib.contextmanager
-def _changing(folder: Path) -> Iterator[tuple[Site, ...]]:
+def _changing(folder: Path) -> Iterator[tuple[RegisteredSite, ...]]:
     """The sites, for whoever adds or removes one; others wait meanwhile."""
     with (flower_home(folder) / "sites.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield sites(folder)
 
 
-def _write_sites(folder: Path, known: Sequence[Site]) -> None:
+def _write_sites(folder: Path, known: Sequence[RegisteredSite]) -> None:
     part = folder / f"{SITES}.part"
     part.write_text(SITES_TEXT + tomli_w.dumps(plain(Sites(tuple(known)))), encoding="utf-8")
     part.replace(folder / SITES)
 
 
-def _listed(known: Sequence[Site]) -> str:
+def _listed(known: Sequence[RegisteredSite]) -> str:
     return ", ".join(site.name for site in known) or "none"

@@ -15,7 +15,7 @@ import psutil
 import tomli_w
 
 from fedsynth.deployment.plan import chosen, deployed, read_deployment
-from fedsynth.deployment.registry import Site, sites, states_by
+from fedsynth.deployment.registry import RegisteredSite, sites, states_by
 from fedsynth.deployment.server import commands, read_config
 from fedsynth.deployment.superlink import SERVERAPP, SUPERLINK_LOG
 from fedsynth.federation.nodes import Deployment
@@ -134,7 +134,7 @@ def resume(
 
 
 def _wait_for_sites(
-    server: Path, flwr: Commands, asked: Scenario, asked_of: Sequence[Site], on_event: Tell, on_warning: Any
+    server: Path, flwr: Commands, asked: Scenario, asked_of: Sequence[RegisteredSite], on_event: Tell, on_warning: Any
 ) -> None:
     """Until all sites are online; when the time is over, as many as the quorum needs will do.
 

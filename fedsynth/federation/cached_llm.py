@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from fedsynth.federation.run.log import SERVER, Journal
+from fedsynth.federation.run.log import SERVER, RunLog
 from fedsynth.models.llm import TextModel
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
@@ -13,7 +13,7 @@ from fedsynth.models.sampling import SamplingParams
 V = TypeVar("V")
 
 
-class Recalled:
+class CachedLLM:
     """A `TextModel` that asks another one, and never twice for the same where a run goes on.
 
     Args:
@@ -22,7 +22,7 @@ class Recalled:
         journal: Keeps the answers, and counts the tokens read and written where the model tells them.
     """
 
-    def __init__(self, llm: TextModel, name: str, journal: Journal) -> None:
+    def __init__(self, llm: TextModel, name: str, journal: RunLog) -> None:
         self.llm, self.name, self.journal = llm, name, journal
 
     def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:

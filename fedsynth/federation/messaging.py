@@ -23,7 +23,7 @@ from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies, first_line, n
 from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import derived, joined, pack_order, parted, payload_bytes, unpacked
 from fedsynth.federation.run.checkpoint import Exchange
-from fedsynth.federation.run.log import SERVER, Journal, append_event
+from fedsynth.federation.run.log import SERVER, RunLog, append_event
 from fedsynth.federation.validation import Rejected, check_answer
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
@@ -65,7 +65,7 @@ class Clients:
     cell: Cell
     run: str
     labels: Sequence[str]
-    journal: Journal
+    journal: RunLog
     exchange: int = 0
     sites: Sequence[str] = ()
     # Messages whose time was over: the homes they are for, the exchange, and its orders.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsynth.federation.messages import Evaluate, Evaluated
 from fedsynth.federation.messaging import Clients
-from fedsynth.federation.run.log import Journal, append_event
+from fedsynth.federation.run.log import RunLog, append_event
 from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
@@ -50,7 +50,7 @@ class ServerSide:
     llm: TextModel
     professional: TextModel
     embed: Callable[[Sequence[str]], NDArray[np.float32]]
-    journal: Journal
+    journal: RunLog
     open_clients: Callable[[Grid], Clients]
     measures: bool = True
     engine: Engine = field(default_factory=Engine)

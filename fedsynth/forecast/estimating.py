@@ -20,7 +20,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.models.usage import Used
+from fedsynth.models.usage import TokenUsage
 from fedsynth.scenario.schema import Cell, Endpoint, Tuning
 from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Guard, LossOf
@@ -91,7 +91,7 @@ class SampledLLM:
 
     llm: LocalLLM
     tally: Tally
-    used: Used = field(default_factory=Used)
+    used: TokenUsage = field(default_factory=TokenUsage)
 
     def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import Site, divide, label_list, open_site
+from fedsynth.data.partition import ClientData, divide, label_list, open_site
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
@@ -151,7 +151,7 @@ def _whole(corpus: Corpus) -> tuple[str, ...]:
     return tuple(f"{prompt} {answer}" for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True))
 
 
-def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, test: int) -> Site:
+def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, test: int) -> ClientData:
     """Text like a client's own that no client holds: of its world under another seed, or words at random.
 
     Args:
@@ -164,7 +164,7 @@ def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, te
     data = cell.scenario.data
     if data.world is not None:
         drawn = open_site(replace(data, train_per_client=train, test_per_client=test), index, SEED + cell.seed)
-        return Site(_public(drawn.train), _public(drawn.test))
+        return ClientData(_public(drawn.train), _public(drawn.test))
     rng = np.random.default_rng([SEED, index])
     labels, tokenizer = label_list(data), load_tokenizer(cell.scenario.client.generator)
     words = _words(tokenizer)
@@ -180,7 +180,7 @@ def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, te
         answers = tuple(labels[i % len(labels)] for i in range(rows))
         return Corpus(tuple(map(text, sizes)), answers, Provenance.PUBLIC)
 
-    return Site(corpus(train), corpus(test))
+    return ClientData(corpus(train), corpus(test))
 
 
 def _public(corpus: Corpus) -> Corpus:
@@ -288,9 +288,9 @@ def _start(client: Client) -> Any:
     return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=0, precision=settings.precision)
 
 
-def _steps(cell: Cell, unit: Unit, texts: Site) -> Callable[[int], object]:
+def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]:
     """Steps of the generator's training, of a whole stack of clients where those train together."""
-    from fedsynth.clients.batched_training import ToTrain, TrainedLora, Trains, together
+    from fedsynth.clients.batched_training import TrainRequest, TrainResult, Trains, together
     from fedsynth.clients.home import declared_records
     from fedsynth.models.hub import config_of
     from fedsynth.models.loading import kind_of
@@ -316,14 +316,16 @@ def _steps(cell: Cell, unit: Unit, texts: Site) -> Callable[[int], object]:
             return without_guarantee(slots, settings, 0)
         return private(slots, planned, GrantRandomness(bytes(32)))  # a public key: nothing here is anybody's
 
-    def trains(count: int) -> Trains[TrainedLora]:
+    def trains(count: int) -> Trains[TrainResult]:
         asked = replace(training(), steps=count)
-        return (yield ToTrain(client.generator, start, settings, asked, unit.frozen_a))
+        return (yield TrainRequest(client.generator, start, settings, asked, unit.frozen_a))
 
     return lambda n: together([trains(n) for _ in range(stack)])
 
 
-def _classifying(client: Client, labels: Sequence[str], texts: Site, unit: Unit) -> tuple[Callable[[int], object], int]:
+def _classifying(
+    client: Client, labels: Sequence[str], texts: ClientData, unit: Unit
+) -> tuple[Callable[[int], object], int]:
     from fedsynth.models.loading import device
     from fedsynth.privacy.noise import GrantRandomness
     from fedsynth.training.classifier import (

@@ -38,7 +38,7 @@ from fedsynth.federation.messages import (
 )
 from fedsynth.federation.payload import encode
 from fedsynth.federation.records import pack_order, payload_bytes
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.forecast.estimating import SampledEngine, Tally, kept_words, server_models, varied, vocabulary
@@ -243,7 +243,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     """
     one_thread()  # as a server app is started
     labels = label_list(cell.scenario.data)
-    journal = Journal(cell, folder, folder / "events.jsonl")
+    journal = RunLog(cell, folder, folder / "events.jsonl")
     tally = Tally(kept_words(labels), known=known.setdefault("asked", {}))
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)

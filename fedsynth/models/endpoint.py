@@ -23,7 +23,7 @@ from openai import (
 
 from fedsynth.instructions import one_line
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.models.usage import Used
+from fedsynth.models.usage import TokenUsage
 from fedsynth.scenario.schema import Endpoint, host_of
 from fedsynth.system.proxy import UNREADABLE, no_proxies
 from fedsynth.typed import BadValue
@@ -91,7 +91,7 @@ class RemoteLLM:
             http_client=client,
         )
         self._client.organization = self._client.project = None
-        self.used = Used()  # as far as the server tells
+        self.used = TokenUsage()  # as far as the server tells
         self._counting = Lock()
 
     @classmethod

@@ -21,7 +21,7 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.models.usage import Used
+from fedsynth.models.usage import TokenUsage
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ class LocalLLM:
             workers = torch.get_num_threads() if torch.device(model.device).type == "cpu" else 1
         self.workers = workers
         self.context = context_of(model.config)
-        self.used = Used()
+        self.used = TokenUsage()
 
     @classmethod
     def load(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass
-class Used:
+class TokenUsage:
     """So far, as far as is known."""
 
     read: int = 0

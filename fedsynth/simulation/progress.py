@@ -17,7 +17,7 @@ PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "r
           "tune", "adopt", "learn", "evaluate")  # fmt: skip
 
 
-class Watch:
+class ProgressBar:
     """Phase, clients done of all, what is kept of texts, epsilon spent, clients a minute, time left.
 
     Args:
@@ -48,7 +48,7 @@ class Watch:
             what = f"{sites} site{'s' if sites > 1 else ''}, each with its own data"
         console.print(f"[bold]{escape(scenario.name)}[/]: {escape(what)}", soft_wrap=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> ProgressBar:
         self.live.__enter__()
         return self
 

@@ -13,10 +13,10 @@ from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import Tuning
-from fedsynth.synthesis.curation import Kept
+from fedsynth.synthesis.curation import Filtered
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Learns, encode_records
-from fedsynth.training.sft import tune
+from fedsynth.training.sft import sft
 
 
 def write(
@@ -27,7 +27,7 @@ def write(
     sampling: SamplingParams,
     *,
     seed: int,
-) -> Kept:
+) -> Filtered:
     """Records that a model writes from the bare header of an instruction; no example is shown to it.
 
     Args:
@@ -55,10 +55,10 @@ def write(
         else:
             found.append(record)
     prompts, answers = tuple(p for p, _ in found), tuple(a for _, a in found)
-    return Kept(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
+    return Filtered(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
 
 
-def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> Kept:
+def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> Filtered:
     """Public instructions in the place of written ones; those that a record of `max_tokens` cannot hold are left out.
 
     Args:
@@ -70,7 +70,7 @@ def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> K
     """
     corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
     fits = [row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_tokens]
-    return Kept(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
+    return Filtered(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
 
 
 def taught(
@@ -89,5 +89,5 @@ def taught(
     """
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
     examples = encode_records(tokenizer, pairs, settings.max_tokens, kind_of(model.config), learns=learns)
-    loss = tune(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed, descend=engine.descend)
+    loss = sft(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed, descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, pairs]), loss

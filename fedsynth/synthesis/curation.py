@@ -31,7 +31,7 @@ FLAG = re.compile(
 
 
 @dataclass(frozen=True)
-class Kept:
+class Filtered:
     """What a step of curation kept.
 
     Attributes:
@@ -69,12 +69,12 @@ def refuse_private(corpus: Corpus) -> None:
         )
 
 
-def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
+def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Filtered:
     """The rows whose reason to be dropped is None."""
     rows = [i for i, reason in enumerate(reasons) if reason is None]
     kept = corpus.take(rows)
     left = set(kept.answers)
-    return Kept(
+    return Filtered(
         corpus=kept,
         dropped=dict(Counter(reason for reason in reasons if reason is not None)),
         lost=tuple(label for label in dict.fromkeys(corpus.answers) if label not in left),
@@ -83,7 +83,7 @@ def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
 
 def well_formed(
     corpus: Corpus, *, labels: Sequence[str], min_words: int, max_words: int | None = None, sentences: bool = False
-) -> Kept:
+) -> Filtered:
     """Texts that could be private ones of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
 
     Whatever people write passes: any script, several lines, headings and times ("Plan: continue", "at 3:45"), lists.
@@ -155,7 +155,7 @@ def _count(text: str) -> int:
     return len(words(text)) or int(bool(same(text)))
 
 
-def deduplicate(corpus: Corpus) -> Kept:
+def deduplicate(corpus: Corpus) -> Filtered:
     """The first of each text, whatever its case, white space and label."""
     seen: dict[str, str] = {}
     reasons: list[str | None] = []
@@ -169,7 +169,7 @@ def deduplicate(corpus: Corpus) -> Kept:
     return keep_rows(corpus, reasons)
 
 
-def balance(corpus: Corpus, *, per_label: int, seed: int) -> Kept:
+def balance(corpus: Corpus, *, per_label: int, seed: int) -> Filtered:
     """At most `per_label` rows of each label, drawn at random, in their order.
 
     Raises:
@@ -265,7 +265,7 @@ def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
 
 def well_formed_instructions(
     corpus: Corpus, *, min_words: int = 1, answered: bool = False, sentences: bool = False
-) -> Kept:
+) -> Filtered:
     """Instructions, and the responses that some have, that people could have written.
 
     Args:
@@ -296,7 +296,7 @@ def well_formed_instructions(
 COMPARED = 64  # instructions that are compared with all kept ones at once
 
 
-def novel(corpus: Corpus, threshold: float = 0.7) -> Kept:
+def novel(corpus: Corpus, threshold: float = 0.7) -> Filtered:
     """Instructions whose ROUGE-L F1 with every one kept before them is below the threshold.
 
     Args:
@@ -321,18 +321,18 @@ def novel(corpus: Corpus, threshold: float = 0.7) -> Kept:
     return _regardless_of_labels(corpus, reasons)
 
 
-def _regardless_of_labels(corpus: Corpus, reasons: Sequence[str | None]) -> Kept:
+def _regardless_of_labels(corpus: Corpus, reasons: Sequence[str | None]) -> Filtered:
     """Responses are not of a list: none of them is lost."""
     return replace(keep_rows(corpus, reasons), lost=())
 
 
-def at_most(corpus: Corpus, count: int) -> Kept:
+def at_most(corpus: Corpus, count: int) -> Filtered:
     """The first `count` rows; all where there are fewer."""
     beyond = max(0, len(corpus) - count)
-    return Kept(corpus.take(range(len(corpus) - beyond)), {f"beyond {count}": beyond} if beyond else {})
+    return Filtered(corpus.take(range(len(corpus) - beyond)), {f"beyond {count}": beyond} if beyond else {})
 
 
-def asked_for(kept: Kept, labels: Sequence[str], missing: Mapping[str, int]) -> Kept:
+def asked_for(kept: Filtered, labels: Sequence[str], missing: Mapping[str, int]) -> Filtered:
     """What a first step kept of all that was asked for, and not only of what came.
 
     Args:
@@ -346,7 +346,7 @@ def asked_for(kept: Kept, labels: Sequence[str], missing: Mapping[str, int]) -> 
     return replace(kept, dropped=dict(dropped), lost=lost)
 
 
-def yields(stages: Iterable[tuple[str, Kept]]) -> list[Stage]:
+def yields(stages: Iterable[tuple[str, Filtered]]) -> list[Stage]:
     """A funnel's lines from its named steps, in order."""
     return [
         Stage(

@@ -13,7 +13,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.instructions import asked, in_line, one_line, parse_response
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private, well_formed_instructions
+from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private, well_formed_instructions
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote model does not need
@@ -25,7 +25,7 @@ BEYOND = "beyond the most certain"  # as it was told to
 # --- Responses ------------------------------------------------------------------------------------------------------
 
 
-def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Kept:
+def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Filtered:
     """The instructions with the professional's greedy responses in place of any that stood there.
 
     Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
@@ -55,7 +55,7 @@ def _responses(professional: TextModel, instructions: Sequence[str], max_tokens:
 # --- Selection: the instructions that are worth a response ----------------------------------------------------------
 
 
-def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_tokens: int) -> Kept:
+def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_tokens: int) -> Filtered:
     """The instructions that a judge finds good; `none` finds all of them good.
 
     Args:
@@ -74,11 +74,11 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
     if judge == "instruction":
         return judged_by_instruction(professional, instructions)
     if judge == "none":
-        return Kept(instructions, {})
+        return Filtered(instructions, {})
     raise ValueError(f'judge must be "likelihood", "instruction" or "none", got {judge!r}')
 
 
-def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_tokens: int) -> Kept:
+def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_tokens: int) -> Filtered:
     """A judge for base LLMs: the share of the instructions of whose response the professional is most certain.
 
     Certainty is the mean log-likelihood per token of its own greedy response. It is low where an instruction cannot be
@@ -143,7 +143,7 @@ def parse_verdict(answer: str) -> bool | None:
     return words[-1] == "keep" if words else None
 
 
-def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tokens: int = 256) -> Kept:
+def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tokens: int = 256) -> Filtered:
     """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
 
     An answer without a verdict drops its instruction, and is counted apart.

@@ -13,7 +13,7 @@ from fedsynth.instructions import one_line
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.augmentation import OPEN_LINE, check_labels
-from fedsynth.synthesis.curation import Kept, keep_rows, refuse_private
+from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
@@ -69,7 +69,7 @@ def judge_by_instruction(
     domain: str = "the domain that most of them share",
     max_tokens: int = 64,
     seed: int,
-) -> dict[int, Kept]:
+) -> dict[int, Filtered]:
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
     Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
@@ -128,7 +128,7 @@ def judge_by_likelihood(
     margin: float = 0.0,
     rivals: int = 16,
     seed: int = 0,
-) -> dict[int, Kept]:
+) -> dict[int, Filtered]:
     """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
     Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
@@ -169,7 +169,7 @@ def judge_by_likelihood(
         if score == -np.inf:  # of an endpoint that refused it
             lacking[at] = TOO_LONG
 
-    kept: dict[int, Kept] = {}
+    kept: dict[int, Filtered] = {}
     for site in sorted(corpora):
         corpus = corpora[site]
         reasons: list[str | None] = [lacking.get((site, row)) for row in range(len(corpus))]
@@ -200,7 +200,7 @@ def best_of(
     keep: int,
     rivals: int = 16,
     seed: int,
-) -> dict[int, Kept]:
+) -> dict[int, Filtered]:
     """The best of each cluster, by either judge, for all sites at once.
 
     Raises:

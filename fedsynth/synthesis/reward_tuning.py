@@ -20,7 +20,7 @@ from fedsynth.scenario.schema import Tuning
 from fedsynth.synthesis.augmentation import OPEN_LINE
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text
-from fedsynth.training.sft import Guard, perplexity, prefer, tune
+from fedsynth.training.sft import Guard, dpo, perplexity, sft
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
 MEASURED = 200  # labelled texts, at most: each is scored after every label
@@ -177,12 +177,10 @@ def taught(
     codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
     if teaching.update == "likelihood":
         best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
-        loss = tune(model, best, settings, pad=pad, seed=seed, guard=guard, descend=engine.descend)
+        loss = sft(model, best, settings, pad=pad, seed=seed, guard=guard, descend=engine.descend)
     else:
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
-        loss = prefer(
-            model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard, descend=engine.descend
-        )
+        loss = dpo(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard, descend=engine.descend)
     adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
     return Taught(adapter, {**metrics, **learnt, **ability("")})

@@ -13,7 +13,7 @@ from fedsynth.evaluation.fidelity import ifd
 from fedsynth.instructions import ASK, REPLY, asked, of_line, parse_response, record
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import nearest
-from fedsynth.synthesis.curation import Kept, keep_rows, well_formed_instructions
+from fedsynth.synthesis.curation import Filtered, keep_rows, well_formed_instructions
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
@@ -66,7 +66,7 @@ def generate(
 
 def write_instructions(
     llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_tokens: int, seed: int
-) -> Kept:
+) -> Filtered:
     """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
     rng = np.random.default_rng([seed, 0])
     prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]

@@ -105,7 +105,7 @@ def descend(
     return float(np.mean(losses[-math.ceil(len(rows) / settings.batch) :]))
 
 
-def tune(
+def sft(
     model: nn.Module,
     examples: Sequence[Example],
     settings: Tuning,
@@ -148,7 +148,7 @@ def tune(
     return descend(model, np.flatnonzero(share).tolist(), loss, settings, pad=pad, seed=seed, guard=guard)
 
 
-def prefer(
+def dpo(
     model: nn.Module,
     pairs: Sequence[tuple[Example, Example]],
     settings: Tuning,

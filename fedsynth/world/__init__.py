@@ -1,7 +1,7 @@
 """A simulated world of short notes: lexicons, the grammar they are written by, and how to judge them."""
 
 from fedsynth.world.grammar import (
-    Site,
+    SiteStyle,
     Style,
     held_out,
     known_facts,
@@ -38,7 +38,7 @@ __all__ = [
     "Meaning",
     "Quality",
     "Reading",
-    "Site",
+    "SiteStyle",
     "Style",
     "World",
     "answer_of",

@@ -56,7 +56,7 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteStyle:
     """One client's own way of writing and own mix of cases.
 
     Attributes:
@@ -83,7 +83,7 @@ def public_style(world: World, rng: Generator) -> Style:
 
 
 @lru_cache(maxsize=512)
-def site(world: World, index: int) -> Site:
+def site(world: World, index: int) -> SiteStyle:
     """The private site `index` (0 and up); the same at every call.
 
     Raises:
@@ -99,7 +99,7 @@ def site(world: World, index: int) -> Site:
     style = _style(world, rng, markers[index % len(markers)], ends[index % len(ends)], register)
     zipf = np.arange(1, len(world.facts[0]) + 1) ** -0.5
     facts = np.stack([rng.permutation(zipf) for _ in world.labels])
-    return Site(style, rng.dirichlet(np.full(len(world.labels), 4.0)), facts / facts.sum(1, keepdims=True))
+    return SiteStyle(style, rng.dirichlet(np.full(len(world.labels), 4.0)), facts / facts.sum(1, keepdims=True))
 
 
 def private_notes(world: World, site_index: int, count: int, seed: int, *, split: Literal["train", "test"]) -> Corpus:

@@ -22,7 +22,7 @@ from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.scenario.schema import Tuning
 from fedsynth.training.examples import encode_slots
-from fedsynth.training.sft import tune
+from fedsynth.training.sft import sft
 from fedsynth.typed import BadValue
 from fedsynth.world import World, main_facts, public_notes, told_labels
 
@@ -60,7 +60,7 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     start = new_adapter(base, rank=SETTINGS.rank, alpha=SETTINGS.alpha, seed=seed)
     model = with_adapter(base, start)
     before = label_correct(world, model, tokenizer, seed)
-    loss = tune(model, examples, SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
+    loss = sft(model, examples, SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
     adapter = replace(read_adapter(model, start.base), public=True)
     save_adapter(adapter, base, out)
     weights = out / "adapter_model.safetensors"

@@ -214,7 +214,7 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     from fedsynth.federation.messages import Finetune
     from fedsynth.federation.messaging import Clients
     from fedsynth.federation.nodes import nodes_by_home
-    from fedsynth.federation.run.log import Journal
+    from fedsynth.federation.run.log import RunLog
 
     of = cell(size, model, guarantee, precision)
     scenario = of.scenario
@@ -228,7 +228,7 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
 
         def server(grid: Any) -> None:
             homes = scenario.data.clients
-            journal = Journal(of, place, place / "events.jsonl")
+            journal = RunLog(of, place, place / "events.jsonl")
             clients = Clients(grid, nodes_by_home(grid, homes, stack=scenario.stack), of, "simulated", (), journal)
             start = new_adapter(str(model), rank=8, alpha=16.0, seed=0)
             for number in range(scenario_rounds):

@@ -15,11 +15,11 @@ from flwr.serverapp import Grid, ServerApp
 
 import fedsynth
 from fedsynth.data.partition import label_list
-from fedsynth.federation.cached_llm import Recalled
+from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_home
 from fedsynth.federation.run.checkpoint import CHECKPOINTS
 from fedsynth.federation.run.directory import places, prepare
-from fedsynth.federation.run.log import Journal, append_event
+from fedsynth.federation.run.log import RunLog, append_event
 from fedsynth.federation.run.summary import summarize, write_metrics
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.models.adapters import public_adapter
@@ -82,7 +82,7 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
     elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:  # the same: a run goes on
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
-    journals: list[Journal] = []
+    journals: list[RunLog] = []
     for number, cell in enumerate(planned):
         append_event(
             out / "events.jsonl",
@@ -93,8 +93,8 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
     summarize(scenario, out, time.monotonic() - started, journals)
 
 
-def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> Journal:
-    journal = Journal(cell, out, out / "events.jsonl", simulated=deployed is None)
+def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> RunLog:
+    journal = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None)
     if (done := journal.checkpoint.finished()) is not None:
         journal.restore(done)
         return journal
@@ -113,7 +113,7 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
     llm = _llm(models.llm, models.adapter)
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
-    asked, asked_too = Recalled(llm, "llm", journal), Recalled(professional, "professional", journal)
+    asked, asked_too = CachedLLM(llm, "llm", journal), CachedLLM(professional, "professional", journal)
     measures = deployed is None or deployed.measured
     server = ServerSide(cell, labels, asked, asked_too, embed, journal, open_clients, measures)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)

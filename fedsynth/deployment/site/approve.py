@@ -8,7 +8,7 @@ import pwd
 from typing import Any
 
 from fedsynth.clients.approval import Decision
-from fedsynth.clients.audit_log import Trail
+from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
 from fedsynth.deployment.policy import Place
 from fedsynth.federation.messages import ORDERS
@@ -44,7 +44,7 @@ def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
     _stored(place, held)
     by = user()
     # First: no text leaves of which the trail does not say who let it go.
-    Trail(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
+    AuditLog(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
     return place.approvals.decide(held, decision, by)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedsynth.clients.evaluate import answers, evaluate
 from fedsynth.clients.home import Home
-from fedsynth.clients.local_model import Kept, all_kept
+from fedsynth.clients.local_model import LocalModel, all_kept
 from fedsynth.data.tables import load_columns
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.rows import check_rows
@@ -37,7 +37,7 @@ class Measured:
     problem: str = ""
 
 
-def models(place: Place, run: str = "") -> tuple[list[tuple[Path, Kept]], list[str]]:
+def models(place: Place, run: str = "") -> tuple[list[tuple[Path, LocalModel]], list[str]]:
     """The models that runs left, oldest first, and what of them cannot be read.
 
     Args:
@@ -61,7 +61,7 @@ def models(place: Place, run: str = "") -> tuple[list[tuple[Path, Kept]], list[s
     return found, unread
 
 
-def measured(place: Place, folder: Path, kept: Kept) -> Measured:
+def measured(place: Place, folder: Path, kept: LocalModel) -> Measured:
     """A model's figures on the site's test rows; nothing leaves the site."""
     if place.site.data.test is None:
         return Measured(kept.run, kept.learnt, {}, 0)
@@ -73,7 +73,7 @@ def measured(place: Place, folder: Path, kept: Kept) -> Measured:
     return Measured(kept.run, kept.learnt, dict(found.metrics), found.examples)
 
 
-def answer_file(place: Place, folder: Path, kept: Kept, texts: Path, column: str, out: Path) -> int:
+def answer_file(place: Place, folder: Path, kept: LocalModel, texts: Path, column: str, out: Path) -> int:
     """Writes what a model answers to each text of a file: one JSON object a line, with `text` and `answer`.
 
     No CSV: a spreadsheet would take an answer that begins with `=` for a formula, and who taught the model may have
@@ -121,7 +121,7 @@ def answer_file(place: Place, folder: Path, kept: Kept, texts: Path, column: str
     return len(asked)
 
 
-def _home(place: Place, folder: Path, kept: Kept) -> Home:
+def _home(place: Place, folder: Path, kept: LocalModel) -> Home:
     data, own, config = place.site.data, place.site.models, kept.config
     os.environ |= place.cards  # before PyTorch looks for GPUs
     if own.generator:  # the folder may have moved

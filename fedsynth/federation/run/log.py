@@ -27,7 +27,7 @@ COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
 
 
 @dataclass
-class Journal:
+class RunLog:
     """What one cell records: metrics, released corpora, adapters, progress.
 
     Attributes:

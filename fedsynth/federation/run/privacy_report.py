@@ -8,11 +8,11 @@ from fractions import Fraction
 from importlib.metadata import version
 from typing import Any
 
-from fedsynth.federation.run.log import Journal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 
 
-def guarantee_of(journals: Sequence[Journal]) -> str:
+def guarantee_of(journals: Sequence[RunLog]) -> str:
     """ "none" if one client of one seed released anything without a mechanism, or the simulator pooled raw text."""
     pooled = any(j.cell.scenario.data.pooled for j in journals)
     open_ = any(s.guarantee == "none" for j in journals for s in j.statements.values())
@@ -37,7 +37,7 @@ PUBLIC = (
 )
 
 
-def privacy_report(journals: Sequence[Journal]) -> dict[str, Any]:
+def privacy_report(journals: Sequence[RunLog]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(journals)
     measured = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
@@ -60,7 +60,7 @@ def privacy_report(journals: Sequence[Journal]) -> dict[str, Any]:
     return {**head, "largest_over_clients": figures}
 
 
-def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
+def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
     """What the figures of an arm are figures of, in words, and the largest number of units that a client has."""
     client, seen = journals[0].cell.scenario.client, sorted({kind for j in journals for kind in j.released})
     terms: dict[str, Any] = {
@@ -92,7 +92,7 @@ def _terms(journals: Sequence[Journal]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _spent(journals: Sequence[Journal]) -> list[Statement]:
+def _spent(journals: Sequence[RunLog]) -> list[Statement]:
     return [s for j in journals for s in j.statements.values() if s.epsilon is not None]
 
 
@@ -115,7 +115,7 @@ def _plan_of(said: Statement) -> DPPlan:
     )
 
 
-def privacy_line(journals: Sequence[Journal]) -> str:
+def privacy_line(journals: Sequence[RunLog]) -> str:
     """One sentence per arm: adversary, what it sees, the bound and what it covers."""
     if any(j.cell.scenario.data.pooled for j in journals):
         return "no guarantee: the simulator pools raw private text, which no real server could see"
@@ -137,7 +137,7 @@ def privacy_line(journals: Sequence[Journal]) -> str:
     )
 
 
-def _assumptions(journals: Sequence[Journal]) -> str:
+def _assumptions(journals: Sequence[RunLog]) -> str:
     """What a simulator took from private rows where a site would declare it."""
     data = journals[0].cell.scenario.data
     silent = len({(j.cell.seed, home) for j in journals for home, _ in j.silent})

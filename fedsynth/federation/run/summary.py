@@ -9,14 +9,14 @@ from typing import Any
 
 import pandas as pd
 
-from fedsynth.federation.run.log import COLUMNS, SERVER, Journal
+from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
 from fedsynth.scenario.schema import Scenario
 from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import plain
 
 
-def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:
+def write_metrics(out: Path, journals: Sequence[RunLog]) -> pd.DataFrame:
     """The tidy metrics of all cells so far, one row per (arm, seed, round, client, metric)."""
     frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
     part = out / "metrics.parquet.part"
@@ -25,7 +25,7 @@ def write_metrics(out: Path, journals: Sequence[Journal]) -> pd.DataFrame:
     return frame
 
 
-def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[Journal]) -> dict[str, Any]:
+def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[RunLog]) -> dict[str, Any]:
     """Writes metrics.parquet, privacy.json and summary.json; returns the summary that `--json` prints."""
     frame = write_metrics(out, journals)
     arms = list(dict.fromkeys(j.cell.arm for j in journals))
@@ -70,7 +70,7 @@ def missing(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[Journal], tuned_on: set[int]) -> dict[str, Any]:
+def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[RunLog], tuned_on: set[int]) -> dict[str, Any]:
     own = frame[(frame["arm"] == arm) & (frame["client"] != SERVER)]
     last = own[own["round"] == own["round"].max()]
     metrics = {}
