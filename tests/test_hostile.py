@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -151,8 +152,9 @@ def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
     assert three.journal.silent == {(1, 1)}
     (tmp_path / "late").mkdir()
     late = clients(tmp_path / "late", says, quorum=0.5)
-    sent = late._send(dict.fromkeys(range(3), Finetune(START, seed=1)), range(3))
-    late._late = {key: (homes, 1, dict.fromkeys(range(3), Finetune(START, seed=1))) for key, homes in sent.items()}
+    orders = dict.fromkeys(range(3), Finetune(START, seed=1))
+    sent, _ = late._delivery.send(orders, range(3), partial(late._packed, orders))
+    late._late.expect(sent, 1, orders)
     late.close()
     assert {home: said.epsilon for home, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
 

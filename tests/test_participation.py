@@ -214,7 +214,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
         return pull(grid, [key for key in wanted if key not in slow])
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
-    monkeypatch.setattr("fedsynth.federation.messaging.TRIES", 1)
+    monkeypatch.setattr("fedsynth.federation.delivery.worker_retry.TRIES", 1)
     run = play(toml, tmp_path)
     [(home, exchange)] = run.journal.silent
     assert exchange == 1

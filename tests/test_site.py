@@ -23,7 +23,7 @@ from inprocess import canary, embed, play
 from local import LocalGrid
 from scripted import ScriptedLLM
 
-import fedsynth.federation.messaging
+import fedsynth.federation.delivery.site_retry
 from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog, AuditLogCorrupted, entries
@@ -247,8 +247,8 @@ class Deployed:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedsynth.federation.messaging, "ASK_AGAIN_SECONDS", 0.05)
-    monkeypatch.setattr(fedsynth.federation.messaging, "APPROVAL_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.federation.delivery.site_retry, "ASK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(fedsynth.federation.delivery.site_retry, "APPROVAL_SECONDS", 0.05)
 
 
 def test_with_injected_keys_sites_release_what_the_simulation_does(

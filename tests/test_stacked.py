@@ -494,7 +494,7 @@ def test_a_home_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> 
 
 
 def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsynth.federation.messaging.LARGEST_MESSAGE", 1)
+    monkeypatch.setattr("fedsynth.federation.delivery.sending.LARGEST_MESSAGE", 1)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=5, rows=60), 2), tmp_path, nodes=1)
     homes = [[p["fedsynth"]["home"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
     assert homes == [[0, 1], [2, 3], [4]]

@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 
 def replace_the_dead() -> None:
     """From now on the pool of this process gets a new worker for each that died; its message still fails, and the
-    server asks again (`fedsynth.federation.messaging`). Done once, however often it is called."""
+    server asks again (`fedsynth.federation.delivery.worker_retry`). Done once, however often it is called."""
     BasicActorPool.fetch_result_and_return_actor_to_pool = _fetch  # type: ignore[method-assign, assignment]  # on purpose
 
 

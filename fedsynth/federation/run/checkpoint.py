@@ -10,9 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,6 +18,8 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from fedsynth.federation.payload import BadPayload, decode, encode
+from fedsynth.federation.run.exchange_record import ExchangeRecord
+from fedsynth.federation.run.whole_files import write_whole
 from fedsynth.typed import BadValue
 
 T = TypeVar("T")
@@ -52,8 +52,8 @@ class Checkpoint:
         draft = self.folder / ".part"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        _write(draft / STATE, data)
-        _write(draft / RECORD, json.dumps(record).encode())
+        write_whole(draft / STATE, data)
+        write_whole(draft / RECORD, json.dumps(record).encode())
         whole = self._at(round)
         shutil.rmtree(whole, ignore_errors=True)
         draft.rename(whole)
@@ -85,7 +85,7 @@ class Checkpoint:
     def finish(self, record: Mapping[str, Any]) -> None:
         """Keeps the record of a cell that is done, and nothing else of it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / DONE, json.dumps(record).encode())
+        write_whole(self.folder / DONE, json.dumps(record).encode())
         for _, place in self._rounds():
             shutil.rmtree(place, ignore_errors=True)
 
@@ -94,9 +94,9 @@ class Checkpoint:
         path = self.folder / DONE
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def exchange(self, number: int) -> Exchange:
+    def exchange(self, number: int) -> ExchangeRecord:
         """What clients answer in an exchange of the round in progress."""
-        return Exchange(self._at(self.round) / f"exchange-{number}.zip")
+        return ExchangeRecord(self._at(self.round) / f"exchange-{number}.zip")
 
     def said(self, question: Any, ask: Callable[[], T]) -> T:
         """What was said to a question in the round in progress: as kept, or asked now and kept.
@@ -112,7 +112,7 @@ class Checkpoint:
             return kept
         answer = ask()
         if path.parent.is_dir():
-            _write(path, json.dumps(answer).encode())
+            write_whole(path, json.dumps(answer).encode())
         return answer
 
     def _at(self, round: int) -> Path:
@@ -124,62 +124,6 @@ class Checkpoint:
 
 CHECKPOINTS = "checkpoint"  # in a run's directory
 STATE, RECORD, DONE = "state.payload", "record.json", "done.json"
-
-
-class Exchange:
-    """Answers of one exchange, kept as they come, and whole once `close` was called.
-
-    Args:
-        path: Of its file; where its folder does not exist, nothing is kept.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._part, self._asked = path, path.with_suffix(".coming"), path.with_suffix(".asked")
-        self._archive: zipfile.ZipFile | None = None
-        self._facts: dict[str, dict[str, Any]] = {}
-
-    def kept(self, asked: Callable[[], str]) -> list[tuple[int, bytes, dict[str, Any]]] | None:
-        """By home what it answered, and the facts that were kept with it; None if the exchange is not whole.
-
-        Args:
-            asked: Digest of the orders.
-
-        Raises:
-            BadValue: If it was begun with other orders: then the code, or what it reads, is not what it was.
-        """
-        if not self._asked.is_file():
-            return None
-        if self._asked.read_text() != asked():
-            raise BadValue(
-                f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
-                "models or files have changed since; run the scenario anew"
-            )
-        try:
-            with zipfile.ZipFile(self._path) as archive:
-                homes = json.loads(archive.read("head.json"))["homes"]
-                return [(int(home), archive.read(home), facts) for home, facts in homes.items()]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole: clients are asked again
-            return None
-
-    def begin(self, asked: str) -> None:
-        """Keeps the digest of the orders that were sent."""
-        if self._path.parent.is_dir():
-            _write(self._asked, asked.encode())
-
-    def add(self, home: int, answer: bytes, **facts: Any) -> None:
-        """What a home answered (nothing, where the facts say why), and plain JSON to keep with it."""
-        if self._path.parent.is_dir():
-            if self._archive is None:
-                self._archive = zipfile.ZipFile(self._part, "w", zipfile.ZIP_STORED)
-            self._archive.writestr(str(home), answer)
-            self._facts[str(home)] = facts
-
-    def close(self) -> None:
-        """All is there that will come."""
-        if self._archive is not None:
-            self._archive.writestr("head.json", json.dumps({"homes": self._facts}))
-            self._archive.close()
-            self._part.replace(self._path)
 
 
 def _kept(state: object) -> bytes:
@@ -217,12 +161,3 @@ def _alike(one: object, other: object) -> bool:
     if isinstance(one, np.ndarray):
         return np.array_equal(one, cast("np.ndarray", other), equal_nan=True)
     return one == other or one != one
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -1,0 +1,44 @@
+"""Answers that come after their time: they are not used, but what they released is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flwr.app import RecordDict
+
+from fedsynth.federation.delivery.sending import Delivery
+from fedsynth.federation.messages import Order
+
+IN_VAIN = "gave no answer in time"
+
+
+class LateAnswers:
+    """Messages whose time was over, and what still comes to them.
+
+    Args:
+        delivery: The way that they were sent.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+        self._missing: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = {}
+
+    def expect(self, messages: Mapping[str, tuple[int, ...]], exchange: int, orders: Mapping[int, Order[Any]]) -> None:
+        """Remembers messages that are not answered.
+
+        Args:
+            messages: The homes that each is for, by its id.
+            exchange: In which it was sent.
+            orders: Of that exchange, by home.
+        """
+        self._missing |= {message: (homes, exchange, orders) for message, homes in messages.items()}
+
+    def come(self) -> Iterator[tuple[int, int, Order[Any], RecordDict | str]]:
+        """What has come since: home, exchange, order, and the answer, or why there is none."""
+        if not self._missing:
+            return
+        for key, reply in self._delivery.pulled(list(self._missing)):
+            homes, exchange, orders = self._missing.pop(key)
+            for home, content in self._delivery.divided(reply, homes):
+                yield home, exchange, orders[home], content

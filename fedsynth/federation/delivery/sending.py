@@ -1,0 +1,122 @@
+"""Orders as messages to nodes, those of one node together; replies back, divided among the clients that they are of."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
+
+from fedsynth.federation.messages import Order
+from fedsynth.federation.nodes import first_line, nodes_by_name
+from fedsynth.federation.records import joined, parted, payload_bytes
+
+UNUSABLE = "sent an unusable answer"
+LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
+# What Flower raises while it unpacks what a SuperNode made up; of a connection that is gone it raises others.
+UNPACKING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError,
+             struct.error, DecodeError)  # fmt: skip
+
+
+@dataclass
+class Delivery:
+    """The way to the clients of one cell.
+
+    Attributes:
+        grid: Flower's.
+        nodes: Home -> node id.
+        sites: Names of real sites, by home; `nodes` are looked for again at each sending. Empty in a simulation.
+        stack: So many homes in a row train in one pass.
+        since: By home, when the site connected that was sent something.
+    """
+
+    grid: Grid
+    nodes: Mapping[int, int]
+    sites: Sequence[str]
+    stack: int
+    since: dict[int, str] = field(default_factory=dict)
+
+    def send(
+        self, orders: Mapping[int, Order[Any]], homes: Iterable[int], pack: Callable[[int], RecordDict]
+    ) -> tuple[dict[str, tuple[int, ...]], list[int]]:
+        """Sends the orders of these homes, those of one node together: a message costs more than training a very small
+        model.
+
+        Args:
+            orders: By home.
+            homes: Whose are sent.
+            pack: Home -> its order as the content of a message.
+
+        Returns:
+            The homes that each message is for, by its id; and the sites that are not connected now.
+        """
+        sent: dict[str, tuple[int, ...]] = {}
+        absent: list[int] = []
+        if self.sites:
+            found = nodes_by_name(self.grid, self.sites)
+            self.nodes = {home: node for home, (node, _) in found.items()}
+            self.since |= {home: since for home, (_, since) in found.items()}
+        ready: dict[int, dict[int, RecordDict]] = {}
+        sizes: dict[int, int] = {}
+        for home in homes:
+            content = pack(home)
+            size = payload_bytes(content)
+            if self.sites and home not in self.nodes:
+                absent.append(home)
+                continue
+            node = self.nodes[home]
+            # Never within a stack: who trains together must not depend on who else is on the node.
+            if (
+                ready.get(node)
+                and sizes[node] + size > LARGEST_MESSAGE
+                and home // self.stack != next(reversed(ready[node])) // self.stack
+            ):
+                sent |= self._push(orders, node, ready.pop(node))
+            ready.setdefault(node, {})[home] = content
+            sizes[node] = size + (sizes[node] if len(ready[node]) > 1 else 0)
+        for node, contents in ready.items():
+            sent |= self._push(orders, node, contents)
+        return sent, absent
+
+    def _push(
+        self, orders: Mapping[int, Order[Any]], node: int, contents: Mapping[int, RecordDict]
+    ) -> dict[str, tuple[int, ...]]:
+        task = orders[next(iter(contents))].task
+        message = Message(joined(list(contents.values())), message_type=task, dst_node_id=node)
+        [key] = self.grid.push_messages([message])
+        return {str(key): tuple(contents)}
+
+    def pulled(self, keys: Sequence[str]) -> Iterator[tuple[str, Message | None]]:
+        """Replies to messages that are there now; None for one that cannot even be unpacked.
+
+        Those of sites are asked for one by one: Flower unpacks all that it is asked for together, and hands out none
+        if one cannot be. And which message a reply is to is what was asked for, not what a site writes into it.
+        """
+        if not self.sites:
+            for reply in self.grid.pull_messages(keys):
+                yield reply.metadata.reply_to_message_id, reply
+            return
+        for key in keys:
+            try:
+                replies = list(self.grid.pull_messages([key]))
+            except UNPACKING:
+                yield key, None
+            else:
+                yield from ((key, reply) for reply in replies[:1])
+
+    def divided(self, reply: Message | None, homes: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
+        """Each home's part of a reply, or why there is none."""
+        if reply is None:
+            return [(home, f"{UNUSABLE}: its message cannot be read") for home in homes]
+        if reply.has_error():
+            # Whatever stands there of a real site, the site wrote it.
+            why = f"Flower's error {reply.error.code}" if self.sites else first_line(reply)
+            return [(home, f"its worker failed: {why}") for home in homes]
+        parts = parted(reply.content)
+        if len(parts) != len(homes):
+            return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
+        return zip(homes, parts, strict=True)

@@ -1,0 +1,107 @@
+"""Sites are asked again that are not connected, cannot be reached, were started anew, or wait for a person there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+
+from fedsynth.federation.delivery.sending import Delivery
+from fedsynth.federation.messages import Code, Refused
+from fedsynth.federation.nodes import nodes_by_name
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import unpacked
+from fedsynth.typed import BadValue
+
+ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached
+APPROVAL_SECONDS = 30.0  # a site whose answer waits for a person
+NOT_ASKED = "was never connected"
+WAITS = "its answer waits for approval there"
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Why a site is asked once more, and when."""
+
+    why: str
+    when: float = field(default_factory=lambda: time.monotonic() + ASK_AGAIN_SECONDS)
+
+
+class SiteRetry:
+    """The sites of one exchange that are to be asked again; none in a simulation.
+
+    Args:
+        delivery: The way to them.
+        tell: Gets a line for each site at which somebody is to act.
+    """
+
+    def __init__(self, delivery: Delivery, tell: Callable[[str], None]) -> None:
+        self._delivery, self._tell = delivery, tell
+        self._again: dict[int, _Again] = {}
+        self._reached: set[int] = set()
+        self._reasons: dict[int, str] = {}  # by home: what it said last in place of an answer
+        self._looked = time.monotonic()
+
+    def __bool__(self) -> bool:
+        return bool(self._again)
+
+    def sent(self, messages: Mapping[str, tuple[int, ...]], absent: Iterable[int]) -> None:
+        """What came of a sending: the homes of its messages, and the sites that were not connected."""
+        self._reached.update(home for homes in messages.values() for home in homes)
+        self._again |= {home: _Again("it was not connected") for home in absent}
+
+    def postponed(self, home: int, reply: Message | None) -> bool:
+        """Whether a site's reply is no answer yet, so that it is to be asked again."""
+        if not self._delivery.sites or reply is None or (why := _why_later(reply)) is None:
+            return False
+        seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
+        self._again[home] = _Again(why, time.monotonic() + seconds)
+        if self._reasons.get(home) != why:  # for whoever watches: somebody is to act there
+            self._tell(f"site {self._delivery.sites[home]!r}: {why}")
+        self._reasons[home] = why
+        return True
+
+    def look(self, waiting: dict[str, tuple[int, ...]]) -> None:
+        """Takes out of `waiting`, now and then, whom nobody works for: a site that connected anew, as after a crash,
+        has forgotten what it was asked, and the SuperLink does not say so."""
+        if not self._delivery.sites or time.monotonic() - self._looked <= ASK_AGAIN_SECONDS:
+            return
+        now, since = nodes_by_name(self._delivery.grid, self._delivery.sites), self._delivery.since
+        lost = [key for key, (home, *_) in waiting.items() if home in now and now[home][1] != since.get(home)]
+        self._again |= {waiting.pop(key)[0]: _Again("it was started anew", time.monotonic()) for key in lost}
+        self._looked = time.monotonic()
+
+    def due(self) -> list[int]:
+        """Takes out the sites whose time to be asked again has come."""
+        due = [home for home, again in self._again.items() if again.when <= time.monotonic()]
+        for home in due:
+            del self._again[home]
+        return due
+
+    def in_vain(self, waiting: Iterable[int], late: str) -> dict[int, str]:
+        """When the time is over: by home, why there is no answer.
+
+        Args:
+            waiting: Homes that were asked, and whose answer did not come.
+            late: What is said of them.
+        """
+        found = {home: f"{late}: {self._reasons[home]}" if home in self._reasons else late for home in waiting}
+        for home, again in self._again.items():
+            found[home] = f"{late}: {again.why}" if home in self._reached else NOT_ASKED
+        return found
+
+
+def _why_later(reply: Message) -> str | None:
+    """Why a site is to be asked once more; None if what it says is an answer."""
+    if reply.has_error():
+        gone = reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+        return "it could not be reached" if gone else None
+    try:
+        payload, refused, _ = unpacked(reply.content)
+        waits = refused and decode(payload, Refused).code is Code.AWAITS_APPROVAL
+    except BadValue:
+        return None
+    return WAITS if waits else None
