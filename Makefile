@@ -6,13 +6,16 @@ READY := .venv/.ready
 # Two at once, the files of tests/conftest.py's PROCESSES one after the other: on two cores more is slower.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: run test slow deployment check bench docs .venv
+.PHONY: run test slow deployment check bench docs unit .venv
 
 run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
 
 test: $(READY)
 	@$(TESTS)
+
+unit: $(READY)  ## what starts no process: under a minute on two cores
+	@$(TESTS) -m unit
 
 slow: $(READY)  ## what takes too long for `make test`, but for the deployments
 	@$(TESTS) -m "full and not deployment" --timeout 600

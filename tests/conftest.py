@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,47 @@ PROCESSES = (
     "test_faults.py",
 )
 
+# Files that `make unit` runs: each takes a few seconds, and none of their tests starts a process.
+UNIT = (
+    "comparing", "corpus", "csv_faults", "encoding", "evaluation", "filter", "grids", "instructions",
+    "layers", "lora", "mentor", "ngram", "noise", "older_ledgers", "options", "peft_adapters", "plan", "reasons",
+    "records", "release", "rouge", "scenario", "tables", "text_scores", "trackers", "typed", "wire",
+)  # fmt: skip
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
+_running: list[str] = []  # the unit test that runs
+
+
+def _refuse(event: str, arguments: object) -> None:
+    if _running and event in STARTS:
+        raise RuntimeError(f"{_running[0]} is a unit test, and starts a process ({event}: {arguments})")
+
+
+sys.addaudithook(_refuse)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m unit` does not even import the other files."""
+    name = collection_path.stem.removeprefix("test_")
+    return (config.option.markexpr == "unit" and collection_path.suffix == ".py" and name not in UNIT) or None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A unit test that starts a process fails, in its fixtures, too."""
+    if item.get_closest_marker("unit"):
+        _running.append(item.nodeid)
+    try:
+        return (yield)
+    finally:
+        _running.clear()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest first."""
+    """Puts the longest first, and marks those of UNIT."""
     items.sort(key=lambda item: item.path.name not in PROCESSES)  # stable: the order within a file stays
+    for item in items:
+        if item.path.stem.removeprefix("test_") in UNIT and not item.get_closest_marker("full"):
+            item.add_marker(pytest.mark.unit)
 
 
 class ByFile(LoadScopeScheduling):

@@ -29,7 +29,7 @@ def test_a_model_that_knows_all_records_gives_all_of_them_back() -> None:
     found = extraction(llm, SECRETS)
     assert (found.rouge_l, found.low, found.high, found.records) == (1.0, 1.0, 1.0, 4)
     assert found.recovered is None
-    assert llm.settings[0]["temperature"] == 0.0
+    assert llm.settings[0][0].temperature == 0.0
 
 
 def test_a_model_that_knows_nothing_gives_nothing_back() -> None:

@@ -306,7 +306,7 @@ def test_demonstrations_are_random_local_records_as_lines() -> None:
         assert set(shown) <= known
     assert len(set(asking)) == 12
     assert all(prompt.endswith(REPLY) and len(prompt.split("\n")) == 5 for prompt in answering)
-    assert {s["temperature"] for s in llm.settings} == {0.0}
+    assert {sampling.temperature for sampling, _ in llm.settings} == {0.0}
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ def test_a_response_is_asked_for_by_the_beginning_of_a_record_and_read_up_to_the
     llm = ScriptedLLM(answer=lambda prompt: " heart ; angina\n question: another answer: no")
     kept = respond(llm, written("pain\nin chest"), 24)
     assert llm.completed == [["question: pain ␊ in chest answer:"]]
-    assert llm.settings[0]["temperature"] == 0
-    assert llm.settings[0]["max_tokens"] == 24
+    assert llm.settings[0][0].temperature == 0
+    assert llm.settings[0][0].max_new_tokens == 24
     assert kept.corpus.answers == ("heart ; angina",)
 
 

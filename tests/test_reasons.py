@@ -1,8 +1,9 @@
-"""A comment that silences a checker says why, and only tables keep a shape of their own."""
+"""What silences a checker says why, only tables keep a shape of their own, and unit tests start no process."""
 
 import ast
 import io
 import re
+import subprocess
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +74,8 @@ def test_a_call_is_no_table() -> None:
     assert without_table("x = [1, 2, 3, 4,\n    5, 6, 7, 8]  # fmt: skip\n") == []
     assert without_table("x = [1, 2, 3]  # fmt: skip\n") == [1]
     assert without_table("# fmt: off\nx = 1\n") == [1]
+
+
+def test_a_unit_test_starts_no_process() -> None:
+    with pytest.raises(RuntimeError, match=r"test_a_unit_test_starts_no_process is a unit test, and starts a process"):
+        subprocess.run(["true"], check=True)

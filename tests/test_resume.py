@@ -21,6 +21,7 @@ from fedsynth.federation.messages import Finetune, Finetuned
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.payload import decode, encode
 from fedsynth.federation.run.checkpoint import Checkpoint
+from fedsynth.federation.run.exchange_record import Heard
 from fedsynth.federation.run.log import RunLog
 from fedsynth.lora import Adapter
 from fedsynth.scenario.toml import cells, from_toml
@@ -215,16 +216,16 @@ def test_answers_are_whole_or_not_there(tmp_path: Path) -> None:
     kept.save(0, State(), {})
     half = kept.exchange(1)
     half.begin("digest")
-    half.add(0, b"one", down=1)
+    half.keep(0, Heard(payload=b"one"), down=1)
     assert kept.exchange(1).kept(lambda: "digest") is None
     whole = kept.exchange(1)
-    whole.add(3, b"three", down=1)
-    whole.add(0, b"", down=2, why="refused")
+    whole.keep(3, Heard(payload=b"three", size=5), down=1)
+    whole.keep(0, Heard(why="refused", size=7), down=2)
     whole.begin("digest")
     whole.close()
     assert kept.exchange(1).kept(lambda: "digest") == [
-        (3, b"three", {"down": 1}),
-        (0, b"", {"down": 2, "why": "refused"}),
+        (3, Heard(payload=b"three", size=5), 1),
+        (0, Heard(why="refused", size=7), 2),
     ]
     kept.save(1, State(1), {})
     assert kept.exchange(1).kept(lambda: "digest") is None  # another round's

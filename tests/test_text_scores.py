@@ -115,6 +115,6 @@ def test_the_llm_judge_asks_in_both_orders_in_two_greedy_calls() -> None:
     found = pairwise(llm_judge(llm), ["p", "q", "r", "s"], ["good\nline", "bad", "x", "odd"], ["bad", "good", "x", "x"])
     assert found == Pairwise(win=1, tie=1, lose=1, unreadable=1)
     assert [len(prompts) for prompts in llm.completed] == [4, 4]
-    assert {settings["temperature"] for settings in llm.settings} == {0.0}
+    assert {sampling.temperature for sampling, _ in llm.settings} == {0.0}
     assert llm.completed[0][0] == compare_prompt("p", "good line", "bad")
     assert llm.completed[1][0] == compare_prompt("p", "bad", "good line")

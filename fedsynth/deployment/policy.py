@@ -109,7 +109,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class ClientData:
+class SiteConfig:
     """What site.toml says.
 
     Attributes:
@@ -149,7 +149,7 @@ class ClientData:
 class Place:
     """A site's file and its folder, in which all relative paths of the file lie."""
 
-    site: ClientData
+    site: SiteConfig
     folder: Path
 
     @property
@@ -244,4 +244,4 @@ def load_site(path: Path) -> Place:
     """
     file = path / "site.toml" if path.is_dir() else path
     with toml_file(file, "make one with `fedsynth site init`") as table:
-        return Place(build(ClientData, table), file.absolute().parent)
+        return Place(build(SiteConfig, table), file.absolute().parent)
