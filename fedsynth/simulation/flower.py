@@ -133,10 +133,12 @@ class Commands:
     def close(self) -> None:
         """Ends it."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.kill()
         self.process.wait()
+        self.process.stdout.close()
 
     def __enter__(self) -> Commands:
         return self
