@@ -1,4 +1,4 @@
-"""The command `fedsynth`."""
+"""The command `fedsynth`: its options, and the tables and sentences that it prints."""
 
 from __future__ import annotations
 

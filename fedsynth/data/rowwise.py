@@ -1,4 +1,4 @@
-"""A file or a query's result, row by row and cell by cell: what cannot be read changes nothing of what can.
+"""Cells of a file or a query as text, each by itself, whatever its type; one that cannot be read changes no other.
 
 A table's loader (fedsynth.data.tables) refuses a file for one bad byte, and takes a column's type from all of its
 cells. Here a cell that cannot be read is `Lost`, its row stays in its place, and the next is read as if nothing were

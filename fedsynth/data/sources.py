@@ -1,4 +1,4 @@
-"""A site's own rows: read from a file beside its site.toml, or by a query to its database; and laid out as units."""
+"""A site's own rows as its site.toml declares them: fetched from a file or a database, and laid out as units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that note what per-example gradients are made of, in place of adding gradients up over the batch.
+"""Layers that record the parts of per-example gradients; a precision below float32 is refused.
 
 A linear layer's gradient of example n is g_n^T x_n, of its input x_n and the gradient g_n of its output: both are at
 hand in one backward pass (book-keeping, Bu et al. 2022, arXiv 2210.00038). Small ones are multiplied out at once; of

@@ -1,4 +1,4 @@
-"""What a server checks of an answer, and a client of an order, before using it."""
+"""Checks before use: of an answer at the server, of an order at a client, of a scenario's settings at both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedsynth check`: what a planned run will spend, send, hold and take, and what of it will not fit."""
+"""`fedsynth check`: the figures of what a planned run will spend, send, hold and take, and what will not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: dots with intervals, bars, lines over rounds, scatter plots.
+"""Drawings as inline SVG: dots with intervals, bars, lines over rounds, scatter plots.
 
 Series differ in shape and dash as well as in colour. Colours are variables of the page (`var(--s1)` ...), so that
 light, dark and print need no second figure. Every mark carries the row of the table that its number stands in.

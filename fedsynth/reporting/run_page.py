@@ -1,4 +1,4 @@
-"""The page of a run's report, made of the report's tree alone."""
+"""The page of a run's report, section by section, made of the report's tree alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every figure of a report as one row of a table: means, intervals, differences, funnels, costs, privacy."""
+"""Every number of a report as one row of a table: means, intervals, differences, funnels, costs, privacy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One experiment as typed, frozen, checked data."""
+"""One experiment as typed, frozen, checked data: each key of a scenario is a field here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Orders whose worker died are sent again, a few times and in smaller messages."""
+"""Orders whose worker died are sent again, up to `TRIES` times and in smaller messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 
 from flwr.app import Message
 
-TRIES = 3  # to get an order answered by a client whose worker dies
+TRIES = 3  # to get an order answered by a client whose worker dies; docs/running.md and deployment/faults.md say so
 
 
 class WorkerRetry:
