@@ -6,10 +6,12 @@ import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from fedsynth.clients.home import Home
 from fedsynth.models.hub import weights_hash
 from fedsynth.scenario.schema import Client
+from fedsynth.scenario.toml import without_removed
 from fedsynth.typed import build, plain
 
 FACTS = "model.json"  # beside the weights
@@ -54,7 +56,14 @@ def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:
     found, unread = [], []
     for path in (state / "runs").glob(f"*/*/*/{FACTS}"):
         try:
-            found.append((path.parent, build(LocalModel, json.loads(path.read_text(encoding="utf-8")))))
+            found.append((path.parent, _read(json.loads(path.read_text(encoding="utf-8")))))
         except (ValueError, OSError) as problem:  # BadValue is one
             unread.append(f"{path}: {problem}")
     return sorted(found, key=lambda each: each[1].learnt), unread
+
+
+def _read(facts: Any) -> LocalModel:
+    """What was written down, also by an earlier version."""
+    if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
+        facts = {**facts, "config": without_removed({"client": facts["config"]})["client"]}
+    return build(LocalModel, facts)

@@ -123,9 +123,13 @@ def test_private_text_is_never_shown() -> None:
     llm = ScriptedLLM()
     with pytest.raises(ValueError, match="private"):
         respond(llm, private, 8)
-    for judge in ("likelihood", "instruction", "none"):
+    for judge in ("likelihood", "instruction"):
         with pytest.raises(ValueError, match="private"):
             judged(llm, private, judge, 1.0, 8)
+    with pytest.raises(ValueError, match="private"):
+        judged_by_likelihood(llm, private, 1.0, 8)
+    with pytest.raises(ValueError, match="private"):
+        judged_by_instruction(llm, private)
     assert llm.completed == []
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
@@ -131,6 +133,20 @@ def test_a_set_that_is_no_toml_key_is_refused(file: Path) -> None:
         load(file, ["a b=1"])
 
 
+def test_what_an_earlier_version_wrote_where_nobody_had_set_it_is_read(file: Path) -> None:
+    text = to_toml(load(file))
+    tree = tomllib.loads(text)
+    tree["client"]["task_training"]["continued_rate"] = 1.0
+    tree.setdefault("participation", {})["speed_tiers"] = []
+    tree["arms"] = {"old": {"client": {"task_training": {"continued_rate": 1.0}}}}
+    read = from_toml(tomli_w.dumps(tree))
+    assert replace(read, arms={}) == replace(from_toml(text), arms={})
+    assert "continued_rate" not in to_toml(read)
+    tree["arms"]["old"]["client"]["task_training"]["continued_rate"] = 0.5
+    with pytest.raises(BadValue, match=r"continued_rate is gone"):
+        from_toml(tomli_w.dumps(tree))
+
+
 def test_toml_comes_back(file: Path) -> None:
     scenario = load(file)
     assert from_toml(to_toml(scenario)) == scenario
@@ -189,9 +205,15 @@ def test_misspelt_options_of_a_strategy_are_found_when_it_is_loaded(file: Path) 
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("client.task_training.continued_rate=0.5", r"unknown key 'continued_rate' in \[client.task_training\]"),
+        (
+            "client.task_training.continued_rate=0.5",
+            r"task_training\.continued_rate is gone: a task model",
+        ),
         ("participation.deadline=3.0", r"unknown key 'deadline' in \[participation\]"),
-        ("participation.speed_tiers=[[1.0, 2.0]]", r"unknown key 'speed_tiers' in \[participation\]"),
+        (
+            "participation.speed_tiers=[[1.0, 2.0]]",
+            r"participation\.speed_tiers is gone: participation\.dropout",
+        ),
         ("strategy.share_adapters=true", r"unknown key 'share_adapters' in \[strategy\]"),
     ],
 )

@@ -369,6 +369,10 @@ def test_a_model_that_cannot_be_used_says_why_and_hides_no_other(left: Place, tm
     [*_, last], unread = models(left)
     assert measured(left, other, last[1]).problem == "evaluate was asked before learn"
     assert not unread
+    facts = json.loads((folder / "model.json").read_text())
+    facts["config"]["task_training"]["continued_rate"] = 1.0  # as an earlier version wrote
+    (other / "model.json").write_text(json.dumps(facts))
+    assert (len(models(left)[0]), models(left)[1]) == (2, [])
     (other / "model.json").write_text("{")
     [(same, _)], [said] = models(left)
     assert same == folder

@@ -57,7 +57,15 @@ from fedsynth.federation.records import (
     unpack_answer,
     unpack_order,
 )
-from fedsynth.federation.validation import MAX_SAMPLES, MAX_TEXT, MAX_TOKENS, Rejected, check_answer, check_order
+from fedsynth.federation.validation import (
+    CHECKED,
+    MAX_SAMPLES,
+    MAX_TEXT,
+    MAX_TOKENS,
+    Rejected,
+    check_answer,
+    check_order,
+)
 from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import BudgetExhausted, Ledger
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
@@ -720,6 +728,17 @@ def test_a_client_caps_every_adapter_of_an_order(change: dict[str, Any], said: s
         name = "start" if isinstance(order, Finetune | SelfTrain) else "adapter"
         with pytest.raises(Rejected, match=said):
             check_order(replace(order, **{name: replace(SENT, **change)}), LABELS)
+
+
+@dataclass(frozen=True)
+class Unheard(Order[Scores]):
+    """An order that nobody wrote a check for."""
+
+
+def test_an_order_without_a_check_is_refused() -> None:
+    assert set(CHECKED) == set(tasks.ORDERS)
+    with pytest.raises(Rejected, match="an order Unheard has no check"):
+        check_order(Unheard(), LABELS)
 
 
 def test_text_and_records_have_caps() -> None:

@@ -79,8 +79,8 @@ class Clients:
     def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
         """One order per home, together; typed answers by home, in order of homes.
 
-        Homes that the scenario's `participation` takes away give none: who is absent is not asked, who drops out or is
-        late has answered in vain. What those released counts.
+        Homes that the scenario's `participation` takes away give none: an absent one is not asked, one that drops out
+        has answered in vain. What those released counts.
 
         Raises:
             TooFewReplies: If fewer homes than the quorum give a usable answer in time.

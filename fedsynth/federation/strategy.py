@@ -216,7 +216,10 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
     options = dict(choice.options)
     for old, new in _renamed(found, choice).items():
         if new in options:
-            raise BadValue(f"strategy.{old} is the old name of strategy.{new}: give the new one alone")
+            raise BadValue(
+                f"strategy.{old} is the old name of strategy.{new}: give the new one alone "
+                "(one may stand in the file, the other in an arm or in --set)"
+            )
         options[new] = options.pop(old)
     return found, build(found.config_class, options, "strategy")
 

@@ -69,6 +69,9 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
 
+CHECKED = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)  # by `check_order`
+
+
 class Rejected(ValueError):
     """An order or answer that does not keep to what was agreed. The message repeats no text of it."""
 
@@ -78,8 +81,10 @@ def check_order(order: Order[Any], labels: Sequence[str]) -> None:
     more than any site could do.
 
     Raises:
-        Rejected: With the value and the range.
+        Rejected: With the value and the range; or an order of which nothing is checked here.
     """
+    if not isinstance(order, CHECKED):
+        raise Rejected(f"an order {type(order).__name__} has no check: `check_order` must say what it may ask for")
     if isinstance(order, Synthesize):
         _within("per_label", order.per_label, 1, MAX_SAMPLES)
         _within("number of texts", order.per_label * len(labels), 0, MAX_TEXTS)

@@ -238,7 +238,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     Args:
         cell: Arm, seed, resolved scenario.
         folder: For what a run would write; new or empty.
-        lengths: Of dummy text (`probe.typical_lengths`).
+        lengths: Of dummy text (`profiling.typical_lengths`).
         known: Models that this process has loaded already, and what they were found to take; filled.
     """
     one_thread()  # as a server app is started

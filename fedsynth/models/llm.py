@@ -31,7 +31,7 @@ RANKED = (
 
 
 class TextModel(Protocol):
-    """What the teacher needs of an LLM, wherever it runs."""
+    """What augmentation and judges need of an LLM, wherever it runs."""
 
     def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One continuation per prompt, in order."""

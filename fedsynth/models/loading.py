@@ -1,4 +1,4 @@
-"""Models by role: load one, attach LoRA, read and write adapters and weights."""
+"""Models by role, loaded by their kind; their weights read and written; the device that they work on."""
 
 from __future__ import annotations
 

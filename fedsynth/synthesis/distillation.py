@@ -66,9 +66,8 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
         max_tokens: `likelihood`: as there.
 
     Raises:
-        ValueError: If the corpus is private, or an argument is out of range.
+        ValueError: If a judge is to read a private corpus, or an argument is out of range.
     """
-    refuse_private(instructions)
     if judge == "likelihood":
         return judged_by_likelihood(professional, instructions, share, max_tokens)
     if judge == "instruction":
@@ -92,8 +91,9 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
         max_tokens: Of a response.
 
     Raises:
-        ValueError: If the share lies outside its range.
+        ValueError: If the corpus is private, or the share lies outside its range.
     """
+    refuse_private(instructions)
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     questions = [asked(prompt) for prompt in instructions.prompts]
@@ -147,7 +147,11 @@ def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tok
     """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
 
     An answer without a verdict drops its instruction, and is counted apart.
+
+    Raises:
+        ValueError: If the corpus is private.
     """
+    refuse_private(instructions)
     prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
     reasons = misfits(professional, prompts, max_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]

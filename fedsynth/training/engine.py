@@ -47,5 +47,5 @@ class Engine:
         seed: int,
         guard: Guard | None,
     ) -> float:
-        """The optimizer's steps of `tune` and `prefer`; see `fedsynth.training.sft.descend`."""
+        """The optimizer's steps of `sft` and `dpo`; see `fedsynth.training.sft.descend`."""
         return descend(model, rows, loss_of, settings, pad=pad, seed=seed, guard=guard)

@@ -138,7 +138,7 @@ def sft(
     """
     share = np.ones(len(examples)) if weights is None else np.asarray(weights, np.float64)
     if len(share) != len(examples) or not np.isfinite(share).all() or (share < 0).any():
-        raise ValueError(f"tune needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
+        raise ValueError(f"sft needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
 
     def loss(batch: list[int]) -> Tensor:
         each = next_token_losses(model, [examples[i] for i in batch], pad)
@@ -164,7 +164,7 @@ def dpo(
     Args:
         model: With an adapter; as it is now it is the reference.
         pairs: Preferred and rejected text, after the same prompt.
-        settings: As in `tune`; a batch holds pairs.
+        settings: As in `sft`; a batch holds pairs.
         beta: How strongly the reference holds: POPri 0.01, up to 0.1.
         pad: Token that fills a batch.
         seed: Public; of the order.

@@ -30,6 +30,7 @@ from fedsynth.evaluation.attack import exposure, extraction
 from fedsynth.instructions import REPLY, asked
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.world import World, load_world, secret_of
@@ -65,10 +66,11 @@ class Attacked:
             rows.setdefault(self.owners[prompt.partition(REPLY)[0]], []).append(row)
         return rows
 
-    def complete(self, prompts: Sequence[str], **options: Any) -> list[str]:
+    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         found = [""] * len(prompts)
         for owner, rows in self._by_owner(prompts).items():
-            for row, text in zip(rows, self.models[owner].complete([prompts[i] for i in rows], **options), strict=True):
+            texts = self.models[owner].complete([prompts[i] for i in rows], sampling, seed=seed)
+            for row, text in zip(rows, texts, strict=True):
                 found[row] = text
         return found
 
