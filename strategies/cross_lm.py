@@ -13,6 +13,7 @@ from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.messages import Learn, Score
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter, digest_of
 from fedsynth.models.llm import TextModel
 from fedsynth.models.sampling import SamplingParams
@@ -92,7 +93,9 @@ class CrossLM(RoundStrategy[State]):
             sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
             seed=self.seed("write"),
         )[0]
-        formed = well_formed(raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences)
+        formed = well_formed(
+            raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT
+        )
         formed = asked_for(formed, self.server.labels[: c.written], raw.dropped)
         unique = deduplicate(formed.corpus)
         for stage in yields([("written", formed), ("written_unique", unique)]):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Learn, Synthesize
 from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
@@ -161,6 +162,7 @@ class FDKT(RoundStrategy[State]):
             labels=self.server.labels,
             min_words=self.config.min_words,
             sentences=self.config.sentences,
+            longest=MAX_TEXT,
         )
         unique = deduplicate(formed.corpus)
         self._note(home, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])

@@ -13,6 +13,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import Adopt, Finetune
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter, completed
 from fedsynth.models.adapters import new_adapter
 from fedsynth.models.sampling import SamplingParams
@@ -97,7 +98,7 @@ class KnowledgeSG(RoundStrategy[State]):
             how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens)
             raw = write(server.engine, base, writer, c.written, how, seed=self.seed("write", owner))
 
-        formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences)
+        formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT)
         fresh = novel(formed.corpus, c.novelty)
         good = judged(professional, fresh.corpus, c.judge, c.judge_share, c.response_tokens)
         few = at_most(good.corpus, c.pairs)

@@ -47,12 +47,13 @@ def test_texts_are_stripped_of_the_edges_that_fdkt_names() -> None:
 def test_a_text_that_no_client_would_take_is_dropped_and_counted() -> None:
     fits, over = "x " * (MAX_TEXT // 2 - 1) + "xx", "x " * (MAX_TEXT // 2) + "x"
     assert len(fits) == MAX_TEXT < len(over)
-    kept = well_formed(notes((over, "a"), (fits, "a")), labels=["a"], min_words=1)
+    kept = well_formed(notes((over, "a"), (fits, "a")), labels=["a"], min_words=1, longest=MAX_TEXT)
     assert (kept.corpus.prompts, kept.dropped) == ((fits,), {"too long": 1})
+    assert well_formed(notes((over, "a")), labels=["a"], min_words=1).dropped == {}  # by its form it may stay
     check_order(Learn(1, kept.corpus), ["a"])
     with pytest.raises(Rejected, match="characters"):
         check_order(Learn(1, notes((over, "a"))), ["a"])
-    pairs = well_formed_instructions(Corpus((over, "a", "a"), ("b", over, fits), Provenance.PUBLIC))
+    pairs = well_formed_instructions(Corpus((over, "a", "a"), ("b", over, fits), Provenance.PUBLIC), longest=MAX_TEXT)
     assert (pairs.corpus.answers, pairs.dropped) == ((fits,), {"too long": 2})
 
 

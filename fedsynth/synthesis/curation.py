@@ -14,7 +14,6 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from fedsynth.corpus import Corpus, Provenance, same
-from fedsynth.limits import MAX_TEXT
 from fedsynth.rouge import nearest, words
 from fedsynth.synthesis.sentences import code_or_markup
 
@@ -82,7 +81,13 @@ def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Filtered:
 
 
 def well_formed(
-    corpus: Corpus, *, labels: Sequence[str], min_words: int, max_words: int | None = None, sentences: bool = False
+    corpus: Corpus,
+    *,
+    labels: Sequence[str],
+    min_words: int,
+    max_words: int | None = None,
+    sentences: bool = False,
+    longest: int | None = None,
 ) -> Filtered:
     """Texts that could be private ones of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
 
@@ -92,8 +97,9 @@ def well_formed(
         corpus: Texts and their class names.
         labels: The public ones; other answers are dropped.
         min_words: As `fedsynth.rouge.words` counts them; a text of signs alone, as an emoji, counts as one. FDKT: 10.
-        max_words: None for no limit but that of a text's characters (`limits.MAX_TEXT`).
+        max_words: None for no limit.
         sentences: Drop what looks like code, JSON or markup (`fedsynth.synthesis.sentences`).
+        longest: Characters; None for no limit. No client takes an order with a text of more than `limits.MAX_TEXT`.
 
     Raises:
         ValueError: If the corpus is private.
@@ -104,7 +110,7 @@ def well_formed(
     def reason(text: str, label: str) -> str | None:
         if label not in known:
             return "unknown label"
-        if len(text) > MAX_TEXT:  # no client would take an order with it
+        if longest is not None and len(text) > longest:
             return "too long"
         if (broken := _broken(text)) is not None:
             return broken
@@ -264,7 +270,7 @@ def _shares(sizes: Sequence[int], wanted: int) -> list[int]:
 
 
 def well_formed_instructions(
-    corpus: Corpus, *, min_words: int = 1, answered: bool = False, sentences: bool = False
+    corpus: Corpus, *, min_words: int = 1, answered: bool = False, sentences: bool = False, longest: int | None = None
 ) -> Filtered:
     """Instructions, and the responses that some have, that people could have written.
 
@@ -273,6 +279,7 @@ def well_formed_instructions(
         min_words: Of an instruction, as in `well_formed`; an empty one is always dropped.
         answered: Drop instructions without a response.
         sentences: Drop what looks like code, JSON or markup (`fedsynth.synthesis.sentences`).
+        longest: Characters of either, as in `well_formed`.
 
     Raises:
         ValueError: If the corpus is private.
@@ -280,7 +287,7 @@ def well_formed_instructions(
     refuse_private(corpus)
 
     def reason(prompt: str, answer: str) -> str | None:
-        if max(len(prompt), len(answer)) > MAX_TEXT:
+        if longest is not None and max(len(prompt), len(answer)) > longest:
             return "too long"
         if (broken := _broken(prompt) or _broken(answer)) is not None:
             return broken

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import asked, in_line, one_line, parse_response
+from fedsynth.limits import MAX_TEXT
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private, well_formed_instructions
@@ -42,7 +43,7 @@ def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> F
     refuse_private(instructions)
     short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_tokens))
     answers = tuple(_responses(professional, short.corpus.prompts, max_tokens))
-    found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True)
+    found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True, longest=MAX_TEXT)
     return replace(found, dropped=dict(Counter(short.dropped) + Counter(found.dropped)))
 
 
