@@ -10,6 +10,9 @@ import pytest
 from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation.messages import Learn
+from fedsynth.federation.validation import check_order
+from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.fdkt import FDKT
 from fedsynth.strategies.options import FDKTOptions
@@ -562,6 +565,18 @@ def test_a_text_that_an_endpoint_refused_is_dropped() -> None:
     texts = corpus([("refused", "fever"), ("hot", "fever")])
     kept = judge_by_likelihood(llm, {0: texts}, {0: [[0, 1]]}, labels=LABELS, keep=2)[0]
     assert (kept.corpus.prompts, kept.dropped) == (("hot",), {"too long": 1})
+
+
+def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
+    over = "x " * (MAX_TEXT // 2) + "x"
+    noted: list[Any] = []
+    journal = SimpleNamespace(stage=lambda home, stage: noted.append((stage.name, stage.dropped)))
+    server: Any = SimpleNamespace(labels=LABELS, journal=journal)
+    method = FDKT(FDKTOptions(min_words=1), server)
+    kept = method._curate(0, "written", corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")]), LABELS, {})
+    assert kept.prompts == ("hot", "dry")
+    assert noted[0][1]["too long"] == 1
+    check_order(Learn(1, kept), LABELS)
 
 
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
