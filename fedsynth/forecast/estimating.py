@@ -21,9 +21,9 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Cell, Endpoint, Tuning
+from fedsynth.scenario.schema import Cell, Endpoint
 from fedsynth.training.engine import Engine
-from fedsynth.training.sft import Guard, LossOf
+from fedsynth.training.sft import Descent
 
 # Seconds of work, of all threads, for which a call's sample grows: a whole batch shows what memory it takes.
 WHOLE = 2.5
@@ -185,18 +185,9 @@ class SampledEngine(Engine):
         """As `Engine`."""
         return SampledLLM(llm, self.tally)
 
-    def descend(
-        self,
-        model: Any,
-        rows: Sequence[int],
-        loss_of: LossOf,
-        settings: Tuning,
-        *,
-        pad: int,
-        seed: int,
-        guard: Guard | None,
-    ) -> float:
+    def descend(self, asked: Descent) -> float:
         """As `Engine`, in a few steps of all."""
+        rows, settings, guard = asked.rows, asked.settings, asked.guard
         if not rows:
             return float("nan")
         steps = settings.epochs * -(-len(rows) // settings.batch)
@@ -204,9 +195,9 @@ class SampledEngine(Engine):
 
         def sample(n: int) -> list[Any]:
             some = [rows[i % len(rows)] for i in range(n * settings.batch)]
-            return [take(model, some, loss_of, few, pad=pad, seed=seed, guard=guard)] * n
+            return [take(replace(asked, rows=some, settings=few))] * n
 
-        key = ("tune", _size(model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
+        key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():
             return float(self.tally.add(key, steps, sample, 16)[0])
 

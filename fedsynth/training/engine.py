@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import LocalLLM, TextModel
-from fedsynth.scenario.schema import Tuning
-from fedsynth.training.sft import Guard, LossOf, descend
+from fedsynth.training.sft import Descent, descend
 
 
 class Engine:
@@ -36,16 +33,6 @@ class Engine:
         """What a strategy asks in the place of a model: the model itself."""
         return llm
 
-    def descend(
-        self,
-        model: nn.Module,
-        rows: Sequence[int],
-        loss_of: LossOf,
-        settings: Tuning,
-        *,
-        pad: int,
-        seed: int,
-        guard: Guard | None,
-    ) -> float:
+    def descend(self, asked: Descent) -> float:
         """The optimizer's steps of `sft` and `dpo`; see `fedsynth.training.sft.descend`."""
-        return descend(model, rows, loss_of, settings, pad=pad, seed=seed, guard=guard)
+        return descend(asked)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,37 +34,11 @@ class Guard:
     weight: float
 
 
-class Descent(Protocol):
-    """What takes the optimizer's steps."""
+@dataclass(frozen=True)
+class Descent:
+    """What the optimizer's steps are taken for.
 
-    def __call__(
-        self,
-        model: nn.Module,
-        rows: Sequence[int],
-        loss_of: LossOf,
-        settings: Tuning,
-        *,
-        pad: int,
-        seed: int,
-        guard: Guard | None,
-    ) -> float:
-        """See `descend`."""
-        ...
-
-
-def descend(
-    model: nn.Module,
-    rows: Sequence[int],
-    loss_of: LossOf,
-    settings: Tuning,
-    *,
-    pad: int,
-    seed: int,
-    guard: Guard | None,
-) -> float:
-    """AdamW on what is trainable in a model, in place; the rate falls linearly to a tenth.
-
-    Args:
+    Attributes:
         model: With an adapter.
         rows: That batches are drawn from: each once a pass.
         loss_of: Of a batch.
@@ -72,31 +46,48 @@ def descend(
         pad: Token that fills a batch.
         seed: Public; of the order.
         guard: Against forgetting.
+    """
+
+    model: nn.Module
+    rows: Sequence[int]
+    loss_of: LossOf
+    settings: Tuning
+    pad: int
+    seed: int
+    guard: Guard | None
+
+
+Descend: TypeAlias = Callable[[Descent], float]
+
+
+def descend(asked: Descent) -> float:
+    """AdamW on what is trainable in a model, in place; the rate falls linearly to a tenth.
 
     Returns:
         The mean loss of the last pass, without the guard's; nan where there is no row.
     """
+    model, rows, settings, guard = asked.model, asked.rows, asked.settings, asked.guard
     if not rows:
         return math.nan
     weights = trainable(model)
     start = [w.detach().clone() for w in weights]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     steps = settings.epochs * math.ceil(len(rows) / settings.batch)
-    rng = np.random.default_rng([seed, 0x60A2D])
+    rng = np.random.default_rng([asked.seed, 0x60A2D])
     model.train()
     losses: list[float] = []
-    for step, batch in enumerate(_batches(rows, settings, seed)):
+    for step, batch in enumerate(_batches(rows, settings, asked.seed)):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
         held: list[Example] = []
         if guard is not None and guard.weight > 0 and guard.examples:
             held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
         # Weights change places for it, and so it comes before anything that a gradient is taken of.
-        said = _said_before(model, held, start, pad) if held else None
-        loss = loss_of(batch)
+        said = _said_before(model, held, start, asked.pad) if held else None
+        loss = asked.loss_of(batch)
         losses.append(float(loss.detach()))
         if guard is not None and said is not None:
-            loss = loss + guard.weight * _drift(model, held, said, pad)
+            loss = loss + guard.weight * _drift(model, held, said, asked.pad)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
@@ -114,7 +105,7 @@ def sft(
     seed: int,
     weights: Sequence[float] | None = None,
     guard: Guard | None = None,
-    descend: Descent = descend,
+    descend: Descend = descend,
 ) -> float:
     """Supervised fine-tuning of what is trainable in a model, in place.
 
@@ -145,7 +136,7 @@ def sft(
         factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
         return (factor * each).sum() / factor.sum()
 
-    return descend(model, np.flatnonzero(share).tolist(), loss, settings, pad=pad, seed=seed, guard=guard)
+    return descend(Descent(model, np.flatnonzero(share).tolist(), loss, settings, pad, seed, guard))
 
 
 def dpo(
@@ -157,7 +148,7 @@ def dpo(
     pad: int,
     seed: int,
     guard: Guard | None = None,
-    descend: Descent = descend,
+    descend: Descend = descend,
 ) -> float:
     """Direct preference optimisation of what is trainable in a model, in place (Rafailov et al. 2023, equation 7).
 
@@ -194,7 +185,7 @@ def dpo(
     def loss(batch: list[int]) -> Tensor:
         return -F.logsigmoid(beta * (ahead(batch) - reference[batch])).mean()
 
-    return descend(model, list(range(len(pairs))), loss, settings, pad=pad, seed=seed, guard=guard)
+    return descend(Descent(model, list(range(len(pairs))), loss, settings, pad, seed, guard))
 
 
 def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:
