@@ -18,7 +18,7 @@ from scripted import ScriptedLLM
 
 from fedsynth.clients import app
 from fedsynth.clients import evaluate as measure
-from fedsynth.clients import self_train as client
+from fedsynth.clients import self_train as on_client
 from fedsynth.clients.finetune import in_use
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
@@ -80,7 +80,7 @@ def writer(monkeypatch: pytest.MonkeyPatch) -> type[Writer]:
     class Fresh(Writer):
         prompts: tuple[list[str], ...] = ([],)
 
-    monkeypatch.setattr(client, "LocalLLM", Fresh)
+    monkeypatch.setattr(on_client, "LocalLLM", Fresh)
     return Fresh
 
 
@@ -123,7 +123,7 @@ def test_the_private_half_does_not_depend_on_what_is_written(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     halves: list[tuple[Adapter, Adapter]] = []
-    monkeypatch.setattr(client, "mix", lambda *a: halves.append(a[:2]) or mix(*a))
+    monkeypatch.setattr(on_client, "mix", lambda *a: halves.append(a[:2]) or mix(*a))
     run = played(tmp_path / "fedpit")
     fedit = played(tmp_path / "fedit", strategy=FEDIT)
     assert writer.prompts[0]
@@ -183,7 +183,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
 ) -> None:
     starts: list[str] = []
     optimizers: list[torch.optim.Adam] = []
-    fit, adam = client.train_generator, torch.optim.Adam
+    fit, adam = on_client.train_generator, torch.optim.Adam
 
     def watched(model: Any, *arguments: Any, **more: Any) -> int:
         starts.append(digest(read_adapter(model, "")))
@@ -194,7 +194,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
         assert not optimizers[-1].state
         return optimizers[-1]
 
-    monkeypatch.setattr(client, "train_generator", watched)
+    monkeypatch.setattr(on_client, "train_generator", watched)
     monkeypatch.setattr("fedsynth.training.dp_training.torch.optim.Adam", made)
     run = played(tmp_path, clients=1, rows=12)
     assert starts == [digest(run.orders(SelfTrain)[0].start)] * 2
@@ -214,8 +214,8 @@ def test_the_global_model_writes_and_the_local_one_selects(
             function(llm, *a, **k),
         ][1]
 
-    monkeypatch.setattr(client, "generate", noting("generate", client.generate))
-    monkeypatch.setattr(client, "select", noting("select", client.select))
+    monkeypatch.setattr(on_client, "generate", noting("generate", on_client.generate))
+    monkeypatch.setattr(on_client, "select", noting("select", on_client.select))
     run = played(tmp_path / "fedpit", clients=1)
     fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
     [order], [private] = run.orders(SelfTrain), fedit.answers(Finetune)
@@ -227,9 +227,9 @@ def test_the_synthetic_half_is_what_it_would_be_without_the_private_one(
 ) -> None:
     run = played(tmp_path, 'share = 0.0\nselection = "random"', clients=1, rows=12)
     home, [order], [answer] = run.home(0), run.orders(SelfTrain), run.answers(SelfTrain)
-    candidates, _ = client.syn_gen(home, order)
+    candidates, _ = on_client.syn_gen(home, order)
     kept = select(ScriptedLLM(), candidates, keep=order.keep, by="random", seed=order.writing_seed)
-    alone = client.loc_train(home, order.start, client.slots_of(home, kept, len(kept)), order.writing_seed)
+    alone = on_client.loc_train(home, order.start, on_client.slots_of(home, kept, len(kept)), order.writing_seed)
     assert digest(read_adapter(alone, "")) == digest(answer.adapter)
 
 
@@ -250,13 +250,13 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    fit = client.train_generator
+    fit = on_client.train_generator
 
     def watched(model: Any, training: Any, *rest: Any, **more: Any) -> int:
         seen.append((len(training.slots), training.expected_batch, training.steps))
         return fit(model, training, *rest, **more)
 
-    monkeypatch.setattr(client, "train_generator", watched)
+    monkeypatch.setattr(on_client, "train_generator", watched)
     run = played(tmp_path, 'training = "mixed"', clients=1, rows=12)
     records = len(run.home(0).train)
     assert run.answers(SelfTrain)[0].funnel["kept"] == 3
@@ -404,13 +404,13 @@ def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Corpus, Corpus]] = []
-    selected = client.syn_sel
+    selected = on_client.syn_sel
 
     def watched(home: Home, *rest: Any) -> Corpus:
         seen.append((home.train, selected(home, *rest)))
         return seen[-1][1]
 
-    monkeypatch.setattr(client, "syn_sel", watched)
+    monkeypatch.setattr(on_client, "syn_sel", watched)
     sets = [
         "rounds=2",
         "data.clients=2",
@@ -468,7 +468,7 @@ def test_after_training_shuffled_responses_score_worse_than_matched_ones(tmp_pat
     settings = replace(home.config.generator_training, steps=120, learning_rate=2e-2, rank=8)
     home = replace(home, config=replace(home.config, generator_training=settings))
     start = new_adapter(tiny.folder(), rank=8, alpha=16.0, seed=0)
-    local = client.loc_train(home, start, client.slots_of(home, home.train, home.records), 0)
+    local = on_client.loc_train(home, start, on_client.slots_of(home, home.train, home.records), 0)
     llm, prompts, answers = LocalLLM(local, tiny.tokenizer(), workers=1), home.train.prompts, home.train.answers
     shifted = answers[1:] + answers[:1]
     assert np.mean(ifd(llm, prompts, answers)) < 0.9 * np.mean(ifd(llm, prompts, shifted))
@@ -507,7 +507,7 @@ def test_a_client_that_guarantees_refuses_the_order(tmp_path: Path, writer: type
     home = run.home(0)
     strict = replace(home, config=Client(tiny.folder(), guarantee="dp", budget=home.config.budget))
     with pytest.raises(NotReleasable, match="no formal privacy"):
-        client.self_train(strict, run.orders(SelfTrain)[0])
+        on_client.self_train(strict, run.orders(SelfTrain)[0])
 
 
 def test_outside_a_simulation_the_server_sees_a_constant_code(
@@ -522,8 +522,8 @@ def test_outside_a_simulation_the_server_sees_a_constant_code(
         raise AssertionError("private text was read for what is not allowed")
 
     # Nor may it tell by how it fails what it read: demonstrations that leave no room would answer "failed".
-    monkeypatch.setattr(client, "syn_gen", never)
-    monkeypatch.setattr(client, "slots_of", never)
+    monkeypatch.setattr(on_client, "syn_gen", never)
+    monkeypatch.setattr(on_client, "slots_of", never)
     with pytest.raises(TooFewReplies, match="refused: not_allowed"):
         played(tmp_path / "again", clients=1)
 

@@ -306,7 +306,7 @@ def test_half_precision_under_a_clip_norm_is_refused_by_every_engine(model: Any)
         pass  # where nothing is promised
 
 
-def client(precision: Any, guarantee: Any) -> Client:
+def client_config(precision: Any, guarantee: Any) -> Client:
     training = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0, precision=precision)
     return Client(tiny.folder(), tiny.folder(), (), guarantee, Budget(8.0), generator_training=training)
 
@@ -316,7 +316,7 @@ def test_auto_is_float32_under_a_guarantee_and_what_pays_without(monkeypatch: py
     monkeypatch.setattr("fedsynth.models.loading.NARROWEST", 32)
 
     def held(precision: Any, guarantee: Any) -> Any:
-        own = client(precision, guarantee).of(3)
+        own = client_config(precision, guarantee).of(3)
         return dtype_of(own.generator, own.generator_training.precision)
 
     assert held("auto", "dp") == held("float32", "dp") == held("float32", "none") == torch.float32
@@ -327,7 +327,7 @@ def test_a_client_refuses_half_precision_before_the_charge_and_names_the_key(tmp
     def never() -> Any:
         raise AssertionError("opened")
 
-    config = client("bfloat16", "dp").of(0)
+    config = client_config("bfloat16", "dp").of(0)
     ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
     home = Home(0, config, ("flu", "cold"), 12, 1, "row", tmp_path, "run", ledger, never, simulated=False)
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0, precision="bfloat16")

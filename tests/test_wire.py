@@ -17,7 +17,7 @@ import pytest
 import tiny
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsynth.clients import handler as client
+from fedsynth.clients import handler
 from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.data.partition import ClientData
@@ -134,7 +134,7 @@ def test_the_search_for_undeclared_fields_finds_one() -> None:
 
 def test_every_order_class_is_listed_and_has_a_handler() -> None:
     classes = [c for _, c in inspect.getmembers(tasks, inspect.isclass) if issubclass(c, Order) and c is not Order]
-    assert set(classes) == set(ORDERS) == set(client.FUNCTIONS)
+    assert set(classes) == set(ORDERS) == set(handler.FUNCTIONS)
     assert len({order.task for order in ORDERS}) == len(ORDERS)
 
 
@@ -448,7 +448,7 @@ RAISED = [
     (BudgetTooSmall, Code.BUDGET_TOO_SMALL),
     (WillNotLeave, Code.NOT_ALLOWED),
     (NotReleasable, Code.NOT_ALLOWED),
-    (client.BadOrder, Code.BAD_ORDER),
+    (handler.BadOrder, Code.BAD_ORDER),
     (BadValue, Code.FAILED),
 ]
 
@@ -461,7 +461,7 @@ def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], cod
         raise kind(f"malformed date in the record of {CANARY}")
 
     context: Any = None
-    content = client.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_home)
+    content = handler.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_home)
     assert unpack_answer(content, Learnt) == Refused(code)
     assert not holds(content)
 
@@ -486,7 +486,7 @@ def test_no_reply_and_no_server_log_holds_private_text(
         monkeypatch.setattr("fedsynth.clients.learn.load_tokenizer", tokenizer)
     context: Any = None
     replies = [
-        client.answer(kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: home(tmp_path, train))
+        handler.answer(kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: home(tmp_path, train))
         for i, (kind, order) in enumerate([(Learn, Learn(1)), (Evaluate, Evaluate())])
     ]
     first = unpack_answer(replies[0], Learnt)
@@ -503,7 +503,7 @@ def test_an_order_that_cannot_be_read_is_refused_before_a_home_is_opened(content
         raise AssertionError("opened")
 
     context: Any = None
-    reply = unpack_answer(client.answer(Learn, content, context, open_home), Learnt)
+    reply = unpack_answer(handler.answer(Learn, content, context, open_home), Learnt)
     assert isinstance(reply, Refused)
     assert reply.code in (Code.BAD_ORDER, Code.FAILED)
 
@@ -623,7 +623,7 @@ def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
 
 def test_private_text_is_stopped_in_one_place_only() -> None:
     """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
-    packers = [p for p in Path(client.__file__).parent.glob("*.py") if re.search(r"\bpack_answer\(", p.read_text())]
+    packers = [p for p in Path(handler.__file__).parent.glob("*.py") if re.search(r"\bpack_answer\(", p.read_text())]
     assert [p.name for p in packers] == ["handler.py"]
 
 
