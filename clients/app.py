@@ -11,22 +11,22 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
 from fedsynth.clients.flower_compat import read_message, write_reply
 from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, answer
-from fedsynth.clients.home import Home, cell_of, simulated_home
 from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Order
 from fedsynth.federation.records import unpack_answer
 from fedsynth.federation.run.directory import places
 from fedsynth.models.loading import one_thread
 
 
-def client_app(open_home: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:
-    """A ClientApp over homes.
+def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:
+    """A ClientApp over clients.
 
     Args:
-        open_home: Flower's context and the order's envelope -> the home it is for.
+        open_home: Flower's context and the order's envelope -> the client it is for.
         simulated: Flower's own strategies are answered, too, and this process uses one thread.
-        unopened: Told of an order for which no home could be opened; left out, this process's own output is.
+        unopened: Told of an order for which no client could be opened; left out, this process's own output is.
     """
     if simulated:
         one_thread()
@@ -42,13 +42,13 @@ def client_app(open_home: Opener, *, simulated: bool = True, unopened: Unopened 
         register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
 
         def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
-            return Message(answer(kind, message.content, context, open_home, unopened=unopened), reply_to=message)
+            return Message(answer(kind, message.content, context, open_client, unopened=unopened), reply_to=message)
 
         register(action)(handle)
 
     def usual(kind: type[Order[Any]]) -> Callable[[Message, Context], Message]:
         def handle(message: Message, context: Context) -> Message:
-            sealed = answer(kind, message.content, context, open_home, partial(read_message, context=context))
+            sealed = answer(kind, message.content, context, open_client, partial(read_message, context=context))
             return write_reply(message, unpack_answer(sealed, kind.reply))
 
         return handle
@@ -59,11 +59,11 @@ def client_app(open_home: Opener, *, simulated: bool = True, unopened: Unopened 
     return app
 
 
-def simulation(context: Context, envelope: Envelope) -> Home:
-    """The home of a simulated client; the scenario comes with the run, and the run's private directory, too."""
+def simulation(context: Context, envelope: Envelope) -> ClientSide:
+    """The client of a simulated client; the scenario comes with the run, and the run's private directory, too."""
     toml, _, private = _places(tuple(sorted(context.run_config.items())), context.run_id)
     os.umask(0o077)
-    return simulated_home(cell_of(toml, envelope.arm, envelope.seed), envelope.home, private, envelope.run)
+    return simulated_client(cell_of(toml, envelope.arm, envelope.seed), envelope.client, private, envelope.run)
 
 
 @lru_cache(maxsize=2)

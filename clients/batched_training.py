@@ -1,7 +1,7 @@
-"""The orders of one message, for several homes of a simulation: those that are to train a LoRA do so in one pass.
+"""The orders of one message, for several clients of a simulation: those that are to train a LoRA do so in one pass.
 
 A function that trains hands over what is to be trained by `yield` and gets it back trained. So it reads from top to
-bottom as if its home were alone, and charges, releases and answers for that home alone.
+bottom as if its client were alone, and charges, releases and answers for that client alone.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import in_use, on_base, slots_of
 from fedsynth.clients.fitting import Fitting
-from fedsynth.clients.home import Home
 from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
@@ -24,65 +24,67 @@ from fedsynth.training.examples import readable
 from fedsynth.world import task_part
 
 
-def evaluate(home: Home, adapter: Adapter | None = None) -> Evaluated:
+def evaluate(client: ClientSide, adapter: Adapter | None = None) -> Evaluated:
     """Accuracy and macro-F1 of the task model, examples with unknown labels as errors; instructions: see `respond`.
 
     Args:
-        home: The client.
+        client: The client.
         adapter: Measure the generator with this adapter instead, which has a loss on either kind of task.
     """
     if adapter is not None:
-        scored = _scored(home, respond(home, home.test.prompts, adapter)) if home.instructs else {}
-        return Evaluated({**scored, "loss": _loss(home, adapter)}, examples=len(home.test))
-    found = answers(home, home.test.prompts)
-    figures = _scored(home, found) if home.instructs else scores(home.test.answers, found, home.labels)
-    return Evaluated(figures, examples=len(home.test))
+        scored = _scored(client, respond(client, client.test.prompts, adapter)) if client.instructs else {}
+        return Evaluated({**scored, "loss": _loss(client, adapter)}, examples=len(client.test))
+    found = answers(client, client.test.prompts)
+    figures = _scored(client, found) if client.instructs else scores(client.test.answers, found, client.labels)
+    return Evaluated(figures, examples=len(client.test))
 
 
-def answers(home: Home, texts: Sequence[str]) -> list[str]:
+def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
     """What the client's model answers to each text: a label, or a response; "" to one that its tokenizer cannot read.
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If it has learnt no labels yet.
     """
-    if home.instructs:
-        return respond(home, texts)
-    tokenizer, found = load_tokenizer(home.config.task_model), [""] * len(texts)
+    if client.instructs:
+        return respond(client, texts)
+    tokenizer, found = load_tokenizer(client.config.task_model), [""] * len(texts)
     places = [place for place, text in enumerate(texts) if readable(tokenizer, text)]
     read = [texts[place] for place in places]
-    classes = classify(task_model(home), tokenizer, read, home.config.task_training.max_tokens)
+    classes = classify(task_model(client), tokenizer, read, client.config.task_training.max_tokens)
     for place, number in zip(places, classes, strict=True):
-        found[place] = home.labels[number]
+        found[place] = client.labels[number]
     return found
 
 
-def _scored(home: Home, found: list[str]) -> dict[str, float]:
+def _scored(client: ClientSide, found: list[str]) -> dict[str, float]:
     """Whole responses against the true ones; of a simulated world the part that its task asks for."""
-    return instruction_scores(home.test.answers, found if home.world is None else [task_part(text) for text in found])
+    return instruction_scores(
+        client.test.answers, found if client.world is None else [task_part(text) for text in found]
+    )
 
 
-def _loss(home: Home, adapter: Adapter) -> float:
+def _loss(client: ClientSide, adapter: Adapter) -> float:
     """On the test set as it would be trained on, a row being a unit of its own; 0 where none can be read."""
-    model = on_base(home, adapter).eval()
-    slots = slots_of(home, replace(home.test, units=None), len(home.test))
-    pad, batch = load_tokenizer(home.config.generator).pad_token_id, home.config.generator_training.microbatch
+    model = on_base(client, adapter).eval()
+    slots = slots_of(client, replace(client.test, units=None), len(client.test))
+    pad, batch = load_tokenizer(client.config.generator).pad_token_id, client.config.generator_training.microbatch
     examples = [example for slot in slots for example in slot]
     found = mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
     return found if found < MAX_LOSS else MAX_LOSS  # nan, too: a model that has broken down has a figure
 
 
-def respond(home: Home, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:
+def respond(client: ClientSide, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:
     """What an adapter responds to instructions, greedy.
 
     Args:
-        home: The client.
+        client: The client.
         instructions: Any number.
         adapter: None: the one in use, or the base alone before there is one.
     """
-    name, adapter = home.config.generator, adapter or in_use(home)
-    precision = home.config.generator_training.precision
-    model = load_generator(name, precision).to(device()) if adapter is None else on_base(home, adapter)
+    name, adapter = client.config.generator, adapter or in_use(client)
+    precision = client.config.generator_training.precision
+    model = load_generator(name, precision).to(device()) if adapter is None else on_base(client, adapter)
     writer = Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))
     prompts = [asked(instruction) for instruction in instructions]
-    written = writer.complete(prompts, SamplingParams.greedy(home.config.answer_tokens), seed=0)
+    written = writer.complete(prompts, SamplingParams.greedy(client.config.answer_tokens), seed=0)
     return [parse_response(text) for text in written]

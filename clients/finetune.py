@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 from peft import PeftModel
 
 from fedsynth.clients.batched_training import TrainRequest, Trains
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.local_model import keep_facts
 from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import Adopt, Adopted, Finetune, Finetuned
@@ -29,46 +29,48 @@ from fedsynth.training.selfcheck import check_stack, self_check
 IN_USE = "adapter.payload"
 
 
-def finetune(home: Home, order: Finetune, digest: str) -> Trains[Finetuned]:
+def finetune(client: ClientSide, order: Finetune, digest: str) -> Trains[Finetuned]:
     """Trains and releases; under DP the charge comes first and may refuse.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
-    settings, pull = home.config.generator_training, order.proximal or 0.0
-    to_train = partial(TrainRequest, home.config.generator, order.start, settings, frozen_a=order.frozen_a)
-    if home.config.guarantee == "none":
-        check(home, order.start)
-        slots = slots_of(home, home.train, home.records)
+    settings, pull = client.config.generator_training, order.proximal or 0.0
+    to_train = partial(TrainRequest, client.config.generator, order.start, settings, frozen_a=order.frozen_a)
+    if client.config.guarantee == "none":
+        check(client, order.start)
+        slots = slots_of(client, client.train, client.records)
         trained = yield to_train(without_guarantee(slots, settings, order.seed, pull))
         model = Trained(trained.adapter, reason="the scenario asks for no guarantee")
         adapter = release_without_guarantee(
             model,
             _sent(trained.adapter, order),
-            home.ledger,
-            home.run,
+            client.ledger,
+            client.run,
             model.reason,
-            allowed=home.rules.without_guarantee,
+            allowed=client.rules.without_guarantee,
         )
-        return Finetuned(adapter, home.said(None), home.records)
-    plan = home.plan()
-    check(home, order.start, plan, frozen_a=order.frozen_a)
+        return Finetuned(adapter, client.said(None), client.records)
+    plan = client.plan()
+    check(client, order.start, plan, frozen_a=order.frozen_a)
 
-    grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
-    randomness = home.ledger.begin(grant)
-    slots = slots_of(home, home.train, plan.records)
+    grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    slots = slots_of(client, client.train, plan.records)
     trained = yield to_train(private(slots, plan, randomness, pull))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
     adapter = release_adapter(receipt, _sent(trained.adapter, order))
-    return Finetuned(adapter, home.said(plan, settings.rows_per_unit), home.records)
+    return Finetuned(adapter, client.said(plan, settings.rows_per_unit), client.records)
 
 
-def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: bool = False, longest: int = 0) -> None:
+def check(
+    client: ClientSide, start: Adapter, plan: DPPlan | None = None, *, frozen_a: bool = False, longest: int = 0
+) -> None:
     """Whatever can fail fails here, before anything is spent; under a plan with its self-check.
 
     Args:
-        home: The client.
+        client: The client.
         start: What training will go on from.
         plan: Under which; None: without a guarantee.
         frozen_a: Whether B alone will be trained.
@@ -79,16 +81,16 @@ def check(home: Home, start: Adapter, plan: DPPlan | None = None, *, frozen_a: b
         fedsynth.training.selfcheck.SelfCheckFailed: As `self_check`.
         ValueError: If texts do not fit.
     """
-    settings, name = home.config.generator_training, home.config.generator
+    settings, name = client.config.generator_training, client.config.generator
     # The same start under the same plan passes again: clients of a simulation that share them are checked once.
-    asked = (weights_hash(name), digest_of(start), settings, plan, home.labels, frozen_a, longest, home.stacked)
-    if home.simulated and asked in _passed:
+    asked = (weights_hash(name), digest_of(start), settings, plan, client.labels, frozen_a, longest, client.stacked)
+    if client.simulated and asked in _passed:
         return
-    tokenizer, model = load_tokenizer(name), on_base(home, start, frozen_a=frozen_a)
-    check_room(tokenizer, model, home.labels, max(settings.max_tokens, longest))
+    tokenizer, model = load_tokenizer(name), on_base(client, start, frozen_a=frozen_a)
+    check_room(tokenizer, model, client.labels, max(settings.max_tokens, longest))
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)
-        if home.stacked:
+        if client.stacked:
             check_stack(model, plan, settings, pad=tokenizer.pad_token_id)
     while len(_passed) >= _REMEMBERED:
         _passed.pop(next(iter(_passed)))
@@ -105,37 +107,37 @@ def _sent(whole: Adapter, order: Finetune) -> Adapter:
     return replace(whole, arrays={name: array for name, array in whole.arrays.items() if only_b(name)})
 
 
-def adopt(home: Home, order: Adopt) -> Adopted:
+def adopt(client: ClientSide, order: Adopt) -> Adopted:
     """Puts the server's adapter to use, once it is known to fit.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If it is not of this client's model.
     """
-    on_base(home, order.adapter)
-    put_to_use(home, order.adapter)
+    on_base(client, order.adapter)
+    put_to_use(client, order.adapter)
     return Adopted(sum(array.size for array in order.adapter.arrays.values()))
 
 
-def on_base(home: Home, adapter: Adapter, *, frozen_a: bool = False) -> PeftModel:
+def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> PeftModel:
     """The client's model with an adapter in place.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
     """
-    precision = home.config.generator_training.precision
-    return with_adapter(home.config.generator, adapter, frozen_a=frozen_a, precision=precision).to(device())
+    precision = client.config.generator_training.precision
+    return with_adapter(client.config.generator, adapter, frozen_a=frozen_a, precision=precision).to(device())
 
 
-def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
+def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
     """One slot per declared record, as the client's settings say; encoded once for as long as the corpus is held."""
-    settings, name = home.config.generator_training, home.config.generator
-    asked = (name, home.labels, records, settings.max_tokens, settings.learns, settings.rows_per_unit)
+    settings, name = client.config.generator_training, client.config.generator
+    asked = (name, client.labels, records, settings.max_tokens, settings.learns, settings.rows_per_unit)
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
         known[asked] = encode_slots(
             load_tokenizer(name),
             corpus,
-            home.labels,
+            client.labels,
             records,
             settings.max_tokens,
             kind_of(config_of(name)),
@@ -148,23 +150,23 @@ def slots_of(home: Home, corpus: Corpus, records: int) -> list[tuple[Example, ..
 _encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] = WeakKeyDictionary()
 
 
-def train_without_guarantee(home: Home, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:
+def train_without_guarantee(client: ClientSide, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:
     """The client's schedule without clip and noise, for what stays at home."""
-    pad = load_tokenizer(home.config.generator).pad_token_id
-    slots, settings = slots_of(home, corpus, records), home.config.generator_training
+    pad = load_tokenizer(client.config.generator).pad_token_id
+    slots, settings = slots_of(client, corpus, records), client.config.generator_training
     train_generator(model, without_guarantee(slots, settings, seed), settings, pad=pad)
 
 
-def put_to_use(home: Home, adapter: Adapter) -> None:
+def put_to_use(client: ClientSide, adapter: Adapter) -> None:
     """Keeps an adapter as the one that the client answers with."""
-    part = home.work / f"{IN_USE}.part"
+    part = client.work / f"{IN_USE}.part"
     part.write_bytes(encode(Adopt(adapter)))
-    part.replace(home.work / IN_USE)
-    if home.instructs:  # a classifier's generator answers nobody
-        keep_facts(home)
+    part.replace(client.work / IN_USE)
+    if client.instructs:  # a classifier's generator answers nobody
+        keep_facts(client)
 
 
-def in_use(home: Home) -> Adapter | None:
+def in_use(client: ClientSide) -> Adapter | None:
     """The adapter that the client answers with; None while it is the base alone."""
-    path: Path = home.work / IN_USE
+    path: Path = client.work / IN_USE
     return decode(path.read_bytes(), Adopt).adapter if path.is_file() else None

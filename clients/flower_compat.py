@@ -88,7 +88,7 @@ def read_message(content: RecordDict, kind: type[R], context: Context) -> tuple[
     Args:
         content: One ArrayRecord, empty or an adapter's, and one ConfigRecord.
         kind: `Finetune` for the plain action `train`, `Evaluate` for `evaluate`.
-        context: Flower's; its partition is the home.
+        context: Flower's; its partition is the client.
 
     Raises:
         BadValue: If it holds anything else, asks for what clients do not do, or SuperNodes are no clients one by one.
@@ -96,17 +96,17 @@ def read_message(content: RecordDict, kind: type[R], context: Context) -> tuple[
     """
     arrays, config = _only(content.array_records), _only(content.config_records)
     cell = chosen_cell(context)
-    home, number = _home(cell, context), build(int, config.get(ROUND), ROUND)
+    client, number = _client(cell, context), build(int, config.get(ROUND), ROUND)
     if strange := set(config) - {ROUND, PROXIMAL}:  # not passed over: whoever sends a learning rate believes in it
         raise BadValue(f"clients read {ROUND} and {PROXIMAL} only, not {sorted(strange)}: the scenario says the rest")
     common = common_start(cell)
     adapter = adapter_of(arrays, common) if arrays else common
     order: Order[Any] = Evaluate(adapter)
     if kind is Finetune:
-        seed = cell.public_seed("train", round=number, client=home)
+        seed = cell.public_seed("train", round=number, client=client)
         mu = build(float, config.get(PROXIMAL, 0.0), PROXIMAL)
         order = Finetune(adapter, seed, proximal=mu or None)
-    return unpack_order(pack_order(order, Envelope("simulated", cell.arm, cell.seed, number, home)), kind)
+    return unpack_order(pack_order(order, Envelope("simulated", cell.arm, cell.seed, number, client)), kind)
 
 
 def _only(records: Mapping[str, R]) -> R:
@@ -115,13 +115,15 @@ def _only(records: Mapping[str, R]) -> R:
     return next(iter(records.values()))
 
 
-def _home(cell: Cell, context: Context) -> int:
-    """The partition: a stock message names no home, so that each home needs a SuperNode of its own."""
-    homes = 1 if cell.scenario.data.pooled else cell.scenario.data.clients
-    home, nodes = (int(str(context.node_config.get(k, d))) for k, d in (("partition-id", 0), ("num-partitions", 1)))
-    if not home < homes <= nodes:
-        raise BadValue(f"a stock strategy needs one SuperNode per client: partition {home} of {nodes}, {homes} clients")
-    return home
+def _client(cell: Cell, context: Context) -> int:
+    """The partition: a stock message names no client, so that each client needs a SuperNode of its own."""
+    clients = 1 if cell.scenario.data.pooled else cell.scenario.data.clients
+    client, nodes = (int(str(context.node_config.get(k, d))) for k, d in (("partition-id", 0), ("num-partitions", 1)))
+    if not client < clients <= nodes:
+        raise BadValue(
+            f"a stock strategy needs one SuperNode per client: partition {client} of {nodes}, {clients} clients"
+        )
+    return client
 
 
 def write_reply(message: Message, answer: Finetuned | Evaluated | Refused) -> Message:

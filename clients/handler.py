@@ -1,4 +1,4 @@
-"""The reply to a message: unpack each order, open its home, check, call the function, seal; or a constant code."""
+"""The reply to a message: unpack each order, open its client, check, call the function, seal; or a constant code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from flwr.app import Context, RecordDict
 
 from fedsynth.clients.approval import AwaitsApproval, NotApproved
 from fedsynth.clients.batched_training import Barrier, Trains, together
+from fedsynth.clients.client_side import ClientSide, NotAllowed, WrongData, WrongLabels
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
-from fedsynth.clients.home import Home, NotAllowed, WrongData, WrongLabels
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
@@ -42,8 +42,8 @@ from fedsynth.federation.messages import (
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import (
     WillNotLeave,
+    client_number,
     derived,
-    home_number,
     joined,
     pack_answer,
     parted,
@@ -61,19 +61,19 @@ from fedsynth.privacy.release import NotReleasable
 from fedsynth.training.selfcheck import SelfCheckFailed
 from fedsynth.typed import BadValue, plain
 
-Opener = Callable[[Context, Envelope], Home]
+Opener = Callable[[Context, Envelope], ClientSide]
 Unopened = Callable[[str, str], None]
 Reader = Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]]
 
 # What a client does for each order; these functions never see Flower.
-FUNCTIONS: dict[type[Order[Any]], Callable[[Home, Any, str], object]] = {
+FUNCTIONS: dict[type[Order[Any]], Callable[[ClientSide, Any, str], object]] = {
     Synthesize: synthesize,
     Finetune: finetune,
     Score: score,
-    SelfTrain: lambda home, order, _: self_train(home, order),
-    Adopt: lambda home, order, _: adopt(home, order),
-    Learn: lambda home, order, _: learn(home, order),
-    Evaluate: lambda home, order, _: evaluate(home, order.adapter),
+    SelfTrain: lambda client, order, _: self_train(client, order),
+    Adopt: lambda client, order, _: adopt(client, order),
+    Learn: lambda client, order, _: learn(client, order),
+    Evaluate: lambda client, order, _: evaluate(client, order.adapter),
 }
 
 
@@ -102,7 +102,7 @@ def answer(
     kind: type[Order[Any]],
     content: RecordDict,
     context: Context,
-    open_home: Opener,
+    open_client: Opener,
     read: Reader = unpack_order,
     unopened: Unopened | None = None,
 ) -> RecordDict:
@@ -115,7 +115,7 @@ def answer(
     for stack in _stacks(orders):
         begun = time.process_time()
         alone = len(orders) == 1
-        said = together([_answer(kind, order, context, open_home, read, unopened, alone=alone) for order in stack])
+        said = together([_answer(kind, order, context, open_client, read, unopened, alone=alone) for order in stack])
         each = (time.process_time() - begun) / len(stack)
         replies += [pack_answer(a.data, refused=a.refused, seconds=each if a.simulated else None) for a in said]
     return joined(replies)
@@ -131,16 +131,16 @@ class _Said:
 
 
 def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
-    """Neighbours of one stack, each home once: a home's second order would wait for ever for the lock of its first."""
+    """Neighbours of one stack, each client once: a client's second order would wait for ever for the lock of its first."""
     stacks: list[list[RecordDict]] = []
-    number, homes = None, set[int]()
+    number, clients = None, set[int]()
     for order in orders:
-        own, home = stack_number(order), home_number(order)
-        if own != number or home in homes:
+        own, client = stack_number(order), client_number(order)
+        if own != number or client in clients:
             stacks.append([])
-            homes = set()
+            clients = set()
         number = own
-        homes.add(home)
+        clients.add(client)
         stacks[-1].append(order)
     return stacks
 
@@ -149,53 +149,53 @@ def _answer(
     kind: type[Order[Any]],
     content: RecordDict,
     context: Context,
-    open_home: Opener,
+    open_client: Opener,
     read: Reader,
     unopened: Unopened | None,
     *,
     alone: bool,
 ) -> Trains[_Said]:
-    home: Home | None = None
+    client: ClientSide | None = None
     try:
         try:
             order, envelope, digest = read(content, kind)
         except BadValue as problem:
             raise BadOrder(str(problem)) from problem
-        home = open_home(context, envelope)
-        if not (alone or home.simulated):
+        client = open_client(context, envelope)
+        if not (alone or client.simulated):
             raise BadOrder("a site answers one order a message")
-        with home.locked():
-            stored = home.ledger.answered(digest)
-            if stored is None and home.trail is not None:  # who waits is asked again and again
+        with client.locked():
+            stored = client.ledger.answered(digest)
+            if stored is None and client.trail is not None:  # who waits is asked again and again
                 size = payload_bytes(content)
-                _enter(home, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
-            _check(order, home)
+                _enter(client, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
+            _check(order, client)
             if stored is None:
-                reply = FUNCTIONS[kind](home, order, digest)
+                reply = FUNCTIONS[kind](client, order, digest)
                 if isinstance(reply, Generator):
                     reply = yield from reply
-                stored = seal(reply, allowed=home.rules.outputs, waived=home.waived)
+                stored = seal(reply, allowed=client.rules.outputs, waived=client.waived)
                 # A process that is killed hardly ever leaves the answers of some who trained together: those who train
                 # again do so among the same, to the same weights.
                 yield Barrier()
-                _hold(home, kind, digest, stored, reply)
+                _hold(client, kind, digest, stored, reply)
                 if _under_grant(reply):
-                    home.ledger.store(digest, stored, derived_from=_grants(reply))
+                    client.ledger.store(digest, stored, derived_from=_grants(reply))
                 else:
-                    home.ledger.store_answer(digest, stored)
-                _enter(home, "stored", order=digest, **_cost(reply))
-            elif not home.ledger.sent(digest):  # approval may have been asked for since it was stored
-                _hold(home, kind, digest, stored, decode(stored, kind.reply, trusted=True))
-            if home.approvals is not None:
-                home.approvals.check(digest, hashlib.sha256(stored).hexdigest())
-            home.ledger.mark_sent(digest)
-            _enter(home, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
-            return _Said(stored, False, home.simulated)
+                    client.ledger.store_answer(digest, stored)
+                _enter(client, "stored", order=digest, **_cost(reply))
+            elif not client.ledger.sent(digest):  # approval may have been asked for since it was stored
+                _hold(client, kind, digest, stored, decode(stored, kind.reply, trusted=True))
+            if client.approvals is not None:
+                client.approvals.check(digest, hashlib.sha256(stored).hexdigest())
+            client.ledger.mark_sent(digest)
+            _enter(client, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
+            return _Said(stored, False, client.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
         code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED)
         if _no_room(problem):
             code = Code.DISK_FULL
-            where = "the disk" if home is None else home.log_folder
+            where = "the disk" if client is None else client.log_folder
             print(
                 f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
                 "be resumed",
@@ -204,18 +204,18 @@ def _answer(
             )
         if code is not Code.AWAITS_APPROVAL:
             with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
-                _enter(home, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
-            _write_down(home, kind.task, traceback.format_exc(), unopened)
-        return _Said(refusal(code), True, home is not None and home.simulated)
+                _enter(client, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
+            _write_down(client, kind.task, traceback.format_exc(), unopened)
+        return _Said(refusal(code), True, client is not None and client.simulated)
 
 
-def _check(order: Order[Any], home: Home) -> None:
+def _check(order: Order[Any], client: ClientSide) -> None:
     """Before private text is read: what would be refused after it could tell by how it fails what it had read."""
     try:
-        check_order(order, home.labels)
+        check_order(order, client.labels)
     except Rejected as problem:
         raise BadOrder(str(problem)) from problem
-    rules = home.rules
+    rules = client.rules
     if rules.objection is not None:
         raise rules.objection
     if order.task not in rules.orders:
@@ -223,22 +223,22 @@ def _check(order: Order[Any], home: Home) -> None:
     if kinds := outputs(order) - rules.outputs:
         raise NotAllowed(f"{order.task} asks for {' and '.join(sorted(kinds))}: not among policy.outputs")
     releases = any(field.name == "statement" for field in fields(order.reply))
-    if releases and home.config.guarantee == "none" and not rules.without_guarantee:
+    if releases and client.config.guarantee == "none" and not rules.without_guarantee:
         raise NotAllowed(f"{order.task} asks for a release without a guarantee: policy.without_guarantee is false")
 
 
-def _enter(home: Home | None, event: str, **facts: Any) -> None:
-    if home is not None and home.trail is not None:
-        home.trail.add(event, **facts)
+def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
+    if client is not None and client.trail is not None:
+        client.trail.add(event, **facts)
 
 
-def _hold(home: Home, kind: type[Order[Any]], digest: str, stored: bytes, reply: object) -> None:
+def _hold(client: ClientSide, kind: type[Order[Any]], digest: str, stored: bytes, reply: object) -> None:
     """Makes an answer with synthetic text wait for a person, where the site asks for that; before it is stored."""
     texts = sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
-    if home.rules.approval and home.approvals is not None and texts:
-        facts = {"task": kind.task, "run": home.run, "texts": texts}
-        if home.approvals.hold(digest, hashlib.sha256(stored).hexdigest(), **facts):
-            _enter(home, "waits", order=digest, texts=texts)
+    if client.rules.approval and client.approvals is not None and texts:
+        facts = {"task": kind.task, "run": client.run, "texts": texts}
+        if client.approvals.hold(digest, hashlib.sha256(stored).hexdigest(), **facts):
+            _enter(client, "waits", order=digest, texts=texts)
 
 
 def _cost(reply: object) -> dict[str, Any]:
@@ -259,17 +259,17 @@ def _no_room(problem: BaseException | None) -> bool:
     return False
 
 
-def _write_down(home: Home | None, task: str, what: str, unopened: Unopened | None) -> None:
-    """To the site's own log; of a simulation to this process's own output, before a home is known or if that log cannot
+def _write_down(client: ClientSide | None, task: str, what: str, unopened: Unopened | None) -> None:
+    """To the site's own log; of a simulation to this process's own output, before a client is known or if that log cannot
     be written. A site's output goes elsewhere than its log, and may not hold what a traceback does."""
     try:
-        if home is not None:
-            return home.log().error("%s: %s", task, what)
+        if client is not None:
+            return client.log().error("%s: %s", task, what)
         if unopened is not None:
             return unopened(task, what)
     except (OSError, BadValue):
         pass
-    site = unopened is not None or (home is not None and not home.simulated)
+    site = unopened is not None or (client is not None and not client.simulated)
     return logging.getLogger(__name__).error("%s: %s", task, "the site's log cannot be written" if site else what)
 
 

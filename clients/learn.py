@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarantee
-from fedsynth.clients.home import Home
 from fedsynth.clients.local_model import keep_facts
 from fedsynth.federation.messages import Learn, Learnt
 from fedsynth.models.adapters import new_adapter, read_adapter
@@ -20,50 +20,54 @@ class NoTaskModel(RuntimeError):
     """The client has learnt nothing yet."""
 
 
-def learn(home: Home, order: Learn) -> Learnt:
+def learn(client: ClientSide, order: Learn) -> Learnt:
     """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
-    if home.instructs:
-        return _learn_to_respond(home, order)
-    settings = home.config.task_training
-    tokenizer = load_tokenizer(home.config.task_model)
-    model = _new(home, order.seed)
+    if client.instructs:
+        return _learn_to_respond(client, order)
+    settings = client.config.task_training
+    tokenizer = load_tokenizer(client.config.task_model)
+    model = _new(client, order.seed)
     rate = settings.learning_rate
     if order.corpus is not None and len(order.corpus) > 0:
         epochs = settings.augmented_epochs
-        fit_classifier(model, tokenizer, order.corpus, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed)
+        fit_classifier(
+            model, tokenizer, order.corpus, client.labels, settings, epochs=epochs, rate=rate, seed=order.seed
+        )
     epochs = settings.private_epochs
-    fit_classifier(model, tokenizer, home.train, home.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1)
-    save_weights(model, home.work / WEIGHTS)
-    keep_facts(home)
+    fit_classifier(
+        model, tokenizer, client.train, client.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1
+    )
+    save_weights(model, client.work / WEIGHTS)
+    keep_facts(client)
     return Learnt(received=0 if order.corpus is None else len(order.corpus))
 
 
-def _learn_to_respond(home: Home, order: Learn) -> Learnt:
+def _learn_to_respond(client: ClientSide, order: Learn) -> Learnt:
     """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
-    settings, base = home.config.generator_training, home.config.generator
+    settings, base = client.config.generator_training, client.config.generator
     start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed, precision=settings.precision)
-    model = on_base(home, start)
+    model = on_base(client, start)
     if order.corpus is not None and len(order.corpus) > 0:
-        train_without_guarantee(home, model, order.corpus, len(order.corpus), seed=order.seed)
-    train_without_guarantee(home, model, home.train, home.records, seed=order.seed + 1)
-    put_to_use(home, read_adapter(model, weights_hash(base)))
+        train_without_guarantee(client, model, order.corpus, len(order.corpus), seed=order.seed)
+    train_without_guarantee(client, model, client.train, client.records, seed=order.seed + 1)
+    put_to_use(client, read_adapter(model, weights_hash(base)))
     return Learnt(received=0 if order.corpus is None else len(order.corpus))
 
 
-def task_model(home: Home) -> Any:
+def task_model(client: ClientSide) -> Any:
     """The task model as last trained.
 
     Raises:
         NoTaskModel: If none was.
     """
-    path = home.work / WEIGHTS
+    path = client.work / WEIGHTS
     if not path.is_file():
         raise NoTaskModel("evaluate was asked before learn")
-    model = _new(home, seed=0)
+    model = _new(client, seed=0)
     load_weights(model, path)
     return model
 
 
-def _new(home: Home, seed: int) -> Any:
-    config = home.config
-    return new_task_model(config.task_model, len(home.labels), config.task_training.trains, seed).to(device())
+def _new(client: ClientSide, seed: int) -> Any:
+    config = client.config
+    return new_task_model(config.task_model, len(client.labels), config.task_training.trains, seed).to(device())

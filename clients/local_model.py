@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.models.hub import weights_hash
 from fedsynth.scenario.schema import Client
 from fedsynth.scenario.toml import without_removed
@@ -36,15 +36,15 @@ class LocalModel:
     labels: tuple[str, ...] = ()
 
 
-def keep_facts(home: Home) -> None:
+def keep_facts(client: ClientSide) -> None:
     """Called once the weights are written; a simulation's clients need no facts, for its scenario is at hand."""
-    if home.simulated:
+    if client.simulated:
         return
-    base = weights_hash(home.config.generator if home.instructs else home.config.task_model)
-    facts = LocalModel(home.run, datetime.now(UTC).isoformat(timespec="seconds"), home.config, base, home.labels)
-    part = home.work / f"{FACTS}.part"
+    base = weights_hash(client.config.generator if client.instructs else client.config.task_model)
+    facts = LocalModel(client.run, datetime.now(UTC).isoformat(timespec="seconds"), client.config, base, client.labels)
+    part = client.work / f"{FACTS}.part"
     part.write_text(json.dumps(plain(facts)), encoding="utf-8")
-    part.replace(home.work / FACTS)
+    part.replace(client.work / FACTS)
 
 
 def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.messages import Score, Scored
@@ -29,7 +29,7 @@ from fedsynth.training.selfcheck import LISTED, check_list, self_check
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
 
-def score(home: Home, order: Score, digest: str) -> Scored:
+def score(client: ClientSide, order: Score, digest: str) -> Scored:
     """Rates the texts of an order; under DP what pays for it is charged first, and may refuse.
 
     Raises:
@@ -37,43 +37,48 @@ def score(home: Home, order: Score, digest: str) -> Scored:
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before private text is trained
             on, or a score of a model that saw it is computed.
     """
-    if home.instructs:
+    if client.instructs:
         raise NoTaskModel("a task of instructions has no labels to score")
-    if home.config.guarantee == "none":
-        return _without_guarantee(home, order)
-    if home.config.scores == "noise":
-        return _noised(home, order, digest)
+    if client.config.guarantee == "none":
+        return _without_guarantee(client, order)
+    if client.config.scores == "noise":
+        return _noised(client, order, digest)
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
-    scorer = _kept(home) or _trained(home, order, digest)
-    values = _confidences(home, scorer.model, order.corpus, home.config.scorer_training.max_tokens)
-    said = home.said(scorer.plan, home.config.scorer_training.rows_per_unit)
+    scorer = _kept(client) or _trained(client, order, digest)
+    values = _confidences(client, scorer.model, order.corpus, client.config.scorer_training.max_tokens)
+    said = client.said(scorer.plan, client.config.scorer_training.rows_per_unit)
     return Scored(release_scores(scorer, values), said)
 
 
-def _without_guarantee(home: Home, order: Score) -> Scored:
+def _without_guarantee(client: ClientSide, order: Score) -> Scored:
     """The task model's confidences as they are. Logged, charged as non-private, refused outside simulations."""
-    trained = Trained(task_model(home), reason="the scenario asks for no guarantee")
-    values = _confidences(home, trained.model, order.corpus, home.config.task_training.max_tokens)
+    trained = Trained(task_model(client), reason="the scenario asks for no guarantee")
+    values = _confidences(client, trained.model, order.corpus, client.config.task_training.max_tokens)
     scores = release_without_guarantee(
-        trained, Scores(tuple(values)), home.ledger, home.run, trained.reason, allowed=home.rules.without_guarantee
+        trained,
+        Scores(tuple(values)),
+        client.ledger,
+        client.run,
+        trained.reason,
+        allowed=client.rules.without_guarantee,
     )
-    return Scored(scores, home.said(None))
+    return Scored(scores, client.said(None))
 
 
-def _noised(home: Home, order: Score, digest: str) -> Scored:
+def _noised(client: ClientSide, order: Score, digest: str) -> Scored:
     """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each order."""
-    plan = home.config.score_plan(home.records, home.rounds)
-    model = task_model(home)
+    plan = client.config.score_plan(client.records, client.rounds)
+    model = task_model(client)
     check_noise(plan)
 
-    weights = hashlib.sha256((home.work / WEIGHTS).read_bytes()).hexdigest()
-    binding = home.binding(digest, plan, model=weights, training=home.config.task_training)
-    grant = home.ledger.charge(plan, binding, home.run, budget=home.config.budget)
-    randomness = home.ledger.begin(grant)
-    values = _confidences(home, model, order.corpus, home.config.task_training.max_tokens)
+    weights = hashlib.sha256((client.work / WEIGHTS).read_bytes()).hexdigest()
+    binding = client.binding(digest, plan, model=weights, training=client.config.task_training)
+    grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    values = _confidences(client, model, order.corpus, client.config.task_training.max_tokens)
     scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, order.corpus, plan, randomness))
     # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
-    said = statement(home.charged(plan), unit="client", simulated=home.simulated)
+    said = statement(client.charged(plan), unit="client", simulated=client.simulated)
     return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
 
 
@@ -112,21 +117,21 @@ def check_noise(plan: DPPlan) -> None:
     check_list(lambda values, public: protected(values, listed, plan, public), plan)
 
 
-def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
+def _trained(client: ClientSide, order: Score, digest: str) -> DPTrained[Any]:
     """A scorer trained under a grant of its own, kept with its receipt for the rounds to come."""
-    settings, name = home.config.scorer_training, home.config.task_model
-    plan = home.config.score_plan(home.records, home.rounds)
-    tokenizer, model = load_tokenizer(name), _new_scorer(home, order.seed)
+    settings, name = client.config.scorer_training, client.config.task_model
+    plan = client.config.score_plan(client.records, client.rounds)
+    tokenizer, model = load_tokenizer(name), _new_scorer(client, order.seed)
     pad = tokenizer.pad_token_id
     self_check(model, plan, settings, pad=pad, losses=label_losses, example=lambda tokens: LabelledText(tokens, 0))
 
-    binding = home.binding(digest, plan, model=weights_hash(name), training=settings)
-    grant = home.ledger.charge(plan, binding, home.run, budget=home.config.budget)
-    randomness = home.ledger.begin(grant)
+    binding = client.binding(digest, plan, model=weights_hash(name), training=settings)
+    grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
     slots = label_slots(
         tokenizer,
-        home.train,
-        home.labels,
+        client.train,
+        client.labels,
         plan.records,
         settings.max_tokens,
         model.config,
@@ -134,21 +139,21 @@ def _trained(home: Home, order: Score, digest: str) -> DPTrained[Any]:
     )
     steps = train_generator(model, private(slots, plan, randomness), settings, pad=pad, losses=label_losses)
     trained = DPTrained(model, plan, grant, steps)
-    _keep(home, trained, order.seed)
+    _keep(client, trained, order.seed)
     return trained
 
 
-def _keep(home: Home, trained: DPTrained[Any], seed: int) -> None:
+def _keep(client: ClientSide, trained: DPTrained[Any], seed: int) -> None:
     """The scorer's trained weights and what ran, the latter last: a receipt stands beside the weights it is for."""
-    save_named(trained.model, trainable(trained.model), home.work / SCORER)
-    weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
+    save_named(trained.model, trainable(trained.model), client.work / SCORER)
+    weights = hashlib.sha256((client.work / SCORER).read_bytes()).hexdigest()
     ran = {"grant": trained.grant.id, "plan": trained.plan.to_dict(), "steps_run": trained.steps_run, "seed": seed}
-    part = home.work / f"{RECEIPT}.part"
-    part.write_text(json.dumps({**ran, "run": home.run, "sha256": weights}), encoding="utf-8")
-    part.replace(home.work / RECEIPT)
+    part = client.work / f"{RECEIPT}.part"
+    part.write_text(json.dumps({**ran, "run": client.run, "sha256": weights}), encoding="utf-8")
+    part.replace(client.work / RECEIPT)
 
 
-def _kept(home: Home) -> DPTrained[Any] | None:
+def _kept(client: ClientSide) -> DPTrained[Any] | None:
     """This run's scorer with its receipt; None while there is none whose first answer was stored.
 
     Before that its grant has let out nothing: the training is repeated under it if all that it binds is as it was, and
@@ -157,24 +162,24 @@ def _kept(home: Home) -> DPTrained[Any] | None:
     Raises:
         fedsynth.privacy.release.NotReleasable: If the weights are not those of the receipt.
     """
-    path = home.work / RECEIPT
+    path = client.work / RECEIPT
     facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    grant = home.ledger.settled(facts["grant"]) if facts.get("run") == home.run else None
+    grant = client.ledger.settled(facts["grant"]) if facts.get("run") == client.run else None
     if grant is None:
         return None
-    weights = hashlib.sha256((home.work / SCORER).read_bytes()).hexdigest()
-    if weights != facts["sha256"] or grant.binding.model != weights_hash(home.config.task_model):
-        raise NotReleasable(f"the scorer in {home.work} is not what grant {grant.id} trained: restore it")
-    model = _new_scorer(home, facts["seed"])  # of what is neither pretrained nor trained, too: a frozen pooler
-    load_named(model, home.work / SCORER)
+    weights = hashlib.sha256((client.work / SCORER).read_bytes()).hexdigest()
+    if weights != facts["sha256"] or grant.binding.model != weights_hash(client.config.task_model):
+        raise NotReleasable(f"the scorer in {client.work} is not what grant {grant.id} trained: restore it")
+    model = _new_scorer(client, facts["seed"])  # of what is neither pretrained nor trained, too: a frozen pooler
+    load_named(model, client.work / SCORER)
     return DPTrained(model, DPPlan.from_dict(facts["plan"]), grant, facts["steps_run"])
 
 
-def _new_scorer(home: Home, seed: int) -> Any:
-    settings = home.config.scorer_training
-    name, classes = home.config.task_model, len(home.labels)
+def _new_scorer(client: ClientSide, seed: int) -> Any:
+    settings = client.config.scorer_training
+    name, classes = client.config.task_model, len(client.labels)
     return new_scorer(name, classes, rank=settings.rank, alpha=settings.alpha, seed=seed).to(device())
 
 
-def _confidences(home: Home, model: Any, corpus: Corpus, longest: int) -> list[float]:
-    return confidences(model, load_tokenizer(home.config.task_model), corpus, home.labels, longest)
+def _confidences(client: ClientSide, model: Any, corpus: Corpus, longest: int) -> list[float]:
+    return confidences(model, load_tokenizer(client.config.task_model), corpus, client.labels, longest)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from peft import PeftModel
 
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import on_base, put_to_use, slots_of
 from fedsynth.clients.fitting import Fitting
-from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import SelfTrain, SelfTrained
 from fedsynth.lora import Adapter, mix
@@ -25,48 +25,55 @@ from fedsynth.training.examples import Slot, readable
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 
 
-def self_train(home: Home, order: SelfTrain) -> SelfTrained:
+def self_train(client: ClientSide, order: SelfTrain) -> SelfTrained:
     """The client's part of a round, in the order of the paper's algorithm (docs/methods/fedpit.md).
 
     Raises:
         NotReleasable: If the client's configuration asks for a guarantee: nothing here gives one.
         fedsynth.models.adapters.WrongAdapter: If the global adapter is not of this client's model.
     """
-    if home.config.guarantee != "none":
+    if client.config.guarantee != "none":
         raise NotReleasable(NO_GUARANTEE)
-    real = slots_of(home, home.train, home.records)
+    real = slots_of(client, client.train, client.records)
 
-    candidates, funnel = syn_gen(home, order)  # by W^g
-    local = loc_train(home, order.start, real, order.seed)  # W^l
-    kept = syn_sel(home, order, local, candidates)
-    written = slots_of(home, kept, len(kept))
+    candidates, funnel = syn_gen(client, order)  # by W^g
+    local = loc_train(client, order.start, real, order.seed)  # W^l
+    kept = syn_sel(client, order, local, candidates)
+    written = slots_of(client, kept, len(kept))
     if order.training == "isolated":
-        own = loc_train(home, order.start, written, order.writing_seed)  # W^s: the same start, an optimizer of its own
+        own = loc_train(
+            client, order.start, written, order.writing_seed
+        )  # W^s: the same start, an optimizer of its own
         sent = mix(_adapter(local, order), _adapter(own, order), order.share)  # W^a
     elif order.training == "mixed":
-        sent = _adapter(loc_train(home, order.start, real, order.seed, beside=written), order)
+        sent = _adapter(loc_train(client, order.start, real, order.seed, beside=written), order)
     else:
-        sent = _adapter(loc_train(home, order.start, written, order.writing_seed), order)
-        put_to_use(home, _adapter(loc_train(home, order.start, real, order.seed, beside=written), order))
+        sent = _adapter(loc_train(client, order.start, written, order.writing_seed), order)
+        put_to_use(client, _adapter(loc_train(client, order.start, real, order.seed, beside=written), order))
 
     released = release_without_guarantee(
-        Trained(local, NO_GUARANTEE), sent, home.ledger, home.run, NO_GUARANTEE, allowed=home.rules.without_guarantee
+        Trained(local, NO_GUARANTEE),
+        sent,
+        client.ledger,
+        client.run,
+        NO_GUARANTEE,
+        allowed=client.rules.without_guarantee,
     )
-    said = home.said(None)
-    return SelfTrained(released, said, home.records, {**funnel, "kept": len(kept)})
+    said = client.said(None)
+    return SelfTrained(released, said, client.records, {**funnel, "kept": len(kept)})
 
 
-def syn_gen(home: Home, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
+def syn_gen(client: ClientSide, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
     """Candidates, written with the global adapter in place; none where they would not enter what is sent."""
     if order.training == "isolated" and order.share == 1:
         return Corpus((), (), Provenance.SELF_GENERATED), {}
-    tokenizer = load_tokenizer(home.config.generator)
+    tokenizer = load_tokenizer(client.config.generator)
     # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
-    longest = home.config.generator_training.max_tokens
-    local = home.train.take(row for row, text in enumerate(home.train.prompts) if text)
+    longest = client.config.generator_training.max_tokens
+    local = client.train.take(row for row, text in enumerate(client.train.prompts) if text)
     shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
     return generate(
-        Fitting(LocalLLM(on_base(home, order.start).eval(), tokenizer, workers=1)),
+        Fitting(LocalLLM(on_base(client, order.start).eval(), tokenizer, workers=1)),
         shown,
         local,
         candidates=order.candidates,
@@ -76,29 +83,29 @@ def syn_gen(home: Home, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
     )
 
 
-def syn_sel(home: Home, order: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
+def syn_sel(client: ClientSide, order: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
     """The candidates that are learnt, chosen with the local adapter in place."""
-    llm = Fitting(LocalLLM(local, load_tokenizer(home.config.generator), workers=1))
+    llm = Fitting(LocalLLM(local, load_tokenizer(client.config.generator), workers=1))
     return select(llm, candidates, keep=order.keep, by=order.selection, seed=order.writing_seed)
 
 
 def loc_train(
-    home: Home, start: Adapter, slots: Sequence[Slot], seed: int, *, beside: Sequence[Slot] = ()
+    client: ClientSide, start: Adapter, slots: Sequence[Slot], seed: int, *, beside: Sequence[Slot] = ()
 ) -> PeftModel:
     """The client's schedule without clip and noise; without anything to learn, the start as it is.
 
     Args:
-        home: Whose schedule.
+        client: Whose schedule.
         start: What training goes on from.
         slots: What is learnt.
         seed: Of the batches.
         beside: Learnt with it, in batches that are as much larger: as many steps, and each slot as often, as without.
     """
-    settings, model = home.config.generator_training, on_base(home, start)
+    settings, model = client.config.generator_training, on_base(client, start)
     if learnt := [*slots, *beside]:
         batch = min(settings.expected_batch, len(slots)) * len(learnt) / len(slots)
         settings = replace(settings, expected_batch=round(batch))
-        pad = load_tokenizer(home.config.generator).pad_token_id
+        pad = load_tokenizer(client.config.generator).pad_token_id
         train_generator(model, without_guarantee(learnt, settings, seed), settings, pad=pad)
     return model.eval()
 

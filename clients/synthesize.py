@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fedsynth.clients.batched_training import TrainRequest, Trains
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import check, on_base, slots_of
-from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Synthesize, Synthesized
 from fedsynth.limits import MAX_TEXT
@@ -19,51 +19,51 @@ from fedsynth.training.dp_training import private, without_guarantee
 from fedsynth.training.examples import control_code
 
 
-def synthesize(home: Home, order: Synthesize, digest: str) -> Trains[Synthesized]:
+def synthesize(client: ClientSide, order: Synthesize, digest: str) -> Trains[Synthesized]:
     """Trains, samples and releases; the charge comes first and may refuse.
 
     Raises:
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
-    settings, name = home.config.generator_training, home.config.generator
+    settings, name = client.config.generator_training, client.config.generator
     start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=order.seed, precision=settings.precision)
-    if home.config.guarantee == "none":
-        return (yield from _without_guarantee(home, order, start))
-    plan = home.plan()
+    if client.config.guarantee == "none":
+        return (yield from _without_guarantee(client, order, start))
+    plan = client.plan()
     tokenizer = load_tokenizer(name)
-    longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in home.labels])))
-    check(home, start, plan, longest=longest_code + 1 + order.max_tokens)  # with BOS
+    longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in client.labels])))
+    check(client, start, plan, longest=longest_code + 1 + order.max_tokens)  # with BOS
 
-    grant = home.ledger.charge(plan, home.binding(digest, plan), home.run, budget=home.config.budget)
-    randomness = home.ledger.begin(grant)
-    slots = slots_of(home, home.train, plan.records)
+    grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    slots = slots_of(client, client.train, plan.records)
     trained = yield TrainRequest(name, start, settings, private(slots, plan, randomness))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
-    texts, labels, unfinished = _sample(home, receipt.model, order)
-    return Synthesized(release(receipt, texts, labels), home.said(plan, settings.rows_per_unit), unfinished)
+    texts, labels, unfinished = _sample(client, receipt.model, order)
+    return Synthesized(release(receipt, texts, labels), client.said(plan, settings.rows_per_unit), unfinished)
 
 
-def _without_guarantee(home: Home, order: Synthesize, start: Adapter) -> Trains[Synthesized]:
+def _without_guarantee(client: ClientSide, order: Synthesize, start: Adapter) -> Trains[Synthesized]:
     """The same schedule without clip and noise. Logged, charged as non-private, refused outside simulations."""
-    settings = home.config.generator_training
-    slots = slots_of(home, home.train, home.records)
-    found = yield TrainRequest(home.config.generator, start, settings, without_guarantee(slots, settings, order.seed))
+    settings = client.config.generator_training
+    slots = slots_of(client, client.train, client.records)
+    found = yield TrainRequest(client.config.generator, start, settings, without_guarantee(slots, settings, order.seed))
     trained = Trained(found.adapter, reason="the scenario asks for no guarantee")
-    texts, labels, unfinished = _sample(home, trained.model, order)
+    texts, labels, unfinished = _sample(client, trained.model, order)
     written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
     corpus = release_without_guarantee(
-        trained, written, home.ledger, home.run, trained.reason, allowed=home.rules.without_guarantee
+        trained, written, client.ledger, client.run, trained.reason, allowed=client.rules.without_guarantee
     )
-    return Synthesized(corpus, home.said(None), unfinished)
+    return Synthesized(corpus, client.said(None), unfinished)
 
 
-def _sample(home: Home, adapter: Adapter, order: Synthesize) -> tuple[list[str], list[str], int]:
+def _sample(client: ClientSide, adapter: Adapter, order: Synthesize) -> tuple[list[str], list[str], int]:
     """The same number of samples for every label of the public list, present at this client or not."""
-    codes = [label for label in home.labels for _ in range(order.per_label)]
-    tokenizer = load_tokenizer(home.config.generator)
-    writer = LocalLLM(on_base(home, adapter).eval(), tokenizer, batch_size=256, workers=1)
+    codes = [label for label in client.labels for _ in range(order.per_label)]
+    tokenizer = load_tokenizer(client.config.generator)
+    writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
         [control_code(label) for label in codes],
         SamplingParams(temperature=order.temperature, top_p=order.top_p, max_new_tokens=order.max_tokens),

@@ -58,7 +58,7 @@ class CrossLM(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """The LLM writes, clients score, the LLM learns from the scores, clients learn from the best texts."""
         learnt = set(state.learnt)
-        if self.config.feedback != "none" and (new := set(clients.homes) - learnt):
+        if self.config.feedback != "none" and (new := set(clients.ids) - learnt):
             learnt |= self._learn(clients, new, None)
 
         written = self._written(state.adapter)
@@ -71,13 +71,13 @@ class CrossLM(RoundStrategy[State]):
                 adapter = self._taught(state.adapter, texts, written)
 
         corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
-        learnt |= self._learn(clients, set(clients.homes), corpus)
+        learnt |= self._learn(clients, set(clients.ids), corpus)
         return State(state.round + 1, adapter, corpus, tuple(sorted(learnt)))
 
-    def _learn(self, clients: Clients, homes: set[int], corpus: Corpus | None) -> set[int]:
+    def _learn(self, clients: Clients, ids: set[int], corpus: Corpus | None) -> set[int]:
         """Steps 1 and 5: any architecture and tokenizer can learn texts, so that clients may differ. Who has learnt."""
-        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in sorted(homes)}
-        return set(clients.ask_each({home: Learn(seed, corpus) for home, seed in seeds.items()}))
+        seeds = {client: self.server.cell.public_seed("learn", client=client) for client in sorted(ids)}
+        return set(clients.ask_each({client: Learn(seed, corpus) for client, seed in seeds.items()}))
 
     def _written(self, adapter: Adapter | None) -> Corpus:
         """Step 2: texts after each label's name alone."""
@@ -114,7 +114,7 @@ class CrossLM(RoundStrategy[State]):
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
         """Step 3: how likely each text's label is to the clients' models."""
         answers = clients.ask(Score(written, self.seed("score")))
-        scores = mean_scores({home: answer.scores for home, answer in answers.items()})
+        scores = mean_scores({client: answer.scores for client, answer in answers.items()})
         self.server.journal.metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 

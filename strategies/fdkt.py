@@ -54,7 +54,7 @@ class FDKT(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """One round, in the order of the paper: synthesize, select, augment, learn."""
         if self.config.demonstrations == "none":
-            corpora = self._augment({home: _nothing() for home in clients.homes})
+            corpora = self._augment({client: _nothing() for client in clients.ids})
         else:
             # Privacy is spent here, on the clients; all that follows is post-processing.
             drafts = self._drafts(clients)
@@ -65,41 +65,41 @@ class FDKT(RoundStrategy[State]):
                 corpora = self._augment(self._best(self._readable(drafts)))
 
         # The task models stay with their clients.
-        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in corpora}
-        clients.ask_each({home: Learn(seeds[home], corpus) for home, corpus in corpora.items()})
+        seeds = {client: self.server.cell.public_seed("learn", client=client) for client in corpora}
+        clients.ask_each({client: Learn(seeds[client], corpus) for client, corpus in corpora.items()})
         return replace(state, round=state.round + 1, corpora=corpora)
 
     def _drafts(self, clients: Clients) -> dict[int, Corpus]:
         """Steps 1 to 4: text that each client's DP generator wrote, without what is not a text."""
         c, journal = self.config, self.server.journal
         orders = {
-            home: Synthesize(
+            client: Synthesize(
                 per_label=c.per_label,
                 temperature=c.draft_temperature,
                 top_p=c.draft_top_p,
                 max_tokens=c.draft_tokens,
-                seed=self.seed("synthesize", home),
+                seed=self.seed("synthesize", client),
             )
-            for home in clients.homes
+            for client in clients.ids
         }
         drafts: dict[int, Corpus] = {}
-        for home, answer in clients.ask_each(orders).items():
-            journal.corpus(home, "drafts", answer.corpus)
+        for client, answer in clients.ask_each(orders).items():
+            journal.corpus(client, "drafts", answer.corpus)
             missing = {"unfinished": answer.unfinished}
-            drafts[home] = self._curate(home, "drafts", answer.corpus, self.server.labels, missing)
+            drafts[client] = self._curate(client, "drafts", answer.corpus, self.server.labels, missing)
         return drafts
 
     def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
         """The drafts that fit into the LLM: one that does not costs its client a draft, and nobody the run."""
         c, found = self.config, dict[int, Corpus]()
-        for home, corpus in drafts.items():
+        for client, corpus in drafts.items():
             why = misfit(
                 self.server.llm, corpus, labels=self.server.labels, mode=c.demonstrations, max_tokens=c.max_tokens
             )
             kept = keep_rows(corpus, why)
             if kept.dropped:
-                self._note(home, [("readable", kept)])
-            found[home] = kept.corpus
+                self._note(client, [("readable", kept)])
+            found[client] = kept.corpus
         return found
 
     def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
@@ -109,8 +109,8 @@ class FDKT(RoundStrategy[State]):
             return drafts
         journal.progress("select", 0, len(drafts))
         groups = {
-            home: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self.seed("cluster", home))
-            for home, d in drafts.items()
+            client: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self.seed("cluster", client))
+            for client, d in drafts.items()
         }
         seed = self.seed("judge")
         kept = best_of(
@@ -123,9 +123,9 @@ class FDKT(RoundStrategy[State]):
             rivals=c.judge_rivals,
             seed=seed,
         )
-        for home, stage in kept.items():
-            self._note(home, [("selected", stage)])
-        return {home: stage.corpus for home, stage in kept.items()}
+        for client, stage in kept.items():
+            self._note(client, [("selected", stage)])
+        return {client: stage.corpus for client, stage in kept.items()}
 
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
         """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
@@ -145,16 +145,16 @@ class FDKT(RoundStrategy[State]):
             seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}
-        for home, answer in written.items():
-            journal.metric(home, "yield/written/without_demonstrations", sum(answer.bare.values()))
+        for client, answer in written.items():
+            journal.metric(client, "yield/written/without_demonstrations", sum(answer.bare.values()))
             labels, came = self.server.labels[: c.written], len(answer.corpus) + sum(answer.dropped.values())
             missing = {**answer.dropped, "not written": max(0, c.written - came)}
-            corpora[home] = self._curate(home, "written", answer.corpus, labels, missing)
-            journal.corpus(home, "written", corpora[home])
+            corpora[client] = self._curate(client, "written", answer.corpus, labels, missing)
+            journal.corpus(client, "written", corpora[client])
         return corpora
 
     def _curate(
-        self, home: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
+        self, client: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
     ) -> Corpus:
         """The texts that are texts, each once; noted beside those that were asked for and never came."""
         formed = well_formed(
@@ -165,12 +165,12 @@ class FDKT(RoundStrategy[State]):
             longest=MAX_TEXT,
         )
         unique = deduplicate(formed.corpus)
-        self._note(home, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
+        self._note(client, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
         return unique.corpus
 
-    def _note(self, home: int, steps: list[tuple[str, Filtered]]) -> None:
+    def _note(self, client: int, steps: list[tuple[str, Filtered]]) -> None:
         for stage in yields(steps):
-            self.server.journal.stage(home, stage)
+            self.server.journal.stage(client, stage)
 
 
 def _nothing() -> Corpus:

@@ -103,25 +103,25 @@ class FedPIT(RoundStrategy[State]):
 
     def round(self, clients: Clients, state: State) -> State:
         """Send the global adapter, let clients write, train and mix, average what comes back."""
-        start = state.adapters or dict.fromkeys(clients.homes, self.server.new_adapter(self.seed("adapter")))
-        answers = clients.ask_each({home: self._order(home, adapter) for home, adapter in start.items()})
-        for home, answer in answers.items():
-            self.server.journal.adapter(home, answer.adapter)
+        start = state.adapters or dict.fromkeys(clients.ids, self.server.new_adapter(self.seed("adapter")))
+        answers = clients.ask_each({client: self._order(client, adapter) for client, adapter in start.items()})
+        for client, answer in answers.items():
+            self.server.journal.adapter(client, answer.adapter)
             if stage := _stage(answer.funnel):
-                self.server.journal.stage(home, stage)
+                self.server.journal.stage(client, stage)
 
-        adapters = {home: answer.adapter for home, answer in answers.items()}
+        adapters = {client: answer.adapter for client, answer in answers.items()}
         if self.config.aggregate:
             mean = average(list(adapters.values()), [float(answer.records) for answer in answers.values()])
             self.server.journal.adapter(SERVER, mean, "global")
             adapters = dict.fromkeys(start, mean)
         if self.config.training != "personal":  # there each client keeps one of its own in use
-            clients.ask_each({home: Adopt(adapter) for home, adapter in adapters.items()})
+            clients.ask_each({client: Adopt(adapter) for client, adapter in adapters.items()})
         return replace(state, round=state.round + 1, adapters={**start, **adapters})
 
-    def _order(self, home: int, start: Adapter) -> SelfTrain:
+    def _order(self, client: int, start: Adapter) -> SelfTrain:
         options = {name: value for name, value in asdict(self.config).items() if name != "aggregate"}
-        return SelfTrain(start, self.seed("train", home), self.seed("write", home), **options)
+        return SelfTrain(start, self.seed("train", client), self.seed("write", client), **options)
 
 
 def _stage(funnel: Mapping[str, int]) -> Stage | None:

@@ -67,24 +67,24 @@ class KnowledgeSG(RoundStrategy[State]):
             }
 
         # Step 6. With a quorum below 1 a client may have no adapter; then it keeps the base.
-        owners = {home: SERVER if SERVER in targets else home for home in clients.homes}
-        clients.ask_each({home: Adopt(targets[owner]) for home, owner in owners.items() if owner in targets})
+        owners = {client: SERVER if SERVER in targets else client for client in clients.ids}
+        clients.ask_each({client: Adopt(targets[owner]) for client, owner in owners.items() if owner in targets})
         return replace(state, targets=targets)
 
     def _finetuned(self, clients: Clients, before: Mapping[int, Adapter]) -> dict[int, Adapter]:
         """Step 1: the clients' DP-SGD on whole records goes on from the last round; one adapter each, or their mean."""
         c, journal = self.config, self.server.journal
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
-        starts = {home: before.get(home, first) for home in clients.homes}
+        starts = {client: before.get(client, first) for client in clients.ids}
         frozen_a = not c.personal and c.aggregation == "frozen_a"
         answers = clients.ask_each(
-            {home: Finetune(start, self.seed("train", home), frozen_a) for home, start in starts.items()}
+            {client: Finetune(start, self.seed("train", client), frozen_a) for client, start in starts.items()}
         )
         if not c.personal:
             return {SERVER: aggregate(answers, first, c.aggregation, journal)}
-        trained = {home: completed(answer.adapter, starts[home]) for home, answer in answers.items()}
-        for home, adapter in trained.items():
-            journal.adapter(home, adapter)
+        trained = {client: completed(answer.adapter, starts[client]) for client, answer in answers.items()}
+        for client, adapter in trained.items():
+            journal.adapter(client, adapter)
         return {**before, **trained}
 
     def _pairs(self, owner: int, writer: Adapter | None) -> Corpus:

@@ -21,7 +21,7 @@ class State:
 
 
 class LocalOnly(RoundStrategy[State]):
-    """Each client trains its task model on its own text; also the pooled baseline, where one home holds all text."""
+    """Each client trains its task model on its own text; also the pooled baseline, where one client holds all text."""
 
     config_class = Config
     tasks = ("classification", "instructions")
@@ -37,6 +37,6 @@ class LocalOnly(RoundStrategy[State]):
 
     def round(self, clients: Clients, state: State) -> State:
         """One empty `Learn`."""
-        seeds = {home: self.server.cell.public_seed("learn", client=home) for home in clients.homes}
-        clients.ask_each({home: Learn(seed=seed) for home, seed in seeds.items()})
+        seeds = {client: self.server.cell.public_seed("learn", client=client) for client in clients.ids}
+        clients.ask_each({client: Learn(seed=seed) for client, seed in seeds.items()})
         return replace(state, round=state.round + 1)

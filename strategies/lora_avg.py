@@ -55,7 +55,7 @@ class LoraAverage(RoundStrategy[State]):
         start = state.adapter or self.server.new_adapter(self.seed("adapter"))
         frozen_a = self.config.aggregation == "frozen_a"
         answers = clients.ask_each(
-            {home: Finetune(start, self.seed("train", home), frozen_a) for home in clients.homes}
+            {client: Finetune(start, self.seed("train", client), frozen_a) for client in clients.ids}
         )
         adapter = aggregate(answers, start, self.config.aggregation, self.server.journal)
         self.server.journal.adapter(SERVER, adapter, "global")
@@ -72,9 +72,9 @@ def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Agg
         aggregation: See `Config`.
         journal: Gets the clients' adapters and the error.
     """
-    sent = {home: completed(answer.adapter, start) for home, answer in answers.items()}
-    for home, adapter in sent.items():
-        journal.adapter(home, adapter)
+    sent = {client: completed(answer.adapter, start) for client, answer in answers.items()}
+    for client, adapter in sent.items():
+        journal.adapter(client, adapter)
     adapters = list(sent.values())
     weights = [float(answer.records) for answer in answers.values()]
     if aggregation == "frozen_a":

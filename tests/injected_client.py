@@ -18,8 +18,8 @@ DUMP = "FEDSYNTH_TEST_DUMP"  # a folder for the objects that are sent
 
 def opener(context: Any, envelope: Any) -> Any:
     """As `fedsynth.deployment.client.site_home`, but for where the keys come from."""
-    from fedsynth.clients.home import cell_of
-    from fedsynth.deployment.client import home_of
+    from fedsynth.clients.client_side import cell_of
+    from fedsynth.deployment.client import client_side
     from fedsynth.deployment.policy import SITE, load_site
     from fedsynth.privacy.noise import simulated_key
 
@@ -27,9 +27,9 @@ def opener(context: Any, envelope: Any) -> Any:
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
 
     def keys(counter: int, binding: str) -> bytes:
-        return simulated_key(cell.seed, envelope.home, counter, binding)
+        return simulated_key(cell.seed, envelope.client, counter, binding)
 
-    return home_of(load_site(Path(os.environ[SITE])), cell, envelope, {}, keys=keys)
+    return client_side(load_site(Path(os.environ[SITE])), cell, envelope, {}, keys=keys)
 
 
 def _keep_what_is_sent() -> None:

@@ -15,11 +15,11 @@ from local import LocalGrid
 from scripted import ScriptedLLM
 
 from fedsynth.clients.app import client_app, simulation
-from fedsynth.clients.home import Home, cell_of, simulated_home
+from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.messages import Order, Refused
-from fedsynth.federation.nodes import nodes_by_home
+from fedsynth.federation.nodes import nodes_by_client
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted
 from fedsynth.federation.run.directory import private_of
@@ -114,7 +114,7 @@ class Played:
         answered = [pair for pair in pairs if pair[0].metadata.message_type == kind.task and not pair[1].has_error()]
         found = [(order.content, reply.content) for order, reply in answered]
         parts = [pair for order, reply in found for pair in zip(parted(order), parted(reply), strict=True)]
-        parts.sort(key=lambda pair: (pair[0]["fedsynth"]["exchange"], pair[0]["fedsynth"]["home"]))
+        parts.sort(key=lambda pair: (pair[0]["fedsynth"]["exchange"], pair[0]["fedsynth"]["client"]))
         said = [reply["fedsynth"] for _, reply in parts]
         return [decode(part["payload"], Refused if part["refused"] else kind.reply) for part in said]
 
@@ -122,9 +122,9 @@ class Played:
         """A metric's values, in the order in which they were noted."""
         return [value for _, _, _, _, metric, value in self.journal.rows if metric == name]
 
-    def home(self, index: int) -> Home:
+    def client(self, index: int) -> ClientSide:
         """A client's house as it was left."""
-        return simulated_home(self.cell, index, private_of(self.out), "simulated")
+        return simulated_client(self.cell, index, private_of(self.out), "simulated")
 
 
 def play(
@@ -146,14 +146,14 @@ def play(
     out = tmp_path / "run"
     out.mkdir(exist_ok=True, parents=True)
     data = cell.scenario.data
-    homes, labels = 1 if data.pooled else data.clients, label_list(data)
-    grid = LocalGrid(client_app(simulation), nodes or homes, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
+    ids, labels = 1 if data.pooled else data.clients, label_list(data)
+    grid = LocalGrid(client_app(simulation), nodes or ids, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
     journal = RunLog(cell, out, out / "events.jsonl")
     llm = CachedLLM(llm or ScriptedLLM(), "llm", journal)
     professional = llm if professional is None else CachedLLM(professional, "professional", journal)
 
     def open_clients(grid: Any) -> Clients:
-        return Clients(grid, nodes_by_home(grid, homes, stack=cell.scenario.stack), cell, run, labels, journal)
+        return Clients(grid, nodes_by_client(grid, ids, stack=cell.scenario.stack), cell, run, labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)
     strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients, measures))

@@ -20,14 +20,14 @@ from inprocess import Played, canary, play
 from resuming import dies_everywhere
 
 from fedsynth.clients import score as score_module
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.score import RECEIPT, protected
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
 from fedsynth.federation.availability import fates
 from fedsynth.federation.messages import Evaluate, Learn, Score, Scored
-from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, load_strategy
@@ -207,7 +207,7 @@ def test_no_private_word_crosses(runs: Runs) -> None:
         m.content["fedsynth"]["payload"] for m in [*run.grid.orders, *run.grid.replies] if "fedsynth" in m.content
     )
     assert not [i for i in range(120) if canary(i).encode() in crossed]
-    assert any(canary(i) in repr(run.home(0).train) for i in range(120))  # they are there to be found
+    assert any(canary(i) in repr(run.client(0).train) for i in range(120))  # they are there to be found
 
 
 def test_a_round_is_learn_score_learn_and_the_first_learns_private_text_alone(runs: Runs) -> None:
@@ -406,7 +406,7 @@ def test_trained_models_tell_clean_texts_from_corrupted_ones(planted: Any) -> No
 
 def test_two_architectures_and_tokenizers_score_and_learn_in_one_run(runs: Runs, llm: str) -> None:
     run = runs["hetero"]
-    names = [run.home(i).config.task_model for i in range(3)]
+    names = [run.client(i).config.task_model for i in range(3)]
     assert names == [families.folder("bert"), tiny.folder(), families.folder("bert")]
     assert len({len(load_tokenizer(name)) for name in names}) == 2
     assert len(run.answers(Score)) == 3 * ROUNDS
@@ -459,25 +459,25 @@ def test_a_scorers_slots_map_each_unit_to_itself() -> None:
 # Protection: a scoring model under one grant
 
 
-def entries(home: Home, kind: str) -> list[dict[str, Any]]:
-    return [e for e in home.ledger.entries() if e["kind"] == kind]
+def entries(client: ClientSide, kind: str) -> list[dict[str, Any]]:
+    return [e for e in client.ledger.entries() if e["kind"] == kind]
 
 
 def test_one_grant_pays_for_the_scores_of_all_rounds(runs: Runs) -> None:
     run = runs["dp"]
     for index in range(3):
-        home = run.home(index)
-        [reserved], [grant] = entries(home, "reservation"), entries(home, "grant")
+        client = run.client(index)
+        [reserved], [grant] = entries(client, "reservation"), entries(client, "grant")
         assert (reserved["plan"]["steps"], reserved["rounds"], reserved["drawn"]) == (3, 1, 1)
         assert grant["state"] == "sent"
         answers = run.answers(Score)[index::3]
         assert [a.scores.grants for a in answers] == [(grant["id"],)] * ROUNDS
         assert len({a.scores.values for a in answers}) == ROUNDS
-        plan = home.config.score_plan(home.records, ROUNDS)
+        plan = client.config.score_plan(client.records, ROUNDS)
         assert (plan.rounds, reserved["plan"]) == (1, plan.to_dict())
         assert all(a.statement.epsilon == pytest.approx(epsilon(plan, 1e-5)) for a in answers)
-        assert home.ledger.spent()[0] == pytest.approx(answers[0].statement.epsilon)
-        assert home.ledger.spent()[0] <= 8.0
+        assert client.ledger.spent()[0] == pytest.approx(answers[0].statement.epsilon)
+        assert client.ledger.spent()[0] <= 8.0
 
 
 @pytest.mark.parametrize("arm", ["dp", "noise"])
@@ -500,7 +500,7 @@ def test_who_was_away_in_the_first_round_learns_before_it_scores(toml: str, llm:
     seed = next(s for s in range(99) if len(gone(s, 1)) == 1 and not gone(s, 2))
     run = play(text.replace("SEED", str(seed)), tmp_path, "main", llm=LocalLLM.load(llm, batch_size=256))
     [late] = gone(seed, 1)
-    scored = [m.content["fedsynth"]["home"] for m in run.grid.orders_of(Score.task)]
+    scored = [m.content["fedsynth"]["client"] for m in run.grid.orders_of(Score.task)]
     assert sorted(scored) == sorted([*(set(range(3)) - {late}), 0, 1, 2])
     assert run.states[0].learnt == tuple(sorted(set(range(3)) - {late}))
     assert run.states[1].learnt == (0, 1, 2)
@@ -515,8 +515,8 @@ def test_the_run_says_what_the_server_saw_and_what_it_costs(runs: Runs) -> None:
     assert "-DP per client, all rounds" in privacy_line([runs["noise"].journal])
     said = privacy_line([runs["main"].journal])
     assert said.startswith("no differential privacy guarantee: scores left clients without a mechanism")
-    assert runs["main"].home(0).ledger.spent()[0] == math.inf
-    assert len(entries(runs["main"].home(0), "no_guarantee")) == 1  # noted once for a run and a reason
+    assert runs["main"].client(0).ledger.spent()[0] == math.inf
+    assert len(entries(runs["main"].client(0), "no_guarantee")) == 1  # noted once for a run and a reason
 
 
 @dataclass
@@ -526,9 +526,9 @@ class Asked:
     run: Played
     clients: Clients
 
-    def score(self, texts: Corpus, exchange: int, home: int = 0) -> Scored:
+    def score(self, texts: Corpus, exchange: int, client: int = 0) -> Scored:
         self.clients.exchange = exchange - 1
-        return self.clients.ask_each({home: Score(texts, seed=4)})[home]
+        return self.clients.ask_each({client: Score(texts, seed=4)})[client]
 
 
 TEXTS = Corpus(("abab", "wxwx", "cdcd", "yzyz"), ("heart", "heart", "skin", "skin"), Provenance.PUBLIC)
@@ -536,7 +536,7 @@ TEXTS = Corpus(("abab", "wxwx", "cdcd", "yzyz"), ("heart", "heart", "skin", "ski
 
 @pytest.fixture
 def asked(toml: str, llm: str, tmp_path: Path) -> Iterator[Any]:
-    """A client app with its homes, before any order."""
+    """A client app with its clients, before any order."""
 
     def make(arm: str) -> Asked:
         from inprocess import cell_of, simulation, to_toml
@@ -549,7 +549,7 @@ def asked(toml: str, llm: str, tmp_path: Path) -> Iterator[Any]:
         out.mkdir(exist_ok=True)
         grid = LocalGrid(client_app(simulation), 3, {"scenario-toml": whole, "out-dir": str(out)})
         journal = RunLog(cell, out, out / "events.jsonl")
-        clients = Clients(grid, nodes_by_home(grid, 3), cell, "simulated", LABELS, journal)
+        clients = Clients(grid, nodes_by_client(grid, 3), cell, "simulated", LABELS, journal)
         return Asked(Played(cell, grid, journal, out), clients)
 
     return make
@@ -560,7 +560,7 @@ def test_later_scores_read_no_private_text_and_are_those_of_the_model_that_was_k
 ) -> None:
     made = asked("dp")
     first = made.score(TEXTS, 1)
-    monkeypatch.setattr(Home, "train", property(lambda _: pytest.fail("private text was read after the release")))
+    monkeypatch.setattr(ClientSide, "train", property(lambda _: pytest.fail("private text was read after the release")))
     monkeypatch.setattr(score_module, "train_generator", lambda *_, **__: pytest.fail("trained twice"))
     again = made.score(TEXTS, 2)
     assert again.scores == first.scores
@@ -585,17 +585,17 @@ def test_a_repeated_order_gets_the_same_bytes_and_one_training(asked: Any, monke
 def test_a_scorer_that_is_lost_cannot_be_trained_again_under_its_grant(asked: Any) -> None:
     made = asked("dp")
     made.score(TEXTS, 1)
-    (made.run.home(0).work / RECEIPT).unlink()
+    (made.run.client(0).work / RECEIPT).unlink()
     with pytest.raises(TooFewReplies, match="budget_exhausted"):
         made.score(TEXTS, 2)
-    [grant] = entries(made.run.home(0), "grant")
+    [grant] = entries(made.run.client(0), "grant")
     assert grant["state"] == "sent"
 
 
 def test_a_scorer_whose_weights_were_changed_is_not_released(asked: Any) -> None:
     made = asked("dp")
     made.score(TEXTS, 1)
-    weights = made.run.home(0).work / score_module.SCORER
+    weights = made.run.client(0).work / score_module.SCORER
     weights.write_bytes(weights.read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.raises(TooFewReplies, match="not_allowed"):
         made.score(TEXTS, 2)
@@ -612,21 +612,21 @@ def test_after_a_crash_before_the_answer_was_kept_the_same_grant_gives_the_same_
         patched.setattr(Ledger, "store", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(TooFewReplies, match="failed"):
             made.score(TEXTS, 1)
-    kept = (made.run.home(0).work / score_module.SCORER).read_bytes()
-    assert made.run.home(0).ledger.settled(entries(made.run.home(0), "grant")[0]["id"]) is None
+    kept = (made.run.client(0).work / score_module.SCORER).read_bytes()
+    assert made.run.client(0).ledger.settled(entries(made.run.client(0), "grant")[0]["id"]) is None
     assert Ledger.store is real
     answer = made.score(TEXTS, 1)
-    [grant], [reserved] = entries(made.run.home(0), "grant"), entries(made.run.home(0), "reservation")
+    [grant], [reserved] = entries(made.run.client(0), "grant"), entries(made.run.client(0), "reservation")
     assert answer.scores.grants == (grant["id"],)
     assert reserved["drawn"] == 1
-    assert (made.run.home(0).work / score_module.SCORER).read_bytes() == kept
+    assert (made.run.client(0).work / score_module.SCORER).read_bytes() == kept
 
 
 def test_an_answer_without_a_charge_names_grants_that_are_settled(asked: Any) -> None:
     made = asked("dp")
     made.score(TEXTS, 1)
-    ledger = made.run.home(0).ledger
-    [grant] = entries(made.run.home(0), "grant")
+    ledger = made.run.client(0).ledger
+    [grant] = entries(made.run.client(0), "grant")
     ledger.store("another order", b"numbers", derived_from=[grant["id"]])
     assert ledger.answered("another order") == b"numbers"
     for foreign in (["0f" * 16], [grant["id"], "0f" * 16]):
@@ -704,8 +704,8 @@ def test_noise_has_the_planned_deviation() -> None:
 def test_epsilon_of_the_rounds_is_the_plans_and_one_more_is_refused(asked: Any, runs: Runs) -> None:
     run = runs["noise"]
     for index in range(3):
-        home, answers = run.home(index), run.answers(Score)[index::3]
-        plan = home.config.score_plan(home.records, ROUNDS)
+        client, answers = run.client(index), run.answers(Score)[index::3]
+        plan = client.config.score_plan(client.records, ROUNDS)
         assert (plan.steps, plan.rounds, plan.sampling_rate) == (1, ROUNDS, 1.0)
         # Gaussian composition by hand: T rounds at sigma are one at sigma / sqrt(T).
         once = replace(plan, rounds=1, noise_multiplier=plan.noise_multiplier / ROUNDS**0.5)
@@ -713,10 +713,10 @@ def test_epsilon_of_the_rounds_is_the_plans_and_one_more_is_refused(asked: Any, 
         assert {a.statement.epsilon for a in answers} == {epsilon(plan, 1e-5)}
         assert {a.statement.epsilon_replace_one for a in answers} == {epsilon(plan, 1e-5)}
         assert {a.statement.unit for a in answers} == {"client"}
-        grants = entries(home, "grant")
+        grants = entries(client, "grant")
         assert [a.scores.grants for a in answers] == [(g["id"],) for g in grants]
         assert len(grants) == ROUNDS
-        assert home.ledger.spent()[0] == pytest.approx(epsilon(plan, 1e-5))
+        assert client.ledger.spent()[0] == pytest.approx(epsilon(plan, 1e-5))
         assert epsilon(plan, 1e-5) <= 8.0
     made = asked("noise")
     made.clients.ask(Learn(seed=1))
@@ -736,7 +736,7 @@ def test_a_client_without_a_task_model_refuses_before_anything_is_charged(asked:
         made = asked(arm)
         with pytest.raises(TooFewReplies, match="no_task_model"):
             made.score(TEXTS, 1)
-        assert made.run.home(0).ledger.entries() == []
+        assert made.run.client(0).ledger.entries() == []
 
 
 def test_no_order_can_choose_the_protection() -> None:

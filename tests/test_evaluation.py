@@ -68,8 +68,8 @@ def test_arms_of_different_lengths_are_compared_in_their_own_last_rounds() -> No
 
 
 def figures(reference: str, response: str, world: str | None = None) -> dict[str, float]:
-    home: Any = SimpleNamespace(world=world, test=Corpus(("x",), (reference,), Provenance.PRIVATE))
-    return _scored(home, [response])
+    client: Any = SimpleNamespace(world=world, test=Corpus(("x",), (reference,), Provenance.PRIVATE))
+    return _scored(client, [response])
 
 
 def test_a_response_to_peoples_text_is_measured_whole() -> None:

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from fedsynth.clients.batched_training import together
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.evaluate import evaluate
-from fedsynth.clients.home import Home
 from fedsynth.clients.learn import WEIGHTS, learn
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance
@@ -498,13 +498,13 @@ def test_features_of_a_text_do_not_depend_on_other_texts() -> None:
 
 
 @contextmanager
-def home(tmp_path: Path, **client: Any) -> Iterator[Home]:
+def client(tmp_path: Path, **client: Any) -> Iterator[ClientSide]:
     site = ClientData(train=TOY, test=TOY)
     settings = replace(SETTINGS, max_tokens=32, expected_batch=64, steps=2)
     names = {"generator": families.folder("llama"), "task_model": families.folder("llama"), **client}
     config = Client(**names, budget=Budget(2.0), generator_training=settings)
     ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
-    yield Home(0, config, LABELS, 64, 1, "row", tmp_path, "run", ledger, lambda: site, True)
+    yield ClientSide(0, config, LABELS, 64, 1, "row", tmp_path, "run", ledger, lambda: site, True)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -519,7 +519,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
 
     monkeypatch.setattr("fedsynth.clients.batched_training.train_generator", spy)
     order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3)
-    with home(tmp_path, generator=families.folder(family)) as here:
+    with client(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])
     assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])
     assert len(answer.corpus) + answer.unfinished == 12
@@ -529,7 +529,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
 @pytest.mark.parametrize("trains", ["all", "head"])
 def test_a_client_keeps_what_it_learnt_and_is_measured_with_it(trains: Any, tmp_path: Path) -> None:
     training = replace(TASK, trains=trains, learning_rate=5e-3, private_epochs=3)
-    with home(tmp_path, task_model=families.folder("bert"), task_training=training) as here:
+    with client(tmp_path, task_model=families.folder("bert"), task_training=training) as here:
         learn(here, Learn(seed=0, corpus=None))
         assert evaluate(here).metrics["accuracy"] > 0.9
     size = (tmp_path / WEIGHTS).stat().st_size

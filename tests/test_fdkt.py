@@ -16,12 +16,12 @@ from local import LocalGrid
 from resuming import Died, dies_everywhere
 from scripted import ScriptedLLM
 
-import fedsynth.clients.home
+import fedsynth.clients.client_side
 from fedsynth.clients.app import client_app, simulation
-from fedsynth.clients.home import Home, cell_of
+from fedsynth.clients.client_side import ClientSide, cell_of
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
-from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.payload import decode
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
@@ -114,14 +114,14 @@ class World:
     journal: RunLog
     out: Path
     state: Any = None
-    homes: list[Home] = field(default_factory=list)
+    clients: list[ClientSide] = field(default_factory=list)
 
     def run(self) -> None:
         data = self.cell.scenario.data
-        homes = 1 if data.pooled else data.clients
+        clients = 1 if data.pooled else data.clients
 
         def open_clients(grid: Any) -> Clients:
-            return Clients(grid, nodes_by_home(grid, homes), self.cell, "simulated", LABELS, self.journal)
+            return Clients(grid, nodes_by_client(grid, clients), self.cell, "simulated", LABELS, self.journal)
 
         kind, config = load_strategy(self.cell.scenario.strategy)
         server = ServerSide(self.cell, LABELS, self.llm, self.llm, embed, self.journal, open_clients)
@@ -189,9 +189,9 @@ def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> 
     assert len(texts) > 1000
     assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i) in texts]
     planted = fdkt.grid.orders[-1]
-    home = fedsynth.clients.home.simulated_home(fdkt.cell, 0, private_of(fdkt.out), "simulated")
-    assert any(canary(i) in repr(home.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
-    assert planted.content["fedsynth"]["home"] in range(CLIENTS)
+    client = fedsynth.clients.client_side.simulated_client(fdkt.cell, 0, private_of(fdkt.out), "simulated")
+    assert any(canary(i) in repr(client.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
+    assert planted.content["fedsynth"]["client"] in range(CLIENTS)
 
 
 def test_labels_are_drawn_uniformly_whatever_the_client_holds(fdkt: World) -> None:
@@ -250,27 +250,29 @@ def test_deleting_private_text_after_training_changes_no_released_byte(
     def fit_then_delete(model: Any, training: Any, *rest: Any, **more: Any) -> int:
         steps = real(model, training, *rest, **more)
         training.slots.clear()
-        monkeypatch.setattr(Home, "train", property(lambda _: pytest.fail("private text was read after the release")))
+        monkeypatch.setattr(
+            ClientSide, "train", property(lambda _: pytest.fail("private text was read after the release"))
+        )
         return steps
 
     monkeypatch.setattr(module, "train_generator", fit_then_delete)
     again = world(toml, "fdkt", tmp_path / "again")
-    [home] = [0]
-    clients = Clients(again.grid, nodes_by_home(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
-    order = decode(fdkt.grid.orders_of(Synthesize.task)[home].content["fedsynth"]["payload"], Synthesize)
-    answer = clients.ask_each({home: order})[home]
-    assert answer.corpus.fingerprint() == fdkt.answers(Synthesized)[home].corpus.fingerprint()
+    [client] = [0]
+    clients = Clients(again.grid, nodes_by_client(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
+    order = decode(fdkt.grid.orders_of(Synthesize.task)[client].content["fedsynth"]["payload"], Synthesize)
+    answer = clients.ask_each({client: order})[client]
+    assert answer.corpus.fingerprint() == fdkt.answers(Synthesized)[client].corpus.fingerprint()
 
 
 def test_charged_steps_are_the_steps_that_ran(fdkt: World) -> None:
     for index in range(CLIENTS):
-        home = fedsynth.clients.home.simulated_home(fdkt.cell, index, private_of(fdkt.out), "simulated")
-        [reserved] = [e for e in home.ledger.entries() if e["kind"] == "reservation"]
+        client = fedsynth.clients.client_side.simulated_client(fdkt.cell, index, private_of(fdkt.out), "simulated")
+        [reserved] = [e for e in client.ledger.entries() if e["kind"] == "reservation"]
         assert reserved["plan"]["steps"] == 3
         assert reserved["drawn"] == 1
-        [grant] = [e for e in home.ledger.entries() if e["kind"] == "grant"]
+        [grant] = [e for e in client.ledger.entries() if e["kind"] == "grant"]
         assert grant["state"] == "sent"
-        epsilon, delta = home.ledger.spent()
+        epsilon, delta = client.ledger.spent()
         assert epsilon <= 8.0
         assert delta == 1e-5
         assert fdkt.journal.statements[index].epsilon == pytest.approx(epsilon, abs=1e-2)
@@ -297,7 +299,7 @@ def test_a_repeated_order_gets_the_same_bytes_and_one_training(
     made = world(toml, "fdkt", tmp_path)
     order = Synthesize(2, 1.0, 1.0, 8, seed=1)
     for _ in range(2):
-        clients = Clients(made.grid, nodes_by_home(made.grid, 1), made.cell, "simulated", LABELS, made.journal)
+        clients = Clients(made.grid, nodes_by_client(made.grid, 1), made.cell, "simulated", LABELS, made.journal)
         clients.ask(order)
     first, second = (r.content["fedsynth"]["payload"] for r in made.grid.replies if "fedsynth" in r.content)
     assert first == second
@@ -326,8 +328,8 @@ def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: 
             a.corpus.grants == () and a.corpus.provenance is Provenance.SELF_GENERATED
             for a in made.answers(Synthesized)
         )
-        home = fedsynth.clients.home.simulated_home(made.cell, 0, private_of(made.out), "simulated")
-        assert home.ledger.spent()[0] == float("inf")
+        client = fedsynth.clients.client_side.simulated_client(made.cell, 0, private_of(made.out), "simulated")
+        assert client.ledger.spent()[0] == float("inf")
     if arm == "no_demonstrations":
         assert all(p in ("heart:", "skin:") for p in made.llm.completed[0])
 
@@ -352,14 +354,14 @@ def test_a_client_that_raises_ends_the_run_with_a_code_and_no_private_word(
 
 def test_a_worker_that_dies_each_time_ends_the_run_with_the_clients_number(toml: str, tmp_path: Path) -> None:
     def die(message: Message) -> Message | None:
-        if message.metadata.message_type == Learn.task and message.content["fedsynth"]["home"] == 1:
+        if message.metadata.message_type == Learn.task and message.content["fedsynth"]["client"] == 1:
             return Message(Error(code=0, reason="The actor died"), reply_to=message)
         return None
 
     made = world(toml, "local", tmp_path, spoil=die)
     with pytest.raises(TooFewReplies, match="client 1 its worker failed: The actor died"):
         made.run()
-    asked = [m.content["fedsynth"]["home"] for m in made.grid.orders_of(Learn.task)]
+    asked = [m.content["fedsynth"]["client"] for m in made.grid.orders_of(Learn.task)]
     assert sorted(asked) == [0, 1, 1, 1, 2]  # three tries
 
 
@@ -368,7 +370,7 @@ def test_a_worker_that_dies_costs_its_client_another_try_and_nothing_else(toml: 
 
     def die(message: Message) -> Message | None:
         task = message.metadata.message_type
-        if task in (Synthesize.task, Learn.task) and message.content["fedsynth"]["home"] == 1 and task not in died:
+        if task in (Synthesize.task, Learn.task) and message.content["fedsynth"]["client"] == 1 and task not in died:
             died.append(task)
             if task == Synthesize.task:  # after the work was done and stored: nobody heard of it
                 made.grid.app(message, made.grid.contexts[message.metadata.dst_node_id])
@@ -382,16 +384,17 @@ def test_a_worker_that_dies_costs_its_client_another_try_and_nothing_else(toml: 
     assert sorted(died) == [Learn.task, Synthesize.task]
     figures = [[row for row in run.journal.rows if row[4] == "accuracy"] for run in (made, whole)]
     assert figures[0] == figures[1] != []
-    home, other = (
-        fedsynth.clients.home.simulated_home(run.cell, 1, private_of(run.out), "simulated") for run in (made, whole)
+    client, other = (
+        fedsynth.clients.client_side.simulated_client(run.cell, 1, private_of(run.out), "simulated")
+        for run in (made, whole)
     )
-    assert home.ledger.spent() == other.ledger.spent()
-    assert len(home.ledger.entries()) == len(other.ledger.entries())
+    assert client.ledger.spent() == other.ledger.spent()
+    assert len(client.ledger.entries()) == len(other.ledger.entries())
 
 
 def test_a_quorum_lets_a_run_go_on_without_a_client(toml: str, tmp_path: Path) -> None:
     def die(message: Message) -> Message | None:
-        if "fedsynth" in message.content and message.content["fedsynth"]["home"] == 1:
+        if "fedsynth" in message.content and message.content["fedsynth"]["client"] == 1:
             return Message(Error(code=0, reason="gone"), reply_to=message)
         return None
 
@@ -448,17 +451,19 @@ def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path
     kind, config = load_strategy(made.cell.scenario.strategy)
     strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.journal, lambda _: None))
     drafts = {
-        home: Corpus((f"heart of {home}", f"skin of {home}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{home}",))
-        for home in range(CLIENTS)
+        client: Corpus(
+            (f"heart of {client}", f"skin of {client}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{client}",)
+        )
+        for client in range(CLIENTS)
     }
     written = strategy._augment(drafts)
     prompts = made.llm.completed[-1]
     assert len(prompts) == CLIENTS * 8
-    for home in range(CLIENTS):
-        wanted = set(range(CLIENTS)) if option else {home}
-        for prompt in prompts[8 * home : 8 * home + 8]:
+    for client in range(CLIENTS):
+        wanted = set(range(CLIENTS)) if option else {client}
+        for prompt in prompts[8 * client : 8 * client + 8]:
             assert {other for other in range(CLIENTS) if f"of {other}" in prompt} == wanted
-        assert set(written[home].grants) == {f"g{other}" for other in wanted}  # whose guarantee it has
+        assert set(written[client].grants) == {f"g{other}" for other in wanted}  # whose guarantee it has
 
 
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:

@@ -19,8 +19,8 @@ from scripted import ScriptedLLM
 from fedsynth.clients import app
 from fedsynth.clients import evaluate as measure
 from fedsynth.clients import self_train as on_client
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import in_use
-from fedsynth.clients.home import Home
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import ClientData
 from fedsynth.evaluation.fidelity import ifd
@@ -137,12 +137,12 @@ def test_the_global_adapter_is_the_mean_weighted_by_real_records(tmp_path: Path,
     run = played(tmp_path, rows=41, rounds=2)
     first = run.answers(SelfTrain)[:3]
     records = [a.records for a in first]
-    assert records == [len(run.home(i).train) for i in range(3)]
+    assert records == [len(run.client(i).train) for i in range(3)]
     assert len(set(records)) > 1
     expected = average([a.adapter for a in first], records)
     assert {digest(order.adapter) for order in run.orders(Adopt)[:3]} == {digest(expected)}
     assert {digest(order.start) for order in run.orders(SelfTrain)[3:]} == {digest(expected)}
-    assert digest(in_use(run.home(0))) == digest(run.states[-1].adapters[0])
+    assert digest(in_use(run.client(0))) == digest(run.states[-1].adapters[0])
 
 
 def test_at_beta_0_an_unshown_record_counts_through_filter_and_ranking_only(
@@ -163,7 +163,7 @@ def test_at_beta_0_an_unshown_record_counts_through_filter_and_ranking_only(
 
     as_it_is = sent(whole)
     prompts = "".join(writer.prompts[0])
-    train = play(toml, tmp_path / "look").home(0).train
+    train = play(toml, tmp_path / "look").client(0).train
     shown = {line in prompts: row for row, line in enumerate(lines(train))}  # one of either kind
     assert set(shown) == {True, False}
 
@@ -226,10 +226,10 @@ def test_the_synthetic_half_is_what_it_would_be_without_the_private_one(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = played(tmp_path, 'share = 0.0\nselection = "random"', clients=1, rows=12)
-    home, [order], [answer] = run.home(0), run.orders(SelfTrain), run.answers(SelfTrain)
-    candidates, _ = on_client.syn_gen(home, order)
+    client, [order], [answer] = run.client(0), run.orders(SelfTrain), run.answers(SelfTrain)
+    candidates, _ = on_client.syn_gen(client, order)
     kept = select(ScriptedLLM(), candidates, keep=order.keep, by="random", seed=order.writing_seed)
-    alone = on_client.loc_train(home, order.start, on_client.slots_of(home, kept, len(kept)), order.writing_seed)
+    alone = on_client.loc_train(client, order.start, on_client.slots_of(client, kept, len(kept)), order.writing_seed)
     assert digest(read_adapter(alone, "")) == digest(answer.adapter)
 
 
@@ -258,7 +258,7 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
 
     monkeypatch.setattr(on_client, "train_generator", watched)
     run = played(tmp_path, 'training = "mixed"', clients=1, rows=12)
-    records = len(run.home(0).train)
+    records = len(run.client(0).train)
     assert run.answers(SelfTrain)[0].funnel["kept"] == 3
     local, both = seen
     assert local == (records, 5, 3)
@@ -273,7 +273,7 @@ def test_version_1_sends_the_synthetic_half_and_keeps_one_trained_on_both(tmp_pa
         digest(a.adapter) for a in synthetic.answers(SelfTrain)
     ]
     assert run.orders(Adopt) == []
-    kept = [digest(in_use(run.home(i))) for i in range(2)]
+    kept = [digest(in_use(run.client(i))) for i in range(2)]
     assert kept == [digest(a.adapter) for a in both.answers(SelfTrain)]
 
 
@@ -406,8 +406,8 @@ def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
     seen: list[tuple[Corpus, Corpus]] = []
     selected = on_client.syn_sel
 
-    def watched(home: Home, *rest: Any) -> Corpus:
-        seen.append((home.train, selected(home, *rest)))
+    def watched(client: ClientSide, *rest: Any) -> Corpus:
+        seen.append((client.train, selected(client, *rest)))
         return seen[-1][1]
 
     monkeypatch.setattr(on_client, "syn_sel", watched)
@@ -444,7 +444,7 @@ def test_a_record_too_long_to_be_learnt_whole_is_not_shown(tmp_path: Path, write
     table = tmp_path / "records.csv"
     table.write_text(table.read_text().replace("of thing 1", "of thing 1" + " and so on" * 20))
     run = play(toml, tmp_path)
-    long = [line for line in lines(run.home(0).train) if "and so on" in line]
+    long = [line for line in lines(run.client(0).train) if "and so on" in line]
     prompts = "".join(writer.prompts[0])
     assert long
     assert not [line for line in long if line in prompts]
@@ -464,12 +464,12 @@ def test_the_lowest_are_kept_in_their_order() -> None:
 
 
 def test_after_training_shuffled_responses_score_worse_than_matched_ones(tmp_path: Path) -> None:
-    home = play(instructions(tmp_path, FEDIT, guarantee="none", clients=1, rows=10), tmp_path).home(0)
-    settings = replace(home.config.generator_training, steps=120, learning_rate=2e-2, rank=8)
-    home = replace(home, config=replace(home.config, generator_training=settings))
+    client = play(instructions(tmp_path, FEDIT, guarantee="none", clients=1, rows=10), tmp_path).client(0)
+    settings = replace(client.config.generator_training, steps=120, learning_rate=2e-2, rank=8)
+    client = replace(client, config=replace(client.config, generator_training=settings))
     start = new_adapter(tiny.folder(), rank=8, alpha=16.0, seed=0)
-    local = on_client.loc_train(home, start, on_client.slots_of(home, home.train, home.records), 0)
-    llm, prompts, answers = LocalLLM(local, tiny.tokenizer(), workers=1), home.train.prompts, home.train.answers
+    local = on_client.loc_train(client, start, on_client.slots_of(client, client.train, client.records), 0)
+    llm, prompts, answers = LocalLLM(local, tiny.tokenizer(), workers=1), client.train.prompts, client.train.answers
     shifted = answers[1:] + answers[:1]
     assert np.mean(ifd(llm, prompts, answers)) < 0.9 * np.mean(ifd(llm, prompts, shifted))
     kept = select(llm, Corpus(prompts * 2, answers + shifted, Provenance.SELF_GENERATED), keep=len(prompts))
@@ -487,7 +487,7 @@ def test_the_run_says_that_nothing_is_guaranteed_and_prints_no_epsilon(tmp_path:
     assert not run.metric("privacy/epsilon")
     assert all(a.statement.guarantee == "none" and a.statement.epsilon is None for a in run.answers(SelfTrain))
     assert all(a.adapter.grants == () for a in run.answers(SelfTrain))
-    assert run.home(0).ledger.spent()[0] == float("inf")
+    assert run.client(0).ledger.spent()[0] == float("inf")
 
 
 def test_a_scenario_with_a_guarantee_is_refused_with_the_reason(tmp_path: Path) -> None:
@@ -504,8 +504,8 @@ def test_a_scenario_with_a_guarantee_is_refused_with_the_reason(tmp_path: Path) 
 
 def test_a_client_that_guarantees_refuses_the_order(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, clients=1)
-    home = run.home(0)
-    strict = replace(home, config=Client(tiny.folder(), guarantee="dp", budget=home.config.budget))
+    client = run.client(0)
+    strict = replace(client, config=Client(tiny.folder(), guarantee="dp", budget=client.config.budget))
     with pytest.raises(NotReleasable, match="no formal privacy"):
         on_client.self_train(strict, run.orders(SelfTrain)[0])
 
@@ -513,8 +513,8 @@ def test_a_client_that_guarantees_refuses_the_order(tmp_path: Path, writer: type
 def test_outside_a_simulation_the_server_sees_a_constant_code(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = app.simulated_home
-    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), simulated=False))
+    opened = app.simulated_client
+    monkeypatch.setattr(app, "simulated_client", lambda *a: replace(opened(*a), simulated=False))
     with pytest.raises(TooFewReplies, match="refused: not_allowed"):
         played(tmp_path, clients=1)
 
@@ -568,11 +568,11 @@ def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer
 def test_what_follows_the_true_fields_is_no_part_of_a_worlds_task_and_an_error_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = played(tmp_path, strategy=FEDIT, clients=1).home(0)
+    file = played(tmp_path, strategy=FEDIT, clients=1).client(0)
     notes = private_records(load_world("hospitals"), 0, 5, 0, split="test")
     world = replace(file, world="hospitals", open=lambda: ClientData(file.train, notes))
-    for home, exact in ((file, 0.0), (world, 1.0)):
-        true = home.test.answers
+    for client, exact in ((file, 0.0), (world, 1.0)):
+        true = client.test.answers
         for said, right in ((lambda y: f"{y} ; ref one two", exact), (str, 1.0), (lambda y: f"ref; {y}", 0.0)):
             monkeypatch.setattr(measure, "respond", lambda *_, said=said, true=true: [said(y) for y in true])
-            assert measure.evaluate(home).metrics["exact_match"] == right
+            assert measure.evaluate(client).metrics["exact_match"] == right

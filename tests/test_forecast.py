@@ -21,7 +21,7 @@ import fedsynth.forecast.profiling
 import fedsynth.forecast.rehearsal
 import fedsynth.forecast.work
 import fedsynth.training.engine
-from fedsynth.clients.home import cell_of
+from fedsynth.clients.client_side import cell_of
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import open_sites
 from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Order
@@ -221,7 +221,7 @@ def test_an_order_of_somebody_elses_is_told_and_what_came_before_it_counts(tmp_p
 
 def test_an_exchange_takes_as_long_as_the_worker_that_is_done_last() -> None:
     unit = Unit("fit", "main")
-    exchange = Exchange(1, "learn", {home: {unit: 2.0} for home in range(3)}, 0, 0)
+    exchange = Exchange(1, "learn", {client: {unit: 2.0} for client in range(3)}, 0, 0)
     pool = Workers(count=2, nodes=3)
     costs = {unit: Cost(first=5.0, each=4.0)}
     # Two messages of three go to one worker: 8 seconds each, and 5 once.

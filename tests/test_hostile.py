@@ -121,7 +121,7 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     three = clients(tmp_path, {"north": answering(), "south": bad, "west": answering(epsilon=8.5)}, quorum=0.5)
     answers = three.ask(order)
     assert sorted(answers) == [0, 2]
-    assert {home: said.epsilon for home, said in three.journal.statements.items()} == {0: 7.99, 2: 8.5}
+    assert {client: said.epsilon for client, said in three.journal.statements.items()} == {0: 7.99, 2: 8.5}
     assert three.journal.silent == {(1, 1)}
     assert "1 clients gave no usable answer" in privacy_line([three.journal])
     told = json.dumps(three.journal.record()) + (tmp_path / "events.jsonl").read_text()
@@ -156,7 +156,7 @@ def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
     sent, _ = late._delivery.send(orders, range(3), partial(late._packed, orders))
     late._late.expect(sent, 1, orders)
     late.close()
-    assert {home: said.epsilon for home, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
+    assert {client: said.epsilon for client, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
 
 
 def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def journaled(run: Played, kind: str) -> dict[int, tuple[Corpus, dict[str, str]]
     return dict(sorted(found.items()))
 
 
-def records(run: Played, base: str, home: int) -> dict[str, str]:
+def records(run: Played, base: str, client: int) -> dict[str, str]:
     """What a client's DP model writes, sampled again from the adapter that it sent: prompt -> first response."""
-    seed = run.cell.public_seed("write", round=run.cell.scenario.rounds, client=home)
-    adapter = run.answers(Finetune)[-3:][home].adapter
+    seed = run.cell.public_seed("write", round=run.cell.scenario.rounds, client=client)
+    adapter = run.answers(Finetune)[-3:][client].adapter
     corpus = write(Engine(), base, adapter, 40, SamplingParams(temperature=0.7, max_new_tokens=40), seed=seed).corpus
     return dict(reversed(list(zip(corpus.prompts, corpus.answers, strict=True))))
 
@@ -125,8 +125,8 @@ def test_each_client_gets_a_target_made_from_its_own_dp_models_instructions(tmp_
     assert asked == ["Finetune"] * 3 + ["Adopt"] * 3 + ["Evaluate"] * 3
     targets = run.states[-1].targets
     assert sorted(targets) == [0, 1, 2]
-    assert all(same(order.adapter, targets[home]) for home, order in enumerate(run.orders(Adopt)))
-    assert not any(same(targets[home], answer.adapter) for home, answer in enumerate(run.answers(Finetune)))
+    assert all(same(order.adapter, targets[client]) for client, order in enumerate(run.orders(Adopt)))
+    assert not any(same(targets[client], answer.adapter) for client, answer in enumerate(run.answers(Finetune)))
     assert not same(targets[0], targets[1])
     assert set(run.answers(Evaluate)[0].metrics) >= {"exact_match", "field_match", "rouge_l"}
 
@@ -157,7 +157,7 @@ def test_no_text_of_a_record_crosses_or_reaches_the_professional(tmp_path: Path,
     shown = repr(pro.completed)
     assert "question:" in shown
     assert not [row for row in range(72) if canary(row).encode() in crossed or canary(row) in shown]
-    assert canary(0) in repr([run.home(i).site for i in range(3)])  # they are there to be found
+    assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,12 @@ def test_the_server_takes_no_adapter_of_another_base_or_with_other_tensors(
 
 def test_two_rounds_cost_what_one_run_of_all_their_steps_costs(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, rounds=2)
-    said, home = run.answers(Finetune)[-1].statement, run.home(2)
-    plan = home.plan()
+    said, client = run.answers(Finetune)[-1].statement, run.client(2)
+    plan = client.plan()
     assert (plan.steps, plan.rounds, said.steps) == (3, 2, 6)
     assert said.epsilon == pytest.approx(epsilon(replace(plan, steps=6, rounds=1), 1e-5), abs=1e-6)
     assert said.epsilon <= 8.0
-    assert home.ledger.spent()[0] == pytest.approx(said.epsilon, abs=1e-6)
+    assert client.ledger.spent()[0] == pytest.approx(said.epsilon, abs=1e-6)
     assert f"({up(said.epsilon, 3):.3f}, 1e-05)-DP per row, all rounds" in privacy_line([run.journal])
 
 
@@ -196,8 +196,8 @@ def test_a_round_beyond_the_plan_is_refused_before_a_step_of_it_runs(tmp_path: P
     run = played(tmp_path, base, rounds=2)
     order = replace(run.orders(Finetune)[-1], seed=7)
     with pytest.raises(BudgetExhausted):
-        together([finetune(run.home(2), order, "a third order")])
-    assert run.home(2).ledger.spent()[0] <= 8.0
+        together([finetune(run.client(2), order, "a third order")])
+    assert run.client(2).ledger.spent()[0] <= 8.0
 
 
 def test_rounds_go_on_from_each_clients_own_adapter_and_the_rest_happens_once(tmp_path: Path, base: str) -> None:
@@ -205,7 +205,7 @@ def test_rounds_go_on_from_each_clients_own_adapter_and_the_rest_happens_once(tm
     run = play(toml(tmp_path, base, rounds=2), tmp_path, professional=pro)
     first, second = run.orders(Finetune)[:3], run.orders(Finetune)[3:]
     assert all(same(order.start, first[0].start) for order in first)
-    assert all(same(second[home].start, run.answers(Finetune)[home].adapter) for home in range(3))
+    assert all(same(second[client].start, run.answers(Finetune)[client].adapter) for client in range(3))
     assert len({order.seed for order in first + second}) == 6
     assert run.states[0].targets == {}
     assert len(run.orders(Adopt)) == 3
@@ -273,8 +273,8 @@ def test_the_targets_are_the_same_when_all_private_text_is_gone(recorded: tuple[
 def test_every_instruction_is_the_dp_models_and_every_response_the_professionals(run: Played, base: str) -> None:
     kept = journaled(run, "pairs")
     assert sorted(kept) == [0, 1, 2]
-    for home, (pairs, facts) in kept.items():
-        wrote = records(run, base, home)
+    for client, (pairs, facts) in kept.items():
+        wrote = records(run, base, client)
         assert len(pairs) >= 10
         assert set(pairs.prompts) <= set(wrote)
         assert pairs.answers == tuple(professional(f"question: {p} answer:").strip() for p in pairs.prompts)
@@ -283,17 +283,17 @@ def test_every_instruction_is_the_dp_models_and_every_response_the_professionals
 
 
 def test_all_that_is_made_of_an_adapter_carries_its_grants(run: Played) -> None:
-    for home, answer in enumerate(run.answers(Finetune)):
+    for client, answer in enumerate(run.answers(Finetune)):
         assert len(answer.adapter.grants) == 1
         for kind in ("instructions", "pairs"):
-            corpus, _ = journaled(run, kind)[home]
+            corpus, _ = journaled(run, kind)[client]
             assert (corpus.provenance, corpus.grants) == (Provenance.LLM_WRITTEN, answer.adapter.grants)
-        assert run.orders(Adopt)[home].adapter.grants == answer.adapter.grants
+        assert run.orders(Adopt)[client].adapter.grants == answer.adapter.grants
 
 
 def test_what_the_dp_model_would_have_responded_is_nowhere(run: Played, base: str) -> None:
-    for home, (corpus, _) in journaled(run, "instructions").items():
-        assert set(corpus.prompts) == set(records(run, base, home))
+    for client, (corpus, _) in journaled(run, "instructions").items():
+        assert set(corpus.prompts) == set(records(run, base, client))
         assert set(corpus.answers) == {""}
 
 
@@ -327,8 +327,8 @@ def test_own_responses_are_those_of_the_dp_model(tmp_path: Path, base: str) -> N
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base, 'responses = "own"\njudge = "none"'), tmp_path, professional=pro)
     assert pro.completed == []
-    for home, (pairs, facts) in journaled(run, "pairs").items():
-        wrote = records(run, base, home)
+    for client, (pairs, facts) in journaled(run, "pairs").items():
+        wrote = records(run, base, client)
         assert pairs.answers == tuple(wrote[prompt] for prompt in pairs.prompts)
         assert facts["responses"] == "own"
 
@@ -350,7 +350,7 @@ def test_public_instructions_ask_nothing_of_the_clients_and_spend_nothing(tmp_pa
     assert (pairs.provenance, pairs.grants) == (Provenance.PUBLIC, ())
     assert guarantee_of([run.journal]) == "dp"
     assert "nothing to spend" in privacy_line([run.journal])
-    assert all(run.home(i).ledger.spent()[0] == 0 for i in range(3))
+    assert all(run.client(i).ledger.spent()[0] == 0 for i in range(3))
 
 
 def test_without_a_judge_the_professional_only_responds(tmp_path: Path, base: str) -> None:
@@ -375,7 +375,7 @@ def test_the_dp_model_itself_can_be_adopted(tmp_path: Path, base: str) -> None:
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base, 'adopts = "dp"'), tmp_path, professional=pro)
     sent = [answer.adapter for answer in run.answers(Finetune)]
-    assert all(same(order.adapter, sent[home]) for home, order in enumerate(run.orders(Adopt)))
+    assert all(same(order.adapter, sent[client]) for client, order in enumerate(run.orders(Adopt)))
     assert pro.completed == []
 
 
@@ -420,7 +420,7 @@ def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
 
 def test_a_client_that_gives_no_adapter_keeps_the_base_where_a_quorum_allows(tmp_path: Path, base: str) -> None:
     def spoil(message: Message) -> Message | None:
-        if message.metadata.message_type == Finetune.task and unpack_order(message.content, Finetune)[1].home == 1:
+        if message.metadata.message_type == Finetune.task and unpack_order(message.content, Finetune)[1].client == 1:
             return Message(Error(code=0, reason="gone"), reply_to=message)
         return None
 

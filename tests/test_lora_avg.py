@@ -11,7 +11,7 @@ import tiny
 from inprocess import Played, canary, instructions, play
 
 from fedsynth.clients import app
-from fedsynth.clients.home import COVERED
+from fedsynth.clients.client_side import COVERED
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.run.privacy_report import privacy_line
@@ -36,7 +36,7 @@ def test_the_global_adapter_is_the_mean_weighted_by_records(tmp_path: Path) -> N
     run = played(tmp_path, rows=41)
     answers = run.answers(Finetune)
     records = [a.records for a in answers]
-    assert records == [len(run.home(i).train) for i in range(3)]
+    assert records == [len(run.client(i).train) for i in range(3)]
     assert len(set(records)) > 1
     expected = average([a.adapter for a in answers], records)
     assert same(run.states[-1].adapter, expected)
@@ -78,8 +78,8 @@ def test_the_product_is_averaged_up_to_the_error_that_is_reported(tmp_path: Path
 def test_a_site_refuses_to_be_measured_before_it_reads_its_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = app.simulated_home
-    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), allowed=COVERED))
+    opened = app.simulated_client
+    monkeypatch.setattr(app, "simulated_client", lambda *a: replace(opened(*a), allowed=COVERED))
 
     def never(*_: object) -> None:
         raise AssertionError("a test text was read: one that is too long would be told by the code of the refusal")
@@ -90,26 +90,26 @@ def test_a_site_refuses_to_be_measured_before_it_reads_its_text(
 
 
 def test_what_was_paid_beyond_the_plan_is_stated(tmp_path: Path) -> None:
-    found = played(tmp_path).home(0)
+    found = played(tmp_path).client(0)
     roomy = Ledger(
         tmp_path / "roomy.sqlite", dataset="records", cap=None, keys=lambda counter, _: bytes([counter] * 32)
     )
-    home, plan = replace(found, ledger=roomy), found.plan()
-    home.ledger.charge(plan, home.binding("as planned", plan), home.run)
-    assert home.charged(plan) == plan
-    home.ledger.charge(plan, home.binding("one more", plan), home.run)
-    assert home.charged(plan) == replace(plan, rounds=plan.rounds + 1)
+    client, plan = replace(found, ledger=roomy), found.plan()
+    client.ledger.charge(plan, client.binding("as planned", plan), client.run)
+    assert client.charged(plan) == plan
+    client.ledger.charge(plan, client.binding("one more", plan), client.run)
+    assert client.charged(plan) == replace(plan, rounds=plan.rounds + 1)
 
 
 def test_rounds_of_k_steps_cost_what_one_run_of_all_steps_costs(tmp_path: Path) -> None:
     run = played(tmp_path, rounds=2)
     said = run.answers(Finetune)[-1].statement
-    plan = run.home(2).plan()
+    plan = run.client(2).plan()
     assert (plan.steps, plan.rounds, said.steps) == (3, 2, 6)
     together = replace(plan, steps=6, rounds=1)
     assert said.epsilon == pytest.approx(epsilon(together, 1e-5), abs=1e-6)
     assert said.epsilon <= 8.0
-    assert run.home(2).ledger.spent()[0] == pytest.approx(said.epsilon, abs=1e-6)
+    assert run.client(2).ledger.spent()[0] == pytest.approx(said.epsilon, abs=1e-6)
 
 
 def test_without_a_guarantee_the_run_says_so_and_prints_no_epsilon(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:
         m.content["fedsynth"]["payload"] for m in (*run.grid.orders, *run.grid.replies) if "fedsynth" in m.content
     )
     assert not [row for row in range(72) if canary(row).encode() in crossed]
-    assert canary(0) in repr([run.home(i).site for i in range(3)])  # they are there to be found
+    assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found
 
 
 def test_the_adopted_adapter_is_what_is_measured(tmp_path: Path) -> None:

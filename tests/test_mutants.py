@@ -275,19 +275,19 @@ def test_a_hundred_thousand_mutants_are_read_or_refused(monkeypatch: pytest.Monk
 
 
 def test_a_client_answers_every_mutant_of_an_order_with_a_code() -> None:
-    def open_home(context: Any, envelope: Any) -> Any:
-        raise KeyError("no home here")
+    def open_client(context: Any, envelope: Any) -> Any:
+        raise KeyError("no client here")
 
     context: Any = None
-    facts = {"run": "r", "arm": "a", "seed": 0, "exchange": 1, "home": 0, "stack": 0}
+    facts = {"run": "r", "arm": "a", "seed": 0, "exchange": 1, "client": 0, "stack": 0}
     found: Counter[Code] = Counter()
     for kind, data in mutants(600, 3):
         task: Any = kind if issubclass(kind, Order) else Learn
         content = RecordDict({"fedsynth": ConfigRecord({**facts, "payload": data})})
-        said = unpack_answer(client.answer(task, content, context, open_home), Learn)
+        said = unpack_answer(client.answer(task, content, context, open_client), Learn)
         assert isinstance(said, Refused)
         found[said.code] += 1
-    assert set(found) == {Code.BAD_ORDER, Code.FAILED}  # the latter: it could be read, and there is no home
+    assert set(found) == {Code.BAD_ORDER, Code.FAILED}  # the latter: it could be read, and there is no client
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

@@ -146,10 +146,10 @@ def test_no_module_runs_foreign_code_or_uses_the_wrong_name() -> None:
     ("source", "found"),
     [
         ("import strategies.fdkt", ["strategies"]),
-        ("from clients import home", ["clients"]),
+        ("from clients import client", ["clients"]),
         ("import pickle", ["pickle"]),
         ("load(name, trust_remote_code=True)", ["trust_remote_code"]),
-        ("load(name, trust_remote_code=False)\nfrom fedsynth.clients import home", []),
+        ("load(name, trust_remote_code=False)\nfrom fedsynth.clients import client", []),
     ],
 )
 def test_what_is_forbidden_is_caught(source: str, found: list[str]) -> None:

@@ -47,14 +47,14 @@ def within(count: int, chance: float, of: int) -> bool:
 
 
 def test_each_misses_as_often_as_the_table_says(tmp_path: Path) -> None:
-    homes = range(2000)
-    away = fates(cell_with(tmp_path, availability=0.7), 1, 1, homes)
+    clients = range(2000)
+    away = fates(cell_with(tmp_path, availability=0.7), 1, 1, clients)
     assert set(away.values()) == {Fate.ABSENT}
     assert within(len(away), 0.3, 2000)
-    left = fates(cell_with(tmp_path, dropout=0.2), 1, 1, homes)
+    left = fates(cell_with(tmp_path, dropout=0.2), 1, 1, clients)
     assert set(left.values()) == {Fate.DROPPED}
     assert within(len(left), 0.2, 2000)
-    assert fates(cell_with(tmp_path), 1, 1, homes) == {}
+    assert fates(cell_with(tmp_path), 1, 1, clients) == {}
 
 
 def test_absent_for_a_round_gone_for_an_exchange(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_absent_for_a_round_gone_for_an_exchange(tmp_path: Path) -> None:
     first, same_round, next_round = (fates(cell, *place, range(200)) for place in ((1, 1), (1, 2), (2, 3)))
 
     def of(found: dict[int, Fate], fate: Fate) -> set[int]:
-        return {home for home, told in found.items() if told is fate}
+        return {client for client, told in found.items() if told is fate}
 
     assert of(first, Fate.ABSENT) == of(same_round, Fate.ABSENT) != of(next_round, Fate.ABSENT)
     assert of(first, Fate.DROPPED) != of(same_round, Fate.DROPPED)
@@ -118,12 +118,12 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
         charged += len(ledger["grants"])
     assert charged == len(run.orders(Finetune))  # what was released in vain is paid for
     statements = run.journal.statements
-    asked = {where["home"] for where in (m.content["fedsynth"] for m in run.grid.orders_of(Finetune.task))}
+    asked = {where["client"] for where in (m.content["fedsynth"] for m in run.grid.orders_of(Finetune.task))}
     assert set(statements) == asked
     assert run.journal.silent == set()
-    for home in asked:
-        spent = run.home(home).ledger.spent()[0]
-        assert statements[home].epsilon == pytest.approx(spent)
+    for client in asked:
+        spent = run.client(client).ledger.spent()[0]
+        assert statements[client].epsilon == pytest.approx(spent)
 
 
 def methods(tmp_path: Path) -> dict[str, str]:
@@ -187,7 +187,7 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\n"
 
     def dead(order: Message) -> Message | None:
-        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["home"] == 1
+        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["client"] == 1
         return Message(Error(1, "gone"), reply_to=order) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)
@@ -216,9 +216,9 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
     monkeypatch.setattr("fedsynth.federation.delivery.worker_retry.TRIES", 1)
     run = play(toml, tmp_path)
-    [(home, exchange)] = run.journal.silent
+    [(client, exchange)] = run.journal.silent
     assert exchange == 1
-    assert set(run.journal.statements) == {0, 1, 2} - {home}
+    assert set(run.journal.statements) == {0, 1, 2} - {client}
     assert "1 clients gave no usable answer" in privacy_line([run.journal])
 
 
@@ -272,7 +272,7 @@ def corrupting(monkeypatch: pytest.MonkeyPatch) -> None:
             [order] = [m for m in grid.orders if m.metadata.message_id == reply.metadata.reply_to_message_id]
             if order.metadata.message_type == Finetune.task:
                 for asked, said in zip(parted(order.content), parted(reply.content), strict=True):
-                    change, _ = CORRUPTIONS[asked["fedsynth"]["home"] % len(CORRUPTIONS)]
+                    change, _ = CORRUPTIONS[asked["fedsynth"]["client"] % len(CORRUPTIONS)]
                     said["fedsynth"]["payload"] = change(said["fedsynth"]["payload"])
             yield reply
 
@@ -289,20 +289,20 @@ def test_a_corrupt_answer_is_one_clients_failure(
     reasons: dict[int, str] = {}
     heard = Clients._counted
 
-    def noted(self: Clients, home: int, what: Any) -> Any:
-        reasons.setdefault(home, what.why or "")
-        return heard(self, home, what)
+    def noted(self: Clients, client: int, what: Any) -> Any:
+        reasons.setdefault(client, what.why or "")
+        return heard(self, client, what)
 
     monkeypatch.setattr(Clients, "_counted", noted)
     run = play(toml, tmp_path, nodes=nodes)
-    for home, (_, said) in enumerate(CORRUPTIONS):
-        assert re.search(said, reasons[home]), (home, reasons[home])
-        assert bool(said) == reasons[home].startswith("sent an unusable answer: ")
-        assert reasons[home].isprintable()
+    for client, (_, said) in enumerate(CORRUPTIONS):
+        assert re.search(said, reasons[client]), (client, reasons[client])
+        assert bool(said) == reasons[client].startswith("sent an unusable answer: ")
+        assert reasons[client].isprintable()
     assert run.metric("exchange/1-finetune/answered") == [1.0]
     assert set(run.journal.statements) == {0}
     # What they spent is not known, and that is said; each was charged, and its account has it.
-    assert run.journal.silent == {(home, 1) for home in range(1, clients)}
+    assert run.journal.silent == {(client, 1) for client in range(1, clients)}
     assert f"{clients - 1} clients gave no usable answer" in privacy_line([run.journal])
     assert all(len(contents(path)["grants"]) == 1 for path in ledgers_in(run.out))
     told = json.dumps([*run.journal.rows, (run.out / "events.jsonl").read_text()])
@@ -323,7 +323,7 @@ def test_a_quorum_is_not_raised_by_rounding(tmp_path: Path) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=25, rows=250) + "server.quorum = 0.28\n"
 
     def dead(order: Message) -> Message | None:
-        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["home"] >= 7
+        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["client"] >= 7
         return Message(Error(1, "gone"), reply_to=order) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)

@@ -17,8 +17,8 @@ import torch
 from inprocess import instructions
 from torch import Tensor, nn
 
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import check
-from fedsynth.clients.home import Home
 from fedsynth.dpsgd import Clipping, HalfPrecision, clipper
 from fedsynth.dpsgd.stacked import stacked
 from fedsynth.limits import MAX_BATCH, MAX_MICROBATCH
@@ -329,12 +329,12 @@ def test_a_client_refuses_half_precision_before_the_charge_and_names_the_key(tmp
 
     config = client_config("bfloat16", "dp").of(0)
     ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
-    home = Home(0, config, ("flu", "cold"), 12, 1, "row", tmp_path, "run", ledger, never, simulated=False)
+    client = ClientSide(0, config, ("flu", "cold"), 12, 1, "row", tmp_path, "run", ledger, never, simulated=False)
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0, precision="bfloat16")
     with pytest.raises(SelfCheckFailed, match=r"client\.generator_training\.precision"):
-        check(home, start, replace(PLAN, records=12))
+        check(client, start, replace(PLAN, records=12))
     assert ledger.entries() == []
-    check(home, start)  # without a guarantee
+    check(client, start)  # without a guarantee
 
 
 NOTES = """

@@ -169,9 +169,9 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     monkeypatch.setattr(module, "on_base", lambda *_: SimpleNamespace(eval=lambda: None))
     monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(module, "text_rows", lambda _, texts: [[0] * (9 if text == " cut" else 3) for text in texts])
-    home: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"))
+    client: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"))
     order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
-    texts, labels, unfinished = module._sample(home, adapter, order)
+    texts, labels, unfinished = module._sample(client, adapter, order)
     assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)
     sent = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
-    check_answer(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), home.labels)
+    check_answer(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), client.labels)

@@ -48,7 +48,7 @@ def test_without_a_guarantee_it_does_too_and_notes_once_that_there_is_none(
 ) -> None:
     toml = instructions(tmp_path, AVERAGE, guarantee="none", clients=2, rows=20)
     _, again = dies_everywhere(toml, tmp_path, monkeypatch, every=4)
-    assert [e["kind"] for e in again[0].home(0).ledger.entries()] == ["no_guarantee"]
+    assert [e["kind"] for e in again[0].client(0).ledger.entries()] == ["no_guarantee"]
 
 
 def test_knowledge_sg_asks_its_professional_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +94,10 @@ def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkey
     [record] = (tmp_path / "died").rglob("exchange-1.zip")
     with zipfile.ZipFile(record) as archive:
         kept = {name: archive.read(name) for name in archive.namelist()}
-    facts = json.loads(kept.pop("head.json"))["homes"]
+    facts = json.loads(kept.pop("head.json"))["clients"]
     assert decode(kept.pop("0"), Finetuned).records == 12
     assert set(kept.values()) == {b""}
-    assert all(facts[home]["why"].startswith("sent an unusable answer: ") for home in kept)
+    assert all(facts[client]["why"].startswith("sent an unusable answer: ") for client in kept)
     again = play(toml, tmp_path / "died")
     assert again.orders(Finetune) == []
     assert left(again) == left(whole)

@@ -27,12 +27,12 @@ import fedsynth.federation.delivery.site_retry
 from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog, AuditLogCorrupted, entries
+from fedsynth.clients.client_side import ClientSide, cell_of
 from fedsynth.clients.handler import answer
-from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import label_list
 from fedsynth.data.sources import SiteData
-from fedsynth.deployment.client import home_of
+from fedsynth.deployment.client import client_side
 from fedsynth.deployment.invitation import Invitation, Planned
 from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink, load_site
 from fedsynth.deployment.site.approve import decide, held_text
@@ -210,9 +210,9 @@ class Deployed:
         app = client_app(self.open, simulated=False)
         self.grid = SitesGrid(app, len(self.sites), {"scenario-toml": self.whole}, away=self.away)
 
-    def open(self, context: Context, envelope: Envelope) -> Home:
+    def open(self, context: Context, envelope: Envelope) -> ClientSide:
         index = int(str(context.node_config["partition-id"]))
-        return home_of(self.sites[index], self.cell, envelope, {"superlink": "127.0.0.1:9443"}, **self.keys(index))
+        return client_side(self.sites[index], self.cell, envelope, {"superlink": "127.0.0.1:9443"}, **self.keys(index))
 
     def keys(self, index: int) -> dict[str, Any]:
         """A simulation's, or none: a site's own."""
@@ -307,7 +307,7 @@ def test_a_site_measures_and_uses_the_model_that_a_run_left_after_the_run(
     sites = places(tmp_path, notes, dict.fromkeys(NAMES, open_))
     deployed = Deployed(sites, toml, tmp_path / "run", measured=True)
     deployed.run()
-    told = {(home, metric): value for *_, home, metric, value in deployed.journal.rows}
+    told = {(client, metric): value for *_, client, metric, value in deployed.journal.rows}
     for number, place in enumerate(sites):
         [(folder, kept)], unread = models(place, "simul")
         assert (kept.run, kept.labels, unread) == ("simulated/main/0", LABELS, [])
@@ -425,11 +425,11 @@ def test_a_run_of_many_arms_and_seeds_spends_no_more_than_the_site_allows_one_ru
     many = to_toml(from_toml(many + "[arms.other]\n[arms.third]\n"))
     refused = 0
     for number, (arm, seed) in enumerate([(a, s) for a in ("main", "other", "third") for s in (0, 1)]):
-        home = home_of(place, cell_of(many, arm, seed), Envelope("run", arm, seed, 1, 0), {})
-        planned = home.plan()
+        client = client_side(place, cell_of(many, arm, seed), Envelope("run", arm, seed, 1, 0), {})
+        planned = client.plan()
         binding = Binding(f"order {number}", planned.digest(), "mac", "model", "version")
         try:
-            home.ledger.charge(planned, binding, home.run, budget=home.config.budget)
+            client.ledger.charge(planned, binding, client.run, budget=client.config.budget)
         except BudgetExhausted:
             refused += 1
     assert refused > 0
@@ -845,8 +845,8 @@ def test_more_steps_than_can_be_planned_for_are_refused_before_anything_is_opene
     assert wild != deployed.whole
     why: list[str] = []
 
-    def opened(context: Context, envelope: Envelope) -> Home:
-        return home_of(deployed.sites[0], cell_of(wild, "main", 0), envelope, {})
+    def opened(context: Context, envelope: Envelope) -> ClientSide:
+        return client_side(deployed.sites[0], cell_of(wild, "main", 0), envelope, {})
 
     order = pack_order(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
     context = next(iter(deployed.grid.contexts.values()))

@@ -14,14 +14,14 @@ import tiny
 from flwr.app import Context, RecordDict
 
 from fedsynth.clients.audit_log import entries
+from fedsynth.clients.client_side import ClientSide, cell_of
 from fedsynth.clients.handler import answer
-from fedsynth.clients.home import Home, cell_of
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import rowstore
 from fedsynth.data.rowstore import Imported, Record, RowsUnusable
 from fedsynth.data.sources import SiteData
 from fedsynth.deployment.certificates import write_node_keys
-from fedsynth.deployment.client import home_of
+from fedsynth.deployment.client import client_side
 from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink
 from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
@@ -123,10 +123,10 @@ def imported(folder: Path, content: Sequence[bytes], task: str = "classification
     return made
 
 
-def home(site: Place, toml: str) -> Home:
+def client(site: Place, toml: str) -> ClientSide:
     """Where an order is answered."""
     envelope = Envelope("run", "main", 0, 1, 0)
-    return home_of(site, cell_of(to_toml(from_toml(toml)), "main", 0), envelope, {})
+    return client_side(site, cell_of(to_toml(from_toml(toml)), "main", 0), envelope, {})
 
 
 def asked(site: Place, order: Order[Any], toml: str, exchange: int = 1, run: str = "run") -> Any:
@@ -138,7 +138,7 @@ def asked(site: Place, order: Order[Any], toml: str, exchange: int = 1, run: str
         type(order),
         content,
         context,
-        lambda _, envelope: home_of(site, cell, envelope, {}),
+        lambda _, envelope: client_side(site, cell, envelope, {}),
         unopened=lambda task, why: None,
     )
     return unpack_answer(sealed, order.reply)
@@ -209,7 +209,7 @@ def test_the_code_of_a_reply_is_the_same_whatever_rows_hold(tmp_path: Path, task
     none = [line for line in bad if line not in clean]
     contents = [clean, bad, none] if guarantee == "dp" else [clean, bad, none, [b""]]
     sites = [imported(tmp_path / f"{n}", content, task) for n, content in enumerate(contents)]
-    assert len({home(site, toml).plan() for site in sites}) == 1
+    assert len({client(site, toml).plan() for site in sites}) == 1
     for exchange, order in enumerate(orders(task, guarantee)):
         own = guarantee == "dp" and isinstance(order, Finetune | Synthesize | Score)  # each has a budget of its own
         run = f"run-{exchange}" if own else "run"
@@ -334,13 +334,13 @@ def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_orders_go_on(
 ) -> None:
     site, toml = imported(tmp_path, rows()), scenario()
     assert source_changed(site) == ""
-    before = home(site, toml).train
+    before = client(site, toml).train
     file = tmp_path / "notes.jsonl"
     os.utime(file)
     assert source_changed(site) == ""  # the same content
     file.write_bytes(file.read_bytes().replace(b"note 3", b"n\xffte 3"))
     assert "notes.jsonl has changed: orders go on with the rows as imported at 20" in source_changed(site)
-    assert home(site, toml).train == before
+    assert client(site, toml).train == before
     seen = []
 
     class Program:
@@ -365,7 +365,7 @@ def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_orders_go_on(
     assert "; orders go on with the rows as imported at 20" in problem
     file.write_bytes(b"\n".join(rows()[1:]))
     assert "these are other rows than those imported before" in " ".join(told(site))
-    assert len(home(site, toml).train) == len(before) - 1
+    assert len(client(site, toml).train) == len(before) - 1
     assert "these are other rows" not in " ".join(told(site))
 
 
@@ -401,7 +401,7 @@ def test_persons_of_several_spellings_are_not_imported_unless_a_key_merges_them(
     data = replace(site.site.data, spellings="merge")
     site = replace(site, site=replace(site.site, data=data))
     assert "1 persons are written in several ways, and each counts as one (data.spellings)" in told(site)
-    assert home(site, scenario()).train.units[:2] == ("p0", "p0")
+    assert client(site, scenario()).train.units[:2] == ("p0", "p0")
 
 
 def test_a_source_without_a_row_to_learn_from_is_a_problem_and_imported_all_the_same(tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_all_folders_of_a_site_are_its_owners_alone_whatever_the_umask(tmp_path:
             site = place(folder, rows())
             site = replace(site, site=replace(site.site, accounts=accounts))
             list(import_rows(site))
-            assert home(site, scenario()).train
+            assert client(site, scenario()).train
     finally:
         os.umask(before)
     made = [
@@ -451,7 +451,7 @@ def test_all_folders_of_a_site_are_its_owners_alone_whatever_the_umask(tmp_path:
 
 def test_folders_that_an_older_version_left_open_are_closed_and_told(tmp_path: Path) -> None:
     site = imported(tmp_path, rows())
-    home(site, scenario())
+    client(site, scenario())
     opened = [site.state / "runs", site.state / "runs" / "run", site.ledger.parent]
     for folder in opened:
         folder.chmod(0o755)

@@ -279,7 +279,7 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
     alone = played(tmp_path / "alone", guarantee, stack=1)
     assert widths == []
     stack = played(tmp_path / "stack", guarantee, stack=2, nodes=2)
-    assert widths == [2, 2] * 2  # homes 0 and 1, homes 2 and 3; home 4 by itself; two rounds
+    assert widths == [2, 2] * 2  # clients 0 and 1, clients 2 and 3; client 4 by itself; two rounds
     for run in (alone, stack):
         assert len(run.answers(Finetune)) == 10
     for one, other in zip(alone.answers(Finetune), stack.answers(Finetune), strict=True):
@@ -287,9 +287,9 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
         assert one.adapter.grants == other.adapter.grants
         assert one.statement == other.statement
         assert one.records == other.records
-    for home in range(5):
+    for client in range(5):
         first, second = (
-            [{k: v for k, v in e.items() if k != "at"} for e in run.home(home).ledger.entries()]
+            [{k: v for k, v in e.items() if k != "at"} for e in run.client(client).ledger.entries()]
             for run in (alone, stack)
         )
         assert first == second
@@ -299,7 +299,7 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
         assert all(np.array_equal(one.adapter.arrays[n], other.adapter.arrays[n]) for n in one.adapter.arrays)
 
 
-def test_one_home_that_refuses_leaves_the_others_of_its_stack_alone(
+def test_one_client_that_refuses_leaves_the_others_of_its_stack_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Ledger.begin
@@ -312,10 +312,10 @@ def test_one_home_that_refuses_leaves_the_others_of_its_stack_alone(
     monkeypatch.setattr(Ledger, "begin", fails)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 4), tmp_path, nodes=1)
     assert [a.adapter.grants != () for a in run.answers(Finetune) if not hasattr(a, "code")] == [True] * 3
-    assert {home for home, _ in run.journal.silent} == {1}
+    assert {client for client, _ in run.journal.silent} == {1}
 
 
-def test_a_training_that_fails_fails_each_of_its_homes_and_no_other(
+def test_a_training_that_fails_fails_each_of_its_clients_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = module.train_stacked
@@ -329,8 +329,8 @@ def test_a_training_that_fails_fails_each_of_its_homes_and_no_other(
 
     monkeypatch.setattr(module, "train_stacked", once)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 2), tmp_path, nodes=1)
-    assert {home for home, _ in run.journal.silent} in ({0, 1}, {2, 3})
-    failed = run.home(min(run.journal.silent)[0])
+    assert {client for client, _ in run.journal.silent} in ({0, 1}, {2, 3})
+    failed = run.client(min(run.journal.silent)[0])
     assert [e["state"] for e in failed.ledger.entries() if e["kind"] == "grant"] == ["running"]  # charged, not answered
 
 
@@ -372,7 +372,7 @@ def test_how_many_train_in_one_pass(
     assert replace(scenario, data=replace(scenario.data, pooled=True)).stack == (1 if asked is None else asked)
 
 
-def test_each_home_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
+def test_each_client_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
     from fedsynth.clients.batched_training import TrainRequest
     from fedsynth.models.adapters import new_adapter
 
@@ -444,15 +444,15 @@ def test_who_trained_together_is_written_down_together(tmp_path: Path, monkeypat
     assert done == ["trained", "stored", "stored", "stored"]
 
 
-def one_message(played: Played, homes: Sequence[tuple[int, int]]) -> list[Any]:
-    """A message with an order for each (home, stack)."""
+def one_message(played: Played, clients: Sequence[tuple[int, int]]) -> list[Any]:
+    """A message with an order for each (client, stack)."""
     order = played.orders(Finetune)[0]
-    contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(homes)]
+    contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(clients)]
     reply = app.answer(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
     return [unpack_answer(part, Finetuned) for part in parted(reply)]
 
 
-def test_two_orders_of_one_home_in_a_message_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_two_orders_of_one_client_in_a_message_do_not_wait_for_each_other(tmp_path: Path) -> None:
     run = play(instructions(tmp_path, AVERAGE, guarantee="none"), tmp_path)
     first, second = one_message(run, [(1, 0), (1, 0)])
     assert isinstance(first, Finetuned)
@@ -463,41 +463,41 @@ def test_a_site_answers_one_order_a_message_and_is_checked_each_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = play(instructions(tmp_path, AVERAGE), tmp_path)
-    opened, checks = app.simulated_home, []
-    monkeypatch.setattr(app, "simulated_home", lambda *a: replace(opened(*a), simulated=False))
+    opened, checks = app.simulated_client, []
+    monkeypatch.setattr(app, "simulated_client", lambda *a: replace(opened(*a), simulated=False))
     monkeypatch.setattr("fedsynth.clients.finetune.self_check", lambda *_, **__: checks.append(1))
     assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [Code.BAD_ORDER] * 2
-    home = replace(run.home(0), simulated=False)
+    client = replace(run.client(0), simulated=False)
     start = run.orders(Finetune)[0].start
     for _ in range(2):
-        check(home, start, home.plan())
+        check(client, start, client.plan())
     assert len(checks) == 2
-    check(run.home(0), start, home.plan())  # a simulated one shares what its kind has found
+    check(run.client(0), start, client.plan())  # a simulated one shares what its kind has found
     assert len(checks) == 2
 
 
-def test_a_home_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> None:
+def test_a_client_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -> None:
     sent: list[list[int]] = []
 
     def dies(message: Message) -> Message | None:
-        homes = [part["fedsynth"]["home"] for part in parted(message.content) if "fedsynth" in part]
-        if message.metadata.message_type != Finetune.task or 1 not in homes:
+        clients = [part["fedsynth"]["client"] for part in parted(message.content) if "fedsynth" in part]
+        if message.metadata.message_type != Finetune.task or 1 not in clients:
             return None
-        sent.append(homes)
+        sent.append(clients)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the worker died"), reply_to=message)
 
     toml = in_stacks(instructions(tmp_path, AVERAGE, clients=6, rows=72), 2)
     run = play(toml, tmp_path, nodes=1, spoil=dies)
     assert sent == [[0, 1, 2, 3, 4, 5], [0, 1], [1]]
-    assert {home for home, _ in run.journal.silent} == {1}
+    assert {client for client, _ in run.journal.silent} == {1}
     assert len(run.answers(Finetune)) == 5
 
 
 def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsynth.federation.delivery.sending.LARGEST_MESSAGE", 1)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=5, rows=60), 2), tmp_path, nodes=1)
-    homes = [[p["fedsynth"]["home"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
-    assert homes == [[0, 1], [2, 3], [4]]
+    clients = [[p["fedsynth"]["client"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
+    assert clients == [[0, 1], [2, 3], [4]]
 
 
 def test_the_check_finds_an_engine_that_gives_a_client_another_s_sum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from fedsynth.deployment.server import ServerConfig
 from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.supernode import Patience, SiteFailed, watch
-from fedsynth.federation.nodes import TooFewReplies, nodes_by_home
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.scenario.schema import Server
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation import flower
@@ -57,10 +57,10 @@ def answer(message: Any, context: Any) -> Any:
 
 
 def test_nodes_are_waited_for_as_long_as_the_scenario_says_and_the_line_names_key_time_and_way_out() -> None:
-    assert nodes_by_home(Slow(answer, 1, {}), 1, seconds=60.0) == {0: 1000}
+    assert nodes_by_client(Slow(answer, 1, {}), 1, seconds=60.0) == {0: 1000}
     said = LATE.format(key=r"server\.start_seconds")
     with pytest.raises(TooFewReplies, match="0 of 1 SuperNodes said which partition they hold " + said):
-        nodes_by_home(LocalGrid(answer, 0, {}), 1, seconds=0.1)
+        nodes_by_client(LocalGrid(answer, 0, {}), 1, seconds=0.1)
 
 
 def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from inprocess import canary, instructions, play
 from local import LocalGrid
 
 from fedsynth.clients.app import client_app, simulation
+from fedsynth.clients.client_side import ClientSide, simulated_client
 from fedsynth.clients.flower_compat import adapter_of, arrays_of, chosen_cell, common_start, largest_epsilon
-from fedsynth.clients.home import Home, simulated_home
 from fedsynth.federation.messages import Finetune
 from fedsynth.federation.run.directory import private_of
 from fedsynth.lora import Adapter, average
@@ -72,13 +72,13 @@ class Stock:
     def _answer(self, message: Message, context: Context) -> Message:
         reply = self.app(message, context)
         if message.metadata.message_type == "train" and not reply.has_error():
-            home = int(str(context.node_config["partition-id"]))
+            client = int(str(context.node_config["partition-id"]))
             reply.content["arrays"] = ArrayRecord(
-                {n: Array(a) for n, a in self.tamper(home, tensors(reply.content.array_records["arrays"])).items()}
+                {n: Array(a) for n, a in self.tamper(client, tensors(reply.content.array_records["arrays"])).items()}
             )
             # A copy: the trimmed mean takes replies apart.
             number = int(str(message.content.config_records["config"]["server-round"]))
-            self.sent[number, home] = tensors(reply.content.array_records["arrays"])
+            self.sent[number, client] = tensors(reply.content.array_records["arrays"])
         return reply
 
     @property
@@ -89,8 +89,8 @@ class Stock:
     def start(self) -> Adapter:
         return common_start(self.cell)
 
-    def home(self, index: int) -> Home:
-        return simulated_home(self.cell, index, private_of(self.out), "simulated")
+    def client(self, index: int) -> ClientSide:
+        return simulated_client(self.cell, index, private_of(self.out), "simulated")
 
     def play(
         self,
@@ -143,10 +143,10 @@ def test_fedavg_makes_the_mean_of_the_replies_weighted_by_records(tmp_path: Path
     world = stock(tmp_path, rows=41, guarantee="none")
     first = tensors(world.play(rounds=1).arrays)
     result = world.play()
-    counts = [len(world.home(i).train) for i in range(3)]
+    counts = [len(world.client(i).train) for i in range(3)]
     assert len(set(counts)) > 1
     for number, found in ((1, first), (2, tensors(result.arrays))):
-        replies = [replace(world.start, arrays=world.sent[number, home]) for home in range(3)]
+        replies = [replace(world.start, arrays=world.sent[number, client]) for client in range(3)]
         expected = average(replies, counts).arrays
         assert all(np.allclose(found[n], expected[n], rtol=1e-6, atol=1e-8) for n in expected)
     assert 0 < distance(first, world.start.arrays) < distance(tensors(result.arrays), world.start.arrays)
@@ -157,7 +157,7 @@ def test_fedavg_gives_bit_for_bit_what_our_own_average_gives(tmp_path: Path) -> 
     world = stock(tmp_path, clients=2, rows=30, guarantee="none")
     result = world.play()
     ours = play(world.toml, tmp_path / "ours")
-    assert len({len(world.home(i).train) for i in range(2)}) == 1
+    assert len({len(world.client(i).train) for i in range(2)}) == 1
     answers = [a.adapter.arrays for a in ours.answers(Finetune)]
     assert all(same(world.sent[n, h], answers[2 * (n - 1) + h]) for n in (1, 2) for h in range(2))
     assert same(tensors(result.arrays), ours.states[-1].adapter.arrays)
@@ -175,7 +175,7 @@ def test_no_arrays_mean_the_common_start(tmp_path: Path) -> None:
     other = Stock(one.toml, tmp_path / "other", 3)
     one.play(rounds=1)
     other.play(rounds=1, arrays=arrays_of(other.start))
-    assert all(same(one.sent[1, home], other.sent[1, home]) for home in range(3))
+    assert all(same(one.sent[1, client], other.sent[1, client]) for client in range(3))
 
 
 @pytest.mark.parametrize("kind", [FedMedian, FedAdam])
@@ -197,7 +197,7 @@ def test_fedprox_pulls_towards_the_start(tmp_path: Path, guarantee: str) -> None
         world = stock(tmp_path, guarantee=guarantee, rounds=1, steps=12)
         world = Stock(world.toml, tmp_path / f"run-{number}", 3)
         world.play(FedProx, rounds=1, proximal_mu=mu)
-        moved.append(np.mean([distance(world.sent[1, home], world.start.arrays) for home in range(3)]))
+        moved.append(np.mean([distance(world.sent[1, client], world.start.arrays) for client in range(3)]))
     assert moved[0] > 1.2 * moved[1] > 1.2 * 1.2 * moved[2] > 0, moved
 
 
@@ -212,9 +212,9 @@ def test_fedprox_without_a_pull_is_fedavg(tmp_path: Path) -> None:
 def test_the_pull_costs_no_privacy(tmp_path: Path) -> None:
     world = stock(tmp_path)
     world.play(FedProx, proximal_mu=1.0)
-    [grant, *_] = [e for e in world.home(0).ledger.entries() if e["kind"] == "grant"]
-    assert grant["binding"]["plan"] == world.home(0).plan().digest()
-    assert world.home(0).ledger.spent()[0] == pytest.approx(epsilon(world.home(0).plan(), 1e-5), abs=1e-6)
+    [grant, *_] = [e for e in world.client(0).ledger.entries() if e["kind"] == "grant"]
+    assert grant["binding"]["plan"] == world.client(0).plan().digest()
+    assert world.client(0).ledger.spent()[0] == pytest.approx(epsilon(world.client(0).plan(), 1e-5), abs=1e-6)
 
 
 class Always:
@@ -262,8 +262,8 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance(tmp_path: Path)
 # ---- one bad client ----
 
 
-def huge(home: int, sent: Tensors) -> Tensors:
-    return {name: array * 1e6 for name, array in sent.items()} if home == 0 else sent
+def huge(client: int, sent: Tensors) -> Tensors:
+    return {name: array * 1e6 for name, array in sent.items()} if client == 0 else sent
 
 
 def test_one_poisoned_client_spoils_fedavg(tmp_path: Path) -> None:
@@ -274,14 +274,14 @@ def test_one_poisoned_client_spoils_fedavg(tmp_path: Path) -> None:
 def test_krum_survives_a_poisoned_client(tmp_path: Path) -> None:
     world = stock(tmp_path, clients=4, rows=40, guarantee="none", tamper=huge)
     found = tensors(world.play(Krum, num_malicious_nodes=1).arrays)
-    assert any(same(found, world.sent[2, home]) for home in (1, 2, 3))
+    assert any(same(found, world.sent[2, client]) for client in (1, 2, 3))
 
 
 def test_a_trimmed_mean_survives_a_poisoned_client(tmp_path: Path) -> None:
     world = stock(tmp_path, clients=4, rows=40, guarantee="none", tamper=huge)
     found = tensors(world.play(FedTrimmedAvg, beta=0.25).arrays)
     for name, array in found.items():
-        honest = np.stack([world.sent[2, home][name] for home in (1, 2, 3)])
+        honest = np.stack([world.sent[2, client][name] for client in (1, 2, 3)])
         assert (honest.min(0) - 1e-7 <= array).all()
         assert (array <= honest.max(0) + 1e-7).all()
     assert 0 < distance(found, world.start.arrays) < 1
@@ -293,7 +293,7 @@ def test_a_trimmed_mean_survives_a_poisoned_client(tmp_path: Path) -> None:
 def test_all_rounds_are_one_budget_and_one_more_is_refused(tmp_path: Path) -> None:
     world = stock(tmp_path)
     result = world.play(rounds=3, measured=True, train_metrics_aggr_fn=largest_epsilon)
-    plan = world.home(1).plan()
+    plan = world.client(1).plan()
     assert plan.rounds == 2
     assert set(world.sent) == {(n, h) for n in (1, 2) for h in range(3)}
     refused = [r for r in world.grid.replies if r.has_error()]
@@ -303,7 +303,7 @@ def test_all_rounds_are_one_budget_and_one_more_is_refused(tmp_path: Path) -> No
         assert figures["epsilon"] == pytest.approx(epsilon(plan, 1e-5))
         assert figures["delta"] == 1e-5
     assert 3 not in result.train_metrics_clientapp
-    assert world.home(1).ledger.spent()[0] == pytest.approx(epsilon(plan, 1e-5), abs=1e-6)
+    assert world.client(1).ledger.spent()[0] == pytest.approx(epsilon(plan, 1e-5), abs=1e-6)
     assert epsilon(plan, 1e-5) <= 8.0
     losses = [result.evaluate_metrics_clientapp[number]["loss"] for number in (2, 3)]
     assert losses[0] == pytest.approx(losses[1])  # the arrays stay; Flower sums in the order of replies
@@ -312,7 +312,7 @@ def test_all_rounds_are_one_budget_and_one_more_is_refused(tmp_path: Path) -> No
 def test_each_round_is_a_grant_and_a_repeated_message_gets_the_same_bytes(tmp_path: Path) -> None:
     world = stock(tmp_path)
     first, again, second = (world.ask(**{"server-round": number}) for number in (1, 1, 2))
-    grants = [e["id"] for e in world.home(0).ledger.entries() if e["kind"] == "grant"]
+    grants = [e["id"] for e in world.client(0).ledger.entries() if e["kind"] == "grant"]
     told = [r.content.config_records["privacy"]["grants"] for r in (first, again, second)]
     assert told == [[grants[0]], [grants[0]], [grants[1]]]
     assert same(tensors(first.content["arrays"]), tensors(again.content["arrays"]))
@@ -335,8 +335,8 @@ def test_without_a_guarantee_every_reply_and_the_ledger_say_so(tmp_path: Path) -
     assert result.train_metrics_clientapp[1]["epsilon"] == math.inf
     replies = [r.content.config_records["privacy"] for r in world.grid.replies if "privacy" in r.content]
     assert [(p["guarantee"], p["grants"], "epsilon" in p) for p in replies] == 3 * [("none", [], False)]
-    assert all(world.home(i).ledger.spent()[0] == math.inf for i in range(3))
-    assert all(world.home(i).waived for i in range(3))
+    assert all(world.client(i).ledger.spent()[0] == math.inf for i in range(3))
+    assert all(world.client(i).waived for i in range(3))
 
 
 @pytest.mark.parametrize("epsilon", [None, math.nan, -1.0, "7.9"])
@@ -349,7 +349,7 @@ def test_what_is_no_epsilon_is_no_bound(epsilon: Any) -> None:
 
 
 def test_outside_simulations_no_test_figure_and_no_open_release_leaves(tmp_path: Path) -> None:
-    def site(context: Context, envelope: Any) -> Home:
+    def site(context: Context, envelope: Any) -> ClientSide:
         return replace(simulation(context, envelope), simulated=False)
 
     told = {"server-round": 1}
@@ -358,13 +358,13 @@ def test_outside_simulations_no_test_figure_and_no_open_release_leaves(tmp_path:
     assert world.ask(**told).content.config_records["privacy"]["simulated"] is False
     bare = Stock(world.toml.replace('guarantee = "dp"', 'guarantee = "none"'), tmp_path / "bare", 3, opener=site)
     assert code(bare.ask(**told)) == "not_allowed"
-    assert bare.home(0).ledger.entries() == []
+    assert bare.client(0).ledger.entries() == []
 
 
 def test_no_text_of_a_record_stands_in_any_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = stock(tmp_path)
     world.play(rounds=3, measured=True)  # the last round's training is refused
-    private = world.home(0).train.prompts[0]
+    private = world.client(0).train.prompts[0]
     assert any(canary(row) in private for row in range(72))
 
     def crash(*_: Any, **__: Any) -> Any:
@@ -372,7 +372,7 @@ def test_no_text_of_a_record_stands_in_any_reply(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("fedsynth.clients.finetune.encode_slots", crash)
     assert code(world.ask("evaluate", **{"server-round": 4})) == "failed"
-    assert private in (world.home(0).work / "site.log").read_text()  # there the reason stands
+    assert private in (world.client(0).work / "site.log").read_text()  # there the reason stands
 
     def found(replies: list[Message]) -> list[int]:
         crossed = b"".join(map(everything, replies))
@@ -402,7 +402,7 @@ def test_no_text_of_a_record_stands_in_any_reply(tmp_path: Path, monkeypatch: py
 def test_a_config_that_clients_do_not_keep_to_is_refused(tmp_path: Path, config: Any, said: str) -> None:
     world = stock(tmp_path)
     assert code(world.ask(**config)) == said
-    assert world.home(0).ledger.entries() == []
+    assert world.client(0).ledger.entries() == []
 
 
 def test_arrays_that_are_no_adapter_of_this_model_are_refused(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def test_arrays_that_are_no_adapter_of_this_model_are_refused(tmp_path: Path) ->
     more = RecordDict({"a": ArrayRecord(), "b": ArrayRecord(), "config": ConfigRecord(told)})
     assert code(world.send(more)) == "bad_order"
     assert code(world.send(RecordDict({"config": ConfigRecord(told)}))) == "bad_order"
-    assert world.home(0).ledger.entries() == []
+    assert world.client(0).ledger.entries() == []
 
 
 def test_every_client_needs_a_supernode_of_its_own(tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_run_config_names_the_cell(tmp_path: Path) -> None:
     assert (first.cell.arm, first.cell.seed) == ("main", 4)
     second = Stock(toml, tmp_path / "second", 3, more={"arm": "bare", "seed": 5})
     assert second.ask(**{"server-round": 1}).content.config_records["privacy"]["guarantee"] == "none"
-    assert second.home(0).run == "simulated/bare/5"
+    assert second.client(0).run == "simulated/bare/5"
     third = Stock(toml, tmp_path / "third", 3, more={"arm": "none"})
     assert code(third.ask(**{"server-round": 1})) == "bad_order"
 
@@ -473,7 +473,7 @@ llm = "scripted"
     losses = [result["loss"] for _, result in sorted(world.play(measured=True).evaluate_metrics_clientapp.items())]
     before = world.ask("evaluate", **{"server-round": 9}).content.metric_records["metrics"]
     assert set(before) == {"num-examples", "loss"}
-    assert before["num-examples"] == len(world.home(0).test)
+    assert before["num-examples"] == len(world.client(0).test)
     assert losses[1] < losses[0] < before["loss"]
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.dpsgd import bookkeeping, clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
@@ -533,16 +533,16 @@ def test_another_number_of_slots_than_declared_is_refused(count: int) -> None:
 
 
 def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Path) -> None:
-    def home(rows: int) -> Home:
+    def client(rows: int) -> ClientSide:
         def read() -> Any:
             raise AssertionError(f"opened {rows} rows")
 
         config = Client(tiny.folder(), tiny.folder(), budget=Budget(2.0), generator_training=SETTINGS)
         work = tmp_path / str(rows)
         ledger = Ledger(work / "ledger.sqlite", dataset="d", cap=None)
-        return Home(0, config, LABELS, 12, 1, "row", work, "run", ledger, read, True)
+        return ClientSide(0, config, LABELS, 12, 1, "row", work, "run", ledger, read, True)
 
-    one, two = (home(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
+    one, two = (client(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
     assert one == two
     assert (one.records, one.expected_batch, one.steps, one.clip_norm) == (12, 4, 6, C)
 

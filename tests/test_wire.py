@@ -18,7 +18,7 @@ import tiny
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsynth.clients import handler
-from fedsynth.clients.home import Home
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.data.partition import ClientData
 from fedsynth.federation import messages as tasks
@@ -94,7 +94,7 @@ UNDER_A_GRANT = (
 OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 ANSWERS = (*UNDER_A_GRANT, OPEN)
 ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
-ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, home=3)
+ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, client=3)
 FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]
 
 
@@ -304,8 +304,8 @@ def digest_of(order: Order[Any] = ORDER, **envelope: Any) -> str:
     return unpack_order(pack_order(order, replace(ENVELOPE, **envelope)), type(order))[2]
 
 
-@pytest.mark.parametrize("change", [{"run": "s"}, {"seed": 1}, {"exchange": 2}, {"home": 4}])
-def test_the_digest_changes_with_run_seed_exchange_and_home(change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"run": "s"}, {"seed": 1}, {"exchange": 2}, {"client": 4}])
+def test_the_digest_changes_with_run_seed_exchange_and_client(change: dict[str, Any]) -> None:
     assert digest_of(**change) != digest_of() == digest_of()
 
 
@@ -455,22 +455,24 @@ RAISED = [
 
 @pytest.mark.parametrize(("kind", "code"), RAISED)
 def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], code: Code) -> None:
-    def open_home(context: Any, envelope: Envelope) -> Any:
+    def open_client(context: Any, envelope: Envelope) -> Any:
         if kind is UnicodeDecodeError:
             raise UnicodeDecodeError("utf-8", CANARY.encode("latin-1"), 1, 2, CANARY)
         raise kind(f"malformed date in the record of {CANARY}")
 
     context: Any = None
-    content = handler.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_home)
+    content = handler.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_client)
     assert unpack_answer(content, Learnt) == Refused(code)
     assert not holds(content)
 
 
-def home(folder: Path, train: Corpus) -> Home:
+def client(folder: Path, train: Corpus) -> ClientSide:
     task = TaskTraining(batch=2, private_epochs=1, max_tokens=8)
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
     ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
-    return Home(0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: ClientData(train, train), simulated=True)
+    return ClientSide(
+        0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: ClientData(train, train), simulated=True
+    )
 
 
 @pytest.mark.parametrize("crash", ["none", "tokenizer"])
@@ -486,7 +488,9 @@ def test_no_reply_and_no_server_log_holds_private_text(
         monkeypatch.setattr("fedsynth.clients.learn.load_tokenizer", tokenizer)
     context: Any = None
     replies = [
-        handler.answer(kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: home(tmp_path, train))
+        handler.answer(
+            kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: client(tmp_path, train)
+        )
         for i, (kind, order) in enumerate([(Learn, Learn(1)), (Evaluate, Evaluate())])
     ]
     first = unpack_answer(replies[0], Learnt)
@@ -498,12 +502,12 @@ def test_no_reply_and_no_server_log_holds_private_text(
 
 
 @pytest.mark.parametrize("content", [RecordDict({}), pack_order(ORDER, ENVELOPE), pack_answer(b"no zip")])
-def test_an_order_that_cannot_be_read_is_refused_before_a_home_is_opened(content: RecordDict) -> None:
-    def open_home(context: Any, envelope: Envelope) -> Any:
+def test_an_order_that_cannot_be_read_is_refused_before_a_client_is_opened(content: RecordDict) -> None:
+    def open_client(context: Any, envelope: Envelope) -> Any:
         raise AssertionError("opened")
 
     context: Any = None
-    reply = unpack_answer(handler.answer(Learn, content, context, open_home), Learnt)
+    reply = unpack_answer(handler.answer(Learn, content, context, open_client), Learnt)
     assert isinstance(reply, Refused)
     assert reply.code in (Code.BAD_ORDER, Code.FAILED)
 

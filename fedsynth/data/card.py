@@ -52,7 +52,7 @@ def data_cards(scenario: Scenario) -> dict[str, Any]:
     """What `data.json` of a run holds: a card per seed, and per division where arms divide the data in other ways."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for cell in cells(scenario):
-        data = replace(cell.scenario.data, pooled=False, tuned_on=())  # a pooled home holds the clients' text
+        data = replace(cell.scenario.data, pooled=False, tuned_on=())  # a pooled client holds the clients' text
         key = (data, cell.seed)
         if key not in found:
             division: Division = divide(data, cell.seed)

@@ -1,4 +1,4 @@
-"""A real site's home: what a scenario asks for, within what site.toml allows."""
+"""A real site's client: what a scenario asks for, within what site.toml allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Context
 
 from fedsynth.clients.audit_log import AuditLog
-from fedsynth.clients.home import Home, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
+from fedsynth.clients.client_side import ClientSide, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
 from fedsynth.deployment.invitation import public_labels
 from fedsynth.deployment.policy import SITE, Place, load_site
 from fedsynth.federation.messages import Envelope
@@ -25,8 +25,8 @@ from fedsynth.typed import BadValue
 BUNDLE = "FEDSYNTH_BUNDLE"  # set for a client app's process: the hash of what the server sent
 
 
-def site_home(context: Context, envelope: Envelope) -> Home:
-    """The home of this site, for an order of a run: what the scenario asks, within what site.toml allows.
+def site_client(context: Context, envelope: Envelope) -> ClientSide:
+    """The client of this site, for an order of a run: what the scenario asks, within what site.toml allows.
 
     Raises:
         BadValue: If site.toml or the scenario cannot be read.
@@ -35,10 +35,10 @@ def site_home(context: Context, envelope: Envelope) -> Home:
     """
     place = load_site(Path(os.environ[SITE]))
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
-    return home_of(place, cell, envelope, _asker(place, context))
+    return client_side(place, cell, envelope, _asker(place, context))
 
 
-def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> Home:
+def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> ClientSide:
     """`site_home` for a resolved cell. No file of the site but site.toml, its account and what stands above its rows is
     opened for it.
 
@@ -56,11 +56,11 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
     private_folder(work)
     # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
     labels = public_labels(scenario.data)
-    config = client_of(place, scenario.client.of(envelope.home))
+    config = client_of(place, scenario.client.of(envelope.client))
     trail = place.witness({"strategy": scenario.strategy.use, **who})
     account = place.open_ledger(witness=trail, **ledger)
-    return Home(
-        index=envelope.home,
+    return ClientSide(
+        index=envelope.client,
         config=config,
         labels=labels,
         records=site.data.records,
@@ -79,7 +79,7 @@ def home_of(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any]
 
 
 def unopened(task: str, why: str) -> None:
-    """Writes down that an order came for which no home could be opened; the reason may hold private values.
+    """Writes down that an order came for which no client could be opened; the reason may hold private values.
 
     Args:
         task: Of the order.
@@ -87,7 +87,7 @@ def unopened(task: str, why: str) -> None:
     """
     place = load_site(Path(os.environ[SITE]))
     AuditLog(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
-        "refused", task=task, why="no home could be opened for the order: site.log"
+        "refused", task=task, why="no client could be opened for the order: site.log"
     )
     site_log(place.state).error("%s: %s", task, why)
 

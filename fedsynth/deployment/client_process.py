@@ -135,7 +135,7 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
 
     Args:
         arguments: Address of the SuperNode, token, ...
-        opener: Of the home; left out, the one of site.toml.
+        opener: Of the client; left out, the one of site.toml.
 
     Raises:
         UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
     from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     from fedsynth.clients.app import client_app
-    from fedsynth.deployment.client import BUNDLE, site_home, unopened
+    from fedsynth.deployment.client import BUNDLE, site_client, unopened
 
     runtime = _check_flower()
     push_message, push_task_output = runtime.push_message, runtime.push_task_output
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
 
     def load(_id: str, _version: str, bundle: str) -> Any:
         os.environ[BUNDLE] = bundle
-        return client_app(opener or site_home, simulated=False, unopened=unopened)
+        return client_app(opener or site_client, simulated=False, unopened=unopened)
 
     def push(*arguments: Any, **more: Any) -> None:
         push_message(*arguments, **more)

@@ -175,9 +175,9 @@ def check(folder: Path) -> list[str]:
 
 def flower_home(folder: Path) -> Path:
     """FLWR_HOME of everything that belongs to a coordinator's folder."""
-    home = folder.absolute() / "flower"
-    home.mkdir(mode=0o700, exist_ok=True)
-    return home
+    client = folder.absolute() / "flower"
+    client.mkdir(mode=0o700, exist_ok=True)
+    return client
 
 
 @contextlib.contextmanager
@@ -188,13 +188,13 @@ def commands(folder: Path, config: ServerConfig, log: BinaryIO | None = None) ->
         BadValue: If none answers, or not with the certificate that it should have.
     """
     reach(folder, config)
-    home = flower_home(folder)
+    client = flower_home(folder)
     connection = {"address": config.local, "root-certificates": config.ca}
-    part = home / f"config.toml.{os.getpid()}"
+    part = client / f"config.toml.{os.getpid()}"
     part.write_text(tomli_w.dumps({"superlink": {"default": "own", "own": connection}}), encoding="utf-8")
-    part.replace(home / "config.toml")
+    part.replace(client / "config.toml")
     with Commands(
-        flower_environment(folder, uuid.uuid4().hex), home, subprocess.DEVNULL if log is None else log
+        flower_environment(folder, uuid.uuid4().hex), client, subprocess.DEVNULL if log is None else log
     ) as flwr:
         yield flwr
 

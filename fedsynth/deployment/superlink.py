@@ -62,11 +62,11 @@ def start(folder: Path, tell: Callable[[str], None]) -> None:
     folder = folder.absolute()
     for warning in check(folder):
         tell(f"warning: {warning}")
-    config, invitation, home = read_config(folder), read_invitation(folder / INVITATION), flower_home(folder)
-    with alone(home, ServerFailed(f"another `fedsynth server start {folder}` is running: end that one first")):
+    config, invitation, client = read_config(folder), read_invitation(folder / INVITATION), flower_home(folder)
+    with alone(client, ServerFailed(f"another `fedsynth server start {folder}` is running: end that one first")):
         _check_port(config.host, config.port)
         marker = uuid.uuid4().hex
-        (home / OWNER).write_text(marker)
+        (client / OWNER).write_text(marker)
         log = folder / SUPERLINK_LOG
         since = log.stat().st_size if log.exists() else 0
         signal.signal(signal.SIGTERM, interrupt)
@@ -74,10 +74,10 @@ def start(folder: Path, tell: Callable[[str], None]) -> None:
         running: list[subprocess.Popen[bytes]] = []
         try:
             with log.open("ab") as out:
-                superlink = spawn(running, _superlink(folder, config), env, home, out)
+                superlink = spawn(running, _superlink(folder, config), env, client, out)
                 shown = _Tail(log, since)
                 _wait_for(superlink, config, log, since, shown)
-                superexec = spawn(running, _superexec(folder, config, superlink.pid), env, home, out)
+                superexec = spawn(running, _superexec(folder, config, superlink.pid), env, client, out)
             tell(
                 f"the SuperLink listens on {joined(config.host, config.port)}, sites connect to {invitation.address}; "
                 f"Ctrl-C ends it (log: {log})"

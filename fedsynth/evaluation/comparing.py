@@ -3,7 +3,7 @@
 A frame has a row for each (scenario, task, epsilon, arm, seed, round, client, metric) and its value. Epsilon is the
 budget that an arm ran under, and null where an arm does not depend on one: its rows serve every epsilon. Client -1 is
 the server. Two kinds of rows stand there beside what runs record: `privacy/epsilon` of the server says 0 for an arm
-that releases nothing and infinity for one without a guarantee, and `data/pooled` marks the baseline with one home for
+that releases nothing and infinity for one without a guarantee, and `data/pooled` marks the baseline with one client for
 all clients' text.
 """
 

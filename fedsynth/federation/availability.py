@@ -17,24 +17,24 @@ class Fate(StrEnum):
     DROPPED = "left before its answer arrived"
 
 
-def fates(cell: Cell, round: int, exchange: int, homes: Sequence[int]) -> dict[int, Fate]:
-    """The homes whose answers an exchange does without, and why. The same in all arms, so that arms are paired.
+def fates(cell: Cell, round: int, exchange: int, clients: Sequence[int]) -> dict[int, Fate]:
+    """The clients whose answers an exchange does without, and why. The same in all arms, so that arms are paired.
 
     Args:
         cell: With the scenario's `participation`.
         round: Whoever is absent is so for the whole of it.
         exchange: Its number within the cell; clients drop out of each by themselves.
-        homes: That are to be asked.
+        clients: That are to be asked.
     """
     table = cell.scenario.participation
     found: dict[int, Fate] = {}
-    for home in homes:
-        if _chance(table, cell.seed, 0, round, home) >= table.availability:
-            found[home] = Fate.ABSENT
-        elif _chance(table, cell.seed, 1, exchange, home) < table.dropout:
-            found[home] = Fate.DROPPED
+    for client in clients:
+        if _chance(table, cell.seed, 0, round, client) >= table.availability:
+            found[client] = Fate.ABSENT
+        elif _chance(table, cell.seed, 1, exchange, client) < table.dropout:
+            found[client] = Fate.DROPPED
     return found
 
 
-def _chance(table: Participation, seed: int, purpose: int, number: int, home: int) -> float:
-    return float(np.random.default_rng([table.seed, seed, purpose, number, home]).random())
+def _chance(table: Participation, seed: int, purpose: int, number: int, client: int) -> float:
+    return float(np.random.default_rng([table.seed, seed, purpose, number, client]).random())

@@ -283,12 +283,12 @@ class Refused:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Which cell and home an order is for. The digest of order and envelope makes a repeated order recognisable.
+    """Which cell and client an order is for. The digest of order and envelope makes a repeated order recognisable.
 
     Attributes:
         run: Public id of the world that orders belong to; "simulated" where each cell has ledgers of its own.
         exchange: Number of the exchange within the cell.
-        home: The client.
+        client: The client.
         stack: Homes of one number train in one pass where they can. No part of what makes an order known again.
     """
 
@@ -296,7 +296,7 @@ class Envelope:
     arm: str
     seed: int
     exchange: int
-    home: int
+    client: int
     stack: int = 0
 
 

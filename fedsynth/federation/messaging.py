@@ -47,7 +47,7 @@ class Clients:
         labels: The public label list.
         journal: Where metrics, progress and what the cell needs to go on go.
         exchange: Number of the latest.
-        sites: Names of real sites, by home: their nodes are looked for in each exchange. None in a simulation.
+        sites: Names of real sites, by client: their nodes are looked for in each exchange. None in a simulation.
     """
 
     grid: Grid
@@ -68,22 +68,22 @@ class Clients:
         self._late = LateAnswers(self._delivery)
 
     @property
-    def homes(self) -> Sequence[int]:
+    def ids(self) -> Sequence[int]:
         """Numbers of all clients."""
         return range(len(self.sites)) if self.sites else sorted(self.nodes)
 
     def ask(self, order: Order[R]) -> dict[int, R]:
-        """The same order to every home; typed answers by home, in order of homes."""
-        return self.ask_each(dict.fromkeys(self.homes, order))
+        """The same order to every client; typed answers by client, in order of clients."""
+        return self.ask_each(dict.fromkeys(self.ids, order))
 
     def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
-        """One order per home, together; typed answers by home, in order of homes.
+        """One order per client, together; typed answers by client, in order of clients.
 
         Homes that the scenario's `participation` takes away give none: an absent one is not asked, one that drops out
         has answered in vain. What those released counts.
 
         Raises:
-            TooFewReplies: If fewer homes than the quorum give a usable answer in time.
+            TooFewReplies: If fewer clients than the quorum give a usable answer in time.
         """
         if self.journal.round != self._round:
             self._round, self._before = self.journal.round, self.exchange
@@ -91,47 +91,47 @@ class Clients:
         order = next(iter(orders.values()))
         name = order.task.rpartition(".")[2]
         fates = self._fates(orders)
-        asked = [home for home in sorted(orders) if fates.get(home) is not Fate.ABSENT]
+        asked = [client for client in sorted(orders) if fates.get(client) is not Fate.ABSENT]
         answers: dict[int, R] = {}
-        reasons = {home: fate.value for home, fate in fates.items()}
+        reasons = {client: fate.value for client, fate in fates.items()}
         # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
         needed = math.ceil(self.cell.scenario.server.quorum * len(orders) - 1e-9)
         self.journal.progress(name, 0, len(orders))
         # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
         said = self._said(orders, asked) if len(orders) - len(reasons) >= needed else ()
-        for home, heard in said:
+        for client, heard in said:
             if heard.why is not None:
-                reasons[home] = heard.why
+                reasons[client] = heard.why
                 if heard.why != NOT_ASKED:
-                    self._miss(home, order)
+                    self._miss(client, order)
             else:
-                self._note(home, heard.answer)
-                if home not in fates:
-                    answers[home] = heard.answer
+                self._note(client, heard.answer)
+                if client not in fates:
+                    answers[client] = heard.answer
             if len(orders) - len(reasons) < needed:
                 break
             self.journal.progress(name, len(answers), len(orders))
         self._count(name, len(orders), answers, fates, reasons)
         if len(answers) < needed:
-            for home in set(asked) - set(answers) - set(reasons):
-                self._miss(home, order)
-            why = "; ".join(f"{self._name(home)} {reason}" for home, reason in sorted(reasons.items()))
+            for client in set(asked) - set(answers) - set(reasons):
+                self._miss(client, order)
+            why = "; ".join(f"{self._name(client)} {reason}" for client, reason in sorted(reasons.items()))
             log = "the site's own log" if self.sites else "the client's own log, in the private directory,"
             raise TooFewReplies(
                 f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({why}); {log} says more"
             )
         return dict(sorted(answers.items()))
 
-    def _name(self, home: int) -> str:
-        return f"site {self.sites[home]!r}" if self.sites else f"client {home}"
+    def _name(self, client: int) -> str:
+        return f"site {self.sites[client]!r}" if self.sites else f"client {client}"
 
-    def _miss(self, home: int, order: Order[Any]) -> None:
+    def _miss(self, client: int, order: Order[Any]) -> None:
         """Records a client whose privacy spending is unknown because its answer is missing."""
         if any(field.name == "statement" for field in fields(order.reply)):
-            self.journal.silent.add((home, self.exchange))
+            self.journal.silent.add((client, self.exchange))
 
     def _fates(self, orders: Mapping[int, Order[R]]) -> dict[int, Fate]:
-        """The homes that take no part in this exchange; a simulator's own measurement reaches all."""
+        """The clients that take no part in this exchange; a simulator's own measurement reaches all."""
         if isinstance(next(iter(orders.values())), Evaluate):
             return {}
         return fates(self.cell, self.journal.round, self.exchange - self._before, sorted(orders))
@@ -145,35 +145,37 @@ class Clients:
         place = f"exchange/{self.exchange}-{name}"
         self.journal.metric(SERVER, f"{place}/clients", asked)
         self.journal.metric(SERVER, f"{place}/answered", len(answers))
-        for home, fate in fates.items():
-            self.journal.metric(home, f"{place}/{fate.name.lower()}", 1)
-        for home in sorted(set(reasons) - set(fates)):
-            self.journal.metric(home, f"{place}/failed", 1)
+        for client, fate in fates.items():
+            self.journal.metric(client, f"{place}/{fate.name.lower()}", 1)
+        for client in sorted(set(reasons) - set(fates)):
+            self.journal.metric(client, f"{place}/failed", 1)
 
     def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
-        """What each home says, as it comes: from this exchange's record, where a run goes on behind it."""
+        """What each client says, as it comes: from this exchange's record, where a run goes on behind it."""
         self._collect_late()
         record = self.journal.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(orders, asked))
-        for home, heard, down in self._asked(orders, asked, record) if found is None else self._recalled(orders, found):
-            self.journal.count("bytes/down", home, down)
-            yield home, self._counted(home, heard)
+        for client, heard, down in (
+            self._asked(orders, asked, record) if found is None else self._recalled(orders, found)
+        ):
+            self.journal.count("bytes/down", client, down)
+            yield client, self._counted(client, heard)
 
     def _recalled(
         self, orders: Mapping[int, Order[R]], found: Sequence[tuple[int, Heard, int]]
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What was kept of each home, checked anew, and the size of its order."""
-        late = [home for home, heard, _ in found if (heard.why or "").startswith(IN_VAIN)]
+        """What was kept of each client, checked anew, and the size of its order."""
+        late = [client for client, heard, _ in found if (heard.why or "").startswith(IN_VAIN)]
         # Asked again, what they have stored says what they spent.
         sent, _ = self._delivery.send(orders, late, partial(self._packed, orders))
         self._late.expect(sent, self.exchange, orders)
-        for home, heard, down in found:
-            yield home, heard if heard.why is not None else self._checked(heard, orders[home]), down
+        for client, heard, down in found:
+            yield client, heard if heard.why is not None else self._checked(heard, orders[client]), down
 
     def _asked(
         self, orders: Mapping[int, Order[R]], asked: Sequence[int], record: ExchangeRecord
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What each home says now, as it comes, and the size of its order; all is kept."""
+        """What each client says now, as it comes, and the size of its order; all is kept."""
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         waiting: dict[str, tuple[int, ...]] = {}
@@ -182,37 +184,37 @@ class Clients:
             self._delivery, lambda line: append_event(self.journal.events, {"event": "sites", "line": line})
         )
 
-        def first(home: int) -> RecordDict:
-            content = self._packed(orders, home)
-            down[home] = payload_bytes(content)
+        def first(client: int) -> RecordDict:
+            content = self._packed(orders, client)
+            down[client] = payload_bytes(content)
             digest.update(unpacked(content)[0])
             return content
 
-        def send(homes: Iterable[int], pack: Callable[[int], RecordDict]) -> None:
-            sent, absent = self._delivery.send(orders, homes, pack)
+        def send(clients: Iterable[int], pack: Callable[[int], RecordDict]) -> None:
+            sent, absent = self._delivery.send(orders, clients, pack)
             sites.sent(sent, absent)
             waiting.update(sent)
 
         again = partial(send, pack=partial(self._packed, orders))
         send(asked, first)
         record.begin(digest.hexdigest())
-        for homes, reply in self._replies(waiting, sites, again):
-            if sites.postponed(homes[0], reply):
+        for clients, reply in self._replies(waiting, sites, again):
+            if sites.postponed(clients[0], reply):
                 continue
-            if parts := workers.again(reply, homes):
+            if parts := workers.again(reply, clients):
                 for part in parts:
                     again(part)
                 continue
-            for home, content in self._delivery.divided(reply, homes):
-                heard = self._heard(content, orders[home])
-                record.keep(home, heard, down[home])
-                yield home, heard, down[home]
+            for client, content in self._delivery.divided(reply, clients):
+                heard = self._heard(content, orders[client])
+                record.keep(client, heard, down[client])
+                yield client, heard, down[client]
         self._late.expect(waiting, self.exchange, orders)
-        vain = sites.in_vain((home for homes in waiting.values() for home in homes), IN_VAIN)
-        for home, why in sorted(vain.items()):
+        vain = sites.in_vain((client for clients in waiting.values() for client in clients), IN_VAIN)
+        for client, why in sorted(vain.items()):
             heard = Heard(why=why)
-            record.keep(home, heard, down[home])
-            yield home, heard, down[home]
+            record.keep(client, heard, down[client])
+            yield client, heard, down[client]
         record.close()
 
     def _replies(
@@ -231,11 +233,11 @@ class Clients:
 
     def _collect_late(self) -> None:
         """What came after its time is not used, but it was released: what it says of privacy holds."""
-        for home, exchange, order, content in self._late.come():
-            heard = self._counted(home, self._heard(content, order))
+        for client, exchange, order, content in self._late.come():
+            heard = self._counted(client, self._heard(content, order))
             if heard.why is None:
-                self._note(home, heard.answer)
-                self.journal.silent.discard((home, exchange))
+                self._note(client, heard.answer)
+                self.journal.silent.discard((client, exchange))
 
     def close(self) -> None:
         """After the last exchange."""
@@ -243,16 +245,16 @@ class Clients:
 
     def _digest(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> str:
         digest = hashlib.sha256()
-        for home in asked:
-            digest.update(unpacked(self._packed(orders, home))[0])
+        for client in asked:
+            digest.update(unpacked(self._packed(orders, client))[0])
         return digest.hexdigest()
 
-    def _packed(self, orders: Mapping[int, Order[R]], home: int) -> RecordDict:
-        where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, self._stack(home))
-        return pack_order(orders[home], where)
+    def _packed(self, orders: Mapping[int, Order[R]], client: int) -> RecordDict:
+        where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, client, self._stack(client))
+        return pack_order(orders[client], where)
 
-    def _stack(self, home: int) -> int:
-        return home // self.cell.scenario.stack
+    def _stack(self, client: int) -> int:
+        return client // self.cell.scenario.stack
 
     def _heard(self, content: RecordDict | str, order: Order[Any]) -> Heard:
         """The checked answer, or why there is none: one bad client must not end what a quorum allows."""
@@ -282,17 +284,17 @@ class Clients:
             return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
         return replace(heard, answer=answer)
 
-    def _counted(self, home: int, heard: Heard) -> Heard:
+    def _counted(self, client: int, heard: Heard) -> Heard:
         if heard.size:
-            self.journal.count("bytes/up", home, heard.size)
+            self.journal.count("bytes/up", client, heard.size)
         if heard.seconds is not None and 0 <= heard.seconds < math.inf:
-            self.journal.count("seconds/client", home, heard.seconds)
+            self.journal.count("seconds/client", client, heard.seconds)
         return heard
 
-    def _note(self, home: int, answer: object) -> None:
+    def _note(self, client: int, answer: object) -> None:
         """What an answer says of privacy, and what kinds of things it let out."""
         statement = getattr(answer, "statement", None)
         if isinstance(statement, Statement):
-            self.journal.state(home, statement)
+            self.journal.state(client, statement)
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
         self.journal.released |= {kinds[type(p)] for p in derived(answer)}

@@ -52,14 +52,14 @@ class Deployment:
             raise BadValue(f"the run-config's deployment is not JSON: {problem}") from problem
 
 
-def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 3600.0) -> dict[int, int]:
-    """Which node hosts which home; node ids are random, so each node is asked for its partition.
+def nodes_by_client(grid: Grid, clients: int, *, stack: int = 1, seconds: float = 3600.0) -> dict[int, int]:
+    """Which node hosts which client; node ids are random, so each node is asked for its partition.
 
-    Where there are fewer nodes than homes, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of homes.
+    Where there are fewer nodes than clients, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of clients.
 
     Args:
         grid: Flower's.
-        homes: Number of homes.
+        clients: Number of clients.
         stack: Homes that train in one pass: the first so many, the next, ...
         seconds: How long to wait for all nodes (server.start_seconds): their registration races the start of a run.
 
@@ -92,7 +92,7 @@ def nodes_by_home(grid: Grid, homes: int, *, stack: int = 1, seconds: float = 36
                 raise TooFewReplies("a SuperNode's client app does not say which partition it holds") from problem
             places[partition] = reply.metadata.src_node_id
     ordered = [places[p] for p in sorted(places)]
-    return {home: ordered[home // stack % len(ordered)] for home in range(homes)}
+    return {client: ordered[client // stack % len(ordered)] for client in range(clients)}
 
 
 def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]]:

@@ -26,7 +26,7 @@ class WillNotLeave(RuntimeError):
 
 
 def pack_order(order: Order[Any], envelope: Envelope) -> RecordDict:
-    """An order for one home. Server text is checked, too: a server has no private text to send."""
+    """An order for one client. Server text is checked, too: a server has no private text to send."""
     for corpus in _parts(order, Corpus):
         if corpus.provenance is Provenance.PRIVATE:
             raise WillNotLeave(f"{type(order).__name__} holds private text")
@@ -46,7 +46,7 @@ def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
     data = _payload(record)
     digest = hashlib.sha256()
     # Not the arm: `run` names one world already, and arms that ask the same of a simulated client get the same noise.
-    for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "home")), data):
+    for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "client")), data):
         digest.update(len(part).to_bytes(8, "big") + part)
     return decode(data, kind), envelope, digest.hexdigest()
 
@@ -71,9 +71,9 @@ def stack_number(content: RecordDict) -> int:
     return _number(content, "stack")
 
 
-def home_number(content: RecordDict) -> int:
-    """Which home an order is for; -1 if it says none."""
-    return _number(content, "home")
+def client_number(content: RecordDict) -> int:
+    """Which client an order is for; -1 if it says none."""
+    return _number(content, "client")
 
 
 def _number(content: RecordDict, key: str) -> int:

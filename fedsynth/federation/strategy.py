@@ -137,9 +137,9 @@ class RoundStrategy(Strategy, Generic[S]):
     def round(self, clients: Clients, state: S) -> S:
         """One round: asks clients, works on their answers, returns the next state."""
 
-    def seed(self, purpose: str, home: int = -1) -> int:
-        """A public random stream of its own for each purpose, round and home."""
-        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=home)
+    def seed(self, purpose: str, client: int = -1) -> int:
+        """A public random stream of its own for each purpose, round and client."""
+        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=client)
 
     def start(
         self,
@@ -190,9 +190,9 @@ class RoundStrategy(Strategy, Generic[S]):
         return state
 
     def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
-        for home, answer in evaluated.items():
+        for client, answer in evaluated.items():
             for metric, value in sorted(answer.metrics.items()):
-                self.server.journal.metric(home, metric, value)
+                self.server.journal.metric(client, metric, value)
         found: dict[str, list[float]] = {}
         for answer in evaluated.values():
             for metric, value in answer.metrics.items():

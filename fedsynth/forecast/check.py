@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from fedsynth.clients.home import declared_records
+from fedsynth.clients.client_side import declared_records
 from fedsynth.forecast.profiling import Cost, Unit, busy, peak_memory, probe, typical_lengths, waiting
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse, said_of
 from fedsynth.models.hub import place_of
@@ -139,8 +139,8 @@ def forecast(
     warnings = check(scenario)
     checking = busy() - begun
     launcher = psutil.Process().memory_info().rss  # as it goes on while a run goes on
-    homes = 1 if scenario.data.pooled else scenario.data.clients
-    count, _ = concurrency(workers, homes)
+    clients = 1 if scenario.data.pooled else scenario.data.clients
+    count, _ = concurrency(workers, clients)
 
     tell("rehearsing the rounds on dummy text")
     planned = cells(replace(scenario, seeds=scenario.seeds[:1]))
@@ -155,7 +155,7 @@ def forecast(
     found = {arm: _measured_as(same[arm], rehearsed) for arm, rehearsed in found.items()}
     probed = probe(scenario, _units(found.values()), lengths, min(count, len(os.sched_getaffinity(0))))
 
-    pool = Workers(count, supernodes(homes, count))
+    pool = Workers(count, supernodes(clients, count))
     arms, waits = {}, waiting()
     starting, joining = checking + STARTS * probed.imported, WORKER_STARTS * probed.imported
     alone = starting + joining + WAITS
@@ -235,13 +235,13 @@ class Workers:
         self.known = self.known or [set() for _ in range(self.count)]
         busy = [0.0] * self.count
         messages: dict[int, list[int]] = {}
-        for home in sorted(exchange.work):
-            messages.setdefault(home // stack % self.nodes, []).append(home)
-        for homes in messages.values():
+        for client in sorted(exchange.work):
+            messages.setdefault(client // stack % self.nodes, []).append(client)
+        for clients in messages.values():
             worker = min(range(self.count), key=busy.__getitem__)
-            for home in homes:
+            for client in clients:
                 busy[worker] += MESSAGE
-                for unit, amount in exchange.work[home].items():
+                for unit, amount in exchange.work[client].items():
                     busy[worker] += costs[unit].each * amount
                     if unit not in self.known[worker]:
                         self.known[worker].add(unit)
@@ -263,10 +263,12 @@ def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tu
                 f"all that it asks of a client costs epsilon {spent:.3f}, its budget is "
                 f"{client.budget.epsilon:g}: clients will refuse"
             )
-    largest, homes = rehearsed.epsilon, 1 if cell.scenario.data.pooled else cell.scenario.data.clients
+    largest, clients = rehearsed.epsilon, 1 if cell.scenario.data.pooled else cell.scenario.data.clients
     of_generator = {p for plans in rehearsed.plans.values() for p in plans}
     known = {p.records for p in of_generator}
-    sizes = {declared_records(replace(cell, seed=seed), home) for seed in scenario.seeds[1:] for home in range(homes)}
+    sizes = {
+        declared_records(replace(cell, seed=seed), client) for seed in scenario.seeds[1:] for client in range(clients)
+    }
     more = sorted(sizes - known)[:MOST_PLANS]
     for records in more:
         planned = client.plan(records, cell.scenario.rounds)
@@ -309,10 +311,10 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
 
 def _on_disk(cell: Cell, rehearsed: Rehearsed) -> int:
     """Bytes of a cell: what people share, stored answers, and a task model for each client that learns one."""
-    learners = {home for e in rehearsed.exchanges if e.name == "learn" for home in e.work}
-    client, weights = cell.scenario.client, 0
-    if client.task_training.trains == "all" and cell.scenario.data.task == "classification":
-        for name in {client.of(home).task_model for home in learners}:
+    learners = {client for e in rehearsed.exchanges if e.name == "learn" for client in e.work}
+    config, weights = cell.scenario.client, 0
+    if config.task_training.trains == "all" and cell.scenario.data.task == "classification":
+        for name in {config.of(client).task_model for client in learners}:
             folder = Path(place_of(name)["pretrained_model_name_or_path"])
             if folder.is_dir():
                 weights = max(weights, sum(p.stat().st_size for p in folder.glob("*.safetensors")))

@@ -229,8 +229,8 @@ def _seconds(work: Callable[[int], object], count: int) -> float:
 
 def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int], object], int]:
     """The real thing, `n` times at once, and how many are done at once at most."""
+    from fedsynth.clients.client_side import declared_records
     from fedsynth.clients.finetune import on_base  # these bring torch
-    from fedsynth.clients.home import declared_records
     from fedsynth.instructions import ASK, asked, in_line
     from fedsynth.models.llm import LocalLLM
     from fedsynth.privacy.plan import statement
@@ -254,7 +254,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return _classifying(client, labels, texts, unit)
 
     def writer(batch: int) -> LocalLLM:
-        tokenizer, model = load_tokenizer(client.generator), on_base(_Home(client), _start(client)).eval()  # type: ignore[arg-type]  # a stand-in
+        tokenizer, model = load_tokenizer(client.generator), on_base(_ClientSide(client), _start(client)).eval()  # type: ignore[arg-type]  # a stand-in
         return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
 
     def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:
@@ -275,7 +275,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
 
 
 @dataclass(frozen=True)
-class _Home:
+class _ClientSide:
     """What `on_base` needs of one."""
 
     config: Client
@@ -291,7 +291,7 @@ def _start(client: Client) -> Any:
 def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]:
     """Steps of the generator's training, of a whole stack of clients where those train together."""
     from fedsynth.clients.batched_training import TrainRequest, TrainResult, Trains, together
-    from fedsynth.clients.home import declared_records
+    from fedsynth.clients.client_side import declared_records
     from fedsynth.models.hub import config_of
     from fedsynth.models.loading import kind_of
     from fedsynth.privacy.noise import GrantRandomness

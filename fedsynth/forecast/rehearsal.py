@@ -68,7 +68,7 @@ class Exchange:
     Attributes:
         number: Of the round.
         name: Of the order.
-        work: By home.
+        work: By client.
         down: Bytes of the orders.
         up: Bytes of the answers.
     """
@@ -92,7 +92,7 @@ class _Answering(Clients):
     spent: float = 0.0
 
     def ask_each(self, orders: Mapping[int, Order[Any]]) -> dict[int, Any]:
-        """Dummy answers by home.
+        """Dummy answers by client.
 
         Raises:
             Unforeseen: If nothing is known of the order's class.
@@ -105,46 +105,46 @@ class _Answering(Clients):
         answers: dict[int, Any] = {}
         work: dict[int, Work] = {}
         down = up = 0
-        scored = {home for e in self.exchanges if e.name == "score" for home in e.work}
+        scored = {client for e in self.exchanges if e.name == "score" for client in e.work}
         fates = self._fates(orders)
-        for home, order in sorted(orders.items()):
-            if fates.get(home) is Fate.ABSENT:
+        for client, order in sorted(orders.items()):
+            if fates.get(client) is Fate.ABSENT:
                 continue
             if type(order) not in WORK:
                 raise Unforeseen(f"what clients do for the order {type(order).__name__} is not known here")
-            envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, home, self._stack(home))
+            envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, client, self._stack(client))
             size = payload_bytes(pack_order(order, envelope))
-            self.journal.count("bytes/down", home, size)
+            self.journal.count("bytes/down", client, size)
             down += size
-            done = WORK[type(order)](order, self.facts[home])
-            work[home] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and home in scored)}
-            answers[home] = self._answer(order, home)
-            size = len(encode(answers[home]))
-            self.journal.count("bytes/up", home, size)
+            done = WORK[type(order)](order, self.facts[client])
+            work[client] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and client in scored)}
+            answers[client] = self._answer(order, client)
+            size = len(encode(answers[client]))
+            self.journal.count("bytes/up", client, size)
             up += size
-            self._note(home, answers[home])
+            self._note(client, answers[client])
         self.exchanges.append(Exchange(self.journal.round, name, work, down, up))
         self.spent += busy() - started
-        return {home: answer for home, answer in answers.items() if home not in fates}
+        return {client: answer for client, answer in answers.items() if client not in fates}
 
-    def _answer(self, order: Order[Any], home: int) -> Any:
-        of, rng = self.facts[home], np.random.default_rng([0, home, self.exchange])
+    def _answer(self, order: Order[Any], client: int) -> Any:
+        of, rng = self.facts[client], np.random.default_rng([0, client, self.exchange])
         if isinstance(order, Synthesize):
             grants = GRANT if of.client.guarantee == "dp" else ()
-            corpus = replace(self._drafts(home, order.per_label, order.max_tokens), grants=grants)
-            return Synthesized(corpus, self._statement(home), 0)
+            corpus = replace(self._drafts(client, order.per_label, order.max_tokens), grants=grants)
+            return Synthesized(corpus, self._statement(client), 0)
         if isinstance(order, Finetune):
             adapter = _trained_from(order.start, rng, GRANT if of.client.guarantee == "dp" else ())
             if order.frozen_a:
                 adapter = replace(adapter, arrays={n: a for n, a in adapter.arrays.items() if only_b(n)})
-            return Finetuned(adapter, self._statement(home), of.records)
+            return Finetuned(adapter, self._statement(client), of.records)
         if isinstance(order, SelfTrain):
             funnel = {"asked": order.candidates, "too short": 0, "kept": order.keep}
-            return SelfTrained(_trained_from(order.start, rng, ()), self._statement(home), of.records, funnel)
+            return SelfTrained(_trained_from(order.start, rng, ()), self._statement(client), of.records, funnel)
         if isinstance(order, Score):
             grants = GRANT if of.client.guarantee == "dp" else ()
             return Scored(
-                Scores(tuple(rng.random(len(order.corpus)).tolist()), grants), self._statement(home, scores=True)
+                Scores(tuple(rng.random(len(order.corpus)).tolist()), grants), self._statement(client, scores=True)
             )
         if isinstance(order, Adopt):
             return Adopted(sum(array.size for array in order.adapter.arrays.values()))
@@ -153,11 +153,11 @@ class _Answering(Clients):
         assert isinstance(order, Evaluate)
         return Evaluated(dict.fromkeys(measured(order, instructs=not of.labels), 1 / 3), of.test)
 
-    def _drafts(self, home: int, per_label: int, longest: int) -> Corpus:
+    def _drafts(self, client: int, per_label: int, longest: int) -> Corpus:
         """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""
-        of, rng = self.facts[home], np.random.default_rng([1, home])
+        of, rng = self.facts[client], np.random.default_rng([1, client])
         lengths = [min(length, longest) for length in self.lengths]
-        like = dummy_site(self.cell, home, lengths, train=per_label * len(of.labels), test=1).train
+        like = dummy_site(self.cell, client, lengths, train=per_label * len(of.labels), test=1).train
         words, texts = vocabulary(like.prompts[:200]), list[str]()
         for label in of.labels:
             own = [x for x, y in zip(like.prompts, like.answers, strict=True) if y == label] or list(like.prompts[:1])
@@ -167,13 +167,13 @@ class _Answering(Clients):
         labels = tuple(label for label in of.labels for _ in range(per_label))
         return Corpus(tuple(texts), labels, Provenance.PUBLIC)
 
-    def _statement(self, home: int, *, scores: bool = False) -> Statement:
+    def _statement(self, client: int, *, scores: bool = False) -> Statement:
         """As `Home.said`: of all rounds, of more where more are asked for than planned."""
-        of, rounds = self.facts[home], self.cell.scenario.rounds
+        of, rounds = self.facts[client], self.cell.scenario.rounds
         if of.client.guarantee == "none":
             return said_of(None, self.cell.scenario.data.unit_name, 1)
         planned = of.client.score_plan(of.records, rounds) if scores else of.client.plan(of.records, rounds)
-        drawn = self.plans.setdefault(home, {})
+        drawn = self.plans.setdefault(client, {})
         once = scores and of.client.scores == "model"
         drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
         charged = replace(planned, rounds=max(planned.rounds, drawn[planned]))
@@ -214,7 +214,7 @@ class Rehearsed:
         guarantee: `dp` or `none`.
         epsilon: The largest over clients; None without a guarantee.
         delta: Likewise.
-        plans: By home: what is charged, and for how many rounds.
+        plans: By client: what is charged, and for how many rounds.
         noted: What is to be told: rounds that were not gone through, what could not be foreseen.
     """
 
@@ -247,7 +247,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     tally = Tally(kept_words(labels), known=known.setdefault("asked", {}))
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)
-    nodes = {home: home for home in facts}
+    nodes = {client: client for client in facts}
     clients = _Answering(None, nodes, cell, "simulated", labels, journal, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
     noted: list[str] = []
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedsynth.clients.home import declared_records
+from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import divide
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Order, Score, SelfTrain, Synthesize
 from fedsynth.forecast.profiling import Unit
@@ -95,15 +95,15 @@ WORK: dict[type[Order[Any]], Callable[[Any, Facts], Work]] = {
 
 
 def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
-    """What is declared of every home: counts, no text."""
+    """What is declared of every client: counts, no text."""
     data = cell.scenario.data
-    homes = 1 if data.pooled else data.clients
+    clients = 1 if data.pooled else data.clients
     if data.world is not None:
         many = data.clients if data.pooled else 1
-        sizes = [(data.train_per_client * many, data.test_per_client * many)] * homes
+        sizes = [(data.train_per_client * many, data.test_per_client * many)] * clients
     else:
         sizes = [(len(site.train), len(site.test)) for site in divide(data, cell.seed).sites]
     return {
-        home: Facts(cell.arm, cell.scenario.client.of(home), labels, declared_records(cell, home), *sizes[home])
-        for home in range(homes)
+        client: Facts(cell.arm, cell.scenario.client.of(client), labels, declared_records(cell, client), *sizes[client])
+        for client in range(clients)
     }

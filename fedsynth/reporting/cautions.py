@@ -58,7 +58,7 @@ def cautions(
         metrics: As `metrics.parquet` has them.
         scenario: Of the run.
         arms: That ran.
-        pooled: Those of them that have one home.
+        pooled: Those of them that have one client.
     """
     found: list[tuple[str, str]] = []
     if bare := [arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none"]:
@@ -86,15 +86,15 @@ def cautions(
         found.append(("Settings were tuned", f"on clients {who}: the figures of the others stand beside those of all."))
     if any(said.get("largest_over_clients", {}).get("simulated") for said in privacy.values()):
         found.append(("Simulated noise.", SIMULATED))
-    homes = {arm: 1 if arm in pooled else scenario.data.clients for arm in arms}
-    gone = {arm: _without_answer(privacy.get(arm, {}), metrics, arm, homes[arm]) for arm in arms}
+    ids = {arm: 1 if arm in pooled else scenario.data.clients for arm in arms}
+    gone = {arm: _without_answer(privacy.get(arm, {}), metrics, arm, ids[arm]) for arm in arms}
     silent = "Clients without an answer."
     found += [(silent, SILENT.format(arm, listed(clients))) for arm, clients in gone.items() if clients]
     lost = metrics[metrics["metric"].str.endswith("/labels_lost") & (metrics["value"] > 0)]
     if len(lost):
         found.append(("Labels lost.", LOST.format(listed([str(arm) for arm in dict.fromkeys(lost["arm"])]))))
     if pooled:
-        found.append(("One home.", POOLED.format(listed(pooled))))
+        found.append(("One client.", POOLED.format(listed(pooled))))
     return [list(pair) for pair in found]
 
 
@@ -108,7 +108,7 @@ def _task_figures(metrics: pd.DataFrame) -> pd.DataFrame:
     return metrics[(metrics["client"] != SERVER) & ~metrics["metric"].str.contains("/")]
 
 
-def _without_answer(said: Mapping[str, Any], metrics: pd.DataFrame, arm: str, homes: int) -> list[str]:
+def _without_answer(said: Mapping[str, Any], metrics: pd.DataFrame, arm: str, ids: int) -> list[str]:
     """Clients that were silent once, or have no task figure in the last round of a seed."""
     gone = {(int(seed), int(client)) for seed, client in said.get("terms", {}).get("silent", [])}
     own = metrics[metrics["arm"] == arm]
@@ -116,6 +116,6 @@ def _without_answer(said: Mapping[str, Any], metrics: pd.DataFrame, arm: str, ho
     last = rows[rows["round"] == rows["round"].max()]
     for seed in own["seed"].unique() if len(rows) else ():  # real sites give none
         there = set(last.loc[last["seed"] == seed, "client"])
-        gone |= {(int(seed), client) for client in range(homes) if client not in there}
+        gone |= {(int(seed), client) for client in range(ids) if client not in there}
     words = [f"client {client} (seed {seed})" for seed, client in sorted(gone)]
     return words[:NAMED] + ([f"{len(words) - NAMED} more"] if len(words) > NAMED else [])

@@ -80,7 +80,7 @@ class Data:
             are always refused.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
-        pooled: One home that holds all clients' text: a baseline that only a simulator can build.
+        pooled: One client that holds all clients' text: a baseline that only a simulator can build.
         tuned_on: Clients on which settings were tuned; results are reported without them, too. May name more clients
             than a smaller run has.
     """

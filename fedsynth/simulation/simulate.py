@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import psutil
 
-from fedsynth.clients.home import declared_records
+from fedsynth.clients.client_side import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
 from fedsynth.data.partition import divide, label_list, misfits
@@ -222,9 +222,9 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
         scores: Scores are what it spends on, not the training of a generator.
     """
     client, data = cell.scenario.client.of(0), cell.scenario.data
-    homes = 1 if data.pooled else data.clients
+    clients = 1 if data.pooled else data.clients
     worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
-    records = min(declared_records(world, index) for world in worlds for index in range(homes))
+    records = min(declared_records(world, index) for world in worlds for index in range(clients))
     try:
         planned = (client.score_plan if scores else client.plan)(records, cell.scenario.rounds)
     except BudgetTooSmall as problem:

@@ -98,7 +98,7 @@ def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
     taken = by_reason[~by_reason.index.astype(str).str.startswith("beyond")]  # such a step does what it was told to
     named = by_reason if taken.empty else taken
     lost = rows[(rows["what"] == "labels_lost") & (rows["value"] > 0)]
-    homes = {client for _, _, client in left.index if client >= 0}  # below is the server
+    clients = {client for _, _, client in left.index if client >= 0}  # below is the server
     loss = Loss(
         what=first,
         asked=asked,
@@ -106,8 +106,8 @@ def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
         taken=int(taken.sum()),
         reason="" if named.empty else str(named.idxmax()),
         most=0 if named.empty else int(named.max()),
-        clients=len(homes),
-        bare=len({client for _, _, client in left[left == 0].index} & homes),
+        clients=len(clients),
+        bare=len({client for _, _, client in left[left == 0].index} & clients),
         narrowed=lost["client"].nunique(),
     )
     return loss if asked and (loss.few or loss.bare or loss.narrowed) else None

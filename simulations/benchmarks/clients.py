@@ -44,7 +44,7 @@ from measuring import Bar, at_least, at_most, figure, options, seconds, told
 from sizes import Memory
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsynth.clients.home import Home, cell_of, simulated_home
+from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
 from fedsynth.data.partition import open_site
 from fedsynth.lora import Adapter, average
 from fedsynth.models.adapters import new_adapter, read_adapter, with_adapter
@@ -137,10 +137,10 @@ def cell(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     return cell_of(to_toml(from_toml(toml)), "main", 0)
 
 
-def texts_of(of: Cell, home: int) -> list[Example]:
+def texts_of(of: Cell, client: int) -> list[Example]:
     """A client's texts as all ways train on them."""
     client = of.scenario.client
-    site = open_site(of.scenario.data, home, of.seed)
+    site = open_site(of.scenario.data, client, of.seed)
     settings = client.generator_training
     slots = encode_slots(load_tokenizer(client.generator), site.train, (), len(site.train), settings.max_tokens)
     return [example for slot in slots for example in slot]
@@ -167,16 +167,16 @@ def cpu() -> float:
 def plain(size: str, model: Path) -> list[float]:
     """A loop in one process."""
     of = cell(size, model)
-    settings, homes = of.scenario.client.generator_training, range(of.scenario.data.clients)
-    texts = [texts_of(of, home) for home in homes]
+    settings, ids = of.scenario.client.generator_training, range(of.scenario.data.clients)
+    texts = [texts_of(of, client) for client in ids]
     start = new_adapter(str(model), rank=settings.rank, alpha=settings.alpha, seed=0)
     taken = []
     for _ in range(1 + SIZES[size][-1]):
         before = time.process_time()
         size_of = settings.expected_batch
-        ends = [trained_by_hand(str(model), start, batches(texts[home], size_of)) for home in homes]
+        ends = [trained_by_hand(str(model), start, batches(texts[client], size_of)) for client in ids]
         start = average(ends, [1.0] * len(ends))
-        taken.append((time.process_time() - before) / len(homes))
+        taken.append((time.process_time() - before) / len(ids))
     return taken[1:]
 
 
@@ -213,7 +213,7 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     from fedsynth.clients.app import client_app
     from fedsynth.federation.messages import Finetune
     from fedsynth.federation.messaging import Clients
-    from fedsynth.federation.nodes import nodes_by_home
+    from fedsynth.federation.nodes import nodes_by_client
     from fedsynth.federation.run.log import RunLog
 
     of = cell(size, model, guarantee, precision)
@@ -223,19 +223,19 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
 
-        def opened(_: Any, envelope: Any) -> Home:
-            return simulated_home(of, envelope.home, place, envelope.run)
+        def opened(_: Any, envelope: Any) -> ClientSide:
+            return simulated_client(of, envelope.client, place, envelope.run)
 
         def server(grid: Any) -> None:
-            homes = scenario.data.clients
+            ids = scenario.data.clients
             journal = RunLog(of, place, place / "events.jsonl")
-            clients = Clients(grid, nodes_by_home(grid, homes, stack=scenario.stack), of, "simulated", (), journal)
+            clients = Clients(grid, nodes_by_client(grid, ids, stack=scenario.stack), of, "simulated", (), journal)
             start = new_adapter(str(model), rank=8, alpha=16.0, seed=0)
             for number in range(scenario_rounds):
                 journal.round, before = number + 1, cpu()
-                answers = clients.ask_each({home: Finetune(start, number * homes + home) for home in range(homes)})
-                start = average([a.adapter for a in answers.values()], [1.0] * homes)
-                taken.append((cpu() - before) / homes)
+                answers = clients.ask_each({client: Finetune(start, number * ids + client) for client in range(ids)})
+                start = average([a.adapter for a in answers.values()], [1.0] * ids)
+                taken.append((cpu() - before) / ids)
 
         simulated(server, client_app(opened), supernodes(scenario.data.clients, 1))
     return taken[1:]
@@ -249,11 +249,11 @@ def usual(size: str, model: Path) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     of = cell(size, model)
-    homes, batch = of.scenario.data.clients, of.scenario.client.generator_training.expected_batch
+    ids, batch = of.scenario.data.clients, of.scenario.client.generator_training.expected_batch
     pad, folder = load_tokenizer(str(model)).pad_token_id, str(model)
-    for home in range(homes):
-        rows = [[list(text.tokens), text.start] for text in texts_of(of, home)]
-        (model / f"texts-{home}.json").write_text(json.dumps(rows))
+    for client in range(ids):
+        rows = [[list(text.tokens), text.start] for text in texts_of(of, client)]
+        (model / f"texts-{client}.json").write_text(json.dumps(rows))
     app = ClientApp()
 
     @app.train()
@@ -280,7 +280,7 @@ def usual(size: str, model: Path) -> list[float]:
 
     def server(grid: Any) -> None:
         nodes: list[int] = []
-        while len(nodes) < homes:
+        while len(nodes) < ids:
             nodes = list(grid.get_node_ids())
         start = new_adapter(folder, rank=8, alpha=16.0, seed=0)
         arrays = ArrayRecord({name: Array(array) for name, array in start.arrays.items()})
@@ -290,9 +290,9 @@ def usual(size: str, model: Path) -> list[float]:
             replies: list[Any] = [reply.content["arrays"] for reply in grid.send_and_receive(asked)]
             mean = {name: np.mean([reply[name].numpy() for reply in replies], axis=0) for name in start.arrays}
             arrays = ArrayRecord({name: Array(array) for name, array in mean.items()})
-            taken.append((cpu() - before) / homes)
+            taken.append((cpu() - before) / ids)
 
-    simulated(server, app, homes)
+    simulated(server, app, ids)
     return taken[1:]
 
 
@@ -310,7 +310,7 @@ def pfl(size: str, model: Path) -> list[float]:
         if subprocess.run(made[1], check=False, capture_output=True).returncode:
             return []
     of = cell(size, model)
-    texts = [texts_of(of, home) for home in range(of.scenario.data.clients)]
+    texts = [texts_of(of, client) for client in range(of.scenario.data.clients)]
     whole = [text for own in texts for text in own]
     pad = load_tokenizer(str(model)).pad_token_id
     tokens, present = padded([t.tokens for t in whole], pad)

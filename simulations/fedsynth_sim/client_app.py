@@ -1,4 +1,4 @@
-"""The ClientApp of simulations: homes are made from the run's scenario."""
+"""The ClientApp of simulations: clients are made from the run's scenario."""
 
 from fedsynth.clients.app import client_app, simulation
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 import fedsynth
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
-from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_home
+from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_client
 from fedsynth.federation.run.checkpoint import CHECKPOINTS
 from fedsynth.federation.run.directory import places, prepare
 from fedsynth.federation.run.log import RunLog, append_event
@@ -100,12 +100,12 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
         return journal
     data = cell.scenario.data
     labels = label_list(data)
-    homes = 1 if data.pooled else data.clients
+    clients = 1 if data.pooled else data.clients
 
     def open_clients(grid: Grid) -> Clients:
         if deployed is not None:
             return Clients(grid, {}, cell, deployed.run, labels, journal, sites=deployed.sites)
-        found = nodes_by_home(grid, homes, stack=cell.scenario.stack, seconds=models.start_seconds)
+        found = nodes_by_client(grid, clients, stack=cell.scenario.stack, seconds=models.start_seconds)
         return Clients(grid, found, cell, "simulated", labels, journal)
 
     kind, config = load_strategy(cell.scenario.strategy)

@@ -7,8 +7,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.evaluate import answers, evaluate
-from fedsynth.clients.home import Home
 from fedsynth.clients.local_model import LocalModel, all_kept
 from fedsynth.data.tables import load_columns
 from fedsynth.deployment.policy import Place
@@ -67,7 +67,7 @@ def measured(place: Place, folder: Path, kept: LocalModel) -> Measured:
         return Measured(kept.run, kept.learnt, {}, 0)
     try:
         check_rows(place)
-        found = evaluate(_home(place, folder, kept))
+        found = evaluate(_client(place, folder, kept))
     except (ValueError, RuntimeError, OSError) as problem:  # one that cannot be used must not hide the others
         return Measured(kept.run, kept.learnt, {}, 0, str(problem))
     return Measured(kept.run, kept.learnt, dict(found.metrics), found.examples)
@@ -105,13 +105,13 @@ def answer_file(place: Place, folder: Path, kept: LocalModel, texts: Path, colum
     if len(asked) < len(found):
         row = next(i for i, text in enumerate(found) if not (isinstance(text, str) and text.strip()))
         raise BadValue(f"{texts}: row {row + 1} has no text in column {column!r}; {len(found) - len(asked)} in all")
-    home = _home(place, folder, kept)
+    client = _client(place, folder, kept)
     try:
         file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # before the work, not after it
     except OSError as problem:
         raise BadValue(f"--out {out}: {problem.strerror}; name a new file") from problem
     try:
-        said = answers(home, asked)
+        said = answers(client, asked)
     except BaseException:
         out.unlink()
         raise
@@ -121,7 +121,7 @@ def answer_file(place: Place, folder: Path, kept: LocalModel, texts: Path, colum
     return len(asked)
 
 
-def _home(place: Place, folder: Path, kept: LocalModel) -> Home:
+def _client(place: Place, folder: Path, kept: LocalModel) -> ClientSide:
     data, own, config = place.site.data, place.site.models, kept.config
     os.environ |= place.cards  # before PyTorch looks for GPUs
     if own.generator:  # the folder may have moved
@@ -135,7 +135,7 @@ def _home(place: Place, folder: Path, kept: LocalModel) -> Home:
         ledger = place.open_ledger()
     except LedgerUnusable as problem:
         raise BadValue(f"{problem} (after a new data.id, `fedsynth site start` makes its account first)") from problem
-    return Home(
+    return ClientSide(
         index=0,
         config=config,
         labels=kept.labels,

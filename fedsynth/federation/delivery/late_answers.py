@@ -28,17 +28,17 @@ class LateAnswers:
         """Remembers messages that are not answered.
 
         Args:
-            messages: The homes that each is for, by its id.
+            messages: The clients that each is for, by its id.
             exchange: In which it was sent.
-            orders: Of that exchange, by home.
+            orders: Of that exchange, by client.
         """
-        self._missing |= {message: (homes, exchange, orders) for message, homes in messages.items()}
+        self._missing |= {message: (clients, exchange, orders) for message, clients in messages.items()}
 
     def come(self) -> Iterator[tuple[int, int, Order[Any], RecordDict | str]]:
-        """What has come since: home, exchange, order, and the answer, or why there is none."""
+        """What has come since: client, exchange, order, and the answer, or why there is none."""
         if not self._missing:
             return
         for key, reply in self._delivery.pulled(list(self._missing)):
-            homes, exchange, orders = self._missing.pop(key)
-            for home, content in self._delivery.divided(reply, homes):
-                yield home, exchange, orders[home], content
+            clients, exchange, orders = self._missing.pop(key)
+            for client, content in self._delivery.divided(reply, clients):
+                yield client, exchange, orders[client], content

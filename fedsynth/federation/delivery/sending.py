@@ -29,9 +29,9 @@ class Delivery:
     Attributes:
         grid: Flower's.
         nodes: Home -> node id.
-        sites: Names of real sites, by home; `nodes` are looked for again at each sending. Empty in a simulation.
-        stack: So many homes in a row train in one pass.
-        since: By home, when the site connected that was sent something.
+        sites: Names of real sites, by client; `nodes` are looked for again at each sending. Empty in a simulation.
+        stack: So many clients in a row train in one pass.
+        since: By client, when the site connected that was sent something.
     """
 
     grid: Grid
@@ -41,42 +41,42 @@ class Delivery:
     since: dict[int, str] = field(default_factory=dict)
 
     def send(
-        self, orders: Mapping[int, Order[Any]], homes: Iterable[int], pack: Callable[[int], RecordDict]
+        self, orders: Mapping[int, Order[Any]], clients: Iterable[int], pack: Callable[[int], RecordDict]
     ) -> tuple[dict[str, tuple[int, ...]], list[int]]:
-        """Sends the orders of these homes, those of one node together: a message costs more than training a very small
+        """Sends the orders of these clients, those of one node together: a message costs more than training a very small
         model.
 
         Args:
-            orders: By home.
-            homes: Whose are sent.
+            orders: By client.
+            clients: Whose are sent.
             pack: Home -> its order as the content of a message.
 
         Returns:
-            The homes that each message is for, by its id; and the sites that are not connected now.
+            The clients that each message is for, by its id; and the sites that are not connected now.
         """
         sent: dict[str, tuple[int, ...]] = {}
         absent: list[int] = []
         if self.sites:
             found = nodes_by_name(self.grid, self.sites)
-            self.nodes = {home: node for home, (node, _) in found.items()}
-            self.since |= {home: since for home, (_, since) in found.items()}
+            self.nodes = {client: node for client, (node, _) in found.items()}
+            self.since |= {client: since for client, (_, since) in found.items()}
         ready: dict[int, dict[int, RecordDict]] = {}
         sizes: dict[int, int] = {}
-        for home in homes:
-            content = pack(home)
+        for client in clients:
+            content = pack(client)
             size = payload_bytes(content)
-            if self.sites and home not in self.nodes:
-                absent.append(home)
+            if self.sites and client not in self.nodes:
+                absent.append(client)
                 continue
-            node = self.nodes[home]
+            node = self.nodes[client]
             # Never within a stack: who trains together must not depend on who else is on the node.
             if (
                 ready.get(node)
                 and sizes[node] + size > LARGEST_MESSAGE
-                and home // self.stack != next(reversed(ready[node])) // self.stack
+                and client // self.stack != next(reversed(ready[node])) // self.stack
             ):
                 sent |= self._push(orders, node, ready.pop(node))
-            ready.setdefault(node, {})[home] = content
+            ready.setdefault(node, {})[client] = content
             sizes[node] = size + (sizes[node] if len(ready[node]) > 1 else 0)
         for node, contents in ready.items():
             sent |= self._push(orders, node, contents)
@@ -108,15 +108,15 @@ class Delivery:
             else:
                 yield from ((key, reply) for reply in replies[:1])
 
-    def divided(self, reply: Message | None, homes: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
-        """Each home's part of a reply, or why there is none."""
+    def divided(self, reply: Message | None, clients: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
+        """Each client's part of a reply, or why there is none."""
         if reply is None:
-            return [(home, f"{UNUSABLE}: its message cannot be read") for home in homes]
+            return [(client, f"{UNUSABLE}: its message cannot be read") for client in clients]
         if reply.has_error():
             # Whatever stands there of a real site, the site wrote it.
             why = f"Flower's error {reply.error.code}" if self.sites else first_line(reply)
-            return [(home, f"its worker failed: {why}") for home in homes]
+            return [(client, f"its worker failed: {why}") for client in clients]
         parts = parted(reply.content)
-        if len(parts) != len(homes):
-            return [(home, f"sent {len(parts)} answers to {len(homes)} orders") for home in homes]
-        return zip(homes, parts, strict=True)
+        if len(parts) != len(clients):
+            return [(client, f"sent {len(parts)} answers to {len(clients)} orders") for client in clients]
+        return zip(clients, parts, strict=True)

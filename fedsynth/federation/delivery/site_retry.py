@@ -42,26 +42,26 @@ class SiteRetry:
         self._delivery, self._tell = delivery, tell
         self._again: dict[int, _Again] = {}
         self._reached: set[int] = set()
-        self._reasons: dict[int, str] = {}  # by home: what it said last in place of an answer
+        self._reasons: dict[int, str] = {}  # by client: what it said last in place of an answer
         self._looked = time.monotonic()
 
     def __bool__(self) -> bool:
         return bool(self._again)
 
     def sent(self, messages: Mapping[str, tuple[int, ...]], absent: Iterable[int]) -> None:
-        """What came of a sending: the homes of its messages, and the sites that were not connected."""
-        self._reached.update(home for homes in messages.values() for home in homes)
-        self._again |= {home: _Again("it was not connected") for home in absent}
+        """What came of a sending: the clients of its messages, and the sites that were not connected."""
+        self._reached.update(client for clients in messages.values() for client in clients)
+        self._again |= {client: _Again("it was not connected") for client in absent}
 
-    def postponed(self, home: int, reply: Message | None) -> bool:
+    def postponed(self, client: int, reply: Message | None) -> bool:
         """Whether a site's reply is no answer yet, so that it is to be asked again."""
         if not self._delivery.sites or reply is None or (why := _why_later(reply)) is None:
             return False
         seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
-        self._again[home] = _Again(why, time.monotonic() + seconds)
-        if self._reasons.get(home) != why:  # for whoever watches: somebody is to act there
-            self._tell(f"site {self._delivery.sites[home]!r}: {why}")
-        self._reasons[home] = why
+        self._again[client] = _Again(why, time.monotonic() + seconds)
+        if self._reasons.get(client) != why:  # for whoever watches: somebody is to act there
+            self._tell(f"site {self._delivery.sites[client]!r}: {why}")
+        self._reasons[client] = why
         return True
 
     def look(self, waiting: dict[str, tuple[int, ...]]) -> None:
@@ -70,27 +70,27 @@ class SiteRetry:
         if not self._delivery.sites or time.monotonic() - self._looked <= ASK_AGAIN_SECONDS:
             return
         now, since = nodes_by_name(self._delivery.grid, self._delivery.sites), self._delivery.since
-        lost = [key for key, (home, *_) in waiting.items() if home in now and now[home][1] != since.get(home)]
+        lost = [key for key, (client, *_) in waiting.items() if client in now and now[client][1] != since.get(client)]
         self._again |= {waiting.pop(key)[0]: _Again("it was started anew", time.monotonic()) for key in lost}
         self._looked = time.monotonic()
 
     def due(self) -> list[int]:
         """Takes out the sites whose time to be asked again has come."""
-        due = [home for home, again in self._again.items() if again.when <= time.monotonic()]
-        for home in due:
-            del self._again[home]
+        due = [client for client, again in self._again.items() if again.when <= time.monotonic()]
+        for client in due:
+            del self._again[client]
         return due
 
     def in_vain(self, waiting: Iterable[int], late: str) -> dict[int, str]:
-        """When the time is over: by home, why there is no answer.
+        """When the time is over: by client, why there is no answer.
 
         Args:
             waiting: Homes that were asked, and whose answer did not come.
             late: What is said of them.
         """
-        found = {home: f"{late}: {self._reasons[home]}" if home in self._reasons else late for home in waiting}
-        for home, again in self._again.items():
-            found[home] = f"{late}: {again.why}" if home in self._reached else NOT_ASKED
+        found = {client: f"{late}: {self._reasons[client]}" if client in self._reasons else late for client in waiting}
+        for client, again in self._again.items():
+            found[client] = f"{late}: {again.why}" if client in self._reached else NOT_ASKED
         return found
 
 

@@ -15,24 +15,26 @@ class WorkerRetry:
     """The tries of one exchange.
 
     Args:
-        stack: So many homes in a row train in one pass.
+        stack: So many clients in a row train in one pass.
     """
 
     def __init__(self, stack: int) -> None:
         self._stack = stack
         self._failed: Counter[int] = Counter()
 
-    def again(self, reply: Message | None, homes: Sequence[int]) -> list[list[int]]:
-        """The homes whose orders are to be sent again, message by message; none if no worker died, or it did so too
+    def again(self, reply: Message | None, clients: Sequence[int]) -> list[list[int]]:
+        """The clients whose orders are to be sent again, message by message; none if no worker died, or it did so too
         often.
 
         The same orders again, under the same grants: stored answers are sent as they are. In smaller messages, so that
-        a home that kills its worker takes no other with it in the end.
+        a client that kills its worker takes no other with it in the end.
         """
         if reply is None or not reply.has_error():
             return []
-        self._failed.update(homes)
-        if self._failed[homes[0]] >= TRIES:
+        self._failed.update(clients)
+        if self._failed[clients[0]] >= TRIES:
             return []
-        whole = len({home // self._stack for home in homes}) > 1
-        return [list(part) for _, part in groupby(homes, key=lambda home: home // self._stack if whole else home)]
+        whole = len({client // self._stack for client in clients}) > 1
+        return [
+            list(part) for _, part in groupby(clients, key=lambda client: client // self._stack if whole else client)
+        ]

@@ -15,11 +15,11 @@ from fedsynth.typed import BadValue
 
 @dataclass(frozen=True)
 class Heard:
-    """What came of a home: its checked answer, or why there is none.
+    """What came of a client: its checked answer, or why there is none.
 
     Attributes:
         answer: Of the order's class; None before it is checked.
-        why: The end of a sentence about the home; None beside an answer.
+        why: The end of a sentence about the client; None beside an answer.
         payload: The bytes, if they are worth keeping: of an answer, or of a refusal.
         refused: Whether they are a refusal.
         size: Of what came.
@@ -47,7 +47,7 @@ class ExchangeRecord:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def kept(self, asked: Callable[[], str]) -> list[tuple[int, Heard, int]] | None:
-        """Each home, what came of it (to be checked again), and the size of its order; None if the exchange is not
+        """Each client, what came of it (to be checked again), and the size of its order; None if the exchange is not
         whole.
 
         Args:
@@ -65,23 +65,23 @@ class ExchangeRecord:
             )
         try:
             with zipfile.ZipFile(self._path) as archive:
-                homes = json.loads(archive.read("head.json"))["homes"]
-                found = [(int(home), archive.read(home), facts) for home, facts in homes.items()]
+                clients = json.loads(archive.read("head.json"))["clients"]
+                found = [(int(client), archive.read(client), facts) for client, facts in clients.items()]
         except (OSError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole: clients are asked again
             return None
-        return [(home, _recalled(data, facts), facts["down"]) for home, data, facts in found]
+        return [(client, _recalled(data, facts), facts["down"]) for client, data, facts in found]
 
     def begin(self, asked: str) -> None:
         """Keeps the digest of the orders that were sent."""
         if self._path.parent.is_dir():
             write_whole(self._asked, asked.encode())
 
-    def keep(self, home: int, heard: Heard, down: int) -> None:
-        """Writes down what came of a home: its bytes if they can be read, else why not. What was read now will be read
+    def keep(self, client: int, heard: Heard, down: int) -> None:
+        """Writes down what came of a client: its bytes if they can be read, else why not. What was read now will be read
         again by whoever goes on.
 
         Args:
-            home: Whose.
+            client: Whose.
             heard: What came.
             down: Size of its order.
         """
@@ -89,14 +89,14 @@ class ExchangeRecord:
             return
         if self._archive is None:
             self._archive = zipfile.ZipFile(self._part, "w", zipfile.ZIP_STORED)
-        self._archive.writestr(str(home), heard.payload)
+        self._archive.writestr(str(client), heard.payload)
         what = {"refused": heard.refused} if heard.payload else {"why": heard.why, "up": heard.size}
-        self._facts[str(home)] = {**what, "seconds": heard.seconds, "down": down}
+        self._facts[str(client)] = {**what, "seconds": heard.seconds, "down": down}
 
     def close(self) -> None:
         """All is there that will come."""
         if self._archive is not None:
-            self._archive.writestr("head.json", json.dumps({"homes": self._facts}))
+            self._archive.writestr("head.json", json.dumps({"clients": self._facts}))
             self._archive.close()
             self._part.replace(self._path)
 

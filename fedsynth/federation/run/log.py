@@ -38,7 +38,7 @@ class RunLog:
         released: What clients let out: text, adapters, scores.
         silent: (Client, exchange) without a usable answer, where one would have said what was spent.
         rows: Tidy metrics so far.
-        statements: What each home said of its privacy, the latest.
+        statements: What each client said of its privacy, the latest.
         totals: By name and client what is counted over the whole cell.
         left: By client: how many texts were asked for, and how many of them the steps so far have left.
         begun: Round and name of the step that `left` counts from.
@@ -73,7 +73,7 @@ class RunLog:
         return {
             "rows": [row[2:] for row in self.rows],
             "totals": [[*key, value] for key, value in self.totals.items()],
-            "statements": {str(home): plain(said) for home, said in self.statements.items()},
+            "statements": {str(client): plain(said) for client, said in self.statements.items()},
             "released": sorted(self.released),
             "silent": sorted(map(list, self.silent)),
             "seconds": time.monotonic() - self.started,
@@ -83,7 +83,7 @@ class RunLog:
         """Goes on from what `record` gave."""
         self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
         self.totals = {(name, client): value for name, client, value in record["totals"]}
-        self.statements = {int(home): build(Statement, said) for home, said in record["statements"].items()}
+        self.statements = {int(client): build(Statement, said) for client, said in record["statements"].items()}
         self.released = set(record["released"])
         self.silent = {(client, exchange) for client, exchange in record["silent"]}
         self.started = time.monotonic() - record["seconds"]
@@ -132,7 +132,7 @@ class RunLog:
         self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
     def state(self, client: int, said: Statement) -> None:
-        """What a home says of its privacy: the largest epsilon holds, as answers may come late; and what once left
+        """What a client says of its privacy: the largest epsilon holds, as answers may come late; and what once left
         without a guarantee stays without."""
         earlier = self.statements.get(client)
         if earlier is None or _spends(said) >= _spends(earlier):

@@ -68,7 +68,7 @@ def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
         "sees": seen,
         "public": list(PUBLIC),
         "assumptions": _assumptions(journals).removeprefix("; "),
-        "silent": sorted({(j.cell.seed, home) for j in journals for home, _ in j.silent}),
+        "silent": sorted({(j.cell.seed, client) for j in journals for client, _ in j.silent}),
     }
     spent = _spent(journals)
     if guarantee_of(journals) == "none" or not spent:
@@ -140,7 +140,7 @@ def privacy_line(journals: Sequence[RunLog]) -> str:
 def _assumptions(journals: Sequence[RunLog]) -> str:
     """What a simulator took from private rows where a site would declare it."""
     data = journals[0].cell.scenario.data
-    silent = len({(j.cell.seed, home) for j in journals for home, _ in j.silent})
+    silent = len({(j.cell.seed, client) for j in journals for client, _ in j.silent})
     missing = (
         f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
     )

@@ -66,7 +66,7 @@ COVERED = Rules(outputs=frozenset(kind for kind in OUTPUTS if kind != "metrics")
 
 
 @dataclass(frozen=True)
-class Home:
+class ClientSide:
     """One client's house. Nothing in it leaves except through `fedsynth.federation.records.seal`.
 
     Attributes:
@@ -80,7 +80,7 @@ class Home:
         run: Public id of the run, arm and seed included.
         ledger: Of this client's data set.
         open: Reads the client's text; before the charge for its keyed MAC only.
-        stacked: Its adapter may train in one pass with those of other homes of a simulation.
+        stacked: Its adapter may train in one pass with those of other clients of a simulation.
         simulated: Noise comes from the run seed and is reproducible.
         allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee
             covers.
@@ -196,7 +196,7 @@ class Home:
 
 def site_log(folder: Path) -> logging.Logger:
     """The log site.log in a folder."""
-    logger = logging.getLogger(f"fedsynth.home.{folder}")
+    logger = logging.getLogger(f"fedsynth.client.{folder}")
     if not logger.handlers:
         handler = _Strict(folder / "site.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -214,8 +214,8 @@ class _Strict(logging.FileHandler):
         raise
 
 
-def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
-    """A home of a simulation: its data is drawn or split by the simulator, its ledger holds this cell only.
+def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientSide:
+    """A client of a simulation: its data is drawn or split by the simulator, its ledger holds this cell only.
 
     Args:
         cell: Arm, seed and resolved scenario.
@@ -224,9 +224,9 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
         run: Public id of the run.
     """
     scenario = cell.scenario
-    homes = 1 if scenario.data.pooled else scenario.data.clients
-    if not 0 <= index < homes:
-        raise ValueError(f"home must lie in 0..{homes - 1}, got {index}")
+    clients = 1 if scenario.data.pooled else scenario.data.clients
+    if not 0 <= index < clients:
+        raise ValueError(f"client must lie in 0..{clients - 1}, got {index}")
     work = private / cell.arm / f"seed-{cell.seed}" / f"client-{index}"
     private_folder(work)
     dataset = f"{scenario.data.source}#{index}"
@@ -234,7 +234,7 @@ def simulated_home(cell: Cell, index: int, private: Path, run: str) -> Home:
     def keys(counter: int, binding: str) -> bytes:
         return simulated_key(cell.seed, index, counter, binding)
 
-    return Home(
+    return ClientSide(
         index=index,
         config=scenario.client.of(index),
         labels=label_list(scenario.data),
@@ -269,7 +269,7 @@ def _site(cell: Cell, index: int) -> ClientData:
 
 @lru_cache(maxsize=1024)
 def _drawn(data: Data, seed: int, index: int) -> ClientData:
-    """A worker meets the same home in every round, and in every arm."""
+    """A worker meets the same client in every round, and in every arm."""
     return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 
 
