@@ -1,4 +1,4 @@
-"""The ClientApp: each order class under its Flower action."""
+"""The ClientApp: each request class under its Flower action."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from flwr.clientapp import ClientApp
 
 from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
 from fedsynth.clients.flower_compat import read_message, write_reply
-from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, answer
-from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Order
-from fedsynth.federation.records import unpack_answer
+from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, reply_to
+from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Request
+from fedsynth.federation.records import unpack_reply
 from fedsynth.federation.run.directory import places
 from fedsynth.models.loading import one_thread
 
@@ -24,9 +24,9 @@ def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopene
     """A ClientApp over clients.
 
     Args:
-        open_home: Flower's context and the order's envelope -> the client it is for.
+        open_home: Flower's context and the request's envelope -> the client it is for.
         simulated: Flower's own strategies are answered, too, and this process uses one thread.
-        unopened: Told of an order for which no client could be opened; left out, this process's own output is.
+        unopened: Told of a request for which no client could be opened; left out, this process's own output is.
     """
     if simulated:
         one_thread()
@@ -41,15 +41,15 @@ def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopene
         group, _, action = kind.task.partition(".")
         register = {"train": app.train, "evaluate": app.evaluate, "query": app.query}[group]
 
-        def handle(message: Message, context: Context, kind: type[Order[Any]] = kind) -> Message:
-            return Message(answer(kind, message.content, context, open_client, unopened=unopened), reply_to=message)
+        def handle(message: Message, context: Context, kind: type[Request[Any]] = kind) -> Message:
+            return Message(reply_to(kind, message.content, context, open_client, unopened=unopened), reply_to=message)
 
         register(action)(handle)
 
-    def usual(kind: type[Order[Any]]) -> Callable[[Message, Context], Message]:
+    def usual(kind: type[Request[Any]]) -> Callable[[Message, Context], Message]:
         def handle(message: Message, context: Context) -> Message:
-            sealed = answer(kind, message.content, context, open_client, partial(read_message, context=context))
-            return write_reply(message, unpack_answer(sealed, kind.reply))
+            sealed = reply_to(kind, message.content, context, open_client, partial(read_message, context=context))
+            return write_reply(message, unpack_reply(sealed, kind.reply))
 
         return handle
 

@@ -25,7 +25,7 @@ class NotApproved(RuntimeError):
 
 @dataclass(frozen=True)
 class Approvals:
-    """One small file for each order whose answer needs a person's leave; the answer itself lies in the ledger.
+    """One small file for each request whose answer needs a person's leave; the answer itself lies in the ledger.
 
     Attributes:
         folder: Of those files.
@@ -33,36 +33,36 @@ class Approvals:
 
     folder: Path
 
-    def hold(self, order: str, sha256: str, **facts: Any) -> bool:
-        """From now on the answer of an order waits; called before it is stored, so that none slips through.
+    def hold(self, request: str, sha256: str, **facts: Any) -> bool:
+        """From now on the answer of a request waits; called before it is stored, so that none slips through.
 
         Args:
-            order: Its digest.
+            request: Its digest.
             sha256: Of the answer: what is decided is about these bytes; a training that is repeated gives others.
             facts: More for who decides.
 
         Returns:
             Whether it did not wait before.
         """
-        if self._file(order).exists() and self._read(self._file(order))["sha256"] == sha256:
+        if self._file(request).exists() and self._read(self._file(request))["sha256"] == sha256:
             return False
         private_folder(self.folder)
-        self._write(order, {"order": order, "sha256": sha256, "decision": "waits", "asked": _now(), **facts})
+        self._write(request, {"order": request, "sha256": sha256, "decision": "waits", "asked": _now(), **facts})
         return True
 
-    def check(self, order: str, sha256: str) -> None:
-        """Whether the answer of an order may go.
+    def check(self, request: str, sha256: str) -> None:
+        """Whether the answer of a request may go.
 
         Raises:
             AwaitsApproval, NotApproved: If not.
         """
-        if not self._file(order).exists():
+        if not self._file(request).exists():
             return
-        held = self._read(self._file(order))
+        held = self._read(self._file(request))
         if held["decision"] == "waits" or held["sha256"] != sha256:
-            raise AwaitsApproval(f"order {order[:12]} waits for `fedsynth site approve`")
+            raise AwaitsApproval(f"request {request[:12]} waits for `fedsynth site approve`")
         if held["decision"] != "accepted":
-            raise NotApproved(f"order {order[:12]} was declined by {held.get('by')}")
+            raise NotApproved(f"request {request[:12]} was declined by {held.get('by')}")
 
     def all(self) -> list[dict[str, Any]]:
         """All that needed leave, oldest first."""
@@ -77,7 +77,9 @@ class Approvals:
         found = [held for held in self.all() if held["order"].startswith(start)]
         if len(found) != 1:
             known = ", ".join(held["order"][:12] for held in self.all()) or "nothing waits"
-            raise BadValue(f"{'no' if not found else 'more than one'} order starts with {start!r}; there are: {known}")
+            raise BadValue(
+                f"{'no' if not found else 'more than one'} request starts with {start!r}; there are: {known}"
+            )
         return found[0]
 
     def undecided(self, start: str) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class Approvals:
         """
         held = self.find(start)
         if held["decision"] != "waits":
-            raise BadValue(f"order {held['order'][:12]} was {held['decision']} by {held['by']} at {held['decided']}")
+            raise BadValue(f"request {held['order'][:12]} was {held['decision']} by {held['by']} at {held['decided']}")
         return held
 
     def decide(self, held: dict[str, Any], decision: Decision, by: str) -> dict[str, Any]:
@@ -97,19 +99,19 @@ class Approvals:
         self._write(held["order"], held)
         return held
 
-    def _file(self, order: str) -> Path:
-        return self.folder / f"{order}.json"
+    def _file(self, request: str) -> Path:
+        return self.folder / f"{request}.json"
 
     def _read(self, path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def _write(self, order: str, held: dict[str, Any]) -> None:
-        part = self._file(order).with_suffix(".part")
+    def _write(self, request: str, held: dict[str, Any]) -> None:
+        part = self._file(request).with_suffix(".part")
         with part.open("w", encoding="utf-8") as file:
             json.dump(held, file)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(self._file(order))
+        part.replace(self._file(request))
 
 
 def _now() -> str:

@@ -82,20 +82,20 @@ class AuditLog:
         Of trails that were written before charges stood in them, the grants and releases that were stored.
         """
         found: dict[tuple[str, ...], Charge] = {}
-        runs: dict[str, str] = {}  # by order
+        runs: dict[str, str] = {}  # by request
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         for entry in filter(None, map(_parsed, lines)):
             if entry.get("dataset") != self.who.get("dataset"):
                 continue
-            order, at = str(entry.get("order", "")), str(entry.get("at", ""))
+            request, at = str(entry.get("order", "")), str(entry.get("at", ""))
             if entry.get("event") == "asked" and isinstance(asked := entry.get("envelope"), dict):
-                runs[order] = "/".join(str(asked.get(name, "")) for name in ("run", "arm", "seed"))
-            run = str(entry.get("run", runs.get(order, "")))
+                runs[request] = "/".join(str(asked.get(name, "")) for name in ("run", "arm", "seed"))
+            run = str(entry.get("run", runs.get(request, "")))
             if entry.get("event") in ("charged", "seen"):
                 charge = Charge(
                     run,
                     str(entry.get("grant", "")),
-                    order,
+                    request,
                     _plan(entry),
                     str(entry.get("reason", "")),
                     at=at,
@@ -107,10 +107,10 @@ class AuditLog:
             if entry.get("event") == "stored":
                 grants = entry.get("grants")
                 for grant in grants if isinstance(grants, list) else ():  # what is no list was damaged
-                    charge = Charge(run, str(grant), order, at=at)
+                    charge = Charge(run, str(grant), request, at=at)
                     found[charge.key] = replace(found.get(charge.key, charge), stored=True)
                 if entry.get("guarantee") == "none" and not any(run == c.run and not c.grant for c in found.values()):
-                    found[run, ""] = Charge(run, order=order, at=at)
+                    found[run, ""] = Charge(run, order=request, at=at)
         return list(found.values())
 
 

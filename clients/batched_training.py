@@ -1,4 +1,4 @@
-"""The orders of one message, for several clients of a simulation: those that are to train a LoRA do so in one pass.
+"""The requests of one message, for several clients of a simulation: those that are to train a LoRA do so in one pass.
 
 A function that trains hands over what is to be trained by `yield` and gets it back trained. So it reads from top to
 bottom as if its client were alone, and charges, releases and answers for that client alone.
@@ -66,14 +66,14 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
     wait as well, or have ended.
     """
     results: dict[int, R] = {}
-    answers: dict[int, Any] = dict.fromkeys(range(len(functions)))
+    replies: dict[int, Any] = dict.fromkeys(range(len(functions)))
     waiting: list[int] = []
-    while answers:
+    while replies:
         asked: dict[int, TrainRequest] = {}
-        for number, answer in answers.items():
+        for number, reply in replies.items():
             function = functions[number]
             try:
-                said = function.throw(answer) if isinstance(answer, Exception) else function.send(answer)
+                said = function.throw(reply) if isinstance(reply, Exception) else function.send(reply)
             except StopIteration as end:
                 results[number] = end.value
                 continue
@@ -81,14 +81,14 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
                 asked[number] = said
             else:
                 waiting.append(number)
-        answers = {}
+        replies = {}
         if not asked:
-            answers, waiting = dict.fromkeys(waiting), []
+            replies, waiting = dict.fromkeys(waiting), []
         for numbers in _alike(asked):
             try:
-                answers |= zip(numbers, _trained([asked[number] for number in numbers]), strict=True)
+                replies |= zip(numbers, _trained([asked[number] for number in numbers]), strict=True)
             except Exception as problem:
-                answers |= dict.fromkeys(numbers, problem)
+                replies |= dict.fromkeys(numbers, problem)
     return [results[number] for number in range(len(functions))]
 
 

@@ -18,7 +18,7 @@ from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
 from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
-from fedsynth.federation.messages import ORDERS, OUTPUTS, Output
+from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
@@ -47,14 +47,14 @@ class Rules:
     """What a client may be asked, and what may leave it.
 
     Attributes:
-        orders: Names of orders.
+        requests: Names of requests.
         outputs: Kinds of what leaves.
         without_guarantee: Whether something may leave without a mechanism.
         approval: Whether synthetic text waits until a person lets it go.
         objection: Why nothing of this run may be asked; None if it may.
     """
 
-    orders: frozenset[str] = frozenset(order.task for order in ORDERS)
+    requests: frozenset[str] = frozenset(request.task for request in REQUESTS)
     outputs: frozenset[Output] = frozenset(OUTPUTS)
     without_guarantee: bool = True
     approval: bool = False
@@ -84,7 +84,7 @@ class ClientSide:
         simulated: Noise comes from the run seed and is reproducible.
         allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee
             covers.
-        lock: Held while an order is worked on; left out, a file in `work`.
+        lock: Held while a request is worked on; left out, a file in `work`.
         approvals: Where text waits for a person, if `rules.approval`.
         trail: Where a site keeps what it was asked and answered.
         world: The simulated world that its text is of; None for text of people.
@@ -145,17 +145,17 @@ class ClientSide:
         """What this run has paid of a plan so far, at least all of it: the statement is about that."""
         return replace(planned, rounds=max(planned.rounds, self.ledger.rounds(self.run, planned)))
 
-    def binding(self, order: str, planned: DPPlan, *, model: str | None = None, training: Any = None) -> Binding:
-        """What a grant holds for: this order, plan, data, model, and the version and settings of the training.
+    def binding(self, request: str, planned: DPPlan, *, model: str | None = None, training: Any = None) -> Binding:
+        """What a grant holds for: this request, plan, data, model, and the version and settings of the training.
 
         Args:
-            order: Digest of the order.
+            request: Digest of the request.
             planned: What is charged.
             model: Hash of the weights that private text is put into; left out: the generator's.
             training: Settings beside the plan; left out: those of the generator.
         """
         return Binding(
-            order=order,
+            order=request,
             plan=planned.digest(),
             data=data_mac(self.ledger.mac_key, self.train),
             model=model or weights_hash(self.config.generator),
@@ -179,7 +179,7 @@ class ClientSide:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One order at a time; the operating system lifts the lock of a process that died."""
+        """One request at a time; the operating system lifts the lock of a process that died."""
         with open(self.lock or self.work / "lock", "w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -279,7 +279,7 @@ def _cells(toml: str) -> tuple[Cell, ...]:
 
 
 def cell_of(toml: str, arm: str, seed: int) -> Cell:
-    """The resolved cell that an order names.
+    """The resolved cell that a request names.
 
     Raises:
         KeyError: If the scenario has no such arm or seed.

@@ -29,23 +29,23 @@ from fedsynth.training.selfcheck import check_stack, self_check
 IN_USE = "adapter.payload"
 
 
-def finetune(client: ClientSide, order: Finetune, digest: str) -> Trains[Finetuned]:
+def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finetuned]:
     """Trains and releases; under DP the charge comes first and may refuse.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
-    settings, pull = client.config.generator_training, order.proximal or 0.0
-    to_train = partial(TrainRequest, client.config.generator, order.start, settings, frozen_a=order.frozen_a)
+    settings, pull = client.config.generator_training, request.proximal or 0.0
+    to_train = partial(TrainRequest, client.config.generator, request.start, settings, frozen_a=request.frozen_a)
     if client.config.guarantee == "none":
-        check(client, order.start)
+        check(client, request.start)
         slots = slots_of(client, client.train, client.records)
-        trained = yield to_train(without_guarantee(slots, settings, order.seed, pull))
+        trained = yield to_train(without_guarantee(slots, settings, request.seed, pull))
         model = Trained(trained.adapter, reason="the scenario asks for no guarantee")
         adapter = release_without_guarantee(
             model,
-            _sent(trained.adapter, order),
+            _sent(trained.adapter, request),
             client.ledger,
             client.run,
             model.reason,
@@ -53,14 +53,14 @@ def finetune(client: ClientSide, order: Finetune, digest: str) -> Trains[Finetun
         )
         return Finetuned(adapter, client.said(None), client.records)
     plan = client.plan()
-    check(client, order.start, plan, frozen_a=order.frozen_a)
+    check(client, request.start, plan, frozen_a=request.frozen_a)
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
     slots = slots_of(client, client.train, plan.records)
     trained = yield to_train(private(slots, plan, randomness, pull))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
-    adapter = release_adapter(receipt, _sent(trained.adapter, order))
+    adapter = release_adapter(receipt, _sent(trained.adapter, request))
     return Finetuned(adapter, client.said(plan, settings.rows_per_unit), client.records)
 
 
@@ -101,21 +101,21 @@ _REMEMBERED = 64
 _passed: dict[Hashable, None] = {}  # of this process
 
 
-def _sent(whole: Adapter, order: Finetune) -> Adapter:
-    if not order.frozen_a:
+def _sent(whole: Adapter, request: Finetune) -> Adapter:
+    if not request.frozen_a:
         return whole
     return replace(whole, arrays={name: array for name, array in whole.arrays.items() if only_b(name)})
 
 
-def adopt(client: ClientSide, order: Adopt) -> Adopted:
+def adopt(client: ClientSide, request: Adopt) -> Adopted:
     """Puts the server's adapter to use, once it is known to fit.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If it is not of this client's model.
     """
-    on_base(client, order.adapter)
-    put_to_use(client, order.adapter)
-    return Adopted(sum(array.size for array in order.adapter.arrays.values()))
+    on_base(client, request.adapter)
+    put_to_use(client, request.adapter)
+    return Adopted(sum(array.size for array in request.adapter.arrays.values()))
 
 
 def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> PeftModel:

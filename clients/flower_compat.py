@@ -1,4 +1,4 @@
-"""Flower's own strategies on our clients: their messages become our orders, our answers their replies."""
+"""Flower's own strategies on our clients: their messages become our requests, our answers their replies."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode as FlowerError
 
-from fedsynth.federation.messages import Envelope, Evaluate, Evaluated, Finetune, Finetuned, Order, Refused
-from fedsynth.federation.records import pack_order, unpack_order
+from fedsynth.federation.messages import Envelope, Evaluate, Evaluated, Finetune, Finetuned, Refused, Request
+from fedsynth.federation.records import pack_request, unpack_request
 from fedsynth.federation.run.directory import places
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import WrongAdapter, new_adapter
@@ -46,7 +46,7 @@ def adapter_of(arrays: ArrayRecord, like: Adapter) -> Adapter:
         raise WrongAdapter("the arrays are not the tensors of an adapter of this client's model and rank")
     if any(array.dtype.kind != "f" for array in found.values()):
         raise WrongAdapter("the tensors of an adapter must be floating-point numbers")
-    # Some strategies compute in float64; the order of names is part of an order's digest.
+    # Some strategies compute in float64; the order of names is part of a request's digest.
     return replace(like, arrays={name: found[name].astype(np.float32) for name in like.arrays}, grants=())
 
 
@@ -101,12 +101,12 @@ def read_message(content: RecordDict, kind: type[R], context: Context) -> tuple[
         raise BadValue(f"clients read {ROUND} and {PROXIMAL} only, not {sorted(strange)}: the scenario says the rest")
     common = common_start(cell)
     adapter = adapter_of(arrays, common) if arrays else common
-    order: Order[Any] = Evaluate(adapter)
+    request: Request[Any] = Evaluate(adapter)
     if kind is Finetune:
         seed = cell.public_seed("train", round=number, client=client)
         mu = build(float, config.get(PROXIMAL, 0.0), PROXIMAL)
-        order = Finetune(adapter, seed, proximal=mu or None)
-    return unpack_order(pack_order(order, Envelope("simulated", cell.arm, cell.seed, number, client)), kind)
+        request = Finetune(adapter, seed, proximal=mu or None)
+    return unpack_request(pack_request(request, Envelope("simulated", cell.arm, cell.seed, number, client)), kind)
 
 
 def _only(records: Mapping[str, R]) -> R:
@@ -126,15 +126,15 @@ def _client(cell: Cell, context: Context) -> int:
     return client
 
 
-def write_reply(message: Message, answer: Finetuned | Evaluated | Refused) -> Message:
-    """An answer that was sealed, as Flower's strategies read one; a refusal as an error whose reason is its code."""
-    if isinstance(answer, Refused):
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, answer.code.value), reply_to=message)
-    if isinstance(answer, Finetuned):
-        reply = RecordDict({"arrays": arrays_of(answer.adapter), "metrics": MetricRecord({EXAMPLES: answer.records})})
-        reply["privacy"] = _said(answer.statement, answer.adapter)
-        return Message(reply, reply_to=message)
-    metrics = MetricRecord({EXAMPLES: answer.examples, **answer.metrics})
+def write_reply(message: Message, reply: Finetuned | Evaluated | Refused) -> Message:
+    """A reply that was sealed, as Flower's strategies read one; a refusal as an error whose reason is its code."""
+    if isinstance(reply, Refused):
+        return Message(Error(FlowerError.CLIENT_APP_RAISED_EXCEPTION, reply.code.value), reply_to=message)
+    if isinstance(reply, Finetuned):
+        arrays, metrics = arrays_of(reply.adapter), MetricRecord({EXAMPLES: reply.records})
+        privacy = _said(reply.statement, reply.adapter)
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics, "privacy": privacy}), reply_to=message)
+    metrics = MetricRecord({EXAMPLES: reply.examples, **reply.metrics})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 

@@ -1,4 +1,4 @@
-"""The reply to a message: unpack each order, open its client, check, call the function, seal; or a constant code."""
+"""The reply to a message: unpack each request, open its client, check, call the function, seal; or a constant code."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import (
     Adopt,
-    Code,
     Envelope,
+    ErrorCode,
     Evaluate,
     Finetune,
     Learn,
-    Order,
+    Request,
     Score,
     SelfTrain,
     Synthesize,
@@ -45,15 +45,15 @@ from fedsynth.federation.records import (
     client_number,
     derived,
     joined,
-    pack_answer,
+    pack_reply,
     parted,
     payload_bytes,
     refusal,
     seal,
     stack_number,
-    unpack_order,
+    unpack_request,
 )
-from fedsynth.federation.validation import Rejected, check_order
+from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.models.adapters import WrongAdapter
 from fedsynth.privacy.ledger import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
@@ -65,59 +65,59 @@ Opener = Callable[[Context, Envelope], ClientSide]
 Unopened = Callable[[str, str], None]
 Reader = Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]]
 
-# What a client does for each order; these functions never see Flower.
-FUNCTIONS: dict[type[Order[Any]], Callable[[ClientSide, Any, str], object]] = {
+# What a client does for each request; these functions never see Flower.
+FUNCTIONS: dict[type[Request[Any]], Callable[[ClientSide, Any, str], object]] = {
     Synthesize: synthesize,
     Finetune: finetune,
     Score: score,
-    SelfTrain: lambda client, order, _: self_train(client, order),
-    Adopt: lambda client, order, _: adopt(client, order),
-    Learn: lambda client, order, _: learn(client, order),
-    Evaluate: lambda client, order, _: evaluate(client, order.adapter),
+    SelfTrain: lambda client, request, _: self_train(client, request),
+    Adopt: lambda client, request, _: adopt(client, request),
+    Learn: lambda client, request, _: learn(client, request),
+    Evaluate: lambda client, request, _: evaluate(client, request.adapter),
 }
 
 
-class BadOrder(ValueError):
-    """The server sent something that is not an order, or not one within range."""
+class BadRequest(ValueError):
+    """The server sent something that is not a request, or not one within range."""
 
 
-CODES: dict[type[Exception], Code] = {
-    BudgetExhausted: Code.BUDGET_EXHAUSTED,
-    BudgetTooSmall: Code.BUDGET_TOO_SMALL,
-    WillNotLeave: Code.NOT_ALLOWED,
-    NotReleasable: Code.NOT_ALLOWED,
-    NotAllowed: Code.NOT_ALLOWED,
-    BadOrder: Code.BAD_ORDER,
-    NoTaskModel: Code.NO_TASK_MODEL,
-    SelfCheckFailed: Code.SELF_CHECK_FAILED,
-    WrongAdapter: Code.WRONG_ADAPTER,
-    WrongLabels: Code.WRONG_LABELS,
-    WrongData: Code.WRONG_DATA,
-    AwaitsApproval: Code.AWAITS_APPROVAL,
-    NotApproved: Code.NOT_APPROVED,
+CODES: dict[type[Exception], ErrorCode] = {
+    BudgetExhausted: ErrorCode.BUDGET_EXHAUSTED,
+    BudgetTooSmall: ErrorCode.BUDGET_TOO_SMALL,
+    WillNotLeave: ErrorCode.NOT_ALLOWED,
+    NotReleasable: ErrorCode.NOT_ALLOWED,
+    NotAllowed: ErrorCode.NOT_ALLOWED,
+    BadRequest: ErrorCode.BAD_REQUEST,
+    NoTaskModel: ErrorCode.NO_TASK_MODEL,
+    SelfCheckFailed: ErrorCode.SELF_CHECK_FAILED,
+    WrongAdapter: ErrorCode.WRONG_ADAPTER,
+    WrongLabels: ErrorCode.WRONG_LABELS,
+    WrongData: ErrorCode.WRONG_DATA,
+    AwaitsApproval: ErrorCode.AWAITS_APPROVAL,
+    NotApproved: ErrorCode.NOT_APPROVED,
 }
 
 
-def answer(
-    kind: type[Order[Any]],
+def reply_to(
+    kind: type[Request[Any]],
     content: RecordDict,
     context: Context,
     open_client: Opener,
-    read: Reader = unpack_order,
+    read: Reader = unpack_request,
     unopened: Unopened | None = None,
 ) -> RecordDict:
     """The reply to a message, order by order: sealed bytes, or a constant code. No text of an exception leaves.
 
-    Orders of one stack train in one pass. A site answers one order a message.
+    Requests of one stack train in one pass. A site answers one request a message.
     """
     replies: list[RecordDict] = []
-    orders = parted(content)
-    for stack in _stacks(orders):
+    requests = parted(content)
+    for stack in _stacks(requests):
         begun = time.process_time()
-        alone = len(orders) == 1
-        said = together([_answer(kind, order, context, open_client, read, unopened, alone=alone) for order in stack])
+        alone = len(requests) == 1
+        said = together([_reply(kind, request, context, open_client, read, unopened, alone=alone) for request in stack])
         each = (time.process_time() - begun) / len(stack)
-        replies += [pack_answer(a.data, refused=a.refused, seconds=each if a.simulated else None) for a in said]
+        replies += [pack_reply(a.data, refused=a.refused, seconds=each if a.simulated else None) for a in said]
     return joined(replies)
 
 
@@ -130,23 +130,23 @@ class _Said:
     simulated: bool
 
 
-def _stacks(orders: Sequence[RecordDict]) -> list[list[RecordDict]]:
-    """Neighbours of one stack, each client once: a client's second order would wait for ever for the lock of its first."""
+def _stacks(requests: Sequence[RecordDict]) -> list[list[RecordDict]]:
+    """Neighbours of one stack, each client once: its second request would wait for ever for the lock of its first."""
     stacks: list[list[RecordDict]] = []
     number, clients = None, set[int]()
-    for order in orders:
-        own, client = stack_number(order), client_number(order)
+    for request in requests:
+        own, client = stack_number(request), client_number(request)
         if own != number or client in clients:
             stacks.append([])
             clients = set()
         number = own
         clients.add(client)
-        stacks[-1].append(order)
+        stacks[-1].append(request)
     return stacks
 
 
-def _answer(
-    kind: type[Order[Any]],
+def _reply(
+    kind: type[Request[Any]],
     content: RecordDict,
     context: Context,
     open_client: Opener,
@@ -158,24 +158,24 @@ def _answer(
     client: ClientSide | None = None
     try:
         try:
-            order, envelope, digest = read(content, kind)
+            request, envelope, digest = read(content, kind)
         except BadValue as problem:
-            raise BadOrder(str(problem)) from problem
+            raise BadRequest(str(problem)) from problem
         client = open_client(context, envelope)
         if not (alone or client.simulated):
-            raise BadOrder("a site answers one order a message")
+            raise BadRequest("a site answers one request a message")
         with client.locked():
             stored = client.ledger.answered(digest)
             if stored is None and client.trail is not None:  # who waits is asked again and again
                 size = payload_bytes(content)
                 _enter(client, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
-            _check(order, client)
+            _check(request, client)
             if stored is None:
-                reply = FUNCTIONS[kind](client, order, digest)
+                reply = FUNCTIONS[kind](client, request, digest)
                 if isinstance(reply, Generator):
                     reply = yield from reply
                 stored = seal(reply, allowed=client.rules.outputs, waived=client.waived)
-                # A process that is killed hardly ever leaves the answers of some who trained together: those who train
+                # A process that is killed hardly ever leaves the replies of some who trained together: those who train
                 # again do so among the same, to the same weights.
                 yield Barrier()
                 _hold(client, kind, digest, stored, reply)
@@ -192,9 +192,9 @@ def _answer(
             _enter(client, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
             return _Said(stored, False, client.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
-        code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), Code.FAILED)
+        code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), ErrorCode.FAILED)
         if _no_room(problem):
-            code = Code.DISK_FULL
+            code = ErrorCode.DISK_FULL
             where = "the disk" if client is None else client.log_folder
             print(
                 f"fedsynth: no room is left in {where}: make some; what was charged stays charged, and the run can "
@@ -202,29 +202,29 @@ def _answer(
                 file=sys.stderr,
                 flush=True,
             )
-        if code is not Code.AWAITS_APPROVAL:
+        if code is not ErrorCode.AWAITS_APPROVAL:
             with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
                 _enter(client, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
             _write_down(client, kind.task, traceback.format_exc(), unopened)
         return _Said(refusal(code), True, client is not None and client.simulated)
 
 
-def _check(order: Order[Any], client: ClientSide) -> None:
+def _check(request: Request[Any], client: ClientSide) -> None:
     """Before private text is read: what would be refused after it could tell by how it fails what it had read."""
     try:
-        check_order(order, client.labels)
+        check_request(request, client.labels)
     except Rejected as problem:
-        raise BadOrder(str(problem)) from problem
+        raise BadRequest(str(problem)) from problem
     rules = client.rules
     if rules.objection is not None:
         raise rules.objection
-    if order.task not in rules.orders:
-        raise NotAllowed(f"the order {order.task} is none of those that this site answers: policy.orders")
-    if kinds := outputs(order) - rules.outputs:
-        raise NotAllowed(f"{order.task} asks for {' and '.join(sorted(kinds))}: not among policy.outputs")
-    releases = any(field.name == "statement" for field in fields(order.reply))
+    if request.task not in rules.requests:
+        raise NotAllowed(f"the request {request.task} is none of those that this site answers: policy.requests")
+    if kinds := outputs(request) - rules.outputs:
+        raise NotAllowed(f"{request.task} asks for {' and '.join(sorted(kinds))}: not among policy.outputs")
+    releases = any(field.name == "statement" for field in fields(request.reply))
     if releases and client.config.guarantee == "none" and not rules.without_guarantee:
-        raise NotAllowed(f"{order.task} asks for a release without a guarantee: policy.without_guarantee is false")
+        raise NotAllowed(f"{request.task} asks for a release without a guarantee: policy.without_guarantee is false")
 
 
 def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
@@ -232,8 +232,8 @@ def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
         client.trail.add(event, **facts)
 
 
-def _hold(client: ClientSide, kind: type[Order[Any]], digest: str, stored: bytes, reply: object) -> None:
-    """Makes an answer with synthetic text wait for a person, where the site asks for that; before it is stored."""
+def _hold(client: ClientSide, kind: type[Request[Any]], digest: str, stored: bytes, reply: object) -> None:
+    """Makes a reply with synthetic text wait for a person, where the site asks for that; before it is stored."""
     texts = sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
     if client.rules.approval and client.approvals is not None and texts:
         facts = {"task": kind.task, "run": client.run, "texts": texts}
@@ -242,7 +242,7 @@ def _hold(client: ClientSide, kind: type[Order[Any]], digest: str, stored: bytes
 
 
 def _cost(reply: object) -> dict[str, Any]:
-    """What an answer says that it cost, and under which grants."""
+    """What a reply says that it cost, and under which grants."""
     said = getattr(reply, "statement", None)
     figures = plain(said) if isinstance(said, Statement) else {}
     return {"grants": _grants(reply), **{k: figures[k] for k in ("guarantee", "epsilon", "delta") if k in figures}}
@@ -260,8 +260,10 @@ def _no_room(problem: BaseException | None) -> bool:
 
 
 def _write_down(client: ClientSide | None, task: str, what: str, unopened: Unopened | None) -> None:
-    """To the site's own log; of a simulation to this process's own output, before a client is known or if that log cannot
-    be written. A site's output goes elsewhere than its log, and may not hold what a traceback does."""
+    """Writes to the site's own log; a simulation to this process's output where no client is known or its log fails.
+
+    A site's output goes elsewhere than its log, and may not hold what a traceback does.
+    """
     try:
         if client is not None:
             return client.log().error("%s: %s", task, what)

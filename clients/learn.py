@@ -20,38 +20,38 @@ class NoTaskModel(RuntimeError):
     """The client has learnt nothing yet."""
 
 
-def learn(client: ClientSide, order: Learn) -> Learnt:
+def learn(client: ClientSide, request: Learn) -> Learnt:
     """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
     if client.instructs:
-        return _learn_to_respond(client, order)
+        return _learn_to_respond(client, request)
     settings = client.config.task_training
     tokenizer = load_tokenizer(client.config.task_model)
-    model = _new(client, order.seed)
+    model = _new(client, request.seed)
     rate = settings.learning_rate
-    if order.corpus is not None and len(order.corpus) > 0:
+    if request.corpus is not None and len(request.corpus) > 0:
         epochs = settings.augmented_epochs
         fit_classifier(
-            model, tokenizer, order.corpus, client.labels, settings, epochs=epochs, rate=rate, seed=order.seed
+            model, tokenizer, request.corpus, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed
         )
     epochs = settings.private_epochs
     fit_classifier(
-        model, tokenizer, client.train, client.labels, settings, epochs=epochs, rate=rate, seed=order.seed + 1
+        model, tokenizer, client.train, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed + 1
     )
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
-    return Learnt(received=0 if order.corpus is None else len(order.corpus))
+    return Learnt(received=0 if request.corpus is None else len(request.corpus))
 
 
-def _learn_to_respond(client: ClientSide, order: Learn) -> Learnt:
+def _learn_to_respond(client: ClientSide, request: Learn) -> Learnt:
     """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
     settings, base = client.config.generator_training, client.config.generator
-    start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=order.seed, precision=settings.precision)
+    start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
     model = on_base(client, start)
-    if order.corpus is not None and len(order.corpus) > 0:
-        train_without_guarantee(client, model, order.corpus, len(order.corpus), seed=order.seed)
-    train_without_guarantee(client, model, client.train, client.records, seed=order.seed + 1)
+    if request.corpus is not None and len(request.corpus) > 0:
+        train_without_guarantee(client, model, request.corpus, len(request.corpus), seed=request.seed)
+    train_without_guarantee(client, model, client.train, client.records, seed=request.seed + 1)
     put_to_use(client, read_adapter(model, weights_hash(base)))
-    return Learnt(received=0 if order.corpus is None else len(order.corpus))
+    return Learnt(received=0 if request.corpus is None else len(request.corpus))
 
 
 def task_model(client: ClientSide) -> Any:

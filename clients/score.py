@@ -1,6 +1,6 @@
 """CrossLM at the client: how likely the label of each of the server's texts is. Numbers leave, and nothing else.
 
-What protects them is the client's own choice, never the order's: `client.guarantee` and `client.scores`.
+What protects them is the client's own choice, never the request's: `client.guarantee` and `client.scores`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from fedsynth.training.selfcheck import LISTED, check_list, self_check
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
 
-def score(client: ClientSide, order: Score, digest: str) -> Scored:
-    """Rates the texts of an order; under DP what pays for it is charged first, and may refuse.
+def score(client: ClientSide, request: Score, digest: str) -> Scored:
+    """Rates the texts of a request; under DP what pays for it is charged first, and may refuse.
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If the client has learnt no task model yet, or has no labels.
@@ -40,20 +40,20 @@ def score(client: ClientSide, order: Score, digest: str) -> Scored:
     if client.instructs:
         raise NoTaskModel("a task of instructions has no labels to score")
     if client.config.guarantee == "none":
-        return _without_guarantee(client, order)
+        return _without_guarantee(client, request)
     if client.config.scores == "noise":
-        return _noised(client, order, digest)
+        return _noised(client, request, digest)
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
-    scorer = _kept(client) or _trained(client, order, digest)
-    values = _confidences(client, scorer.model, order.corpus, client.config.scorer_training.max_tokens)
+    scorer = _kept(client) or _trained(client, request, digest)
+    values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_tokens)
     said = client.said(scorer.plan, client.config.scorer_training.rows_per_unit)
     return Scored(release_scores(scorer, values), said)
 
 
-def _without_guarantee(client: ClientSide, order: Score) -> Scored:
+def _without_guarantee(client: ClientSide, request: Score) -> Scored:
     """The task model's confidences as they are. Logged, charged as non-private, refused outside simulations."""
     trained = Trained(task_model(client), reason="the scenario asks for no guarantee")
-    values = _confidences(client, trained.model, order.corpus, client.config.task_training.max_tokens)
+    values = _confidences(client, trained.model, request.corpus, client.config.task_training.max_tokens)
     scores = release_without_guarantee(
         trained,
         Scores(tuple(values)),
@@ -65,8 +65,8 @@ def _without_guarantee(client: ClientSide, order: Score) -> Scored:
     return Scored(scores, client.said(None))
 
 
-def _noised(client: ClientSide, order: Score, digest: str) -> Scored:
-    """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each order."""
+def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
+    """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each request."""
     plan = client.config.score_plan(client.records, client.rounds)
     model = task_model(client)
     check_noise(plan)
@@ -75,8 +75,8 @@ def _noised(client: ClientSide, order: Score, digest: str) -> Scored:
     binding = client.binding(digest, plan, model=weights, training=client.config.task_training)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
-    values = _confidences(client, model, order.corpus, client.config.task_training.max_tokens)
-    scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, order.corpus, plan, randomness))
+    values = _confidences(client, model, request.corpus, client.config.task_training.max_tokens)
+    scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, request.corpus, plan, randomness))
     # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
     said = statement(client.charged(plan), unit="client", simulated=client.simulated)
     return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
@@ -117,11 +117,11 @@ def check_noise(plan: DPPlan) -> None:
     check_list(lambda values, public: protected(values, listed, plan, public), plan)
 
 
-def _trained(client: ClientSide, order: Score, digest: str) -> DPTrained[Any]:
+def _trained(client: ClientSide, request: Score, digest: str) -> DPTrained[Any]:
     """A scorer trained under a grant of its own, kept with its receipt for the rounds to come."""
     settings, name = client.config.scorer_training, client.config.task_model
     plan = client.config.score_plan(client.records, client.rounds)
-    tokenizer, model = load_tokenizer(name), _new_scorer(client, order.seed)
+    tokenizer, model = load_tokenizer(name), _new_scorer(client, request.seed)
     pad = tokenizer.pad_token_id
     self_check(model, plan, settings, pad=pad, losses=label_losses, example=lambda tokens: LabelledText(tokens, 0))
 
@@ -139,7 +139,7 @@ def _trained(client: ClientSide, order: Score, digest: str) -> DPTrained[Any]:
     )
     steps = train_generator(model, private(slots, plan, randomness), settings, pad=pad, losses=label_losses)
     trained = DPTrained(model, plan, grant, steps)
-    _keep(client, trained, order.seed)
+    _keep(client, trained, request.seed)
     return trained
 
 

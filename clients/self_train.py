@@ -25,7 +25,7 @@ from fedsynth.training.examples import Slot, readable
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
 
 
-def self_train(client: ClientSide, order: SelfTrain) -> SelfTrained:
+def self_train(client: ClientSide, request: SelfTrain) -> SelfTrained:
     """The client's part of a round, in the order of the paper's algorithm (docs/methods/fedpit.md).
 
     Raises:
@@ -36,20 +36,20 @@ def self_train(client: ClientSide, order: SelfTrain) -> SelfTrained:
         raise NotReleasable(NO_GUARANTEE)
     real = slots_of(client, client.train, client.records)
 
-    candidates, funnel = syn_gen(client, order)  # by W^g
-    local = loc_train(client, order.start, real, order.seed)  # W^l
-    kept = syn_sel(client, order, local, candidates)
+    candidates, funnel = syn_gen(client, request)  # by W^g
+    local = loc_train(client, request.start, real, request.seed)  # W^l
+    kept = syn_sel(client, request, local, candidates)
     written = slots_of(client, kept, len(kept))
-    if order.training == "isolated":
+    if request.training == "isolated":
         own = loc_train(
-            client, order.start, written, order.writing_seed
+            client, request.start, written, request.writing_seed
         )  # W^s: the same start, an optimizer of its own
-        sent = mix(_adapter(local, order), _adapter(own, order), order.share)  # W^a
-    elif order.training == "mixed":
-        sent = _adapter(loc_train(client, order.start, real, order.seed, beside=written), order)
+        sent = mix(_adapter(local, request), _adapter(own, request), request.share)  # W^a
+    elif request.training == "mixed":
+        sent = _adapter(loc_train(client, request.start, real, request.seed, beside=written), request)
     else:
-        sent = _adapter(loc_train(client, order.start, written, order.writing_seed), order)
-        put_to_use(client, _adapter(loc_train(client, order.start, real, order.seed, beside=written), order))
+        sent = _adapter(loc_train(client, request.start, written, request.writing_seed), request)
+        put_to_use(client, _adapter(loc_train(client, request.start, real, request.seed, beside=written), request))
 
     released = release_without_guarantee(
         Trained(local, NO_GUARANTEE),
@@ -63,9 +63,9 @@ def self_train(client: ClientSide, order: SelfTrain) -> SelfTrained:
     return SelfTrained(released, said, client.records, {**funnel, "kept": len(kept)})
 
 
-def syn_gen(client: ClientSide, order: SelfTrain) -> tuple[Corpus, dict[str, int]]:
+def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, int]]:
     """Candidates, written with the global adapter in place; none where they would not enter what is sent."""
-    if order.training == "isolated" and order.share == 1:
+    if request.training == "isolated" and request.share == 1:
         return Corpus((), (), Provenance.SELF_GENERATED), {}
     tokenizer = load_tokenizer(client.config.generator)
     # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
@@ -73,20 +73,20 @@ def syn_gen(client: ClientSide, order: SelfTrain) -> tuple[Corpus, dict[str, int
     local = client.train.take(row for row, text in enumerate(client.train.prompts) if text)
     shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
     return generate(
-        Fitting(LocalLLM(on_base(client, order.start).eval(), tokenizer, workers=1)),
+        Fitting(LocalLLM(on_base(client, request.start).eval(), tokenizer, workers=1)),
         shown,
         local,
-        candidates=order.candidates,
-        shots=order.shots,
-        max_tokens=order.max_tokens,
-        seed=order.writing_seed,
+        candidates=request.candidates,
+        shots=request.shots,
+        max_tokens=request.max_tokens,
+        seed=request.writing_seed,
     )
 
 
-def syn_sel(client: ClientSide, order: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
+def syn_sel(client: ClientSide, request: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
     """The candidates that are learnt, chosen with the local adapter in place."""
     llm = Fitting(LocalLLM(local, load_tokenizer(client.config.generator), workers=1))
-    return select(llm, candidates, keep=order.keep, by=order.selection, seed=order.writing_seed)
+    return select(llm, candidates, keep=request.keep, by=request.selection, seed=request.writing_seed)
 
 
 def loc_train(
@@ -110,5 +110,5 @@ def loc_train(
     return model.eval()
 
 
-def _adapter(model: PeftModel, order: SelfTrain) -> Adapter:
-    return read_adapter(model, order.start.base)
+def _adapter(model: PeftModel, request: SelfTrain) -> Adapter:
+    return read_adapter(model, request.start.base)

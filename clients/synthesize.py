@@ -19,20 +19,20 @@ from fedsynth.training.dp_training import private, without_guarantee
 from fedsynth.training.examples import control_code
 
 
-def synthesize(client: ClientSide, order: Synthesize, digest: str) -> Trains[Synthesized]:
+def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[Synthesized]:
     """Trains, samples and releases; the charge comes first and may refuse.
 
     Raises:
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
     settings, name = client.config.generator_training, client.config.generator
-    start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=order.seed, precision=settings.precision)
+    start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
     if client.config.guarantee == "none":
-        return (yield from _without_guarantee(client, order, start))
+        return (yield from _without_guarantee(client, request, start))
     plan = client.plan()
     tokenizer = load_tokenizer(name)
     longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in client.labels])))
-    check(client, start, plan, longest=longest_code + 1 + order.max_tokens)  # with BOS
+    check(client, start, plan, longest=longest_code + 1 + request.max_tokens)  # with BOS
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
@@ -41,17 +41,19 @@ def synthesize(client: ClientSide, order: Synthesize, digest: str) -> Trains[Syn
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
-    texts, labels, unfinished = _sample(client, receipt.model, order)
+    texts, labels, unfinished = _sample(client, receipt.model, request)
     return Synthesized(release(receipt, texts, labels), client.said(plan, settings.rows_per_unit), unfinished)
 
 
-def _without_guarantee(client: ClientSide, order: Synthesize, start: Adapter) -> Trains[Synthesized]:
+def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) -> Trains[Synthesized]:
     """The same schedule without clip and noise. Logged, charged as non-private, refused outside simulations."""
     settings = client.config.generator_training
     slots = slots_of(client, client.train, client.records)
-    found = yield TrainRequest(client.config.generator, start, settings, without_guarantee(slots, settings, order.seed))
+    found = yield TrainRequest(
+        client.config.generator, start, settings, without_guarantee(slots, settings, request.seed)
+    )
     trained = Trained(found.adapter, reason="the scenario asks for no guarantee")
-    texts, labels, unfinished = _sample(client, trained.model, order)
+    texts, labels, unfinished = _sample(client, trained.model, request)
     written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
     corpus = release_without_guarantee(
         trained, written, client.ledger, client.run, trained.reason, allowed=client.rules.without_guarantee
@@ -59,20 +61,20 @@ def _without_guarantee(client: ClientSide, order: Synthesize, start: Adapter) ->
     return Synthesized(corpus, client.said(None), unfinished)
 
 
-def _sample(client: ClientSide, adapter: Adapter, order: Synthesize) -> tuple[list[str], list[str], int]:
+def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[list[str], list[str], int]:
     """The same number of samples for every label of the public list, present at this client or not."""
-    codes = [label for label in client.labels for _ in range(order.per_label)]
+    codes = [label for label in client.labels for _ in range(request.per_label)]
     tokenizer = load_tokenizer(client.config.generator)
     writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
         [control_code(label) for label in codes],
-        SamplingParams(temperature=order.temperature, top_p=order.top_p, max_new_tokens=order.max_tokens),
-        seed=order.seed,
+        SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_tokens),
+        seed=request.seed,
     )
     # A text as long as the limit was cut before its end; one of more characters than a text may have is never sent, as
     # the server would refuse the whole answer. Both look at what the DP model wrote, and at nothing private.
     finished = [
-        len(row) < order.max_tokens and len(text) <= MAX_TEXT
+        len(row) < request.max_tokens and len(text) <= MAX_TEXT
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
     ]
     kept = [i for i, done in enumerate(finished) if done]

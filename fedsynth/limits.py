@@ -15,15 +15,15 @@ from fedsynth.typed import Count, Range
 MAX_BYTES = 1 << 30  # of a whole payload: more is a mistake or an attack
 MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the table of an adapter's tensors
 MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
-MAX_DEPTH = 16  # of it: orders and answers nest five deep
+MAX_DEPTH = 16  # of it: requests and answers nest five deep
 MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
-MAX_PARTS = 4  # members of one payload: orders and answers have at most three, their scalars, texts and an adapter
+MAX_PARTS = 4  # members of one payload: requests and answers have at most three, their scalars, texts and an adapter
 MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
 
 MAX_TEXT = 20_000  # characters of one text: longer ones are dropped where they are written, and refused elsewhere
-MAX_TEXTS = 1_000_000  # of one order or answer
+MAX_TEXTS = 1_000_000  # of one request or answer
 MAX_SAMPLES = 100_000  # of one label
 MAX_TOKENS = 8_192  # of one text that a client writes or learns: some 37,000 characters of English, more than MAX_TEXT
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # of a client's sampling: beyond, logits are flat, or leave float32
@@ -48,7 +48,7 @@ MAX_SEED = 2**32 - 2
 
 # ---- Self-generation -----------------------------------------------------------------------------------------------
 
-MAX_CANDIDATES = 10_000  # of one order
+MAX_CANDIDATES = 10_000  # of one request
 MAX_SHOTS = 64  # demonstrations in a prompt
 
 # ---- What is said --------------------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ class CrossLM(RoundStrategy[State]):
 
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
         """Step 3: how likely each text's label is to the clients' models."""
-        answers = clients.ask(Score(written, self.seed("score")))
-        scores = mean_scores({client: answer.scores for client, answer in answers.items()})
+        replies = clients.ask(Score(written, self.seed("score")))
+        scores = mean_scores({client: reply.scores for client, reply in replies.items()})
         self.server.journal.metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 

@@ -72,7 +72,7 @@ class FDKT(RoundStrategy[State]):
     def _drafts(self, clients: Clients) -> dict[int, Corpus]:
         """Steps 1 to 4: text that each client's DP generator wrote, without what is not a text."""
         c, journal = self.config, self.server.journal
-        orders = {
+        requests = {
             client: Synthesize(
                 per_label=c.per_label,
                 temperature=c.draft_temperature,
@@ -83,10 +83,10 @@ class FDKT(RoundStrategy[State]):
             for client in clients.ids
         }
         drafts: dict[int, Corpus] = {}
-        for client, answer in clients.ask_each(orders).items():
-            journal.corpus(client, "drafts", answer.corpus)
-            missing = {"unfinished": answer.unfinished}
-            drafts[client] = self._curate(client, "drafts", answer.corpus, self.server.labels, missing)
+        for client, reply in clients.ask_each(requests).items():
+            journal.corpus(client, "drafts", reply.corpus)
+            missing = {"unfinished": reply.unfinished}
+            drafts[client] = self._curate(client, "drafts", reply.corpus, self.server.labels, missing)
         return drafts
 
     def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
@@ -145,11 +145,11 @@ class FDKT(RoundStrategy[State]):
             seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}
-        for client, answer in written.items():
-            journal.metric(client, "yield/written/without_demonstrations", sum(answer.bare.values()))
-            labels, came = self.server.labels[: c.written], len(answer.corpus) + sum(answer.dropped.values())
-            missing = {**answer.dropped, "not written": max(0, c.written - came)}
-            corpora[client] = self._curate(client, "written", answer.corpus, labels, missing)
+        for client, reply in written.items():
+            journal.metric(client, "yield/written/without_demonstrations", sum(reply.bare.values()))
+            labels, came = self.server.labels[: c.written], len(reply.corpus) + sum(reply.dropped.values())
+            missing = {**reply.dropped, "not written": max(0, c.written - came)}
+            corpora[client] = self._curate(client, "written", reply.corpus, labels, missing)
             journal.corpus(client, "written", corpora[client])
         return corpora
 

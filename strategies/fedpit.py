@@ -104,22 +104,22 @@ class FedPIT(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """Send the global adapter, let clients write, train and mix, average what comes back."""
         start = state.adapters or dict.fromkeys(clients.ids, self.server.new_adapter(self.seed("adapter")))
-        answers = clients.ask_each({client: self._order(client, adapter) for client, adapter in start.items()})
-        for client, answer in answers.items():
-            self.server.journal.adapter(client, answer.adapter)
-            if stage := _stage(answer.funnel):
+        replies = clients.ask_each({client: self._request(client, adapter) for client, adapter in start.items()})
+        for client, reply in replies.items():
+            self.server.journal.adapter(client, reply.adapter)
+            if stage := _stage(reply.funnel):
                 self.server.journal.stage(client, stage)
 
-        adapters = {client: answer.adapter for client, answer in answers.items()}
+        adapters = {client: reply.adapter for client, reply in replies.items()}
         if self.config.aggregate:
-            mean = average(list(adapters.values()), [float(answer.records) for answer in answers.values()])
+            mean = average(list(adapters.values()), [float(reply.records) for reply in replies.values()])
             self.server.journal.adapter(SERVER, mean, "global")
             adapters = dict.fromkeys(start, mean)
         if self.config.training != "personal":  # there each client keeps one of its own in use
             clients.ask_each({client: Adopt(adapter) for client, adapter in adapters.items()})
         return replace(state, round=state.round + 1, adapters={**start, **adapters})
 
-    def _order(self, client: int, start: Adapter) -> SelfTrain:
+    def _request(self, client: int, start: Adapter) -> SelfTrain:
         options = {name: value for name, value in asdict(self.config).items() if name != "aggregate"}
         return SelfTrain(start, self.seed("train", client), self.seed("write", client), **options)
 

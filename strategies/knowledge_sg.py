@@ -77,12 +77,12 @@ class KnowledgeSG(RoundStrategy[State]):
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
         starts = {client: before.get(client, first) for client in clients.ids}
         frozen_a = not c.personal and c.aggregation == "frozen_a"
-        answers = clients.ask_each(
+        replies = clients.ask_each(
             {client: Finetune(start, self.seed("train", client), frozen_a) for client, start in starts.items()}
         )
         if not c.personal:
-            return {SERVER: aggregate(answers, first, c.aggregation, journal)}
-        trained = {client: completed(answer.adapter, starts[client]) for client, answer in answers.items()}
+            return {SERVER: aggregate(replies, first, c.aggregation, journal)}
+        trained = {client: completed(reply.adapter, starts[client]) for client, reply in replies.items()}
         for client, adapter in trained.items():
             journal.adapter(client, adapter)
         return {**before, **trained}

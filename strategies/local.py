@@ -1,4 +1,4 @@
-"""Local training only: the baseline in which nothing but the order to learn crosses the network."""
+"""Local training only: the baseline in which nothing but the request to learn crosses the network."""
 
 from __future__ import annotations
 

@@ -54,29 +54,29 @@ class LoraAverage(RoundStrategy[State]):
         """Send the global adapter, train at the clients, average what comes back."""
         start = state.adapter or self.server.new_adapter(self.seed("adapter"))
         frozen_a = self.config.aggregation == "frozen_a"
-        answers = clients.ask_each(
+        replies = clients.ask_each(
             {client: Finetune(start, self.seed("train", client), frozen_a) for client in clients.ids}
         )
-        adapter = aggregate(answers, start, self.config.aggregation, self.server.journal)
+        adapter = aggregate(replies, start, self.config.aggregation, self.server.journal)
         self.server.journal.adapter(SERVER, adapter, "global")
         clients.ask(Adopt(adapter))
         return replace(state, round=state.round + 1, adapter=adapter)
 
 
-def aggregate(answers: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: RunLog) -> Adapter:
+def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: RunLog) -> Adapter:
     """The mean of the clients' adapters, weighted by their records; each of them is noted, too.
 
     Args:
-        answers: By client; of orders with `frozen_a` where that is the aggregation.
+        answers: By client; of requests with `frozen_a` where that is the aggregation.
         start: What all of them were trained from.
         aggregation: See `Config`.
         journal: Gets the clients' adapters and the error.
     """
-    sent = {client: completed(answer.adapter, start) for client, answer in answers.items()}
+    sent = {client: completed(reply.adapter, start) for client, reply in replies.items()}
     for client, adapter in sent.items():
         journal.adapter(client, adapter)
     adapters = list(sent.values())
-    weights = [float(answer.records) for answer in answers.values()]
+    weights = [float(reply.records) for reply in replies.values()]
     if aggregation == "frozen_a":
         return completed(average(adapters, weights, only_b), start)
     if aggregation == "factors":

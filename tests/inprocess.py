@@ -18,7 +18,7 @@ from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
-from fedsynth.federation.messages import Order, Refused
+from fedsynth.federation.messages import Refused, Request
 from fedsynth.federation.nodes import nodes_by_client
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted
@@ -103,17 +103,17 @@ class Played:
     out: Path
     states: list[Any] = field(default_factory=list)
 
-    def orders(self, kind: type[Order[Any]]) -> list[Any]:
+    def requests(self, kind: type[Request[Any]]) -> list[Any]:
         """All orders of a class, in the order in which they were sent."""
-        messages = self.grid.orders_of(kind.task)
+        messages = self.grid.requests_of(kind.task)
         return [decode(part["fedsynth"]["payload"], kind) for m in messages for part in parted(m.content)]
 
-    def answers(self, kind: type[Order[Any]]) -> list[Any]:
-        """The answers to them."""
-        pairs = zip(self.grid.orders, self.grid.replies_in_order(), strict=True)
+    def replies(self, kind: type[Request[Any]]) -> list[Any]:
+        """The replies to them."""
+        pairs = zip(self.grid.requests, self.grid.replies_in_order(), strict=True)
         answered = [pair for pair in pairs if pair[0].metadata.message_type == kind.task and not pair[1].has_error()]
-        found = [(order.content, reply.content) for order, reply in answered]
-        parts = [pair for order, reply in found for pair in zip(parted(order), parted(reply), strict=True)]
+        found = [(request.content, reply.content) for request, reply in answered]
+        parts = [pair for request, reply in found for pair in zip(parted(request), parted(reply), strict=True)]
         parts.sort(key=lambda pair: (pair[0]["fedsynth"]["exchange"], pair[0]["fedsynth"]["client"]))
         said = [reply["fedsynth"] for _, reply in parts]
         return [decode(part["payload"], Refused if part["refused"] else kind.reply) for part in said]

@@ -18,7 +18,7 @@ class LocalGrid(Grid):
         app: The client app.
         nodes: Number of SuperNodes.
         run_config: What `flwr run` would hand to every app.
-        spoil: Called with each order; what it returns instead of None is the reply (faults).
+        spoil: Called with each request; what it returns instead of None is the reply (faults).
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class LocalGrid(Grid):
             )
             for p in range(nodes)
         }
-        self.orders: list[Message] = []
+        self.requests: list[Message] = []
         self.replies: list[Message] = []
         self._waiting: dict[str, Message] = {}
 
@@ -59,9 +59,9 @@ class LocalGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         keys = []
         for message in messages:
-            key = f"message-{len(self.orders)}"
+            key = f"message-{len(self.requests)}"
             message.metadata.__dict__["_message_id"] = key
-            self.orders.append(message)
+            self.requests.append(message)
             self._waiting[key] = message
             keys.append(key)
         return keys
@@ -77,10 +77,10 @@ class LocalGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return list(self.pull_messages(list(self.push_messages(messages))))
 
-    def orders_of(self, task: str) -> list[Message]:
-        return [m for m in self.orders if m.metadata.message_type == task]
+    def requests_of(self, task: str) -> list[Message]:
+        return [m for m in self.requests if m.metadata.message_type == task]
 
     def replies_in_order(self) -> list[Message]:
         """One reply per order, in the order of orders."""
         by_key = {r.metadata.reply_to_message_id: r for r in self.replies}
-        return [by_key[o.metadata.message_id] for o in self.orders]
+        return [by_key[o.metadata.message_id] for o in self.requests]

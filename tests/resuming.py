@@ -44,7 +44,7 @@ def dies_everywhere(
     professional: Callable[[], Any] = lambda: None,
     every: int = 1,
 ) -> tuple[Played, list[Played]]:
-    """The unbroken run, and the ones that were gone on with: each dies once, before an order reaches its client or
+    """The unbroken run, and the ones that were gone on with: each dies once, before a request reaches its client or
     after a client's answer has reached the server. All leave the same."""
     whole = play(toml, tmp_path / "whole", arm, llm=llm(), professional=professional())
     messages, again = len(asked(whole)), []
@@ -53,8 +53,8 @@ def dies_everywhere(
         count = iter(range(messages))
         counted = Clients._counted
 
-        def before(order: Message, at: int = at, count: Any = count) -> None:
-            if at % 2 == 0 and order.metadata.message_type != WHO and next(count) == at // 2:
+        def before(request: Message, at: int = at, count: Any = count) -> None:
+            if at % 2 == 0 and request.metadata.message_type != WHO and next(count) == at // 2:
                 raise Died
 
         def after(self: Any, *said: Any, at: int = at, count: Any = count, counted: Any = counted) -> Any:
@@ -72,5 +72,5 @@ def dies_everywhere(
 
 
 def asked(run: Played) -> list[Message]:
-    """The messages with orders."""
-    return [message for message in run.grid.orders if message.metadata.message_type != WHO]
+    """The messages with requests."""
+    return [message for message in run.grid.requests if message.metadata.message_type != WHO]

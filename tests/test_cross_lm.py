@@ -191,20 +191,20 @@ def end(run: Played, llm: str) -> Corpus:
 
 def test_texts_and_labels_go_down_and_numbers_of_the_same_count_come_up(runs: Runs) -> None:
     run = runs["main"]
-    orders, answers = run.orders(Score), run.answers(Score)
-    assert len(orders) == len(answers) == 3 * ROUNDS
-    for order, answer in zip(orders, answers, strict=True):
+    requests, answers = run.requests(Score), run.answers(Score)
+    assert len(requests) == len(answers) == 3 * ROUNDS
+    for request, answer in zip(requests, answers, strict=True):
         assert set(vars(answer)) == {"scores", "statement"}
-        assert len(answer.scores.values) == len(order.corpus)
+        assert len(answer.scores.values) == len(request.corpus)
         assert all(isinstance(v, float) and 0 <= v <= 1 for v in answer.scores.values)
-    kinds = {m.metadata.message_type for m in run.grid.orders} - {"query.who"}
+    kinds = {m.metadata.message_type for m in run.grid.requests} - {"query.who"}
     assert kinds == {Score.task, Learn.task, Evaluate.task}  # no adapters, no gradients, no text of a client
 
 
 def test_no_private_word_crosses(runs: Runs) -> None:
     run = runs["main"]
     crossed = b"".join(
-        m.content["fedsynth"]["payload"] for m in [*run.grid.orders, *run.grid.replies] if "fedsynth" in m.content
+        m.content["fedsynth"]["payload"] for m in [*run.grid.requests, *run.grid.replies] if "fedsynth" in m.content
     )
     assert not [i for i in range(120) if canary(i).encode() in crossed]
     assert any(canary(i) in repr(run.client(0).train) for i in range(120))  # they are there to be found
@@ -212,10 +212,10 @@ def test_no_private_word_crosses(runs: Runs) -> None:
 
 def test_a_round_is_learn_score_learn_and_the_first_learns_private_text_alone(runs: Runs) -> None:
     run = runs["main"]
-    tasks = [m.metadata.message_type for m in run.grid.orders if m.content.get("fedsynth")]
+    tasks = [m.metadata.message_type for m in run.grid.requests if m.content.get("fedsynth")]
     one = [Score.task] * 3 + [Learn.task] * 3 + [Evaluate.task] * 3
     assert tasks == [Learn.task] * 3 + one * ROUNDS
-    given = [order.corpus for order in run.orders(Learn)]
+    given = [request.corpus for request in run.requests(Learn)]
     assert given[:3] == [None] * 3
     assert given[3] == run.states[0].corpus
 
@@ -223,7 +223,7 @@ def test_a_round_is_learn_score_learn_and_the_first_learns_private_text_alone(ru
 def test_clients_are_given_the_best_share_of_each_label_and_keep_what_they_had(runs: Runs) -> None:
     run = runs["main"]
     first, second = (state.corpus for state in run.states)
-    asked = run.orders(Score)[0].corpus
+    asked = run.requests(Score)[0].corpus
     assert first.counts() == {y: max(1, round(0.35 * n)) for y, n in asked.counts().items()}
     assert second.prompts[: len(first)] == first.prompts
     scores = mean_scores({i: a.scores for i, a in enumerate(run.answers(Score)[:3])}).values
@@ -244,8 +244,8 @@ def test_clients_are_given_the_best_share_of_each_label_and_keep_what_they_had(r
 
 def test_the_llm_learns_what_only_the_clients_know(runs: Runs, llm: str) -> None:
     run = runs["main"]
-    assert 0.35 < right(run.orders(Score)[0].corpus) < 0.65
-    assert right(run.orders(Score)[-1].corpus) > 0.7
+    assert 0.35 < right(run.requests(Score)[0].corpus) < 0.65
+    assert right(run.requests(Score)[-1].corpus) > 0.7
     assert right(end(run, llm)) > 0.85
     assert any(array.any() for name, array in run.states[0].adapter.arrays.items() if "lora_B" in name)
 
@@ -262,8 +262,8 @@ def test_preferences_teach_it_too(runs: Runs, llm: str) -> None:
 
 def test_without_feedback_nobody_is_asked_and_the_llm_stays_as_it_is(runs: Runs) -> None:
     run = runs["zerogen"]
-    assert {m.metadata.message_type for m in run.grid.orders} - {"query.who"} == {Learn.task, Evaluate.task}
-    assert len(run.orders(Learn)) == 3 * ROUNDS
+    assert {m.metadata.message_type for m in run.grid.requests} - {"query.who"} == {Learn.task, Evaluate.task}
+    assert len(run.requests(Learn)) == 3 * ROUNDS
     assert run.states[-1].adapter is None
     assert run.states[-1].corpus.provenance is Provenance.PUBLIC
     assert guarantee_of([run.journal]) == "dp"
@@ -274,7 +274,7 @@ def test_without_feedback_nobody_is_asked_and_the_llm_stays_as_it_is(runs: Runs)
 def test_a_filter_alone_leaves_the_llm_as_it_is(runs: Runs) -> None:
     run = runs["filter"]
     assert run.states[-1].adapter is None
-    assert 0.35 < right(run.orders(Score)[-1].corpus) < 0.65
+    assert 0.35 < right(run.requests(Score)[-1].corpus) < 0.65
     assert right(run.states[-1].corpus) > 0.7
 
 
@@ -346,12 +346,12 @@ def test_public_texts_come_with_labels_where_their_source_has_them(tmp_path: Pat
 
 
 def test_texts_after_the_scores_are_under_their_guarantee(runs: Runs) -> None:
-    first, second = (runs["main"].orders(Score)[i].corpus for i in (0, 3))
+    first, second = (runs["main"].requests(Score)[i].corpus for i in (0, 3))
     assert first.provenance is Provenance.PUBLIC
     assert (second.provenance, second.grants) == (Provenance.LLM_WRITTEN, ())
     dp = runs["dp"]
     grants = {g for a in dp.answers(Score) for g in a.scores.grants}
-    assert set(dp.orders(Score)[3].corpus.grants) == set(dp.states[-1].adapter.grants) == grants
+    assert set(dp.requests(Score)[3].corpus.grants) == set(dp.states[-1].adapter.grants) == grants
     assert len(grants) == 3
 
 
@@ -500,7 +500,7 @@ def test_who_was_away_in_the_first_round_learns_before_it_scores(toml: str, llm:
     seed = next(s for s in range(99) if len(gone(s, 1)) == 1 and not gone(s, 2))
     run = play(text.replace("SEED", str(seed)), tmp_path, "main", llm=LocalLLM.load(llm, batch_size=256))
     [late] = gone(seed, 1)
-    scored = [m.content["fedsynth"]["client"] for m in run.grid.orders_of(Score.task)]
+    scored = [m.content["fedsynth"]["client"] for m in run.grid.requests_of(Score.task)]
     assert sorted(scored) == sorted([*(set(range(3)) - {late}), 0, 1, 2])
     assert run.states[0].learnt == tuple(sorted(set(range(3)) - {late}))
     assert run.states[1].learnt == (0, 1, 2)
@@ -536,7 +536,7 @@ TEXTS = Corpus(("abab", "wxwx", "cdcd", "yzyz"), ("heart", "heart", "skin", "ski
 
 @pytest.fixture
 def asked(toml: str, llm: str, tmp_path: Path) -> Iterator[Any]:
-    """A client app with its clients, before any order."""
+    """A client app with its clients, before any request."""
 
     def make(arm: str) -> Asked:
         from inprocess import cell_of, simulation, to_toml
@@ -569,7 +569,7 @@ def test_later_scores_read_no_private_text_and_are_those_of_the_model_that_was_k
     assert fewer.scores.grants == first.scores.grants
 
 
-def test_a_repeated_order_gets_the_same_bytes_and_one_training(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_request_gets_the_same_bytes_and_one_training(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fits: list[int] = []
     real = score_module.train_generator
     monkeypatch.setattr(score_module, "train_generator", lambda *a, **k: fits.append(1) or real(*a, **k))
@@ -627,13 +627,13 @@ def test_an_answer_without_a_charge_names_grants_that_are_settled(asked: Any) ->
     made.score(TEXTS, 1)
     ledger = made.run.client(0).ledger
     [grant] = entries(made.run.client(0), "grant")
-    ledger.store("another order", b"numbers", derived_from=[grant["id"]])
-    assert ledger.answered("another order") == b"numbers"
+    ledger.store("another request", b"numbers", derived_from=[grant["id"]])
+    assert ledger.answered("another request") == b"numbers"
     for foreign in (["0f" * 16], [grant["id"], "0f" * 16]):
         with pytest.raises(GrantUsed, match="unknown"):
-            ledger.store("a third order", b"numbers", derived_from=foreign)
+            ledger.store("a third request", b"numbers", derived_from=foreign)
     with pytest.raises(GrantUsed, match="no such grant"):
-        ledger.store("a third order", b"numbers")
+        ledger.store("a third request", b"numbers")
     settled = ledger.settled(grant["id"])
     assert settled is not None
     with pytest.raises(GrantUsed, match="sent"):
@@ -739,7 +739,7 @@ def test_a_client_without_a_task_model_refuses_before_anything_is_charged(asked:
         assert made.run.client(0).ledger.entries() == []
 
 
-def test_no_order_can_choose_the_protection() -> None:
+def test_no_request_can_choose_the_protection() -> None:
     assert {field.name for field in fields(Score)} == {"corpus", "seed"}
 
 

@@ -226,7 +226,7 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
 
 
 def begun(made: Federation, name: str) -> tuple[Running, str]:
-    """A run that waits for a person at the site, and the order that waits."""
+    """A run that waits for a person at the site, and the request that waits."""
     command = ["run", made.coordinator / "scenario.toml", "--out", made.folder / name, "--server", made.coordinator]
     run = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", *command], made.folder, made.folder / f"{name}.log")
     place = load_site(made.place("alone"))
@@ -244,10 +244,10 @@ def approve(made: Federation, *arguments: str) -> str:
 
 
 def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Federation) -> None:
-    run, order = begun(default, "approved")
+    run, request = begun(default, "approved")
     [held] = json.loads(approve(default))
-    assert (held["order"], held["task"], held["decision"]) == (order, "train.synthesize", "waits")
-    shown = [json.loads(line) for line in approve(default, "--show", order[:8]).splitlines()]
+    assert (held["order"], held["task"], held["decision"]) == (request, "train.synthesize", "waits")
+    shown = [json.loads(line) for line in approve(default, "--show", request[:8]).splitlines()]
     assert len(shown) == held["texts"] > 10
     time.sleep(8)  # the server asks again meanwhile
     out = default.folder / "approved"
@@ -257,7 +257,7 @@ def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Fede
 
     deployment = json.loads((out / "deployment.json").read_text())
     (out / "deployment.json").write_text(json.dumps(deployment | {"measured": True}))  # a coordinator who is curious
-    assert json.loads(approve(default, "--accept", order[:8]))["decision"] == "accepted"
+    assert json.loads(approve(default, "--accept", request[:8]))["decision"] == "accepted"
     resume = ("run", "--resume", out, "--server", default.coordinator)
     curious = fedsynth(*resume, cwd=default.folder, code=1)
     assert "evaluate: 0 of 1 clients answered, 1 needed (site 'alone' refused: not_allowed)" in curious.stderr
@@ -278,9 +278,9 @@ def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Fede
 def test_text_that_a_person_refuses_ends_the_run_in_one_line_and_stays_paid(default: Federation) -> None:
     with edited(default.place("alone") / "site.toml", id='"alone-2"'):
         list(import_rows(load_site(default.place("alone"))))  # makes the account, too
-        run, order = begun(default, "declined")
+        run, request = begun(default, "declined")
         place = load_site(default.place("alone"))
-        assert json.loads(approve(default, "--refuse", order))["decision"] == "declined"
+        assert json.loads(approve(default, "--refuse", request))["decision"] == "declined"
         assert run.process.wait(60) == 1
         assert "site 'alone' refused: not_approved" in last_line(run)
         assert drafts(default.folder / "declined") == []

@@ -79,7 +79,7 @@ def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch:
     assert played.metric("accuracy")
     [written] = played.metric("texts/written")
     assert 0 < written <= 4 * 5 * 10
-    assert {len(o.corpus.grants) for o in played.orders(Learn)} == {4}  # of all clients
+    assert {len(o.corpus.grants) for o in played.requests(Learn)} == {4}  # of all clients
     assert {cell.arm for cell in cells(from_toml(scenario))} == {"local", "continued"}
 
 

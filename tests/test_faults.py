@@ -71,7 +71,7 @@ class Hall:
     latest: Running | None = None  # run
 
     def begin(self, fault: str) -> None:
-        """New accounts for a fault: site.toml is read for each order. Their keys are a simulation's, too."""
+        """New accounts for a fault: site.toml is read for each request. Their keys are a simulation's, too."""
         self.fault = fault
         for index, name in enumerate(NAMES):
             file = self.federation.place(name) / "site.toml"

@@ -129,16 +129,16 @@ class World:
         self.journal.close()
 
     def answers(self, kind: type[Any]) -> list[Any]:
-        order_kind = {Synthesized: Synthesize, Evaluated: Evaluate}[kind]
+        request_kind = {Synthesized: Synthesize, Evaluated: Evaluate}[kind]
         payloads = [
             reply.content["fedsynth"]["payload"]
-            for order, reply in zip(self.sent(), self.grid.replies_in_order(), strict=True)
-            if order.metadata.message_type == order_kind.task
+            for request, reply in zip(self.sent(), self.grid.replies_in_order(), strict=True)
+            if request.metadata.message_type == request_kind.task
         ]
         return [decode(p, kind) for p in payloads]
 
     def sent(self) -> list[Message]:
-        return self.grid.orders
+        return self.grid.requests
 
 
 def embed(texts: Any) -> Any:
@@ -185,10 +185,10 @@ def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> 
         found = decode(record["payload"], reply if "refused" in record else own)
         return repr(found) + repr(dict(record))
 
-    texts = " ".join(decoded(m) for m in [*fdkt.grid.orders, *fdkt.grid.replies])
+    texts = " ".join(decoded(m) for m in [*fdkt.grid.requests, *fdkt.grid.replies])
     assert len(texts) > 1000
     assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i) in texts]
-    planted = fdkt.grid.orders[-1]
+    planted = fdkt.grid.requests[-1]
     client = fedsynth.clients.client_side.simulated_client(fdkt.cell, 0, private_of(fdkt.out), "simulated")
     assert any(canary(i) in repr(client.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
     assert planted.content["fedsynth"]["client"] in range(CLIENTS)
@@ -213,7 +213,7 @@ def test_demonstrations_are_drafts_that_were_selected(fdkt: World) -> None:
 def test_each_client_learns_from_its_own_texts(fdkt: World) -> None:
     learnt = [
         decode(m.content["fedsynth"]["payload"], Learn)
-        for m in fdkt.grid.orders
+        for m in fdkt.grid.requests
         if m.metadata.message_type == Learn.task
     ]
     grants = [o.corpus.grants for o in learnt]
@@ -259,8 +259,8 @@ def test_deleting_private_text_after_training_changes_no_released_byte(
     again = world(toml, "fdkt", tmp_path / "again")
     [client] = [0]
     clients = Clients(again.grid, nodes_by_client(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
-    order = decode(fdkt.grid.orders_of(Synthesize.task)[client].content["fedsynth"]["payload"], Synthesize)
-    answer = clients.ask_each({client: order})[client]
+    request = decode(fdkt.grid.requests_of(Synthesize.task)[client].content["fedsynth"]["payload"], Synthesize)
+    answer = clients.ask_each({client: request})[client]
     assert answer.corpus.fingerprint() == fdkt.answers(Synthesized)[client].corpus.fingerprint()
 
 
@@ -288,7 +288,7 @@ def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, 
     assert untimed(again) == untimed(fdkt)
 
 
-def test_a_repeated_order_gets_the_same_bytes_and_one_training(
+def test_a_repeated_request_gets_the_same_bytes_and_one_training(
     toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import fedsynth.clients.batched_training as module
@@ -297,10 +297,10 @@ def test_a_repeated_order_gets_the_same_bytes_and_one_training(
     real = module.train_generator
     monkeypatch.setattr(module, "train_generator", lambda *a, **k: fits.append(1) or real(*a, **k))
     made = world(toml, "fdkt", tmp_path)
-    order = Synthesize(2, 1.0, 1.0, 8, seed=1)
+    request = Synthesize(2, 1.0, 1.0, 8, seed=1)
     for _ in range(2):
         clients = Clients(made.grid, nodes_by_client(made.grid, 1), made.cell, "simulated", LABELS, made.journal)
-        clients.ask(order)
+        clients.ask(request)
     first, second = (r.content["fedsynth"]["payload"] for r in made.grid.replies if "fedsynth" in r.content)
     assert first == second
     assert len(fits) == 1
@@ -320,7 +320,7 @@ def test_a_repeated_order_gets_the_same_bytes_and_one_training(
 def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: str, asked: set[str]) -> None:
     made = world(toml, arm, tmp_path)
     made.run()
-    assert {m.metadata.message_type for m in made.grid.orders} - {"query.who"} == asked
+    assert {m.metadata.message_type for m in made.grid.requests} - {"query.who"} == asked
     assert guarantee_of([made.journal]) == guarantee
     assert bool(made.llm.completed) == (arm in ("no_demonstrations", "no_filter", "no_dp"))
     if arm == "no_dp":
@@ -361,7 +361,7 @@ def test_a_worker_that_dies_each_time_ends_the_run_with_the_clients_number(toml:
     made = world(toml, "local", tmp_path, spoil=die)
     with pytest.raises(TooFewReplies, match="client 1 its worker failed: The actor died"):
         made.run()
-    asked = [m.content["fedsynth"]["client"] for m in made.grid.orders_of(Learn.task)]
+    asked = [m.content["fedsynth"]["client"] for m in made.grid.requests_of(Learn.task)]
     assert sorted(asked) == [0, 1, 1, 1, 2]  # three tries
 
 

@@ -28,7 +28,7 @@ from fedsynth.federation.messages import FUNNEL, Adopt, Finetune, SelfTrain
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import load_strategy
-from fedsynth.federation.validation import Rejected, check_answer, check_order
+from fedsynth.federation.validation import Rejected, check_reply, check_request
 from fedsynth.instructions import ASK, REPLY, asked, parse_record
 from fedsynth.lora import Adapter, average, mix
 from fedsynth.models.adapters import new_adapter, read_adapter
@@ -140,8 +140,8 @@ def test_the_global_adapter_is_the_mean_weighted_by_real_records(tmp_path: Path,
     assert records == [len(run.client(i).train) for i in range(3)]
     assert len(set(records)) > 1
     expected = average([a.adapter for a in first], records)
-    assert {digest(order.adapter) for order in run.orders(Adopt)[:3]} == {digest(expected)}
-    assert {digest(order.start) for order in run.orders(SelfTrain)[3:]} == {digest(expected)}
+    assert {digest(request.adapter) for request in run.requests(Adopt)[:3]} == {digest(expected)}
+    assert {digest(request.start) for request in run.requests(SelfTrain)[3:]} == {digest(expected)}
     assert digest(in_use(run.client(0))) == digest(run.states[-1].adapters[0])
 
 
@@ -197,7 +197,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
     monkeypatch.setattr(on_client, "train_generator", watched)
     monkeypatch.setattr("fedsynth.training.dp_training.torch.optim.Adam", made)
     run = played(tmp_path, clients=1, rows=12)
-    assert starts == [digest(run.orders(SelfTrain)[0].start)] * 2
+    assert starts == [digest(run.requests(SelfTrain)[0].start)] * 2
     private, own = ({id(p) for g in o.param_groups for p in g["params"]} for o in optimizers)
     assert private
     assert not private & own
@@ -218,18 +218,20 @@ def test_the_global_model_writes_and_the_local_one_selects(
     monkeypatch.setattr(on_client, "select", noting("select", on_client.select))
     run = played(tmp_path / "fedpit", clients=1)
     fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
-    [order], [private] = run.orders(SelfTrain), fedit.answers(Finetune)
-    assert seen == {"generate": digest(order.start), "select": digest(private.adapter)}
+    [request], [private] = run.requests(SelfTrain), fedit.answers(Finetune)
+    assert seen == {"generate": digest(request.start), "select": digest(private.adapter)}
 
 
 def test_the_synthetic_half_is_what_it_would_be_without_the_private_one(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = played(tmp_path, 'share = 0.0\nselection = "random"', clients=1, rows=12)
-    client, [order], [answer] = run.client(0), run.orders(SelfTrain), run.answers(SelfTrain)
-    candidates, _ = on_client.syn_gen(client, order)
-    kept = select(ScriptedLLM(), candidates, keep=order.keep, by="random", seed=order.writing_seed)
-    alone = on_client.loc_train(client, order.start, on_client.slots_of(client, kept, len(kept)), order.writing_seed)
+    client, [request], [answer] = run.client(0), run.requests(SelfTrain), run.answers(SelfTrain)
+    candidates, _ = on_client.syn_gen(client, request)
+    kept = select(ScriptedLLM(), candidates, keep=request.keep, by="random", seed=request.writing_seed)
+    alone = on_client.loc_train(
+        client, request.start, on_client.slots_of(client, kept, len(kept)), request.writing_seed
+    )
     assert digest(read_adapter(alone, "")) == digest(answer.adapter)
 
 
@@ -237,11 +239,11 @@ def test_nothing_left_to_learn_is_no_synthetic_update(tmp_path: Path, writer: ty
     writer.answer = staticmethod(lambda prompt: " too short")
     run = played(tmp_path / "half", clients=1)
     fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
-    [order], [answer], [trained] = run.orders(SelfTrain), run.answers(SelfTrain), fedit.answers(Finetune)
-    assert digest(answer.adapter) == digest(mix(trained.adapter, order.start, 0.5))
+    [request], [answer], [trained] = run.requests(SelfTrain), run.answers(SelfTrain), fedit.answers(Finetune)
+    assert digest(answer.adapter) == digest(mix(trained.adapter, request.start, 0.5))
     assert answer.funnel == {"asked": 6, "too short": 6, "kept": 0}
     run = played(tmp_path / "none", "share = 0.0", clients=1)
-    assert digest(run.answers(SelfTrain)[0].adapter) == digest(order.start)
+    assert digest(run.answers(SelfTrain)[0].adapter) == digest(request.start)
     run = played(tmp_path / "mixed", 'training = "mixed"', clients=1)
     assert digest(run.answers(SelfTrain)[0].adapter) == digest(trained.adapter)
 
@@ -272,7 +274,7 @@ def test_version_1_sends_the_synthetic_half_and_keeps_one_trained_on_both(tmp_pa
     assert [digest(a.adapter) for a in run.answers(SelfTrain)] == [
         digest(a.adapter) for a in synthetic.answers(SelfTrain)
     ]
-    assert run.orders(Adopt) == []
+    assert run.requests(Adopt) == []
     kept = [digest(in_use(run.client(i))) for i in range(2)]
     assert kept == [digest(a.adapter) for a in both.answers(SelfTrain)]
 
@@ -281,8 +283,8 @@ def test_without_aggregation_each_client_goes_on_with_its_own(tmp_path: Path, wr
     run = played(tmp_path, "aggregate = false", rounds=2)
     sent = [digest(a.adapter) for a in run.answers(SelfTrain)]
     assert len(set(sent)) == 6
-    assert [digest(o.start) for o in run.orders(SelfTrain)[3:]] == sent[:3]
-    assert [digest(o.adapter) for o in run.orders(Adopt)] == sent
+    assert [digest(o.start) for o in run.requests(SelfTrain)[3:]] == sent[:3]
+    assert [digest(o.adapter) for o in run.requests(Adopt)] == sent
 
 
 def test_random_selection_keeps_others_than_the_lowest(tmp_path: Path, writer: type[Writer]) -> None:
@@ -453,7 +455,7 @@ def test_a_record_too_long_to_be_learnt_whole_is_not_shown(tmp_path: Path, write
 # --- SynSel ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_lowest_are_kept_in_their_order() -> None:
+def test_the_lowest_are_kept_in_their_request() -> None:
     scores = {"a": 0.9, "b": 0.2, "c": 0.7, "d": 0.4, "e": float("inf")}
     # NLL(y) is 1, so that the ratio is NLL(y|x).
     llm = ScriptedLLM(likelihood=lambda prompt, _: -next((v for k, v in scores.items() if f" {k} " in prompt), 1.0))
@@ -502,12 +504,12 @@ def test_a_scenario_with_a_guarantee_is_refused_with_the_reason(tmp_path: Path) 
         FedPIT.check(replace(config, shots=2), open_)
 
 
-def test_a_client_that_guarantees_refuses_the_order(tmp_path: Path, writer: type[Writer]) -> None:
+def test_a_client_that_guarantees_refuses_the_request(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, clients=1)
     client = run.client(0)
     strict = replace(client, config=Client(tiny.folder(), guarantee="dp", budget=client.config.budget))
     with pytest.raises(NotReleasable, match="no formal privacy"):
-        on_client.self_train(strict, run.orders(SelfTrain)[0])
+        on_client.self_train(strict, run.requests(SelfTrain)[0])
 
 
 def test_outside_a_simulation_the_server_sees_a_constant_code(
@@ -531,7 +533,7 @@ def test_outside_a_simulation_the_server_sees_a_constant_code(
 def test_no_text_crosses_neither_private_nor_written(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path)
     crossed = b"".join(
-        m.content["fedsynth"]["payload"] for m in (*run.grid.orders, *run.grid.replies) if "fedsynth" in m.content
+        m.content["fedsynth"]["payload"] for m in (*run.grid.requests, *run.grid.replies) if "fedsynth" in m.content
     )
     assert not [row for row in range(72) if canary(row).encode() in crossed]
     assert not [word for word in WORDS if f" {word}".encode() in crossed]
@@ -542,11 +544,11 @@ def test_no_text_crosses_neither_private_nor_written(tmp_path: Path, writer: typ
     ("wrong", "what"),
     [({"share": 1.1}, "share"), ({"keep": 33}, "keep"), ({"shots": 0}, "shots")],
 )
-def test_orders_and_options_out_of_range_are_refused(wrong: dict[str, Any], what: str) -> None:
-    order = SelfTrain(Adapter({}, 1, 1.0, ""), 0, 0)
-    check_order(order, ())
+def test_requests_and_options_out_of_range_are_refused(wrong: dict[str, Any], what: str) -> None:
+    request = SelfTrain(Adapter({}, 1, 1.0, ""), 0, 0)
+    check_request(request, ())
     with pytest.raises(Rejected, match=what):
-        check_order(replace(order, **wrong), ())
+        check_request(replace(request, **wrong), ())
     with pytest.raises(BadValue, match=what):
         Config(**wrong)
 
@@ -558,10 +560,10 @@ def test_beta_belongs_to_isolated_training() -> None:
 
 def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, clients=1)
-    [order], [answer] = run.orders(SelfTrain), run.answers(SelfTrain)
-    check_answer(order, answer, ())
+    [request], [answer] = run.requests(SelfTrain), run.answers(SelfTrain)
+    check_reply(request, answer, ())
     with pytest.raises(Rejected, match="kept"):
-        check_answer(order, replace(answer, funnel={"kept": 7}), ())
+        check_reply(request, replace(answer, funnel={"kept": 7}), ())
     assert run.metric("yield/self-generated/in") == [6.0]
 
 

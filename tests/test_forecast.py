@@ -24,7 +24,7 @@ import fedsynth.training.engine
 from fedsynth.clients.client_side import cell_of
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import open_sites
-from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Order
+from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Request
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
 from fedsynth.forecast.profiling import Cost, Probed, Unit, dummy_site, measured, typical_lengths
@@ -58,15 +58,15 @@ class Nothing:
 
 
 @dataclass(frozen=True)
-class Strange(Order[Learnt]):
-    """An order that this package does not know."""
+class Strange(Request[Learnt]):
+    """A request that this package does not know."""
 
     task: ClassVar[str] = "train.strange"
     reply: ClassVar[type[Any]] = Learnt
 
 
 class Asks(RoundStrategy[Nothing]):
-    """A strategy of somebody else's; `orders` says what it asks for."""
+    """A strategy of somebody else's; `requests` says what it asks for."""
 
     config_class = Nothing
     tasks = ("instructions",)
@@ -75,18 +75,18 @@ class Asks(RoundStrategy[Nothing]):
         return Nothing()
 
     def round(self, clients: Clients, state: Nothing) -> Nothing:
-        for order in self.orders():
-            clients.ask(order)
+        for request in self.requests():
+            clients.ask(request)
         return state
 
-    def orders(self) -> list[Order[Any]]:
+    def requests(self) -> list[Request[Any]]:
         return [Learn(seed=1), Strange()]
 
 
 class Twice(Asks):
     """Private text is trained on twice in a round: more than is planned."""
 
-    def orders(self) -> list[Order[Any]]:
+    def requests(self) -> list[Request[Any]]:
         start = self.server.new_adapter(1)
         return [Finetune(start, 1), Finetune(start, 2)]
 
@@ -210,10 +210,12 @@ def test_rounds_that_are_not_gone_through_count_as_the_last_one(
     assert some.down == pytest.approx(all_of_them.down, rel=1e-3)  # seeds differ in their digits
 
 
-def test_an_order_of_somebody_elses_is_told_and_what_came_before_it_counts(tmp_path: Path) -> None:
+def test_a_request_of_somebody_elses_is_told_and_what_came_before_it_counts(tmp_path: Path) -> None:
     found = rehearsed(scenario(tmp_path, "test_forecast:Asks"), tmp_path / "rehearsed")
     assert [e.name for e in found.exchanges] == ["learn"]
-    assert found.noted == ("what clients do for the order Strange is not known here: what comes after it is left out",)
+    assert found.noted == (
+        "what clients do for the request Strange is not known here: what comes after it is left out",
+    )
 
 
 # ---- What is added up ------------------------------------------------------------------------------------------------
@@ -339,8 +341,8 @@ def test_json_is_the_last_line_and_has_the_promised_shape(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["records.csv", "tiny.toml"]  # nothing is left behind
 
 
-def test_every_order_of_this_package_is_foreseen() -> None:
-    from fedsynth.federation.messages import ORDERS
+def test_every_request_of_this_package_is_foreseen() -> None:
+    from fedsynth.federation.messages import REQUESTS
 
-    assert set(ORDERS) == set(fedsynth.forecast.work.WORK)
+    assert set(REQUESTS) == set(fedsynth.forecast.work.WORK)
     assert Adopt in fedsynth.forecast.work.WORK

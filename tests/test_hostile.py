@@ -21,7 +21,7 @@ from fedsynth.federation.messages import Evaluated, Finetune, Finetuned
 from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.payload import encode
-from fedsynth.federation.records import pack_answer, parted
+from fedsynth.federation.records import pack_reply, parted
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import RoundStrategy, load_strategy
@@ -58,11 +58,11 @@ class Sites(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         for key in message_ids:
-            if order := self._waiting.pop(key, None):
-                said = self.says[order.metadata.dst_node_id][1](order)
+            if request := self._waiting.pop(key, None):
+                said = self.says[request.metadata.dst_node_id][1](request)
                 if isinstance(said, Exception):
                     raise said
-                yield said if isinstance(said, Message) else Message(said, reply_to=order)
+                yield said if isinstance(said, Message) else Message(said, reply_to=request)
 
 
 def clients(tmp_path: Path, says: Mapping[str, Says], quorum: float) -> Clients:
@@ -74,12 +74,12 @@ def clients(tmp_path: Path, says: Mapping[str, Says], quorum: float) -> Clients:
 def answering(**change: Any) -> Says:
     """An answer with another statement."""
     said = Finetuned(TRAINED, replace(SAID, **change), 40)
-    return lambda order: pack_answer(encode(said))
+    return lambda request: pack_reply(encode(said))
 
 
-def to_another(order: Message) -> Message:
+def to_another(request: Message) -> Message:
     """An answer that calls itself one to a message that was never sent."""
-    reply = Message(answering()(order), reply_to=order)
+    reply = Message(answering()(request), reply_to=request)
     reply.metadata.__dict__["_reply_to_message_id"] = "message-99"
     return reply
 
@@ -90,7 +90,10 @@ BAD: dict[str, tuple[Says, str]] = {
     "no record": (lambda _: RecordDict({}), "no record 'fedsynth'"),
     "another record": (lambda _: RecordDict({JUNK: ConfigRecord({JUNK: JUNK})}), "no record 'fedsynth'"),
     "a number as payload": (lambda _: RecordDict({"fedsynth": ConfigRecord({"payload": 7})}), "must be bytes"),
-    "two answers": (lambda _: RecordDict({f"fedsynth.{i}": ConfigRecord({}) for i in (0, 1)}), "2 answers to 1 orders"),
+    "two answers": (
+        lambda _: RecordDict({f"fedsynth.{i}": ConfigRecord({}) for i in (0, 1)}),
+        "2 answers to 1 requests",
+    ),
     "a word as unit": (answering(unit=JUNK), "statement: unit must be one of row, person"),
     "a column as unit": (answering(unit="patient"), "statement: unit must be one of row, person"),
     "simulated noise": (answering(simulated=True), "statement: simulated must be false here"),
@@ -108,7 +111,7 @@ BAD: dict[str, tuple[Says, str]] = {
     ),
     "another rate": (answering(sampling_rate=0.1), "sampling rate of 0.1 is not for"),
     "a worker that dies": (
-        lambda order: Message(Error(2, JUNK), reply_to=order),
+        lambda request: Message(Error(2, JUNK), reply_to=request),
         "its worker failed: Flower's error 2",
     ),
 }
@@ -117,9 +120,9 @@ BAD: dict[str, tuple[Says, str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) -> None:
     bad, why = BAD[name]
-    order = Finetune(START, seed=1)
+    request = Finetune(START, seed=1)
     three = clients(tmp_path, {"north": answering(), "south": bad, "west": answering(epsilon=8.5)}, quorum=0.5)
-    answers = three.ask(order)
+    answers = three.ask(request)
     assert sorted(answers) == [0, 2]
     assert {client: said.epsilon for client, said in three.journal.statements.items()} == {0: 7.99, 2: 8.5}
     assert three.journal.silent == {(1, 1)}
@@ -129,7 +132,7 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
 
     all_needed = clients(tmp_path, {"north": answering(), "south": bad, "west": answering()}, quorum=1.0)
     with pytest.raises(TooFewReplies) as caught:
-        all_needed.ask(order)
+        all_needed.ask(request)
     assert why in str(caught.value)
     # Who answers behind the one that ends it is not waited for.
     assert re.match(r"finetune: [012] of 3 clients answered, 3 needed \(site 'south' ", str(caught.value))
@@ -141,27 +144,27 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
 def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Exception
 ) -> None:
-    def checked(order: Any, answer: Any, *_: Any, **__: Any) -> None:
+    def checked(request: Any, answer: Any, *_: Any, **__: Any) -> None:
         if answer.statement.epsilon == 8.5:
             raise problem
 
-    monkeypatch.setattr("fedsynth.federation.messaging.check_answer", checked)
+    monkeypatch.setattr("fedsynth.federation.messaging.check_reply", checked)
     says = {"north": answering(), "south": answering(epsilon=8.5), "west": answering()}
     three = clients(tmp_path, says, quorum=0.5)
     assert sorted(three.ask(Finetune(START, seed=1))) == [0, 2]
     assert three.journal.silent == {(1, 1)}
     (tmp_path / "late").mkdir()
     late = clients(tmp_path / "late", says, quorum=0.5)
-    orders = dict.fromkeys(range(3), Finetune(START, seed=1))
-    sent, _ = late._delivery.send(orders, range(3), partial(late._packed, orders))
-    late._late.expect(sent, 1, orders)
+    requests = dict.fromkeys(range(3), Finetune(START, seed=1))
+    sent, _ = late._delivery.send(requests, range(3), partial(late._packed, requests))
+    late._late.expect(sent, 1, requests)
     late.close()
     assert {client: said.epsilon for client, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
 
 
 def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:
     def timed(_: Message) -> RecordDict:
-        return pack_answer(encode(Finetuned(TRAINED, SAID, 40)), seconds=1.7e308)
+        return pack_reply(encode(Finetuned(TRAINED, SAID, 40)), seconds=1.7e308)
 
     two = clients(tmp_path, {"north": timed, "south": timed}, quorum=1.0)
     assert sorted(two.ask(Finetune(START, seed=1))) == [0, 1]
@@ -181,7 +184,7 @@ def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
     assert Journaled.noted == [(1, "accuracy", 0.25), (2, "accuracy", 0.75)]
 
 
-def test_an_answer_counts_for_the_order_that_it_was_asked_for_by(tmp_path: Path) -> None:
+def test_a_reply_counts_for_the_request_that_it_was_asked_for_by(tmp_path: Path) -> None:
     three = clients(tmp_path, {"north": to_another, "south": answering(), "west": to_another}, quorum=1.0)
     assert sorted(three.ask(Finetune(START, seed=1))) == [0, 1, 2]
 
@@ -195,7 +198,7 @@ def test_a_connection_that_is_gone_ends_the_exchange(tmp_path: Path) -> None:
 
 
 def test_a_site_answers_for_one_record_of_its_reply_alone() -> None:
-    content = pack_answer(encode(Finetuned(TRAINED, SAID, 40)))
+    content = pack_reply(encode(Finetuned(TRAINED, SAID, 40)))
     content["more"] = ConfigRecord({"x": JUNK})
     assert parted(content) == [content]
 

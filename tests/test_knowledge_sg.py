@@ -26,11 +26,11 @@ from fedsynth.clients.finetune import finetune
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Finetuned
 from fedsynth.federation.payload import corpus_from_parquet
-from fedsynth.federation.records import unpack_order
+from fedsynth.federation.records import unpack_request
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, up
 from fedsynth.federation.strategy import load_strategy
-from fedsynth.federation.validation import Rejected, check_answer
+from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter, average
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
@@ -121,11 +121,11 @@ def records(run: Played, base: str, client: int) -> dict[str, str]:
 
 def test_each_client_gets_a_target_made_from_its_own_dp_models_instructions(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base)
-    asked = [type(o).__name__ for kind in (Finetune, Adopt, Evaluate) for o in run.orders(kind)]
+    asked = [type(o).__name__ for kind in (Finetune, Adopt, Evaluate) for o in run.requests(kind)]
     assert asked == ["Finetune"] * 3 + ["Adopt"] * 3 + ["Evaluate"] * 3
     targets = run.states[-1].targets
     assert sorted(targets) == [0, 1, 2]
-    assert all(same(order.adapter, targets[client]) for client, order in enumerate(run.orders(Adopt)))
+    assert all(same(request.adapter, targets[client]) for client, request in enumerate(run.requests(Adopt)))
     assert not any(same(targets[client], answer.adapter) for client, answer in enumerate(run.answers(Finetune)))
     assert not same(targets[0], targets[1])
     assert set(run.answers(Evaluate)[0].metrics) >= {"exact_match", "field_match", "rouge_l"}
@@ -152,7 +152,7 @@ def test_no_text_of_a_record_crosses_or_reaches_the_professional(tmp_path: Path,
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base), tmp_path, professional=pro)
     crossed = b"".join(
-        m.content["fedsynth"]["payload"] for m in (*run.grid.orders, *run.grid.replies) if "fedsynth" in m.content
+        m.content["fedsynth"]["payload"] for m in (*run.grid.requests, *run.grid.replies) if "fedsynth" in m.content
     )
     shown = repr(pro.completed)
     assert "question:" in shown
@@ -172,10 +172,10 @@ def test_no_text_of_a_record_crosses_or_reaches_the_professional(tmp_path: Path,
 def test_the_server_takes_no_adapter_of_another_base_or_with_other_tensors(
     run: Played, change: Callable[[Adapter], Adapter], why: str
 ) -> None:
-    order, answer = run.orders(Finetune)[0], run.answers(Finetune)[0]
-    check_answer(order, answer, ())
+    request, answer = run.requests(Finetune)[0], run.answers(Finetune)[0]
+    check_reply(request, answer, ())
     with pytest.raises(Rejected, match=why):
-        check_answer(order, replace(answer, adapter=change(answer.adapter)), ())
+        check_reply(request, replace(answer, adapter=change(answer.adapter)), ())
 
 
 # --- Privacy: all rounds are one schedule (criterion 2) ---
@@ -194,21 +194,21 @@ def test_two_rounds_cost_what_one_run_of_all_their_steps_costs(tmp_path: Path, b
 
 def test_a_round_beyond_the_plan_is_refused_before_a_step_of_it_runs(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, rounds=2)
-    order = replace(run.orders(Finetune)[-1], seed=7)
+    request = replace(run.requests(Finetune)[-1], seed=7)
     with pytest.raises(BudgetExhausted):
-        together([finetune(run.client(2), order, "a third order")])
+        together([finetune(run.client(2), request, "a third request")])
     assert run.client(2).ledger.spent()[0] <= 8.0
 
 
 def test_rounds_go_on_from_each_clients_own_adapter_and_the_rest_happens_once(tmp_path: Path, base: str) -> None:
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base, rounds=2), tmp_path, professional=pro)
-    first, second = run.orders(Finetune)[:3], run.orders(Finetune)[3:]
-    assert all(same(order.start, first[0].start) for order in first)
+    first, second = run.requests(Finetune)[:3], run.requests(Finetune)[3:]
+    assert all(same(request.start, first[0].start) for request in first)
     assert all(same(second[client].start, run.answers(Finetune)[client].adapter) for client in range(3))
-    assert len({order.seed for order in first + second}) == 6
+    assert len({request.seed for request in first + second}) == 6
     assert run.states[0].targets == {}
-    assert len(run.orders(Adopt)) == 3
+    assert len(run.requests(Adopt)) == 3
     assert len(pro.completed) == 6  # judge and respond, once per client
 
 
@@ -217,7 +217,7 @@ def test_without_a_guarantee_nothing_claims_one(tmp_path: Path, base: str) -> No
     assert guarantee_of([run.journal]) == "none"
     assert "no differential privacy guarantee: adapters left" in privacy_line([run.journal])
     assert all(corpus.grants == () for corpus, _ in journaled(run, "pairs").values())
-    assert all(order.adapter.grants == () for order in run.orders(Adopt))
+    assert all(request.adapter.grants == () for request in run.requests(Adopt))
 
 
 # --- The server has no way to private text (criterion 3) ---
@@ -288,7 +288,7 @@ def test_all_that_is_made_of_an_adapter_carries_its_grants(run: Played) -> None:
         for kind in ("instructions", "pairs"):
             corpus, _ = journaled(run, kind)[client]
             assert (corpus.provenance, corpus.grants) == (Provenance.LLM_WRITTEN, answer.adapter.grants)
-        assert run.orders(Adopt)[client].adapter.grants == answer.adapter.grants
+        assert run.requests(Adopt)[client].adapter.grants == answer.adapter.grants
 
 
 def test_what_the_dp_model_would_have_responded_is_nowhere(run: Played, base: str) -> None:
@@ -341,9 +341,9 @@ def test_public_instructions_ask_nothing_of_the_clients_and_spend_nothing(tmp_pa
         tmp_path,
         professional=ScriptedLLM(answer=professional),
     )
-    assert run.orders(Finetune) == []
+    assert run.requests(Finetune) == []
     assert len({id(target) for target in run.states[-1].targets.values()}) == 1
-    assert len(run.orders(Adopt)) == 3
+    assert len(run.requests(Adopt)) == 3
     [(owner, (pairs, facts))] = journaled(run, "pairs").items()
     assert (owner, facts["instructions"]) == (SERVER, "public")
     assert all(prompt.startswith("public note") for prompt in pairs.prompts)
@@ -375,13 +375,13 @@ def test_the_dp_model_itself_can_be_adopted(tmp_path: Path, base: str) -> None:
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base, 'adopts = "dp"'), tmp_path, professional=pro)
     sent = [answer.adapter for answer in run.answers(Finetune)]
-    assert all(same(order.adapter, sent[client]) for client, order in enumerate(run.orders(Adopt)))
+    assert all(same(request.adapter, sent[client]) for client, request in enumerate(run.requests(Adopt)))
     assert pro.completed == []
 
 
 def test_nothing_can_be_adopted_and_then_nothing_is_asked(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, 'adopts = "nothing"')
-    assert [m.metadata.message_type for m in run.grid.orders if "fedsynth" in m.content] == [Evaluate.task] * 3
+    assert [m.metadata.message_type for m in run.grid.requests if "fedsynth" in m.content] == [Evaluate.task] * 3
     assert "nothing to spend" in privacy_line([run.journal])
 
 
@@ -393,8 +393,8 @@ def test_one_average_can_write_for_one_target(tmp_path: Path, base: str, aggrega
     if aggregation == "factors":
         assert same(mean, average([a.adapter for a in answers], [a.records for a in answers]))
     assert (aggregation == "frozen_a") == all("lora_B" in name for name in answers[0].adapter.arrays)
-    assert all(same(order.start, run.states[0].adapters[SERVER]) for order in run.orders(Finetune)[3:])
-    assert all(same(order.adapter, run.states[-1].targets[SERVER]) for order in run.orders(Adopt))
+    assert all(same(request.start, run.states[0].adapters[SERVER]) for request in run.requests(Finetune)[3:])
+    assert all(same(request.adapter, run.states[-1].targets[SERVER]) for request in run.requests(Adopt))
     assert list(journaled(run, "pairs")) == [SERVER]
     grants = {g for answer in run.answers(Finetune) for g in answer.adapter.grants}
     assert len(grants) == 6  # of three clients, in two rounds
@@ -402,10 +402,10 @@ def test_one_average_can_write_for_one_target(tmp_path: Path, base: str, aggrega
 
 
 def test_the_target_goes_on_from_the_dp_model_or_from_the_base(tmp_path: Path, run: Played, base: str) -> None:
-    assert run.orders(Adopt)[0].adapter.rank == 2  # the clients'
+    assert run.requests(Adopt)[0].adapter.rank == 2  # the clients'
     fresh = played(tmp_path, base, 'start_from = "base"')
-    assert fresh.orders(Adopt)[0].adapter.rank == 3  # the tuning's
-    assert fresh.orders(Adopt)[0].adapter.grants == fresh.answers(Finetune)[0].adapter.grants
+    assert fresh.requests(Adopt)[0].adapter.rank == 3  # the tuning's
+    assert fresh.requests(Adopt)[0].adapter.grants == fresh.answers(Finetune)[0].adapter.grants
 
 
 def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
@@ -420,7 +420,7 @@ def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
 
 def test_a_client_that_gives_no_adapter_keeps_the_base_where_a_quorum_allows(tmp_path: Path, base: str) -> None:
     def spoil(message: Message) -> Message | None:
-        if message.metadata.message_type == Finetune.task and unpack_order(message.content, Finetune)[1].client == 1:
+        if message.metadata.message_type == Finetune.task and unpack_request(message.content, Finetune)[1].client == 1:
             return Message(Error(code=0, reason="gone"), reply_to=message)
         return None
 
@@ -431,7 +431,7 @@ def test_a_client_that_gives_no_adapter_keeps_the_base_where_a_quorum_allows(tmp
         spoil=spoil,
     )
     assert sorted(run.states[-1].targets) == [0, 2]
-    assert len(run.orders(Adopt)) == 2
+    assert len(run.requests(Adopt)) == 2
 
 
 # --- What is refused before any work ---

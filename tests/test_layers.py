@@ -133,7 +133,11 @@ def test_every_folder_is_looked_at() -> None:
         ),
         ("fedsynth.corpus", "from fedsynth import models", "fedsynth.corpus imports fedsynth.models"),
         ("fedsynth.corpus", "from . import models", "fedsynth.corpus imports fedsynth.models"),
-        ("fedsynth.strategies.fdkt", "from fedsynth.clients import client", "imports fedsynth.clients.client_side"),
+        (
+            "fedsynth.strategies.fdkt",
+            "from fedsynth.clients import client_side",
+            "imports fedsynth.clients.client_side",
+        ),
         (
             "fedsynth.clients.client_side",
             "from fedsynth.strategies.fdkt import FDKT",

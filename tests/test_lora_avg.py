@@ -40,21 +40,21 @@ def test_the_global_adapter_is_the_mean_weighted_by_records(tmp_path: Path) -> N
     assert len(set(records)) > 1
     expected = average([a.adapter for a in answers], records)
     assert same(run.states[-1].adapter, expected)
-    assert all(same(order.adapter, expected) for order in run.orders(Adopt))
+    assert all(same(request.adapter, expected) for request in run.requests(Adopt))
 
 
 def test_all_clients_start_from_one_adapter_and_rounds_go_on_from_the_mean(tmp_path: Path) -> None:
     run = played(tmp_path, rounds=2)
-    first, second = run.orders(Finetune)[:3], run.orders(Finetune)[3:]
-    assert all(same(order.start, first[0].start) for order in first)
+    first, second = run.requests(Finetune)[:3], run.requests(Finetune)[3:]
+    assert all(same(request.start, first[0].start) for request in first)
     assert all(not array.any() for name, array in first[0].start.arrays.items() if "lora_B" in name)
-    assert all(same(order.start, run.states[0].adapter) for order in second)
-    assert len({order.seed for order in first + second}) == 6
+    assert all(same(request.start, run.states[0].adapter) for request in second)
+    assert len({request.seed for request in first + second}) == 6
 
 
 def test_frozen_a_sends_b_alone_and_averages_the_product_exactly(tmp_path: Path) -> None:
     run = played(tmp_path, 'aggregation = "frozen_a"')
-    start = run.orders(Finetune)[0].start
+    start = run.requests(Finetune)[0].start
     answers = run.answers(Finetune)
     assert all(all(map(only_b, a.adapter.arrays)) for a in answers)
     assert all(any(array.any() for array in a.adapter.arrays.values()) for a in answers)
@@ -121,7 +121,7 @@ def test_without_a_guarantee_the_run_says_so_and_prints_no_epsilon(tmp_path: Pat
 def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:
     run = played(tmp_path)
     crossed = b"".join(
-        m.content["fedsynth"]["payload"] for m in (*run.grid.orders, *run.grid.replies) if "fedsynth" in m.content
+        m.content["fedsynth"]["payload"] for m in (*run.grid.requests, *run.grid.replies) if "fedsynth" in m.content
     )
     assert not [row for row in range(72) if canary(row).encode() in crossed]
     assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found

@@ -1,4 +1,4 @@
-"""Real orders and answers, changed at random: each is read as a value of its type, or refused as a bad payload."""
+"""Real requests and answers, changed at random: each is read as a value of its type, or refused as a bad payload."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from test_payload import ADAPTER, CORPUS, VALUES
 
 from fedsynth.clients import handler as client
 from fedsynth.federation.messages import (
-    ORDERS,
+    REQUESTS,
     Adopt,
-    Code,
+    ErrorCode,
     Evaluate,
     Finetune,
     Learn,
-    Order,
     Refused,
+    Request,
     Score,
     SelfTrain,
     Synthesize,
 )
 from fedsynth.federation.payload import BadPayload, decode, encode
-from fedsynth.federation.records import joined, parted, unpack_answer
-from fedsynth.federation.validation import Rejected, check_answer, check_order
+from fedsynth.federation.records import joined, parted, unpack_reply
+from fedsynth.federation.validation import Rejected, check_reply, check_request
 
 Files = list[tuple[str, bytes]]
-ORDER_OF: dict[type, Order[Any]] = {
-    order.reply: order
-    for order in (
+ORDER_OF: dict[type, Request[Any]] = {
+    request.reply: request
+    for request in (
         Synthesize(9, 0.8, 0.95, 48, 1),
         Learn(3, CORPUS),
         Evaluate(),
@@ -214,7 +214,7 @@ def in_the_json(data: bytes, rng: random.Random) -> bytes:
 
 MUTATIONS = (*BYTES, header, header, *[in_a_member] * 3, among_members, *[in_the_json] * 12)
 REAL = [(value, encode(value)) for value in VALUES]
-KINDS: list[type] = [*ORDERS, *(order.reply for order in ORDERS), Refused]
+KINDS: list[type] = [*REQUESTS, *(request.reply for request in REQUESTS), Refused]
 OF_A_KIND = [[pair for pair in REAL if type(pair[0]) is kind] for kind in KINDS]
 
 
@@ -241,10 +241,10 @@ def judged(kind: type, data: bytes) -> str:
     again = encode(value)
     assert encode(decode(again, kind)) == again
     try:
-        if isinstance(value, Order):
-            check_order(value, LABELS)
+        if isinstance(value, Request):
+            check_request(value, LABELS)
         elif kind in ORDER_OF:
-            check_answer(ORDER_OF[kind], value, LABELS)
+            check_reply(ORDER_OF[kind], value, LABELS)
     except Rejected:
         return "rejected"
     return "read"
@@ -274,20 +274,23 @@ def test_a_hundred_thousand_mutants_are_read_or_refused(monkeypatch: pytest.Monk
     survives(100_000, 2, monkeypatch)
 
 
-def test_a_client_answers_every_mutant_of_an_order_with_a_code() -> None:
+def test_a_client_answers_every_mutant_of_a_request_with_a_code() -> None:
     def open_client(context: Any, envelope: Any) -> Any:
         raise KeyError("no client here")
 
     context: Any = None
     facts = {"run": "r", "arm": "a", "seed": 0, "exchange": 1, "client": 0, "stack": 0}
-    found: Counter[Code] = Counter()
+    found: Counter[ErrorCode] = Counter()
     for kind, data in mutants(600, 3):
-        task: Any = kind if issubclass(kind, Order) else Learn
+        task: Any = kind if issubclass(kind, Request) else Learn
         content = RecordDict({"fedsynth": ConfigRecord({**facts, "payload": data})})
-        said = unpack_answer(client.answer(task, content, context, open_client), Learn)
+        said = unpack_reply(client.answer(task, content, context, open_client), Learn)
         assert isinstance(said, Refused)
         found[said.code] += 1
-    assert set(found) == {Code.BAD_ORDER, Code.FAILED}  # the latter: it could be read, and there is no client
+    assert set(found) == {
+        ErrorCode.BAD_REQUEST,
+        ErrorCode.FAILED,
+    }  # the latter: it could be read, and there is no client
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -299,7 +302,7 @@ def test_a_corrupt_answer_in_a_stack_leaves_the_others(place: int) -> None:
     read = []
     for content, kind in zip(parted(message), kinds, strict=True):
         try:
-            unpack_answer(content, kind)
+            unpack_reply(content, kind)
             read.append(True)
         except BadPayload:
             read.append(False)

@@ -103,9 +103,9 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
     assert sum(told["answered"]) == 12 - gone
     assert gone > 0
     # Who is absent is not asked; the others are, in vain or not.
-    assert len(run.orders(Finetune)) == 12 - len(told["absent"])
-    assert len(run.orders(Evaluate)) == 12  # the simulator measures all
-    assert len(run.orders(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.journal.rows)
+    assert len(run.requests(Finetune)) == 12 - len(told["absent"])
+    assert len(run.requests(Evaluate)) == 12  # the simulator measures all
+    assert len(run.requests(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.journal.rows)
 
     [line] = missing(pd.DataFrame(run.journal.rows, columns=list(COLUMNS)))
     assert line.startswith("main seed 0 went on without some clients: finetune of round 1: ")
@@ -116,9 +116,9 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
         ledger = contents(path)
         assert problems(ledger) == []
         charged += len(ledger["grants"])
-    assert charged == len(run.orders(Finetune))  # what was released in vain is paid for
+    assert charged == len(run.requests(Finetune))  # what was released in vain is paid for
     statements = run.journal.statements
-    asked = {where["client"] for where in (m.content["fedsynth"] for m in run.grid.orders_of(Finetune.task))}
+    asked = {where["client"] for where in (m.content["fedsynth"] for m in run.grid.requests_of(Finetune.task))}
     assert set(statements) == asked
     assert run.journal.silent == set()
     for client in asked:
@@ -186,9 +186,9 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
 def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\n"
 
-    def dead(order: Message) -> Message | None:
-        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["client"] == 1
-        return Message(Error(1, "gone"), reply_to=order) if broken else None
+    def dead(request: Message) -> Message | None:
+        broken = request.metadata.message_type == Finetune.task and request.content["fedsynth"]["client"] == 1
+        return Message(Error(1, "gone"), reply_to=request) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)
     assert run.journal.silent == {(1, 1)}
@@ -208,9 +208,9 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
             slow[min(of)] = of[min(of)]
             begun.append(time.monotonic())
         if wanted == list(slow) and time.monotonic() - begun[0] > 0.6:
-            order = slow[wanted[0]]
+            request = slow[wanted[0]]
             grid._waiting.pop(wanted[0], None)
-            return [Message(Error(1, "gone"), reply_to=order)]
+            return [Message(Error(1, "gone"), reply_to=request)]
         return pull(grid, [key for key in wanted if key not in slow])
 
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
@@ -224,9 +224,9 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
 
 def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path) -> None:
     cell = cell_with(tmp_path)
-    for order in ((8.0, 9.5), (9.5, 8.0)):
+    for request in ((8.0, 9.5), (9.5, 8.0)):
         journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
-        for epsilon in order:
+        for epsilon in request:
             journal.state(0, Statement("dp", epsilon, 1e-5))
         assert journal.statements[0].epsilon == 9.5
         journal.state(0, Statement("none", None, 0.0))
@@ -269,9 +269,9 @@ def corrupting(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def corrupt(grid: LocalGrid, ids: Iterable[str]) -> Iterator[Message]:
         for reply in pull(grid, ids):
-            [order] = [m for m in grid.orders if m.metadata.message_id == reply.metadata.reply_to_message_id]
-            if order.metadata.message_type == Finetune.task:
-                for asked, said in zip(parted(order.content), parted(reply.content), strict=True):
+            [request] = [m for m in grid.requests if m.metadata.message_id == reply.metadata.reply_to_message_id]
+            if request.metadata.message_type == Finetune.task:
+                for asked, said in zip(parted(request.content), parted(reply.content), strict=True):
                     change, _ = CORRUPTIONS[asked["fedsynth"]["client"] % len(CORRUPTIONS)]
                     said["fedsynth"]["payload"] = change(said["fedsynth"]["payload"])
             yield reply
@@ -322,9 +322,9 @@ def test_a_quorum_is_not_raised_by_rounding(tmp_path: Path) -> None:
     # 0.28 of 25 is 7, and 7.000000000000001 in floating point.
     toml = instructions(tmp_path, AVERAGE, clients=25, rows=250) + "server.quorum = 0.28\n"
 
-    def dead(order: Message) -> Message | None:
-        broken = order.metadata.message_type == Finetune.task and order.content["fedsynth"]["client"] >= 7
-        return Message(Error(1, "gone"), reply_to=order) if broken else None
+    def dead(request: Message) -> Message | None:
+        broken = request.metadata.message_type == Finetune.task and request.content["fedsynth"]["client"] >= 7
+        return Message(Error(1, "gone"), reply_to=request) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)
     assert run.metric("exchange/1-finetune/answered") == [7.0]

@@ -20,7 +20,7 @@ from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.messages import (
     Adopt,
     Adopted,
-    Code,
+    ErrorCode,
     Evaluate,
     Evaluated,
     Finetune,
@@ -63,7 +63,7 @@ VALUES = [
     SelfTrained(ADAPTER, Statement("none", None, 1e-5), records=30),
     Learnt(received=5),
     Evaluated({"accuracy": 0.1 + 0.2, "macro_f1": 1 / 3}, examples=600),
-    *[Refused(code) for code in Code],
+    *[Refused(code) for code in ErrorCode],
 ]
 
 
@@ -78,16 +78,16 @@ def comparable(value: object) -> object:
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: type(v).__name__)
-def test_every_order_and_answer_comes_back(value: object) -> None:
+def test_every_request_and_answer_comes_back(value: object) -> None:
     back = decode(encode(value), type(value))
     assert comparable(back) == comparable(value)
     assert encode(back) == encode(value)
 
 
-def test_every_order_and_answer_class_is_among_the_values() -> None:
-    from fedsynth.federation.messages import ORDERS
+def test_every_request_and_answer_class_is_among_the_values() -> None:
+    from fedsynth.federation.messages import REQUESTS
 
-    assert {type(v) for v in VALUES} == {*ORDERS, *(o.reply for o in ORDERS), Refused}
+    assert {type(v) for v in VALUES} == {*REQUESTS, *(o.reply for o in REQUESTS), Refused}
 
 
 def test_equal_values_give_equal_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_corpora_in_a_table_come_back_under_their_numbers() -> None:
     kept = Kept({3: CORPUS, 11: CORPUS.take([1])})
     assert decode(encode(kept, trusted=True), Kept, trusted=True) == kept
     with pytest.raises(BadPayload, match=r"Kept\.corpora holds texts or an adapter that do not belong there"):
-        decode(encode(kept), Kept)  # no order and no answer has such a table
+        decode(encode(kept), Kept)  # no request and no answer has such a table
 
 
 def test_equal_tables_of_corpora_give_equal_bytes() -> None:
@@ -272,7 +272,7 @@ ONE = {"$adapter": "0", "rank": 1, "alpha": 1.0, "base": "b", "grants": ["g"]}
 
 
 def adopt_with(table: Any, body: bytes = b"\0" * 4, size: int | None = None) -> bytes:
-    """An order with an adapter whose safetensors file is written by hand."""
+    """A request with an adapter whose safetensors file is written by hand."""
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     tensors = (len(text) if size is None else size).to_bytes(8, "little") + text + body
     return archive({**head({"adapter": ONE}, "Adopt"), "0": tensors})

@@ -155,7 +155,7 @@ def test_text_becomes_releasable_in_one_file_only() -> None:
 def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedsynth.clients import synthesize as module
     from fedsynth.federation.messages import Synthesize, Synthesized
-    from fedsynth.federation.validation import check_answer
+    from fedsynth.federation.validation import check_reply
     from fedsynth.limits import MAX_TEXT
     from fedsynth.privacy.plan import Statement
 
@@ -174,4 +174,4 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     texts, labels, unfinished = module._sample(client, adapter, order)
     assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)
     sent = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
-    check_answer(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), client.labels)
+    check_reply(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), client.labels)

@@ -99,7 +99,7 @@ def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkey
     assert set(kept.values()) == {b""}
     assert all(facts[client]["why"].startswith("sent an unusable answer: ") for client in kept)
     again = play(toml, tmp_path / "died")
-    assert again.orders(Finetune) == []
+    assert again.requests(Finetune) == []
     assert left(again) == left(whole)
 
 
@@ -107,14 +107,14 @@ def dies(self: Any, *_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_other_orders_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_requests_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=2, rows=20)
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
             play(toml, tmp_path)
     monkeypatch.setattr(Clients, "_digest", lambda *_: "0")
-    with pytest.raises(BadValue, match=r"other orders .* run the scenario anew"):
+    with pytest.raises(BadValue, match=r"other requests .* run the scenario anew"):
         play(toml, tmp_path)
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import tiny
 from flwr.app import ArrayRecord, Context, Error, Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode as FlowerError
 from inprocess import canary, embed, play
 from local import LocalGrid
 from scripted import ScriptedLLM
@@ -42,10 +42,20 @@ from fedsynth.deployment.site.init import template
 from fedsynth.deployment.site.model import answer_file, measured, models
 from fedsynth.deployment.site.rows import import_rows
 from fedsynth.deployment.site.start import _open_account
-from fedsynth.federation.messages import ORDERS, OUTPUTS, Code, Envelope, Evaluate, Learn, Refused, Synthesize, outputs
+from fedsynth.federation.messages import (
+    OUTPUTS,
+    REQUESTS,
+    Envelope,
+    ErrorCode,
+    Evaluate,
+    Learn,
+    Refused,
+    Synthesize,
+    outputs,
+)
 from fedsynth.federation.nodes import Deployment, TooFewReplies
 from fedsynth.federation.payload import decode
-from fedsynth.federation.records import KINDS, pack_order, unpack_answer
+from fedsynth.federation.records import KINDS, pack_request, unpack_reply
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
@@ -195,7 +205,7 @@ class Deployed:
     injected: bool = False
     accounts: bool = True  # made where there are none
     imports: bool = True  # `fedsynth site check`, where there was none
-    run_id: str = "simulated"  # the same in the simulation: then orders and keys are the same, too
+    run_id: str = "simulated"  # the same in the simulation: then requests and keys are the same, too
 
     def __post_init__(self) -> None:
         self.whole = to_toml(from_toml(self.toml))
@@ -234,7 +244,7 @@ class Deployed:
         self.journal.close()
         return result
 
-    def codes(self) -> list[Code]:
+    def codes(self) -> list[ErrorCode]:
         """What was refused, in the order of orders."""
         said = [r.content["fedsynth"] for r in self.grid.replies]
         return [decode(part["payload"], Refused).code for part in said if part["refused"]]
@@ -287,15 +297,15 @@ def test_a_default_site_is_not_asked_for_figures_and_refuses_them(
 ) -> None:
     quiet = Deployed(places(tmp_path, notes), toml, tmp_path / "quiet")
     quiet.run()
-    assert not quiet.grid.orders_of(Evaluate.task)
+    assert not quiet.grid.requests_of(Evaluate.task)
     curious = Deployed(places(tmp_path, notes), toml, tmp_path / "curious", measured=True)
     with pytest.raises(TooFewReplies, match=r"site '[\w-]+' refused: not_allowed\); the site's own log"):
         curious.run()
-    assert curious.codes() == [Code.NOT_ALLOWED]
+    assert curious.codes() == [ErrorCode.NOT_ALLOWED]
 
 
 def test_figures_leave_where_the_operator_allows_them(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
-    open_ = replace(POLICY, orders=(*POLICY.orders, "evaluate.evaluate"), outputs=("text", "metrics"))
+    open_ = replace(POLICY, requests=(*POLICY.requests, "evaluate.evaluate"), outputs=("text", "metrics"))
     deployed = Deployed(places(tmp_path, notes, dict.fromkeys(NAMES, open_)), toml, tmp_path / "run", measured=True)
     assert set(deployed.run().evaluate_metrics_clientapp[1]) >= {"accuracy"}
 
@@ -303,7 +313,7 @@ def test_figures_leave_where_the_operator_allows_them(tmp_path: Path, toml: str,
 def test_a_site_measures_and_uses_the_model_that_a_run_left_after_the_run(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
-    open_ = replace(POLICY, orders=(*POLICY.orders, "evaluate.evaluate"), outputs=("text", "metrics"))
+    open_ = replace(POLICY, requests=(*POLICY.requests, "evaluate.evaluate"), outputs=("text", "metrics"))
     sites = places(tmp_path, notes, dict.fromkeys(NAMES, open_))
     deployed = Deployed(sites, toml, tmp_path / "run", measured=True)
     deployed.run()
@@ -382,22 +392,22 @@ def test_a_model_that_cannot_be_used_says_why_and_hides_no_other(left: Place, tm
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        ({"strategies": ("fedsynth.strategies.local:LocalOnly",)}, Code.NOT_ALLOWED),
-        ({"orders": ("train.learn",)}, Code.NOT_ALLOWED),
-        ({"outputs": ("scores",)}, Code.NOT_ALLOWED),
-        ({"minimum_records": ROWS + 1}, Code.NOT_ALLOWED),
-        ({"models": ("assets:hospitals-slm",)}, Code.NOT_ALLOWED),
-        ({"bundles": ("a" * 64,)}, Code.NOT_ALLOWED),
-        ({"lifetime": Budget(2.0)}, Code.BUDGET_EXHAUSTED),
+        ({"strategies": ("fedsynth.strategies.local:LocalOnly",)}, ErrorCode.NOT_ALLOWED),
+        ({"orders": ("train.learn",)}, ErrorCode.NOT_ALLOWED),
+        ({"outputs": ("scores",)}, ErrorCode.NOT_ALLOWED),
+        ({"minimum_records": ROWS + 1}, ErrorCode.NOT_ALLOWED),
+        ({"models": ("assets:hospitals-slm",)}, ErrorCode.NOT_ALLOWED),
+        ({"bundles": ("a" * 64,)}, ErrorCode.NOT_ALLOWED),
+        ({"lifetime": Budget(2.0)}, ErrorCode.BUDGET_EXHAUSTED),
     ],
 )
 def test_a_stricter_policy_wins_before_anything_is_read(
-    tmp_path: Path, toml: str, notes: pd.DataFrame, change: dict[str, Any], code: Code
+    tmp_path: Path, toml: str, notes: pd.DataFrame, change: dict[str, Any], code: ErrorCode
 ) -> None:
     strict = {"charite": replace(POLICY, **change)}
     sites = places(tmp_path, notes, strict)
     deployed = Deployed(sites, toml, tmp_path / "run")
-    if code is not Code.BUDGET_EXHAUSTED:  # the MAC of the data is made before the charge
+    if code is not ErrorCode.BUDGET_EXHAUSTED:  # the MAC of the data is made before the charge
         damage(sites[0])
     with pytest.raises(TooFewReplies, match=f"site 'charite' refused: {code.value}"):
         deployed.run()
@@ -427,7 +437,7 @@ def test_a_run_of_many_arms_and_seeds_spends_no_more_than_the_site_allows_one_ru
     for number, (arm, seed) in enumerate([(a, s) for a in ("main", "other", "third") for s in (0, 1)]):
         client = client_side(place, cell_of(many, arm, seed), Envelope("run", arm, seed, 1, 0), {})
         planned = client.plan()
-        binding = Binding(f"order {number}", planned.digest(), "mac", "model", "version")
+        binding = Binding(f"request {number}", planned.digest(), "mac", "model", "version")
         try:
             client.ledger.charge(planned, binding, client.run, budget=client.config.budget)
         except BudgetExhausted:
@@ -437,7 +447,7 @@ def test_a_run_of_many_arms_and_seeds_spends_no_more_than_the_site_allows_one_ru
     assert place.open_ledger().spent()[0] <= 2.0
 
 
-def test_an_order_to_a_site_whose_ledger_is_an_older_copy_is_refused_with_a_code_alone(
+def test_a_request_to_a_site_whose_ledger_is_an_older_copy_is_refused_with_a_code_alone(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
     [place, *_] = places(tmp_path, notes)
@@ -449,7 +459,7 @@ def test_an_order_to_a_site_whose_ledger_is_an_older_copy_is_refused_with_a_code
     again = Deployed([place], one, tmp_path / "again", run_id="second")
     with pytest.raises(TooFewReplies, match="site 'charite' refused: failed"):
         again.run()
-    assert again.codes() == [Code.FAILED]
+    assert again.codes() == [ErrorCode.FAILED]
     assert not contents(place.ledger)["grants"]
     declare(place, *lost(place))
     Deployed([place], one, tmp_path / "after", run_id="third").run()
@@ -539,16 +549,16 @@ class TestApproval:
         seen: list[Any] = []
         check = Approvals.check
 
-        def accepted_at_the_third_look(approvals: Approvals, order: str, sha256: str) -> None:
-            if order in [held["order"] for held in sites[0].approvals.all()]:
-                seen.append(held_text(sites[0], order[:10]))
+        def accepted_at_the_third_look(approvals: Approvals, request: str, sha256: str) -> None:
+            if request in [held["order"] for held in sites[0].approvals.all()]:
+                seen.append(held_text(sites[0], request[:10]))
                 if len(seen) == 3:
-                    decide(sites[0], order[:10], "accepted")
-            check(approvals, order, sha256)
+                    decide(sites[0], request[:10], "accepted")
+            check(approvals, request, sha256)
 
         monkeypatch.setattr(Approvals, "check", accepted_at_the_third_look)
         deployed.run()
-        assert deployed.codes() == [Code.AWAITS_APPROVAL] * 2
+        assert deployed.codes() == [ErrorCode.AWAITS_APPROVAL] * 2
         told = (tmp_path / "run" / "events.jsonl").read_text()
         assert told.count("site 'charite': its answer waits for approval there") == 1  # not at each look
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
@@ -562,12 +572,12 @@ class TestApproval:
         deployed = Deployed(sites, toml, tmp_path / "run")
         check = Approvals.check
 
-        def declined(approvals: Approvals, order: str, sha256: str) -> None:
+        def declined(approvals: Approvals, request: str, sha256: str) -> None:
             if approvals.folder == sites[0].approvals.folder and [
                 h for h in sites[0].approvals.all() if h["decision"] == "waits"
             ]:
-                decide(sites[0], order, "declined")
-            check(approvals, order, sha256)
+                decide(sites[0], request, "declined")
+            check(approvals, request, sha256)
 
         monkeypatch.setattr(Approvals, "check", declined)
         with pytest.raises(TooFewReplies, match="site 'charite' refused: not_approved"):
@@ -600,7 +610,7 @@ def test_two_nodes_of_one_name_are_refused_before_anything_is_asked(
     deployed.grid.get_nodes = lambda: nodes
     with pytest.raises(TooFewReplies, match="2 SuperNodes are registered as 'ukb'"):
         deployed.run()
-    assert not deployed.grid.orders
+    assert not deployed.grid.requests
 
 
 def test_a_quorum_goes_on_without_a_site_that_stays_away(tmp_path: Path, notes: pd.DataFrame) -> None:
@@ -620,7 +630,7 @@ def test_a_site_that_cannot_be_reached_is_asked_again_under_the_same_grant(
         if message.metadata.message_type == Synthesize.task and lost[0] > 0:
             lost[0] -= 1
             deployed.grid.app(message, deployed.grid.contexts[message.metadata.dst_node_id])  # its answer is lost
-            return Message(Error(ErrorCode.NODE_UNAVAILABLE, "heartbeat"), reply_to=message)
+            return Message(Error(FlowerError.NODE_UNAVAILABLE, "heartbeat"), reply_to=message)
         return None
 
     deployed.grid.spoil = unreachable
@@ -637,7 +647,7 @@ def test_a_site_that_connected_anew_is_asked_anew_under_the_same_grant(
     lost: list[str] = []
 
     def forgetful(ids: Any) -> Any:
-        """The first site's first order was taken, and forgotten with the program that died."""
+        """The first site's first request was taken, and forgotten with the program that died."""
         if not lost:
             lost.append(next(iter(ids)))
             grid._waiting.pop(lost[0])
@@ -693,15 +703,15 @@ def test_a_run_id_or_arm_that_leads_elsewhere_is_refused(tmp_path: Path, toml: s
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_what_an_order_lets_out_is_what_its_answer_class_holds() -> None:
+def test_what_a_request_lets_out_is_what_its_answer_class_holds() -> None:
     from typing import get_type_hints
 
-    for order in ORDERS:
-        held = {KINDS[kind] for hint in get_type_hints(order.reply).values() for kind in KINDS if hint is kind}
-        fields = {f.metadata["origin"].value for f in __import__("dataclasses").fields(order.reply)}
-        told = outputs(order.__new__(order))
-        assert told - {"metrics"} == held, order
-        assert ("metrics" in told) == bool(fields & {"measured"} or order.task == "train.self_train"), order
+    for request in REQUESTS:
+        held = {KINDS[kind] for hint in get_type_hints(request.reply).values() for kind in KINDS if hint is kind}
+        fields = {f.metadata["origin"].value for f in __import__("dataclasses").fields(request.reply)}
+        told = outputs(request.__new__(request))
+        assert told - {"metrics"} == held, request
+        assert ("metrics" in told) == bool(fields & {"measured"} or request.task == "train.self_train"), request
     assert set(OUTPUTS) == {*KINDS.values(), "metrics"}
 
 
@@ -768,7 +778,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"orders": ("train.synthesise",)}, "no order 'train.synthesise'"),
+            ({"orders": ("train.synthesise",)}, "no request 'train.synthesise'"),
             ({"lifetime": Budget(10.0, 1e-3)}, "delta must be at most 1e-05, got 0.001"),
             ({"per_run": Budget(11.0)}, "more than policy.lifetime"),
             ({"bundles": ("abc",)}, "64 hexadecimal digits, got 'abc'"),
@@ -820,13 +830,13 @@ def test_a_scenario_cannot_make_a_site_read_its_files_to_find_labels(
     probing = toml.replace('labels = ["heart", "skin"]\n', labels)
     deployed = Deployed(places(tmp_path, notes), probing, tmp_path / "run")
     context = next(iter(deployed.grid.contexts.values()))
-    order = pack_order(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
+    request = pack_request(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
     (tmp_path / "all.csv").unlink()  # what the scenario names; what is there would be an answer
-    sealed = answer(Synthesize, order, context, deployed.open, unopened=lambda task, why: None)
-    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+    sealed = answer(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
+    assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
     notes.to_csv(tmp_path / "all.csv", index=False)
-    sealed = answer(Synthesize, order, context, deployed.open, unopened=lambda task, why: None)
-    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+    sealed = answer(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
+    assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
 
 
 def test_a_model_of_a_list_by_client_is_held_against_the_policy_too(
@@ -848,10 +858,10 @@ def test_more_steps_than_can_be_planned_for_are_refused_before_anything_is_opene
     def opened(context: Context, envelope: Envelope) -> ClientSide:
         return client_side(deployed.sites[0], cell_of(wild, "main", 0), envelope, {})
 
-    order = pack_order(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
+    request = pack_request(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
     context = next(iter(deployed.grid.contexts.values()))
-    sealed = answer(Synthesize, order, context, opened, unopened=lambda task, what: why.append(what))
-    assert unpack_answer(sealed, Synthesize.reply) == Refused(Code.FAILED)
+    sealed = answer(Synthesize, request, context, opened, unopened=lambda task, what: why.append(what))
+    assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
     assert "client.generator_training.steps must be at most 100,000 over all rounds, got 1,000,000,000" in why[0]
 
 

@@ -1,4 +1,4 @@
-"""A site's imported rows: what orders are answered from, whatever one of them holds; and what its operator is told."""
+"""A site's imported rows: what requests read, whatever one of them holds; and what its operator is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flwr.app import Context, RecordDict
 
 from fedsynth.clients.audit_log import entries
 from fedsynth.clients.client_side import ClientSide, cell_of
-from fedsynth.clients.handler import answer
+from fedsynth.clients.handler import reply_to
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data import rowstore
 from fedsynth.data.rowstore import Imported, Record, RowsUnusable
@@ -29,21 +29,21 @@ from fedsynth.deployment.site.ready import check_state
 from fedsynth.deployment.site.rows import check_rows, import_rows, source_changed
 from fedsynth.deployment.site.start import start
 from fedsynth.federation.messages import (
-    ORDERS,
     OUTPUTS,
+    REQUESTS,
     Adopt,
-    Code,
     Envelope,
+    ErrorCode,
     Evaluate,
     Finetune,
     Learn,
-    Order,
     Refused,
+    Request,
     Score,
     SelfTrain,
     Synthesize,
 )
-from fedsynth.federation.records import pack_order, unpack_answer
+from fedsynth.federation.records import pack_request, unpack_reply
 from fedsynth.models.adapters import new_adapter
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.ledger import Binding
@@ -106,7 +106,7 @@ def place(folder: Path, content: Sequence[bytes], task: str = "classification", 
     facts |= {"person": "person", "records": 9, "test": TestRows("part", "test"), **more}
     policy = Policy(
         Budget(1e4),
-        orders=tuple(o.task for o in ORDERS),
+        requests=tuple(o.task for o in REQUESTS),
         outputs=OUTPUTS,
         without_guarantee=True,
         minimum_records=1,
@@ -124,27 +124,27 @@ def imported(folder: Path, content: Sequence[bytes], task: str = "classification
 
 
 def client(site: Place, toml: str) -> ClientSide:
-    """Where an order is answered."""
+    """Where a request is answered."""
     envelope = Envelope("run", "main", 0, 1, 0)
     return client_side(site, cell_of(to_toml(from_toml(toml)), "main", 0), envelope, {})
 
 
-def asked(site: Place, order: Order[Any], toml: str, exchange: int = 1, run: str = "run") -> Any:
-    """What a site replies to an order."""
+def asked(site: Place, request: Request[Any], toml: str, exchange: int = 1, run: str = "run") -> Any:
+    """What a site replies to a request."""
     whole = to_toml(from_toml(toml))
     cell, context = cell_of(whole, "main", 0), Context(1, 1, {}, RecordDict(), {"scenario-toml": whole})
-    content = pack_order(order, Envelope(run, "main", 0, exchange, 0))
-    sealed = answer(
-        type(order),
+    content = pack_request(request, Envelope(run, "main", 0, exchange, 0))
+    sealed = reply_to(
+        type(request),
         content,
         context,
         lambda _, envelope: client_side(site, cell, envelope, {}),
         unopened=lambda task, why: None,
     )
-    return unpack_answer(sealed, order.reply)
+    return unpack_reply(sealed, request.reply)
 
 
-def orders(task: str, guarantee: str) -> Iterator[Order[Any]]:
+def requests(task: str, guarantee: str) -> Iterator[Request[Any]]:
     """One of each kind that a scenario can lead to, in an order in which a run could ask them."""
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
     written = Corpus(
@@ -167,7 +167,7 @@ CRASH = "zqcrash"  # the tokenizer fails at it
 
 
 def poisoned(line: bytes) -> list[bytes]:
-    """What a row may become: each of it stopped an order once, or could."""
+    """What a row may become: each of it stopped a request once, or could."""
     note = b'"note '
     return [
         line.replace(note, b'"n\xffte '),
@@ -210,12 +210,12 @@ def test_the_code_of_a_reply_is_the_same_whatever_rows_hold(tmp_path: Path, task
     contents = [clean, bad, none] if guarantee == "dp" else [clean, bad, none, [b""]]
     sites = [imported(tmp_path / f"{n}", content, task) for n, content in enumerate(contents)]
     assert len({client(site, toml).plan() for site in sites}) == 1
-    for exchange, order in enumerate(orders(task, guarantee)):
-        own = guarantee == "dp" and isinstance(order, Finetune | Synthesize | Score)  # each has a budget of its own
+    for exchange, request in enumerate(requests(task, guarantee)):
+        own = guarantee == "dp" and isinstance(request, Finetune | Synthesize | Score)  # each has a budget of its own
         run = f"run-{exchange}" if own else "run"
-        found = [asked(site, order, toml, exchange, run) for site in sites]
-        assert {type(reply) for reply in found} == {order.reply}, (order.task, found)
-        if isinstance(order, Evaluate):
+        found = [asked(site, request, toml, exchange, run) for site in sites]
+        assert {type(reply) for reply in found} == {request.reply}, (request.task, found)
+        if isinstance(request, Evaluate):
             assert len({tuple(reply.metrics) for reply in found}) == 1
 
 
@@ -281,7 +281,7 @@ def test_rows_that_an_earlier_version_stored_are_imported_again(tmp_path: Path) 
     site.rows.write_bytes(site.rows.read_bytes().replace(b'"format": 2', b'"format": 1', 1))
     with pytest.raises(BadValue, match="or by an earlier version alone: `fedsynth site check"):
         check_rows(site)
-    assert asked(site, Learn(0), scenario()) == Refused(Code.NOT_ALLOWED)
+    assert asked(site, Learn(0), scenario()) == Refused(ErrorCode.NOT_ALLOWED)
     assert told(site) == []
     check_rows(site)
     assert rowstore.read(site.rows, site.open_ledger().mac_key) == before
@@ -309,11 +309,11 @@ def told(site: Place) -> list[str]:
     return [f.says for f in check(site) if f.what == "data" and f.state != "ok"]
 
 
-def test_orders_are_refused_on_a_declared_fact_until_rows_are_imported(tmp_path: Path) -> None:
+def test_requests_are_refused_on_a_declared_fact_until_rows_are_imported(tmp_path: Path) -> None:
     site = place(tmp_path, rows())
     site.open_ledger(create=True)  # as a site of an older version has it
-    order = Learn(0)
-    assert asked(site, order, scenario()) == Refused(Code.NOT_ALLOWED)
+    request = Learn(0)
+    assert asked(site, request, scenario()) == Refused(ErrorCode.NOT_ALLOWED)
     with pytest.raises(BadValue, match="no rows have been imported as"):
         check_rows(site)
     write_node_keys(tmp_path / "keys" / "node", tmp_path / "north.pub")
@@ -324,12 +324,12 @@ def test_orders_are_refused_on_a_declared_fact_until_rows_are_imported(tmp_path:
     assert first.what == "site.toml"
     check_rows(site)
     assert site.open_ledger().mac_key == key
-    assert type(asked(site, order, scenario())) is order.reply
+    assert type(asked(site, request, scenario())) is request.reply
     other = replace(site, site=replace(site.site, data=replace(site.site.data, text="note")))
-    assert asked(other, Learn(1), scenario()) == Refused(Code.NOT_ALLOWED)  # rows of other columns are not these
+    assert asked(other, Learn(1), scenario()) == Refused(ErrorCode.NOT_ALLOWED)  # rows of other columns are not these
 
 
-def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_orders_go_on(
+def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_requests_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, toml = imported(tmp_path, rows()), scenario()
@@ -339,7 +339,7 @@ def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_orders_go_on(
     os.utime(file)
     assert source_changed(site) == ""  # the same content
     file.write_bytes(file.read_bytes().replace(b"note 3", b"n\xffte 3"))
-    assert "notes.jsonl has changed: orders go on with the rows as imported at 20" in source_changed(site)
+    assert "notes.jsonl has changed: requests go on with the rows as imported at 20" in source_changed(site)
     assert client(site, toml).train == before
     seen = []
 
@@ -362,7 +362,7 @@ def test_a_file_that_has_changed_is_told_to_the_operator_alone_and_orders_go_on(
     assert type(asked(site, Learn(0), toml)) is Learn.reply
     [problem] = told(site)
     assert problem.startswith("nothing was imported: notes.jsonl: no such file in ")
-    assert "; orders go on with the rows as imported at 20" in problem
+    assert "; requests go on with the rows as imported at 20" in problem
     file.write_bytes(b"\n".join(rows()[1:]))
     assert "these are other rows than those imported before" in " ".join(told(site))
     assert len(client(site, toml).train) == len(before) - 1
@@ -406,7 +406,9 @@ def test_persons_of_several_spellings_are_not_imported_unless_a_key_merges_them(
 
 def test_a_source_without_a_row_to_learn_from_is_a_problem_and_imported_all_the_same(tmp_path: Path) -> None:
     site = place(tmp_path, [b"nonsense"])
-    assert told(site)[0].startswith("no training row has 'text' and 'label' that can be read: orders are answered all")
+    assert told(site)[0].startswith(
+        "no training row has 'text' and 'label' that can be read: requests are answered all"
+    )
     check_rows(site)
 
 
@@ -471,7 +473,7 @@ def test_a_private_folder_leaves_those_above_that_were_there(tmp_path: Path) -> 
     assert modes == [0o755, 0o700, 0o700]
 
 
-def test_an_order_is_answered_without_the_source_and_leaves_it_alone(tmp_path: Path) -> None:
+def test_a_request_is_answered_without_the_source_and_leaves_it_alone(tmp_path: Path) -> None:
     site = imported(tmp_path, rows())
     (tmp_path / "notes.jsonl").unlink()
     assert type(asked(site, Learn(0), scenario())) is Learn.reply

@@ -62,7 +62,7 @@ def site(**more: Any) -> SiteData:
 
 
 def read(data: SiteData, folder: Path) -> ClientData:
-    """What orders of a site work with."""
+    """What requests of a site work with."""
     return laid_out(gathered(data, folder).records, data)
 
 
@@ -489,7 +489,7 @@ SPELLINGS = ["PAT003", "PAT003 ", "pat003", "PA\u200bT003", "\uff30AT003", " PAT
 
 
 @pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0", "\uff13.0"])
-def test_spellings_of_a_person_are_one_unit_at_an_order_and_refused_by_the_check(tmp_path: Path, other: str) -> None:
+def test_spellings_of_a_person_are_one_unit_at_a_request_and_refused_by_the_check(tmp_path: Path, other: str) -> None:
     first = {"caf\u00e9": "cafe\u0301", "3.0": "3", "\uff13.0": "3"}.get(other, "PAT003")
     lines(tmp_path, {**WHOLE, "person": first}, {**WHOLE, "person": other}, {**WHOLE, "person": "q"})
     data = site(source="notes.jsonl")

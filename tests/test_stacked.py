@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode as FlowerError
 from inprocess import Played, instructions, play
 from torch import Tensor, nn
 
@@ -24,8 +24,8 @@ from fedsynth.clients import batched_training as module
 from fedsynth.clients.finetune import check
 from fedsynth.dpsgd import UnknownWeight, clipper
 from fedsynth.dpsgd.stacked import Stacked, stacked
-from fedsynth.federation.messages import Code, Envelope, Finetune, Finetuned
-from fedsynth.federation.records import joined, pack_order, parted, unpack_answer
+from fedsynth.federation.messages import Envelope, ErrorCode, Finetune, Finetuned
+from fedsynth.federation.records import joined, pack_order, parted, unpack_reply
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import attach_lora
 from fedsynth.privacy.ledger import Ledger
@@ -449,7 +449,7 @@ def one_message(played: Played, clients: Sequence[tuple[int, int]]) -> list[Any]
     order = played.orders(Finetune)[0]
     contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(clients)]
     reply = app.answer(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
-    return [unpack_answer(part, Finetuned) for part in parted(reply)]
+    return [unpack_reply(part, Finetuned) for part in parted(reply)]
 
 
 def test_two_orders_of_one_client_in_a_message_do_not_wait_for_each_other(tmp_path: Path) -> None:
@@ -466,7 +466,7 @@ def test_a_site_answers_one_order_a_message_and_is_checked_each_time(
     opened, checks = app.simulated_client, []
     monkeypatch.setattr(app, "simulated_client", lambda *a: replace(opened(*a), simulated=False))
     monkeypatch.setattr("fedsynth.clients.finetune.self_check", lambda *_, **__: checks.append(1))
-    assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [Code.BAD_ORDER] * 2
+    assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [ErrorCode.BAD_ORDER] * 2
     client = replace(run.client(0), simulated=False)
     start = run.orders(Finetune)[0].start
     for _ in range(2):
@@ -484,7 +484,7 @@ def test_a_client_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -
         if message.metadata.message_type != Finetune.task or 1 not in clients:
             return None
         sent.append(clients)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "the worker died"), reply_to=message)
+        return Message(Error(FlowerError.CLIENT_APP_RAISED_EXCEPTION, "the worker died"), reply_to=message)
 
     toml = in_stacks(instructions(tmp_path, AVERAGE, clients=6, rows=72), 2)
     run = play(toml, tmp_path, nodes=1, spoil=dies)

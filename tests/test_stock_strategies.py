@@ -319,7 +319,7 @@ def test_each_round_is_a_grant_and_a_repeated_message_gets_the_same_bytes(tmp_pa
     assert not same(tensors(first.content["arrays"]), tensors(second.content["arrays"]))
 
 
-def test_other_arrays_or_another_pull_in_the_same_round_are_another_order(tmp_path: Path) -> None:
+def test_other_arrays_or_another_pull_in_the_same_round_are_another_request(tmp_path: Path) -> None:
     world = stock(tmp_path)
     told = {"server-round": 1}
     moved = arrays_of(replace(world.start, arrays={n: a + 1e-3 for n, a in world.start.arrays.items()}))
@@ -343,8 +343,8 @@ def test_without_a_guarantee_every_reply_and_the_ledger_say_so(tmp_path: Path) -
 def test_what_is_no_epsilon_is_no_bound(epsilon: Any) -> None:
     said = [{"epsilon": 2.0, "delta": 1e-5}, {"delta": 1e-6} | ({} if epsilon is None else {"epsilon": epsilon})]
     replies = [RecordDict({"privacy": ConfigRecord(dict(facts))}) for facts in said]
-    for order in (replies, replies[::-1]):
-        found = largest_epsilon(order, "num-examples")
+    for request in (replies, replies[::-1]):
+        found = largest_epsilon(request, "num-examples")
         assert (found["epsilon"], found["delta"]) == (math.inf, 1e-5)
 
 

@@ -23,22 +23,22 @@ from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.data.partition import ClientData
 from fedsynth.federation import messages as tasks
 from fedsynth.federation.messages import (
-    ORDERS,
     OUTPUTS,
+    REQUESTS,
     Adopt,
     Adopted,
-    Code,
     Envelope,
+    ErrorCode,
     Evaluate,
     Evaluated,
     Finetune,
     Finetuned,
     Learn,
     Learnt,
-    Order,
     Origin,
     Output,
     Refused,
+    Request,
     Score,
     Scored,
     SelfTrain,
@@ -49,13 +49,13 @@ from fedsynth.federation.messages import (
 from fedsynth.federation.payload import BadPayload, decode, encode
 from fedsynth.federation.records import (
     WillNotLeave,
-    pack_answer,
-    pack_order,
+    pack_reply,
+    pack_request,
     payload_bytes,
     refusal,
     seal,
-    unpack_answer,
-    unpack_order,
+    unpack_reply,
+    unpack_request,
 )
 from fedsynth.federation.validation import (
     CHECKED,
@@ -63,8 +63,8 @@ from fedsynth.federation.validation import (
     MAX_TEXT,
     MAX_TOKENS,
     Rejected,
-    check_answer,
-    check_order,
+    check_reply,
+    check_request,
 )
 from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import BudgetExhausted, Ledger
@@ -89,7 +89,7 @@ UNDER_A_GRANT = (
     Adopted(2),
     Learnt(4),
     Evaluated({"accuracy": 0.5}, 600),
-    Refused(Code.FAILED),
+    Refused(ErrorCode.FAILED),
 )
 OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 ANSWERS = (*UNDER_A_GRANT, OPEN)
@@ -119,7 +119,7 @@ def undeclared(answers: list[type[Any]]) -> list[str]:
 
 
 def test_every_field_of_every_answer_declares_its_origin() -> None:
-    answers = [*(order.reply for order in ORDERS), Refused]
+    answers = [*(request.reply for request in REQUESTS), Refused]
     assert undeclared(answers) == []
     assert {type(a) for a in ANSWERS} == set(answers)
 
@@ -132,10 +132,10 @@ def test_the_search_for_undeclared_fields_finds_one() -> None:
     assert undeclared([Learnt, Careless]) == ["Careless.loss"]
 
 
-def test_every_order_class_is_listed_and_has_a_handler() -> None:
-    classes = [c for _, c in inspect.getmembers(tasks, inspect.isclass) if issubclass(c, Order) and c is not Order]
-    assert set(classes) == set(ORDERS) == set(handler.FUNCTIONS)
-    assert len({order.task for order in ORDERS}) == len(ORDERS)
+def test_every_request_class_is_listed_and_has_a_handler() -> None:
+    classes = [c for _, c in inspect.getmembers(tasks, inspect.isclass) if issubclass(c, Request) and c is not Request]
+    assert set(classes) == set(REQUESTS) == set(handler.FUNCTIONS)
+    assert len({request.task for request in REQUESTS}) == len(REQUESTS)
 
 
 def test_a_field_without_an_origin_does_not_pack() -> None:
@@ -210,9 +210,9 @@ def test_text_with_units_does_not_pack() -> None:
         sealed(Synthesized(with_units, NONE, 0), waived=True)
 
 
-def test_an_order_with_private_text_does_not_pack() -> None:
+def test_a_request_with_private_text_does_not_pack() -> None:
     with pytest.raises(WillNotLeave, match="private text"):
-        pack_order(Learn(1, PRIVATE), ENVELOPE)
+        pack_request(Learn(1, PRIVATE), ENVELOPE)
 
 
 # Guarantees
@@ -247,7 +247,7 @@ def comparable(answer: Synthesized | Finetuned) -> object:
 
 @dataclass(frozen=True)
 class Opinions:
-    """An answer that no order asks for."""
+    """An answer that no request asks for."""
 
     values: tuple[float, ...] = dataclasses.field(metadata={"origin": Origin.NO_GUARANTEE})
 
@@ -291,17 +291,17 @@ def test_a_statement_of_dp_beside_an_ungranted_adapter_is_refused() -> None:
         sealed(Finetuned(replace(ADAPTER, grants=()), DP, 200), waived=True)
 
 
-# Orders and replies as Flower records
+# Requests and replies as Flower records
 
 
-def test_an_order_comes_back_with_its_envelope() -> None:
-    order, envelope, digest = unpack_order(pack_order(ORDER, ENVELOPE), Synthesize)
-    assert (order, envelope) == (ORDER, ENVELOPE)
+def test_a_request_comes_back_with_its_envelope() -> None:
+    request, envelope, digest = unpack_request(pack_request(ORDER, ENVELOPE), Synthesize)
+    assert (request, envelope) == (ORDER, ENVELOPE)
     assert len(bytes.fromhex(digest)) == 32
 
 
-def digest_of(order: Order[Any] = ORDER, **envelope: Any) -> str:
-    return unpack_order(pack_order(order, replace(ENVELOPE, **envelope)), type(order))[2]
+def digest_of(request: Request[Any] = ORDER, **envelope: Any) -> str:
+    return unpack_request(pack_request(request, replace(ENVELOPE, **envelope)), type(request))[2]
 
 
 @pytest.mark.parametrize("change", [{"run": "s"}, {"seed": 1}, {"exchange": 2}, {"client": 4}])
@@ -312,13 +312,13 @@ def test_the_digest_changes_with_run_seed_exchange_and_client(change: dict[str, 
 @pytest.mark.parametrize(
     "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_tokens": 47}, {"seed": 2}]
 )
-def test_the_digest_changes_with_every_field_of_the_order(change: dict[str, Any]) -> None:
+def test_the_digest_changes_with_every_field_of_the_request(change: dict[str, Any]) -> None:
     assert digest_of(replace(ORDER, **change)) != digest_of()
 
 
 def test_the_digest_of_learn_changes_with_its_text() -> None:
     texts = [Learn(1), Learn(1, GRANTED), Learn(1, replace(GRANTED, prompts=("other",)))]
-    assert len({digest_of(order) for order in texts}) == 3
+    assert len({digest_of(request) for request in texts}) == 3
 
 
 def test_the_digest_does_not_change_with_the_arm() -> None:
@@ -331,31 +331,31 @@ def test_the_digest_sees_where_one_number_ends() -> None:
 
 def test_replies_come_back_typed() -> None:
     answer = Learnt(4)
-    content = pack_answer(sealed(answer))
-    assert unpack_answer(content, Learnt) == answer
+    content = pack_reply(sealed(answer))
+    assert unpack_reply(content, Learnt) == answer
     assert payload_bytes(content) == len(encode(answer))
     with pytest.raises(BadPayload, match="expected a Evaluated of schema 2"):
-        unpack_answer(content, Evaluated)
+        unpack_reply(content, Evaluated)
 
 
-@pytest.mark.parametrize("code", list(Code))
-def test_a_refusal_carries_a_constant_code_and_nothing_else(code: Code) -> None:
-    content = pack_answer(refusal(code), refused=True)
-    assert unpack_answer(content, Synthesized) == Refused(code)
+@pytest.mark.parametrize("code", list(ErrorCode))
+def test_a_refusal_carries_a_constant_code_and_nothing_else(code: ErrorCode) -> None:
+    content = pack_reply(refusal(code), refused=True)
+    assert unpack_reply(content, Synthesized) == Refused(code)
     names = {"fedsynth", "refused", "payload", "value.json", "schema", "type", "value", "Refused", "code"}
     assert texts_in(content) == {*names, code.value}
 
 
 @pytest.mark.parametrize("field", ["code", "reason"])
 def test_a_refusal_outside_the_closed_list_is_not_read(field: str) -> None:
-    with zipfile.ZipFile(io.BytesIO(encode(Refused(Code.FAILED)))) as zipped:
+    with zipfile.ZipFile(io.BytesIO(encode(Refused(ErrorCode.FAILED)))) as zipped:
         head = json.loads(zipped.read("value.json"))
     head["value"][field] = "the patient's name"
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as zipped:
         zipped.writestr("value.json", json.dumps(head))
     with pytest.raises(BadPayload, match=r"Refused(\.code| has a field)") as caught:
-        unpack_answer(pack_answer(out.getvalue(), refused=True), Learnt)
+        unpack_reply(pack_reply(out.getvalue(), refused=True), Learnt)
     assert "patient" not in str(caught.value)
 
 
@@ -364,14 +364,14 @@ def test_a_refusal_outside_the_closed_list_is_not_read(field: str) -> None:
 )
 def test_a_message_that_is_no_reply_is_a_bad_value(content: RecordDict) -> None:
     with pytest.raises(BadValue):
-        unpack_answer(content, Learnt)
+        unpack_reply(content, Learnt)
 
 
 @pytest.mark.parametrize("way", ["order", "answer"])
 def test_a_record_without_its_keys_is_a_bad_value(way: str) -> None:
     content = RecordDict({"fedsynth": ConfigRecord({"run": "r"})})
     with pytest.raises(BadValue):
-        unpack_order(content, Learn) if way == "order" else unpack_answer(content, Learnt)
+        unpack_request(content, Learn) if way == "order" else unpack_reply(content, Learnt)
 
 
 # Canaries: searched in decoded content, because a format may hide them from a search of bytes
@@ -428,41 +428,41 @@ def holds(content: RecordDict, canary: str = CANARY) -> bool:
     ids=["prompt", "answer", "grant"],
 )
 def test_the_search_finds_a_planted_canary_in_a_corpus(planted: Corpus) -> None:
-    assert holds(pack_answer(encode(Synthesized(planted, DP, 0))))
-    assert not holds(pack_answer(encode(Synthesized(GRANTED, DP, 0))))
+    assert holds(pack_reply(encode(Synthesized(planted, DP, 0))))
+    assert not holds(pack_reply(encode(Synthesized(GRANTED, DP, 0))))
 
 
 def test_the_search_finds_canaries_that_bytes_hide() -> None:
-    content = pack_answer(encode(Evaluated({CANARY: 1.0}, 1)))
+    content = pack_reply(encode(Evaluated({CANARY: 1.0}, 1)))
     assert CANARY.encode() not in content["fedsynth"]["payload"]  # JSON escapes it
     assert holds(content)
-    assert holds(pack_order(Learn(1, replace(GRANTED, prompts=(CANARY,))), ENVELOPE))
-    assert holds(pack_order(ORDER, replace(ENVELOPE, run=CANARY)))
+    assert holds(pack_request(Learn(1, replace(GRANTED, prompts=(CANARY,))), ENVELOPE))
+    assert holds(pack_request(ORDER, replace(ENVELOPE, run=CANARY)))
 
 
 RAISED = [
-    (RuntimeError, Code.FAILED),
-    (KeyError, Code.FAILED),
-    (UnicodeDecodeError, Code.FAILED),
-    (BudgetExhausted, Code.BUDGET_EXHAUSTED),
-    (BudgetTooSmall, Code.BUDGET_TOO_SMALL),
-    (WillNotLeave, Code.NOT_ALLOWED),
-    (NotReleasable, Code.NOT_ALLOWED),
-    (handler.BadOrder, Code.BAD_ORDER),
-    (BadValue, Code.FAILED),
+    (RuntimeError, ErrorCode.FAILED),
+    (KeyError, ErrorCode.FAILED),
+    (UnicodeDecodeError, ErrorCode.FAILED),
+    (BudgetExhausted, ErrorCode.BUDGET_EXHAUSTED),
+    (BudgetTooSmall, ErrorCode.BUDGET_TOO_SMALL),
+    (WillNotLeave, ErrorCode.NOT_ALLOWED),
+    (NotReleasable, ErrorCode.NOT_ALLOWED),
+    (handler.BadRequest, ErrorCode.BAD_REQUEST),
+    (BadValue, ErrorCode.FAILED),
 ]
 
 
 @pytest.mark.parametrize(("kind", "code"), RAISED)
-def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], code: Code) -> None:
+def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], code: ErrorCode) -> None:
     def open_client(context: Any, envelope: Envelope) -> Any:
         if kind is UnicodeDecodeError:
             raise UnicodeDecodeError("utf-8", CANARY.encode("latin-1"), 1, 2, CANARY)
         raise kind(f"malformed date in the record of {CANARY}")
 
     context: Any = None
-    content = handler.answer(Learn, pack_order(Learn(1), ENVELOPE), context, open_client)
-    assert unpack_answer(content, Learnt) == Refused(code)
+    content = handler.reply_to(Learn, pack_request(Learn(1), ENVELOPE), context, open_client)
+    assert unpack_reply(content, Learnt) == Refused(code)
     assert not holds(content)
 
 
@@ -488,28 +488,28 @@ def test_no_reply_and_no_server_log_holds_private_text(
         monkeypatch.setattr("fedsynth.clients.learn.load_tokenizer", tokenizer)
     context: Any = None
     replies = [
-        handler.answer(
-            kind, pack_order(order, replace(ENVELOPE, exchange=i)), context, lambda *_: client(tmp_path, train)
+        handler.reply_to(
+            kind, pack_request(request, replace(ENVELOPE, exchange=i)), context, lambda *_: client(tmp_path, train)
         )
-        for i, (kind, order) in enumerate([(Learn, Learn(1)), (Evaluate, Evaluate())])
+        for i, (kind, request) in enumerate([(Learn, Learn(1)), (Evaluate, Evaluate())])
     ]
-    first = unpack_answer(replies[0], Learnt)
-    assert first == (Learnt(0) if crash == "none" else Refused(Code.FAILED))
+    first = unpack_reply(replies[0], Learnt)
+    assert first == (Learnt(0) if crash == "none" else Refused(ErrorCode.FAILED))
     assert not any(holds(reply) for reply in replies)
     assert CANARY not in caplog.text
     if crash == "tokenizer":
         assert CANARY in (tmp_path / "site.log").read_text()  # the site itself learns what happened
 
 
-@pytest.mark.parametrize("content", [RecordDict({}), pack_order(ORDER, ENVELOPE), pack_answer(b"no zip")])
-def test_an_order_that_cannot_be_read_is_refused_before_a_client_is_opened(content: RecordDict) -> None:
+@pytest.mark.parametrize("content", [RecordDict({}), pack_request(ORDER, ENVELOPE), pack_reply(b"no zip")])
+def test_a_request_that_cannot_be_read_is_refused_before_a_client_is_opened(content: RecordDict) -> None:
     def open_client(context: Any, envelope: Envelope) -> Any:
         raise AssertionError("opened")
 
     context: Any = None
-    reply = unpack_answer(handler.answer(Learn, content, context, open_client), Learnt)
+    reply = unpack_reply(handler.reply_to(Learn, content, context, open_client), Learnt)
     assert isinstance(reply, Refused)
-    assert reply.code in (Code.BAD_ORDER, Code.FAILED)
+    assert reply.code in (ErrorCode.BAD_REQUEST, ErrorCode.FAILED)
 
 
 # Firewall
@@ -524,12 +524,12 @@ def test_an_order_that_cannot_be_read_is_refused_before_a_client_is_opened(conte
         ("top_p", [0.01, 1.0], [0.0, 1.01, float("nan")]),
     ],
 )
-def test_a_client_checks_the_ranges_of_an_order(name: str, fits: list[Any], does_not: list[Any]) -> None:
+def test_a_client_checks_the_ranges_of_a_request(name: str, fits: list[Any], does_not: list[Any]) -> None:
     for value in fits:
-        check_order(with_field(ORDER, name, value), LABELS)
+        check_request(with_field(ORDER, name, value), LABELS)
     for value in does_not:
         with pytest.raises(Rejected, match=f"{name} must lie in"):
-            check_order(with_field(ORDER, name, value), LABELS)
+            check_request(with_field(ORDER, name, value), LABELS)
 
 
 @pytest.mark.parametrize(
@@ -540,11 +540,11 @@ def test_a_client_checks_the_ranges_of_an_order(name: str, fits: list[Any], does
         (PRIVATE, "marked private"),
     ],
 )
-def test_a_client_checks_the_text_of_an_order(corpus: Corpus, said: str) -> None:
-    check_order(Learn(1, replace(GRANTED, prompts=("a" * MAX_TEXT,))), LABELS)
-    check_order(Learn(1), LABELS)
+def test_a_client_checks_the_text_of_a_request(corpus: Corpus, said: str) -> None:
+    check_request(Learn(1, replace(GRANTED, prompts=("a" * MAX_TEXT,))), LABELS)
+    check_request(Learn(1), LABELS)
     with pytest.raises(Rejected, match=said):
-        check_order(Learn(1, corpus), LABELS)
+        check_request(Learn(1, corpus), LABELS)
 
 
 def answered(*labels: str, **more: Any) -> Synthesized:
@@ -557,7 +557,7 @@ def measuring(**more: float) -> Evaluated:
 
 
 @pytest.mark.parametrize(
-    ("order", "labels", "names"),
+    ("request", "labels", "names"),
     [
         (Evaluate(), LABELS, ("accuracy", "macro_f1")),
         (Evaluate(ADAPTER), LABELS, ("loss",)),
@@ -565,23 +565,23 @@ def measuring(**more: float) -> Evaluated:
         (Evaluate(ADAPTER), (), ("exact_match", "field_match", "rouge_l", "loss")),
     ],
 )
-def test_each_figure_that_an_order_asks_for_comes_and_no_other(
-    order: Evaluate, labels: tuple[str, ...], names: tuple[str, ...]
+def test_each_figure_that_a_request_asks_for_comes_and_no_other(
+    request: Evaluate, labels: tuple[str, ...], names: tuple[str, ...]
 ) -> None:
     whole = dict.fromkeys(names, 0.5)
-    check_answer(order, Evaluated(whole, 5), labels)
+    check_reply(request, Evaluated(whole, 5), labels)
     for wrong in (*[{n: 0.5 for n in names if n != gone} for gone in names], {**whole, "more": 0.5}):
         with pytest.raises(Rejected, match="metrics must be"):
-            check_answer(order, Evaluated(wrong, 5), labels)
+            check_reply(request, Evaluated(wrong, 5), labels)
     for name in names:
         for value in (-0.1, 2e6):
             with pytest.raises(Rejected, match=name):
-                check_answer(order, Evaluated({**whole, name: value}, 5), labels)
+                check_reply(request, Evaluated({**whole, name: value}, 5), labels)
 
 
 def test_a_server_accepts_what_it_asked_for() -> None:
     for labels in [(), ("flu",), ("flu", "flu", "asthma", "asthma")]:  # two per label were asked
-        check_answer(ORDER, answered(*labels), LABELS)
+        check_reply(ORDER, answered(*labels), LABELS)
 
 
 @pytest.mark.parametrize(
@@ -602,32 +602,32 @@ def test_a_server_accepts_what_it_asked_for() -> None:
         (measuring(loss=0.5), "0 of them are missing, 1 others"),
     ],
 )
-def test_a_server_rejects_an_answer_that_does_not_keep_to_the_order(answer: object, said: str) -> None:
+def test_a_server_rejects_a_reply_that_does_not_keep_to_the_request(answer: object, said: str) -> None:
     with pytest.raises(Rejected, match=said):
-        check_answer(ORDER if isinstance(answer, Synthesized) else Evaluate(), answer, LABELS)
+        check_reply(ORDER if isinstance(answer, Synthesized) else Evaluate(), answer, LABELS)
 
 
 def test_a_rejection_does_not_repeat_strange_labels() -> None:
     with pytest.raises(Rejected) as caught:
-        check_answer(ORDER, answered(CANARY), LABELS)
+        check_reply(ORDER, answered(CANARY), LABELS)
     assert CANARY not in str(caught.value)
 
 
 def test_a_server_rejects_text_that_is_marked_private() -> None:
     corpus = replace(GRANTED, provenance=Provenance.PRIVATE)
     with pytest.raises(Rejected):
-        check_answer(ORDER, answered(corpus=corpus), LABELS)
+        check_reply(ORDER, answered(corpus=corpus), LABELS)
 
 
 @pytest.mark.parametrize("answer", [answered("flu", unfinished=-1), answered("flu", unfinished=5)])
 def test_a_server_rejects_counts_that_cannot_be(answer: Synthesized) -> None:
     with pytest.raises(Rejected):
-        check_answer(ORDER, answer, LABELS)
+        check_reply(ORDER, answer, LABELS)
 
 
 def test_private_text_is_stopped_in_one_place_only() -> None:
     """Whatever packs an answer takes bytes, so it must come through `seal` (or be the refusal's constant)."""
-    packers = [p for p in Path(handler.__file__).parent.glob("*.py") if re.search(r"\bpack_answer\(", p.read_text())]
+    packers = [p for p in Path(handler.__file__).parent.glob("*.py") if re.search(r"\bpack_reply\(", p.read_text())]
     assert [p.name for p in packers] == ["handler.py"]
 
 
@@ -656,32 +656,32 @@ BROKEN = {"w.lora_A.weight": np.full((1, 2), np.nan, np.float32), "w.lora_B.weig
     ],
 )
 def test_an_adapter_may_only_be_one_of_those_that_were_sent(adapter: Adapter, said: str) -> None:
-    order = Finetune(START, seed=0)
-    check_answer(order, Finetuned(TRAINED, DP, 200), ())
+    request = Finetune(START, seed=0)
+    check_reply(request, Finetuned(TRAINED, DP, 200), ())
     with pytest.raises(Rejected, match=said):
-        check_answer(order, Finetuned(adapter, DP, 200), ())
+        check_reply(request, Finetuned(adapter, DP, 200), ())
 
 
 def test_with_frozen_a_the_factors_b_come_back_alone() -> None:
-    order = Finetune(START, seed=0, frozen_a=True)
-    check_answer(order, Finetuned(ONLY_B, DP, 200), ())
+    request = Finetune(START, seed=0, frozen_a=True)
+    check_reply(request, Finetuned(ONLY_B, DP, 200), ())
     with pytest.raises(Rejected, match="other tensors"):
-        check_answer(order, Finetuned(TRAINED, DP, 200), ())
+        check_reply(request, Finetuned(TRAINED, DP, 200), ())
     with pytest.raises(Rejected, match="other tensors"):
-        check_answer(replace(order, frozen_a=False), Finetuned(ONLY_B, DP, 200), ())
+        check_reply(replace(request, frozen_a=False), Finetuned(ONLY_B, DP, 200), ())
 
 
 def test_scores_are_one_finite_number_per_text() -> None:
-    order = Score(GRANTED, seed=0)
+    request = Score(GRANTED, seed=0)
     one = Scores((0.5,) * len(GRANTED), ("g",))
-    check_answer(order, Scored(one, DP), LABELS)
+    check_reply(request, Scored(one, DP), LABELS)
     for values in [(0.5,) * (len(GRANTED) + 1), (), (float("nan"),) * len(GRANTED), (float("inf"),) * len(GRANTED)]:
         with pytest.raises(Rejected, match="score"):
-            check_answer(order, Scored(replace(one, values=values), DP), LABELS)
+            check_reply(request, Scored(replace(one, values=values), DP), LABELS)
 
 
 @pytest.mark.parametrize(
-    "order",
+    "request",
     [
         Finetune(replace(START, arrays=BROKEN), seed=0),
         Finetune(START, seed=-1),
@@ -696,9 +696,9 @@ def test_scores_are_one_finite_number_per_text() -> None:
         SelfTrain(START, seed=0, writing_seed=0, max_tokens=MAX_TOKENS + 1),
     ],
 )
-def test_a_client_refuses_an_order_beyond_its_ranges(order: Order[Any]) -> None:
+def test_a_client_refuses_a_request_beyond_its_ranges(request: Request[Any]) -> None:
     with pytest.raises(Rejected):
-        check_order(order, LABELS)
+        check_request(request, LABELS)
 
 
 FACTORS_OF_TWO = {"w.lora_A.weight": np.ones((2, 4), np.float32), "w.lora_B.weight": np.zeros((3, 2), np.float32)}
@@ -725,58 +725,58 @@ SENT = Adapter(FACTORS_OF_TWO, 2, 4.0, "base")
         ({"arrays": {n: a * 2e6 for n, a in FACTORS_OF_TWO.items()}}, "beyond 1e"),
     ],
 )
-def test_a_client_caps_every_adapter_of_an_order(change: dict[str, Any], said: str) -> None:
-    orders: list[Any] = [Finetune(SENT, 0), SelfTrain(SENT, 0, 0), Adopt(SENT), Evaluate(SENT)]
-    for order in orders:
-        check_order(order, LABELS)
-        name = "start" if isinstance(order, Finetune | SelfTrain) else "adapter"
+def test_a_client_caps_every_adapter_of_a_request(change: dict[str, Any], said: str) -> None:
+    requests: list[Any] = [Finetune(SENT, 0), SelfTrain(SENT, 0, 0), Adopt(SENT), Evaluate(SENT)]
+    for request in requests:
+        check_request(request, LABELS)
+        name = "start" if isinstance(request, Finetune | SelfTrain) else "adapter"
         with pytest.raises(Rejected, match=said):
-            check_order(replace(order, **{name: replace(SENT, **change)}), LABELS)
+            check_request(replace(request, **{name: replace(SENT, **change)}), LABELS)
 
 
 @dataclass(frozen=True)
-class Unheard(Order[Scores]):
-    """An order that nobody wrote a check for."""
+class Unheard(Request[Scores]):
+    """A request that nobody wrote a check for."""
 
 
-def test_an_order_without_a_check_is_refused() -> None:
-    assert set(CHECKED) == set(tasks.ORDERS)
-    with pytest.raises(Rejected, match="an order Unheard has no check"):
-        check_order(Unheard(), LABELS)
+def test_a_request_without_a_check_is_refused() -> None:
+    assert set(CHECKED) == set(tasks.REQUESTS)
+    with pytest.raises(Rejected, match="a request Unheard has no check"):
+        check_request(Unheard(), LABELS)
 
 
 def test_text_and_records_have_caps() -> None:
     with pytest.raises(Rejected, match=r"number of texts must lie in 0\.\.1000000"):
-        check_order(replace(ORDER, per_label=MAX_SAMPLES), [str(i) for i in range(11)])
+        check_request(replace(ORDER, per_label=MAX_SAMPLES), [str(i) for i in range(11)])
     many = Corpus(("",) * 1_000_001, ("flu",) * 1_000_001, Provenance.PUBLIC)
-    for order in (Learn(1, many), Score(many, 1)):
+    for request in (Learn(1, many), Score(many, 1)):
         with pytest.raises(Rejected, match="number of texts"):
-            check_order(order, LABELS)
+            check_request(request, LABELS)
     with pytest.raises(Rejected, match=r"records must lie in 1\.\.1000000000"):
-        check_answer(Finetune(START, seed=0), Finetuned(TRAINED, DP, 10**10), ())
+        check_reply(Finetune(START, seed=0), Finetuned(TRAINED, DP, 10**10), ())
 
 
 def test_a_client_weighs_as_much_as_its_sampling_rate_was_planned_for() -> None:
-    order = Finetune(START, seed=0)
+    request = Finetune(START, seed=0)
     for records, batch, fits in [
         (200, 25, True), (200, None, True), (400, None, True), (8, 1, True),
         (400, 25, False), (10**8, 25, False), (201, None, False), (4, None, False), (2 * 10**8 + 1, None, False),
     ]:  # fmt: skip
         answer = Finetuned(TRAINED, DP, records)  # a batch is an eighth of them, in whole units
         if fits:
-            check_answer(order, answer, (), batch=batch)
+            check_reply(request, answer, (), batch=batch)
         else:
             with pytest.raises(Rejected, match=r"sampling rate of 0\.125 is not for"):
-                check_answer(order, answer, (), batch=batch)
+                check_reply(request, answer, (), batch=batch)
     few = replace(DP, sampling_rate=1.0, epsilon=70.0, epsilon_replace_one=210.0)
-    check_answer(order, Finetuned(TRAINED, few, 7), (), batch=25)  # a client smaller than a batch
+    check_reply(request, Finetuned(TRAINED, few, 7), (), batch=25)  # a client smaller than a batch
 
 
 JUNK = "</td><script>alert(1)</script>\x1b[2J"
 
 
 @pytest.mark.parametrize(
-    ("order", "answer"),
+    ("request", "answer"),
     [
         (Evaluate(), Evaluated({JUNK: 0.5}, 1)),
         (Evaluate(), measuring(this_run_was_tampered_with=0.5)),
@@ -799,15 +799,15 @@ JUNK = "</td><script>alert(1)</script>\x1b[2J"
         (Adopt(START), Adopted(6)),
     ],
 )
-def test_no_word_of_a_client_gets_through_or_into_a_sentence(order: Order[Any], answer: object) -> None:
+def test_no_word_of_a_client_gets_through_or_into_a_sentence(request: Request[Any], answer: object) -> None:
     with pytest.raises(Rejected) as caught:
-        check_answer(order, answer, LABELS)
+        check_reply(request, answer, LABELS)
     assert "script" not in str(caught.value)
     assert str(caught.value).isprintable()
 
 
 def test_names_that_clients_do_send_get_through() -> None:
     reasons = ("asked", "too short", "instruction like a local one", "like an earlier one", "no response", "kept")
-    check_answer(SelfTrain(START, 0, 0), SelfTrained(START, NONE, 30, dict.fromkeys(reasons, 3)), ())
-    check_answer(Score(GRANTED, 0), Scored(Scores((0.5,), ("a3" * 16,)), replace(DP, unit="person")), LABELS)
-    check_answer(Adopt(START), Adopted(5), ())
+    check_reply(SelfTrain(START, 0, 0), SelfTrained(START, NONE, 30, dict.fromkeys(reasons, 3)), ())
+    check_reply(Score(GRANTED, 0), Scored(Scores((0.5,), ("a3" * 16,)), replace(DP, unit="person")), LABELS)
+    check_reply(Adopt(START), Adopted(5), ())

@@ -173,8 +173,8 @@ def site_start(
 @site_app.command("approve")
 def site_approve(
     folder: Site,
-    show: Annotated[str, typer.Option(help="Print the text of this order, or of the one that starts so.")] = "",
-    accept: Annotated[str, typer.Option(help="Let the text of this order go to the server.")] = "",
+    show: Annotated[str, typer.Option(help="Print the text of this request, or of the one that starts so.")] = "",
+    accept: Annotated[str, typer.Option(help="Let the text of this request go to the server.")] = "",
     refuse: Annotated[str, typer.Option(help="Keep it here; what was charged for it stays charged.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

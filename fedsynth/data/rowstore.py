@@ -1,4 +1,4 @@
-"""A site's rows as they were imported: single records under a keyed MAC, which orders read in place of the source."""
+"""A site's rows as they were imported: single records under a keyed MAC, which requests read in place of the source."""
 
 from __future__ import annotations
 

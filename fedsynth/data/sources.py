@@ -53,7 +53,7 @@ class SiteData:
         labels: The public label list of a classification.
         test: Rows held out for testing; without it there are none.
         spellings: Persons that are written in several ways (`fedsynth.corpus.same`) are refused by `fedsynth site
-            check`; or merged. An order takes them for one in any case.
+            check`; or merged. A request takes them for one in any case.
     """
 
     id: str
@@ -244,7 +244,7 @@ def _person(cell: str | Lost | None) -> str | None:
 
 
 def laid_out(records: Sequence[Record], data: SiteData) -> ClientData:
-    """The site's training and test text: what orders work with. Each row becomes what it becomes whatever the others
+    """The site's training and test text: what requests work with. Each row becomes what it becomes whatever the others
     hold (docs/deployment/data.md).
 
     Training rows stand in their order, unreadable ones as empty texts, so that a unit's place is that of its first row.

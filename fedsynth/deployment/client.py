@@ -45,7 +45,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
     Args:
         place: The site.
         cell: What is asked.
-        envelope: Of the order.
+        envelope: Of the request.
         who: Who asks, for the audit trail.
         ledger: More for the account.
     """
@@ -79,15 +79,15 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
 
 
 def unopened(task: str, why: str) -> None:
-    """Writes down that an order came for which no client could be opened; the reason may hold private values.
+    """Writes down that a request came for which no client could be opened; the reason may hold private values.
 
     Args:
-        task: Of the order.
+        task: Of the request.
         why: A traceback.
     """
     place = load_site(Path(os.environ[SITE]))
     AuditLog(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
-        "refused", task=task, why="no client could be opened for the order: site.log"
+        "refused", task=task, why="no client could be opened for the request: site.log"
     )
     site_log(place.state).error("%s: %s", task, why)
 
@@ -117,7 +117,7 @@ def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) 
     """
     policy = place.site.policy
     return Rules(
-        orders=frozenset(policy.orders),
+        requests=frozenset(policy.requests),
         outputs=frozenset(policy.outputs),
         without_guarantee=policy.without_guarantee,
         approval=policy.approve_text,

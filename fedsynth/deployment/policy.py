@@ -13,7 +13,7 @@ from fedsynth.clients.audit_log import AuditLog
 from fedsynth.data import rowstore
 from fedsynth.data.sources import SiteData, laid_out
 from fedsynth.deployment.invitation import check_name, host_and_port
-from fedsynth.federation.messages import ORDERS, Output
+from fedsynth.federation.messages import REQUESTS, Output
 from fedsynth.privacy.plan import Budget
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedsynth.privacy.ledger import Ledger
 
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
-UNDER_GUARANTEE = tuple(o.task for o in ORDERS if o.task not in ("train.self_train", "evaluate.evaluate"))
+UNDER_GUARANTEE = tuple(o.task for o in REQUESTS if o.task not in ("train.self_train", "evaluate.evaluate"))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Policy:
         per_run: What all that carries one run's id may spend together; a scenario that asks for more gets this. The id
             is the server's word: this guards against its mistakes, `lifetime` against the server.
         strategies: Strategies that may ask, as a scenario names them.
-        orders: Orders that are answered.
+        requests: Requests that are answered.
         outputs: Kinds of what may leave: text, adapter, scores, metrics. Who has an adapter can sample text from it
             that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
             covers them.
@@ -80,7 +80,7 @@ class Policy:
     lifetime: Budget
     per_run: Budget | None = None
     strategies: tuple[str, ...] = ()
-    orders: tuple[str, ...] = UNDER_GUARANTEE
+    requests: tuple[str, ...] = UNDER_GUARANTEE
     outputs: tuple[Output, ...] = ("text", "scores")
     without_guarantee: bool = False
     minimum_records: Count = 100
@@ -90,9 +90,9 @@ class Policy:
 
     def __post_init__(self) -> None:
         in_range(self, "policy")
-        known = {order.task for order in ORDERS}
-        if strange := sorted(set(self.orders) - known):
-            raise BadValue(f"policy.orders: no order {strange[0]!r}; there are {', '.join(sorted(known))}")
+        known = {request.task for request in REQUESTS}
+        if strange := sorted(set(self.requests) - known):
+            raise BadValue(f"policy.requests: no request {strange[0]!r}; there are {', '.join(sorted(known))}")
         for name, budget in (("lifetime", self.lifetime), ("per_run", self.per_run)):
             if budget is not None and budget.delta > Budget.delta:
                 raise BadValue(f"policy.{name}: delta must be at most {Budget.delta:g}, got {budget.delta:g}")
@@ -101,8 +101,8 @@ class Policy:
                 f"policy.per_run allows epsilon {self.per_run.epsilon:g}, more than policy.lifetime "
                 f"({self.lifetime.epsilon:g})"
             )
-        if self.outputs and not self.orders:
-            raise BadValue("policy.orders is empty: such a site answers nothing; leave it out for the usual orders")
+        if self.outputs and not self.requests:
+            raise BadValue("policy.requests is empty: such a site answers nothing; leave it out for the usual requests")
         for bundle in self.bundles:
             if not re.fullmatch(r"[0-9a-f]{64}", bundle):
                 raise BadValue(f"policy.bundles: a SHA-256 has 64 hexadecimal digits, got {bundle!r}")

@@ -106,7 +106,7 @@ def resume(
     on_event: Tell = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Goes on with a run on sites, under the same id: sites answer a repeated order from what they stored.
+    """Goes on with a run on sites, under the same id: sites answer a repeated request from what they stored.
 
     Args:
         server, on_event, on_warning: As of `submit`. A warning names what is not as it was when the run began.

@@ -11,14 +11,14 @@ from fedsynth.scenario.schema import Cell, Participation
 
 
 class Fate(StrEnum):
-    """Why an exchange has no answer of a client; the value is the end of a sentence about it."""
+    """Why an exchange has no reply of a client; the value is the end of a sentence about it."""
 
     ABSENT = "was not there in this round"
-    DROPPED = "left before its answer arrived"
+    DROPPED = "left before its reply arrived"
 
 
 def fates(cell: Cell, round: int, exchange: int, clients: Sequence[int]) -> dict[int, Fate]:
-    """The clients whose answers an exchange does without, and why. The same in all arms, so that arms are paired.
+    """The clients whose replies an exchange does without, and why. The same in all arms, so that arms are paired.
 
     Args:
         cell: With the scenario's `participation`.

@@ -19,7 +19,7 @@ class CachedLLM:
     Args:
         llm: That is asked.
         name: Which model it is, within the cell: what is kept is known again by it.
-        journal: Keeps the answers, and counts the tokens read and written where the model tells them.
+        journal: Keeps the replies, and counts the tokens read and written where the model tells them.
     """
 
     def __init__(self, llm: TextModel, name: str, journal: RunLog) -> None:
@@ -45,14 +45,14 @@ class CachedLLM:
     def _said(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
         def counted() -> list[Any]:
             before = self._used()
-            answer = ask()
-            return [answer, [now - then for now, then in zip(self._used(), before, strict=True)]]
+            reply = ask()
+            return [reply, [now - then for now, then in zip(self._used(), before, strict=True)]]
 
-        answer, (read, written) = self.journal.checkpoint.said([self.name, *question], counted)
+        reply, (read, written) = self.journal.checkpoint.said([self.name, *question], counted)
         for kind, tokens in (("read", read), ("written", written)):
             if tokens:
                 self.journal.count(f"llm/tokens_{kind}", SERVER, tokens)
-        found: list[V] = answer
+        found: list[V] = reply
         return found
 
     def _used(self) -> tuple[int, int]:

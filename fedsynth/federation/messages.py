@@ -1,8 +1,8 @@
-"""Every order and every answer; nothing else crosses the network.
+"""Every request and every reply; nothing else crosses the network.
 
-Each field of an answer declares its origin. `fedsynth.federation.records` packs nothing else:
+Each field of a reply declares its origin. `fedsynth.federation.records` packs nothing else:
 
-- PUBLIC: computed from public inputs only (the order, the scenario, the plan).
+- PUBLIC: computed from public inputs only (the request, the scenario, the plan).
 - RELEASED: what a mechanism let out under a grant, or post-processing of it.
 - MEASURED: a figure of a task model that learnt private text, on a test set declared public. Simulations only, unless a
   site's policy allows it; not covered by epsilon, and reports say so.
@@ -38,8 +38,8 @@ def _leaves(origin: Origin, **more: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Order(Generic[R]):
-    """What a server asks; `task` is its Flower action, `reply` the class of the answer."""
+class Request(Generic[R]):
+    """What a server asks; `task` is its Flower action, `reply` the class of the reply."""
 
     task: ClassVar[str]
     reply: ClassVar[type[Any]]
@@ -56,7 +56,7 @@ class Synthesized:
 
 
 @dataclass(frozen=True)
-class Synthesize(Order[Synthesized]):
+class Synthesize(Request[Synthesized]):
     """Train a generator on private text, sample from it with the labels as control codes (FDKT, steps 1 and 2).
 
     Attributes:
@@ -87,7 +87,7 @@ class Finetuned:
 
 
 @dataclass(frozen=True)
-class Finetune(Order[Finetuned]):
+class Finetune(Request[Finetuned]):
     """Train the client's model on private text, as a LoRA (KnowledgeSG, step 1; FedIT).
 
     Attributes:
@@ -113,7 +113,7 @@ class Adopted:
 
 
 @dataclass(frozen=True)
-class Adopt(Order[Adopted]):
+class Adopt(Request[Adopted]):
     """Use an adapter of the server's from now on (KnowledgeSG, step 6)."""
 
     task: ClassVar[str] = "train.adopt"
@@ -130,7 +130,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Score(Order[Scored]):
+class Score(Request[Scored]):
     """Rate each text of the server: the task model's confidence in its label (CrossLM).
 
     Attributes:
@@ -164,7 +164,7 @@ class SelfTrained:
 
 
 @dataclass(frozen=True)
-class SelfTrain(Order[SelfTrained]):
+class SelfTrain(Request[SelfTrained]):
     """Write synthetic records in context, select them, train on both kinds apart, send the mix (FedPIT, section 3).
 
     Attributes:
@@ -205,12 +205,12 @@ class Learnt:
 
 
 @dataclass(frozen=True)
-class Learn(Order[Learnt]):
+class Learn(Request[Learnt]):
     """Train the task model on the server's text, then on private text. Instructions: the client's adapter, likewise.
 
     Attributes:
         corpus: Augmented text for this client; None: private text only.
-        seed: Public seed of initialisation and order.
+        seed: Public seed of initialisation and request.
     """
 
     task: ClassVar[str] = "train.learn"
@@ -228,7 +228,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Evaluate(Order[Evaluated]):
+class Evaluate(Request[Evaluated]):
     """Measure the task model, or the adapter in use, on the client's test set.
 
     Attributes:
@@ -245,24 +245,24 @@ WRITTEN = ("exact_match", "field_match", "rouge_l")
 LOSS = "loss"
 
 
-def measured(order: Evaluate, *, instructs: bool) -> tuple[str, ...]:
-    """Names of the figures of an answer, each of which it has: all but the loss are shares.
+def measured(request: Evaluate, *, instructs: bool) -> tuple[str, ...]:
+    """Names of the figures of a reply, each of which it has: all but the loss are shares.
 
     Args:
-        order: A loss belongs to an adapter that comes with it.
+        request: A loss belongs to an adapter that comes with it.
         instructs: Whether the task is to follow instructions, else there are labels.
     """
-    figures = WRITTEN if instructs else () if order.adapter is not None else LABELLED
-    return figures if order.adapter is None else (*figures, LOSS)
+    figures = WRITTEN if instructs else () if request.adapter is not None else LABELLED
+    return figures if request.adapter is None else (*figures, LOSS)
 
 
-class Code(StrEnum):
+class ErrorCode(StrEnum):
     """Why a client refused. A closed list: the text of an exception may hold private values, so none is sent."""
 
     BUDGET_EXHAUSTED = "budget_exhausted"
     BUDGET_TOO_SMALL = "budget_too_small"
     NOT_ALLOWED = "not_allowed"
-    BAD_ORDER = "bad_order"
+    BAD_REQUEST = "bad_order"
     NO_TASK_MODEL = "no_task_model"
     WRONG_ADAPTER = "wrong_adapter"
     WRONG_LABELS = "wrong_labels"
@@ -278,7 +278,7 @@ class Code(StrEnum):
 class Refused:
     """The constant code of a refusal; what happened stands in the site's own log."""
 
-    code: Code = _leaves(Origin.PUBLIC)
+    code: ErrorCode = _leaves(Origin.PUBLIC)
 
 
 @dataclass(frozen=True)
@@ -286,10 +286,10 @@ class Envelope:
     """Which cell and client an order is for. The digest of order and envelope makes a repeated order recognisable.
 
     Attributes:
-        run: Public id of the world that orders belong to; "simulated" where each cell has ledgers of its own.
+        run: Public id of the world that requests belong to; "simulated" where each cell has ledgers of its own.
         exchange: Number of the exchange within the cell.
         client: The client.
-        stack: Homes of one number train in one pass where they can. No part of what makes an order known again.
+        stack: Homes of one number train in one pass where they can. No part of what makes a request known again.
     """
 
     run: str
@@ -304,9 +304,9 @@ Output = Literal["text", "adapter", "scores", "metrics"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
-def outputs(order: Order[Any]) -> set[Output]:
-    """What the answer to an order would let out."""
-    kinds: dict[type[Order[Any]], set[Output]] = {
+def outputs(request: Request[Any]) -> set[Output]:
+    """What the reply to a request would let out."""
+    kinds: dict[type[Request[Any]], set[Output]] = {
         Synthesize: {"text"},
         Finetune: {"adapter"},
         SelfTrain: {"adapter", "metrics"},  # how many candidates were kept tells of private text
@@ -315,8 +315,8 @@ def outputs(order: Order[Any]) -> set[Output]:
         Adopt: set(),
         Learn: set(),
     }
-    return kinds[type(order)]
+    return kinds[type(request)]
 
 
-ORDERS: tuple[type[Order[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)
+REQUESTS: tuple[type[Request[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)
 Guarantee = Literal["dp", "none"]

@@ -1,4 +1,4 @@
-"""Clients that can be asked: an order to each, checked answers back, exchange by exchange."""
+"""Clients that can be asked: a request to each, checked replies back, exchange by exchange."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
 from fedsynth.federation.delivery.site_retry import NOT_ASKED, SiteRetry
 from fedsynth.federation.delivery.worker_retry import WorkerRetry
-from fedsynth.federation.messages import Envelope, Evaluate, Order, Refused
+from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies
 from fedsynth.federation.payload import BadPayload, decode
-from fedsynth.federation.records import derived, pack_order, payload_bytes, unpacked
+from fedsynth.federation.records import derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
-from fedsynth.federation.validation import Rejected, check_answer
+from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
 from fedsynth.privacy.plan import Statement
@@ -72,110 +72,110 @@ class Clients:
         """Numbers of all clients."""
         return range(len(self.sites)) if self.sites else sorted(self.nodes)
 
-    def ask(self, order: Order[R]) -> dict[int, R]:
-        """The same order to every client; typed answers by client, in order of clients."""
-        return self.ask_each(dict.fromkeys(self.ids, order))
+    def ask(self, request: Request[R]) -> dict[int, R]:
+        """The same order to every client; typed replies by client, in order of clients."""
+        return self.ask_each(dict.fromkeys(self.ids, request))
 
-    def ask_each(self, orders: Mapping[int, Order[R]]) -> dict[int, R]:
-        """One order per client, together; typed answers by client, in order of clients.
+    def ask_each(self, requests: Mapping[int, Request[R]]) -> dict[int, R]:
+        """One order per client, together; typed replies by client, in order of clients.
 
         Homes that the scenario's `participation` takes away give none: an absent one is not asked, one that drops out
         has answered in vain. What those released counts.
 
         Raises:
-            TooFewReplies: If fewer clients than the quorum give a usable answer in time.
+            TooFewReplies: If fewer clients than the quorum give a usable reply in time.
         """
         if self.journal.round != self._round:
             self._round, self._before = self.journal.round, self.exchange
         self.exchange += 1
-        order = next(iter(orders.values()))
-        name = order.task.rpartition(".")[2]
-        fates = self._fates(orders)
-        asked = [client for client in sorted(orders) if fates.get(client) is not Fate.ABSENT]
-        answers: dict[int, R] = {}
+        request = next(iter(requests.values()))
+        name = request.task.rpartition(".")[2]
+        fates = self._fates(requests)
+        asked = [client for client in sorted(requests) if fates.get(client) is not Fate.ABSENT]
+        replies: dict[int, R] = {}
         reasons = {client: fate.value for client, fate in fates.items()}
         # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
-        needed = math.ceil(self.cell.scenario.server.quorum * len(orders) - 1e-9)
-        self.journal.progress(name, 0, len(orders))
+        needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
+        self.journal.progress(name, 0, len(requests))
         # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
-        said = self._said(orders, asked) if len(orders) - len(reasons) >= needed else ()
+        said = self._said(requests, asked) if len(requests) - len(reasons) >= needed else ()
         for client, heard in said:
             if heard.why is not None:
                 reasons[client] = heard.why
                 if heard.why != NOT_ASKED:
-                    self._miss(client, order)
+                    self._miss(client, request)
             else:
-                self._note(client, heard.answer)
+                self._note(client, heard.reply)
                 if client not in fates:
-                    answers[client] = heard.answer
-            if len(orders) - len(reasons) < needed:
+                    replies[client] = heard.reply
+            if len(requests) - len(reasons) < needed:
                 break
-            self.journal.progress(name, len(answers), len(orders))
-        self._count(name, len(orders), answers, fates, reasons)
-        if len(answers) < needed:
-            for client in set(asked) - set(answers) - set(reasons):
-                self._miss(client, order)
+            self.journal.progress(name, len(replies), len(requests))
+        self._count(name, len(requests), replies, fates, reasons)
+        if len(replies) < needed:
+            for client in set(asked) - set(replies) - set(reasons):
+                self._miss(client, request)
             why = "; ".join(f"{self._name(client)} {reason}" for client, reason in sorted(reasons.items()))
             log = "the site's own log" if self.sites else "the client's own log, in the private directory,"
             raise TooFewReplies(
-                f"{name}: {len(answers)} of {len(orders)} clients answered, {needed} needed ({why}); {log} says more"
+                f"{name}: {len(replies)} of {len(requests)} clients answered, {needed} needed ({why}); {log} says more"
             )
-        return dict(sorted(answers.items()))
+        return dict(sorted(replies.items()))
 
     def _name(self, client: int) -> str:
         return f"site {self.sites[client]!r}" if self.sites else f"client {client}"
 
-    def _miss(self, client: int, order: Order[Any]) -> None:
-        """Records a client whose privacy spending is unknown because its answer is missing."""
-        if any(field.name == "statement" for field in fields(order.reply)):
+    def _miss(self, client: int, request: Request[Any]) -> None:
+        """Records a client whose privacy spending is unknown because its reply is missing."""
+        if any(field.name == "statement" for field in fields(request.reply)):
             self.journal.silent.add((client, self.exchange))
 
-    def _fates(self, orders: Mapping[int, Order[R]]) -> dict[int, Fate]:
+    def _fates(self, requests: Mapping[int, Request[R]]) -> dict[int, Fate]:
         """The clients that take no part in this exchange; a simulator's own measurement reaches all."""
-        if isinstance(next(iter(orders.values())), Evaluate):
+        if isinstance(next(iter(requests.values())), Evaluate):
             return {}
-        return fates(self.cell, self.journal.round, self.exchange - self._before, sorted(orders))
+        return fates(self.cell, self.journal.round, self.exchange - self._before, sorted(requests))
 
     def _count(
-        self, name: str, asked: int, answers: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
+        self, name: str, asked: int, replies: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
     ) -> None:
         """What happened, in the metrics; where all answered there is nothing to say."""
-        if len(answers) == asked:
+        if len(replies) == asked:
             return
         place = f"exchange/{self.exchange}-{name}"
         self.journal.metric(SERVER, f"{place}/clients", asked)
-        self.journal.metric(SERVER, f"{place}/answered", len(answers))
+        self.journal.metric(SERVER, f"{place}/answered", len(replies))
         for client, fate in fates.items():
             self.journal.metric(client, f"{place}/{fate.name.lower()}", 1)
         for client in sorted(set(reasons) - set(fates)):
             self.journal.metric(client, f"{place}/failed", 1)
 
-    def _said(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
+    def _said(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
         """What each client says, as it comes: from this exchange's record, where a run goes on behind it."""
         self._collect_late()
         record = self.journal.checkpoint.exchange(self.exchange)
-        found = record.kept(lambda: self._digest(orders, asked))
+        found = record.kept(lambda: self._digest(requests, asked))
         for client, heard, down in (
-            self._asked(orders, asked, record) if found is None else self._recalled(orders, found)
+            self._asked(requests, asked, record) if found is None else self._recalled(requests, found)
         ):
             self.journal.count("bytes/down", client, down)
             yield client, self._counted(client, heard)
 
     def _recalled(
-        self, orders: Mapping[int, Order[R]], found: Sequence[tuple[int, Heard, int]]
+        self, requests: Mapping[int, Request[R]], found: Sequence[tuple[int, Heard, int]]
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What was kept of each client, checked anew, and the size of its order."""
+        """What was kept of each client, checked anew, and the size of its request."""
         late = [client for client, heard, _ in found if (heard.why or "").startswith(IN_VAIN)]
         # Asked again, what they have stored says what they spent.
-        sent, _ = self._delivery.send(orders, late, partial(self._packed, orders))
-        self._late.expect(sent, self.exchange, orders)
+        sent, _ = self._delivery.send(requests, late, partial(self._packed, requests))
+        self._late.expect(sent, self.exchange, requests)
         for client, heard, down in found:
-            yield client, heard if heard.why is not None else self._checked(heard, orders[client]), down
+            yield client, heard if heard.why is not None else self._checked(heard, requests[client]), down
 
     def _asked(
-        self, orders: Mapping[int, Order[R]], asked: Sequence[int], record: ExchangeRecord
+        self, requests: Mapping[int, Request[R]], asked: Sequence[int], record: ExchangeRecord
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What each client says now, as it comes, and the size of its order; all is kept."""
+        """What each client says now, as it comes, and the size of its request; all is kept."""
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         waiting: dict[str, tuple[int, ...]] = {}
@@ -185,17 +185,17 @@ class Clients:
         )
 
         def first(client: int) -> RecordDict:
-            content = self._packed(orders, client)
+            content = self._packed(requests, client)
             down[client] = payload_bytes(content)
             digest.update(unpacked(content)[0])
             return content
 
         def send(clients: Iterable[int], pack: Callable[[int], RecordDict]) -> None:
-            sent, absent = self._delivery.send(orders, clients, pack)
+            sent, absent = self._delivery.send(requests, clients, pack)
             sites.sent(sent, absent)
             waiting.update(sent)
 
-        again = partial(send, pack=partial(self._packed, orders))
+        again = partial(send, pack=partial(self._packed, requests))
         send(asked, first)
         record.begin(digest.hexdigest())
         for clients, reply in self._replies(waiting, sites, again):
@@ -206,10 +206,10 @@ class Clients:
                     again(part)
                 continue
             for client, content in self._delivery.divided(reply, clients):
-                heard = self._heard(content, orders[client])
+                heard = self._heard(content, requests[client])
                 record.keep(client, heard, down[client])
                 yield client, heard, down[client]
-        self._late.expect(waiting, self.exchange, orders)
+        self._late.expect(waiting, self.exchange, requests)
         vain = sites.in_vain((client for clients in waiting.values() for client in clients), IN_VAIN)
         for client, why in sorted(vain.items()):
             heard = Heard(why=why)
@@ -233,56 +233,56 @@ class Clients:
 
     def _collect_late(self) -> None:
         """What came after its time is not used, but it was released: what it says of privacy holds."""
-        for client, exchange, order, content in self._late.come():
-            heard = self._counted(client, self._heard(content, order))
+        for client, exchange, request, content in self._late.come():
+            heard = self._counted(client, self._heard(content, request))
             if heard.why is None:
-                self._note(client, heard.answer)
+                self._note(client, heard.reply)
                 self.journal.silent.discard((client, exchange))
 
     def close(self) -> None:
         """After the last exchange."""
         self._collect_late()
 
-    def _digest(self, orders: Mapping[int, Order[R]], asked: Sequence[int]) -> str:
+    def _digest(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> str:
         digest = hashlib.sha256()
         for client in asked:
-            digest.update(unpacked(self._packed(orders, client))[0])
+            digest.update(unpacked(self._packed(requests, client))[0])
         return digest.hexdigest()
 
-    def _packed(self, orders: Mapping[int, Order[R]], client: int) -> RecordDict:
+    def _packed(self, requests: Mapping[int, Request[R]], client: int) -> RecordDict:
         where = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, client, self._stack(client))
-        return pack_order(orders[client], where)
+        return pack_request(requests[client], where)
 
     def _stack(self, client: int) -> int:
         return client // self.cell.scenario.stack
 
-    def _heard(self, content: RecordDict | str, order: Order[Any]) -> Heard:
-        """The checked answer, or why there is none: one bad client must not end what a quorum allows."""
+    def _heard(self, content: RecordDict | str, request: Request[Any]) -> Heard:
+        """The checked reply, or why there is none: one bad client must not end what a quorum allows."""
         if isinstance(content, str):
             return Heard(why=content)
         try:
             payload, refused, seconds = unpacked(content)
         except BadValue as problem:
             return Heard(why=f"{UNUSABLE}: {problem}")
-        # A site sends no seconds (`pack_answer`): what one makes up is not added to others'.
+        # A site sends no seconds (`pack_reply`): what one makes up is not added to others'.
         heard = Heard(None, None, payload, refused, len(payload), None if self.sites else seconds)
-        return self._checked(heard, order)
+        return self._checked(heard, request)
 
-    def _checked(self, heard: Heard, order: Order[Any]) -> Heard:
+    def _checked(self, heard: Heard, request: Request[Any]) -> Heard:
         scenario = self.cell.scenario
         try:
-            answer: Any = decode(heard.payload, Refused if heard.refused else order.reply)
-            if isinstance(answer, Refused):
-                return replace(heard, why=f"refused: {answer.code.value}")
+            reply: Any = decode(heard.payload, Refused if heard.refused else request.reply)
+            if isinstance(reply, Refused):
+                return replace(heard, why=f"refused: {reply.code.value}")
             # Real sites all say in the same words what they protect, in whatever column they have it.
             units, simulated = (UNITS, False) if self.sites else ((scenario.data.unit_name,), None)
             batch = scenario.client.generator_training.expected_batch
-            check_answer(order, answer, self.labels, units=units, simulated=simulated, batch=batch)
+            check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
         except Exception as problem:  # as in `decode`: what a check meets in an answer is that client's failure alone
             return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
-        return replace(heard, answer=answer)
+        return replace(heard, reply=reply)
 
     def _counted(self, client: int, heard: Heard) -> Heard:
         if heard.size:
@@ -291,10 +291,10 @@ class Clients:
             self.journal.count("seconds/client", client, heard.seconds)
         return heard
 
-    def _note(self, client: int, answer: object) -> None:
-        """What an answer says of privacy, and what kinds of things it let out."""
-        statement = getattr(answer, "statement", None)
+    def _note(self, client: int, reply: object) -> None:
+        """What a reply says of privacy, and what kinds of things it let out."""
+        statement = getattr(reply, "statement", None)
         if isinstance(statement, Statement):
             self.journal.state(client, statement)
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
-        self.journal.released |= {kinds[type(p)] for p in derived(answer)}
+        self.journal.released |= {kinds[type(p)] for p in derived(reply)}

@@ -19,7 +19,7 @@ POLL_SECONDS = 0.05
 
 
 class TooFewReplies(RuntimeError):
-    """Fewer clients gave a usable answer than the quorum asks for; the message names them and what they said."""
+    """Fewer clients gave a usable reply than the quorum asks for; the message names them and what they said."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Deployment:
     """A run between real sites; a run-config without one is a simulation.
 
     Attributes:
-        run: Public id of the run: sites know its orders again by it, also after a restart.
-        sites: Names under which the sites' keys were registered; their order numbers the clients.
+        run: Public id of the run: sites know its requests again by it, also after a restart.
+        sites: Names under which the sites' keys were registered; their request numbers the clients.
         measured: Ask for figures of the sites' models on their test rows: no epsilon covers them, and sites refuse
             unless their policies allow them.
     """

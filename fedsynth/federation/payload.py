@@ -42,7 +42,7 @@ from fedsynth.typed import MAX_DIGITS, BadValue, build, plain
 T = TypeVar("T")
 SCHEMA = 2
 READ = (1, SCHEMA)  # 1 differs in its texts alone: a site's adapter in use, scores and codes of it are read
-MAX_LINE = 16 + 2 * 6 * MAX_TEXT  # bytes of a prompt and an answer: JSON writes a character in six at most
+MAX_LINE = 16 + 2 * 6 * MAX_TEXT  # bytes of a prompt and a reply: JSON writes a character in six at most
 ROWS = 64  # of a Parquet file that are read at once
 SPARE = 1 << 26  # bytes to which one may unpack, whatever its size
 
@@ -316,7 +316,7 @@ def _corpus(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Corpus
     lines = raw.split(b"\n")
     if lines.pop():
         raise BadPayload("a corpus must end with a line end")
-    prompts, answers = [], []
+    prompts, replies = [], []
     for line in lines:
         if not trusted and len(line) > MAX_LINE:
             raise BadPayload(f"a corpus holds a text of more than {MAX_TEXT} characters")
@@ -326,9 +326,9 @@ def _corpus(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Corpus
         if b"\\u" in line:
             "".join(row).encode()  # half a surrogate pair is no text
         prompts.append(row[0])
-        answers.append(row[1])
+        replies.append(row[1])
     provenance = build(Provenance, facts["provenance"], "provenance")
-    return Corpus(tuple(prompts), tuple(answers), provenance, build(tuple[str, ...], facts["grants"], "grants"))
+    return Corpus(tuple(prompts), tuple(replies), provenance, build(tuple[str, ...], facts["grants"], "grants"))
 
 
 def _adapter(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Adapter:

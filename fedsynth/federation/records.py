@@ -1,4 +1,4 @@
-"""Orders and answers to Flower records and back; private text stops here."""
+"""Requests and answers to Flower records and back; private text stops here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 
 from fedsynth.corpus import Corpus, Provenance, Scores
-from fedsynth.federation.messages import Code, Envelope, Order, Origin, Output, Refused
+from fedsynth.federation.messages import Envelope, ErrorCode, Origin, Output, Refused, Request
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
@@ -22,23 +22,23 @@ KINDS: dict[type[Corpus | Adapter | Scores], Output] = {Corpus: "text", Adapter:
 
 
 class WillNotLeave(RuntimeError):
-    """Something in an answer has no right to leave this client."""
+    """Something in a reply has no right to leave this client."""
 
 
-def pack_order(order: Order[Any], envelope: Envelope) -> RecordDict:
-    """An order for one client. Server text is checked, too: a server has no private text to send."""
-    for corpus in _parts(order, Corpus):
+def pack_request(request: Request[Any], envelope: Envelope) -> RecordDict:
+    """A request for one client. Server text is checked, too: a server has no private text to send."""
+    for corpus in _parts(request, Corpus):
         if corpus.provenance is Provenance.PRIVATE:
-            raise WillNotLeave(f"{type(order).__name__} holds private text")
-    fields: dict[str, Any] = {**plain(envelope), "payload": encode(order)}
+            raise WillNotLeave(f"{type(request).__name__} holds private text")
+    fields: dict[str, Any] = {**plain(envelope), "payload": encode(request)}
     return RecordDict({RECORD: ConfigRecord(fields)})
 
 
-def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
-    """The order, its envelope, and the digest that makes a repeated order recognisable.
+def unpack_request(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
+    """The request, its envelope, and the digest that makes a repeated request recognisable.
 
     Raises:
-        fedsynth.typed.BadValue: If the message is not such an order; of its payload a BadPayload.
+        fedsynth.typed.BadValue: If the message is not such a request; of its payload a BadPayload.
     """
     record = _record(content)
     facts = {f.name: _value(record, f.name) for f in dataclasses.fields(Envelope)}
@@ -52,7 +52,7 @@ def unpack_order(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str]:
 
 
 def joined(contents: Sequence[RecordDict]) -> RecordDict:
-    """Orders, or answers, as the content of one message; a single one is its own content."""
+    """Requests, or answers, as the content of one message; a single one is its own content."""
     if len(contents) == 1:
         return contents[0]
     return RecordDict({f"{RECORD}.{place}": _record(content) for place, content in enumerate(contents)})
@@ -67,12 +67,12 @@ def parted(content: RecordDict) -> list[RecordDict]:
 
 
 def stack_number(content: RecordDict) -> int:
-    """Which orders of a message train in one pass: those of one number; -1 if it says none."""
+    """Which requests of a message train in one pass: those of one number; -1 if it says none."""
     return _number(content, "stack")
 
 
 def client_number(content: RecordDict) -> int:
-    """Which client an order is for; -1 if it says none."""
+    """Which client a request is for; -1 if it says none."""
     return _number(content, "client")
 
 
@@ -82,23 +82,23 @@ def _number(content: RecordDict, key: str) -> int:
     return number if isinstance(number, int) else -1
 
 
-def seal(answer: object, *, allowed: Collection[Output], waived: bool) -> bytes:
-    """An answer as the bytes that leave, if every field of it may.
+def seal(reply: object, *, allowed: Collection[Output], waived: bool) -> bytes:
+    """A reply as the bytes that leave, if every field of it may.
 
     Args:
-        answer: One of the answer classes of `fedsynth.federation.messages`.
+        answer: One of the reply classes of `fedsynth.federation.messages`.
         allowed: Kinds of things that may leave: all in a simulation, what its policy says at a site.
         waived: A release without guarantee was logged in this run's ledger.
 
     Raises:
         WillNotLeave: With the field and the rule.
     """
-    name = type(answer).__name__
-    if not dataclasses.is_dataclass(answer):
-        raise WillNotLeave(f"{name} is not an answer class")
-    for field in dataclasses.fields(answer):
+    name = type(reply).__name__
+    if not dataclasses.is_dataclass(reply):
+        raise WillNotLeave(f"{name} is not a reply class")
+    for field in dataclasses.fields(reply):
         origin = field.metadata.get("origin")
-        value = getattr(answer, field.name)
+        value = getattr(reply, field.name)
         if not isinstance(origin, Origin):
             raise WillNotLeave(f"{name}.{field.name} declares no origin")
         if origin is Origin.MEASURED and "metrics" not in allowed:
@@ -109,10 +109,10 @@ def seal(answer: object, *, allowed: Collection[Output], waived: bool) -> bytes:
             if KINDS[type(part)] not in allowed:
                 raise WillNotLeave(f"{name}.{field.name}: this site lets out no {KINDS[type(part)]}")
             _check_part(part, f"{name}.{field.name}", waived)
-    for statement in _parts(answer, Statement):
-        if statement.guarantee == "dp" and any(not part.grants for part in derived(answer)):
+    for statement in _parts(reply, Statement):
+        if statement.guarantee == "dp" and any(not part.grants for part in derived(reply)):
             raise WillNotLeave(f"{name} claims a guarantee for text, weights or scores without a grant")
-    return encode(answer)
+    return encode(reply)
 
 
 def derived(value: object) -> list[Corpus | Adapter | Scores]:
@@ -144,7 +144,7 @@ def _parts(value: object, kind: type[T]) -> list[T]:
     return []
 
 
-def pack_answer(data: bytes, *, refused: bool = False, seconds: float | None = None) -> RecordDict:
+def pack_reply(data: bytes, *, refused: bool = False, seconds: float | None = None) -> RecordDict:
     """Sealed bytes as the content of a reply.
 
     Args:
@@ -157,7 +157,7 @@ def pack_answer(data: bytes, *, refused: bool = False, seconds: float | None = N
 
 
 def unpacked(content: RecordDict) -> tuple[bytes, bool, float | None]:
-    """Payload of an order or an answer; of an answer whether it is a refusal, and what `pack_answer` says of seconds.
+    """Payload of a request or a reply; of a reply whether it is a refusal, and what `pack_reply` says of seconds.
 
     Raises:
         fedsynth.typed.BadValue: If the content is neither.
@@ -167,13 +167,13 @@ def unpacked(content: RecordDict) -> tuple[bytes, bool, float | None]:
     return _payload(record), record.get("refused") is True, seconds if isinstance(seconds, float) else None
 
 
-def refusal(code: Code) -> bytes:
+def refusal(code: ErrorCode) -> bytes:
     """The bytes of a refusal: a constant code and nothing else."""
     return encode(Refused(code))
 
 
-def unpack_answer(content: RecordDict, kind: type[T]) -> T | Refused:
-    """The typed answer in a reply.
+def unpack_reply(content: RecordDict, kind: type[T]) -> T | Refused:
+    """The typed reply in a reply.
 
     Raises:
         fedsynth.typed.BadValue: If the reply is not one; of its payload a BadPayload.

@@ -190,12 +190,12 @@ class RoundStrategy(Strategy, Generic[S]):
         return state
 
     def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
-        for client, answer in evaluated.items():
-            for metric, value in sorted(answer.metrics.items()):
+        for client, reply in evaluated.items():
+            for metric, value in sorted(reply.metrics.items()):
                 self.server.journal.metric(client, metric, value)
         found: dict[str, list[float]] = {}
-        for answer in evaluated.values():
-            for metric, value in answer.metrics.items():
+        for reply in evaluated.values():
+            for metric, value in reply.metrics.items():
                 found.setdefault(metric, []).append(value)
         return MetricRecord({metric: sum(found[metric]) / len(found[metric]) for metric in sorted(found)})
 

@@ -1,4 +1,4 @@
-"""Checks before use: of an answer at the server, of an order at a client, of a scenario's settings at both."""
+"""Checks before use: of a reply at the server, of a request at a client, of a scenario's settings at both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedsynth.federation.messages import (
     Finetuned,
     Learn,
     Learnt,
-    Order,
+    Request,
     Score,
     Scored,
     SelfTrain,
@@ -63,55 +63,55 @@ from fedsynth.privacy import claims
 from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
 from fedsynth.scenario.schema import Client, GeneratorTraining
 
-# What stands in an answer as a name becomes a word of a report: these, and nothing else.
+# What stands in a reply as a name becomes a word of a report: these, and nothing else.
 GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
 
-CHECKED = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)  # by `check_order`
+CHECKED = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)  # by `check_request`
 
 
 class Rejected(ValueError):
-    """An order or answer that does not keep to what was agreed. The message repeats no text of it."""
+    """A request or answer that does not keep to what was agreed. The message repeats no text of it."""
 
 
-def check_order(order: Order[Any], labels: Sequence[str]) -> None:
+def check_request(request: Request[Any], labels: Sequence[str]) -> None:
     """A client's check: ranges only, so that a server cannot ask for what the privacy statement does not cover, or for
     more than any site could do.
 
     Raises:
-        Rejected: With the value and the range; or an order of which nothing is checked here.
+        Rejected: With the value and the range; or a request of which nothing is checked here.
     """
-    if not isinstance(order, CHECKED):
-        raise Rejected(f"an order {type(order).__name__} has no check: `check_order` must say what it may ask for")
-    if isinstance(order, Synthesize):
-        _within("per_label", order.per_label, 1, MAX_SAMPLES)
-        _within("number of texts", order.per_label * len(labels), 0, MAX_TEXTS)
-        _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
-        _within("temperature", order.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
-        _within("top_p", order.top_p, MIN_TOP_P, 1.0)
-    if isinstance(order, Synthesize | Learn | Finetune | Score | SelfTrain):
-        _within("seed", order.seed, 0, MAX_SEED)
-    if isinstance(order, Learn | Score) and order.corpus is not None:
-        _check_corpus(order.corpus, labels)
-        if order.corpus.provenance is Provenance.PRIVATE:
+    if not isinstance(request, CHECKED):
+        raise Rejected(f"a request {type(request).__name__} has no check: `check_request` must say what it may ask for")
+    if isinstance(request, Synthesize):
+        _within("per_label", request.per_label, 1, MAX_SAMPLES)
+        _within("number of texts", request.per_label * len(labels), 0, MAX_TEXTS)
+        _within("max_tokens", request.max_tokens, 1, MAX_TOKENS)
+        _within("temperature", request.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
+        _within("top_p", request.top_p, MIN_TOP_P, 1.0)
+    if isinstance(request, Synthesize | Learn | Finetune | Score | SelfTrain):
+        _within("seed", request.seed, 0, MAX_SEED)
+    if isinstance(request, Learn | Score) and request.corpus is not None:
+        _check_corpus(request.corpus, labels)
+        if request.corpus.provenance is Provenance.PRIVATE:
             raise Rejected("a server sent text that is marked private")
-    if isinstance(order, Score) and not len(order.corpus):
+    if isinstance(request, Score) and not len(request.corpus):
         raise Rejected("a server sent no text to score")
-    if isinstance(order, Finetune | SelfTrain):
-        _check_factors("start", order.start)
-    if isinstance(order, Finetune) and order.proximal is not None:
-        _within("proximal", order.proximal, 0.0, MAX_PROXIMAL)
-    if isinstance(order, Adopt | Evaluate) and order.adapter is not None:
-        _check_factors("adapter", order.adapter)
-    if isinstance(order, SelfTrain):
-        _within("writing_seed", order.writing_seed, 0, MAX_SEED)
-        _within("share", order.share, 0.0, 1.0)
-        _within("candidates", order.candidates, 1, MAX_CANDIDATES)
-        _within("keep", order.keep, 1, order.candidates)
-        _within("shots", order.shots, 1, MAX_SHOTS)
-        _within("max_tokens", order.max_tokens, 1, MAX_TOKENS)
+    if isinstance(request, Finetune | SelfTrain):
+        _check_factors("start", request.start)
+    if isinstance(request, Finetune) and request.proximal is not None:
+        _within("proximal", request.proximal, 0.0, MAX_PROXIMAL)
+    if isinstance(request, Adopt | Evaluate) and request.adapter is not None:
+        _check_factors("adapter", request.adapter)
+    if isinstance(request, SelfTrain):
+        _within("writing_seed", request.writing_seed, 0, MAX_SEED)
+        _within("share", request.share, 0.0, 1.0)
+        _within("candidates", request.candidates, 1, MAX_CANDIDATES)
+        _within("keep", request.keep, 1, request.candidates)
+        _within("shots", request.shots, 1, MAX_SHOTS)
+        _within("max_tokens", request.max_tokens, 1, MAX_TOKENS)
 
 
 def check_settings(client: Client, rounds: int) -> None:
@@ -146,9 +146,9 @@ def check_settings(client: Client, rounds: int) -> None:
     _within("client.max_noise_multiplier", client.max_noise_multiplier, SMALLEST_SIGMA, MAX_SIGMA)
 
 
-def check_answer(
-    order: Order[Any],
-    answer: object,
+def check_reply(
+    request: Request[Any],
+    reply: object,
     labels: Sequence[str],
     *,
     units: Collection[str] = claims.UNITS,
@@ -158,8 +158,8 @@ def check_answer(
     """A server's check of one client's answer.
 
     Args:
-        order: That it answers.
-        answer: Of the order's class.
+        request: That it answers.
+        answer: Of the request's class.
         labels: The public list.
         units: What clients may say that they protect.
         simulated: Whether noise is reproducible, and has to be said to be; None: either.
@@ -168,49 +168,49 @@ def check_answer(
     Raises:
         Rejected: With the name and the range; no word of the client is repeated.
     """
-    said = getattr(answer, "statement", None)
+    said = getattr(reply, "statement", None)
     if isinstance(said, Statement):
         # A list of scores may be protected for the client as a whole, text and adapters never are.
-        whole = {claims.CLIENT} if isinstance(answer, Scored) else set()
+        whole = {claims.CLIENT} if isinstance(reply, Scored) else set()
         try:
             claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated)
         except ValueError as problem:
             raise Rejected(f"statement: {problem}") from problem
-    if isinstance(answer, Synthesized) and isinstance(order, Synthesize):
-        _check_corpus(answer.corpus, labels)
-        if answer.corpus.provenance not in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED):
-            raise Rejected(f"a client sent text that is marked {answer.corpus.provenance.value}")
-        _within("number of texts", len(answer.corpus), 0, order.per_label * len(labels))
-        most = max(answer.corpus.counts().values(), default=0)
-        _within("number of texts of one label", most, 0, order.per_label)
-        _within("unfinished", answer.unfinished, 0, order.per_label * len(labels) - len(answer.corpus))
-        _check_grants(answer.statement, answer.corpus.grants)
-        if (answer.corpus.provenance is Provenance.DP_SYNTHETIC) != (answer.statement.guarantee == "dp"):
-            raise Rejected(f"text under guarantee {answer.statement.guarantee!r} that calls itself otherwise")
-    if isinstance(answer, Finetuned) and isinstance(order, Finetune):
-        _check_grants(answer.statement, answer.adapter.grants)
-        _check_adapter(answer.adapter, order.start, only=only_b if order.frozen_a else None)
-        _check_records(answer.records, answer.statement, batch)
-    if isinstance(answer, SelfTrained) and isinstance(order, SelfTrain):
-        _check_grants(answer.statement, answer.adapter.grants)
-        _check_adapter(answer.adapter, order.start)
-        _check_records(answer.records, answer.statement, batch)
-        _check_funnel(answer.funnel, order.candidates)
-    if isinstance(answer, Scored) and isinstance(order, Score):
-        _check_grants(answer.statement, answer.scores.grants)
-        _within("number of scores", len(answer.scores.values), len(order.corpus), len(order.corpus))
-        if not all(map(math.isfinite, answer.scores.values)):
+    if isinstance(reply, Synthesized) and isinstance(request, Synthesize):
+        _check_corpus(reply.corpus, labels)
+        if reply.corpus.provenance not in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED):
+            raise Rejected(f"a client sent text that is marked {reply.corpus.provenance.value}")
+        _within("number of texts", len(reply.corpus), 0, request.per_label * len(labels))
+        most = max(reply.corpus.counts().values(), default=0)
+        _within("number of texts of one label", most, 0, request.per_label)
+        _within("unfinished", reply.unfinished, 0, request.per_label * len(labels) - len(reply.corpus))
+        _check_grants(reply.statement, reply.corpus.grants)
+        if (reply.corpus.provenance is Provenance.DP_SYNTHETIC) != (reply.statement.guarantee == "dp"):
+            raise Rejected(f"text under guarantee {reply.statement.guarantee!r} that calls itself otherwise")
+    if isinstance(reply, Finetuned) and isinstance(request, Finetune):
+        _check_grants(reply.statement, reply.adapter.grants)
+        _check_adapter(reply.adapter, request.start, only=only_b if request.frozen_a else None)
+        _check_records(reply.records, reply.statement, batch)
+    if isinstance(reply, SelfTrained) and isinstance(request, SelfTrain):
+        _check_grants(reply.statement, reply.adapter.grants)
+        _check_adapter(reply.adapter, request.start)
+        _check_records(reply.records, reply.statement, batch)
+        _check_funnel(reply.funnel, request.candidates)
+    if isinstance(reply, Scored) and isinstance(request, Score):
+        _check_grants(reply.statement, reply.scores.grants)
+        _within("number of scores", len(reply.scores.values), len(request.corpus), len(request.corpus))
+        if not all(map(math.isfinite, reply.scores.values)):
             raise Rejected("scores that are not finite")
-        if any(abs(score) > MAX_SCORE for score in answer.scores.values):
+        if any(abs(score) > MAX_SCORE for score in reply.scores.values):
             raise Rejected(f"scores beyond {MAX_SCORE:g}")
-    if isinstance(answer, Evaluated) and isinstance(order, Evaluate):
-        _check_metrics(answer.metrics, measured(order, instructs=not labels))
-        _within("examples", answer.examples, 0, MAX_RECORDS)
-    if isinstance(answer, Learnt) and isinstance(order, Learn):
-        _within("received", answer.received, 0, len(order.corpus or ()))
-    if isinstance(answer, Adopted) and isinstance(order, Adopt):
-        size = sum(array.size for array in order.adapter.arrays.values())
-        _within("parameters", answer.parameters, size, size)
+    if isinstance(reply, Evaluated) and isinstance(request, Evaluate):
+        _check_metrics(reply.metrics, measured(request, instructs=not labels))
+        _within("examples", reply.examples, 0, MAX_RECORDS)
+    if isinstance(reply, Learnt) and isinstance(request, Learn):
+        _within("received", reply.received, 0, len(request.corpus or ()))
+    if isinstance(reply, Adopted) and isinstance(request, Adopt):
+        size = sum(array.size for array in request.adapter.arrays.values())
+        _within("parameters", reply.parameters, size, size)
 
 
 def _check_grants(said: Statement, grants: Sequence[str]) -> None:
@@ -230,7 +230,7 @@ def _check_records(records: int, said: Statement, batch: int | None) -> None:
 
 
 def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
-    """Each figure that the order asks for, and no other: a name becomes a word of a report."""
+    """Each figure that the request asks for, and no other: a name becomes a word of a report."""
     if set(metrics) != set(names):
         raise Rejected(
             f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "

@@ -30,7 +30,7 @@ MOST_PLANS = 12  # noise calibrations that are made for one arm here; each takes
 STARTS, WORKER_STARTS = 3.2, 1.2
 WAITS = 7.0  # seconds of starting and ending in which nothing works: Ray comes up, Flower is asked every five seconds
 EXCHANGE = 0.3  # seconds of an exchange beside the clients' work
-MESSAGE = 0.03  # seconds of each order on its way
+MESSAGE = 0.03  # seconds of each request on its way
 HELD = 1_000_000_000  # bytes: SuperLink, SuperExec, Ray and its agents, supervisor; they hold no model
 DRIVES = 400_000_000  # bytes: Ray in the process of the server app, and what that one keeps of what it needed
 
@@ -250,7 +250,7 @@ class Workers:
 
 
 def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tuple[float | None, list[str]]:
-    """Over clients and seeds; and whether a client would refuse an order because its budget is spent."""
+    """Over clients and seeds; and whether a client would refuse a request because its budget is spent."""
     if rehearsed.epsilon is None or not rehearsed.plans:
         return rehearsed.epsilon, []
     client, told = cell.scenario.client, []

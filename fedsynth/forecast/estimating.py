@@ -99,10 +99,10 @@ class SampledLLM:
             lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
-            order, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
+            request, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
 
             def sample(n: int) -> list[Any]:
-                rows = [int(order[i * len(order) // n]) for i in range(n)]
+                rows = [int(request[i * len(request) // n]) for i in range(n)]
                 return self.llm.complete([prompts[row] for row in rows], sampling, seed=seed)
 
             key = ("complete", _size(self.llm.model), sampling, _magnitude(lengths))
@@ -123,11 +123,11 @@ class SampledLLM:
             groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
             if not groups:
                 return []
-            order = np.argsort([lengths[group[0]] for group in groups], kind="stable")
+            request = np.argsort([lengths[group[0]] for group in groups], kind="stable")
             lanes, size = self._lanes(len(prompts)), len(prompts) / len(groups)
 
             def sample(n: int) -> list[Any]:
-                chosen = [groups[int(order[i * len(order) // n])] for i in range(n)]
+                chosen = [groups[int(request[i * len(request) // n])] for i in range(n)]
                 rows = [row for group in chosen for row in group]
                 found = iter(self.llm.score([prompts[r] for r in rows], [continuations[r] for r in rows]))
                 return [[next(found) for _ in group] for group in chosen]

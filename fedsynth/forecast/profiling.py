@@ -43,7 +43,7 @@ class Unit:
     """Work that costs a client the same each time it is done.
 
     Attributes:
-        kind: `plan`: the noise of a plan and its statement. `step`: of the generator's training, as orders ask for it.
+        kind: `plan`: the noise of a plan and its statement. `step`: of the generator's training, as requested.
             `own_step`: the same alone and without a guarantee. `scorer_step`: of a scorer's training under DP-SGD.
             `sample`: a text after its control code. `demonstrated`: a text after demonstrations. `rate`: the likelihood
             of a record. `respond`: a response to a test instruction. `fit`: a text that the task model learns once.

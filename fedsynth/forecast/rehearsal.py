@@ -1,6 +1,6 @@
 """A strategy's own rounds against clients that only say what they would do: who is asked what, and how large it is.
 
-Orders are made and packed as in a run, answers are dummies of the right kind and size, and of what a server's models
+Requests are made and packed as in a run, answers are dummies of the right kind and size, and of what a server's models
 are asked a sample is done in earnest and timed. So a method needs no table of what it costs, whoever wrote it.
 """
 
@@ -27,7 +27,7 @@ from fedsynth.federation.messages import (
     Finetuned,
     Learn,
     Learnt,
-    Order,
+    Request,
     Score,
     Scored,
     SelfTrain,
@@ -37,7 +37,7 @@ from fedsynth.federation.messages import (
     measured,
 )
 from fedsynth.federation.payload import encode
-from fedsynth.federation.records import pack_order, payload_bytes
+from fedsynth.federation.records import pack_request, payload_bytes
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
@@ -63,14 +63,14 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Exchange:
-    """Orders that go out together.
+    """Requests that go out together.
 
     Attributes:
         number: Of the round.
-        name: Of the order.
+        name: Of the request.
         work: By client.
-        down: Bytes of the orders.
-        up: Bytes of the answers.
+        down: Bytes of the requests.
+        up: Bytes of the replies.
     """
 
     number: int
@@ -91,67 +91,67 @@ class _Answering(Clients):
     begun: float = field(default_factory=busy)
     spent: float = 0.0
 
-    def ask_each(self, orders: Mapping[int, Order[Any]]) -> dict[int, Any]:
-        """Dummy answers by client.
+    def ask_each(self, requests: Mapping[int, Request[Any]]) -> dict[int, Any]:
+        """Dummy replies by client.
 
         Raises:
-            Unforeseen: If nothing is known of the order's class.
+            Unforeseen: If nothing is known of the request's class.
         """
         started = busy()
         if self.journal.round > 2 and started - self.begun > ENOUGH:
             raise _Enough
         self.exchange += 1
-        name = next(iter(orders.values())).task.rpartition(".")[2]
-        answers: dict[int, Any] = {}
+        name = next(iter(requests.values())).task.rpartition(".")[2]
+        replies: dict[int, Any] = {}
         work: dict[int, Work] = {}
         down = up = 0
         scored = {client for e in self.exchanges if e.name == "score" for client in e.work}
-        fates = self._fates(orders)
-        for client, order in sorted(orders.items()):
+        fates = self._fates(requests)
+        for client, request in sorted(requests.items()):
             if fates.get(client) is Fate.ABSENT:
                 continue
-            if type(order) not in WORK:
-                raise Unforeseen(f"what clients do for the order {type(order).__name__} is not known here")
+            if type(request) not in WORK:
+                raise Unforeseen(f"what clients do for the request {type(request).__name__} is not known here")
             envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, client, self._stack(client))
-            size = payload_bytes(pack_order(order, envelope))
+            size = payload_bytes(pack_request(request, envelope))
             self.journal.count("bytes/down", client, size)
             down += size
-            done = WORK[type(order)](order, self.facts[client])
+            done = WORK[type(request)](request, self.facts[client])
             work[client] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and client in scored)}
-            answers[client] = self._answer(order, client)
-            size = len(encode(answers[client]))
+            replies[client] = self._reply(request, client)
+            size = len(encode(replies[client]))
             self.journal.count("bytes/up", client, size)
             up += size
-            self._note(client, answers[client])
+            self._note(client, replies[client])
         self.exchanges.append(Exchange(self.journal.round, name, work, down, up))
         self.spent += busy() - started
-        return {client: answer for client, answer in answers.items() if client not in fates}
+        return {client: reply for client, reply in replies.items() if client not in fates}
 
-    def _answer(self, order: Order[Any], client: int) -> Any:
+    def _reply(self, request: Request[Any], client: int) -> Any:
         of, rng = self.facts[client], np.random.default_rng([0, client, self.exchange])
-        if isinstance(order, Synthesize):
+        if isinstance(request, Synthesize):
             grants = GRANT if of.client.guarantee == "dp" else ()
-            corpus = replace(self._drafts(client, order.per_label, order.max_tokens), grants=grants)
+            corpus = replace(self._drafts(client, request.per_label, request.max_tokens), grants=grants)
             return Synthesized(corpus, self._statement(client), 0)
-        if isinstance(order, Finetune):
-            adapter = _trained_from(order.start, rng, GRANT if of.client.guarantee == "dp" else ())
-            if order.frozen_a:
+        if isinstance(request, Finetune):
+            adapter = _trained_from(request.start, rng, GRANT if of.client.guarantee == "dp" else ())
+            if request.frozen_a:
                 adapter = replace(adapter, arrays={n: a for n, a in adapter.arrays.items() if only_b(n)})
             return Finetuned(adapter, self._statement(client), of.records)
-        if isinstance(order, SelfTrain):
-            funnel = {"asked": order.candidates, "too short": 0, "kept": order.keep}
-            return SelfTrained(_trained_from(order.start, rng, ()), self._statement(client), of.records, funnel)
-        if isinstance(order, Score):
+        if isinstance(request, SelfTrain):
+            funnel = {"asked": request.candidates, "too short": 0, "kept": request.keep}
+            return SelfTrained(_trained_from(request.start, rng, ()), self._statement(client), of.records, funnel)
+        if isinstance(request, Score):
             grants = GRANT if of.client.guarantee == "dp" else ()
             return Scored(
-                Scores(tuple(rng.random(len(order.corpus)).tolist()), grants), self._statement(client, scores=True)
+                Scores(tuple(rng.random(len(request.corpus)).tolist()), grants), self._statement(client, scores=True)
             )
-        if isinstance(order, Adopt):
-            return Adopted(sum(array.size for array in order.adapter.arrays.values()))
-        if isinstance(order, Learn):
-            return Learnt(len(order.corpus or ()))
-        assert isinstance(order, Evaluate)
-        return Evaluated(dict.fromkeys(measured(order, instructs=not of.labels), 1 / 3), of.test)
+        if isinstance(request, Adopt):
+            return Adopted(sum(array.size for array in request.adapter.arrays.values()))
+        if isinstance(request, Learn):
+            return Learnt(len(request.corpus or ()))
+        assert isinstance(request, Evaluate)
+        return Evaluated(dict.fromkeys(measured(request, instructs=not of.labels), 1 / 3), of.test)
 
     def _drafts(self, client: int, per_label: int, longest: int) -> Corpus:
         """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""

@@ -1,4 +1,4 @@
-"""What a client does for each order, in units of work: the one table."""
+"""What a client does for each request, in units of work: the one table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import divide
-from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Order, Score, SelfTrain, Synthesize
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize
 from fedsynth.forecast.profiling import Unit
 from fedsynth.scenario.schema import Cell, Client
 
@@ -36,13 +36,13 @@ class Facts:
     test: int
 
 
-def _synthesize(order: Synthesize, of: Facts) -> Work:
-    sampling = Unit("sample", of.arm, order.max_tokens, temperature=order.temperature, top_p=order.top_p)
-    return {**_trained(of), sampling: order.per_label * len(of.labels)}
+def _synthesize(request: Synthesize, of: Facts) -> Work:
+    sampling = Unit("sample", of.arm, request.max_tokens, temperature=request.temperature, top_p=request.top_p)
+    return {**_trained(of), sampling: request.per_label * len(of.labels)}
 
 
-def _finetune(order: Finetune, of: Facts) -> Work:
-    return _trained(of, frozen_a=order.frozen_a)
+def _finetune(request: Finetune, of: Facts) -> Work:
+    return _trained(of, frozen_a=request.frozen_a)
 
 
 def _trained(of: Facts, *, frozen_a: bool = False) -> Work:
@@ -50,25 +50,25 @@ def _trained(of: Facts, *, frozen_a: bool = False) -> Work:
     return {**steps, Unit("plan", of.arm): 1} if of.client.guarantee == "dp" else steps
 
 
-def _self_train(order: SelfTrain, of: Facts) -> Work:
+def _self_train(request: SelfTrain, of: Facts) -> Work:
     steps, step = of.client.generator_training.steps, Unit("own_step", of.arm)
-    if order.training == "isolated" and order.share == 1:
+    if request.training == "isolated" and request.share == 1:
         return {step: steps}
-    both = 1 + order.keep / of.records  # batches are as much larger
-    trainings = {"isolated": 2.0, "mixed": 1 + both, "personal": 2 + both}[order.training]
-    written = Unit("demonstrated", of.arm, order.max_tokens, order.shots)
-    return {written: 2 * order.candidates, Unit("rate", of.arm): 2 * order.candidates, step: trainings * steps}
+    both = 1 + request.keep / of.records  # batches are as much larger
+    trainings = {"isolated": 2.0, "mixed": 1 + both, "personal": 2 + both}[request.training]
+    written = Unit("demonstrated", of.arm, request.max_tokens, request.shots)
+    return {written: 2 * request.candidates, Unit("rate", of.arm): 2 * request.candidates, step: trainings * steps}
 
 
-def _score(order: Score, of: Facts) -> Work:
-    read: Work = {Unit("read", of.arm): len(order.corpus)}
+def _score(request: Score, of: Facts) -> Work:
+    read: Work = {Unit("read", of.arm): len(request.corpus)}
     if of.client.guarantee == "dp" and of.client.scores == "model":  # once for all rounds
         return {**read, Unit("scorer_step", of.arm): of.client.scorer_training.steps}
     return read
 
 
-def _learn(order: Learn, of: Facts) -> Work:
-    received, task = len(order.corpus or ()), of.client.task_training
+def _learn(request: Learn, of: Facts) -> Work:
+    received, task = len(request.corpus or ()), of.client.task_training
     if not of.labels:
         return {Unit("own_step", of.arm): of.client.generator_training.steps * (2 if received else 1)}
     if task.trains == "head":  # each text is embedded once; the head is little work
@@ -76,14 +76,14 @@ def _learn(order: Learn, of: Facts) -> Work:
     return {Unit("fit", of.arm): received * task.augmented_epochs + of.train * task.private_epochs}
 
 
-def _evaluate(order: Evaluate, of: Facts) -> Work:
-    loss: Work = {} if order.adapter is None else {Unit("rate", of.arm): of.test}
+def _evaluate(request: Evaluate, of: Facts) -> Work:
+    loss: Work = {} if request.adapter is None else {Unit("rate", of.arm): of.test}
     if not of.labels:
         return {**loss, Unit("respond", of.arm, of.client.answer_tokens): of.test}
     return loss or {Unit("read", of.arm): of.test}
 
 
-WORK: dict[type[Order[Any]], Callable[[Any, Facts], Work]] = {
+WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {
     Synthesize: _synthesize,
     Finetune: _finetune,
     SelfTrain: _self_train,

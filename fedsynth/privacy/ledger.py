@@ -76,7 +76,7 @@ class Binding:
     """What a grant is good for: if any of it changes, it is another grant.
 
     Attributes:
-        order: Digest of the order.
+        order: Digest of the request; the ledgers on disk call it so.
         plan: `DPPlan.digest()`.
         data: Keyed MAC of the data (`data_mac` with the ledger's `mac_key`).
         model: Hash of the model's weights.
@@ -120,9 +120,9 @@ def _site_keys(counter: int, binding: str) -> bytes:
 class Ledger:
     """One SQLite file per declared data set; lies outside run directories and is never reset.
 
-    States of a grant: reserved -> running -> stored -> sent; abandoned where the order came again with something
+    States of a grant: reserved -> running -> stored -> sent; abandoned where the request came again with something
     bound changed. What was charged is never given back. Every change is one committed transaction. The caller
-    serialises orders per site with a file lock, so a grant found running while charging means a crash.
+    serialises requests per site with a file lock, so a grant found running while charging means a crash.
 
     What is asked next may depend on what was released before, so a Rényi filter (`fedsynth.privacy.filter`) guards the
     cap. Its order follows from the cap as long as nothing is spent; with the first charge it is fixed, and stays when
@@ -207,34 +207,34 @@ class Ledger:
         with self._transaction() as db:
             return bytes(db.execute("SELECT value FROM meta WHERE name = 'mac_key'").fetchone()[0])
 
-    def answered(self, order: str) -> bytes | None:
-        """The stored answer of an order with this digest, to be sent again as it is; None if there is none."""
+    def answered(self, request: str) -> bytes | None:
+        """The stored answer to a request with this digest, to be sent again as it is; None if there is none."""
         with self._transaction() as db:
-            row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (order,)).fetchone()
+            row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
-    def sent(self, order: str) -> bool:
-        """Whether the answer of an order was handed over to be sent."""
+    def sent(self, request: str) -> bool:
+        """Whether the answer to a request was handed over to be sent."""
         with self._transaction() as db:
-            row = db.execute("SELECT sent FROM answers WHERE order_digest = ?", (order,)).fetchone()
+            row = db.execute("SELECT sent FROM answers WHERE order_digest = ?", (request,)).fetchone()
         return row is not None and bool(row[0])
 
     def charge(self, plan: DPPlan, binding: Binding, run: str, *, budget: Budget | None = None) -> Grant:
         """Pays for one round of a plan before any private text is opened.
 
         The first charge of (run, plan) reserves all its rounds; later rounds draw from that. A round beyond them,
-        and a retry of an order of which anything bound has changed, reserve one more round. An unfinished grant of
-        the same order and binding (a crash before "stored") is handed out again, and costs nothing.
+        and a retry of a request of which anything bound has changed, reserve one more round. An unfinished grant of
+        the same request and binding (a crash before "stored") is handed out again, and costs nothing.
 
         Args:
             plan: Of the run.
             binding: What the grant holds for.
             run: Public id of the run; what follows a slash names a part of it (arm, seed).
-            budget: Of that part, which an order too many would pass even where the lifetime cap would not be.
+            budget: Of that part, which a request too many would pass even where the lifetime cap would not be.
 
         Raises:
             BudgetExhausted: If the lifetime cap, `per_run` or the budget would be passed; nothing is written then.
-            GrantUsed: If the order has an answer already: send that.
+            GrantUsed: If the request has an answer already: send that.
             LedgerBehind: If the witness knows more than the file.
             ValueError: If the binding is another plan's.
         """
@@ -266,7 +266,7 @@ class Ledger:
 
     def _grant(self, db: sqlite3.Connection, plan: DPPlan, binding: Binding, run: str, budget: Budget | None) -> Grant:
         if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
-            raise GrantUsed(f"order {binding.order[:12]} has been answered; send the stored answer again")
+            raise GrantUsed(f"request {binding.order[:12]} has been answered; send the stored answer again")
         unfinished = db.execute(
             "SELECT counter, id, binding FROM grants WHERE order_digest = ? AND state IN ('reserved', 'running')",
             (binding.order,),
@@ -331,24 +331,24 @@ class Ledger:
         counter, plan, binding = row
         return Grant(id, counter, DPPlan.from_dict(json.loads(plan)), Binding(**json.loads(binding)))
 
-    def store(self, grant_or_order: Grant | str, answer: bytes, *, derived_from: Sequence[str] = ()) -> None:
+    def store(self, grant_or_request: Grant | str, answer: bytes, *, derived_from: Sequence[str] = ()) -> None:
         """Keeps the answer before it is sent (running -> stored) and erases the grant's key with it.
 
         Args:
-            grant_or_order: What the answer is for.
+            grant_or_request: What the answer is for.
             answer: As it will be sent.
-            derived_from: Ids of grants. An order that was charged nothing has its answer kept only if all of these are
+            derived_from: Ids of grants. A request that was charged nothing has its answer kept only if all of these are
                 settled, and there is one: then it is post-processing of what they let out.
 
         Raises:
-            GrantUsed: If the grant, or the order's, is not running; or there is none, and nothing settled either.
+            GrantUsed: If the grant, or the request's, is not running; or there is none, and nothing settled either.
         """
-        order = grant_or_order if isinstance(grant_or_order, str) else grant_or_order.binding.order
+        request = grant_or_request if isinstance(grant_or_request, str) else grant_or_request.binding.order
         with self._transaction() as db:
             row = db.execute(
-                "SELECT id, counter, state FROM grants WHERE order_digest = ? AND state != 'abandoned'", (order,)
+                "SELECT id, counter, state FROM grants WHERE order_digest = ? AND state != 'abandoned'", (request,)
             ).fetchone()
-            if row is None and derived_from and isinstance(grant_or_order, str):
+            if row is None and derived_from and isinstance(grant_or_request, str):
                 for id in derived_from:
                     state = db.execute("SELECT state FROM grants WHERE id = ?", (id,)).fetchone()
                     if state is None or state[0] not in ("stored", "sent"):
@@ -356,46 +356,48 @@ class Ledger:
                             f"grant {id} is {'unknown' if state is None else state[0]}: only what a grant "
                             "has let out is processed further without a charge"
                         )
-                db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
+                db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
                 return
-            if row is None or (isinstance(grant_or_order, Grant) and row[0] != grant_or_order.id):
-                raise GrantUsed(f"order {order[:12]} has no such grant in the ledger of data set {self.dataset!r}")
+            if row is None or (isinstance(grant_or_request, Grant) and row[0] != grant_or_request.id):
+                raise GrantUsed(f"request {request[:12]} has no such grant in the ledger of data set {self.dataset!r}")
             if row[2] != "running":
                 raise GrantUsed(f"grant {row[0]} is {row[2]}; only the answer of a running one is stored")
             db.execute("UPDATE grants SET state = 'stored', key = NULL WHERE counter = ?", (row[1],))
-            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
+            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
 
-    def store_answer(self, order: str, answer: bytes) -> None:
-        """Keeps the answer of an order that spends nothing; the same bytes again change nothing.
+    def store_answer(self, request: str, answer: bytes) -> None:
+        """Keeps the answer to a request that spends nothing; the same bytes again change nothing.
 
         Raises:
-            GrantUsed: If the order has another answer, or a grant (then `store` it).
+            GrantUsed: If the request has another answer, or a grant (then `store` it).
         """
         with self._transaction() as db:
-            row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (order,)).fetchone()
+            row = db.execute("SELECT answer FROM answers WHERE order_digest = ?", (request,)).fetchone()
             if row is not None:
                 if bytes(row[0]) != answer:
-                    raise GrantUsed(f"order {order[:12]} has another answer already; send that one again")
+                    raise GrantUsed(f"request {request[:12]} has another answer already; send that one again")
                 return
-            if db.execute("SELECT 1 FROM grants WHERE order_digest = ? AND state != 'abandoned'", (order,)).fetchone():
-                raise GrantUsed(f"order {order[:12]} runs under a grant; its answer goes through store()")
-            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (order, answer, _now()))
+            if db.execute(
+                "SELECT 1 FROM grants WHERE order_digest = ? AND state != 'abandoned'", (request,)
+            ).fetchone():
+                raise GrantUsed(f"request {request[:12]} runs under a grant; its answer goes through store()")
+            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
 
-    def mark_sent(self, order: str) -> None:
+    def mark_sent(self, request: str) -> None:
         """Notes that the answer is handed over to be sent (stored -> sent); again changes nothing.
 
         Raises:
-            GrantUsed: If the order has no stored answer.
+            GrantUsed: If the request has no stored answer.
         """
         with self._transaction() as db:
-            if not db.execute("UPDATE answers SET sent = 1 WHERE order_digest = ?", (order,)).rowcount:
-                raise GrantUsed(f"order {order[:12]} has no stored answer; an answer is stored before it is sent")
-            db.execute("UPDATE grants SET state = 'sent' WHERE order_digest = ? AND state = 'stored'", (order,))
+            if not db.execute("UPDATE answers SET sent = 1 WHERE order_digest = ?", (request,)).rowcount:
+                raise GrantUsed(f"request {request[:12]} has no stored answer; an answer is stored before it is sent")
+            db.execute("UPDATE grants SET state = 'sent' WHERE order_digest = ? AND state = 'stored'", (request,))
 
     def charge_without_guarantee(self, reason: str, run: str) -> bool:
         """Notes that something left without a mechanism: the data's epsilon is infinite from now on.
 
-        Noted once for a run and a reason: a repeated order adds nothing to it.
+        Noted once for a run and a reason: a repeated request adds nothing to it.
 
         Returns:
             Whether this is the first of its run and reason.

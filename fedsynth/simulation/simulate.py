@@ -347,7 +347,7 @@ def resume(
 ) -> Result:
     """Resumes a run that ended too soon; it reaches the results that it would have had.
 
-    Nothing is charged twice: clients answer a repeated order from what they stored. A run that is done is only read.
+    Nothing is charged twice: clients answer a repeated request from what they stored. A run that is done is only read.
 
     Args:
         out: The run's directory.

@@ -25,8 +25,8 @@ import psutil
 import fedsynth
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Synthesize, Synthesized
-from fedsynth.federation.records import pack_answer, seal, unpack_answer
-from fedsynth.federation.validation import check_answer
+from fedsynth.federation.records import pack_reply, seal, unpack_reply
+from fedsynth.federation.validation import check_reply
 from fedsynth.privacy.plan import statement
 from fedsynth.scenario.toml import load
 from fedsynth.synthesis.curation import balance, clusters, deduplicate, well_formed
@@ -45,7 +45,7 @@ def corpora(rows: int, width: int = 192) -> None:
     centres = rng.normal(size=(5000, width))
     places = centres[rng.integers(0, len(centres), rows)] + 0.5 * rng.normal(size=(rows, width))
     said = statement(None, simulated=True)
-    order = Synthesize(per_label=rows, max_tokens=48, temperature=1.0, top_p=0.95, seed=0)
+    request = Synthesize(per_label=rows, max_tokens=48, temperature=1.0, top_p=0.95, seed=0)
 
     def timed(name: str, work: Callable[[], T]) -> T:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -56,12 +56,12 @@ def corpora(rows: int, width: int = 192) -> None:
 
     print(f"{rows:,} rows, {len(LABELS)} labels, {sum(map(len, texts)) / 1e6:.1f} million characters")
     data = timed("seal", lambda: seal(Synthesized(corpus, said, 0), allowed=("text",), waived=True))
-    message = timed("message", lambda: pack_answer(data))
+    message = timed("message", lambda: pack_reply(data))
     print(f"  payload: {len(data) / 1e6:.1f} MB, {len(data) / rows:.0f} bytes a row")
-    answer = timed("unpack", lambda: unpack_answer(message, Synthesized))
+    answer = timed("unpack", lambda: unpack_reply(message, Synthesized))
     assert isinstance(answer, Synthesized)
     assert answer.corpus == corpus
-    timed("the server's check", lambda: check_answer(order, answer, LABELS))
+    timed("the server's check", lambda: check_reply(request, answer, LABELS))
     formed = timed("well formed", lambda: well_formed(answer.corpus, labels=LABELS, min_words=4))
     unique = timed("deduplicate", lambda: deduplicate(formed.corpus))
     timed("balance", lambda: balance(unique.corpus, per_label=100, seed=0))

@@ -11,36 +11,36 @@ from fedsynth.clients.approval import Decision
 from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
 from fedsynth.deployment.policy import Place
-from fedsynth.federation.messages import ORDERS
+from fedsynth.federation.messages import REQUESTS
 from fedsynth.typed import BadValue
 
 
-def held_text(place: Place, order: str) -> Corpus:
+def held_text(place: Place, request: str) -> Corpus:
     """The text of an answer that waits, or waited.
 
     Args:
         place: The site.
-        order: The order's digest, or how it starts.
+        request: The request's digest, or how it starts.
 
     Raises:
-        BadValue: If there is no such order, or its answer holds no text.
+        BadValue: If there is no such request, or its answer holds no text.
     """
     from fedsynth.federation.payload import decode
     from fedsynth.federation.records import derived  # brings Flower
 
-    held = place.approvals.find(order)
-    kind = next(o for o in ORDERS if o.task == held["task"])
+    held = place.approvals.find(request)
+    kind = next(o for o in REQUESTS if o.task == held["task"])
     answer: Any = decode(_stored(place, held), kind.reply, trusted=True)
     return next(part for part in derived(answer) if isinstance(part, Corpus))
 
 
-def decide(place: Place, order: str, decision: Decision) -> dict[str, Any]:
+def decide(place: Place, request: str, decision: Decision) -> dict[str, Any]:
     """Lets an answer go, or not, and writes down who did; what was charged stays charged in any case.
 
     Raises:
-        BadValue: If there is no such order, or it was decided before.
+        BadValue: If there is no such request, or it was decided before.
     """
-    held = place.approvals.undecided(order)
+    held = place.approvals.undecided(request)
     _stored(place, held)
     by = user()
     # First: no text leaves of which the trail does not say who let it go.
@@ -63,5 +63,5 @@ def _stored(place: Place, held: dict[str, Any]) -> bytes:
     stored = place.open_ledger().answered(held["order"])
     # A process that crashed before it stored its answer may have held a different text.
     if stored is None or hashlib.sha256(stored).hexdigest() != held["sha256"]:
-        raise BadValue(f"order {held['order'][:12]} has no stored answer yet: its training has not ended")
+        raise BadValue(f"request {held['order'][:12]} has no stored answer yet: its training has not ended")
     return stored

@@ -53,7 +53,7 @@ def _data(place: Place) -> Iterator[Finding]:
         yield from import_rows(place)
     except (BadValue, OSError, ValueError, RuntimeError) as problem:
         kept = place.imported
-        stay = f"; orders go on with the rows as imported at {kept.at}" if kept else ""
+        stay = f"; requests go on with the rows as imported at {kept.at}" if kept else ""
         yield Finding("data", "problem", f"nothing was imported: {' '.join(str(problem).split())}{stay}")
 
 

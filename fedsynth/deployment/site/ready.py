@@ -76,7 +76,7 @@ def check_account(place: Place) -> None:
         return
     raise BadValue(
         f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "
-        "knows of orders for it: what they spent would be forgotten; restore it, or `fedsynth site "
+        "knows of requests for it: what they spent would be forgotten; restore it, or `fedsynth site "
         "declare-loss DIR` makes one that holds every charge of the trail"
     )
 

@@ -1,4 +1,4 @@
-"""A site's rows: imported under its operator's eyes, before any order works with them."""
+"""A site's rows: imported under its operator's eyes, before any request works with them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedsynth.typed import BadValue
 
 
 def import_rows(place: Place) -> Iterator[Finding]:
-    """Reads the source into the rows that orders work with, and says what of it is amiss. No row stops it.
+    """Reads the source into the rows that requests work with, and says what of it is amiss. No row stops it.
 
     The account is made for it, if the data set has none and never had.
 
@@ -61,14 +61,14 @@ def _told(place: Place, account: Ledger, found: Gathered, before: list[Record] |
         yield Finding(
             "data",
             "problem",
-            f"no training row has {columns} that can be read: orders are answered all the "
+            f"no training row has {columns} that can be read: requests are answered all the "
             "same, and charged, with nothing but noise in them",
         )
     if before is not None and before != list(found.records):
         yield Finding(
             "data",
             "warning",
-            "these are other rows than those imported before: an order that was not "
+            "these are other rows than those imported before: a request that was not "
             "answered yet is charged again when it comes again",
         )
     for said in warnings(data, found):
@@ -101,7 +101,7 @@ def check_rows(place: Place) -> None:
     if place.imported is None:
         raise BadValue(
             "no rows have been imported as [data] of site.toml declares them, or by an earlier version "
-            f"alone: `fedsynth site check {place.folder}` reads them, and orders work with what it has read"
+            f"alone: `fedsynth site check {place.folder}` reads them, and requests work with what it has read"
         )
     try:
         place.open_rows(place.open_ledger())
@@ -115,7 +115,7 @@ def source_changed(place: Place) -> str:
     about = place.imported
     if about is None or not place.site.data.source:
         return ""
-    path, go_on = place.path(place.site.data.source), f"orders go on with the rows as imported at {about.at}"
+    path, go_on = place.path(place.site.data.source), f"requests go on with the rows as imported at {about.at}"
     try:
         found = path.stat()
         if (found.st_size, found.st_mtime_ns) == (about.size, about.changed):

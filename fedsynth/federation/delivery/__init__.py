@@ -1,1 +1,1 @@
-"""How orders reach clients and answers come back, whatever fails on the way."""
+"""How requests reach clients and answers come back, whatever fails on the way."""

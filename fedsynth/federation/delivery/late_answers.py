@@ -8,9 +8,9 @@ from typing import Any
 from flwr.app import RecordDict
 
 from fedsynth.federation.delivery.sending import Delivery
-from fedsynth.federation.messages import Order
+from fedsynth.federation.messages import Request
 
-IN_VAIN = "gave no answer in time"
+IN_VAIN = "gave no reply in time"
 
 
 class LateAnswers:
@@ -22,23 +22,25 @@ class LateAnswers:
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
-        self._missing: dict[str, tuple[tuple[int, ...], int, Mapping[int, Order[Any]]]] = {}
+        self._missing: dict[str, tuple[tuple[int, ...], int, Mapping[int, Request[Any]]]] = {}
 
-    def expect(self, messages: Mapping[str, tuple[int, ...]], exchange: int, orders: Mapping[int, Order[Any]]) -> None:
+    def expect(
+        self, messages: Mapping[str, tuple[int, ...]], exchange: int, requests: Mapping[int, Request[Any]]
+    ) -> None:
         """Remembers messages that are not answered.
 
         Args:
             messages: The clients that each is for, by its id.
             exchange: In which it was sent.
-            orders: Of that exchange, by client.
+            requests: Of that exchange, by client.
         """
-        self._missing |= {message: (clients, exchange, orders) for message, clients in messages.items()}
+        self._missing |= {message: (clients, exchange, requests) for message, clients in messages.items()}
 
-    def come(self) -> Iterator[tuple[int, int, Order[Any], RecordDict | str]]:
-        """What has come since: client, exchange, order, and the answer, or why there is none."""
+    def come(self) -> Iterator[tuple[int, int, Request[Any], RecordDict | str]]:
+        """What has come since: client, exchange, request, and the reply, or why there is none."""
         if not self._missing:
             return
         for key, reply in self._delivery.pulled(list(self._missing)):
-            clients, exchange, orders = self._missing.pop(key)
+            clients, exchange, requests = self._missing.pop(key)
             for client, content in self._delivery.divided(reply, clients):
-                yield client, exchange, orders[client], content
+                yield client, exchange, requests[client], content

@@ -1,4 +1,4 @@
-"""Orders as messages to nodes, those of one node together; replies back, divided among the clients that they are of."""
+"""Requests as messages to nodes, those of one node together; replies divided among their clients."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # ships no types
 
-from fedsynth.federation.messages import Order
+from fedsynth.federation.messages import Request
 from fedsynth.federation.nodes import first_line, nodes_by_name
 from fedsynth.federation.records import joined, parted, payload_bytes
 
-UNUSABLE = "sent an unusable answer"
-LARGEST_MESSAGE = 2**25  # bytes of orders that are joined; cut between stacks
+UNUSABLE = "sent an unusable reply"
+LARGEST_MESSAGE = 2**25  # bytes of requests that are joined; cut between stacks
 # What Flower raises while it unpacks what a SuperNode made up; of a connection that is gone it raises others.
 UNPACKING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError,
              struct.error, DecodeError)  # fmt: skip
@@ -41,15 +41,14 @@ class Delivery:
     since: dict[int, str] = field(default_factory=dict)
 
     def send(
-        self, orders: Mapping[int, Order[Any]], clients: Iterable[int], pack: Callable[[int], RecordDict]
+        self, requests: Mapping[int, Request[Any]], clients: Iterable[int], pack: Callable[[int], RecordDict]
     ) -> tuple[dict[str, tuple[int, ...]], list[int]]:
-        """Sends the orders of these clients, those of one node together: a message costs more than training a very small
-        model.
+        """Sends these clients' requests, those of one node together: a message costs more than training a tiny model.
 
         Args:
-            orders: By client.
+            requests: By client.
             clients: Whose are sent.
-            pack: Home -> its order as the content of a message.
+            pack: Home -> its request as the content of a message.
 
         Returns:
             The clients that each message is for, by its id; and the sites that are not connected now.
@@ -75,17 +74,17 @@ class Delivery:
                 and sizes[node] + size > LARGEST_MESSAGE
                 and client // self.stack != next(reversed(ready[node])) // self.stack
             ):
-                sent |= self._push(orders, node, ready.pop(node))
+                sent |= self._push(requests, node, ready.pop(node))
             ready.setdefault(node, {})[client] = content
             sizes[node] = size + (sizes[node] if len(ready[node]) > 1 else 0)
         for node, contents in ready.items():
-            sent |= self._push(orders, node, contents)
+            sent |= self._push(requests, node, contents)
         return sent, absent
 
     def _push(
-        self, orders: Mapping[int, Order[Any]], node: int, contents: Mapping[int, RecordDict]
+        self, requests: Mapping[int, Request[Any]], node: int, contents: Mapping[int, RecordDict]
     ) -> dict[str, tuple[int, ...]]:
-        task = orders[next(iter(contents))].task
+        task = requests[next(iter(contents))].task
         message = Message(joined(list(contents.values())), message_type=task, dst_node_id=node)
         [key] = self.grid.push_messages([message])
         return {str(key): tuple(contents)}
@@ -118,5 +117,5 @@ class Delivery:
             return [(client, f"its worker failed: {why}") for client in clients]
         parts = parted(reply.content)
         if len(parts) != len(clients):
-            return [(client, f"sent {len(parts)} answers to {len(clients)} orders") for client in clients]
+            return [(client, f"sent {len(parts)} answers to {len(clients)} requests") for client in clients]
         return zip(clients, parts, strict=True)

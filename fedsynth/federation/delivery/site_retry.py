@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode as FlowerError
 
 from fedsynth.federation.delivery.sending import Delivery
-from fedsynth.federation.messages import Code, Refused
+from fedsynth.federation.messages import ErrorCode, Refused
 from fedsynth.federation.nodes import nodes_by_name
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import unpacked
 from fedsynth.typed import BadValue
 
 ASK_AGAIN_SECONDS = 5.0  # a site that cannot be reached
-APPROVAL_SECONDS = 30.0  # a site whose answer waits for a person
+APPROVAL_SECONDS = 30.0  # a site whose reply waits for a person
 NOT_ASKED = "was never connected"
-WAITS = "its answer waits for approval there"
+WAITS = "its reply waits for approval there"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SiteRetry:
         self._delivery, self._tell = delivery, tell
         self._again: dict[int, _Again] = {}
         self._reached: set[int] = set()
-        self._reasons: dict[int, str] = {}  # by client: what it said last in place of an answer
+        self._reasons: dict[int, str] = {}  # by client: what it said last in place of a reply
         self._looked = time.monotonic()
 
     def __bool__(self) -> bool:
@@ -54,7 +54,7 @@ class SiteRetry:
         self._again |= {client: _Again("it was not connected") for client in absent}
 
     def postponed(self, client: int, reply: Message | None) -> bool:
-        """Whether a site's reply is no answer yet, so that it is to be asked again."""
+        """Whether a site's reply is no reply yet, so that it is to be asked again."""
         if not self._delivery.sites or reply is None or (why := _why_later(reply)) is None:
             return False
         seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
@@ -82,10 +82,10 @@ class SiteRetry:
         return due
 
     def in_vain(self, waiting: Iterable[int], late: str) -> dict[int, str]:
-        """When the time is over: by client, why there is no answer.
+        """When the time is over: by client, why there is no reply.
 
         Args:
-            waiting: Homes that were asked, and whose answer did not come.
+            waiting: Homes that were asked, and whose reply did not come.
             late: What is said of them.
         """
         found = {client: f"{late}: {self._reasons[client]}" if client in self._reasons else late for client in waiting}
@@ -95,13 +95,13 @@ class SiteRetry:
 
 
 def _why_later(reply: Message) -> str | None:
-    """Why a site is to be asked once more; None if what it says is an answer."""
+    """Why a site is to be asked once more; None if what it says is a reply."""
     if reply.has_error():
-        gone = reply.error.code in (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE)
+        gone = reply.error.code in (FlowerError.NODE_UNAVAILABLE, FlowerError.MESSAGE_UNAVAILABLE)
         return "it could not be reached" if gone else None
     try:
         payload, refused, _ = unpacked(reply.content)
-        waits = refused and decode(payload, Refused).code is Code.AWAITS_APPROVAL
+        waits = refused and decode(payload, Refused).code is ErrorCode.AWAITS_APPROVAL
     except BadValue:
         return None
     return WAITS if waits else None

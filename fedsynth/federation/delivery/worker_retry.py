@@ -1,4 +1,4 @@
-"""Orders whose worker died are sent again, up to `TRIES` times and in smaller messages."""
+"""Requests whose worker died are sent again, up to `TRIES` times and in smaller messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import groupby
 
 from flwr.app import Message
 
-TRIES = 3  # to get an order answered by a client whose worker dies; docs/running.md and deployment/faults.md say so
+TRIES = 3  # to get a request answered by a client whose worker dies; docs/running.md and deployment/faults.md say so
 
 
 class WorkerRetry:
@@ -26,7 +26,7 @@ class WorkerRetry:
         """The clients whose orders are to be sent again, message by message; none if no worker died, or it did so too
         often.
 
-        The same orders again, under the same grants: stored answers are sent as they are. In smaller messages, so that
+        The same orders again, under the same grants: stored replies are sent as they are. In smaller messages, so that
         a client that kills its worker takes no other with it in the end.
         """
         if reply is None or not reply.has_error():

@@ -1,7 +1,7 @@
 """What a cell has done so far, on disk, so that a run that was killed goes on to the results that it would have had.
 
 A round is a function of clients and state, and its random streams follow from public seeds. So the state after each
-round is kept and, of the round in progress, what took long: the answers of each exchange and the words of the LLM. A
+round is kept and, of the round in progress, what took long: the replies of each exchange and the words of the LLM. A
 resumed round runs anew from its first line over what is kept; clients answer what they had answered as they did.
 """
 
@@ -102,18 +102,18 @@ class Checkpoint:
         """What was said to a question in the round in progress: as kept, or asked now and kept.
 
         Args:
-            question: Plain JSON, all that the answer depends on.
-            ask: Gives the answer, plain JSON.
+            question: Plain JSON, all that the reply depends on.
+            ask: Gives the reply, plain JSON.
         """
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         path = self._at(self.round) / f"said-{key}.json"
         if path.is_file():
             kept: T = json.loads(path.read_text())
             return kept
-        answer = ask()
+        reply = ask()
         if path.parent.is_dir():
-            write_whole(path, json.dumps(answer).encode())
-        return answer
+            write_whole(path, json.dumps(reply).encode())
+        return reply
 
     def _at(self, round: int) -> Path:
         return self.folder / f"round-{round}"

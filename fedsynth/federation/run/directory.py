@@ -21,7 +21,7 @@ def check_free(out: Path) -> None:
         BadValue: If it, or the private one beside it, holds anything: a run is never overwritten.
     """
     for place in (out, private_of(out)):
-        # An old private directory would answer new orders with what it stored: its epsilon would be another run's.
+        # An old private directory would answer new requests with what it stored: its epsilon would be another run's.
         if place.exists() and (not place.is_dir() or any(place.iterdir())):
             begun = (out / "scenario.toml").is_file()
             more = f", or go on with the one that is there: fedsynth run --resume {out}" if begun else ""

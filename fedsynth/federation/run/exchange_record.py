@@ -15,18 +15,18 @@ from fedsynth.typed import BadValue
 
 @dataclass(frozen=True)
 class Heard:
-    """What came of a client: its checked answer, or why there is none.
+    """What came of a client: its checked reply, or why there is none.
 
     Attributes:
-        answer: Of the order's class; None before it is checked.
-        why: The end of a sentence about the client; None beside an answer.
-        payload: The bytes, if they are worth keeping: of an answer, or of a refusal.
+        answer: Of the request's class; None before it is checked.
+        why: The end of a sentence about the client; None beside a reply.
+        payload: The bytes, if they are worth keeping: of a reply, or of a refusal.
         refused: Whether they are a refusal.
         size: Of what came.
         seconds: As `fedsynth.federation.records.unpacked` says.
     """
 
-    answer: Any = None
+    reply: Any = None
     why: str | None = None
     payload: bytes = b""
     refused: bool = False
@@ -47,20 +47,20 @@ class ExchangeRecord:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def kept(self, asked: Callable[[], str]) -> list[tuple[int, Heard, int]] | None:
-        """Each client, what came of it (to be checked again), and the size of its order; None if the exchange is not
+        """Each client, what came of it (to be checked again), and the size of its request; None if the exchange is not
         whole.
 
         Args:
-            asked: Digest of the orders.
+            asked: Digest of the requests.
 
         Raises:
-            BadValue: If it was begun with other orders: then the code, or what it reads, is not what it was.
+            BadValue: If it was begun with other requests: then the code, or what it reads, is not what it was.
         """
         if not self._asked.is_file():
             return None
         if self._asked.read_text() != asked():
             raise BadValue(
-                f"{self._path.stem} was begun with other orders than those of the resumed round: software, "
+                f"{self._path.stem} was begun with other requests than those of the resumed round: software, "
                 "models or files have changed since; run the scenario anew"
             )
         try:
@@ -72,18 +72,17 @@ class ExchangeRecord:
         return [(client, _recalled(data, facts), facts["down"]) for client, data, facts in found]
 
     def begin(self, asked: str) -> None:
-        """Keeps the digest of the orders that were sent."""
+        """Keeps the digest of the requests that were sent."""
         if self._path.parent.is_dir():
             write_whole(self._asked, asked.encode())
 
     def keep(self, client: int, heard: Heard, down: int) -> None:
-        """Writes down what came of a client: its bytes if they can be read, else why not. What was read now will be read
-        again by whoever goes on.
+        """Writes down what came of a client: its bytes if they can be read, else why not. A resumed run reads it again.
 
         Args:
             client: Whose.
             heard: What came.
-            down: Size of its order.
+            down: Size of its request.
         """
         if not self._path.parent.is_dir():
             return

@@ -36,7 +36,7 @@ class RunLog:
         events: The file that progress lines are appended to.
         round: Of the metrics that follow.
         released: What clients let out: text, adapters, scores.
-        silent: (Client, exchange) without a usable answer, where one would have said what was spent.
+        silent: (Client, exchange) without a usable reply, where one would have said what was spent.
         rows: Tidy metrics so far.
         statements: What each client said of its privacy, the latest.
         totals: By name and client what is counted over the whole cell.

@@ -142,7 +142,7 @@ def _assumptions(journals: Sequence[RunLog]) -> str:
     data = journals[0].cell.scenario.data
     silent = len({(j.cell.seed, client) for j in journals for client, _ in j.silent})
     missing = (
-        f"; {silent} clients gave no usable answer: what they may have spent is not in these figures" if silent else ""
+        f"; {silent} clients gave no usable reply: what they may have spent is not in these figures" if silent else ""
     )
     listed = data.labels == "all" and data.task == "classification"
     taken = (
