@@ -50,7 +50,7 @@ def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
     tokenizer, found = load_tokenizer(client.config.task_model), [""] * len(texts)
     places = [place for place, text in enumerate(texts) if readable(tokenizer, text)]
     read = [texts[place] for place in places]
-    classes = classify(task_model(client), tokenizer, read, client.config.task_training.max_tokens)
+    classes = classify(task_model(client), tokenizer, read, client.config.task_training.max_length)
     for place, number in zip(places, classes, strict=True):
         found[place] = client.labels[number]
     return found
@@ -67,7 +67,10 @@ def _loss(client: ClientSide, adapter: Adapter) -> float:
     """On the test set as it would be trained on, a row being a unit of its own; 0 where none can be read."""
     model = on_base(client, adapter).eval()
     slots = slots_of(client, replace(client.test, units=None), len(client.test))
-    pad, batch = load_tokenizer(client.config.generator).pad_token_id, client.config.generator_training.microbatch
+    pad, batch = (
+        load_tokenizer(client.config.generator).pad_token_id,
+        client.config.generator_training.max_physical_batch_size,
+    )
     examples = [example for slot in slots for example in slot]
     found = mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
     return found if found < MAX_LOSS else MAX_LOSS  # nan, too: a model that has broken down has a figure

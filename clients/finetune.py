@@ -87,7 +87,7 @@ def check(
     if client.simulated and asked in _passed:
         return
     tokenizer, model = load_tokenizer(name), on_base(client, start, frozen_a=frozen_a)
-    check_room(tokenizer, model, client.labels, max(settings.max_tokens, longest))
+    check_room(tokenizer, model, client.labels, max(settings.max_length, longest))
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)
         if client.stacked:
@@ -131,7 +131,7 @@ def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> 
 def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
     """One slot per declared record, as the client's settings say; encoded once for as long as the corpus is held."""
     settings, name = client.config.generator_training, client.config.generator
-    asked = (name, client.labels, records, settings.max_tokens, settings.learns, settings.rows_per_unit)
+    asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit)
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
         known[asked] = encode_slots(
@@ -139,9 +139,9 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
             corpus,
             client.labels,
             records,
-            settings.max_tokens,
+            settings.max_length,
             kind_of(config_of(name)),
-            learns=settings.learns,
+            loss_on=settings.loss_on,
             rows_per_unit=settings.rows_per_unit,
         )
     return list(known[asked])

@@ -45,7 +45,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
         return _noised(client, request, digest)
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
     scorer = _kept(client) or _trained(client, request, digest)
-    values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_tokens)
+    values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_length)
     said = client.said(scorer.plan, client.config.scorer_training.rows_per_unit)
     return Scored(release_scores(scorer, values), said)
 
@@ -53,7 +53,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
 def _without_guarantee(client: ClientSide, request: Score) -> Scored:
     """The task model's confidences as they are. Logged, charged as non-private, refused outside simulations."""
     trained = Trained(task_model(client), reason="the scenario asks for no guarantee")
-    values = _confidences(client, trained.model, request.corpus, client.config.task_training.max_tokens)
+    values = _confidences(client, trained.model, request.corpus, client.config.task_training.max_length)
     scores = release_without_guarantee(
         trained,
         Scores(tuple(values)),
@@ -75,7 +75,7 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     binding = client.binding(digest, plan, model=weights, training=client.config.task_training)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
-    values = _confidences(client, model, request.corpus, client.config.task_training.max_tokens)
+    values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
     scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, request.corpus, plan, randomness))
     # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
     said = statement(client.charged(plan), unit="client", simulated=client.simulated)
@@ -133,7 +133,7 @@ def _trained(client: ClientSide, request: Score, digest: str) -> DPTrained[Any]:
         client.train,
         client.labels,
         plan.records,
-        settings.max_tokens,
+        settings.max_length,
         model.config,
         rows_per_unit=settings.rows_per_unit,
     )

@@ -69,7 +69,7 @@ def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, i
         return Corpus((), (), Provenance.SELF_GENERATED), {}
     tokenizer = load_tokenizer(client.config.generator)
     # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
-    longest = client.config.generator_training.max_tokens
+    longest = client.config.generator_training.max_length
     local = client.train.take(row for row, text in enumerate(client.train.prompts) if text)
     shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
     return generate(
@@ -78,7 +78,7 @@ def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, i
         local,
         candidates=request.candidates,
         shots=request.shots,
-        max_tokens=request.max_tokens,
+        max_new_tokens=request.max_new_tokens,
         seed=request.writing_seed,
     )
 
@@ -103,8 +103,8 @@ def loc_train(
     """
     settings, model = client.config.generator_training, on_base(client, start)
     if learnt := [*slots, *beside]:
-        batch = min(settings.expected_batch, len(slots)) * len(learnt) / len(slots)
-        settings = replace(settings, expected_batch=round(batch))
+        batch = min(settings.expected_batch_size, len(slots)) * len(learnt) / len(slots)
+        settings = replace(settings, expected_batch_size=round(batch))
         pad = load_tokenizer(client.config.generator).pad_token_id
         train_generator(model, without_guarantee(learnt, settings, seed), settings, pad=pad)
     return model.eval()

@@ -32,7 +32,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     plan = client.plan()
     tokenizer = load_tokenizer(name)
     longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in client.labels])))
-    check(client, start, plan, longest=longest_code + 1 + request.max_tokens)  # with BOS
+    check(client, start, plan, longest=longest_code + 1 + request.max_new_tokens)  # with BOS
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
@@ -68,13 +68,13 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
     writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
         [control_code(label) for label in codes],
-        SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_tokens),
+        SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens),
         seed=request.seed,
     )
     # A text as long as the limit was cut before its end; one of more characters than a text may have is never sent, as
     # the server would refuse the whole answer. Both look at what the DP model wrote, and at nothing private.
     finished = [
-        len(row) < request.max_tokens and len(text) <= MAX_TEXT
+        len(row) < request.max_new_tokens and len(text) <= MAX_TEXT
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
     ]
     kept = [i for i, done in enumerate(finished) if done]

@@ -87,24 +87,24 @@ class CrossLM(RoundStrategy[State]):
             self._llm(adapter),
             {0: Corpus((), (), Provenance.PUBLIC)},
             labels=self.server.labels,
-            per_site=c.written,
+            per_site=c.num_texts,
             mode="none",
             shots=1,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("write"),
         )[0]
         formed = well_formed(
             raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT
         )
-        formed = asked_for(formed, self.server.labels[: c.written], raw.dropped)
+        formed = asked_for(formed, self.server.labels[: c.num_texts], raw.dropped)
         unique = deduplicate(formed.corpus)
         for stage in yields([("written", formed), ("written_unique", unique)]):
             journal.stage(SERVER, stage)
         written = unique.corpus
         if not len(written):
             raise ValueError(
-                f"none of the {c.written} texts that the server LLM wrote to labels' names is well formed "
-                f"({formed.dropped}): check server.llm, strategy.min_words and strategy.max_tokens"
+                f"none of the {c.num_texts} texts that the server LLM wrote to labels' names is well formed "
+                f"({formed.dropped}): check server.llm, strategy.min_words and strategy.max_new_tokens"
             )
         if adapter is not None:  # an LLM that has learnt from scores writes under their guarantee
             written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)

@@ -42,10 +42,10 @@ class FDKT(RoundStrategy[State]):
         """Nothing yet; an LLM that cannot do what the judge needs, or has no room for a prompt without demonstrations,
         says so here, before clients spend anything."""
         c = self.config
-        if c.augments and (why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_tokens)):
+        if c.augments and (why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_new_tokens)):
             raise ValueError(
-                f"a prompt of the labels' names alone and strategy.max_tokens = {c.max_tokens} new tokens do not fit "
-                f"into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
+                f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do not "
+                f"fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
             )
         if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":
             self.server.llm.score(["a"], [" text"])
@@ -77,7 +77,7 @@ class FDKT(RoundStrategy[State]):
                 per_label=c.per_label,
                 temperature=c.draft_temperature,
                 top_p=c.draft_top_p,
-                max_tokens=c.draft_tokens,
+                max_new_tokens=c.draft_tokens,
                 seed=self.seed("synthesize", client),
             )
             for client in clients.ids
@@ -94,7 +94,11 @@ class FDKT(RoundStrategy[State]):
         c, found = self.config, dict[int, Corpus]()
         for client, corpus in drafts.items():
             why = misfit(
-                self.server.llm, corpus, labels=self.server.labels, mode=c.demonstrations, max_tokens=c.max_tokens
+                self.server.llm,
+                corpus,
+                labels=self.server.labels,
+                mode=c.demonstrations,
+                max_new_tokens=c.max_new_tokens,
             )
             kept = keep_rows(corpus, why)
             if kept.dropped:
@@ -138,17 +142,17 @@ class FDKT(RoundStrategy[State]):
             self.server.llm,
             shown,
             labels=self.server.labels,
-            per_site=c.written,
+            per_site=c.num_texts,
             mode=c.demonstrations,
             shots=c.shots,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens),
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}
         for client, reply in written.items():
             journal.metric(client, "yield/written/without_demonstrations", sum(reply.bare.values()))
-            labels, came = self.server.labels[: c.written], len(reply.corpus) + sum(reply.dropped.values())
-            missing = {**reply.dropped, "not written": max(0, c.written - came)}
+            labels, came = self.server.labels[: c.num_texts], len(reply.corpus) + sum(reply.dropped.values())
+            missing = {**reply.dropped, "not written": max(0, c.num_texts - came)}
             corpora[client] = self._curate(client, "written", reply.corpus, labels, missing)
             journal.corpus(client, "written", corpora[client])
         return corpora

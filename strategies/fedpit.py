@@ -32,7 +32,7 @@ class Config:
         selection: `ifs`, or `random` (an ablation).
         training: `isolated`; `mixed`: one training on both (FedMIT, an ablation); `personal`: version 1 of the paper.
         aggregate: Whether the server averages; else each client goes on with its own (LocIT+SG, a control).
-        max_tokens: Longest instruction or response that is written.
+        max_new_tokens: Longest instruction or response that is written.
     """
 
     share: float = 0.5
@@ -42,7 +42,7 @@ class Config:
     selection: Literal["ifs", "random"] = "ifs"
     training: Literal["isolated", "mixed", "personal"] = "isolated"
     aggregate: bool = True
-    max_tokens: Tokens = 48
+    max_new_tokens: Tokens = 48
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -87,9 +87,9 @@ class FedPIT(RoundStrategy[State]):
         from fedsynth.models.loading import context_of
 
         context = context_of(config_of(scenario.client.generator))
-        longest = scenario.client.generator_training.max_tokens
+        longest = scenario.client.generator_training.max_length
         needed = (
-            config.shots * (longest + 1) + 2 * config.max_tokens + 8
+            config.shots * (longest + 1) + 2 * config.max_new_tokens + 8
         )  # with the marks of the record that is written
         if context is not None and needed > context:
             raise BadValue(

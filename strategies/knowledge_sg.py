@@ -93,10 +93,10 @@ class KnowledgeSG(RoundStrategy[State]):
         server.journal.progress("write", 0, 1)
         base, public = server.cell.scenario.client.generator, server.cell.scenario.server.public
         if writer is None:
-            raw = draw(base, public or "", c.written, c.max_tokens, seed=self.seed("public"))
+            raw = draw(base, public or "", c.num_texts, c.max_new_tokens, seed=self.seed("public"))
         else:
-            how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_tokens)
-            raw = write(server.engine, base, writer, c.written, how, seed=self.seed("write", owner))
+            how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens)
+            raw = write(server.engine, base, writer, c.num_texts, how, seed=self.seed("write", owner))
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT)
         fresh = novel(formed.corpus, c.novelty)
@@ -123,7 +123,7 @@ class KnowledgeSG(RoundStrategy[State]):
         if start is None:
             start = new_adapter(base, rank=c.tuning.rank, alpha=c.tuning.alpha, seed=self.seed("target"))
         engine, seed = self.server.engine, self.seed("teach", owner)
-        target, loss = taught(engine, base, start, pairs, c.tuning, learns=c.learns, seed=seed)
+        target, loss = taught(engine, base, start, pairs, c.tuning, loss_on=c.loss_on, seed=seed)
         self.server.journal.adapter(owner, target, "target")
         if isfinite(loss):
             self.server.journal.metric(owner, "loss/target", loss)

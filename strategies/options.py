@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.models.hub import weights_hash
@@ -36,10 +36,10 @@ class FDKTOptions:
             `none`: the ablation in which the LLM sees label names only and clients release nothing.
         shots: Demonstrations per label in a prompt.
         texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
-        written: Texts the LLM writes for each client.
+        num_texts: Texts the LLM writes for each client.
         temperature: Of the LLM.
         top_p: Of the LLM.
-        max_tokens: Longest answer of the LLM.
+        max_new_tokens: Longest answer of the LLM.
         one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
     """
 
@@ -56,13 +56,11 @@ class FDKTOptions:
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
     shots: Count = 4
     texts: Literal["llm", "drafts"] = "llm"
-    written: Annotated[Count, most(MAX_TEXTS)] = 800
+    num_texts: Annotated[Count, most(MAX_TEXTS)] = 800
     temperature: Positive = 1.0
     top_p: Share = 0.95
-    max_tokens: Count = 48
+    max_new_tokens: Count = 48
     one_to_many: bool = False
-
-    renamed: ClassVar[Mapping[str, str]] = {"pooled": "one_to_many"}
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
@@ -80,7 +78,7 @@ class FDKTOptions:
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Labels that the LLM writes no text of."""
-        return few_texts(self.written, labels) if self.augments else []
+        return few_texts(self.num_texts, labels) if self.augments else []
 
     @property
     def augments(self) -> bool:
@@ -96,15 +94,15 @@ def _chats(model: str | Endpoint | None) -> bool:
     return isinstance(model, Endpoint) and model.api == "chat"
 
 
-def few_texts(written: int, labels: Sequence[str]) -> list[str]:
+def few_texts(num_texts: int, labels: Sequence[str]) -> list[str]:
     """A warning where fewer texts are asked of the LLM than there are labels: texts are asked for label by label."""
-    if written >= len(labels):
+    if num_texts >= len(labels):
         return []
-    none = labels[written:]
+    none = labels[num_texts:]
     named = ", ".join(map(repr, none[:5])) + (", ..." if len(none) > 5 else "")
     return [
-        f"strategy.written = {written} is less than the {len(labels)} labels: the LLM writes no text of {len(none)} of "
-        f"them ({named}); ask for {len(labels)} at least"
+        f"strategy.num_texts = {num_texts} is less than the {len(labels)} labels: the LLM writes no text of "
+        f"{len(none)} of them ({named}); ask for {len(labels)} at least"
     ]
 
 
@@ -119,10 +117,10 @@ class KnowledgeSGOptions:
         adopts: What clients use in the end: the distilled `target`, the `dp` adapter as it is, or `nothing`: the base.
         personal: Each client's DP model writes for a target of its own. Else their average writes, for one target.
         aggregation: How they are averaged, as in `lora_avg`.
-        written: Records that a DP model writes, or public instructions drawn.
+        num_texts: Records that a DP model writes, or public instructions drawn.
         temperature: Of the DP model.
         top_p: Of the DP model.
-        max_tokens: Longest record.
+        max_new_tokens: Longest record.
         min_words: Instructions of fewer words are dropped.
         sentences: Sentences are asked for: instructions that look like code, JSON or markup are dropped.
         novelty: Instructions as close to an earlier one (ROUGE-L) are dropped; at 1 only those with the same words.
@@ -131,7 +129,7 @@ class KnowledgeSGOptions:
         response_tokens: Longest response of the professional.
         pairs: Instructions with responses that are learnt, at most.
         start_from: `dp`: the target goes on from the DP adapter (the paper's). `base`: from a new one.
-        learns: The target learns to write the `response`, or the whole `record`.
+        loss_on: The target learns to write the `response`, or the whole `record`.
         tuning: How the target is trained.
     """
 
@@ -140,10 +138,10 @@ class KnowledgeSGOptions:
     adopts: Literal["target", "dp", "nothing"] = "target"
     personal: bool = True
     aggregation: Aggregation = "factors"
-    written: Count = 2000
+    num_texts: Count = 2000
     temperature: Positive = 0.7  # the paper's code
     top_p: Share = 1.0
-    max_tokens: Count = 64
+    max_new_tokens: Count = 64
     min_words: Count = 3
     sentences: bool = False
     novelty: Share = 0.7  # Self-Instruct (arXiv 2212.10560)
@@ -152,7 +150,7 @@ class KnowledgeSGOptions:
     response_tokens: Count = 32
     pairs: Count = 1200
     start_from: Literal["dp", "base"] = "dp"
-    learns: Literal["response", "record"] = "response"
+    loss_on: Literal["response", "record"] = "response"
     tuning: Tuning = field(default_factory=Tuning)
 
     def __post_init__(self) -> None:
@@ -177,8 +175,10 @@ class KnowledgeSGOptions:
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
         if self.instructions == "public" and server.public is None:
             raise BadValue('strategy.instructions = "public" needs server.public: where they come from')
-        if self.instructions == "dp" and self.adopts == "target" and client.generator_training.learns != "record":
-            raise BadValue('client.generator_training.learns must be "record": the DP models are to write instructions')
+        if self.instructions == "dp" and self.adopts == "target" and client.generator_training.loss_on != "record":
+            raise BadValue(
+                'client.generator_training.loss_on must be "record": the DP models are to write instructions'
+            )
 
 
 @dataclass(frozen=True)
@@ -190,30 +190,30 @@ class CrossLMOptions:
             stays as it is and clients learn all its texts (ZeroGen).
         keep: Share of each label's texts, by score, that the LLM and the clients learn from.
         teaching: How the LLM learns from them.
-        written: Texts that the LLM writes in a round, before any are dropped.
+        num_texts: Texts that the LLM writes in a round, before any are dropped.
         min_words: Texts of fewer words are dropped.
         sentences: Sentences are asked for: texts that look like code, JSON or markup are dropped.
         temperature: Of the LLM.
         top_p: Of the LLM.
-        max_tokens: Longest text of the LLM.
+        max_new_tokens: Longest text of the LLM.
     """
 
     feedback: Literal["scores", "shuffled", "none"] = "scores"
     keep: Share = 0.35
     teaching: Teaching = field(default_factory=Teaching)
-    written: Annotated[Count, most(MAX_TEXTS)] = 800
+    num_texts: Annotated[Count, most(MAX_TEXTS)] = 800
     min_words: Count = 5
     sentences: bool = False
     temperature: Positive = 1.0
     top_p: Share = 0.95
-    max_tokens: Count = 48
+    max_new_tokens: Count = 48
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Labels that the LLM writes no text of."""
-        return few_texts(self.written, labels)
+        return few_texts(self.num_texts, labels)
 
     @property
     def teaches(self) -> bool:

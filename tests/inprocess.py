@@ -45,8 +45,14 @@ clients = {clients}
 generator = "{model}"
 guarantee = "{guarantee}"
 budget = {{ epsilon = 8.0 }}
-generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-3, rank = 2, alpha = 4.0, max_tokens = 96 }}
 answer_tokens = 8
+[client.generator_training]
+expected_batch_size = 5
+steps = 3
+learning_rate = 1e-3
+rank = 2
+alpha = 4.0
+max_length = 96
 [server]
 llm = "scripted"
 [arms.main]

@@ -31,11 +31,11 @@ test = {{ column = "part", equals = "test" }}
 generator = "assets:tiny-slm"
 guarantee = "{guarantee}"
 budget = {{ epsilon = 8.0 }}
-generator_training = {{ expected_batch = 10, steps = {steps}, learning_rate = 1e-3, rank = 2, alpha = 4.0 }}
+generator_training = {{ expected_batch_size = 10, steps = {steps}, learning_rate = 1e-3, rank = 2, alpha = 4.0 }}
 answer_tokens = 8
 [server]
 llm = "assets:tiny-llm"
-answer_seconds = {answer_seconds}
+timeout = {timeout}
 [arms.main]
 """
 SITE_TOML = {
@@ -70,13 +70,13 @@ def scenario(
     steps: int = 10,
     rounds: int = 2,
     guarantee: str = "dp",
-    answer_seconds: float = 240,
+    timeout: float = 240,
 ) -> str:
     """The scenario of simulation and deployment alike; the simulation reads all sites' records from one file."""
     file = folder / f"{'-'.join(names)}.csv"
     pd.concat(records(names).values()).to_csv(file, index=False)
     return SCENARIO.format(
-        file=file, clients=len(names), steps=steps, rounds=rounds, guarantee=guarantee, answer_seconds=answer_seconds
+        file=file, clients=len(names), steps=steps, rounds=rounds, guarantee=guarantee, timeout=timeout
     )
 
 

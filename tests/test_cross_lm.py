@@ -73,11 +73,11 @@ name = "tiny"
 rounds = {rounds}
 [strategy]
 use = "fedsynth.strategies.cross_lm:CrossLM"
-written = 80
+num_texts = 80
 min_words = 1
-max_tokens = 14
+max_new_tokens = 14
 [strategy.teaching]
-tuning = {{ epochs = 6, batch = 8, learning_rate = 1e-2, rank = 4, alpha = 8.0, max_tokens = 32 }}
+tuning = {{ epochs = 6, batch = 8, learning_rate = 1e-2, rank = 4, alpha = 8.0, max_length = 32 }}
 measured = 20
 [data]
 source = "{file}"
@@ -88,7 +88,7 @@ generator = "{slm}"
 task_model = "{slm}"
 guarantee = "none"
 budget = {{ epsilon = 8.0 }}
-scorer_training = {{ expected_batch = 8, steps = 3, learning_rate = 1e-2, rank = 2, alpha = 4.0 }}
+scorer_training = {{ expected_batch_size = 8, steps = 3, learning_rate = 1e-2, rank = 2, alpha = 4.0 }}
 task_training = {{ augmented_epochs = 2, private_epochs = 8, learning_rate = 5e-3, head_rate = 5.0, batch = 8 }}
 [server]
 llm = "{llm}"
@@ -426,7 +426,7 @@ def test_scorers_of_both_architectures_are_trained_by_clipped_gradients_alone() 
         ) -> torch.Tensor:
             with clipper(model.train(), clip_norm) as clip:
                 slots = [(text,) for text in batch]
-                parts = clipped_sum(clip, model, slots, pad=pad, microbatch=2, losses=label_losses)
+                parts = clipped_sum(clip, model, slots, pad=pad, max_physical_batch_size=2, losses=label_losses)
             return torch.cat([p.flatten().double() for p in parts])
 
         for slot in slots:
@@ -1033,7 +1033,7 @@ def test_six_notes_in_ten_are_mislabelled() -> None:
     [
         ({"keep": 0.0}, "keep"),
         ({"keep": 1.5}, "keep"),
-        ({"written": 0}, "written"),
+        ({"num_texts": 0}, "num_texts"),
         ({"temperature": 0.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"feedback": "applause"}, "feedback"),

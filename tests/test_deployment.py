@@ -33,7 +33,7 @@ seeds = [0]
 [strategy]
 use = "fedsynth.strategies.fdkt:FDKT"
 per_label = 4
-written = 24
+num_texts = 24
 shots = 2
 [data]
 source = "{file}"
@@ -47,7 +47,7 @@ test = {{ column = "part", equals = "test" }}
 generator = "assets:tiny-slm"
 task_model = "assets:tiny-slm"
 budget = {{ epsilon = 8.0 }}
-generator_training = {{ expected_batch = 20, steps = 12 }}
+generator_training = {{ expected_batch_size = 20, steps = 12 }}
 task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 [server]
 llm = "assets:tiny-llm"

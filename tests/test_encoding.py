@@ -147,11 +147,11 @@ def test_the_end_of_text_stands_at_the_end_of_an_example_alone_and_the_text_is_w
 def test_a_record_comes_back_from_its_example_whatever_it_holds(name: str) -> None:
     tokenizer, kind = tokenizer_of(name), families.KINDS.get(name, "causal")
     corpus = Corpus(TYPED, TYPED[::-1], Provenance.PRIVATE)
-    for learns in ("record", "response"):
-        slots = encode_slots(tokenizer, corpus, (), len(TYPED), 4000, kind, learns=learns)
+    for loss_on in ("record", "response"):
+        slots = encode_slots(tokenizer, corpus, (), len(TYPED), 4000, kind, loss_on=loss_on)
         for prompt, answer, [example] in zip(TYPED, TYPED[::-1], slots, strict=True):
             learnt = tokenizer.decode(example.tokens[example.start :], skip_special_tokens=True)
-            text = learnt if learns == "record" else f"{asked(prompt)}{learnt}"
+            text = learnt if loss_on == "record" else f"{asked(prompt)}{learnt}"
             assert parse_record(text) == (prompt.strip(), answer.strip())
 
 

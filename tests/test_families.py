@@ -59,7 +59,7 @@ from fedsynth.typed import BadValue
 torch.set_num_threads(1)
 C = 0.3
 PLAN = DPPlan(records=4, expected_batch=2, steps=1, rounds=1, clip_norm=C, noise_multiplier=1.5, delta=1e-5)
-SETTINGS = GeneratorTraining(expected_batch=2, steps=1, learning_rate=0.01, clip_norm=C, rank=2, alpha=4.0)
+SETTINGS = GeneratorTraining(expected_batch_size=2, steps=1, learning_rate=0.01, clip_norm=C, rank=2, alpha=4.0)
 LABELS = ("flu", "cold")
 NOTES = ["hot", "wet nose since monday", "ache and a cough", "sneezing"]
 CORPUS = Corpus(tuple(NOTES), ("flu", "cold", "flu", "cold"), Provenance.PRIVATE)
@@ -68,7 +68,7 @@ TOY = Corpus(
     tuple("flu" if i % 2 else "cold" for i in range(64)),
     Provenance.PUBLIC,
 )
-TASK = TaskTraining(batch=4, head_rate=5.0, token_dropout=0.1, max_tokens=24, weight_decay=0.01)
+TASK = TaskTraining(batch=4, head_rate=5.0, token_dropout=0.1, max_length=24, weight_decay=0.01)
 
 ROTARY = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 OUTPUTS = {"attention.output.dense", "intermediate.dense", "output.dense"}
@@ -189,7 +189,7 @@ def alone(model: Any, example: Example) -> Tensor:
 
 def clipped(model: Any, batch: Sequence[Example], pad: int, clip_norm: float = C) -> Tensor:
     with clipper(model.train(), clip_norm) as clip:
-        parts = clipped_sum(clip, model, [(e,) for e in batch], pad=pad, microbatch=3)
+        parts = clipped_sum(clip, model, [(e,) for e in batch], pad=pad, max_physical_batch_size=3)
     model.eval()
     return torch.cat([p.flatten().double() for p in parts])
 
@@ -382,7 +382,7 @@ def test_long_texts_are_cut_and_keep_what_stands_around_them(family: str) -> Non
 
 
 def found(model: nn.Module, family: str, texts: Sequence[str], batch: int = 128) -> list[int]:
-    return classify(model, tokenizer_of(family), texts, TASK.max_tokens, batch).tolist()
+    return classify(model, tokenizer_of(family), texts, TASK.max_new_tokens, batch).tolist()
 
 
 def right(model: nn.Module, family: str) -> float:
@@ -500,7 +500,7 @@ def test_features_of_a_text_do_not_depend_on_other_texts() -> None:
 @contextmanager
 def client(tmp_path: Path, **client: Any) -> Iterator[ClientSide]:
     site = ClientData(train=TOY, test=TOY)
-    settings = replace(SETTINGS, max_tokens=32, expected_batch=64, steps=2)
+    settings = replace(SETTINGS, max_length=32, expected_batch_size=64, steps=2)
     names = {"generator": families.folder("llama"), "task_model": families.folder("llama"), **client}
     config = Client(**names, budget=Budget(2.0), generator_training=settings)
     ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
@@ -518,7 +518,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
         return train_generator(model, training, *args, **more)
 
     monkeypatch.setattr("fedsynth.clients.batched_training.train_generator", spy)
-    order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_tokens=10, seed=3)
+    order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_new_tokens=10, seed=3)
     with client(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])
     assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])

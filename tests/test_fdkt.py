@@ -44,7 +44,7 @@ seeds = [0]
 use = "fedsynth.strategies.fdkt:FDKT"
 per_label = 6
 min_words = 1
-written = 8
+num_texts = 8
 shots = 2
 draft_tokens = 24
 judge = "likelihood"
@@ -57,7 +57,7 @@ clients = 3
 generator = "{model}"
 task_model = "{model}"
 budget = {{ epsilon = 8.0 }}
-generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-3 }}
+generator_training = {{ expected_batch_size = 5, steps = 3, learning_rate = 1e-3 }}
 task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 [server]
 llm = "scripted"

@@ -98,7 +98,7 @@ def digest(adapter: Adapter) -> str:
 
 
 def gen(llm: Any, local: Corpus = LOCAL, **more: Any) -> tuple[Corpus, dict[str, int]]:
-    options = {"candidates": 12, "shots": 4, "max_tokens": 48, "seed": 0, **more}
+    options = {"candidates": 12, "shots": 4, "max_new_tokens": 48, "seed": 0, **more}
     found, funnel = generate(llm, lines(local), local, **options)
     assert set(funnel) <= set(FUNNEL)  # else no server would take the answer
     return found, funnel
@@ -255,7 +255,7 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
     fit = on_client.train_generator
 
     def watched(model: Any, training: Any, *rest: Any, **more: Any) -> int:
-        seen.append((len(training.slots), training.expected_batch, training.steps))
+        seen.append((len(training.slots), training.expected_batch_size, training.steps))
         return fit(model, training, *rest, **more)
 
     monkeypatch.setattr(on_client, "train_generator", watched)
@@ -339,12 +339,12 @@ def test_a_response_gets_three_tries_after_other_demonstrations() -> None:
         return " late reply" if prompt.endswith(asked("slow one")) and len(asked_for) > 4 else "\n"
 
     llm = ScriptedLLM(answer)
-    found = respond(llm, lines(LOCAL), ["slow one", "never one"], shots=4, max_tokens=8, seed=0)
+    found = respond(llm, lines(LOCAL), ["slow one", "never one"], shots=4, max_new_tokens=8, seed=0)
     assert found == ["late reply", ""]
     assert [len(prompts) for prompts in llm.completed] == [2, 2, 2]
     assert len(set(asked_for)) == 6
     llm = ScriptedLLM(lambda prompt: " at once")
-    assert respond(llm, lines(LOCAL), ["one"], shots=4, max_tokens=8, seed=0) == ["at once"]
+    assert respond(llm, lines(LOCAL), ["one"], shots=4, max_new_tokens=8, seed=0) == ["at once"]
 
 
 def copies(prompt: str) -> str:
@@ -364,7 +364,7 @@ def test_a_copy_of_a_record_that_was_not_shown_is_dropped_too() -> None:
     shown = lines(LOCAL)[:10]
     hidden = LOCAL.prompts[15].replace("reports", "reported")
     llm = ScriptedLLM(lambda prompt: f" {hidden}{REPLY} x" if prompt.endswith(ASK) else " x")
-    options = {"candidates": 3, "shots": 4, "max_tokens": 48, "seed": 0}
+    options = {"candidates": 3, "shots": 4, "max_new_tokens": 48, "seed": 0}
     assert len(generate(llm, shown, LOCAL, **options)[0]) == 0
     seen_only = LOCAL.take(range(10))
     assert nearest([hidden], seen_only.prompts)[0] > 0.7 or len(generate(llm, shown, seen_only, **options)[0]) == 1
@@ -437,7 +437,7 @@ def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
 def test_fewer_records_than_shots_give_fewer_shots(records: int) -> None:
     llm = ScriptedLLM(inventor)
     shown = lines(LOCAL)[:records]
-    write_instructions(llm, shown, 2, shots=8, max_tokens=8, seed=0)
+    write_instructions(llm, shown, 2, shots=8, max_new_tokens=8, seed=0)
     assert [prompt.count("\n") for prompt in llm.completed[0]] == [records] * 2
 
 

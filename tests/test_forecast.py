@@ -100,7 +100,7 @@ class Makes(Asks):
         llm = engine.load(tiny.folder(), start)
         assert len(llm.score(["a"] * 40, [f"{chr(98 + n)}" for n in range(4)] * 10)) == 40
         pairs = Corpus(("ab",) * 40, ("cd",) * 40, Provenance.PUBLIC)
-        taught(engine, tiny.folder(), start, pairs, Tuning(epochs=3, batch=4), learns="response", seed=0)
+        taught(engine, tiny.folder(), start, pairs, Tuning(epochs=3, batch=4), loss_on="response", seed=0)
         return state
 
 
@@ -135,7 +135,7 @@ name = "tiny"
 [strategy]
 use = "fedsynth.strategies.fdkt:FDKT"
 per_label = 6
-written = 24
+num_texts = 24
 [data]
 source = "world:hospitals"
 clients = 2
@@ -145,7 +145,7 @@ test_per_client = 20
 generator = "assets:tiny-slm"
 task_model = "assets:tiny-slm"
 budget = { epsilon = 8.0 }
-generator_training = { expected_batch = 10, steps = 3 }
+generator_training = { expected_batch_size = 10, steps = 3 }
 task_training = { augmented_epochs = 1, private_epochs = 1 }
 [server]
 llm = "assets:tiny-llm"
@@ -301,7 +301,7 @@ def test_clients_that_train_together_share_the_cost_of_a_step(tmp_path: Path, mo
 def test_each_kind_of_work_of_a_classification_is_measured_by_doing_it(kind: Any) -> None:
     from fedsynth.scenario.toml import cells, load
 
-    [whole] = cells(load("hospitals", ["seeds=[0]", 'run=["fdkt"]', "client.scorer_training.expected_batch=8"]))
+    [whole] = cells(load("hospitals", ["seeds=[0]", 'run=["fdkt"]', "client.scorer_training.expected_batch_size=8"]))
     assert measured(whole, Unit(kind, "fdkt", tokens=4, temperature=1.0), 2, ()).each > 0
 
 

@@ -213,7 +213,7 @@ CLIENT = Client("assets:tiny-slm", "assets:tiny-slm", guarantee="none")
     ("key", "value"),
     [
         ("steps", 100_001), ("steps", 10**9), ("rank", 1025), ("alpha", 1.1e6), ("learning_rate", 1e4),
-        ("clip_norm", 1e-7), ("clip_norm", 1e7), ("max_tokens", 8193), ("microbatch", 4_097),
+        ("clip_norm", 1e-7), ("clip_norm", 1e7), ("max_length", 8193), ("max_physical_batch_size", 4_097),
         ("rows_per_unit", 65),  # a micro-batch is 64, and a unit goes through in one pass
     ],
 )  # fmt: skip
@@ -259,14 +259,14 @@ def test_a_run_that_asks_for_more_is_refused_before_anything_is_planned(
     ("strategy", "option", "said"),
     [
         ("fdkt:FDKT", {"per_label": 100_001}, "strategy.per_label must be at most 100000, got 100001"),
-        ("fdkt:FDKT", {"written": 1_000_001}, "strategy.written must be at most 1000000"),
+        ("fdkt:FDKT", {"num_texts": 1_000_001}, "strategy.num_texts must be at most 1000000"),
         ("fdkt:FDKT", {"draft_tokens": 8193}, "strategy.draft_tokens must be at most 8192"),
         ("fdkt:FDKT", {"draft_temperature": 11.0}, "strategy.draft_temperature must be at most 10"),
         ("fdkt:FDKT", {"draft_top_p": 0.001}, "strategy.draft_top_p must be at least 0.01"),
-        ("cross_lm:CrossLM", {"written": 1_000_001}, "strategy.written must be at most 1000000"),
+        ("cross_lm:CrossLM", {"num_texts": 1_000_001}, "strategy.num_texts must be at most 1000000"),
         ("fedpit:FedPIT", {"candidates": 10_001}, "strategy.candidates must be at most 10000"),
         ("fedpit:FedPIT", {"shots": 65}, "strategy.shots must be at most 64"),
-        ("fedpit:FedPIT", {"max_tokens": 8193}, "strategy.max_tokens must be at most 8192"),
+        ("fedpit:FedPIT", {"max_new_tokens": 8193}, "strategy.max_new_tokens must be at most 8192"),
         ("knowledge_sg:KnowledgeSG", {"tuning": {"rank": 1025}}, "rank must be at most 1024, got 1025"),
     ],
 )

@@ -411,10 +411,10 @@ def test_the_target_goes_on_from_the_dp_model_or_from_the_base(tmp_path: Path, r
 def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
     start, (pairs, _) = run.answers(Finetune)[0].adapter, journaled(run, "pairs")[0]
     found = {}
-    for learns in ("response", "record"):
-        losses = [taught(Engine(), base, start, pairs, Tuning(epochs=e), learns=learns, seed=0)[1] for e in (1, 12)]
+    for loss_on in ("response", "record"):
+        losses = [taught(Engine(), base, start, pairs, Tuning(epochs=e), loss_on=loss_on, seed=0)[1] for e in (1, 12)]
         assert losses[1] < losses[0]
-        found[learns] = losses[0]
+        found[loss_on] = losses[0]
     assert found["response"] > found["record"]  # the base has never seen such responses, but wrote the instructions
 
 
@@ -467,7 +467,7 @@ def test_what_the_method_cannot_do_is_refused(tmp_path: Path, models: tuple[str,
         tmp_path, base, last=good + 'data.task = "classification"\nclient.task_model = "x"\n'
     )
     assert "server.public" in refusal(tmp_path, base, 'instructions = "public"', last=good)
-    assert '"record"' in refusal(tmp_path, base, last=good + 'client.generator_training.learns = "response"\n')
+    assert '"record"' in refusal(tmp_path, base, last=good + 'client.generator_training.loss_on = "response"\n')
     chat = 'server.professional = { endpoint = "http://127.0.0.1:8000/v1", model = "m", api = "chat" }\n'
     assert "scores no text" in refusal(tmp_path, base, last=chat)
 

@@ -37,7 +37,9 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 PLAN = DPPlan(records=100, expected_batch=15, steps=40, rounds=1, clip_norm=0.3, noise_multiplier=0.928, delta=1e-5)
 SMALL = DPPlan(records=12, expected_batch=4, steps=3, rounds=1, clip_norm=0.3, noise_multiplier=1.5, delta=1e-5)
-SETTINGS = GeneratorTraining(expected_batch=4, steps=3, clip_norm=0.3, rank=2, alpha=4.0, rows_per_unit=2, microbatch=8)
+SETTINGS = GeneratorTraining(
+    expected_batch_size=4, steps=3, clip_norm=0.3, rank=2, alpha=4.0, rows_per_unit=2, max_physical_batch_size=8
+)
 
 Break = Callable[[pytest.MonkeyPatch, DPPlan], None]
 
@@ -84,9 +86,9 @@ def draws(draw: Callable[[Training, dict[Any, Any]], list[Any]]) -> Break:
 def shuffled(own: Training, kept: dict[Any, Any]) -> list[Any]:
     """Epochs of batches of one size."""
     left = kept.setdefault(id(own), [])
-    if len(left) < own.expected_batch:
+    if len(left) < own.expected_batch_size:
         left[:] = kept["rng"].permutation(len(own.slots)).tolist()
-    return [own.slots[left.pop()] for _ in range(own.expected_batch)]
+    return [own.slots[left.pop()] for _ in range(own.expected_batch_size)]
 
 
 def clips(factor: Callable[[Any], Callable[[torch.Tensor, float], torch.Tensor]]) -> Break:
@@ -257,7 +259,7 @@ def test_what_is_counted_of_units_takes_no_memory_for_those_that_are_never_drawn
 
 
 def test_units_that_are_never_drawn_are_found() -> None:
-    plan = replace(PLAN, records=20, expected_batch=10)
+    plan = replace(PLAN, records=20, expected_batch_size=10)
     rng = np.random.default_rng(0)
     some = Watched(drawn=[np.flatnonzero(np.append(rng.random(19) < 0.5, False)) for _ in range(100)])
     assert any("one unit is drawn in 0 of 100" in said for said in _draws([some], [some], plan))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import pytest
 import tiny
+import tomli_w
 
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.earlier_keys import OldName, as_of_now
 from fedsynth.scenario.schema import Scenario
-from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.simulate import check, server_warnings
 from fedsynth.strategies.options import FDKTOptions, few_texts
 from fedsynth.typed import BadValue
@@ -37,15 +40,61 @@ def refusal(method: str, options: str, llm: str) -> str:
 
 
 def test_the_old_name_of_an_option_works_with_a_warning_and_not_beside_the_new_one() -> None:
-    asked = scenario(FDKT, "pooled = true\nwritten = 100", f'"{tiny.folder()}"')
-    assert load_strategy(asked.strategy)[1] == FDKTOptions(one_to_many=True, written=100)
-    said = "strategy.pooled is called strategy.one_to_many now; the next version refuses the old name"
-    assert server_warnings(cells(asked)[0]) == [said]
-    new = scenario(FDKT, "one_to_many = true\nwritten = 100", f'"{tiny.folder()}"')
-    assert server_warnings(cells(new)[0]) == []
-    assert "strategy.pooled is the old name of strategy.one_to_many" in refusal(
-        FDKT, "pooled = true\none_to_many = true", PLAIN
-    )
+    with pytest.warns(OldName) as warned:
+        asked = scenario(FDKT, "pooled = true\nwritten = 100\nmax_tokens = 9", f'"{tiny.folder()}"')
+    assert load_strategy(asked.strategy)[1] == FDKTOptions(one_to_many=True, num_texts=100, max_new_tokens=9)
+    assert [str(each.message) for each in warned] == [
+        f"strategy.{old} is called strategy.{new} now; the next version refuses the old name"
+        for old, new in (("max_tokens", "max_new_tokens"), ("pooled", "one_to_many"), ("written", "num_texts"))
+    ]
+    with pytest.raises(
+        BadValue, match=r"strategy\.pooled is the old name of strategy\.one_to_many: give the new one alone"
+    ):
+        scenario(FDKT, "pooled = true\none_to_many = true", PLAIN)
+
+
+def test_an_option_of_somebody_elses_method_keeps_its_name() -> None:
+    found = as_of_now({"strategy": {"use": "mine:Mine", "written": 3, "max_tokens": 4}})
+    assert found == {"strategy": {"use": "mine:Mine", "written": 3, "max_tokens": 4}}
+
+
+def test_arms_take_old_names_of_the_method_that_the_scenario_names() -> None:
+    made = to_toml(scenario(FDKT, "one_to_many = true", f'"{tiny.folder()}"'))
+    old = f"{made}\n[arms.few.strategy]\nwritten = 5\n[arms.few.client.task_training]\nmax_tokens = 7\n"
+    with pytest.warns(OldName):
+        [cell] = cells(from_toml(old))
+    assert load_strategy(cell.scenario.strategy)[1] == FDKTOptions(one_to_many=True, num_texts=5)
+    assert cell.scenario.client.task_training.max_length == 7
+
+
+# Every key that has another name: what stands under the old one is found under the new one.
+@pytest.mark.parametrize(
+    ("table", "key", "new", "value"),
+    [
+        ("client.generator_training", "expected_batch", "expected_batch_size", 7),
+        ("client.generator_training", "microbatch", "max_physical_batch_size", 9),
+        ("client.generator_training", "learns", "loss_on", "response"),
+        ("client.generator_training", "max_tokens", "max_length", 11),
+        ("client.scorer_training", "max_tokens", "max_length", 12),
+        ("client.task_training", "max_tokens", "max_length", 13),
+        ("server", "answer_seconds", "timeout", 5.0),
+    ],
+)
+def test_an_old_key_is_read_and_written_anew(table: str, key: str, new: str, value: Any) -> None:
+    tree: dict[str, Any] = tomllib.loads(to_toml(scenario(FDKT, "", f'"{tiny.folder()}"')))
+    place = tree
+    for name in table.split("."):
+        place = place[name]
+    del place[new]
+    place[key] = value
+    with pytest.warns(OldName, match=rf"{table}\.{key} is called {table}\.{new} now"):
+        found: Any = from_toml(tomli_w.dumps(tree))
+    for name in (*table.split("."), new):
+        found = getattr(found, name)
+    assert found == value
+    place[new] = value
+    with pytest.raises(BadValue, match=rf"{table}\.{key} is the old name of {table}\.{new}"):
+        from_toml(tomli_w.dumps(tree))
 
 
 def test_cross_lm_takes_the_mean_of_scores_and_nothing_else() -> None:
@@ -91,8 +140,8 @@ def test_labels_beyond_the_texts_that_are_written_are_named() -> None:
     assert few_texts(10, labels) == []
     [said] = few_texts(8, labels)
     assert said == (
-        "strategy.written = 8 is less than the 10 labels: the LLM writes no text of 2 of them ('class 8', 'class 9'); "
-        "ask for 10 at least"
+        "strategy.num_texts = 8 is less than the 10 labels: the LLM writes no text of 2 of them ('class 8', "
+        "'class 9'); ask for 10 at least"
     )
     assert "('class 1', 'class 2', 'class 3', 'class 4', 'class 5', ...)" in few_texts(1, labels)[0]
 
@@ -109,8 +158,8 @@ def test_labels_beyond_the_texts_that_are_written_are_named() -> None:
 )
 def test_the_check_tells_of_labels_without_text(method: str, options: str, warned: bool) -> None:
     asked = scenario(method, options, f'"{tiny.folder()}"')
-    assert ["strategy.written = 3" in line for line in server_warnings(cells(asked)[0])] == [True] * warned
-    assert any("strategy.written = 3" in line for line in check(asked)) == warned
+    assert ["strategy.num_texts = 3" in line for line in server_warnings(cells(asked)[0])] == [True] * warned
+    assert any("strategy.num_texts = 3" in line for line in check(asked)) == warned
 
 
 def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:

@@ -159,7 +159,7 @@ def test_every_method_goes_on_without_some(tmp_path: Path, name: str) -> None:
 
 def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real straggler: the server's clock runs out, and its answer lies there when the next exchange begins."""
-    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
+    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.timeout = 0.5\n"
     pull, slow = LocalGrid.pull_messages, {}
 
     def late(grid: LocalGrid, ids: object) -> object:
@@ -198,7 +198,7 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
 def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.answer_seconds = 0.5\n"
+    toml = instructions(tmp_path, AVERAGE, clients=3) + "server.quorum = 0.5\nserver.timeout = 0.5\n"
     pull, slow, begun = LocalGrid.pull_messages, {}, list[float]()
 
     def late(grid: LocalGrid, ids: object) -> object:

@@ -47,7 +47,7 @@ ADAPTER = Adapter(
 )
 STATEMENT = Statement("dp", 7.99, 1e-5, 11.28, {2: 18.5, 10: 90.25}, "row", 1, 0.928, 0.125, 60, 0.3, True)
 VALUES = [
-    Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_tokens=48, seed=2**47 + 1),
+    Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_new_tokens=48, seed=2**47 + 1),
     Learn(seed=3),
     Learn(seed=3, corpus=CORPUS),
     Evaluate(),

@@ -39,7 +39,9 @@ C = 0.3
 MICROBATCH = 64  # the default
 WIDTHS = (256, 384, 512, 576, 640, 768)
 PLAN = DPPlan(records=100, expected_batch=10, steps=3, rounds=1, clip_norm=C, noise_multiplier=1.5, delta=1e-5)
-SETTINGS = GeneratorTraining(expected_batch=10, steps=3, clip_norm=C, rank=8, alpha=16.0, max_tokens=16, microbatch=24)
+SETTINGS = GeneratorTraining(
+    expected_batch_size=10, steps=3, clip_norm=C, rank=8, alpha=16.0, max_length=16, max_physical_batch_size=24
+)
 
 
 @cache
@@ -96,7 +98,9 @@ def largest_move(sum_of: Callable[[Sequence[Slot]], Tensor], of: Sequence[Slot])
 
 def moved(model: Any, of: Sequence[Slot], clipping: Clipping = "bookkeeping") -> float:
     with clipper(model, C, clipping) as clip:
-        return largest_move(lambda part: flat(clipped_sum(clip, model, part, pad=0, microbatch=MICROBATCH)), of)
+        return largest_move(
+            lambda part: flat(clipped_sum(clip, model, part, pad=0, max_physical_batch_size=MICROBATCH)), of
+        )
 
 
 def moved_in_a_stack(model: Any, of: Sequence[Slot]) -> float:
@@ -106,7 +110,7 @@ def moved_in_a_stack(model: Any, of: Sequence[Slot]) -> float:
 
         def sums(part: Sequence[Slot]) -> Tensor:
             own = [part[client::3] for client in range(3)]
-            return clipped_sums(clip, model, own, pad=0, microbatch=MICROBATCH).double()
+            return clipped_sums(clip, model, own, pad=0, max_physical_batch_size=MICROBATCH).double()
 
         before, moves = sums([]), []
         for count in range(1, len(of) + 1):
@@ -221,16 +225,16 @@ class Wide(nn.Module):
         return losses
 
 
-def sum_of_equal_units(model: Wide, count: int, microbatch: int) -> Tensor:
+def sum_of_equal_units(model: Wide, count: int, max_physical_batch_size: int) -> Tensor:
     with clipper(model.train(), 1.0) as clip:
-        for at in range(0, count, microbatch):
-            rows = min(microbatch, count - at)
+        for at in range(0, count, max_physical_batch_size):
+            rows = min(max_physical_batch_size, count - at)
             clip.add(partial(model, rows), range(rows))
         return clip.take()[0].double()
 
 
 @pytest.mark.parametrize(
-    ("width", "count", "microbatch"),
+    ("width", "count", "max_physical_batch_size"),
     [
         (60, 63_534, 64),  # with running sums in float32 it was 1.0061 C
         *((width, MAX_MICROBATCH, MAX_MICROBATCH) for width in (40, 56, 77)),  # the largest pass
@@ -238,10 +242,12 @@ def sum_of_equal_units(model: Wide, count: int, microbatch: int) -> Tensor:
     ],
 )
 def test_one_unit_more_among_tens_of_thousands_moves_the_sum_by_c_at_most(
-    width: int, count: int, microbatch: int
+    width: int, count: int, max_physical_batch_size: int
 ) -> None:
     model = Wide(width)
-    move = sum_of_equal_units(model, count, microbatch) - sum_of_equal_units(model, count - 1, microbatch)
+    move = sum_of_equal_units(model, count, max_physical_batch_size) - sum_of_equal_units(
+        model, count - 1, max_physical_batch_size
+    )
     assert 0.998 < float(move.norm()) <= 1  # C
 
 
@@ -271,7 +277,7 @@ def test_every_engine_adds_up_passes_in_double_precision(clipping: Any) -> None:
 @pytest.mark.full
 def test_the_self_check_passes_at_the_largest_micro_batch() -> None:
     model = adapted(tiny.model(), 2)
-    largest = replace(SETTINGS, microbatch=MAX_MICROBATCH, max_tokens=4)
+    largest = replace(SETTINGS, max_physical_batch_size=MAX_MICROBATCH, max_length=4)
     self_check(model, replace(PLAN, records=10**5), largest, pad=0)
 
 
@@ -307,7 +313,7 @@ def test_half_precision_under_a_clip_norm_is_refused_by_every_engine(model: Any)
 
 
 def client_config(precision: Any, guarantee: Any) -> Client:
-    training = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0, precision=precision)
+    training = GeneratorTraining(expected_batch_size=4, steps=2, rank=2, alpha=4.0, precision=precision)
     return Client(tiny.folder(), tiny.folder(), (), guarantee, Budget(8.0), generator_training=training)
 
 
@@ -348,12 +354,12 @@ generator = "{model}"
 task_model = "{model}"
 budget = {{ epsilon = 8.0 }}
 [client.generator_training]
-expected_batch = 4
+expected_batch_size = 4
 steps = 2
 rank = 2
 alpha = 4.0
-max_tokens = 24
-microbatch = 8
+max_length = 24
+max_physical_batch_size = 8
 precision = "{precision}"
 [server]
 llm = "{model}"

@@ -262,7 +262,7 @@ def test_the_base_knows_frequent_facts_and_few_others(hospitals, base, tokenizer
 
 
 def test_the_base_writes_whole_records_from_the_word_that_begins_them(hospitals, base, tokenizer):
-    texts = sample_lines(base, tokenizer, [ASK] * 60, seed=0, max_tokens=64)
+    texts = sample_lines(base, tokenizer, [ASK] * 60, seed=0, max_new_tokens=64)
     found = [parse_record(text or "") for text in texts]
     assert np.mean([r is not None and answer_of(hospitals, r[0]) is not None for r in found]) >= 0.8
     assert len({r[0] for r in found if r}) >= 55

@@ -472,7 +472,7 @@ name = "far"
 use = "fedsynth.strategies.fdkt:FDKT"
 per_label = 4
 min_words = 1
-written = 4
+num_texts = 4
 shots = 1
 judge = "none"
 [data]
@@ -483,7 +483,7 @@ clients = 1
 generator = "{model}"
 task_model = "{model}"
 guarantee = "none"
-generator_training = {{ expected_batch = 5, steps = 1 }}
+generator_training = {{ expected_batch_size = 5, steps = 1 }}
 task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 [server]
 llm = {{ endpoint = "{url}", model = "small", retries = 0 }}

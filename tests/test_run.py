@@ -31,7 +31,7 @@ QUICK = [
     "client.task_training.augmented_epochs=1",
     "data.test_per_client=40",
     "client.task_training.private_epochs=1",
-    "strategy.written=16",
+    "strategy.num_texts=16",
     "strategy.per_label=3",
     "data.train_per_client=60",
 ]

@@ -251,18 +251,26 @@ SCENARIO = Scenario("n", StrategyChoice(LOCAL), DATA, CLIENT, Server("l"))
         (DATA, "split", "natural"),
         *[
             (GeneratorTraining(), n, v)
-            for n in ("expected_batch", "steps", "learning_rate", "clip_norm", "rank", "alpha", "microbatch")
+            for n in (
+                "expected_batch_size",
+                "steps",
+                "learning_rate",
+                "clip_norm",
+                "rank",
+                "alpha",
+                "max_physical_batch_size",
+            )
             for v in (0, -1, math.nan)
         ],
-        (GeneratorTraining(), "max_tokens", 3),
+        (GeneratorTraining(), "max_length", 3),
         *[
             (TaskTraining(), n, v)
-            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "max_tokens")
+            for n in ("batch", "augmented_epochs", "private_epochs", "learning_rate", "max_length")
             for v in (0, -1, math.nan)
         ],
         *[(TaskTraining(), "token_dropout", v) for v in (-0.1, 1.0, math.nan)],
         (CLIENT, "budget", None),
-        *[(Server("l"), "answer_seconds", v) for v in (0.0, -1.0, math.nan)],
+        *[(Server("l"), "timeout", v) for v in (0.0, -1.0, math.nan)],
         *[(Server("l"), "quorum", v) for v in (0.0, 1.01, -0.5, math.nan)],
         *[(SCENARIO, "seeds", v) for v in ((), (1, 1), (0, -1))],
         *[(SCENARIO, "rounds", v) for v in (0, -1)],
@@ -279,7 +287,7 @@ def test_a_value_out_of_range_is_refused_by_name(value: Any, name: str, bad: Any
     ("value", "name", "edge"),
     [
         (DATA, "clients", 1),
-        (GeneratorTraining(), "max_tokens", 4),
+        (GeneratorTraining(), "max_length", 4),
         (TaskTraining(), "token_dropout", 0.0),
         (Server("l"), "quorum", 1.0),
         (replace(CLIENT, guarantee="none"), "budget", None),

@@ -80,7 +80,7 @@ rounds = {rounds}
 use = "fedsynth.strategies.fdkt:FDKT"
 per_label = 6
 min_words = 1
-written = 4
+num_texts = 4
 shots = 2
 draft_tokens = 24
 judge = "likelihood"
@@ -97,12 +97,12 @@ test = {{ column = "part", equals = "test" }}
 generator = "{model}"
 task_model = "{model}"
 budget = {{ epsilon = {epsilon} }}
-generator_training = {{ expected_batch = 5, steps = 3, learning_rate = 1e-2 }}
+generator_training = {{ expected_batch_size = 5, steps = 3, learning_rate = 1e-2 }}
 task_training = {{ augmented_epochs = 1, private_epochs = 1 }}
 [server]
 llm = "scripted"
 quorum = {quorum}
-answer_seconds = 20
+timeout = 20
 [arms.main]
 """
 
@@ -590,7 +590,7 @@ class TestApproval:
     def test_who_never_decides_is_a_missing_answer_with_its_reason(
         self, tmp_path: Path, toml: str, sites: list[Place]
     ) -> None:
-        deployed = Deployed(sites, toml.replace("answer_seconds = 20", "answer_seconds = 2"), tmp_path / "run")
+        deployed = Deployed(sites, toml.replace("timeout = 20", "timeout = 2"), tmp_path / "run")
         with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits for approval"):
             deployed.run()
 
@@ -614,7 +614,7 @@ def test_two_nodes_of_one_name_are_refused_before_anything_is_asked(
 
 
 def test_a_quorum_goes_on_without_a_site_that_stays_away(tmp_path: Path, notes: pd.DataFrame) -> None:
-    text = scenario(tmp_path, notes, quorum=0.6).replace("answer_seconds = 20", "answer_seconds = 2")
+    text = scenario(tmp_path, notes, quorum=0.6).replace("timeout = 20", "timeout = 2")
     deployed = Deployed(places(tmp_path, notes), text, tmp_path / "run", away={"ukb": 10**6})
     deployed.run()
     assert len(deployed.texts()) == 2
@@ -892,7 +892,7 @@ def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
     sites = places(tmp_path, notes, {"charite": replace(POLICY, approve_text=True)})
-    short = toml.replace("answer_seconds = 20", "answer_seconds = 2")
+    short = toml.replace("timeout = 20", "timeout = 2")
     with pytest.raises(TooFewReplies, match="its answer waits for approval"):
         Deployed(sites, short, tmp_path / "run").run()
     decide(sites[0], sites[0].approvals.all()[0]["order"], "accepted")
@@ -912,13 +912,13 @@ def test_approval_that_is_asked_for_later_holds_for_what_is_stored(
     careful = replace(
         sites[0], site=replace(sites[0].site, policy=replace(POLICY, approve_text=True, models=(MODEL[0],)))
     )
-    short = toml.replace("answer_seconds = 20", "answer_seconds = 2")
+    short = toml.replace("timeout = 20", "timeout = 2")
     with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits"):
         Deployed([careful, *sites[1:]], short, tmp_path / "again").run()
 
 
 def test_a_site_that_was_never_reached_is_not_charged_when_the_run_goes_on(tmp_path: Path, notes: pd.DataFrame) -> None:
-    text = scenario(tmp_path, notes, quorum=0.6).replace("answer_seconds = 20", "answer_seconds = 2")
+    text = scenario(tmp_path, notes, quorum=0.6).replace("timeout = 20", "timeout = 2")
     sites = places(tmp_path, notes)
     first = Deployed(sites, text, tmp_path / "run", away={"ukb": 10**6})
     with pytest.raises(RuntimeError, match="the server dies"):

@@ -73,9 +73,9 @@ task_model = "{model}"
 guarantee = "{guarantee}"
 budget = {{ epsilon = 1.0 }}
 answer_tokens = 4
-generator_training = {{ expected_batch = 3, steps = 2, rank = 2, alpha = 4.0, max_tokens = 64 }}
-scorer_training = {{ expected_batch = 3, steps = 2, rank = 2, alpha = 4.0, max_tokens = 32 }}
-task_training = {{ augmented_epochs = 1, private_epochs = 1, max_tokens = 32 }}
+generator_training = {{ expected_batch_size = 3, steps = 2, rank = 2, alpha = 4.0, max_length = 64 }}
+scorer_training = {{ expected_batch_size = 3, steps = 2, rank = 2, alpha = 4.0, max_length = 32 }}
+task_training = {{ augmented_epochs = 1, private_epochs = 1, max_length = 32 }}
 [server]
 llm = "scripted"
 [arms.main]
@@ -159,7 +159,7 @@ def requests(task: str, guarantee: str) -> Iterator[Request[Any]]:
         yield Synthesize(2, 1.0, 1.0, 8, 0)
         yield Score(written, 0)
     elif guarantee == "none":
-        yield SelfTrain(start, 0, 0, candidates=2, keep=1, shots=4, max_tokens=8)
+        yield SelfTrain(start, 0, 0, candidates=2, keep=1, shots=4, max_new_tokens=8)
         yield Evaluate()
 
 

@@ -48,7 +48,7 @@ from fedsynth.training.selfcheck import SelfCheckFailed, check_stack
 
 torch.set_num_threads(1)
 C, CLIENTS = 0.3, 3
-SETTINGS = GeneratorTraining(learning_rate=0.01, clip_norm=C, rank=3, alpha=6.0, microbatch=6)
+SETTINGS = GeneratorTraining(learning_rate=0.01, clip_norm=C, rank=3, alpha=6.0, max_physical_batch_size=6)
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 
 
@@ -139,7 +139,7 @@ def test_each_client_ends_where_it_would_alone(family: str, error: float, sigma:
 def sums(model: Any, factors: Any, units: Sequence[Sequence[Slot]], clip_norm: float = C) -> list[list[Tensor]]:
     """By client."""
     with stacked(model.train(), factors, clip_norm) as engine:
-        return [[own] for own in clipped_sums(engine, model, units, pad=0, microbatch=5)]
+        return [[own] for own in clipped_sums(engine, model, units, pad=0, max_physical_batch_size=5)]
 
 
 def of_one(dtype: Any, client: int) -> list[Tensor]:
@@ -147,7 +147,7 @@ def of_one(dtype: Any, client: int) -> list[Tensor]:
     model = base("llama", dtype)
     own = alone(model, adapters(model), client)
     with clipper(own.train(), math.inf) as engine:
-        return clipped_sum(engine, own, slots(client), pad=0, microbatch=5)
+        return clipped_sum(engine, own, slots(client), pad=0, max_physical_batch_size=5)
 
 
 def test_in_half_precision_a_client_s_plain_sum_is_as_exact_as_that_of_the_engine_for_one() -> None:
@@ -363,7 +363,7 @@ def test_how_many_train_in_one_pass(
     from fedsynth.scenario.toml import from_toml
 
     scenario = from_toml(instructions(tmp_path, AVERAGE, rows=12))
-    training = GeneratorTraining(expected_batch=batch, max_tokens=tokens)
+    training = GeneratorTraining(expected_batch_size=batch, max_length=tokens)
     client: Client = replace(scenario.client, generator_training=training, stacked=asked)
     scenario = replace(scenario, client=client, data=replace(scenario.data, clients=clients))
     assert scenario.stack == stack
@@ -377,7 +377,9 @@ def test_each_client_s_own_start_is_what_is_trained_on(tmp_path: Path) -> None:
     from fedsynth.models.adapters import new_adapter
 
     starts = [new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=seed) for seed in range(3)]
-    settings = GeneratorTraining(expected_batch=4, steps=2, learning_rate=1e-3, rank=2, alpha=4.0, precision="float32")
+    settings = GeneratorTraining(
+        expected_batch_size=4, steps=2, learning_rate=1e-3, rank=2, alpha=4.0, precision="float32"
+    )
     text = [(Example((5, 6, 7, 8), 2),)] * 4
 
     def asked(client: int) -> TrainRequest:
@@ -395,7 +397,7 @@ def test_what_differs_in_more_than_numbers_is_trained_apart() -> None:
     from fedsynth.models.adapters import new_adapter
 
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)
-    settings = GeneratorTraining(expected_batch=4, steps=2, rank=2, alpha=4.0)
+    settings = GeneratorTraining(expected_batch_size=4, steps=2, rank=2, alpha=4.0)
     base = TrainRequest(tiny.folder(), start, settings, without_guarantee([()] * 4, settings, 0))
     others = [
         replace(base, frozen_a=True),
@@ -506,7 +508,7 @@ def test_the_check_finds_an_engine_that_gives_a_client_another_s_sum(monkeypatch
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.3)
-    settings = replace(SETTINGS, expected_batch=4, steps=2)
+    settings = replace(SETTINGS, expected_batch_size=4, steps=2)
     check_stack(model, plan, settings, pad=0)
     real = Stacked.add
     monkeypatch.setattr(

@@ -229,14 +229,14 @@ class Always:
 
 def test_the_proximal_term_is_half_mu_times_the_squared_distance(tmp_path: Path) -> None:
     start = stock(tmp_path).start
-    settings = GeneratorTraining(steps=4, learning_rate=1e-2, max_tokens=16)
+    settings = GeneratorTraining(steps=4, learning_rate=1e-2, max_length=16)
     examples = [Example(tuple(range(5 + i, 15 + i)), start=2) for i in range(3)]
     trained = with_adapter(tiny.folder(), start)
     slots = [(e,) for e in examples]
     training = Training(
         slots,
         rate=1.0,
-        expected_batch=3,
+        expected_batch_size=3,
         steps=4,
         clip_norm=math.inf,
         noise_multiplier=0.0,
@@ -465,7 +465,13 @@ clients = 2
 generator = "{tiny.folder()}"
 task_model = "{tiny.folder()}"
 guarantee = "none"
-generator_training = {{ expected_batch = 8, steps = 10, learning_rate = 5e-3, rank = 2, alpha = 4.0, max_tokens = 48 }}
+[client.generator_training]
+expected_batch_size = 8
+steps = 10
+learning_rate = 5e-3
+rank = 2
+alpha = 4.0
+max_length = 48
 [server]
 llm = "scripted"
 """

@@ -530,7 +530,7 @@ LONG = "word " * 3900
 def test_a_text_that_does_not_fit_is_shown_in_no_prompt_and_ends_nothing(mode: Mode) -> None:
     llm, near = ScriptedLLM(context=900), "near " * 60  # two of the latter do not fit either
     shown = corpus([(LONG, "fever"), (near, "fever"), (near + "too", "fever"), ("hot", "fever"), ("dry", "cough")])
-    assert misfit(llm, shown, labels=LABELS, mode=mode, max_tokens=24) == ["too long", None, None, None, None]
+    assert misfit(llm, shown, labels=LABELS, mode=mode, max_new_tokens=24) == ["too long", None, None, None, None]
     found = ask(llm, {0: shown}, mode, shots=4)[0]
     assert len(llm.completed[0]) == found.prompts > 0
     assert LONG not in repr(llm.completed)

@@ -44,7 +44,7 @@ from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 torch.set_num_threads(1)
 C = 0.3
 PLAN = DPPlan(records=12, expected_batch=4, steps=6, rounds=1, clip_norm=C, noise_multiplier=1.5, delta=1e-5)
-SETTINGS = GeneratorTraining(expected_batch=4, steps=6, learning_rate=0.01, clip_norm=C, rank=2, alpha=4.0)
+SETTINGS = GeneratorTraining(expected_batch_size=4, steps=6, learning_rate=0.01, clip_norm=C, rank=2, alpha=4.0)
 KEY = bytes(range(32))
 
 
@@ -69,10 +69,10 @@ def own(batch: Sequence[Example | None]) -> list[tuple[Example, ...]]:
     return [() if example is None else (example,) for example in batch]
 
 
-def summed(model: Any, batch: Sequence[Example], clip_norm: float = C, microbatch: int = 64) -> Tensor:
+def summed(model: Any, batch: Sequence[Example], clip_norm: float = C, max_physical_batch_size: int = 64) -> Tensor:
     """The clipped sum as one vector of float64."""
     with clipper(model.train(), clip_norm) as clip:
-        parts = clipped_sum(clip, model, own(batch), pad=tiny.PAD, microbatch=microbatch)
+        parts = clipped_sum(clip, model, own(batch), pad=tiny.PAD, max_physical_batch_size=max_physical_batch_size)
     model.eval()
     return torch.cat([p.flatten().double() for p in parts])
 
@@ -284,17 +284,17 @@ def test_the_gradient_of_each_example_equals_brute_force() -> None:
     assert (summed(model, batch) - clipped).norm() < 1e-4 * C * len(batch)
 
 
-def largest_move(model: Any, batch: list[Example], clip_norm: float, microbatch: int = 64) -> float:
-    whole = summed(model, batch, clip_norm, microbatch)
-    without = (summed(model, [e for e in batch if e is not gone], clip_norm, microbatch) for gone in batch)
+def largest_move(model: Any, batch: list[Example], clip_norm: float, max_physical_batch_size: int = 64) -> float:
+    whole = summed(model, batch, clip_norm, max_physical_batch_size)
+    without = (summed(model, [e for e in batch if e is not gone], clip_norm, max_physical_batch_size) for gone in batch)
     return max(float((whole - other).norm()) for other in without)
 
 
-@pytest.mark.parametrize("microbatch", [1, 4, 64])
-def test_removing_any_example_moves_the_sum_by_at_most_the_clip_norm(microbatch: int) -> None:
+@pytest.mark.parametrize("max_physical_batch_size", [1, 4, 64])
+def test_removing_any_example_moves_the_sum_by_at_most_the_clip_norm(max_physical_batch_size: int) -> None:
     model, batch = lora(), examples(7)
-    assert largest_move(model, batch, C, microbatch) <= C * (1 + 1e-5)
-    assert largest_move(model, batch, math.inf, microbatch) > 2 * C  # without a clip it would be far more
+    assert largest_move(model, batch, C, max_physical_batch_size) <= C * (1 + 1e-5)
+    assert largest_move(model, batch, math.inf, max_physical_batch_size) > 2 * C  # without a clip it would be far more
 
 
 def test_replacing_any_example_moves_the_sum_by_at_most_twice_the_clip_norm() -> None:
@@ -313,11 +313,11 @@ def test_small_gradients_are_not_scaled_up() -> None:
     assert (summed(model, batch, wide) - summed(model, batch, math.inf)).norm() < 1e-5 * sum(norms)
 
 
-@pytest.mark.parametrize("microbatch", [1, 2, 3, 5])
-def test_micro_batches_change_nothing_but_rounding(microbatch: int) -> None:
+@pytest.mark.parametrize("max_physical_batch_size", [1, 2, 3, 5])
+def test_micro_batches_change_nothing_but_rounding(max_physical_batch_size: int) -> None:
     model, batch = lora(), examples(7)
     whole = summed(model, batch)
-    assert (summed(model, batch, microbatch=microbatch) - whole).norm() < 1e-5 * whole.norm()
+    assert (summed(model, batch, max_physical_batch_size=max_physical_batch_size) - whole).norm() < 1e-5 * whole.norm()
 
 
 def test_clip_factors_by_hand() -> None:
@@ -349,19 +349,19 @@ def without_where(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("microbatch", [1, 3, 64])
-def test_a_bad_example_contributes_exactly_nothing(value: float, microbatch: int) -> None:
+@pytest.mark.parametrize("max_physical_batch_size", [1, 3, 64])
+def test_a_bad_example_contributes_exactly_nothing(value: float, max_physical_batch_size: int) -> None:
     model = lora()
     good = [e for e in examples(7) if 50 not in e.tokens]
     bad = [Example((1, 10, 50, 11, 2), 2), Example((1, 10, *range(100, 120), 50, 2), 2)]
     reference = summed(model, good)
     poison(model, 50, value)
     assert torch.isnan(gradient_alone(model, bad[0])).any()
-    found = summed(model, [bad[0], *good, bad[1]], microbatch=microbatch)
+    found = summed(model, [bad[0], *good, bad[1]], max_physical_batch_size=max_physical_batch_size)
     assert torch.isfinite(found).all()
     # Padding to a longer neighbour shifts other gradients by rounding only.
     assert (found - reference).norm() < 1e-5 * reference.norm()
-    assert torch.equal(summed(model, bad, microbatch=microbatch), torch.zeros_like(reference))
+    assert torch.equal(summed(model, bad, max_physical_batch_size=max_physical_batch_size), torch.zeros_like(reference))
 
 
 def test_a_clip_that_multiplies_by_zero_would_not_do() -> None:
@@ -544,7 +544,7 @@ def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Pa
 
     one, two = (client(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
     assert one == two
-    assert (one.records, one.expected_batch, one.steps, one.clip_norm) == (12, 4, 6, C)
+    assert (one.records, one.expected_batch_size, one.steps, one.clip_norm) == (12, 4, 6, C)
 
 
 # Without guarantee
@@ -621,7 +621,7 @@ class NoRoom(nn.Module):
 def test_what_one_long_text_would_need_is_taken_before_the_charge_or_refused(
     monkeypatch: pytest.MonkeyPatch, rows_per_unit: int
 ) -> None:
-    settings = replace(SETTINGS, microbatch=12, max_tokens=40, rows_per_unit=rows_per_unit)
+    settings = replace(SETTINGS, max_physical_batch_size=12, max_length=40, rows_per_unit=rows_per_unit)
     long, short = Example(tuple(range(3, 43)), 2), Example((3, 4, 5), 2)
     slots = [(short,) * rows_per_unit] * 3 + [(long,) * rows_per_unit] + [()] * 8
     for most in (12 * 40, 12 * 40 - 1):
@@ -629,7 +629,9 @@ def test_what_one_long_text_would_need_is_taken_before_the_charge_or_refused(
         model = lora()
         layer(model).mlp = NoRoom(layer(model).mlp, most)
         if most < 12 * 40:
-            with pytest.raises(SelfCheckFailed, match=r"a pass of 12 texts of 40 tokens .* a smaller microbatch"):
+            with pytest.raises(
+                SelfCheckFailed, match=r"a pass of 12 texts of 40 tokens .* a smaller max_physical_batch_size"
+            ):
                 self_check(model, PLAN, settings, pad=tiny.PAD)
             assert not model.training
             continue
@@ -641,7 +643,9 @@ def test_a_site_of_few_units_is_asked_for_no_more_than_it_can_ever_pass(monkeypa
     monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
     model = lora()
     layer(model).mlp = NoRoom(layer(model).mlp, 12 * 40)
-    self_check(model, PLAN, replace(SETTINGS, microbatch=64, max_tokens=40), pad=tiny.PAD)  # 12 records are declared
+    self_check(
+        model, PLAN, replace(SETTINGS, max_physical_batch_size=64, max_length=40), pad=tiny.PAD
+    )  # 12 records are declared
 
 
 def test_the_whole_pass_is_tried_once_in_a_process_for_one_model_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -652,7 +656,7 @@ def test_the_whole_pass_is_tried_once_in_a_process_for_one_model_and_size(monkey
         checked(lora(seed))
         checked(lora(seed), replace(PLAN, noise_multiplier=1.5 + seed))
     assert len(ran) == 1
-    self_check(lora(), PLAN, replace(SETTINGS, max_tokens=SETTINGS.max_tokens + 1), pad=tiny.PAD)
+    self_check(lora(), PLAN, replace(SETTINGS, max_length=SETTINGS.max_length + 1), pad=tiny.PAD)
     assert len(ran) == 2
 
 
@@ -665,7 +669,7 @@ def test_memory_for_a_unit_of_many_rows_does_not_grow_with_its_pairs(monkeypatch
 
     model, batch = lora(), examples(9)
     with clipper(model.train(), C) as clip:
-        whole = clipped_sum(clip, model, [tuple(batch)], pad=tiny.PAD, microbatch=9)
+        whole = clipped_sum(clip, model, [tuple(batch)], pad=tiny.PAD, max_physical_batch_size=9)
     alone = sum(gradient_alone(model.eval(), example) for example in batch)
     assert torch.allclose(
         torch.cat([p.flatten().double() for p in whole]), alone * (C * MARGIN / alone.norm()), rtol=1e-3, atol=1e-6
@@ -784,7 +788,7 @@ def test_a_model_with_nothing_to_learn_is_found() -> None:
 # The task model
 
 
-TASK = TaskTraining(batch=8, token_dropout=0.1, max_tokens=16, weight_decay=0.01)
+TASK = TaskTraining(batch=8, token_dropout=0.1, max_length=16, weight_decay=0.01)
 TOY = Corpus(
     tuple(f"{'aaa' if i % 2 else 'zzz'} {i % 5}" for i in range(32)),
     tuple("flu" if i % 2 else "cold" for i in range(32)),

@@ -93,7 +93,7 @@ UNDER_A_GRANT = (
 )
 OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 ANSWERS = (*UNDER_A_GRANT, OPEN)
-ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_tokens=48, seed=1)
+ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_new_tokens=48, seed=1)
 ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, client=3)
 FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]
 
@@ -310,7 +310,7 @@ def test_the_digest_changes_with_run_seed_exchange_and_client(change: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_tokens": 47}, {"seed": 2}]
+    "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 47}, {"seed": 2}]
 )
 def test_the_digest_changes_with_every_field_of_the_request(change: dict[str, Any]) -> None:
     assert digest_of(replace(ORDER, **change)) != digest_of()
@@ -467,7 +467,7 @@ def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], cod
 
 
 def client(folder: Path, train: Corpus) -> ClientSide:
-    task = TaskTraining(batch=2, private_epochs=1, max_tokens=8)
+    task = TaskTraining(batch=2, private_epochs=1, max_length=8)
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
     ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
     return ClientSide(
@@ -519,7 +519,7 @@ def test_a_request_that_cannot_be_read_is_refused_before_a_client_is_opened(cont
     ("name", "fits", "does_not"),
     [
         ("per_label", [1, MAX_SAMPLES], [0, -1, MAX_SAMPLES + 1]),
-        ("max_tokens", [1, MAX_TOKENS], [0, MAX_TOKENS + 1]),
+        ("max_new_tokens", [1, MAX_TOKENS], [0, MAX_TOKENS + 1]),
         ("temperature", [0.01, 10.0], [0.0, -1.0, 10.1, float("inf"), float("nan")]),
         ("top_p", [0.01, 1.0], [0.0, 1.01, float("nan")]),
     ],
@@ -693,7 +693,7 @@ def test_scores_are_one_finite_number_per_text() -> None:
         SelfTrain(START, seed=0, writing_seed=0, share=float("nan")),
         SelfTrain(START, seed=0, writing_seed=0, candidates=2, keep=3),
         SelfTrain(START, seed=0, writing_seed=0, shots=0),
-        SelfTrain(START, seed=0, writing_seed=0, max_tokens=MAX_TOKENS + 1),
+        SelfTrain(START, seed=0, writing_seed=0, max_new_tokens=MAX_TOKENS + 1),
     ],
 )
 def test_a_client_refuses_a_request_beyond_its_ranges(request: Request[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 from fedsynth import __version__
 from fedsynth.cli.deployment import server_app, site_app
 from fedsynth.privacy.ledger import LOST, LedgerUnusable
+from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
@@ -538,6 +540,7 @@ def _figure(value: dict[str, Any] | None) -> str:
 def main() -> None:
     """Entry point: one line and a non-zero exit for whatever goes wrong."""
     os.environ.update(past_proxies(os.environ))  # a tracker's server, a mirror of the hub: they may be on this machine
+    warnings.showwarning = _one_line
     try:
         # Typer turns Ctrl-C into an exit code, and hands codes back instead of exiting where it does not stand alone.
         code = app(standalone_mode=False)
@@ -556,6 +559,14 @@ def main() -> None:
         if hasattr(problem, "format_message"):  # click's usage errors
             _end(f"bad input: {problem.format_message()}", BAD_INPUT)
         raise
+
+
+def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """An old name of a key is the user's matter, and needs no place in our code; other warnings keep theirs."""
+    if issubclass(category, OldName):
+        _warn(Console(stderr=True), str(message))
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def _end(message: str, code: int) -> None:

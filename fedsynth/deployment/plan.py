@@ -58,7 +58,7 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     if resolved.participation != Participation():
         raise BadValue(
             f"arm {cell.arm!r}: participation is of simulated clients; real ones are away by themselves, "
-            "see server.quorum and server.answer_seconds"
+            "see server.quorum and server.timeout"
         )
     data = replace(resolved.data, clients=clients, tuned_on=())  # whose numbers are those of simulated clients
     own: dict[str, dict[str, Any]] = {cell.arm: {}} if scenario.arms else {}

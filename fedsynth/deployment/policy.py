@@ -15,6 +15,7 @@ from fedsynth.data.sources import SiteData, laid_out
 from fedsynth.deployment.invitation import check_name, host_and_port
 from fedsynth.federation.messages import REQUESTS, Output
 from fedsynth.privacy.plan import Budget
+from fedsynth.scenario.earlier_keys import with_new_names
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue, Count, Positive, build, in_range, toml_file
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fedsynth.data.partition import ClientData as Texts
     from fedsynth.privacy.ledger import Ledger
 
+RENAMED = {("policy", "orders"): "requests"}
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
 UNDER_GUARANTEE = tuple(o.task for o in REQUESTS if o.task not in ("train.self_train", "evaluate.evaluate"))
 
@@ -244,4 +246,4 @@ def load_site(path: Path) -> Place:
     """
     file = path / "site.toml" if path.is_dir() else path
     with toml_file(file, "make one with `fedsynth site init`") as table:
-        return Place(build(SiteConfig, table), file.absolute().parent)
+        return Place(build(SiteConfig, with_new_names(table, RENAMED)), file.absolute().parent)

@@ -44,7 +44,7 @@ def extraction(
     secrets: Corpus,
     *,
     planted: Sequence[str] | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_new_tokens: int = MAX_TOKENS,
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Extraction:
@@ -58,7 +58,7 @@ def extraction(
         model: What the attacker may ask: the final model, or one client's upload.
         secrets: Records that the model's training may have seen.
         planted: One string per record that stands nowhere but in that record's response.
-        max_tokens: Of a response; at least as many as the longest true one has.
+        max_new_tokens: Of a response; at least as many as the longest true one has.
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
 
@@ -69,7 +69,7 @@ def extraction(
         raise ValueError("extraction needs at least one record")
     if planted is not None and len(planted) != len(secrets):
         raise ValueError(f"planted must hold one secret per record, got {len(planted)} for {len(secrets)}")
-    written = _greedy(model, [asked(prompt) for prompt in secrets.prompts], max_tokens)
+    written = _greedy(model, [asked(prompt) for prompt in secrets.prompts], max_new_tokens)
     close = np.array(
         [rouge_l(of_line(text.partition(ASK)[0]), true) for text, true in zip(written, secrets.answers, strict=True)]
     )
@@ -86,7 +86,7 @@ def extraction(
 
 
 def name_reconstruction(
-    model: TextModel, prompts: Sequence[str], names: Sequence[str], *, max_tokens: int = MAX_TOKENS
+    model: TextModel, prompts: Sequence[str], names: Sequence[str], *, max_new_tokens: int = MAX_TOKENS
 ) -> float:
     """Share of the prompts, in 0..1, after which the model writes the true name (Lukas et al. 2023; KnowledgeSG).
 
@@ -94,18 +94,18 @@ def name_reconstruction(
         model: What the attacker may ask; decoding is greedy.
         prompts: The text before the name in each record, as the model reads it: nothing is put around it.
         names: The true name of each; it must occur as whole words, in order and without others between them.
-        max_tokens: Of a continuation.
+        max_new_tokens: Of a continuation.
 
     Raises:
         ValueError: If there is no prompt, or not one name (with a letter or digit in it) per prompt.
     """
     if not prompts or len(prompts) != len(names):
         raise ValueError(f"at least one prompt and one name per prompt are needed, got {len(prompts)} and {len(names)}")
-    return _share_held(_greedy(model, prompts, max_tokens), names)
+    return _share_held(_greedy(model, prompts, max_new_tokens), names)
 
 
-def _greedy(model: TextModel, prompts: Sequence[str], max_tokens: int) -> list[str]:
-    return model.complete(prompts, SamplingParams.greedy(max_tokens), seed=0)  # greedy: the seed moves nothing
+def _greedy(model: TextModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    return model.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)  # greedy: the seed moves nothing
 
 
 def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:

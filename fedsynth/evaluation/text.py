@@ -159,7 +159,7 @@ def parse_verdict(answer: str) -> Verdict | None:
     return verdict
 
 
-def llm_judge(llm: TextModel, *, max_tokens: int = 256, seed: int = 0) -> Judge:
+def llm_judge(llm: TextModel, *, max_new_tokens: int = 256, seed: int = 0) -> Judge:
     """An instruction LLM as the judge, greedy; all prompts of one order go in one call.
 
     It must not be the model that wrote the training responses: it would favour its own style.
@@ -167,6 +167,6 @@ def llm_judge(llm: TextModel, *, max_tokens: int = 256, seed: int = 0) -> Judge:
 
     def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
         asked = [compare_prompt(x, a, b) for x, a, b in zip(prompts, one, other, strict=True)]
-        return [parse_verdict(t) for t in llm.complete(asked, SamplingParams.greedy(max_tokens), seed=seed)]
+        return [parse_verdict(t) for t in llm.complete(asked, SamplingParams.greedy(max_new_tokens), seed=seed)]
 
     return judge

@@ -27,7 +27,7 @@ class CachedLLM:
 
     def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
-        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         question = ["complete", list(prompts), {**how, "seed": seed}]
         return self._said(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 

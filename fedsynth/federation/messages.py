@@ -63,7 +63,7 @@ class Synthesize(Request[Synthesized]):
         per_label: Samples for every label of the public list, present at the client or not.
         temperature: Of the sampling.
         top_p: Nucleus of the sampling.
-        max_tokens: Longest sample.
+        max_new_tokens: Longest sample.
         seed: Public: order of nothing private depends on it.
     """
 
@@ -72,7 +72,7 @@ class Synthesize(Request[Synthesized]):
     per_label: int
     temperature: float
     top_p: float
-    max_tokens: int
+    max_new_tokens: int
     seed: int
 
 
@@ -180,7 +180,7 @@ class SelfTrain(Request[SelfTrained]):
         training: `isolated` (the paper's): private and synthetic text each from the same start. `mixed`: one training
             on both (FedMIT). `personal` (version 1): the synthetic adapter is sent, the client keeps one trained on
             both. `share` counts in the first only.
-        max_tokens: Longest instruction or response that is written.
+        max_new_tokens: Longest instruction or response that is written.
     """
 
     task: ClassVar[str] = "train.self_train"
@@ -194,7 +194,7 @@ class SelfTrain(Request[SelfTrained]):
     shots: int = 8
     selection: Literal["ifs", "random"] = "ifs"
     training: Literal["isolated", "mixed", "personal"] = "isolated"
-    max_tokens: int = 48
+    max_new_tokens: int = 48
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class Clients:
     ) -> Iterator[tuple[tuple[int, ...], Message | None]]:
         """Replies as they come, None for one that cannot be unpacked; a site is asked anew when its time has come."""
         begun = time.monotonic()
-        while (waiting or sites) and (taken := time.monotonic() - begun) < self.cell.scenario.server.answer_seconds:
+        while (waiting or sites) and (taken := time.monotonic() - begun) < self.cell.scenario.server.timeout:
             for key, reply in self._delivery.pulled(list(waiting)) if waiting else ():
                 yield waiting.pop(key), reply
             sites.look(waiting)
@@ -276,7 +276,7 @@ class Clients:
                 return replace(heard, why=f"refused: {reply.code.value}")
             # Real sites all say in the same words what they protect, in whatever column they have it.
             units, simulated = (UNITS, False) if self.sites else ((scenario.data.unit_name,), None)
-            batch = scenario.client.generator_training.expected_batch
+            batch = scenario.client.generator_training.expected_batch_size
             check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")

@@ -209,33 +209,10 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
     """The class that a scenario names, and its checked options.
 
     Raises:
-        BadValue: If there is no such class, it is no RoundStrategy, an option does not fit, or one stands there under
-            its old name and its new one.
+        BadValue: If there is no such class, it is no RoundStrategy, or an option does not fit.
     """
     found = _class(choice)
-    options = dict(choice.options)
-    for old, new in _renamed(found, choice).items():
-        if new in options:
-            raise BadValue(
-                f"strategy.{old} is the old name of strategy.{new}: give the new one alone "
-                "(one may stand in the file, the other in an arm or in --set)"
-            )
-        options[new] = options.pop(old)
-    return found, build(found.config_class, options, "strategy")
-
-
-def old_names(choice: StrategyChoice) -> list[str]:
-    """A warning for each option that a scenario gives under its old name."""
-    return [
-        f"strategy.{old} is called strategy.{new} now; the next version refuses the old name"
-        for old, new in _renamed(_class(choice), choice).items()
-    ]
-
-
-def _renamed(found: type[RoundStrategy[Any]], choice: StrategyChoice) -> dict[str, str]:
-    """Old names of options, as given, and their new ones: a `config_class` lists its own in `renamed`."""
-    names: Mapping[str, str] = getattr(found.config_class, "renamed", {})
-    return {old: new for old, new in names.items() if old in choice.options}
+    return found, build(found.config_class, dict(choice.options), "strategy")
 
 
 def _class(choice: StrategyChoice) -> type[RoundStrategy[Any]]:

@@ -88,7 +88,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
     if isinstance(request, Synthesize):
         _within("per_label", request.per_label, 1, MAX_SAMPLES)
         _within("number of texts", request.per_label * len(labels), 0, MAX_TEXTS)
-        _within("max_tokens", request.max_tokens, 1, MAX_TOKENS)
+        _within("max_new_tokens", request.max_new_tokens, 1, MAX_TOKENS)
         _within("temperature", request.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
         _within("top_p", request.top_p, MIN_TOP_P, 1.0)
     if isinstance(request, Synthesize | Learn | Finetune | Score | SelfTrain):
@@ -111,7 +111,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         _within("candidates", request.candidates, 1, MAX_CANDIDATES)
         _within("keep", request.keep, 1, request.candidates)
         _within("shots", request.shots, 1, MAX_SHOTS)
-        _within("max_tokens", request.max_tokens, 1, MAX_TOKENS)
+        _within("max_new_tokens", request.max_new_tokens, 1, MAX_TOKENS)
 
 
 def check_settings(client: Client, rounds: int) -> None:
@@ -133,14 +133,14 @@ def check_settings(client: Client, rounds: int) -> None:
             ("alpha", 0.0, MAX_ALPHA),
             ("learning_rate", 0.0, MAX_RATE),
             ("clip_norm", *CLIP_NORMS),
-            ("max_tokens", 1, MAX_TOKENS),
-            ("microbatch", 1, MAX_MICROBATCH),
-            ("rows_per_unit", 1, min(MAX_ROWS, training.microbatch)),  # a unit goes through in one pass
+            ("max_new_tokens", 1, MAX_TOKENS),
+            ("max_physical_batch_size", 1, MAX_MICROBATCH),
+            ("rows_per_unit", 1, min(MAX_ROWS, training.max_physical_batch_size)),  # a unit goes through in one pass
         ):
             _within(f"client.{table}.{key}", getattr(training, key), low, high)
     _within("rounds * client.generator_training.steps", rounds * client.generator_training.steps, 1, MAX_STEPS)
     _within("client.task_training.batch", client.task_training.batch, 1, MAX_BATCH)
-    _within("client.task_training.max_tokens", client.task_training.max_tokens, 1, MAX_TOKENS)
+    _within("client.task_training.max_length", client.task_training.max_length, 1, MAX_TOKENS)
     _within("client.answer_tokens", client.answer_tokens, 1, MAX_TOKENS)
     _within("client.score_norm", client.score_norm, *CLIP_NORMS)
     _within("client.max_noise_multiplier", client.max_noise_multiplier, SMALLEST_SIGMA, MAX_SIGMA)

@@ -299,9 +299,9 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
     if made.seconds > DAY:
         warnings.append(f"will take {made.seconds / DAY:.1f} days: ask for fewer seeds, arms or steps")
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        patience = cell.scenario.server.answer_seconds
+        patience = cell.scenario.server.timeout
         if made.arms[cell.arm].seconds / len(scenario.seeds) > patience * max(1, len(found[cell.arm].exchanges)):
-            warnings.append(f"arm {cell.arm!r}: an exchange may take longer than server.answer_seconds = {patience:g}")
+            warnings.append(f"arm {cell.arm!r}: an exchange may take longer than server.timeout = {patience:g}")
     if endpoints_of(scenario):
         warnings.append(
             "an endpoint's time is not in the seconds: what is asked of it stands under tokens, as an upper bound"

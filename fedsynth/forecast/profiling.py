@@ -266,7 +266,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     if unit.kind == "respond":
         return written([asked(prompt) for prompt in texts.test.prompts], 128), 128
     if unit.kind == "demonstrated":
-        tokenizer, longest = load_tokenizer(client.generator), client.generator_training.max_tokens
+        tokenizer, longest = load_tokenizer(client.generator), client.generator_training.max_length
         shown = [line for line in lines(texts.train) if len(token_ids(tokenizer, line)) <= longest]
         shots = "".join(f"{line}\n" for line in shown[: unit.shots])
         return written([shots + ASK], 64), 64
@@ -308,7 +308,7 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
         prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
         answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
     )
-    slots = encode_slots(tokenizer, rows, labels, records, settings.max_tokens, kind, learns=settings.learns)
+    slots = encode_slots(tokenizer, rows, labels, records, settings.max_length, kind, loss_on=settings.loss_on)
     start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
 
     def training() -> Training:
@@ -344,7 +344,7 @@ def _classifying(
         planned = client.score_plan(len(texts.train))
         model: Any = new_scorer(client.task_model, len(labels), rank=settings.rank, alpha=settings.alpha, seed=0)
         model = model.to(device())
-        slots = label_slots(tokenizer, texts.train, labels, len(texts.train), settings.max_tokens, model.config)
+        slots = label_slots(tokenizer, texts.train, labels, len(texts.train), settings.max_length, model.config)
 
         def steps(n: int) -> None:
             asked = replace(private(slots, planned, GrantRandomness(bytes(32))), steps=n)
@@ -359,7 +359,7 @@ def _classifying(
         return whole[0]
 
     if unit.kind == "read":
-        return lambda n: classify(model_of(), tokenizer, _some(texts.test, n).prompts, task.max_tokens), 128
+        return lambda n: classify(model_of(), tokenizer, _some(texts.test, n).prompts, task.max_length), 128
 
     def fit(n: int) -> None:
         fit_classifier(

@@ -131,7 +131,7 @@ class _Answering(Clients):
         of, rng = self.facts[client], np.random.default_rng([0, client, self.exchange])
         if isinstance(request, Synthesize):
             grants = GRANT if of.client.guarantee == "dp" else ()
-            corpus = replace(self._drafts(client, request.per_label, request.max_tokens), grants=grants)
+            corpus = replace(self._drafts(client, request.per_label, request.max_new_tokens), grants=grants)
             return Synthesized(corpus, self._statement(client), 0)
         if isinstance(request, Finetune):
             adapter = _trained_from(request.start, rng, GRANT if of.client.guarantee == "dp" else ())

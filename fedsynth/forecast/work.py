@@ -37,7 +37,7 @@ class Facts:
 
 
 def _synthesize(request: Synthesize, of: Facts) -> Work:
-    sampling = Unit("sample", of.arm, request.max_tokens, temperature=request.temperature, top_p=request.top_p)
+    sampling = Unit("sample", of.arm, request.max_new_tokens, temperature=request.temperature, top_p=request.top_p)
     return {**_trained(of), sampling: request.per_label * len(of.labels)}
 
 
@@ -56,7 +56,7 @@ def _self_train(request: SelfTrain, of: Facts) -> Work:
         return {step: steps}
     both = 1 + request.keep / of.records  # batches are as much larger
     trainings = {"isolated": 2.0, "mixed": 1 + both, "personal": 2 + both}[request.training]
-    written = Unit("demonstrated", of.arm, request.max_tokens, request.shots)
+    written = Unit("demonstrated", of.arm, request.max_new_tokens, request.shots)
     return {written: 2 * request.candidates, Unit("rate", of.arm): 2 * request.candidates, step: trainings * steps}
 
 

@@ -324,17 +324,17 @@ class LocalLLM:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return given_rows(self.tokenizer, texts, self.kind)
 
-    def check_room(self, lengths: Sequence[int], max_tokens: int, *, way_out: str) -> None:
-        """Refuses texts of so many tokens that leave no room for `max_tokens` more.
+    def check_room(self, lengths: Sequence[int], max_new_tokens: int, *, way_out: str) -> None:
+        """Refuses texts of so many tokens that leave no room for `max_new_tokens` more.
 
         Raises:
             ValueError: If there is such a text; the message names it, and the way out.
         """
         longest = max(lengths, default=0)
-        if self.context is not None and longest + max_tokens > self.context:
+        if self.context is not None and longest + max_new_tokens > self.context:
             raise ValueError(
-                f"text {list(lengths).index(longest)} has {longest} tokens and {max_tokens} more are asked for, but "
-                f"the model's context holds {self.context}: use {way_out}, fewer new tokens or a longer context"
+                f"text {list(lengths).index(longest)} has {longest} tokens and {max_new_tokens} more are asked for, "
+                f"but the model's context holds {self.context}: use {way_out}, fewer new tokens or a longer context"
             )
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,15 +171,15 @@ class GeneratorTraining:
     """How a client fine-tunes its generator: LoRA under DP-SGD (settings tuned on simulated data only).
 
     Attributes:
-        expected_batch: Expected size of a Poisson batch; the sampling rate is expected_batch / declared records.
+        expected_batch_size: Expected size of a Poisson batch; the sampling rate is this / declared records.
         steps: Noisy steps of a round, all charged; 100,000 in all rounds at most.
         learning_rate: Of Adam, decayed linearly to a tenth.
         clip_norm: Bound on the norm of one unit's gradient.
         rank: LoRA rank.
         alpha: LoRA scale is alpha / rank.
-        max_tokens: Longest example in tokens, label or instruction and end of text included.
-        microbatch: Examples per forward pass; bounds memory, does not change results.
-        learns: Instructions: the loss is on the whole `record` (a model that writes instructions needs that), or on
+        max_length: Longest example in tokens, label or instruction and end of text included.
+        max_physical_batch_size: Examples per forward pass; bounds memory, does not change results.
+        loss_on: Instructions: the loss is on the whole `record` (a model that writes instructions needs that), or on
             the `response` only.
         rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
         clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
@@ -188,23 +188,23 @@ class GeneratorTraining:
             wide enough for that to pay: name one where arms or machines are compared. A scorer is float32.
     """
 
-    expected_batch: Count = 50
+    expected_batch_size: Count = 50
     steps: Count = 60
     learning_rate: Positive = 2e-2
     clip_norm: Positive = 0.3
     rank: Count = 8
     alpha: Positive = 16.0
-    max_tokens: int = 64
-    microbatch: Count = 64
-    learns: Literal["record", "response"] = "record"
+    max_length: int = 64
+    max_physical_batch_size: Count = 64
+    loss_on: Literal["record", "response"] = "record"
     rows_per_unit: Count = 1
     clipping: Clipping = "bookkeeping"
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
         in_range(self)
-        if self.max_tokens < 4:
-            raise BadValue(f"max_tokens must be at least 4, got {self.max_tokens}")
+        if self.max_length < 4:
+            raise BadValue(f"max_length must be at least 4, got {self.max_length}")
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ class Tuning:
         epochs: Passes over the text.
         batch: Examples per step.
         learning_rate: Of AdamW, decayed linearly to a tenth.
-        max_tokens: Longest example in tokens.
+        max_length: Longest example in tokens.
         max_grad_norm: Longer gradients of a step are shortened to this.
         rank: LoRA rank, where a new adapter is made.
         alpha: LoRA scale is alpha / rank.
@@ -224,7 +224,7 @@ class Tuning:
     epochs: Count = 3
     batch: Count = 16
     learning_rate: Positive = 2e-3
-    max_tokens: Count = 64
+    max_length: Count = 64
     max_grad_norm: Positive = 1.0
     rank: Annotated[Count, most(MAX_RANK)] = 8
     alpha: Annotated[Positive, most(MAX_ALPHA)] = 16.0
@@ -246,7 +246,7 @@ class TaskTraining:
         token_dropout: Chance that a token is hidden during training (where all of the model is trained).
         weight_decay: Of AdamW.
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
-        max_tokens: Longest text in tokens.
+        max_length: Longest text in tokens.
         trains: `all` of the model, or its `head` alone, on the mean of a frozen model's hidden states: for pretrained
             encoders where training all of them would take too long.
     """
@@ -259,7 +259,7 @@ class TaskTraining:
     token_dropout: float = 0.1
     weight_decay: float = 0.05
     max_grad_norm: Positive = 1.0
-    max_tokens: Count = 64
+    max_length: Count = 64
     trains: Literal["all", "head"] = "all"
 
     def __post_init__(self) -> None:
@@ -288,7 +288,7 @@ class Client:
         scores: Under `dp`, what protects scores of the server's texts (CrossLM). `model`: a classifier of its own,
             trained once under DP-SGD, gives those of all rounds. `noise`: the task model gives them, and each round's
             list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
-        scorer_training: `scores = "model"`: DP-SGD settings; `learns` and `precision` have no meaning there.
+        scorer_training: `scores = "model"`: DP-SGD settings; `loss_on` and `precision` have no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
         stacked: Simulations: the adapters of so many clients train in one pass of the model, each on its own text; left
             out, of as many as that pays for. Results are the same but for rounding.
@@ -357,7 +357,7 @@ class Client:
         """
         if self.scores == "model":
             return self._plan(self.scorer_training, records, 1)
-        whole = GeneratorTraining(expected_batch=1, steps=1, clip_norm=2 * self.score_norm)
+        whole = GeneratorTraining(expected_batch_size=1, steps=1, clip_norm=2 * self.score_norm)
         return self._plan(whole, 1, rounds)
 
     def _plan(self, settings: GeneratorTraining, records: int, rounds: int) -> DPPlan:
@@ -366,7 +366,7 @@ class Client:
         return plan(
             self.budget,
             records=records,
-            expected_batch=min(settings.expected_batch, records),
+            expected_batch=min(settings.expected_batch_size, records),
             steps=settings.steps,
             rounds=rounds,
             clip_norm=settings.clip_norm,
@@ -443,7 +443,7 @@ class Server:
             adapt stay as they are; what its configuration says beyond that is used as PEFT does, or refused by name.
         embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
             itself, which no endpoint can be.
-        answer_seconds: How long one exchange may take before the run ends with a reason.
+        timeout: How long one exchange may take before the run ends with a reason.
         start_seconds: Simulations: how long SuperLink, Ray and the SuperNodes may take to be there. What has died is
             noticed at once: this clock is for a machine so busy that nothing gets on.
         quorum: Share of the asked clients that must answer.
@@ -456,7 +456,7 @@ class Server:
     llm: str | Endpoint
     adapter: str | None = None
     embedder: str | None = None
-    answer_seconds: Positive = 3600.0
+    timeout: Positive = 3600.0
     start_seconds: Positive = 3600.0
     quorum: Share = 1.0
     professional: str | Endpoint | None = None
@@ -475,7 +475,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Participation:
-    """Clients of a simulation that are away or leave. The server's own time limit is `server.answer_seconds`.
+    """Clients of a simulation that are away or leave. The server's own time limit is `server.timeout`.
 
     Attributes:
         availability: Chance of a client to be there in a round; who is not is not asked, and spends nothing.
@@ -551,7 +551,9 @@ class Scenario:
         clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
         if training.clipping != "bookkeeping":
             return 1
-        pays = min(STACK_TOKENS // training.max_tokens, training.microbatch) // training.expected_batch
+        pays = (
+            min(STACK_TOKENS // training.max_length, training.max_physical_batch_size) // training.expected_batch_size
+        )
         return self.client.stacked or max(1, min(pays if pays >= 4 else 1, clients // 8))
 
 

@@ -11,16 +11,18 @@ from typing import Any
 
 import tomli_w
 
+from fedsynth.scenario.earlier_keys import as_of_now
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.typed import BadValue, build, plain, toml_file
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
     """A scenario from what a TOML parser returned; every arm is resolved once, so that its keys are checked, too."""
-    tree = without_removed(tree)
-    if isinstance(arms := tree.get("arms"), Mapping):
-        tree["arms"] = {n: without_removed(arm) if isinstance(arm, Mapping) else arm for n, arm in arms.items()}
+    tree = as_of_now(tree)
     choice = tree.get("strategy")
+    method = str(choice.get("use", "")) if isinstance(choice, Mapping) else ""
+    if isinstance(arms := tree.get("arms"), Mapping):
+        tree["arms"] = {n: as_of_now(arm, method) if isinstance(arm, Mapping) else arm for n, arm in arms.items()}
     if isinstance(choice, Mapping):
         choice = dict(choice)
         tree["strategy"] = {"use": choice.pop("use", ""), "options": choice}
@@ -31,43 +33,6 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
         except BadValue as problem:
             raise BadValue(f"[arms.{arm}] {problem}") from problem
     return scenario
-
-
-# Keys that are gone: what earlier versions wrote where nobody had set one, and the way out where somebody had.
-REMOVED = {
-    ("client", "task_training", "continued_rate"): (
-        1.0,
-        "a task model learns at its learning_rate throughout",
-    ),
-    ("participation", "speed_tiers"): ([], "participation.dropout stands for slow clients, too"),
-}
-
-
-def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A scenario's table, or an arm's, without keys that earlier versions wrote and that said nothing.
-
-    Raises:
-        BadValue: If one says something.
-    """
-    found = dict(tree)
-    for path, (nothing, instead) in REMOVED.items():
-        if (value := _at(found, path)) is None:
-            continue
-        if value != nothing:
-            raise BadValue(f"{'.'.join(path)} is gone: {instead}")
-        table, (*above, key) = found, path
-        for name in above:
-            table[name] = table = dict(table[name])
-        del table[key]
-    return found
-
-
-def _at(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What stands at a path of tables; None if nothing does."""
-    found: Any = tree
-    for name in path:
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found
 
 
 def to_toml(scenario: Scenario) -> str:

@@ -24,7 +24,7 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
 from fedsynth.federation.run.environment import differences
-from fedsynth.federation.strategy import load_strategy, old_names
+from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.hub import pin
@@ -171,7 +171,7 @@ def check_server(cell: Cell) -> None:
 def server_warnings(cell: Cell) -> list[str]:
     """What is possible with an arm's method and options, and hardly meant so."""
     kind, options = load_strategy(cell.scenario.strategy)
-    return [*old_names(cell.scenario.strategy), *kind.warnings(options, label_list(cell.scenario.data))]
+    return kind.warnings(options, label_list(cell.scenario.data))
 
 
 def pinned(scenario: Scenario) -> Scenario:
@@ -234,7 +234,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
     settings = client.generator_training
     tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
     try:
-        check_room(tokenizer, model, labels, settings.max_tokens)
+        check_room(tokenizer, model, labels, settings.max_length)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
@@ -285,7 +285,11 @@ def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
         room = min(room, max(1, int(SAFE_SHARE * spare / held)) * gpus())
         said += f"; on a GPU {held / 1e9:.1f} GB each, {spare / 1e9:.0f} GB free"
     count = asked or max(1, min(len(os.sched_getaffinity(0)), clients, room))
-    tight = "" if count <= room else ": memory may not reach, a smaller microbatch or fewer --workers would help"
+    tight = (
+        ""
+        if count <= room
+        else ": memory may not reach, a smaller max_physical_batch_size or fewer --workers would help"
+    )
     return count, f"{count} worker{'s' if count > 1 else ''}, {said}{tight}"
 
 

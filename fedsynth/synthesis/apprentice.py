@@ -58,23 +58,25 @@ def write(
     return Filtered(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
 
 
-def draw(base: str, source: str, count: int, max_tokens: int, *, seed: int) -> Filtered:
-    """Public instructions in the place of written ones; those that a record of `max_tokens` cannot hold are left out.
+def draw(base: str, source: str, count: int, max_new_tokens: int, *, seed: int) -> Filtered:
+    """Public instructions in the place of written ones; a record of `max_new_tokens` must hold them.
 
     Args:
         base: Whose tokens are counted.
         source: Corpus file or world, as `server.public`.
         count: Drawn, before any are left out.
-        max_tokens: Of a record.
+        max_new_tokens: Of a record.
         seed: Public.
     """
     corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
-    fits = [row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_tokens]
+    fits = [
+        row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_new_tokens
+    ]
     return Filtered(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
 
 
 def taught(
-    engine: Engine, base: str, start: Adapter, pairs: Corpus, settings: Tuning, *, learns: Learns, seed: int
+    engine: Engine, base: str, start: Adapter, pairs: Corpus, settings: Tuning, *, loss_on: Learns, seed: int
 ) -> tuple[Adapter, float]:
     """An adapter trained on instructions and responses, and its mean loss (nats per token) in the last pass.
 
@@ -84,10 +86,10 @@ def taught(
         start: What training goes on from.
         pairs: Free to use. The guarantee of the result is theirs and the start's.
         settings: Passes, batch, rate, longest example.
-        learns: The whole record or the response alone.
+        loss_on: The whole record or the response alone.
         seed: Public; of the order.
     """
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
-    examples = encode_records(tokenizer, pairs, settings.max_tokens, kind_of(model.config), learns=learns)
+    examples = encode_records(tokenizer, pairs, settings.max_length, kind_of(model.config), loss_on=loss_on)
     loss = sft(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed, descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, pairs]), loss

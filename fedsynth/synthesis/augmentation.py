@@ -216,7 +216,9 @@ def augment(
     }
 
 
-def misfit(llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_tokens: int) -> list[str | None]:
+def misfit(
+    llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int
+) -> list[str | None]:
     """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
 
     Args:
@@ -224,30 +226,30 @@ def misfit(llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode,
         corpus: Released texts and their class names.
         labels: The public ones.
         mode: Of `augment`.
-        max_tokens: Of `augment`.
+        max_new_tokens: Of `augment`.
     """
     pairs = zip(corpus.answers, corpus.prompts, strict=True)
     if mode == "all_labels":
-        return misfits(llm, [blocks_prompt([pair], labels=labels, wanted=labels) for pair in pairs], max_tokens)
-    return misfits(llm, [line_prompt(label, [text]) for label, text in pairs], max_tokens)
+        return misfits(llm, [blocks_prompt([pair], labels=labels, wanted=labels) for pair in pairs], max_new_tokens)
+    return misfits(llm, [line_prompt(label, [text]) for label, text in pairs], max_new_tokens)
 
 
-def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_tokens: int) -> str | None:
+def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int) -> str | None:
     """Why not even prompts without demonstrations fit into the LLM; None where they do. Arguments as of `misfit`."""
     if mode == "all_labels":
         prompts = [blocks_prompt([], labels=labels, wanted=labels)]
     else:
         prompts = [line_prompt(label, []) for label in labels]
-    return next(filter(None, misfits(llm, prompts, max_tokens)), None)
+    return next(filter(None, misfits(llm, prompts, max_new_tokens)), None)
 
 
-def _fitting(llm: TextModel, asked: Sequence[_Asked], max_tokens: int) -> list[str]:
+def _fitting(llm: TextModel, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
     """The prompts; of one that does not fit into the LLM the longest demonstrations are left out until it does."""
     shown = [list(a.shown) for a in asked]
     prompts = [a.render(a.shown) for a in asked]
     left = list(range(len(asked)))
     while left:
-        unfit = misfits(llm, [prompts[i] for i in left], max_tokens)
+        unfit = misfits(llm, [prompts[i] for i in left], max_new_tokens)
         left = [i for i, why in zip(left, unfit, strict=True) if why and shown[i]]
         for i in left:
             shown[i].remove(max(shown[i], key=lambda example: len(example[1])))

@@ -26,7 +26,7 @@ BEYOND = "beyond the most certain"  # as it was told to
 # --- Responses ------------------------------------------------------------------------------------------------------
 
 
-def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> Filtered:
+def respond(professional: TextModel, instructions: Corpus, max_new_tokens: int) -> Filtered:
     """The instructions with the professional's greedy responses in place of any that stood there.
 
     Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
@@ -35,28 +35,28 @@ def respond(professional: TextModel, instructions: Corpus, max_tokens: int) -> F
     Args:
         professional: Reads each instruction as the beginning of a record.
         instructions: Written, or public; never private.
-        max_tokens: Of a response.
+        max_new_tokens: Of a response.
 
     Raises:
         ValueError: If the corpus is private.
     """
     refuse_private(instructions)
-    short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_tokens))
-    answers = tuple(_responses(professional, short.corpus.prompts, max_tokens))
+    short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_new_tokens))
+    answers = tuple(_responses(professional, short.corpus.prompts, max_new_tokens))
     found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True, longest=MAX_TEXT)
     return replace(found, dropped=dict(Counter(short.dropped) + Counter(found.dropped)))
 
 
-def _responses(professional: TextModel, instructions: Sequence[str], max_tokens: int) -> list[str]:
+def _responses(professional: TextModel, instructions: Sequence[str], max_new_tokens: int) -> list[str]:
     prompts = [asked(prompt) for prompt in instructions]
     # Greedy: the seed moves nothing.
-    return [parse_response(t) for t in professional.complete(prompts, SamplingParams.greedy(max_tokens), seed=0)]
+    return [parse_response(t) for t in professional.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)]
 
 
 # --- Selection: the instructions that are worth a response ----------------------------------------------------------
 
 
-def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_tokens: int) -> Filtered:
+def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_new_tokens: int) -> Filtered:
     """The instructions that a judge finds good; `none` finds all of them good.
 
     Args:
@@ -64,13 +64,13 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
         instructions: Written, or public; never private.
         judge: Which question it is asked.
         share: `likelihood`: as there.
-        max_tokens: `likelihood`: as there.
+        max_new_tokens: `likelihood`: as there.
 
     Raises:
         ValueError: If a judge is to read a private corpus, or an argument is out of range.
     """
     if judge == "likelihood":
-        return judged_by_likelihood(professional, instructions, share, max_tokens)
+        return judged_by_likelihood(professional, instructions, share, max_new_tokens)
     if judge == "instruction":
         return judged_by_instruction(professional, instructions)
     if judge == "none":
@@ -78,7 +78,7 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
     raise ValueError(f'judge must be "likelihood", "instruction" or "none", got {judge!r}')
 
 
-def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_tokens: int) -> Filtered:
+def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_new_tokens: int) -> Filtered:
     """A judge for base LLMs: the share of the instructions of whose response the professional is most certain.
 
     Certainty is the mean log-likelihood per token of its own greedy response. It is low where an instruction cannot be
@@ -89,7 +89,7 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
         professional: One that scores.
         instructions: Written, or public; never private.
         share: Of the instructions, in (0, 1], rounded up; those without a response never stay.
-        max_tokens: Of a response.
+        max_new_tokens: Of a response.
 
     Raises:
         ValueError: If the corpus is private, or the share lies outside its range.
@@ -98,10 +98,10 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
     questions = [asked(prompt) for prompt in instructions.prompts]
-    reasons = misfits(professional, questions, max_tokens)
+    reasons = misfits(professional, questions, max_new_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]
     responses = dict(
-        zip(rows, _responses(professional, [instructions.prompts[r] for r in rows], max_tokens), strict=True)
+        zip(rows, _responses(professional, [instructions.prompts[r] for r in rows], max_new_tokens), strict=True)
     )
     reasons = [why if why or responses[row] else "no response" for row, why in enumerate(reasons)]
     rows = [row for row in rows if responses[row]]
@@ -144,7 +144,7 @@ def parse_verdict(answer: str) -> bool | None:
     return words[-1] == "keep" if words else None
 
 
-def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tokens: int = 256) -> Filtered:
+def judged_by_instruction(professional: TextModel, instructions: Corpus, max_new_tokens: int = 256) -> Filtered:
     """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
 
     An answer without a verdict drops its instruction, and is counted apart.
@@ -154,9 +154,9 @@ def judged_by_instruction(professional: TextModel, instructions: Corpus, max_tok
     """
     refuse_private(instructions)
     prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
-    reasons = misfits(professional, prompts, max_tokens)
+    reasons = misfits(professional, prompts, max_new_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]
-    answers = professional.complete([prompts[r] for r in rows], SamplingParams.greedy(max_tokens), seed=0)
+    answers = professional.complete([prompts[r] for r in rows], SamplingParams.greedy(max_new_tokens), seed=0)
     words = {True: None, False: "judged not good enough", None: "unreadable judgement"}
     for row, answer in zip(rows, answers, strict=True):
         reasons[row] = words[parse_verdict(answer)]

@@ -67,7 +67,7 @@ def judge_by_instruction(
     labels: Sequence[str],
     keep: int,
     domain: str = "the domain that most of them share",
-    max_tokens: int = 64,
+    max_new_tokens: int = 64,
     seed: int,
 ) -> dict[int, Filtered]:
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
@@ -90,7 +90,7 @@ def judge_by_instruction(
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
     while left:
-        unfit = misfits(llm, [question(site, group) for site, group in left], max_tokens)
+        unfit = misfits(llm, [question(site, group) for site, group in left], max_new_tokens)
         left = [each for each, why in zip(left, unfit, strict=True) if why and each[1]]
         for site, group in left:
             longest = max(group, key=lambda row: len(corpora[site].prompts[row]))
@@ -98,7 +98,7 @@ def judge_by_instruction(
             reasons[site][longest] = TOO_LONG
     asked = [(site, group) for site, group in asked if group]
     prompts = [question(site, group) for site, group in asked]
-    answers = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
+    answers = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
     for (site, group), answer in zip(asked, answers, strict=True):
         chosen = parse_selected(answer, len(group))
         for place, row in enumerate(group):

@@ -160,7 +160,7 @@ def taught(
     pad, kind = tokenizer.pad_token_id, kind_of(model.config)
 
     def encoded(given: str, text: str) -> Example:
-        return encode_text(tokenizer, given, text, settings.max_tokens, kind)
+        return encode_text(tokenizer, given, text, settings.max_length, kind)
 
     def ability(when: str) -> dict[str, float]:
         found = {}

@@ -31,7 +31,7 @@ def generate(
     *,
     candidates: int,
     shots: int,
-    max_tokens: int,
+    max_new_tokens: int,
     seed: int,
 ) -> tuple[Corpus, dict[str, int]]:
     """SynGen: records unlike every local one and unlike one another; and how many were dropped, by reason.
@@ -44,14 +44,14 @@ def generate(
         local: All local records, shown or not.
         candidates: Instructions asked for.
         shots: Demonstrations in a prompt, at most.
-        max_tokens: Longest instruction, and longest response.
+        max_new_tokens: Longest instruction, and longest response.
         seed: Of the demonstrations.
     """
-    drafts = write_instructions(llm, shown, candidates, shots=shots, max_tokens=max_tokens, seed=seed)
+    drafts = write_instructions(llm, shown, candidates, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
     formed = well_formed_instructions(drafts.corpus, min_words=MIN_WORDS)
     prompts = formed.corpus.prompts
     new = keep_rows(formed.corpus, _alike(prompts, local.prompts, "instruction like a local one"))
-    answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_tokens=max_tokens, seed=seed)
+    answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
     answered = well_formed_instructions(replace(new.corpus, answers=tuple(answers)), answered=True)
     # Again with the response: an instruction of its own can carry a response that was copied.
     whole = texts(answered.corpus)
@@ -65,12 +65,12 @@ def generate(
 
 
 def write_instructions(
-    llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_tokens: int, seed: int
+    llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_new_tokens: int, seed: int
 ) -> Filtered:
     """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
     rng = np.random.default_rng([seed, 0])
     prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
-    written = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
+    written = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
     told = [_instruction(text) for text in written]
     drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
     # An instruction's own words are no marks (`in_line`): this one ran on into the next record.
@@ -86,7 +86,7 @@ def _instruction(text: str) -> str:
 
 
 def respond(
-    llm: TextModel, shown: Sequence[str], instructions: Sequence[str], *, shots: int, max_tokens: int, seed: int
+    llm: TextModel, shown: Sequence[str], instructions: Sequence[str], *, shots: int, max_new_tokens: int, seed: int
 ) -> list[str]:
     """A response to each instruction, written after random records; "" after `TRIES` without one."""
     rng = np.random.default_rng([seed, 1])
@@ -94,7 +94,7 @@ def respond(
     for _ in range(TRIES):
         missing = [i for i, response in enumerate(found) if not response]
         prompts = [_demonstrations(shown, shots, rng) + asked(instructions[i]) for i in missing]
-        written = llm.complete(prompts, SamplingParams.greedy(max_tokens), seed=seed)
+        written = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
         for i, text in zip(missing, written, strict=True):
             found[i] = parse_response(text.strip().partition("\n")[0])
     return found

@@ -114,7 +114,7 @@ def fit_classifier(
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, Probe):
         groups, speeds = [list(model.parameters())], [1.0]
-        features = model.features(prompts, settings.max_tokens)
+        features = model.features(prompts, settings.max_length)
         lengths = [1] * len(rows)
 
         def logits(chosen: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def fit_classifier(
         pretrained = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]  # torch types it as Tensor | Module
         groups = [[p for p in model.parameters() if (id(p) in pretrained) == old] for old in (True, False)]
         speeds = [1.0, settings.head_rate]
-        texts = _token_rows(tokenizer, prompts, settings.max_tokens, model.config)
+        texts = _token_rows(tokenizer, prompts, settings.max_length, model.config)
         lengths = [len(text) for text in texts]
         hide = _hider(tokenizer, kind_of(model.config), settings.token_dropout, generator)
 

@@ -101,7 +101,7 @@ def clipped_sum(
     units: Sequence[Slot],
     *,
     pad: int,
-    microbatch: int,
+    max_physical_batch_size: int,
     losses: Losses | None = None,
 ) -> list[Tensor]:
     """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
@@ -109,27 +109,28 @@ def clipped_sum(
     The loss of an example is `next_token_losses` unless another one is given.
     """
     losses_of: Losses = losses or next_token_losses
-    for part in _microbatches(model, units, microbatch):
+    for part in _physical_batches(model, units, max_physical_batch_size):
         examples, numbers = _rows(units, part)
         clip.add(partial(losses_of, model, examples, pad), numbers)
     return clip.take()
 
 
 def clipped_sums(
-    clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, microbatch: int
+    clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, max_physical_batch_size: int
 ) -> Tensor:
     """As `clipped_sum`, of several clients' units at once: (clients, numbers), as `Stacked.weights`."""
     whole = [unit for own in units for unit in own]
     client = [number for number, own in enumerate(units) for _ in own]
-    for part in _microbatches(model, whole, microbatch):
+    for part in _physical_batches(model, whole, max_physical_batch_size):
         examples, numbers = _rows(whole, part)
         clip.add(partial(next_token_losses, model, examples, pad), numbers, [client[n] for n in numbers])
     return clip.take()
 
 
-def _microbatches(model: nn.Module, units: Sequence[Slot], microbatch: int) -> Iterator[list[int]]:
-    """The numbers of the units that are passed together: `microbatch` examples at most (more only where one unit has
-    more), sorted by length."""
+def _physical_batches(model: nn.Module, units: Sequence[Slot], max_physical_batch_size: int) -> Iterator[list[int]]:
+    """The numbers of the units that are passed together, sorted by length.
+
+    A pass holds `max_physical_batch_size` examples at most, or one larger unit."""
     both = _reads_and_writes(model)
 
     def shape(number: int) -> tuple[int, int]:
@@ -141,7 +142,7 @@ def _microbatches(model: nn.Module, units: Sequence[Slot], microbatch: int) -> I
     at = 0
     while at < len(ordered):
         end, rows = at + 1, len(units[ordered[at]])
-        while end < len(ordered) and rows + len(units[ordered[end]]) <= microbatch:
+        while end < len(ordered) and rows + len(units[ordered[end]]) <= max_physical_batch_size:
             rows += len(units[ordered[end]])
             end += 1
         yield ordered[at:end]
@@ -177,7 +178,7 @@ class Training:
     Attributes:
         slots: One per privacy unit.
         rate: Chance of each of them in each step.
-        expected_batch: Each step's sum is divided by this, whatever was drawn.
+        expected_batch_size: Each step's sum is divided by this, whatever was drawn.
         steps: Noisy steps, empty draws included.
         clip_norm: C; infinite: no clipping.
         noise_multiplier: Deviation of the noise in units of C.
@@ -188,7 +189,7 @@ class Training:
 
     slots: Sequence[Slot]
     rate: float
-    expected_batch: int
+    expected_batch_size: int
     steps: int
     clip_norm: float
     noise_multiplier: float
@@ -212,7 +213,7 @@ def private(slots: Sequence[Slot], plan: DPPlan, randomness: Randomness, proxima
     return Training(
         slots,
         rate=plan.sampling_rate,
-        expected_batch=plan.expected_batch,
+        expected_batch_size=plan.expected_batch,
         steps=plan.steps,
         clip_norm=plan.clip_norm,
         noise_multiplier=plan.noise_multiplier,
@@ -223,11 +224,11 @@ def private(slots: Sequence[Slot], plan: DPPlan, randomness: Randomness, proxima
 
 def without_guarantee(slots: Sequence[Slot], settings: GeneratorTraining, seed: int, proximal: float = 0.0) -> Training:
     """The same schedule without clip and noise: the control arm that shows what privacy costs."""
-    batch = min(settings.expected_batch, len(slots))
+    batch = min(settings.expected_batch_size, len(slots))
     return Training(
         slots,
         rate=batch / len(slots),
-        expected_batch=batch,
+        expected_batch_size=batch,
         steps=settings.steps,
         clip_norm=math.inf,
         noise_multiplier=0.0,
@@ -257,7 +258,9 @@ def train_generator(
 
         def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
             [own] = drawn
-            found = clipped_sum(clip, model, own, pad=pad, microbatch=settings.microbatch, losses=losses)
+            found = clipped_sum(
+                clip, model, own, pad=pad, max_physical_batch_size=settings.max_physical_batch_size, losses=losses
+            )
             return [total.unsqueeze(0) for total in found]
 
         ran = _descend(trainable(model), [training], settings, sums)
@@ -291,7 +294,7 @@ def train_stacked(
     with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
 
         def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
-            return [clipped_sums(clip, model, drawn, pad=pad, microbatch=settings.microbatch)]
+            return [clipped_sums(clip, model, drawn, pad=pad, max_physical_batch_size=settings.max_physical_batch_size)]
 
         ran = _descend([clip.weights], trainings, settings, sums)
     model.eval()
@@ -325,7 +328,7 @@ def _descend(
         for weight, start, total in zip(weights, starts, totals, strict=True):
             given = total.to(weight.dtype)  # after the noise: until then sums of several passes are in float64
             for client, training in enumerate(trainings):
-                given[client].div_(training.expected_batch)
+                given[client].div_(training.expected_batch_size)
             weight.grad = given.view(weight.shape)
             if proximal:
                 weight.grad = weight.grad + proximal * (weight.detach() - start)

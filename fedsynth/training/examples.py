@@ -57,7 +57,7 @@ def encode_slots(
     longest: int,
     kind: Kind = "causal",
     *,
-    learns: Learns = "record",
+    loss_on: Learns = "record",
     rows_per_unit: int = 1,
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
@@ -75,7 +75,7 @@ def encode_slots(
         records: Declared number of units; the plan's, whatever the real count is.
         longest: Longest example in tokens.
         kind: Of the generator.
-        learns: Instructions: the whole record after its mark, or the response alone.
+        loss_on: Instructions: the whole record after its mark, or the response alone.
         rows_per_unit: At most so many rows of a unit count.
     """
     known = set(labels)
@@ -83,7 +83,7 @@ def encode_slots(
     def encoded(row: int) -> Example | None:
         if labels and corpus.answers[row] not in known:
             return None
-        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, learns), longest, kind)
+        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, loss_on), longest, kind)
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
@@ -102,21 +102,21 @@ def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list
 
 
 def encode_records(
-    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, learns: Learns = "record"
+    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, loss_on: Learns = "record"
 ) -> list[Example]:
     """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
     tokenizer cannot read are left out."""
     each_its_own = replace(corpus, units=None)
-    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, learns=learns)
+    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, loss_on=loss_on)
     return [example for slot in slots for example in slot]
 
 
-def _parts(corpus: Corpus, row: int, labels: Sequence[str], learns: Learns) -> tuple[str, str]:
+def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns) -> tuple[str, str]:
     """What is given of a row, and what is learnt."""
     if labels:
         return control_code(corpus.answers[row]), corpus.prompts[row].strip()
     whole = record(corpus.prompts[row], corpus.answers[row])
-    given = ASK if learns == "record" else asked(corpus.prompts[row])
+    given = ASK if loss_on == "record" else asked(corpus.prompts[row])
     return given, whole.removeprefix(given).strip()
 
 

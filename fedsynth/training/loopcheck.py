@@ -191,7 +191,7 @@ def _run(model: _Flat, trainings: Sequence[training.Training], settings: Generat
     settings = GeneratorTraining(
         learning_rate=1e-30,
         clip_norm=trainings[0].clip_norm,
-        microbatch=settings.microbatch,
+        max_physical_batch_size=settings.max_physical_batch_size,
         clipping=settings.clipping,
         rows_per_unit=settings.rows_per_unit,
     )

@@ -63,13 +63,13 @@ def self_check(
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     shapes, rng = _shapes(model), np.random.default_rng(0)
     # One as long as any: some models compute all positions otherwise where one text is long (LongRoPE).
-    lengths = (5, 9, 9, max(14, settings.max_tokens), 7, 3)
+    lengths = (5, 9, 9, max(14, settings.max_length), 7, 3)
     examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     first = min(settings.rows_per_unit, len(examples) - 1)
     units: list[Slot] = [examples[:first], *([e] for e in examples[first:])]
     try:
         with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
-            summed = partial(clipped_sum, clip, model, pad=pad, microbatch=len(examples), losses=losses)
+            summed = partial(clipped_sum, clip, model, pad=pad, max_physical_batch_size=len(examples), losses=losses)
             together, alone = summed(units), [summed([unit]) for unit in units]
         norms = [_norm(grads) for grads in alone]
         for norm in norms:
@@ -81,17 +81,24 @@ def self_check(
         tight = min([plan.clip_norm, *(norm / 2 for norm in norms)])
         short, rows = units[-1], _most_rows(plan, settings)
         with clipper(model.train(), tight, settings.clipping) as clip:
-            summed = partial(clipped_sum, clip, model, pad=pad, microbatch=settings.microbatch, losses=losses)
+            summed = partial(
+                clipped_sum,
+                clip,
+                model,
+                pad=pad,
+                max_physical_batch_size=settings.max_physical_batch_size,
+                losses=losses,
+            )
             for unit in units:
                 _check_norm(_norm(summed([unit])), tight)
             _once(
                 (shapes, settings.clipping, rows, losses),
                 lambda: _check_counts(lambda count: summed([short] * count), rows, tight),
             )
-        largest = (rows, settings.rows_per_unit, settings.max_tokens)
+        largest = (rows, settings.rows_per_unit, settings.max_length)
         _once(
             (shapes, settings.clipping, largest, losses),
-            lambda: whole_microbatch(model, plan, settings, pad=pad, losses=losses, example=example),
+            lambda: whole_physical_batch(model, plan, settings, pad=pad, losses=losses, example=example),
         )
     except UnknownWeight as problem:
         raise SelfCheckFailed(str(problem)) from problem
@@ -123,19 +130,29 @@ def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, 
     factors = {weight: torch.stack([weight.detach(), weight.detach()]) for weight in lora}
     try:
         with stacked(model.train(), factors, plan.clip_norm) as both:
-            found = clipped_sums(both, model, [units[:2], units[2:]], pad=pad, microbatch=len(units))
+            found = clipped_sums(both, model, [units[:2], units[2:]], pad=pad, max_physical_batch_size=len(units))
         with clipper(model.train(), plan.clip_norm) as clip:
-            alone = [clipped_sum(clip, model, part, pad=pad, microbatch=len(units)) for part in (units[:2], units[2:])]
-            norm = _norm(clipped_sum(clip, model, units[-1:], pad=pad, microbatch=1))
+            alone = [
+                clipped_sum(clip, model, part, pad=pad, max_physical_batch_size=len(units))
+                for part in (units[:2], units[2:])
+            ]
+            norm = _norm(clipped_sum(clip, model, units[-1:], pad=pad, max_physical_batch_size=1))
         tight = min(plan.clip_norm, norm / 2 or plan.clip_norm)
         with stacked(model.train(), factors, tight) as both:
 
             def summed(count: int) -> list[Tensor]:
                 """Of units that belong to the two clients by turns: what both sums move by, one moves by at most."""
                 own = [[units[-1]] * (count - count // 2), [units[-1]] * (count // 2)]
-                return [clipped_sums(both, model, own, pad=pad, microbatch=settings.microbatch).sum(0)]
+                return [
+                    clipped_sums(
+                        both, model, own, pad=pad, max_physical_batch_size=settings.max_physical_batch_size
+                    ).sum(0)
+                ]
 
-            _once((shapes, settings.microbatch), lambda: _check_counts(summed, settings.microbatch, tight))
+            _once(
+                (shapes, settings.max_physical_batch_size),
+                lambda: _check_counts(summed, settings.max_physical_batch_size, tight),
+            )
     except (UnknownWeight, HalfPrecision) as problem:
         raise SelfCheckFailed(str(problem)) from problem
     finally:
@@ -182,7 +199,7 @@ class _Silent:
         raise NotImplementedError(f"a list is not drawn: {count} at {rate}")
 
 
-def whole_microbatch(
+def whole_physical_batch(
     model: nn.Module,
     plan: DPPlan,
     settings: GeneratorTraining,
@@ -201,10 +218,10 @@ def whole_microbatch(
         SelfCheckFailed: If it cannot be done.
     """
     rng, rows = np.random.default_rng(0), _most_rows(plan, settings)
-    tokens = rng.integers(0, vocabulary_of(model), (rows, settings.max_tokens)).tolist()
+    tokens = rng.integers(0, vocabulary_of(model), (rows, settings.max_length)).tolist()
     examples = [_learnt_from(example(tuple(row)), 1) for row in tokens]
     if rows > 1:  # of a model that reads and writes: the longest to read meets the longest to write
-        examples[-1] = _learnt_from(examples[-1], settings.max_tokens - 1)
+        examples[-1] = _learnt_from(examples[-1], settings.max_length - 1)
     most = settings.rows_per_unit
     packings: list[list[Slot]] = [[examples[at : at + most] for at in range(0, rows, most)]]
     if most > 1:  # most pairs of rows above, most units with a sum of their own here
@@ -214,12 +231,12 @@ def whole_microbatch(
         held = [torch.ones_like(weight) for weight in trainable(model) for _ in range(5)]
         for units in packings:
             with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
-                clipped_sum(clip, model, units, pad=pad, microbatch=rows, losses=losses)
+                clipped_sum(clip, model, units, pad=pad, max_physical_batch_size=rows, losses=losses)
         held.clear()
     except (RuntimeError, MemoryError) as problem:
         raise SelfCheckFailed(
-            f"a pass of {rows} texts of {settings.max_tokens} tokens cannot be computed here: a smaller microbatch or "
-            f"max_tokens needs less memory ({problem})"
+            f"a pass of {rows} texts of {settings.max_length} tokens cannot be computed here: a smaller "
+            f"max_physical_batch_size or max_length needs less memory ({problem})"
         ) from problem
     finally:
         model.eval()
@@ -234,7 +251,7 @@ def _check_loop(plan: DPPlan, settings: GeneratorTraining, device: torch.device,
         if problem := differs(plan, settings, device, clients=clients):
             raise SelfCheckFailed(problem)
 
-    _once((plan, settings.clipping, settings.microbatch, settings.rows_per_unit, device, clients), check)
+    _once((plan, settings.clipping, settings.max_physical_batch_size, settings.rows_per_unit, device, clients), check)
 
 
 def _check_norm(norm: float, limit: float) -> None:
@@ -268,7 +285,7 @@ def _check_counts(summed: Callable[[int], Sequence[Tensor]], most: int, clip_nor
 
 def _most_rows(plan: DPPlan, settings: GeneratorTraining) -> int:
     """As many are passed at once at most."""
-    return max(settings.rows_per_unit, min(settings.microbatch, plan.records * settings.rows_per_unit))
+    return max(settings.rows_per_unit, min(settings.max_physical_batch_size, plan.records * settings.rows_per_unit))
 
 
 def _device(model: nn.Module) -> torch.device:

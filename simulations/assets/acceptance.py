@@ -95,7 +95,7 @@ def _answers(world: World, model: Any, tokenizer: Any, per_site: int, seed: int)
 
 
 def _writes_records(world: World, model: Any, tokenizer: Any, per_site: int, seed: int) -> dict[str, float]:
-    bare = sample_lines(model, tokenizer, [ASK] * (SITES * per_site), seed=seed, max_tokens=RECORD_TOKENS)
+    bare = sample_lines(model, tokenizer, [ASK] * (SITES * per_site), seed=seed, max_new_tokens=RECORD_TOKENS)
     valid = [answer_of(world, note) is not None for note in map(_note, bare)]
     prompts, shown = [], []
     for index in range(SITES):
@@ -105,7 +105,7 @@ def _writes_records(world: World, model: Any, tokenizer: Any, per_site: int, see
             lines = [record(note, answer) for note, answer in zip(some.prompts, some.answers, strict=True)]
             prompts.append("\n".join([*lines, ASK]))
             shown.append(some.prompts)
-    notes = [_note(t) for t in sample_lines(model, tokenizer, prompts, seed=seed, max_tokens=RECORD_TOKENS)]
+    notes = [_note(t) for t in sample_lines(model, tokenizer, prompts, seed=seed, max_new_tokens=RECORD_TOKENS)]
     styles = [site(world, index).style for index in range(SITES) for _ in range(per_site)]
     follows = [
         answer_of(world, n) is not None and _alike(s, style_of(world, n)) for s, n in zip(styles, notes, strict=True)
@@ -141,7 +141,7 @@ _MEASURES: dict[Role, Callable[[World, Any, Any, int, int], dict[str, float]]] =
 
 @torch.no_grad()
 def sample_lines(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int, max_tokens: int = 32, top_p: float = 0.95
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int, max_new_tokens: int = 32, top_p: float = 0.95
 ) -> list[str | None]:
     """Continues each prompt to the end of its line; None where the line does not end in time.
 
@@ -150,7 +150,7 @@ def sample_lines(
         tokenizer: Its end-of-sequence token is the line end.
         prompts: Each is read after a BOS.
         seed: Of the draws at temperature 1.
-        max_tokens: Longest continuation.
+        max_new_tokens: Longest continuation.
         top_p: Probability mass that is drawn from; at 0 the likeliest token is always taken.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -160,7 +160,7 @@ def sample_lines(
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
     written = torch.empty(len(rows), 0, dtype=torch.long)
     cache, ended = None, torch.zeros(len(rows), dtype=torch.bool)
-    for _ in range(max_tokens):
+    for _ in range(max_new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
             input_ids=ids,

@@ -55,7 +55,7 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     base, steps = BASES[world.name], steps or STEPS
     tokenizer = load_tokenizer(base)
     notes = mislabelled_notes(world, steps * SETTINGS.batch, seed)
-    slots = encode_slots(tokenizer, notes, world.labels, len(notes), SETTINGS.max_tokens)
+    slots = encode_slots(tokenizer, notes, world.labels, len(notes), SETTINGS.max_length)
     examples = [example for slot in slots for example in slot]
     start = new_adapter(base, rank=SETTINGS.rank, alpha=SETTINGS.alpha, seed=seed)
     model = with_adapter(base, start)
@@ -103,6 +103,6 @@ def mislabelled_notes(world: World, count: int, seed: int) -> Corpus:
 def label_correct(world: World, model: Any, tokenizer: Any, seed: int) -> float:
     """Share of notes, written after bare labels, whose main facts are of the label; notes that tell none left out."""
     asked = [world.labels[i % len(world.labels)] for i in range(JUDGED)]
-    texts = sample_lines(model.eval(), tokenizer, [f"{label}:" for label in asked], seed=seed, max_tokens=48)
+    texts = sample_lines(model.eval(), tokenizer, [f"{label}:" for label in asked], seed=seed, max_new_tokens=48)
     told = [told_labels(world, main_facts(world, text or "")) for text in texts]
     return float(np.mean([t == {label} for t, label in zip(told, asked, strict=True) if t]))

@@ -81,12 +81,12 @@ guarantee = "{guarantee}"
 budget = {{ epsilon = 8.0 }}
 max_noise_multiplier = 100.0
 [client.generator_training]
-expected_batch = {batch}
+expected_batch_size = {batch}
 steps = {steps}
 learning_rate = {rate}
 rank = 8
 alpha = 16.0
-max_tokens = {tokens}
+max_length = {tokens}
 precision = "{precision}"
 [server]
 llm = "assets:tiny-llm"
@@ -142,7 +142,7 @@ def texts_of(of: Cell, client: int) -> list[Example]:
     client = of.scenario.client
     site = open_site(of.scenario.data, client, of.seed)
     settings = client.generator_training
-    slots = encode_slots(load_tokenizer(client.generator), site.train, (), len(site.train), settings.max_tokens)
+    slots = encode_slots(load_tokenizer(client.generator), site.train, (), len(site.train), settings.max_length)
     return [example for slot in slots for example in slot]
 
 
@@ -173,7 +173,7 @@ def plain(size: str, model: Path) -> list[float]:
     taken = []
     for _ in range(1 + SIZES[size][-1]):
         before = time.process_time()
-        size_of = settings.expected_batch
+        size_of = settings.expected_batch_size
         ends = [trained_by_hand(str(model), start, batches(texts[client], size_of)) for client in ids]
         start = average(ends, [1.0] * len(ends))
         taken.append((time.process_time() - before) / len(ids))
@@ -249,7 +249,7 @@ def usual(size: str, model: Path) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     of = cell(size, model)
-    ids, batch = of.scenario.data.clients, of.scenario.client.generator_training.expected_batch
+    ids, batch = of.scenario.data.clients, of.scenario.client.generator_training.expected_batch_size
     pad, folder = load_tokenizer(str(model)).pad_token_id, str(model)
     for client in range(ids):
         rows = [[list(text.tokens), text.start] for text in texts_of(of, client)]
@@ -323,7 +323,7 @@ def pfl(size: str, model: Path) -> list[float]:
             present=present.numpy(),
             starts=np.array([t.start for t in whole]),
         )
-        batch = of.scenario.client.generator_training.expected_batch
+        batch = of.scenario.client.generator_training.expected_batch_size
         asked = {
             "model": str(model),
             "folder": folder,

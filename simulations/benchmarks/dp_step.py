@@ -216,7 +216,7 @@ def _trained(kind: Any) -> tuple[float, float]:
             row.append(int(follows[row[-1] % 64, rng.integers(4)]))
         texts.append(Example(tuple(row), 1))
     model = attach_lora(built("llama", layers=6).to(device(), kind), rank=8, alpha=16.0, seed=0)
-    settings = GeneratorTraining(learning_rate=5e-3, microbatch=32, expected_batch=16, steps=60)
+    settings = GeneratorTraining(learning_rate=5e-3, max_physical_batch_size=32, expected_batch_size=16, steps=60)
     before = mean_loss(model, texts[320:], pad=0, batch=80)
     training = without_guarantee([(text,) for text in texts[:320]], settings, seed=0)
     train_generator(model, training, settings, pad=0)

@@ -26,10 +26,10 @@ from measuring import Bar, at_most, figure, options, told
 
 LIMIT = 0.3  # of what is true
 CASES: dict[str, tuple[str, ...]] = {
-    "hospitals": ("fdkt,local", "4", "data.test_per_client=200", "strategy.per_label=20", "strategy.written=200"),
-    "hospitals-knowledgesg": ("knowledge_sg,dp_fedavg_lora", "3", "data.test_per_client=100", "strategy.written=400",
+    "hospitals": ("fdkt,local", "4", "data.test_per_client=200", "strategy.per_label=20", "strategy.num_texts=200"),
+    "hospitals-knowledgesg": ("knowledge_sg,dp_fedavg_lora", "3", "data.test_per_client=100", "strategy.num_texts=400",
                               "strategy.pairs=200", "strategy.tuning.epochs=4"),
-    "hospitals-crosslm": ("crosslm", "3", "data.test_per_client=200", "strategy.written=200", "rounds=2",
+    "hospitals-crosslm": ("crosslm", "3", "data.test_per_client=200", "strategy.num_texts=200", "rounds=2",
                           "client.task_training.private_epochs=10"),
 }  # fmt: skip  # arms, clients, and what makes them small
 

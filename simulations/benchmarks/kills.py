@@ -35,7 +35,7 @@ seeds = [0]
 rounds = 2
 [strategy]
 use = "fedsynth.strategies.fdkt:FDKT"
-written = 40
+num_texts = 40
 per_label = 6
 [data]
 source = "world:hospitals"
@@ -48,7 +48,7 @@ task_model = "assets:tiny-slm"
 budget = { epsilon = 8.0 }
 task_training = { augmented_epochs = 2, private_epochs = 2 }
 [client.generator_training]
-expected_batch = 16
+expected_batch_size = 16
 steps = 12
 rank = 4
 alpha = 8.0

@@ -67,7 +67,7 @@ def nearest(train: Corpus, test: Corpus, embedder: Embedder, longest: int, rng: 
 def baselines(scenario: Scenario, encoder: str, number: int) -> pd.DataFrame:
     """Tidy rows as in `metrics.parquet`, of round `number`."""
     embedder = Embedder.load(encoder, batch_size=64)
-    labels, longest = label_list(scenario.data), scenario.client.task_training.max_tokens
+    labels, longest = label_list(scenario.data), scenario.client.task_training.max_length
     rows = []
     for seed in scenario.seeds:
         for client, site in enumerate(open_sites(scenario.data, seed)):

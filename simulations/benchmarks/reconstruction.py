@@ -36,12 +36,12 @@ from fedsynth.world import secret_of
 SETS = (
     "data.planted=true",
     "data.test_per_client=50",
-    "client.generator_training.max_tokens=96",  # a reference has more tokens than the rest of a response
-    "strategy.max_tokens=96",
-    "strategy.tuning.max_tokens=96",
+    "client.generator_training.max_length=96",  # a reference has more tokens than the rest of a response
+    "strategy.max_new_tokens=96",
+    "strategy.tuning.max_length=96",
 )
 # Without DP, until the secrets are known by heart.
-BY_HEART = Tuning(epochs=150, batch=20, learning_rate=5e-3, max_tokens=96, rank=16, alpha=32.0)
+BY_HEART = Tuning(epochs=150, batch=20, learning_rate=5e-3, max_length=96, rank=16, alpha=32.0)
 UNSEEN = 1000  # a seed whose secrets no arm of the run has
 
 
@@ -57,7 +57,7 @@ def by_heart(scenario: Scenario, seed: int, client: int) -> Adapter:
     name = scenario.client.generator
     start = new_adapter(name, rank=BY_HEART.rank, alpha=BY_HEART.alpha, seed=client)
     train = open_site(scenario.data, client, seed).train
-    return taught(Engine(), name, start, train, BY_HEART, learns="response", seed=client)[0]
+    return taught(Engine(), name, start, train, BY_HEART, loss_on="response", seed=client)[0]
 
 
 def rows(scenario: Scenario, out: Path) -> list[dict[str, Any]]:

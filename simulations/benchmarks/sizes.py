@@ -45,7 +45,7 @@ def corpora(rows: int, width: int = 192) -> None:
     centres = rng.normal(size=(5000, width))
     places = centres[rng.integers(0, len(centres), rows)] + 0.5 * rng.normal(size=(rows, width))
     said = statement(None, simulated=True)
-    request = Synthesize(per_label=rows, max_tokens=48, temperature=1.0, top_p=0.95, seed=0)
+    request = Synthesize(per_label=rows, max_new_tokens=48, temperature=1.0, top_p=0.95, seed=0)
 
     def timed(name: str, work: Callable[[], T]) -> T:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -114,7 +114,7 @@ def many_clients(clients: int) -> None:
             'run=["fdkt"]',
             "client.generator_training={ expected_batch = 10, steps = 5 }",
             "strategy.per_label=1",
-            "strategy.written=16",
+            "strategy.num_texts=16",
             "client.max_noise_multiplier=50",
             "client.task_training={ augmented_epochs = 1, private_epochs = 1 }",
         ],

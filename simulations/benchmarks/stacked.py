@@ -72,7 +72,7 @@ def stack_step(model: Any, clients: int) -> Callable[[list[Any]], None]:
 
     def step(batch: list[Any], _: ExitStack = opened) -> None:  # held as long as the step is
         units = [[(text,) for text in batch]] * clients
-        sums = clipped_sums(clip, model, units, pad=0, microbatch=clients * len(batch))
+        sums = clipped_sums(clip, model, units, pad=0, max_physical_batch_size=clients * len(batch))
         for total, stream in zip(sums, streams, strict=True):
             add_noise(total, SIGMA * CLIP_NORM, stream)
         clip.weights.grad = sums.div_(len(batch))

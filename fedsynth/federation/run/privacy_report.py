@@ -88,7 +88,7 @@ def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
         "rounded up",
         "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
         "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
-        "largest_units": 1 if listed else round(training.expected_batch / rate),
+        "largest_units": 1 if listed else round(training.expected_batch_size / rate),
     }  # fmt: skip
 
 
