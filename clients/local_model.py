@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.models.hub import weights_hash
+from fedsynth.scenario.earlier_keys import OldName, as_of_now
 from fedsynth.scenario.schema import Client
-from fedsynth.scenario.toml import without_removed
 from fedsynth.typed import build, plain
 
 FACTS = "model.json"  # beside the weights
@@ -65,5 +66,7 @@ def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:
 def _read(facts: Any) -> LocalModel:
     """What was written down, also by an earlier version."""
     if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
-        facts = {**facts, "config": without_removed({"client": facts["config"]})["client"]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OldName)  # no person wrote these keys
+            facts = {**facts, "config": as_of_now({"client": facts["config"]})["client"]}
     return build(LocalModel, facts)

@@ -44,8 +44,8 @@ class FDKT(RoundStrategy[State]):
         c = self.config
         if c.augments and (why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_new_tokens)):
             raise ValueError(
-                f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do not "
-                f"fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
+                f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do "
+                f"not fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
             )
         if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":
             self.server.llm.score(["a"], [" text"])

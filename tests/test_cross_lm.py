@@ -986,7 +986,7 @@ def test_rounds_go_on_from_the_servers_adapter(toml: str, llm: str, tmp_path: Pa
     own = toml.replace(f'llm = "{llm}"', f'llm = "{llm}"\nadapter = "{folder}"').replace(
         f"rounds = {ROUNDS}", "rounds = 1"
     )
-    run = play(own.replace("written = 80", "written = 16"), tmp_path, llm=LocalLLM.load(llm, adapter=start))
+    run = play(own.replace("num_texts = 80", "num_texts = 16"), tmp_path, llm=LocalLLM.load(llm, adapter=start))
     adapter = run.states[-1].adapter
     assert (adapter.rank, adapter.alpha) == (2, 4.0)  # its own, not those of the tuning
     far = max(float(np.abs(adapter.arrays[n] - start.arrays[n]).max()) for n in start.arrays)

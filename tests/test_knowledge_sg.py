@@ -45,8 +45,8 @@ from fedsynth.typed import BadValue
 
 STRATEGY = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
 SMALL = """
-written = 40
-max_tokens = 40
+num_texts = 40
+max_new_tokens = 40
 min_words = 1
 novelty = 1.0
 response_tokens = 8

@@ -149,11 +149,11 @@ def test_labels_beyond_the_texts_that_are_written_are_named() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "warned"),
     [
-        (FDKT, "written = 3", True),
-        (FDKT, 'written = 3\ndemonstrations = "none"\ntexts = "drafts"', True),
-        (FDKT, 'written = 3\ntexts = "drafts"', False),
-        (FDKT, "written = 100", False),
-        (CROSS_LM, 'written = 3\nfeedback = "none"', True),
+        (FDKT, "num_texts = 3", True),
+        (FDKT, 'num_texts = 3\ndemonstrations = "none"\ntexts = "drafts"', True),
+        (FDKT, 'num_texts = 3\ntexts = "drafts"', False),
+        (FDKT, "num_texts = 100", False),
+        (CROSS_LM, 'num_texts = 3\nfeedback = "none"', True),
     ],
 )
 def test_the_check_tells_of_labels_without_text(method: str, options: str, warned: bool) -> None:

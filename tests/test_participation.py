@@ -128,7 +128,7 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
 
 def methods(tmp_path: Path) -> dict[str, str]:
     small = (
-        "written = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n"
+        "num_texts = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n"
         "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"
     )
     pit = "candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8"

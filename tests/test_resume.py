@@ -59,7 +59,7 @@ def test_knowledge_sg_asks_its_professional_nothing_twice(tmp_path: Path, monkey
         return made[-1]
 
     options = (
-        'instructions = "public"\nwritten = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n'
+        'instructions = "public"\nnum_texts = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n'
         "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"
     )
     toml = instructions(tmp_path, SG, options=options, clients=2, rows=20) + 'server.public = "world:hospitals"\n'

@@ -557,7 +557,7 @@ def measuring(**more: float) -> Evaluated:
 
 
 @pytest.mark.parametrize(
-    ("request", "labels", "names"),
+    ("asked", "labels", "names"),
     [
         (Evaluate(), LABELS, ("accuracy", "macro_f1")),
         (Evaluate(ADAPTER), LABELS, ("loss",)),
@@ -566,17 +566,17 @@ def measuring(**more: float) -> Evaluated:
     ],
 )
 def test_each_figure_that_a_request_asks_for_comes_and_no_other(
-    request: Evaluate, labels: tuple[str, ...], names: tuple[str, ...]
+    asked: Evaluate, labels: tuple[str, ...], names: tuple[str, ...]
 ) -> None:
     whole = dict.fromkeys(names, 0.5)
-    check_reply(request, Evaluated(whole, 5), labels)
+    check_reply(asked, Evaluated(whole, 5), labels)
     for wrong in (*[{n: 0.5 for n in names if n != gone} for gone in names], {**whole, "more": 0.5}):
         with pytest.raises(Rejected, match="metrics must be"):
-            check_reply(request, Evaluated(wrong, 5), labels)
+            check_reply(asked, Evaluated(wrong, 5), labels)
     for name in names:
         for value in (-0.1, 2e6):
             with pytest.raises(Rejected, match=name):
-                check_reply(request, Evaluated({**whole, name: value}, 5), labels)
+                check_reply(asked, Evaluated({**whole, name: value}, 5), labels)
 
 
 def test_a_server_accepts_what_it_asked_for() -> None:
@@ -681,7 +681,7 @@ def test_scores_are_one_finite_number_per_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "request",
+    "asked",
     [
         Finetune(replace(START, arrays=BROKEN), seed=0),
         Finetune(START, seed=-1),
@@ -696,9 +696,9 @@ def test_scores_are_one_finite_number_per_text() -> None:
         SelfTrain(START, seed=0, writing_seed=0, max_new_tokens=MAX_TOKENS + 1),
     ],
 )
-def test_a_client_refuses_a_request_beyond_its_ranges(request: Request[Any]) -> None:
+def test_a_client_refuses_a_request_beyond_its_ranges(asked: Request[Any]) -> None:
     with pytest.raises(Rejected):
-        check_request(request, LABELS)
+        check_request(asked, LABELS)
 
 
 FACTORS_OF_TWO = {"w.lora_A.weight": np.ones((2, 4), np.float32), "w.lora_B.weight": np.zeros((3, 2), np.float32)}
@@ -776,7 +776,7 @@ JUNK = "</td><script>alert(1)</script>\x1b[2J"
 
 
 @pytest.mark.parametrize(
-    ("request", "answer"),
+    ("asked", "answer"),
     [
         (Evaluate(), Evaluated({JUNK: 0.5}, 1)),
         (Evaluate(), measuring(this_run_was_tampered_with=0.5)),
@@ -799,9 +799,9 @@ JUNK = "</td><script>alert(1)</script>\x1b[2J"
         (Adopt(START), Adopted(6)),
     ],
 )
-def test_no_word_of_a_client_gets_through_or_into_a_sentence(request: Request[Any], answer: object) -> None:
+def test_no_word_of_a_client_gets_through_or_into_a_sentence(asked: Request[Any], answer: object) -> None:
     with pytest.raises(Rejected) as caught:
-        check_reply(request, answer, LABELS)
+        check_reply(asked, answer, LABELS)
     assert "script" not in str(caught.value)
     assert str(caught.value).isprintable()
 

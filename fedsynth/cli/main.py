@@ -561,12 +561,14 @@ def main() -> None:
         raise
 
 
-def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
     """An old name of a key is the user's matter, and needs no place in our code; other warnings keep theirs."""
     if issubclass(category, OldName):
         _warn(Console(stderr=True), str(message))
     else:
-        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _end(message: str, code: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fedsynth.data.partition import ClientData as Texts
     from fedsynth.privacy.ledger import Ledger
 
-RENAMED = {("policy", "orders"): "requests"}
+RENAMED: Mapping[Sequence[str], str] = {("policy", "orders"): "requests"}
 SITE = "FEDSYNTH_SITE"  # environment variable: the path of site.toml
 UNDER_GUARANTEE = tuple(o.task for o in REQUESTS if o.task not in ("train.self_train", "evaluate.evaluate"))
 

@@ -133,7 +133,7 @@ def check_settings(client: Client, rounds: int) -> None:
             ("alpha", 0.0, MAX_ALPHA),
             ("learning_rate", 0.0, MAX_RATE),
             ("clip_norm", *CLIP_NORMS),
-            ("max_new_tokens", 1, MAX_TOKENS),
+            ("max_length", 1, MAX_TOKENS),
             ("max_physical_batch_size", 1, MAX_MICROBATCH),
             ("rows_per_unit", 1, min(MAX_ROWS, training.max_physical_batch_size)),  # a unit goes through in one pass
         ):
