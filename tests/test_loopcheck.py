@@ -152,11 +152,13 @@ OTHERS: dict[str, tuple[Break, str]] = {
     "a step less": (rewritten(("range(steps)", "range(steps - 1)")), "39 steps were taken and 39 reported"),
     "a step that is not told": (rewritten(("ran += 1", "ran += step > 0")), "40 steps were taken and 39 reported"),
     "divided by the drawn batch": (
-        rewritten(EACH_DRAW, ("div_(training.expected_batch)", "div_(max(1, len(drawn[client])))")),
+        rewritten(EACH_DRAW, ("div_(training.expected_batch_size)", "div_(max(1, len(drawn[client])))")),
         "the noise has deviation 1",
     ),
     "divided by twice the batch": (
-        rewritten(("given[client].div_(training.expected_batch)", "given[client].div_(2 * training.expected_batch)")),
+        rewritten(
+            ("given[client].div_(training.expected_batch_size)", "given[client].div_(2 * training.expected_batch_size)")
+        ),
         r"deviation 0\.(50|49)",
     ),
 }
@@ -259,7 +261,7 @@ def test_what_is_counted_of_units_takes_no_memory_for_those_that_are_never_drawn
 
 
 def test_units_that_are_never_drawn_are_found() -> None:
-    plan = replace(PLAN, records=20, expected_batch_size=10)
+    plan = replace(PLAN, records=20, expected_batch=10)
     rng = np.random.default_rng(0)
     some = Watched(drawn=[np.flatnonzero(np.append(rng.random(19) < 0.5, False)) for _ in range(100)])
     assert any("one unit is drawn in 0 of 100" in said for said in _draws([some], [some], plan))
@@ -351,7 +353,7 @@ def test_a_broken_trainer_or_a_pass_without_room_is_refused_before_anything_is_c
     for number, broken in enumerate((THE_FOUR["no noise"][0], no_room)):
         with monkeypatch.context() as patch:
             if broken is no_room:
-                patch.setattr("fedsynth.training.selfcheck.whole_microbatch", no_room)
+                patch.setattr("fedsynth.training.selfcheck.whole_physical_batch", no_room)
             else:
                 broken(patch, SMALL)
             patch.setattr("fedsynth.training.selfcheck._passed", {})  # as of a process of its own

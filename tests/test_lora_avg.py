@@ -34,7 +34,7 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 def test_the_global_adapter_is_the_mean_weighted_by_records(tmp_path: Path) -> None:
     run = played(tmp_path, rows=41)
-    answers = run.answers(Finetune)
+    answers = run.replies(Finetune)
     records = [a.records for a in answers]
     assert records == [len(run.client(i).train) for i in range(3)]
     assert len(set(records)) > 1
@@ -55,7 +55,7 @@ def test_all_clients_start_from_one_adapter_and_rounds_go_on_from_the_mean(tmp_p
 def test_frozen_a_sends_b_alone_and_averages_the_product_exactly(tmp_path: Path) -> None:
     run = played(tmp_path, 'aggregation = "frozen_a"')
     start = run.requests(Finetune)[0].start
-    answers = run.answers(Finetune)
+    answers = run.replies(Finetune)
     assert all(all(map(only_b, a.adapter.arrays)) for a in answers)
     assert all(any(array.any() for array in a.adapter.arrays.values()) for a in answers)
     ends = [replace(a.adapter, arrays={**start.arrays, **a.adapter.arrays}) for a in answers]
@@ -67,7 +67,7 @@ def test_frozen_a_sends_b_alone_and_averages_the_product_exactly(tmp_path: Path)
 
 def test_the_product_is_averaged_up_to_the_error_that_is_reported(tmp_path: Path) -> None:
     run = played(tmp_path, 'aggregation = "product"')
-    answers = run.answers(Finetune)
+    answers = run.replies(Finetune)
     expected, found = update(stacked([a.adapter for a in answers], [1, 1, 1])), update(run.states[-1].adapter)
     whole = sum(float((expected[m] ** 2).sum()) for m in expected)
     missed = sum(float(((found[m] - expected[m]) ** 2).sum()) for m in expected)
@@ -103,7 +103,7 @@ def test_what_was_paid_beyond_the_plan_is_stated(tmp_path: Path) -> None:
 
 def test_rounds_of_k_steps_cost_what_one_run_of_all_steps_costs(tmp_path: Path) -> None:
     run = played(tmp_path, rounds=2)
-    said = run.answers(Finetune)[-1].statement
+    said = run.replies(Finetune)[-1].statement
     plan = run.client(2).plan()
     assert (plan.steps, plan.rounds, said.steps) == (3, 2, 6)
     together = replace(plan, steps=6, rounds=1)
@@ -114,7 +114,7 @@ def test_rounds_of_k_steps_cost_what_one_run_of_all_steps_costs(tmp_path: Path) 
 
 def test_without_a_guarantee_the_run_says_so_and_prints_no_epsilon(tmp_path: Path) -> None:
     run = played(tmp_path, guarantee="none")
-    assert all(a.statement.guarantee == "none" and a.adapter.grants == () for a in run.answers(Finetune))
+    assert all(a.statement.guarantee == "none" and a.adapter.grants == () for a in run.replies(Finetune))
     assert "no differential privacy guarantee: adapters left" in privacy_line([run.journal])
 
 
@@ -129,7 +129,7 @@ def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:
 
 def test_the_adopted_adapter_is_what_is_measured(tmp_path: Path) -> None:
     run = played(tmp_path)
-    assert set(run.answers(Evaluate)[0].metrics) == {"exact_match", "field_match", "rouge_l"}
+    assert set(run.replies(Evaluate)[0].metrics) == {"exact_match", "field_match", "rouge_l"}
 
 
 def test_an_adapter_of_another_base_is_refused_with_a_code(tmp_path: Path) -> None:

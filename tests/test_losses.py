@@ -224,10 +224,10 @@ def test_drafts_that_never_end_are_counted_as_lost_and_told(tmp_path: Path) -> N
     pd.DataFrame(rows).to_csv(tmp_path / "notes.csv", index=False)
     model = tiny.folder()  # it knows no end
     toml = (
-        'name = "tiny"\n[strategy]\nuse = "fedsynth.strategies.fdkt:FDKT"\nper_label = 3\nmin_words = 1\nnum_texts = 5\n'
-        f'draft_tokens = 4\njudge = "none"\n[data]\nsource = "{tmp_path / "notes.csv"}"\nlabels = ["heart", "skin"]\n'
+        'name = "tiny"\n[strategy]\nuse = "fedsynth.strategies.fdkt:FDKT"\nper_label = 3\nmin_words = 1\n'
+        f'num_texts = 5\ndraft_tokens = 4\njudge = "none"\n[data]\nsource = "{tmp_path / "notes.csv"}"\nlabels = ["heart", "skin"]\n'
         f'clients = 1\n[client]\ngenerator = "{model}"\ntask_model = "{model}"\nguarantee = "none"\n'
-        "generator_training = { expected_batch = 5, steps = 1 }\n"
+        "generator_training = { expected_batch_size = 5, steps = 1 }\n"
         "task_training = { augmented_epochs = 1, private_epochs = 1 }\n"
         f'[server]\nllm = "scripted"\n[arms.main]\n'
     )

@@ -284,7 +284,7 @@ def test_a_client_answers_every_mutant_of_a_request_with_a_code() -> None:
     for kind, data in mutants(600, 3):
         task: Any = kind if issubclass(kind, Request) else Learn
         content = RecordDict({"fedsynth": ConfigRecord({**facts, "payload": data})})
-        said = unpack_reply(client.answer(task, content, context, open_client), Learn)
+        said = unpack_reply(client.reply_to(task, content, context, open_client), Learn)
         assert isinstance(said, Refused)
         found[said.code] += 1
     assert set(found) == {

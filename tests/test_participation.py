@@ -131,7 +131,7 @@ def methods(tmp_path: Path) -> dict[str, str]:
         "num_texts = 6\nmin_words = 1\nnovelty = 1.0\nresponse_tokens = 8\n"
         "tuning = { epochs = 1, batch = 4, rank = 2, alpha = 4.0 }"
     )
-    pit = "candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8"
+    pit = "candidates = 4\nkeep = 2\nshots = 1\nmax_new_tokens = 8"
     sg = "fedsynth.strategies.knowledge_sg:KnowledgeSG"
     more = {"rounds": 2, "clients": 5, "rows": 50}
     return {
@@ -192,7 +192,7 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
 
     run = play(toml, tmp_path, spoil=dead)
     assert run.journal.silent == {(1, 1)}
-    assert "1 clients gave no usable answer" in privacy_line([run.journal])
+    assert "1 clients gave no usable reply" in privacy_line([run.journal])
 
 
 def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
@@ -219,7 +219,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     [(client, exchange)] = run.journal.silent
     assert exchange == 1
     assert set(run.journal.statements) == {0, 1, 2} - {client}
-    assert "1 clients gave no usable answer" in privacy_line([run.journal])
+    assert "1 clients gave no usable reply" in privacy_line([run.journal])
 
 
 def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path) -> None:
@@ -297,13 +297,13 @@ def test_a_corrupt_answer_is_one_clients_failure(
     run = play(toml, tmp_path, nodes=nodes)
     for client, (_, said) in enumerate(CORRUPTIONS):
         assert re.search(said, reasons[client]), (client, reasons[client])
-        assert bool(said) == reasons[client].startswith("sent an unusable answer: ")
+        assert bool(said) == reasons[client].startswith("sent an unusable reply: ")
         assert reasons[client].isprintable()
     assert run.metric("exchange/1-finetune/answered") == [1.0]
     assert set(run.journal.statements) == {0}
     # What they spent is not known, and that is said; each was charged, and its account has it.
     assert run.journal.silent == {(client, 1) for client in range(1, clients)}
-    assert f"{clients - 1} clients gave no usable answer" in privacy_line([run.journal])
+    assert f"{clients - 1} clients gave no usable reply" in privacy_line([run.journal])
     assert all(len(contents(path)["grants"]) == 1 for path in ledgers_in(run.out))
     told = json.dumps([*run.journal.rows, (run.out / "events.jsonl").read_text()])
     assert "script" not in told

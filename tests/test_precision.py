@@ -399,7 +399,7 @@ def test_bfloat16_under_a_guarantee_is_refused_by_key_value_and_way_out(tmp_path
         check_scenario(
             from_toml(
                 instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage").replace(
-                    "steps = 3,", 'steps = 3, precision = "bfloat16",'
+                    "steps = 3\n", 'steps = 3\nprecision = "bfloat16"\n'
                 )
             )
         )

@@ -326,7 +326,7 @@ def test_two_terminals_word_by_word(tmp_path: Path) -> None:
                     _wait_for(tmp_path / "coordinator.log", "the SuperLink listens")
                 elif "fedsynth run" in line and "second" not in line:
                     for site in ("north", "south"):
-                        mine.wait(words=f"site '{site}': its answer waits for approval there")
+                        mine.wait(words=f"site '{site}': its reply waits for approval there")
                     if "--resume" not in line:
                         (tmp_path / "terminal-1.first").write_text(mine.said())
                         mine.log.write_text("")

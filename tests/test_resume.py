@@ -74,7 +74,7 @@ def test_fedpit_goes_on_to_the_same_results(tmp_path: Path, monkeypatch: pytest.
     toml = instructions(
         tmp_path,
         PIT,
-        options="candidates = 4\nkeep = 2\nshots = 1\nmax_tokens = 8",
+        options="candidates = 4\nkeep = 2\nshots = 1\nmax_new_tokens = 8",
         guarantee="none",
         rounds=2,
         clients=2,
@@ -97,7 +97,7 @@ def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkey
     facts = json.loads(kept.pop("head.json"))["clients"]
     assert decode(kept.pop("0"), Finetuned).records == 12
     assert set(kept.values()) == {b""}
-    assert all(facts[client]["why"].startswith("sent an unusable answer: ") for client in kept)
+    assert all(facts[client]["why"].startswith("sent an unusable reply: ") for client in kept)
     again = play(toml, tmp_path / "died")
     assert again.requests(Finetune) == []
     assert left(again) == left(whole)

@@ -28,7 +28,7 @@ from fedsynth.clients.app import client_app
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog, AuditLogCorrupted, entries
 from fedsynth.clients.client_side import ClientSide, cell_of
-from fedsynth.clients.handler import answer
+from fedsynth.clients.handler import reply_to
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import label_list
 from fedsynth.data.sources import SiteData
@@ -393,7 +393,7 @@ def test_a_model_that_cannot_be_used_says_why_and_hides_no_other(left: Place, tm
     ("change", "code"),
     [
         ({"strategies": ("fedsynth.strategies.local:LocalOnly",)}, ErrorCode.NOT_ALLOWED),
-        ({"orders": ("train.learn",)}, ErrorCode.NOT_ALLOWED),
+        ({"requests": ("train.learn",)}, ErrorCode.NOT_ALLOWED),
         ({"outputs": ("scores",)}, ErrorCode.NOT_ALLOWED),
         ({"minimum_records": ROWS + 1}, ErrorCode.NOT_ALLOWED),
         ({"models": ("assets:hospitals-slm",)}, ErrorCode.NOT_ALLOWED),
@@ -560,7 +560,7 @@ class TestApproval:
         deployed.run()
         assert deployed.codes() == [ErrorCode.AWAITS_APPROVAL] * 2
         told = (tmp_path / "run" / "events.jsonl").read_text()
-        assert told.count("site 'charite': its answer waits for approval there") == 1  # not at each look
+        assert told.count("site 'charite': its reply waits for approval there") == 1  # not at each look
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
         assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
         events = [e["event"] for e in entries(sites[0].trail)]
@@ -591,7 +591,7 @@ class TestApproval:
         self, tmp_path: Path, toml: str, sites: list[Place]
     ) -> None:
         deployed = Deployed(sites, toml.replace("timeout = 20", "timeout = 2"), tmp_path / "run")
-        with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits for approval"):
+        with pytest.raises(TooFewReplies, match="site 'charite' gave no reply in time: its reply waits for approval"):
             deployed.run()
 
 
@@ -778,7 +778,7 @@ class TestFile:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"orders": ("train.synthesise",)}, "no request 'train.synthesise'"),
+            ({"requests": ("train.synthesise",)}, "no request 'train.synthesise'"),
             ({"lifetime": Budget(10.0, 1e-3)}, "delta must be at most 1e-05, got 0.001"),
             ({"per_run": Budget(11.0)}, "more than policy.lifetime"),
             ({"bundles": ("abc",)}, "64 hexadecimal digits, got 'abc'"),
@@ -832,10 +832,10 @@ def test_a_scenario_cannot_make_a_site_read_its_files_to_find_labels(
     context = next(iter(deployed.grid.contexts.values()))
     request = pack_request(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
     (tmp_path / "all.csv").unlink()  # what the scenario names; what is there would be an answer
-    sealed = answer(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
+    sealed = reply_to(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
     assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
     notes.to_csv(tmp_path / "all.csv", index=False)
-    sealed = answer(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
+    sealed = reply_to(Synthesize, request, context, deployed.open, unopened=lambda task, why: None)
     assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
 
 
@@ -860,7 +860,7 @@ def test_more_steps_than_can_be_planned_for_are_refused_before_anything_is_opene
 
     request = pack_request(Synthesize(1, 1.0, 1.0, 8, 0), Envelope("run", "main", 0, 1, 0))
     context = next(iter(deployed.grid.contexts.values()))
-    sealed = answer(Synthesize, request, context, opened, unopened=lambda task, what: why.append(what))
+    sealed = reply_to(Synthesize, request, context, opened, unopened=lambda task, what: why.append(what))
     assert unpack_reply(sealed, Synthesize.reply) == Refused(ErrorCode.FAILED)
     assert "client.generator_training.steps must be at most 100,000 over all rounds, got 1,000,000,000" in why[0]
 
@@ -893,7 +893,7 @@ def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
 ) -> None:
     sites = places(tmp_path, notes, {"charite": replace(POLICY, approve_text=True)})
     short = toml.replace("timeout = 20", "timeout = 2")
-    with pytest.raises(TooFewReplies, match="its answer waits for approval"):
+    with pytest.raises(TooFewReplies, match="its reply waits for approval"):
         Deployed(sites, short, tmp_path / "run").run()
     decide(sites[0], sites[0].approvals.all()[0]["order"], "accepted")
     strict = replace(sites[0], site=replace(sites[0].site, policy=replace(POLICY, outputs=("scores",))))
@@ -913,7 +913,7 @@ def test_approval_that_is_asked_for_later_holds_for_what_is_stored(
         sites[0], site=replace(sites[0].site, policy=replace(POLICY, approve_text=True, models=(MODEL[0],)))
     )
     short = toml.replace("timeout = 20", "timeout = 2")
-    with pytest.raises(TooFewReplies, match="site 'charite' gave no answer in time: its answer waits"):
+    with pytest.raises(TooFewReplies, match="site 'charite' gave no reply in time: its reply waits"):
         Deployed([careful, *sites[1:]], short, tmp_path / "again").run()
 
 

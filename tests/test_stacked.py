@@ -25,7 +25,7 @@ from fedsynth.clients.finetune import check
 from fedsynth.dpsgd import UnknownWeight, clipper
 from fedsynth.dpsgd.stacked import Stacked, stacked
 from fedsynth.federation.messages import Envelope, ErrorCode, Finetune, Finetuned
-from fedsynth.federation.records import joined, pack_order, parted, unpack_reply
+from fedsynth.federation.records import joined, pack_request, parted, unpack_reply
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import attach_lora
 from fedsynth.privacy.ledger import Ledger
@@ -281,8 +281,8 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
     stack = played(tmp_path / "stack", guarantee, stack=2, nodes=2)
     assert widths == [2, 2] * 2  # clients 0 and 1, clients 2 and 3; client 4 by itself; two rounds
     for run in (alone, stack):
-        assert len(run.answers(Finetune)) == 10
-    for one, other in zip(alone.answers(Finetune), stack.answers(Finetune), strict=True):
+        assert len(run.replies(Finetune)) == 10
+    for one, other in zip(alone.replies(Finetune), stack.replies(Finetune), strict=True):
         assert near(one.adapter, other.adapter)
         assert one.adapter.grants == other.adapter.grants
         assert one.statement == other.statement
@@ -295,7 +295,7 @@ def test_stacks_and_chunks_change_no_result_but_for_rounding(
         assert first == second
     # The same stacks on another number of nodes: bit by bit.
     again = played(tmp_path / "again", guarantee, stack=2, nodes=5)
-    for one, other in zip(stack.answers(Finetune), again.answers(Finetune), strict=True):
+    for one, other in zip(stack.replies(Finetune), again.replies(Finetune), strict=True):
         assert all(np.array_equal(one.adapter.arrays[n], other.adapter.arrays[n]) for n in one.adapter.arrays)
 
 
@@ -311,7 +311,7 @@ def test_one_client_that_refuses_leaves_the_others_of_its_stack_alone(
 
     monkeypatch.setattr(Ledger, "begin", fails)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 4), tmp_path, nodes=1)
-    assert [a.adapter.grants != () for a in run.answers(Finetune) if not hasattr(a, "code")] == [True] * 3
+    assert [a.adapter.grants != () for a in run.replies(Finetune) if not hasattr(a, "code")] == [True] * 3
     assert {client for client, _ in run.journal.silent} == {1}
 
 
@@ -449,7 +449,7 @@ def test_who_trained_together_is_written_down_together(tmp_path: Path, monkeypat
 def one_message(played: Played, clients: Sequence[tuple[int, int]]) -> list[Any]:
     """A message with an order for each (client, stack)."""
     order = played.orders(Finetune)[0]
-    contents = [pack_order(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(clients)]
+    contents = [pack_request(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(clients)]
     reply = app.answer(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
     return [unpack_reply(part, Finetuned) for part in parted(reply)]
 
@@ -492,7 +492,7 @@ def test_a_client_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -
     run = play(toml, tmp_path, nodes=1, spoil=dies)
     assert sent == [[0, 1, 2, 3, 4, 5], [0, 1], [1]]
     assert {client for client, _ in run.journal.silent} == {1}
-    assert len(run.answers(Finetune)) == 5
+    assert len(run.replies(Finetune)) == 5
 
 
 def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_fedavg_gives_bit_for_bit_what_our_own_average_gives(tmp_path: Path) -> 
     result = world.play()
     ours = play(world.toml, tmp_path / "ours")
     assert len({len(world.client(i).train) for i in range(2)}) == 1
-    answers = [a.adapter.arrays for a in ours.answers(Finetune)]
+    answers = [a.adapter.arrays for a in ours.replies(Finetune)]
     assert all(same(world.sent[n, h], answers[2 * (n - 1) + h]) for n in (1, 2) for h in range(2))
     assert same(tensors(result.arrays), ours.states[-1].adapter.arrays)
 
@@ -167,7 +167,7 @@ def test_under_dp_the_first_round_has_the_noise_of_our_own_average(tmp_path: Pat
     world = stock(tmp_path, clients=2, rows=30)
     world.play(rounds=1)
     ours = play(world.toml, tmp_path / "ours")
-    assert all(same(world.sent[1, h], ours.answers(Finetune)[h].adapter.arrays) for h in range(2))
+    assert all(same(world.sent[1, h], ours.replies(Finetune)[h].adapter.arrays) for h in range(2))
 
 
 def test_no_arrays_mean_the_common_start(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Learn
-from fedsynth.federation.validation import check_order
+from fedsynth.federation.validation import check_request
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.fdkt import FDKT
@@ -576,7 +576,7 @@ def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
     kept = method._curate(0, "written", corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")]), LABELS, {})
     assert kept.prompts == ("hot", "dry")
     assert noted[0][1]["too long"] == 1
-    check_order(Learn(1, kept), LABELS)
+    check_request(Learn(1, kept), LABELS)
 
 
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
@@ -590,5 +590,5 @@ def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
     assert {client: found.prompts for client, found in method._readable(texts).items()} == {0: ("hot",), 1: ("dry",)}
     assert noted == [(0, "readable", 2, {"too long": 1})]
     server.llm = ScriptedLLM(context=20)
-    with pytest.raises(ValueError, match=r"labels' names alone and strategy\.max_tokens = 48"):
+    with pytest.raises(ValueError, match=r"labels' names alone and strategy\.max_new_tokens = 48"):
         method.initial()

@@ -447,7 +447,7 @@ def deviates(seen: Sequence[Tensor], std: float) -> bool:
 def noise_of(**broken: Any) -> list[Tensor]:
     planned: dict[str, Any] = {
         "rate": PLAN.sampling_rate,
-        "expected_batch": PLAN.expected_batch,
+        "expected_batch_size": PLAN.expected_batch,
         "steps": 20,
         "clip_norm": C,
         "noise_multiplier": 1.5,
@@ -465,7 +465,12 @@ def test_noise_per_coordinate_has_deviation_sigma_c_by_expected_batch() -> None:
     assert sum(map(len, seen)) > 30_000
     assert not deviates(seen, planned)
     # The same measurement finds each wrong scale.
-    for broken in ({"noise_multiplier": 1.5 * 1.03}, {"clip_norm": 1.0}, {"expected_batch": 1}, {"expected_batch": 5}):
+    for broken in (
+        {"noise_multiplier": 1.5 * 1.03},
+        {"clip_norm": 1.0},
+        {"expected_batch_size": 1},
+        {"expected_batch_size": 5},
+    ):
         assert deviates(noise_of(**broken), planned)
 
 
@@ -544,7 +549,7 @@ def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Pa
 
     one, two = (client(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
     assert one == two
-    assert (one.records, one.expected_batch_size, one.steps, one.clip_norm) == (12, 4, 6, C)
+    assert (one.records, one.expected_batch, one.steps, one.clip_norm) == (12, 4, 6, C)
 
 
 # Without guarantee
@@ -651,7 +656,7 @@ def test_a_site_of_few_units_is_asked_for_no_more_than_it_can_ever_pass(monkeypa
 def test_the_whole_pass_is_tried_once_in_a_process_for_one_model_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsynth.training.selfcheck._passed", {})
     ran: list[int] = []
-    monkeypatch.setattr("fedsynth.training.selfcheck.whole_microbatch", lambda *_, **__: ran.append(1))
+    monkeypatch.setattr("fedsynth.training.selfcheck.whole_physical_batch", lambda *_, **__: ran.append(1))
     for seed in (0, 1):
         checked(lora(seed))
         checked(lora(seed), replace(PLAN, noise_multiplier=1.5 + seed))

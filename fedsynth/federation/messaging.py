@@ -280,7 +280,7 @@ class Clients:
             check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
-        except Exception as problem:  # as in `decode`: what a check meets in an answer is that client's failure alone
+        except Exception as problem:  # as in `decode`: what a check meets in a reply is that client's failure alone
             return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
         return replace(heard, reply=reply)
 
