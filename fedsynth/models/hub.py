@@ -60,8 +60,8 @@ def locate(name: str) -> str:
             raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
         return str(path.absolute())
     if stored:
-        known = path.name in FETCHED
-        make = f"python simulations/models/get.py {path.name}" if known else f"fedsynth model import FILE {path}"
+        fetched = path.name in FETCHED
+        make = f"python simulations/models/get.py {path.name}" if fetched else f"fedsynth model import FILE {path}"
         raise BadValue(f"no model {name!r}: there is no folder {str(path)!r}; make it with `{make}`")
     if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
         raise BadValue(
