@@ -147,6 +147,7 @@ def test_the_folder_computes_what_the_source_does(tmp_path: Path, tied: bool) ->
     same = made.get_input_embeddings().weight.data_ptr() == made.get_output_embeddings().weight.data_ptr()
     assert same == tied
     assert reader.decode(ids[0]) == TEXT
+    assert len({path.stat().st_mode for path in (tmp_path / "made").iterdir()}) == 1  # whoever reads one reads all
     check(str(tmp_path / "made"), "generator")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -89,6 +90,8 @@ def import_gguf(files: Sequence[Path], folder: Path, dtype: str = "float32") -> 
         shown = files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name} ({len(files)} chunks)"
         facts = _convert(source, made, dtype, shown)
         (made / "README.md").write_text(_card(facts, source, dtype, shown), encoding="utf-8")
+        for file in made.iterdir():  # safetensors are written for their owner alone, and a site has a user of its own
+            shutil.copymode(made / "README.md", file)
         made.rename(folder)
     return facts
 
@@ -153,11 +156,14 @@ def _facts(path: Path, shown: str) -> Facts:
 
 def _convert(path: Path, folder: Path, dtype: str, shown: str) -> Facts:
     """Writes the model and its tokenizer into a folder that is there."""
-    facts = _facts(path, shown)
+    facts, more = _facts(path, shown), {}
+    if unpacking := getattr(transformers, "GgufConfig", None):
+        # Where there are kernels for it, newer versions leave weights in GGUF's blocks, in the saved folder, too.
+        more["quantization_config"] = unpacking(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model, info = LOADER.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=DTYPES[dtype], output_loading_info=True
+            str(path.parent), gguf_file=path.name, dtype=DTYPES[dtype], output_loading_info=True, **more
         )
     except Exception as problem:  # tokenizers raises no class of its own
         first = next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(". ")
