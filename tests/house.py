@@ -17,6 +17,7 @@ WINGS = (
     "simulations/fedsynth_sim",
     "simulations/assets",
     "simulations/benchmarks",
+    "simulations/models",
 )
 MARKS = ("<!-- the map: python tests/house.py -->\n", "<!-- end of the map -->\n")
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 LINKS = {"fedsynth/app": "simulations", "fedsynth/clients": "clients", "fedsynth/strategies": "strategies"}
-NOT_SHIPPED = {"fedsynth.app.assets", "fedsynth.app.benchmarks"}
+NOT_SHIPPED = {"fedsynth.app.assets", "fedsynth.app.benchmarks", "fedsynth.app.models"}
 
 
 def build_wheel(tree: Path) -> Path:

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.cli.models import model_app
 from fedsynth.privacy.ledger import LOST, LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
@@ -30,6 +31,7 @@ from fedsynth.typed import BadValue
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130

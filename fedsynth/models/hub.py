@@ -1,8 +1,9 @@
-"""Where a model lies: shipped, in a folder, or on the hub; which version it is; what to do where it is missing."""
+"""Where a model lies: shipped, stored, in a folder, or on the hub; which version it is; what to do if it is missing."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -29,13 +30,17 @@ hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retrie
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+STORED = "models:"  # begins the name of a model in the folder of models
+STORED_NAME = re.compile(r"\w[\w.+-]*")
+FETCHED = ("all-minilm-l6-v2", "gemma-3-270m", "qwen2.5-coder-1.5b-instruct", "smollm2-135m-instruct")
+"""Those that `simulations/models/get.py` puts there."""
 
 
 def locate(name: str) -> str:
-    """What is loaded: the folder of a shipped model, a folder, or a Hugging Face name, with `@revision` if it has one.
+    """What is loaded: a shipped or stored model's folder, a folder, or a Hugging Face name, with any `@revision`.
 
     Raises:
-        BadValue: If it is neither a shipped model nor a folder, and cannot be a Hugging Face name.
+        BadValue: If it is none of the first three, and cannot be a Hugging Face name; if it holds GGUF files.
     """
     if name.startswith("assets:"):
         folder = Path(str(resources.files("fedsynth.assets"))) / name.removeprefix("assets:")
@@ -43,11 +48,21 @@ def locate(name: str) -> str:
             known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
             raise BadValue(f"no shipped model {name!r}; there are {', '.join('assets:' + k for k in known)}")
         return str(folder)
-    path = Path(name)
+    stored = name.startswith(STORED)
+    path = stored_folder(name) if stored else Path(name)
+    if found := _gguf_in(path):
+        raise BadValue(
+            f"the model {name!r} is a GGUF file: make a folder of it with `fedsynth model import {found} FOLDER`, and "
+            "name FOLDER"
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadValue(f"the model folder {name!r} holds no config.json: name the folder of a saved model")
         return str(path.absolute())
+    if stored:
+        fetched = path.name in FETCHED
+        make = f"python simulations/models/get.py {path.name}" if fetched else f"fedsynth model import FILE {path}"
+        raise BadValue(f"no model {name!r}: there is no folder {str(path)!r}; make it with `{make}`")
     if path.is_absolute() or name.startswith(".") or name.partition("@")[0].count("/") > 1:
         raise BadValue(
             f"the model path {name!r} does not exist: make the model first (`fedsynth pretrain`; a shipped scenario "
@@ -56,9 +71,45 @@ def locate(name: str) -> str:
     return name
 
 
+def models_folder() -> Path:
+    """Where the models lie that are named `models:NAME`: FEDSYNTH_MODELS, or in a cache folder of the user.
+
+    Raises:
+        BadValue: If FEDSYNTH_MODELS is a relative path: processes of a run have working directories of their own.
+    """
+    if named := os.environ.get("FEDSYNTH_MODELS", ""):
+        if not Path(named).is_absolute():
+            raise BadValue(f"FEDSYNTH_MODELS must be an absolute path, got {named!r}")
+        return Path(named)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "fedsynth" / "models"
+
+
+def stored_folder(name: str) -> Path:
+    """The folder that `models:NAME` means, whether or not it is there.
+
+    Raises:
+        BadValue: If NAME could lead elsewhere.
+    """
+    wanted = name.removeprefix(STORED)
+    if not STORED_NAME.fullmatch(wanted):
+        raise BadValue(f"the model {name!r} must be {STORED}NAME, where NAME is one folder in {str(models_folder())!r}")
+    return models_folder() / wanted
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """A GGUF file that is named, or that a folder holds in place of weights that can be loaded."""
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return path
+    if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
+        return None
+    return min(path.glob("*.gguf"), default=None)
+
+
 def elsewhere(name: str) -> bool:
     """Whether a model's name is that of a folder which is not on this machine: at a site, perhaps."""
-    return Path(name).is_absolute() and not Path(name).exists()
+    path = stored_folder(name) if name.startswith(STORED) else Path(name)
+    return path.is_absolute() and not path.exists()
 
 
 def locate_adapter(name: str) -> Path:

@@ -275,7 +275,8 @@ class Client:
     """What a client runs. A site's own policy may be stricter, never looser.
 
     Attributes:
-        generator: Causal or seq2seq model: `assets:NAME`, a folder, or a Hugging Face name, also `org/name@revision`.
+        generator: Causal or seq2seq model: `assets:NAME`, `models:NAME`, a folder, or a Hugging Face name, also
+            `org/name@revision`.
         task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: there the
             generator itself, with an adapter, is what learns to respond.
         task_models: Client k has the task model k % n of these n instead: architectures and tokenizers may differ.
