@@ -86,7 +86,7 @@ class ClientSide:
             covers.
         lock: Held while a request is worked on; left out, a file in `work`.
         approvals: Where text waits for a person, if `rules.approval`.
-        trail: Where a site keeps what it was asked and answered.
+        audit_log: Where a site keeps what it was asked and answered.
         world: The simulated world that its text is of; None for text of people.
     """
 
@@ -105,7 +105,7 @@ class ClientSide:
     allowed: Rules | None = None
     lock: Path | None = None
     approvals: Approvals | None = None
-    trail: AuditLog | None = None
+    audit_log: AuditLog | None = None
     world: str | None = None
 
     @property
@@ -167,7 +167,7 @@ class ClientSide:
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def said(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
+    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
         """What an answer says of its privacy: all rounds so far under one plan, or no guarantee."""
         charged = None if plan is None else self.charged(plan)
         return statement(charged, unit=self.unit, rows_per_unit=rows_per_unit, rows=(), simulated=self.simulated)
@@ -187,7 +187,7 @@ class ClientSide:
     @property
     def log_folder(self) -> Path:
         """Where the site's own log lies."""
-        return self.work if self.trail is None else self.trail.path.parent
+        return self.work if self.audit_log is None else self.audit_log.path.parent
 
     def log(self) -> logging.Logger:
         """The site's own log: what may hold private values is written here and nowhere else."""

@@ -51,7 +51,7 @@ def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finet
             model.reason,
             allowed=client.rules.without_guarantee,
         )
-        return Finetuned(adapter, client.said(None), client.records)
+        return Finetuned(adapter, client.statement(None), client.records)
     plan = client.plan()
     check(client, request.start, plan, frozen_a=request.frozen_a)
 
@@ -61,7 +61,7 @@ def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finet
     trained = yield to_train(private(slots, plan, randomness, pull))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
     adapter = release_adapter(receipt, _sent(trained.adapter, request))
-    return Finetuned(adapter, client.said(plan, settings.rows_per_unit), client.records)
+    return Finetuned(adapter, client.statement(plan, settings.rows_per_unit), client.records)
 
 
 def check(

@@ -132,13 +132,13 @@ def write_reply(message: Message, reply: Finetuned | Evaluated | Refused) -> Mes
         return Message(Error(FlowerError.CLIENT_APP_RAISED_EXCEPTION, reply.code.value), reply_to=message)
     if isinstance(reply, Finetuned):
         arrays, metrics = arrays_of(reply.adapter), MetricRecord({EXAMPLES: reply.records})
-        privacy = _said(reply.statement, reply.adapter)
+        privacy = _statement_record(reply.statement, reply.adapter)
         return Message(RecordDict({"arrays": arrays, "metrics": metrics, "privacy": privacy}), reply_to=message)
     metrics = MetricRecord({EXAMPLES: reply.examples, **reply.metrics})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
-def _said(statement: Statement, adapter: Adapter) -> ConfigRecord:
+def _statement_record(statement: Statement, adapter: Adapter) -> ConfigRecord:
     """What stands of a statement in a flat record: figures that there are none of are left out."""
     facts = {k: v for k, v in statement.to_dict().items() if isinstance(v, str | int | float)}
     return ConfigRecord({**facts, "grants": list(adapter.grants)})

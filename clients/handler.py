@@ -122,7 +122,7 @@ def reply_to(
 
 
 @dataclass(frozen=True)
-class _Said:
+class _Sealed:
     """Sealed bytes, whether they refuse, and whether their home is simulated."""
 
     data: bytes
@@ -154,7 +154,7 @@ def _reply(
     unopened: Unopened | None,
     *,
     alone: bool,
-) -> Trains[_Said]:
+) -> Trains[_Sealed]:
     client: ClientSide | None = None
     try:
         try:
@@ -166,7 +166,7 @@ def _reply(
             raise BadRequest("a site answers one request a message")
         with client.locked():
             stored = client.ledger.answered(digest)
-            if stored is None and client.trail is not None:  # who waits is asked again and again
+            if stored is None and client.audit_log is not None:  # who waits is asked again and again
                 size = payload_bytes(content)
                 _enter(client, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
             _check(request, client)
@@ -190,7 +190,7 @@ def _reply(
                 client.approvals.check(digest, hashlib.sha256(stored).hexdigest())
             client.ledger.mark_sent(digest)
             _enter(client, "answered", order=digest, bytes=len(stored), sha256=hashlib.sha256(stored).hexdigest())
-            return _Said(stored, False, client.simulated)
+            return _Sealed(stored, False, client.simulated)
     except Exception as problem:  # the only place that catches everything: the reason stays at the site
         code = next((code for cls, code in CODES.items() if isinstance(problem, cls)), ErrorCode.FAILED)
         if _no_room(problem):
@@ -206,7 +206,7 @@ def _reply(
             with suppress(OSError):  # a full disk must not turn a refusal into an error whose text leaves
                 _enter(client, "refused", task=kind.task, code=code.value, why=type(problem).__name__)
             _write_down(client, kind.task, traceback.format_exc(), unopened)
-        return _Said(refusal(code), True, client is not None and client.simulated)
+        return _Sealed(refusal(code), True, client is not None and client.simulated)
 
 
 def _check(request: Request[Any], client: ClientSide) -> None:
@@ -228,8 +228,8 @@ def _check(request: Request[Any], client: ClientSide) -> None:
 
 
 def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
-    if client is not None and client.trail is not None:
-        client.trail.add(event, **facts)
+    if client is not None and client.audit_log is not None:
+        client.audit_log.add(event, **facts)
 
 
 def _hold(client: ClientSide, kind: type[Request[Any]], digest: str, stored: bytes, reply: object) -> None:

@@ -46,7 +46,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
     # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
     scorer = _kept(client) or _trained(client, request, digest)
     values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_length)
-    said = client.said(scorer.plan, client.config.scorer_training.rows_per_unit)
+    said = client.statement(scorer.plan, client.config.scorer_training.rows_per_unit)
     return Scored(release_scores(scorer, values), said)
 
 
@@ -62,7 +62,7 @@ def _without_guarantee(client: ClientSide, request: Score) -> Scored:
         trained.reason,
         allowed=client.rules.without_guarantee,
     )
-    return Scored(scores, client.said(None))
+    return Scored(scores, client.statement(None))
 
 
 def _noised(client: ClientSide, request: Score, digest: str) -> Scored:

@@ -59,7 +59,7 @@ def self_train(client: ClientSide, request: SelfTrain) -> SelfTrained:
         NO_GUARANTEE,
         allowed=client.rules.without_guarantee,
     )
-    said = client.said(None)
+    said = client.statement(None)
     return SelfTrained(released, said, client.records, {**funnel, "kept": len(kept)})
 
 

@@ -42,7 +42,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
 
     # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
     texts, labels, unfinished = _sample(client, receipt.model, request)
-    return Synthesized(release(receipt, texts, labels), client.said(plan, settings.rows_per_unit), unfinished)
+    return Synthesized(release(receipt, texts, labels), client.statement(plan, settings.rows_per_unit), unfinished)
 
 
 def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) -> Trains[Synthesized]:
@@ -58,7 +58,7 @@ def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) 
     corpus = release_without_guarantee(
         trained, written, client.ledger, client.run, trained.reason, allowed=client.rules.without_guarantee
     )
-    return Synthesized(corpus, client.said(None), unfinished)
+    return Synthesized(corpus, client.statement(None), unfinished)
 
 
 def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[list[str], list[str], int]:

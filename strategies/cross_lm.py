@@ -81,8 +81,8 @@ class CrossLM(RoundStrategy[State]):
 
     def _written(self, adapter: Adapter | None) -> Corpus:
         """Step 2: texts after each label's name alone."""
-        c, journal = self.config, self.server.journal
-        journal.progress("write", 0, 1)
+        c, run_log = self.config, self.server.run_log
+        run_log.progress("write", 0, 1)
         raw = augment(
             self._llm(adapter),
             {0: Corpus((), (), Provenance.PUBLIC)},
@@ -99,7 +99,7 @@ class CrossLM(RoundStrategy[State]):
         formed = asked_for(formed, self.server.labels[: c.num_texts], raw.dropped)
         unique = deduplicate(formed.corpus)
         for stage in yields([("written", formed), ("written_unique", unique)]):
-            journal.stage(SERVER, stage)
+            run_log.log_stage(SERVER, stage)
         written = unique.corpus
         if not len(written):
             raise ValueError(
@@ -108,19 +108,19 @@ class CrossLM(RoundStrategy[State]):
             )
         if adapter is not None:  # an LLM that has learnt from scores writes under their guarantee
             written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)
-        journal.corpus(SERVER, "written", written)
+        run_log.log_corpus(SERVER, "written", written)
         return written
 
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
         """Step 3: how likely each text's label is to the clients' models."""
         replies = clients.ask(Score(written, self.seed("score")))
         scores = mean_scores({client: reply.scores for client, reply in replies.items()})
-        self.server.journal.metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
+        self.server.run_log.log_metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 
     def _taught(self, adapter: Adapter | None, texts: Ranked, written: Corpus) -> Adapter:
         """Step 4: the LLM's adapter after the round; the metrics say what the round did to its general ability."""
-        teaching, journal, models = self.config.teaching, self.server.journal, self.server.cell.scenario.server
+        teaching, run_log, models = self.config.teaching, self.server.run_log, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
         seed = self.server.cell.public_seed("public")
@@ -128,7 +128,7 @@ class CrossLM(RoundStrategy[State]):
         if models.public is not None:
             public = sample(models.public, teaching.measured, seed)
             tests = labelled(models.public, self.server.labels, MEASURED, seed)
-        journal.progress("teach", 0, 1)
+        run_log.progress("teach", 0, 1)
         done = taught(
             self.server.engine,
             models.llm,
@@ -141,13 +141,13 @@ class CrossLM(RoundStrategy[State]):
             tests=tests,
             seed=self.seed("teach"),
         )
-        journal.adapter(SERVER, done.adapter, "llm", base=models.llm)
+        run_log.log_adapter(SERVER, done.adapter, "llm", base=models.llm)
         for name, value in done.metrics.items():
-            journal.metric(SERVER, name, value)
+            run_log.log_metric(SERVER, name, value)
         return done.adapter
 
     def _llm(self, adapter: Adapter | None) -> TextModel:
         name = self.server.cell.scenario.server.llm
         if adapter is None or not isinstance(name, str):
             return self.server.llm
-        return CachedLLM(self.server.engine.load(name, adapter), digest_of(adapter), self.server.journal)
+        return CachedLLM(self.server.engine.load(name, adapter), digest_of(adapter), self.server.run_log)

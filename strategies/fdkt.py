@@ -71,7 +71,7 @@ class FDKT(RoundStrategy[State]):
 
     def _drafts(self, clients: Clients) -> dict[int, Corpus]:
         """Steps 1 to 4: text that each client's DP generator wrote, without what is not a text."""
-        c, journal = self.config, self.server.journal
+        c, run_log = self.config, self.server.run_log
         requests = {
             client: Synthesize(
                 per_label=c.per_label,
@@ -84,7 +84,7 @@ class FDKT(RoundStrategy[State]):
         }
         drafts: dict[int, Corpus] = {}
         for client, reply in clients.ask_each(requests).items():
-            journal.corpus(client, "drafts", reply.corpus)
+            run_log.log_corpus(client, "drafts", reply.corpus)
             missing = {"unfinished": reply.unfinished}
             drafts[client] = self._curate(client, "drafts", reply.corpus, self.server.labels, missing)
         return drafts
@@ -108,10 +108,10 @@ class FDKT(RoundStrategy[State]):
 
     def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
         """Steps 5 and 6: the judge's best of each cluster of like drafts."""
-        c, journal = self.config, self.server.journal
+        c, run_log = self.config, self.server.run_log
         if c.judge == "none":
             return drafts
-        journal.progress("select", 0, len(drafts))
+        run_log.progress("select", 0, len(drafts))
         groups = {
             client: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self.seed("cluster", client))
             for client, d in drafts.items()
@@ -133,8 +133,8 @@ class FDKT(RoundStrategy[State]):
 
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
         """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
-        c, journal = self.config, self.server.journal
-        journal.progress("augment", 0, len(shown))
+        c, run_log = self.config, self.server.run_log
+        run_log.progress("augment", 0, len(shown))
         if c.one_to_many and c.demonstrations != "none":
             everyone = pool(list(shown.values()))
             shown = dict.fromkeys(shown, everyone)
@@ -150,11 +150,11 @@ class FDKT(RoundStrategy[State]):
         )
         corpora: dict[int, Corpus] = {}
         for client, reply in written.items():
-            journal.metric(client, "yield/written/without_demonstrations", sum(reply.bare.values()))
+            run_log.log_metric(client, "yield/written/without_demonstrations", sum(reply.bare.values()))
             labels, came = self.server.labels[: c.num_texts], len(reply.corpus) + sum(reply.dropped.values())
             missing = {**reply.dropped, "not written": max(0, c.num_texts - came)}
             corpora[client] = self._curate(client, "written", reply.corpus, labels, missing)
-            journal.corpus(client, "written", corpora[client])
+            run_log.log_corpus(client, "written", corpora[client])
         return corpora
 
     def _curate(
@@ -174,7 +174,7 @@ class FDKT(RoundStrategy[State]):
 
     def _note(self, client: int, steps: list[tuple[str, Filtered]]) -> None:
         for stage in yields(steps):
-            self.server.journal.stage(client, stage)
+            self.server.run_log.log_stage(client, stage)
 
 
 def _nothing() -> Corpus:

@@ -106,14 +106,14 @@ class FedPIT(RoundStrategy[State]):
         start = state.adapters or dict.fromkeys(clients.ids, self.server.new_adapter(self.seed("adapter")))
         replies = clients.ask_each({client: self._request(client, adapter) for client, adapter in start.items()})
         for client, reply in replies.items():
-            self.server.journal.adapter(client, reply.adapter)
+            self.server.run_log.log_adapter(client, reply.adapter)
             if stage := _stage(reply.funnel):
-                self.server.journal.stage(client, stage)
+                self.server.run_log.log_stage(client, stage)
 
         adapters = {client: reply.adapter for client, reply in replies.items()}
         if self.config.aggregate:
             mean = average(list(adapters.values()), [float(reply.records) for reply in replies.values()])
-            self.server.journal.adapter(SERVER, mean, "global")
+            self.server.run_log.log_adapter(SERVER, mean, "global")
             adapters = dict.fromkeys(start, mean)
         if self.config.training != "personal":  # there each client keeps one of its own in use
             clients.ask_each({client: Adopt(adapter) for client, adapter in adapters.items()})

@@ -73,7 +73,7 @@ class KnowledgeSG(RoundStrategy[State]):
 
     def _finetuned(self, clients: Clients, before: Mapping[int, Adapter]) -> dict[int, Adapter]:
         """Step 1: the clients' DP-SGD on whole records goes on from the last round; one adapter each, or their mean."""
-        c, journal = self.config, self.server.journal
+        c, run_log = self.config, self.server.run_log
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
         starts = {client: before.get(client, first) for client in clients.ids}
         frozen_a = not c.personal and c.aggregation == "frozen_a"
@@ -81,16 +81,16 @@ class KnowledgeSG(RoundStrategy[State]):
             {client: Finetune(start, self.seed("train", client), frozen_a) for client, start in starts.items()}
         )
         if not c.personal:
-            return {SERVER: aggregate(replies, first, c.aggregation, journal)}
+            return {SERVER: aggregate(replies, first, c.aggregation, run_log)}
         trained = {client: completed(reply.adapter, starts[client]) for client, reply in replies.items()}
         for client, adapter in trained.items():
-            journal.adapter(client, adapter)
+            run_log.log_adapter(client, adapter)
         return {**before, **trained}
 
     def _pairs(self, owner: int, writer: Adapter | None) -> Corpus:
         """Steps 2 to 4: instructions that a DP model writes (without one: public ones), selected and responded to."""
         c, server, professional = self.config, self.server, self.server.professional
-        server.journal.progress("write", 0, 1)
+        server.run_log.progress("write", 0, 1)
         base, public = server.cell.scenario.client.generator, server.cell.scenario.server.public
         if writer is None:
             raw = draw(base, public or "", c.num_texts, c.max_new_tokens, seed=self.seed("public"))
@@ -110,10 +110,10 @@ class KnowledgeSG(RoundStrategy[State]):
             answered = respond(professional, pairs, c.response_tokens)
             steps, pairs = [*steps, ("answered", answered)], answered.corpus
         for stage in yields(steps):
-            server.journal.stage(owner, stage)
+            server.run_log.log_stage(owner, stage)
         instructions = replace(raw.corpus, answers=("",) * len(raw.corpus))
-        server.journal.corpus(owner, "instructions", instructions, instructions=c.instructions)
-        server.journal.corpus(owner, "pairs", pairs, instructions=c.instructions, responses=c.responses)
+        server.run_log.log_corpus(owner, "instructions", instructions, instructions=c.instructions)
+        server.run_log.log_corpus(owner, "pairs", pairs, instructions=c.instructions, responses=c.responses)
         return pairs
 
     def _target(self, owner: int, writer: Adapter | None, pairs: Corpus) -> Adapter:
@@ -124,7 +124,7 @@ class KnowledgeSG(RoundStrategy[State]):
             start = new_adapter(base, rank=c.tuning.rank, alpha=c.tuning.alpha, seed=self.seed("target"))
         engine, seed = self.server.engine, self.seed("teach", owner)
         target, loss = taught(engine, base, start, pairs, c.tuning, loss_on=c.loss_on, seed=seed)
-        self.server.journal.adapter(owner, target, "target")
+        self.server.run_log.log_adapter(owner, target, "target")
         if isfinite(loss):
-            self.server.journal.metric(owner, "loss/target", loss)
+            self.server.run_log.log_metric(owner, "loss/target", loss)
         return target

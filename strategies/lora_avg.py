@@ -57,24 +57,24 @@ class LoraAverage(RoundStrategy[State]):
         replies = clients.ask_each(
             {client: Finetune(start, self.seed("train", client), frozen_a) for client in clients.ids}
         )
-        adapter = aggregate(replies, start, self.config.aggregation, self.server.journal)
-        self.server.journal.adapter(SERVER, adapter, "global")
+        adapter = aggregate(replies, start, self.config.aggregation, self.server.run_log)
+        self.server.run_log.log_adapter(SERVER, adapter, "global")
         clients.ask(Adopt(adapter))
         return replace(state, round=state.round + 1, adapter=adapter)
 
 
-def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, journal: RunLog) -> Adapter:
+def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, run_log: RunLog) -> Adapter:
     """The mean of the clients' adapters, weighted by their records; each of them is noted, too.
 
     Args:
         answers: By client; of requests with `frozen_a` where that is the aggregation.
         start: What all of them were trained from.
         aggregation: See `Config`.
-        journal: Gets the clients' adapters and the error.
+        run_log: Gets the clients' adapters and the error.
     """
     sent = {client: completed(reply.adapter, start) for client, reply in replies.items()}
     for client, adapter in sent.items():
-        journal.adapter(client, adapter)
+        run_log.log_adapter(client, adapter)
     adapters = list(sent.values())
     weights = [float(reply.records) for reply in replies.values()]
     if aggregation == "frozen_a":
@@ -82,5 +82,5 @@ def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Agg
     if aggregation == "factors":
         return average(adapters, weights)
     short = truncated(stacked(adapters, weights), start.rank, start.alpha)
-    journal.metric(SERVER, "aggregation/error", short.error)
+    run_log.log_metric(SERVER, "aggregation/error", short.error)
     return short.adapter

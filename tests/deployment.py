@@ -169,7 +169,7 @@ class Federation:
             code=code,
         )
 
-    def trail(self, name: str) -> list[dict[str, Any]]:
+    def audit_log(self, name: str) -> list[dict[str, Any]]:
         lines = (self.place(name) / "state" / "audit.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 

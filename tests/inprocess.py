@@ -105,7 +105,7 @@ class Played:
 
     cell: Cell
     grid: LocalGrid
-    journal: RunLog
+    run_log: RunLog
     out: Path
     states: list[Any] = field(default_factory=list)
 
@@ -126,7 +126,7 @@ class Played:
 
     def metric(self, name: str) -> list[float]:
         """A metric's values, in the order in which they were noted."""
-        return [value for _, _, _, _, metric, value in self.journal.rows if metric == name]
+        return [value for _, _, _, _, metric, value in self.run_log.rows if metric == name]
 
     def client(self, index: int) -> ClientSide:
         """A client's house as it was left."""
@@ -154,16 +154,16 @@ def play(
     data = cell.scenario.data
     ids, labels = 1 if data.pooled else data.clients, label_list(data)
     grid = LocalGrid(client_app(simulation), nodes or ids, {"scenario-toml": whole, "out-dir": str(out)}, spoil=spoil)
-    journal = RunLog(cell, out, out / "events.jsonl")
-    llm = CachedLLM(llm or ScriptedLLM(), "llm", journal)
-    professional = llm if professional is None else CachedLLM(professional, "professional", journal)
+    run_log = RunLog(cell, out, out / "events.jsonl")
+    llm = CachedLLM(llm or ScriptedLLM(), "llm", run_log)
+    professional = llm if professional is None else CachedLLM(professional, "professional", run_log)
 
     def open_clients(grid: Any) -> Clients:
-        return Clients(grid, nodes_by_client(grid, ids, stack=cell.scenario.stack), cell, run, labels, journal)
+        return Clients(grid, nodes_by_client(grid, ids, stack=cell.scenario.stack), cell, run, labels, run_log)
 
     kind, config = load_strategy(cell.scenario.strategy)
-    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, journal, open_clients, measures))
-    played, one_round = Played(cell, grid, journal, out), strategy.round
+    strategy: Any = kind(config, ServerSide(cell, labels, llm, professional, embed, run_log, open_clients, measures))
+    played, one_round = Played(cell, grid, run_log, out), strategy.round
 
     def remembered(clients: Clients, state: Any) -> Any:
         played.states.append(one_round(clients, state))
@@ -171,5 +171,5 @@ def play(
 
     strategy.round = remembered
     strategy.start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
-    journal.close()
+    run_log.close()
     return played

@@ -305,7 +305,7 @@ def test_a_run_of_which_a_filter_leaves_nothing_says_so(tmp_path: Path) -> None:
     # Without a guarantee, as the search for the noise takes longer than all else.
     asked = load(path, ["strategy.min_words=60", "strategy.draft_tokens=6", "client.guarantee=none"])
     run = play(_toml(asked), tmp_path, "fdkt", llm=ScriptedLLM())
-    summarize(asked, run.out, 1.0, [run.journal])
+    summarize(asked, run.out, 1.0, [run.run_log])
     shown = io.StringIO()
     _print_table(Console(file=shown, width=120, highlight=False), read(run.out))
     said = " ".join(shown.getvalue().split())

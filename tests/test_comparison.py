@@ -95,7 +95,7 @@ class Stand:
         journals = []
         for cell in cells(scenario):
             place = out.parent / "cells" / out.name / cell.arm / str(cell.seed)
-            journals.append(inprocess.play(to_toml(scenario), place, cell.arm, seed=cell.seed).journal)
+            journals.append(inprocess.play(to_toml(scenario), place, cell.arm, seed=cell.seed).run_log)
         summarize(scenario, out, 1.0, journals)
         (out / "status.json").write_text(json.dumps({"status": "completed"}))
         return simulate.read(out)

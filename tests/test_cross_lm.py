@@ -266,8 +266,8 @@ def test_without_feedback_nobody_is_asked_and_the_llm_stays_as_it_is(runs: Runs)
     assert len(run.requests(Learn)) == 3 * ROUNDS
     assert run.states[-1].adapter is None
     assert run.states[-1].corpus.provenance is Provenance.PUBLIC
-    assert guarantee_of([run.journal]) == "dp"
-    assert "nothing derived from private text leaves" in privacy_line([run.journal])
+    assert guarantee_of([run.run_log]) == "dp"
+    assert "nothing derived from private text leaves" in privacy_line([run.run_log])
     assert not run.metric("general/perplexity")
 
 
@@ -283,7 +283,7 @@ def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) 
     before, after = run.metric("general/perplexity_before"), run.metric("general/perplexity")
     assert len(before) == len(after) == ROUNDS
     assert before[1] == after[0]
-    assert {client for _, _, _, client, metric, _ in run.journal.rows if metric == "general/perplexity"} == {-1}
+    assert {client for _, _, _, client, metric, _ in run.run_log.rows if metric == "general/perplexity"} == {-1}
     assert len(run.metric("llm/chosen_label_accuracy")) == len(run.metric("scores/mean")) == ROUNDS
     folder = run.out / "adapters" / "main" / "seed-0" / f"round-{ROUNDS}-llm"
     assert (
@@ -504,16 +504,16 @@ def test_who_was_away_in_the_first_round_learns_before_it_scores(toml: str, llm:
     assert sorted(scored) == sorted([*(set(range(3)) - {late}), 0, 1, 2])
     assert run.states[0].learnt == tuple(sorted(set(range(3)) - {late}))
     assert run.states[1].learnt == (0, 1, 2)
-    assert run.journal.silent == set()  # it spent nothing while it was away
-    assert not any(metric.endswith("-score/failed") for *_, metric, _ in run.journal.rows)
+    assert run.run_log.silent == set()  # it spent nothing while it was away
+    assert not any(metric.endswith("-score/failed") for *_, metric, _ in run.run_log.rows)
 
 
 def test_the_run_says_what_the_server_saw_and_what_it_costs(runs: Runs) -> None:
-    said = privacy_line([runs["dp"].journal])
+    said = privacy_line([runs["dp"].run_log])
     assert said.startswith("an honest-but-curious server sees scores: (")
     assert "-DP per row, all rounds" in said
-    assert "-DP per client, all rounds" in privacy_line([runs["noise"].journal])
-    said = privacy_line([runs["main"].journal])
+    assert "-DP per client, all rounds" in privacy_line([runs["noise"].run_log])
+    said = privacy_line([runs["main"].run_log])
     assert said.startswith("no differential privacy guarantee: scores left clients without a mechanism")
     assert runs["main"].client(0).ledger.spent()[0] == math.inf
     assert len(entries(runs["main"].client(0), "no_guarantee")) == 1  # noted once for a run and a reason
@@ -548,9 +548,9 @@ def asked(toml: str, llm: str, tmp_path: Path) -> Iterator[Any]:
         cell, out = cell_of(whole, arm, 0), tmp_path / arm
         out.mkdir(exist_ok=True)
         grid = LocalGrid(client_app(simulation), 3, {"scenario-toml": whole, "out-dir": str(out)})
-        journal = RunLog(cell, out, out / "events.jsonl")
-        clients = Clients(grid, nodes_by_client(grid, 3), cell, "simulated", LABELS, journal)
-        return Asked(Played(cell, grid, journal, out), clients)
+        run_log = RunLog(cell, out, out / "events.jsonl")
+        clients = Clients(grid, nodes_by_client(grid, 3), cell, "simulated", LABELS, run_log)
+        return Asked(Played(cell, grid, run_log, out), clients)
 
     return make
 

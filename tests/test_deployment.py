@@ -148,7 +148,7 @@ def test_each_site_keeps_an_account_a_trail_and_a_model_of_its_own(ran: Ran) -> 
         found = contents(state / "accounts" / f"{name}-1" / "ledger.sqlite")
         assert not problems(found)
         assert [grant["state"] for grant in found["grants"]] == ["sent"]
-        events = [(e["event"], e.get("task")) for e in ran.federation.trail(name)]
+        events = [(e["event"], e.get("task")) for e in ran.federation.audit_log(name)]
         assert events == [
             ("asked", "train.synthesize"),
             ("charged", None),

@@ -270,7 +270,7 @@ def test_text_waits_until_a_person_lets_it_go_and_no_metric_leaves(default: Fede
     account = instructed.account(place.ledger)
     assert [grant["state"] for grant in account["grants"]] == ["sent"]
     assert not [row for row in read(out).metrics["metric"] if row in ("accuracy", "macro_f1")]
-    said = [(e["event"], e.get("task")) for e in entries(place.trail)]
+    said = [(e["event"], e.get("task")) for e in entries(place.audit_log)]
     assert ("accepted", None) in said
     assert ("refused", "evaluate.evaluate") in said
 

@@ -111,7 +111,7 @@ class World:
     cell: Cell
     grid: LocalGrid
     llm: ScriptedLLM
-    journal: RunLog
+    run_log: RunLog
     out: Path
     state: Any = None
     clients: list[ClientSide] = field(default_factory=list)
@@ -121,12 +121,12 @@ class World:
         clients = 1 if data.pooled else data.clients
 
         def open_clients(grid: Any) -> Clients:
-            return Clients(grid, nodes_by_client(grid, clients), self.cell, "simulated", LABELS, self.journal)
+            return Clients(grid, nodes_by_client(grid, clients), self.cell, "simulated", LABELS, self.run_log)
 
         kind, config = load_strategy(self.cell.scenario.strategy)
-        server = ServerSide(self.cell, LABELS, self.llm, self.llm, embed, self.journal, open_clients)
+        server = ServerSide(self.cell, LABELS, self.llm, self.llm, embed, self.run_log, open_clients)
         kind(config, server).start(self.grid, ArrayRecord())
-        self.journal.close()
+        self.run_log.close()
 
     def replies(self, kind: type[Any]) -> list[Any]:
         request_kind = {Synthesized: Synthesize, Evaluated: Evaluate}[kind]
@@ -258,7 +258,7 @@ def test_deleting_private_text_after_training_changes_no_released_byte(
     monkeypatch.setattr(module, "train_generator", fit_then_delete)
     again = world(toml, "fdkt", tmp_path / "again")
     [client] = [0]
-    clients = Clients(again.grid, nodes_by_client(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.journal)
+    clients = Clients(again.grid, nodes_by_client(again.grid, CLIENTS), again.cell, "simulated", LABELS, again.run_log)
     request = decode(fdkt.grid.requests_of(Synthesize.task)[client].content["fedsynth"]["payload"], Synthesize)
     answer = clients.ask_each({client: request})[client]
     assert answer.corpus.fingerprint() == fdkt.replies(Synthesized)[client].corpus.fingerprint()
@@ -275,7 +275,7 @@ def test_charged_steps_are_the_steps_that_ran(fdkt: World) -> None:
         epsilon, delta = client.ledger.spent()
         assert epsilon <= 8.0
         assert delta == 1e-5
-        assert fdkt.journal.statements[index].epsilon == pytest.approx(epsilon, abs=1e-2)
+        assert fdkt.run_log.statements[index].epsilon == pytest.approx(epsilon, abs=1e-2)
 
 
 def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, 
     again.run()
 
     def untimed(w: World) -> list[Any]:
-        return [r for r in w.journal.rows if not r[4].startswith("seconds/")]
+        return [r for r in w.run_log.rows if not r[4].startswith("seconds/")]
 
     assert untimed(again) == untimed(fdkt)
 
@@ -299,7 +299,7 @@ def test_a_repeated_request_gets_the_same_bytes_and_one_training(
     made = world(toml, "fdkt", tmp_path)
     request = Synthesize(2, 1.0, 1.0, 8, seed=1)
     for _ in range(2):
-        clients = Clients(made.grid, nodes_by_client(made.grid, 1), made.cell, "simulated", LABELS, made.journal)
+        clients = Clients(made.grid, nodes_by_client(made.grid, 1), made.cell, "simulated", LABELS, made.run_log)
         clients.ask(request)
     first, second = (r.content["fedsynth"]["payload"] for r in made.grid.replies if "fedsynth" in r.content)
     assert first == second
@@ -321,7 +321,7 @@ def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: 
     made = world(toml, arm, tmp_path)
     made.run()
     assert {m.metadata.message_type for m in made.grid.requests} - {"query.who"} == asked
-    assert guarantee_of([made.journal]) == guarantee
+    assert guarantee_of([made.run_log]) == guarantee
     assert bool(made.llm.completed) == (arm in ("no_demonstrations", "no_filter", "no_dp"))
     if arm == "no_dp":
         assert all(
@@ -382,7 +382,7 @@ def test_a_worker_that_dies_costs_its_client_another_try_and_nothing_else(toml: 
     whole = world(toml, "fdkt", tmp_path / "whole")
     whole.run()
     assert sorted(died) == [Learn.task, Synthesize.task]
-    figures = [[row for row in run.journal.rows if row[4] == "accuracy"] for run in (made, whole)]
+    figures = [[row for row in run.run_log.rows if row[4] == "accuracy"] for run in (made, whole)]
     assert figures[0] == figures[1] != []
     client, other = (
         fedsynth.clients.client_side.simulated_client(run.cell, 1, private_of(run.out), "simulated")
@@ -400,7 +400,7 @@ def test_a_quorum_lets_a_run_go_on_without_a_client(toml: str, tmp_path: Path) -
 
     made = world(toml.replace('llm = "scripted"', 'llm = "scripted"\nquorum = 0.5'), "fdkt", tmp_path, spoil=die)
     made.run()
-    assert {r[3] for r in made.journal.rows if r[4] == "accuracy"} == {0, 2}
+    assert {r[3] for r in made.run_log.rows if r[4] == "accuracy"} == {0, 2}
 
 
 def test_nothing_in_the_run_directory_is_private(fdkt: World) -> None:
@@ -449,7 +449,7 @@ def test_it_goes_on_to_the_same_results(toml: str, tmp_path: Path, monkeypatch: 
 def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path, option: str) -> None:
     made = world(toml.replace("shots = 2", f"shots = {CLIENTS}\n{option}"), "fdkt", tmp_path)
     kind, config = load_strategy(made.cell.scenario.strategy)
-    strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.journal, lambda _: None))
+    strategy = kind(config, ServerSide(made.cell, LABELS, made.llm, made.llm, embed, made.run_log, lambda _: None))
     drafts = {
         client: Corpus(
             (f"heart of {client}", f"skin of {client}"), LABELS, Provenance.DP_SYNTHETIC, grants=(f"g{client}",)

@@ -484,7 +484,7 @@ def test_after_training_shuffled_responses_score_worse_than_matched_ones(tmp_pat
 
 def test_the_run_says_that_nothing_is_guaranteed_and_prints_no_epsilon(tmp_path: Path, writer: type[Writer]) -> None:
     run = played(tmp_path)
-    line = privacy_line([run.journal])
+    line = privacy_line([run.run_log])
     assert line.startswith("no differential privacy guarantee: adapters left clients without a mechanism")
     assert not run.metric("privacy/epsilon")
     assert all(a.statement.guarantee == "none" and a.statement.epsilon is None for a in run.replies(SelfTrain))

@@ -67,8 +67,8 @@ class Sites(LocalGrid):
 
 def clients(tmp_path: Path, says: Mapping[str, Says], quorum: float) -> Clients:
     [cell] = cells(from_toml(instructions(tmp_path, AVERAGE) + f"server.quorum = {quorum}\n"))
-    journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl", simulated=False)
-    return Clients(Sites(says), {}, cell, "run", (), journal, sites=tuple(says))
+    run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl", simulated=False)
+    return Clients(Sites(says), {}, cell, "run", (), run_log, sites=tuple(says))
 
 
 def answering(**change: Any) -> Says:
@@ -124,10 +124,10 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     three = clients(tmp_path, {"north": answering(), "south": bad, "west": answering(epsilon=8.5)}, quorum=0.5)
     answers = three.ask(request)
     assert sorted(answers) == [0, 2]
-    assert {client: said.epsilon for client, said in three.journal.statements.items()} == {0: 7.99, 2: 8.5}
-    assert three.journal.silent == {(1, 1)}
-    assert "1 clients gave no usable reply" in privacy_line([three.journal])
-    told = json.dumps(three.journal.record()) + (tmp_path / "events.jsonl").read_text()
+    assert {client: said.epsilon for client, said in three.run_log.statements.items()} == {0: 7.99, 2: 8.5}
+    assert three.run_log.silent == {(1, 1)}
+    assert "1 clients gave no usable reply" in privacy_line([three.run_log])
+    told = json.dumps(three.run_log.record()) + (tmp_path / "events.jsonl").read_text()
     assert "script" not in told
 
     all_needed = clients(tmp_path, {"north": answering(), "south": bad, "west": answering()}, quorum=1.0)
@@ -152,14 +152,14 @@ def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
     says = {"north": answering(), "south": answering(epsilon=8.5), "west": answering()}
     three = clients(tmp_path, says, quorum=0.5)
     assert sorted(three.ask(Finetune(START, seed=1))) == [0, 2]
-    assert three.journal.silent == {(1, 1)}
+    assert three.run_log.silent == {(1, 1)}
     (tmp_path / "late").mkdir()
     late = clients(tmp_path / "late", says, quorum=0.5)
     requests = dict.fromkeys(range(3), Finetune(START, seed=1))
     sent, _ = late._delivery.send(requests, range(3), partial(late._packed, requests))
     late._late.expect(sent, 1, requests)
     late.close()
-    assert {client: said.epsilon for client, said in late.journal.statements.items()} == {0: 7.99, 2: 7.99}
+    assert {client: said.epsilon for client, said in late.run_log.statements.items()} == {0: 7.99, 2: 7.99}
 
 
 def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:
 
     two = clients(tmp_path, {"north": timed, "south": timed}, quorum=1.0)
     assert sorted(two.ask(Finetune(START, seed=1))) == [0, 1]
-    assert "seconds/client" not in json.dumps(two.journal.record())
+    assert "seconds/client" not in json.dumps(two.run_log.record())
 
 
 def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
@@ -179,7 +179,7 @@ def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
             self.noted.append(figure)
 
     answers = {0: Evaluated({}, 5), 1: Evaluated({"accuracy": 0.25}, 5), 2: Evaluated({"accuracy": 0.75}, 5)}
-    method: Any = SimpleNamespace(server=SimpleNamespace(journal=Journaled()))
+    method: Any = SimpleNamespace(server=SimpleNamespace(run_log=Journaled()))
     assert dict(RoundStrategy._record(method, answers)) == {"accuracy": 0.5}
     assert Journaled.noted == [(1, "accuracy", 0.25), (2, "accuracy", 0.75)]
 

@@ -189,7 +189,7 @@ def test_two_rounds_cost_what_one_run_of_all_their_steps_costs(tmp_path: Path, b
     assert said.epsilon == pytest.approx(epsilon(replace(plan, steps=6, rounds=1), 1e-5), abs=1e-6)
     assert said.epsilon <= 8.0
     assert client.ledger.spent()[0] == pytest.approx(said.epsilon, abs=1e-6)
-    assert f"({up(said.epsilon, 3):.3f}, 1e-05)-DP per row, all rounds" in privacy_line([run.journal])
+    assert f"({up(said.epsilon, 3):.3f}, 1e-05)-DP per row, all rounds" in privacy_line([run.run_log])
 
 
 def test_a_round_beyond_the_plan_is_refused_before_a_step_of_it_runs(tmp_path: Path, base: str) -> None:
@@ -214,8 +214,8 @@ def test_rounds_go_on_from_each_clients_own_adapter_and_the_rest_happens_once(tm
 
 def test_without_a_guarantee_nothing_claims_one(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, guarantee="none")
-    assert guarantee_of([run.journal]) == "none"
-    assert "no differential privacy guarantee: adapters left" in privacy_line([run.journal])
+    assert guarantee_of([run.run_log]) == "none"
+    assert "no differential privacy guarantee: adapters left" in privacy_line([run.run_log])
     assert all(corpus.grants == () for corpus, _ in journaled(run, "pairs").values())
     assert all(request.adapter.grants == () for request in run.requests(Adopt))
 
@@ -348,8 +348,8 @@ def test_public_instructions_ask_nothing_of_the_clients_and_spend_nothing(tmp_pa
     assert (owner, facts["instructions"]) == (SERVER, "public")
     assert all(prompt.startswith("public note") for prompt in pairs.prompts)
     assert (pairs.provenance, pairs.grants) == (Provenance.PUBLIC, ())
-    assert guarantee_of([run.journal]) == "dp"
-    assert "nothing to spend" in privacy_line([run.journal])
+    assert guarantee_of([run.run_log]) == "dp"
+    assert "nothing to spend" in privacy_line([run.run_log])
     assert all(run.client(i).ledger.spent()[0] == 0 for i in range(3))
 
 
@@ -382,7 +382,7 @@ def test_the_dp_model_itself_can_be_adopted(tmp_path: Path, base: str) -> None:
 def test_nothing_can_be_adopted_and_then_nothing_is_asked(tmp_path: Path, base: str) -> None:
     run = played(tmp_path, base, 'adopts = "nothing"')
     assert [m.metadata.message_type for m in run.grid.requests if "fedsynth" in m.content] == [Evaluate.task] * 3
-    assert "nothing to spend" in privacy_line([run.journal])
+    assert "nothing to spend" in privacy_line([run.run_log])
 
 
 @pytest.mark.parametrize("aggregation", ["factors", "frozen_a", "product"])

@@ -115,7 +115,7 @@ def test_rounds_of_k_steps_cost_what_one_run_of_all_steps_costs(tmp_path: Path) 
 def test_without_a_guarantee_the_run_says_so_and_prints_no_epsilon(tmp_path: Path) -> None:
     run = played(tmp_path, guarantee="none")
     assert all(a.statement.guarantee == "none" and a.adapter.grants == () for a in run.replies(Finetune))
-    assert "no differential privacy guarantee: adapters left" in privacy_line([run.journal])
+    assert "no differential privacy guarantee: adapters left" in privacy_line([run.run_log])
 
 
 def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:

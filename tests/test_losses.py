@@ -34,7 +34,7 @@ def scenario(arms: str = "[arms.a]\n[arms.b]\n", data: str = 'source = "world:ho
     )
 
 
-def journal(place: Path, arm: int = 0) -> RunLog:
+def run_log(place: Path, arm: int = 0) -> RunLog:
     found = RunLog(cells(scenario())[arm], place, place / "events.jsonl")
     found.round = 1
     return found
@@ -49,90 +49,90 @@ def told(*journals: RunLog) -> dict[str, list[str]]:
     return {arm: [str(loss) for loss in own] for arm, own in losses(frame).items()}
 
 
-def fdkt(journal: RunLog, client: int, unfinished: int, kept: int, written: int) -> None:
+def fdkt(run_log: RunLog, client: int, unfinished: int, kept: int, written: int) -> None:
     """Of 12 drafts and 8 texts of a client."""
     drafts = 12 - unfinished
-    journal.stage(client, step("drafts", 12, kept, unfinished=unfinished, too_short=drafts - kept))
-    journal.stage(client, step("drafts_unique", kept, kept))
-    journal.stage(client, step("written", 8, written, too_short=8 - written))
-    journal.stage(client, step("written_unique", written, written))
+    run_log.log_stage(client, step("drafts", 12, kept, unfinished=unfinished, too_short=drafts - kept))
+    run_log.log_stage(client, step("drafts_unique", kept, kept))
+    run_log.log_stage(client, step("written", 8, written, too_short=8 - written))
+    run_log.log_stage(client, step("written_unique", written, written))
 
 
 # --- What counts as a loss --------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_told_where_a_tenth_or_more_is_left_at_every_client(tmp_path: Path) -> None:
-    made = journal(tmp_path)
+    made = run_log(tmp_path)
     for client in (0, 1):
         fdkt(made, client, unfinished=2, kept=2, written=1)  # 4 of 24, 2 of 16
     assert told(made) == {}
 
 
 def test_less_than_a_tenth_is_told_with_the_counts_and_the_reason_that_took_most(tmp_path: Path) -> None:
-    made = journal(tmp_path)
+    made = run_log(tmp_path)
     for client, kept in ((0, 1), (1, 1)):
-        made.stage(client, step("drafts", 10, kept, unfinished=4, too_short=5))
+        made.log_stage(client, step("drafts", 10, kept, unfinished=4, too_short=5))
     assert told(made) == {}  # 2 of 20 are a tenth
     made.round = 2
     for client, kept in ((0, 1), (1, 0)):
-        made.stage(client, step("drafts", 10, kept, unfinished=10 - kept))
+        made.log_stage(client, step("drafts", 10, kept, unfinished=10 - kept))
     assert told(made) == {"a": ["3 of 40 drafts left (unfinished 27), none at 1 of 2 clients"]}
 
 
 def test_the_seen_run_is_told(tmp_path: Path) -> None:
-    made = journal(tmp_path)
+    made = run_log(tmp_path)
     for client in (0, 1):
         fdkt(made, client, unfinished=12, kept=0, written=8)
     assert told(made) == {"a": ["0 of 24 drafts left (unfinished 24)"]}
 
 
 def test_a_client_without_text_is_told_although_the_others_have_enough(tmp_path: Path) -> None:
-    made = journal(tmp_path)
+    made = run_log(tmp_path)
     fdkt(made, 0, unfinished=0, kept=12, written=8)
     fdkt(made, 1, unfinished=0, kept=12, written=0)
     assert told(made) == {"a": ["8 of 16 written texts left (too short 8), none at 1 of 2 clients"]}
 
 
 def test_lost_labels_are_told(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(0, step("drafts", 12, 8, ("flu",), too_short=4))
-    made.stage(1, step("drafts", 12, 12))
+    made = run_log(tmp_path)
+    made.log_stage(0, step("drafts", 12, 8, ("flu",), too_short=4))
+    made.log_stage(1, step("drafts", 12, 12))
     assert told(made) == {"a": ["20 of 24 drafts left (too short 4), labels lost at 1 of 2 clients"]}
-    of_server = journal(tmp_path)
-    of_server.stage(-1, step("written", 12, 8, ("flu",), too_short=4))
+    of_server = run_log(tmp_path)
+    of_server.log_stage(-1, step("written", 12, 8, ("flu",), too_short=4))
     assert told(of_server) == {"a": ["8 of 12 written texts left (too short 4), labels lost"]}
 
 
 def test_filters_one_after_the_other_count_together(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(0, step("drafts", 100, 25, too_short=75))
-    made.stage(0, step("drafts_unique", 25, 6, duplicate=19))
+    made = run_log(tmp_path)
+    made.log_stage(0, step("drafts", 100, 25, too_short=75))
+    made.log_stage(0, step("drafts_unique", 25, 6, duplicate=19))
     assert told(made) == {"a": ["6 of 100 drafts left (too short 75)"]}
 
 
 def test_texts_of_the_llm_are_none_of_the_drafts_although_they_are_as_many(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(0, step("drafts", 8, 8))
-    made.stage(0, step("written", 8, 0, too_short=8))
+    made = run_log(tmp_path)
+    made.log_stage(0, step("drafts", 8, 8))
+    made.log_stage(0, step("written", 8, 0, too_short=8))
     assert told(made) == {"a": ["0 of 8 written texts left (too short 8)"]}
 
 
 def test_what_a_step_was_told_to_leave_out_is_no_loss(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(-1, step("written", 2000, 1900, unfinished=100))
-    made.stage(-1, Stage("chosen", 1900, 40, {"beyond 40": 1860}, ()))
+    made = run_log(tmp_path)
+    made.log_stage(-1, step("written", 2000, 1900, unfinished=100))
+    made.log_stage(-1, Stage("chosen", 1900, 40, {"beyond 40": 1860}, ()))
     assert told(made) == {}
 
 
 def test_a_judge_that_selects_nothing_is_told_with_its_reason(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(0, step("drafts", 12, 12))
-    made.stage(0, Stage("selected", 12, 0, {"beyond those selected": 12}, ()))
+    made = run_log(tmp_path)
+    made.log_stage(0, step("drafts", 12, 12))
+    made.log_stage(0, Stage("selected", 12, 0, {"beyond those selected": 12}, ()))
     assert told(made) == {"a": ["0 of 12 drafts left (beyond those selected 12)"]}
 
 
 def test_arms_are_told_apart(tmp_path: Path) -> None:
-    good, bad = journal(tmp_path, 0), journal(tmp_path, 1)
+    good, bad = run_log(tmp_path, 0), run_log(tmp_path, 1)
     fdkt(good, 0, unfinished=0, kept=12, written=8)
     fdkt(bad, 0, unfinished=12, kept=0, written=0)
     assert told(good, bad) == {"b": ["0 of 12 drafts left (unfinished 12)", "0 of 8 written texts left (too short 8)"]}
@@ -150,7 +150,7 @@ def ended(place: Path) -> Path:
         made = RunLog(cell, place, place / "events.jsonl", round=1)
         for client in (0, 1):
             fdkt(made, client, *((12, 0, 0) if number else (0, 12, 8)))
-            made.metric(client, "accuracy", 0.5)
+            made.log_metric(client, "accuracy", 0.5)
         made.close()
         journals.append(made)
     summarize(asked, place, 3.0, journals)
@@ -198,17 +198,17 @@ def test_terminal_json_summary_and_report_say_it_in_the_arms_own_line(tmp_path: 
 
 
 def test_progress_counts_all_clients_and_all_that_was_asked_for(tmp_path: Path) -> None:
-    made = journal(tmp_path)
-    made.stage(0, step("drafts", 12, 0, unfinished=12))
-    made.stage(0, step("drafts_unique", 0, 0))
-    made.stage(1, step("drafts", 12, 6, unfinished=6))
+    made = run_log(tmp_path)
+    made.log_stage(0, step("drafts", 12, 0, unfinished=12))
+    made.log_stage(0, step("drafts_unique", 0, 0))
+    made.log_stage(1, step("drafts", 12, 6, unfinished=6))
     assert made.kept == 0.25
-    made.stage(1, step("drafts_unique", 6, 3, duplicate=3))
+    made.log_stage(1, step("drafts_unique", 6, 3, duplicate=3))
     assert made.kept == 3 / 24
-    made.stage(0, step("written", 8, 8))
+    made.log_stage(0, step("written", 8, 8))
     assert made.kept == 1.0  # of the texts that came last
     made.round = 2
-    made.stage(0, step("written", 8, 2, too_short=6))
+    made.log_stage(0, step("written", 8, 2, too_short=6))
     assert made.kept == 0.25
 
 
@@ -225,14 +225,15 @@ def test_drafts_that_never_end_are_counted_as_lost_and_told(tmp_path: Path) -> N
     model = tiny.folder()  # it knows no end
     toml = (
         'name = "tiny"\n[strategy]\nuse = "fedsynth.strategies.fdkt:FDKT"\nper_label = 3\nmin_words = 1\n'
-        f'num_texts = 5\ndraft_tokens = 4\njudge = "none"\n[data]\nsource = "{tmp_path / "notes.csv"}"\nlabels = ["heart", "skin"]\n'
+        "num_texts = 5\ndraft_tokens = 4\n"
+        f'judge = "none"\n[data]\nsource = "{tmp_path / "notes.csv"}"\nlabels = ["heart", "skin"]\n'
         f'clients = 1\n[client]\ngenerator = "{model}"\ntask_model = "{model}"\nguarantee = "none"\n'
         "generator_training = { expected_batch_size = 5, steps = 1 }\n"
         "task_training = { augmented_epochs = 1, private_epochs = 1 }\n"
         f'[server]\nllm = "scripted"\n[arms.main]\n'
     )
     run = play(toml, tmp_path, llm=ScriptedLLM(answer=lambda prompt: "" if "skin" in prompt else " good"))
-    found = losses(pd.DataFrame(list(run.journal.rows), columns=["arm", "seed", "round", "client", "metric", "value"]))[
+    found = losses(pd.DataFrame(list(run.run_log.rows), columns=["arm", "seed", "round", "client", "metric", "value"]))[
         "main"
     ]
     assert [str(loss) for loss in found] == [

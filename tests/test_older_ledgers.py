@@ -34,7 +34,7 @@ def opened(tmp_path: Path, name: str, cap: float = 10.0) -> Place:
     place.ledger.parent.mkdir(parents=True)
     with sqlite3.connect(place.ledger) as db:
         db.executescript((WRITTEN / name / "ledger.sql").read_text())
-    shutil.copy(WRITTEN / name / "audit.jsonl", place.trail)
+    shutil.copy(WRITTEN / name / "audit.jsonl", place.audit_log)
     return place
 
 
@@ -64,7 +64,7 @@ def test_it_opens_and_counts_what_it_counted(place: Place) -> None:
     assert decode(stored, Synthesized, trusted=True).corpus.grants == ("33093734fc3f50e3e447086849f8eb83",)
     assert ledger.answered("2" * 64) == b"the answer of 2222"
     assert not ledger.sent("2" * 64)
-    assert len(list(entries(place.trail))) == 14
+    assert len(list(entries(place.audit_log))) == 14
     found = contents(place.ledger)
     assert problems(found) == []
     assert found["filter"]["order"] == ledger.order == order_for(Budget(10.0))

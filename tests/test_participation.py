@@ -95,7 +95,7 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
     toml = instructions(tmp_path, AVERAGE, rounds=2, clients=6, rows=60)
     run = play(toml + TABLE.replace("SEED", "2"), tmp_path)
     told = {
-        name: [value for *_, metric, value in run.journal.rows if metric.endswith(f"-finetune/{name}")]
+        name: [value for *_, metric, value in run.run_log.rows if metric.endswith(f"-finetune/{name}")]
         for name in ("clients", "answered", "absent", "dropped")
     }
     gone = sum(len(told[name]) for name in ("absent", "dropped"))
@@ -105,9 +105,9 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
     # Who is absent is not asked; the others are, in vain or not.
     assert len(run.requests(Finetune)) == 12 - len(told["absent"])
     assert len(run.requests(Evaluate)) == 12  # the simulator measures all
-    assert len(run.requests(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.journal.rows)
+    assert len(run.requests(Adopt)) == 12 - sum(metric.endswith("-adopt/absent") for *_, metric, _ in run.run_log.rows)
 
-    [line] = missing(pd.DataFrame(run.journal.rows, columns=list(COLUMNS)))
+    [line] = missing(pd.DataFrame(run.run_log.rows, columns=list(COLUMNS)))
     assert line.startswith("main seed 0 went on without some clients: finetune of round 1: ")
     assert f"{int(told['answered'][0])} of 6 clients" in line
 
@@ -117,10 +117,10 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
         assert problems(ledger) == []
         charged += len(ledger["grants"])
     assert charged == len(run.requests(Finetune))  # what was released in vain is paid for
-    statements = run.journal.statements
+    statements = run.run_log.statements
     asked = {where["client"] for where in (m.content["fedsynth"] for m in run.grid.requests_of(Finetune.task))}
     assert set(statements) == asked
-    assert run.journal.silent == set()
+    assert run.run_log.silent == set()
     for client in asked:
         spent = run.client(client).ledger.spent()[0]
         assert statements[client].epsilon == pytest.approx(spent)
@@ -153,7 +153,7 @@ def test_every_method_goes_on_without_some(tmp_path: Path, name: str) -> None:
         except TooFewReplies:
             continue
     assert run is not None
-    assert any(metric.startswith("exchange/") for *_, metric, _ in run.journal.rows)
+    assert any(metric.startswith("exchange/") for *_, metric, _ in run.run_log.rows)
     assert len(run.states) == 2
 
 
@@ -175,10 +175,10 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
     run = play(toml, tmp_path)
     [answered] = run.metric("exchange/1-finetune/answered")
     assert answered == 2
-    assert set(run.journal.statements) == {0, 1, 2}
-    assert run.journal.silent == set()
-    assert "no usable answer" not in privacy_line([run.journal])
-    failed = [client for *_, client, metric, _ in run.journal.rows if metric == "exchange/1-finetune/failed"]
+    assert set(run.run_log.statements) == {0, 1, 2}
+    assert run.run_log.silent == set()
+    assert "no usable answer" not in privacy_line([run.run_log])
+    failed = [client for *_, client, metric, _ in run.run_log.rows if metric == "exchange/1-finetune/failed"]
     assert len(failed) == 1
     assert failed[0] != SERVER
 
@@ -191,8 +191,8 @@ def test_a_client_that_never_answers_is_named(tmp_path: Path) -> None:
         return Message(Error(1, "gone"), reply_to=request) if broken else None
 
     run = play(toml, tmp_path, spoil=dead)
-    assert run.journal.silent == {(1, 1)}
-    assert "1 clients gave no usable reply" in privacy_line([run.journal])
+    assert run.run_log.silent == {(1, 1)}
+    assert "1 clients gave no usable reply" in privacy_line([run.run_log])
 
 
 def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
@@ -216,22 +216,22 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     monkeypatch.setattr(LocalGrid, "pull_messages", late)
     monkeypatch.setattr("fedsynth.federation.delivery.worker_retry.TRIES", 1)
     run = play(toml, tmp_path)
-    [(client, exchange)] = run.journal.silent
+    [(client, exchange)] = run.run_log.silent
     assert exchange == 1
-    assert set(run.journal.statements) == {0, 1, 2} - {client}
-    assert "1 clients gave no usable reply" in privacy_line([run.journal])
+    assert set(run.run_log.statements) == {0, 1, 2} - {client}
+    assert "1 clients gave no usable reply" in privacy_line([run.run_log])
 
 
 def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path) -> None:
     cell = cell_with(tmp_path)
     for request in ((8.0, 9.5), (9.5, 8.0)):
-        journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
+        run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
         for epsilon in request:
-            journal.state(0, Statement("dp", epsilon, 1e-5))
-        assert journal.statements[0].epsilon == 9.5
-        journal.state(0, Statement("none", None, 0.0))
-        journal.state(0, Statement("dp", 1.0, 1e-5))
-        assert journal.statements[0].guarantee == "none"
+            run_log.log_statement(0, Statement("dp", epsilon, 1e-5))
+        assert run_log.statements[0].epsilon == 9.5
+        run_log.log_statement(0, Statement("none", None, 0.0))
+        run_log.log_statement(0, Statement("dp", 1.0, 1e-5))
+        assert run_log.statements[0].guarantee == "none"
 
 
 def in_the_head(payload: bytes, old: str, new: str) -> bytes:
@@ -300,12 +300,12 @@ def test_a_corrupt_answer_is_one_clients_failure(
         assert bool(said) == reasons[client].startswith("sent an unusable reply: ")
         assert reasons[client].isprintable()
     assert run.metric("exchange/1-finetune/answered") == [1.0]
-    assert set(run.journal.statements) == {0}
+    assert set(run.run_log.statements) == {0}
     # What they spent is not known, and that is said; each was charged, and its account has it.
-    assert run.journal.silent == {(client, 1) for client in range(1, clients)}
-    assert f"{clients - 1} clients gave no usable reply" in privacy_line([run.journal])
+    assert run.run_log.silent == {(client, 1) for client in range(1, clients)}
+    assert f"{clients - 1} clients gave no usable reply" in privacy_line([run.run_log])
     assert all(len(contents(path)["grants"]) == 1 for path in ledgers_in(run.out))
-    told = json.dumps([*run.journal.rows, (run.out / "events.jsonl").read_text()])
+    told = json.dumps([*run.run_log.rows, (run.out / "events.jsonl").read_text()])
     assert "script" not in told
     assert "u001b" not in told
 

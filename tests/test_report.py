@@ -86,28 +86,28 @@ def make(out: Path, scenario: Scenario) -> Path:
     prepare(scenario, out)
     journals = []
     for cell in cells(scenario):
-        journal = RunLog(cell, out, out / "events.jsonl")
+        run_log = RunLog(cell, out, out / "events.jsonl")
         for number in (1, 2):
-            journal.round = number
+            run_log.round = number
             for client in (0, 1):
                 value = ACCURACY[cell.arm][2 * cell.seed + client]
-                journal.metric(client, "accuracy", value if number == 2 else value / 2)
+                run_log.log_metric(client, "accuracy", value if number == 2 else value / 2)
                 if cell.arm != "local":
-                    journal.metric(client, "yield/written/in", 30)
-                    journal.metric(client, "yield/written/kept", 24)
-                    journal.metric(client, "yield/written/dropped/too short", 6)
+                    run_log.log_metric(client, "yield/written/in", 30)
+                    run_log.log_metric(client, "yield/written/kept", 24)
+                    run_log.log_metric(client, "yield/written/dropped/too short", 6)
                     kind, grants = (
                         (Provenance.LLM_WRITTEN, ("grant",)) if cell.arm == "fdkt" else (Provenance.SELF_GENERATED, ())
                     )
                     written = Corpus(TEXTS, 3 * tuple(LABELS), kind, grants)
-                    journal.corpus(client, "written", written)
-                journal.count("bytes/up", client, 1500)
-        journal.statements = {0: DP, 1: DP} if cell.arm == "fdkt" else {}
+                    run_log.log_corpus(client, "written", written)
+                run_log.count("bytes/up", client, 1500)
+        run_log.statements = {0: DP, 1: DP} if cell.arm == "fdkt" else {}
         if cell.arm == "no_dp":
-            journal.statements = {0: Statement("none", None, 1e-5)}
-        journal.released = set() if cell.arm == "local" else {"synthetic text with labels"}
-        journal.close()
-        journals.append(journal)
+            run_log.statements = {0: Statement("none", None, 1e-5)}
+        run_log.released = set() if cell.arm == "local" else {"synthetic text with labels"}
+        run_log.close()
+        journals.append(run_log)
     summarize(scenario, out, 12.0, journals)
     return out
 

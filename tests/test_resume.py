@@ -233,13 +233,13 @@ def test_answers_are_whole_or_not_there(tmp_path: Path) -> None:
 
 def test_a_journal_comes_back_as_it_was(tmp_path: Path) -> None:
     cell = cells(from_toml(instructions(tmp_path, AVERAGE)))[0]
-    journal = RunLog(cell, tmp_path, tmp_path / "events.jsonl", round=2)
-    journal.metric(-1, "loss", float("nan"))
-    journal.count("bytes/up", 0, 5)
-    journal.count("bytes/up", 0, 6)
-    journal.released, journal.silent = {"adapters"}, {(3, 1)}
+    run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl", round=2)
+    run_log.log_metric(-1, "loss", float("nan"))
+    run_log.count("bytes/up", 0, 5)
+    run_log.count("bytes/up", 0, 6)
+    run_log.released, run_log.silent = {"adapters"}, {(3, 1)}
     again = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
-    again.restore(json.loads(json.dumps(journal.record())))
+    again.restore(json.loads(json.dumps(run_log.record())))
     assert again.rows[0][:5] == ("main", 0, 2, -1, "loss")
     assert np.isnan(again.rows[0][5])
     assert (again.totals, again.released, again.silent) == ({("bytes/up", 0): 11}, {"adapters"}, {(3, 1)})

@@ -211,7 +211,7 @@ class Deployed:
         self.whole = to_toml(from_toml(self.toml))
         self.cell = cell_of(self.whole, "main", 0)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.journal = RunLog(self.cell, self.out, self.out / "events.jsonl", simulated=False)
+        self.run_log = RunLog(self.cell, self.out, self.out / "events.jsonl", simulated=False)
         for index, place in enumerate(self.sites):
             if not place.ledger.exists() and self.accounts:
                 place.open_ledger(create=True, **self.keys(index))
@@ -235,13 +235,13 @@ class Deployed:
         names = [place.site.name for place in self.sites]
 
         def open_clients(grid: Any) -> Clients:
-            return Clients(grid, {}, self.cell, self.run_id, labels, self.journal, sites=names)
+            return Clients(grid, {}, self.cell, self.run_id, labels, self.run_log, sites=names)
 
         kind, config = load_strategy(self.cell.scenario.strategy)
         llm = llm or ScriptedLLM()
-        server = ServerSide(self.cell, labels, llm, llm, embed, self.journal, open_clients, self.measured)
+        server = ServerSide(self.cell, labels, llm, llm, embed, self.run_log, open_clients, self.measured)
         result = kind(config, server).start(self.grid, ArrayRecord(), num_rounds=self.cell.scenario.rounds)
-        self.journal.close()
+        self.run_log.close()
         return result
 
     def codes(self) -> list[ErrorCode]:
@@ -270,7 +270,7 @@ def test_with_injected_keys_sites_release_what_the_simulation_does(
     before = sorted((simulated.out / "corpora").rglob("drafts-*.parquet"))
     assert [tuple(map(tuple, pd.read_parquet(f)[["prompt", "answer"]].to_numpy())) for f in before] == deployed.texts()
     assert len(deployed.texts()) == 3
-    assert deployed.journal.epsilon == simulated.journal.epsilon
+    assert deployed.run_log.epsilon == simulated.run_log.epsilon
 
 
 def test_without_injected_keys_two_runs_differ_in_noise(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
@@ -285,8 +285,8 @@ def test_without_injected_keys_two_runs_differ_in_noise(tmp_path: Path, toml: st
 def test_what_is_said_of_a_real_run_calls_nothing_simulated(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
     deployed = Deployed(places(tmp_path, notes), toml, tmp_path / "run")
     deployed.run()
-    line = privacy_line([deployed.journal])
-    assert guarantee_of([deployed.journal]) == "dp"
+    line = privacy_line([deployed.run_log])
+    assert guarantee_of([deployed.run_log]) == "dp"
     assert "simulat" not in line
     assert "read from the data" not in line
     assert "largest over sites, in this run alone" in line
@@ -317,7 +317,7 @@ def test_a_site_measures_and_uses_the_model_that_a_run_left_after_the_run(
     sites = places(tmp_path, notes, dict.fromkeys(NAMES, open_))
     deployed = Deployed(sites, toml, tmp_path / "run", measured=True)
     deployed.run()
-    told = {(client, metric): value for *_, client, metric, value in deployed.journal.rows}
+    told = {(client, metric): value for *_, client, metric, value in deployed.run_log.rows}
     for number, place in enumerate(sites):
         [(folder, kept)], unread = models(place, "simul")
         assert (kept.run, kept.labels, unread) == ("simulated/main/0", LABELS, [])
@@ -419,7 +419,7 @@ def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str,
     less = {"charite": replace(POLICY, per_run=Budget(3.0))}
     deployed = Deployed(places(tmp_path, notes, less), toml, tmp_path / "run")
     deployed.run()
-    said = deployed.journal.statements
+    said = deployed.run_log.statements
     assert said[0].epsilon is not None
     assert 2.8 < said[0].epsilon <= 3.0
     assert said[1].epsilon is not None
@@ -470,7 +470,7 @@ def test_a_stricter_scenario_is_obeyed(tmp_path: Path, notes: pd.DataFrame) -> N
     lax = dict.fromkeys(NAMES, replace(POLICY, per_run=Budget(9.0)))
     deployed = Deployed(places(tmp_path, notes, lax), scenario(tmp_path, notes, epsilon=2.0), tmp_path / "run")
     deployed.run()
-    assert all(said.epsilon is not None and 1.8 < said.epsilon <= 2.0 for said in deployed.journal.statements.values())
+    assert all(said.epsilon is not None and 1.8 < said.epsilon <= 2.0 for said in deployed.run_log.statements.values())
 
 
 def test_runs_add_up_to_the_lifetime_cap_and_no_further(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
@@ -563,7 +563,7 @@ class TestApproval:
         assert told.count("site 'charite': its reply waits for approval there") == 1  # not at each look
         assert deployed.texts()[0] == tuple(zip(seen[0].prompts, seen[0].answers, strict=True))
         assert len([e for e in sites[0].open_ledger().entries() if e["kind"] == "grant"]) == 1
-        events = [e["event"] for e in entries(sites[0].trail)]
+        events = [e["event"] for e in entries(sites[0].audit_log)]
         assert events == ["asked", "charged", "waits", "stored", "accepted", "answered", "asked", "stored", "answered"]
 
     def test_declined_text_never_leaves_and_what_was_charged_stays_charged(
@@ -583,7 +583,7 @@ class TestApproval:
         with pytest.raises(TooFewReplies, match="site 'charite' refused: not_approved"):
             deployed.run()
         assert 7.8 < sites[0].open_ledger().spent()[0] <= 8.0
-        assert (0, 1) in deployed.journal.silent  # what it spent is not in the server's figures, and they say so
+        assert (0, 1) in deployed.run_log.silent  # what it spent is not in the server's figures, and they say so
         with pytest.raises(BadValue, match="was declined by"):
             decide(sites[0], sites[0].approvals.all()[0]["order"], "accepted")
 
@@ -681,18 +681,18 @@ def test_a_full_disk_has_a_code_and_one_line_at_the_site(
 
 
 def test_an_entry_of_the_trail_that_a_full_disk_cuts_short_leaves_nothing(tmp_path: Path) -> None:
-    trail = AuditLog(tmp_path / "audit.jsonl", {})
-    trail.add("asked")
+    audit_log = AuditLog(tmp_path / "audit.jsonl", {})
+    audit_log.add("asked")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:  # a file that may grow by 10 bytes is cut as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "audit.jsonl").stat().st_size + 10, limits[1]))
         with pytest.raises(OSError):
-            trail.add("stored")
+            audit_log.add("stored")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    trail.add("answered")
+    audit_log.add("answered")
     assert [entry["event"] for entry in entries(tmp_path / "audit.jsonl")] == ["asked", "answered"]
 
 
@@ -723,7 +723,7 @@ class TestTrail:
     ) -> None:
         sites = places(tmp_path, notes)
         Deployed(sites, toml, tmp_path / "run").run()
-        found = list(entries(sites[1].trail))
+        found = list(entries(sites[1].audit_log))
         assert [e["event"] for e in found] == ["asked", "charged", *["stored", "answered", "asked"] * 2][:-1]
         assert [e["task"] for e in found if e["event"] == "asked"] == [Synthesize.task, Learn.task]
         charged, stored, answered = found[1:4]
@@ -734,14 +734,14 @@ class TestTrail:
         assert answered["bytes"] > 0
         assert len(answered["sha256"]) == 64
         assert {e["superlink"] for e in found} == {"127.0.0.1:9443"}
-        assert "zq" not in sites[1].trail.read_text()
+        assert "zq" not in sites[1].audit_log.read_text()
 
     def test_a_changed_a_missing_and_an_added_line_show(self, tmp_path: Path) -> None:
-        trail = AuditLog(tmp_path / "audit.jsonl", {"superlink": "here"})
+        audit_log = AuditLog(tmp_path / "audit.jsonl", {"superlink": "here"})
         for number in range(4):
-            trail.add("asked", number=number)
-        lines = trail.path.read_text().splitlines()
-        assert [e["number"] for e in entries(trail.path)] == [0, 1, 2, 3]
+            audit_log.add("asked", number=number)
+        lines = audit_log.path.read_text().splitlines()
+        assert [e["number"] for e in entries(audit_log.path)] == [0, 1, 2, 3]
         broken = {
             "changed": [lines[0], lines[1].replace('"number": 1', '"number": 7'), *lines[2:]],
             "missing": [lines[0], *lines[2:]],
@@ -749,9 +749,9 @@ class TestTrail:
             "cut": [lines[0], lines[1][:20], *lines[2:]],
         }
         for changed in broken.values():
-            trail.path.write_text("\n".join(changed) + "\n")
+            audit_log.path.write_text("\n".join(changed) + "\n")
             with pytest.raises(AuditLogCorrupted, match=r"line [23]:"):
-                list(entries(trail.path))
+                list(entries(audit_log.path))
 
 
 class TestFile:
@@ -813,7 +813,7 @@ def test_a_start_makes_the_account_once_and_asks_for_the_one_that_the_trail_know
     place = places(tmp_path, notes)[0]
     _open_account(place)
     assert place.ledger.exists()
-    AuditLog(place.trail, {"dataset": place.site.data.id}).add("asked")
+    AuditLog(place.audit_log, {"dataset": place.site.data.id}).add("asked")
     _open_account(place)
     place.ledger.unlink()
     with pytest.raises(BadValue, match="the account of the data set 'charite-1' is gone"):
@@ -923,7 +923,7 @@ def test_a_site_that_was_never_reached_is_not_charged_when_the_run_goes_on(tmp_p
     first = Deployed(sites, text, tmp_path / "run", away={"ukb": 10**6})
     with pytest.raises(RuntimeError, match="the server dies"):
         first.run(llm=DyingLLM())
-    assert (2, 1) not in first.journal.silent
+    assert (2, 1) not in first.run_log.silent
     again = Deployed(sites, text, tmp_path / "run")  # ukb is back
     again.run()
     assert not sites[2].open_ledger().entries()
@@ -942,20 +942,20 @@ def test_units_of_sites_that_differ_are_all_named(tmp_path: Path, toml: str, not
     sites[2] = replace(sites[2], site=replace(sites[2].site, data=rows))
     deployed = Deployed(sites, toml, tmp_path / "run")
     deployed.run()
-    assert "-DP per person or row" in privacy_line([deployed.journal])
-    told = privacy_report([deployed.journal])["largest_over_clients"]
+    assert "-DP per person or row" in privacy_line([deployed.run_log])
+    told = privacy_report([deployed.run_log])["largest_over_clients"]
     assert told["unit"] == "person or row"
     assert set(told["epsilon_rows"]) == {"2", "5", "10"}
 
 
 def test_a_line_that_a_killed_process_left_half_written_does_not_look_like_a_change(tmp_path: Path) -> None:
-    trail = AuditLog(tmp_path / "audit.jsonl", {})
-    trail.add("asked", number=0)
-    with trail.path.open("ab") as file:
+    audit_log = AuditLog(tmp_path / "audit.jsonl", {})
+    audit_log.add("asked", number=0)
+    with audit_log.path.open("ab") as file:
         file.write(b'{"at": "2026-')
-    assert [e["number"] for e in entries(trail.path)] == [0]
-    trail.add("asked", number=1)
-    trail.add("asked", number=2)
-    found = list(entries(trail.path))
+    assert [e["number"] for e in entries(audit_log.path)] == [0]
+    audit_log.add("asked", number=1)
+    audit_log.add("asked", number=2)
+    found = list(entries(audit_log.path))
     assert [e["number"] for e in found] == [0, 1, 2]
     assert [e.get("torn", False) for e in found] == [False, True, False]

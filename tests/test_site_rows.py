@@ -477,4 +477,4 @@ def test_a_request_is_answered_without_the_source_and_leaves_it_alone(tmp_path: 
     site = imported(tmp_path, rows())
     (tmp_path / "notes.jsonl").unlink()
     assert type(asked(site, Learn(0), scenario())) is Learn.reply
-    assert [entry["event"] for entry in entries(site.trail)] == ["asked", "stored", "answered"]
+    assert [entry["event"] for entry in entries(site.audit_log)] == ["asked", "stored", "answered"]

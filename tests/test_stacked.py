@@ -312,7 +312,7 @@ def test_one_client_that_refuses_leaves_the_others_of_its_stack_alone(
     monkeypatch.setattr(Ledger, "begin", fails)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 4), tmp_path, nodes=1)
     assert [a.adapter.grants != () for a in run.replies(Finetune) if not hasattr(a, "code")] == [True] * 3
-    assert {client for client, _ in run.journal.silent} == {1}
+    assert {client for client, _ in run.run_log.silent} == {1}
 
 
 def test_a_training_that_fails_fails_each_of_its_clients_and_no_other(
@@ -329,8 +329,8 @@ def test_a_training_that_fails_fails_each_of_its_clients_and_no_other(
 
     monkeypatch.setattr(module, "train_stacked", once)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=4, rows=48), 2), tmp_path, nodes=1)
-    assert {client for client, _ in run.journal.silent} in ({0, 1}, {2, 3})
-    failed = run.client(min(run.journal.silent)[0])
+    assert {client for client, _ in run.run_log.silent} in ({0, 1}, {2, 3})
+    failed = run.client(min(run.run_log.silent)[0])
     assert [e["state"] for e in failed.ledger.entries() if e["kind"] == "grant"] == ["running"]  # charged, not answered
 
 
@@ -491,7 +491,7 @@ def test_a_client_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -
     toml = in_stacks(instructions(tmp_path, AVERAGE, clients=6, rows=72), 2)
     run = play(toml, tmp_path, nodes=1, spoil=dies)
     assert sent == [[0, 1, 2, 3, 4, 5], [0, 1], [1]]
-    assert {client for client, _ in run.journal.silent} == {1}
+    assert {client for client, _ in run.run_log.silent} == {1}
     assert len(run.replies(Finetune)) == 5
 
 

@@ -570,8 +570,8 @@ def test_a_text_that_an_endpoint_refused_is_dropped() -> None:
 def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
     over = "x " * (MAX_TEXT // 2) + "x"
     noted: list[Any] = []
-    journal = SimpleNamespace(stage=lambda client, stage: noted.append((stage.name, stage.dropped)))
-    server: Any = SimpleNamespace(labels=LABELS, journal=journal)
+    run_log = SimpleNamespace(log_stage=lambda client, stage: noted.append((stage.name, stage.dropped)))
+    server: Any = SimpleNamespace(labels=LABELS, run_log=run_log)
     method = FDKT(FDKTOptions(min_words=1), server)
     kept = method._curate(0, "written", corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")]), LABELS, {})
     assert kept.prompts == ("hot", "dry")
@@ -581,10 +581,10 @@ def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
 
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
     noted: list[Any] = []
-    journal = SimpleNamespace(
+    run_log = SimpleNamespace(
         stage=lambda client, stage: noted.append((client, stage.name, stage.before, stage.dropped))
     )
-    server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, journal=journal)
+    server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, run_log=run_log)
     method = FDKT(FDKTOptions(judge="none"), server)
     texts = {0: corpus([(LONG, "fever"), ("hot", "fever")]), 1: corpus([("dry", "cough")])}
     assert {client: found.prompts for client, found in method._readable(texts).items()} == {0: ("hot",), 1: ("dry",)}

@@ -51,9 +51,9 @@ def test_event_files_hold_what_the_metrics_say(tmp_path: Path) -> None:
     run = play(instructions(tmp_path, AVERAGE, rounds=2, clients=2, rows=20), tmp_path)
     told = scalars(run.out / "tensorboard" / "main" / "seed-0")
     for number in (1, 2):
-        of_round = [v for _, _, at, client, m, v in run.journal.rows if (at, m) == (number, "rouge_l") and client >= 0]
+        of_round = [v for _, _, at, client, m, v in run.run_log.rows if (at, m) == (number, "rouge_l") and client >= 0]
         assert told["rouge_l", number] == pytest.approx(sum(of_round) / 2)
-        assert told["privacy/epsilon", number] == pytest.approx(run.journal.epsilon, rel=1e-6)
+        assert told["privacy/epsilon", number] == pytest.approx(run.run_log.epsilon, rel=1e-6)
 
 
 class Recorder:

@@ -50,15 +50,15 @@ def charge(ledger: Ledger, order: str, run: str = "run/main/0") -> Grant:
 
 def answered(place: Place, ledger: Ledger, order: str, run: str = "run/main/0") -> Grant:
     """An order from its charge to its answer, with what the trail says of it."""
-    trail = place.witness()
+    audit_log = place.witness()
     [name, arm, seed] = run.split("/")
-    trail.add("asked", order=order, task="train.finetune", envelope={"run": name, "arm": arm, "seed": int(seed)})
+    audit_log.add("asked", order=order, task="train.finetune", envelope={"run": name, "arm": arm, "seed": int(seed)})
     grant = charge(ledger, order, run)
     ledger.begin(grant)
     ledger.store(grant, f"answer to {order}".encode())
-    trail.add("stored", order=order, grants=[grant.id], guarantee="dp", epsilon=1.0, delta=1e-5)
+    audit_log.add("stored", order=order, grants=[grant.id], guarantee="dp", epsilon=1.0, delta=1e-5)
     ledger.mark_sent(order)
-    trail.add("answered", order=order)
+    audit_log.add("answered", order=order)
     return grant
 
 
@@ -72,13 +72,13 @@ def restore(place: Place, copy: Path) -> None:
 
 
 def events(place: Place) -> list[str]:
-    return [entry["event"] for entry in entries(place.trail)]
+    return [entry["event"] for entry in entries(place.audit_log)]
 
 
 def test_a_charge_stands_in_the_trail_with_its_plan_before_anything_runs(place: Place) -> None:
     ledger = place.open_ledger()
     grant = charge(ledger, "order 3")
-    last = list(entries(place.trail))[-1]
+    last = list(entries(place.audit_log))[-1]
     assert (last["event"], last["grant"], last["order"], last["run"]) == ("charged", grant.id, "order 3", "run/main/0")
     assert last["plan"] == PLAN.to_dict()
     assert states(ledger)[-1] == "reserved"
@@ -137,7 +137,7 @@ def test_a_declared_loss_is_counted_at_the_plan_of_the_trail_and_opens_the_accou
     assert problems(read) == []
     assert [row["reason"] for row in read["reservations"]][:2] == [None, None]
     assert all("loss declared by" in row["reason"] for row in read["reservations"][2:])
-    last = list(entries(place.trail))[-1]
+    last = list(entries(place.audit_log))[-1]
     assert (last["event"], last["grants"]) == ("lost", [grant.id for grant in three])
     assert " (uid " in last["by"]
     with pytest.raises(GrantUsed, match="not of the ledger"):
@@ -151,8 +151,8 @@ def test_a_declared_loss_is_counted_at_the_plan_of_the_trail_and_opens_the_accou
 def test_a_lost_grant_that_an_old_trail_has_without_a_plan_takes_the_whole_cap(place: Place) -> None:
     copy, ledger = backup(place), place.open_ledger()
     grant = answered(place, ledger, "order 3")
-    lines = [json.loads(line) for line in place.trail.read_bytes().splitlines()]
-    place.trail.unlink()
+    lines = [json.loads(line) for line in place.audit_log.read_bytes().splitlines()]
+    place.audit_log.unlink()
     for line in lines:  # as it was written before charges stood in it
         if line["event"] != "charged":
             place.witness().add(**{key: value for key, value in line.items() if key not in ("at", "before", "dataset")})
@@ -210,12 +210,12 @@ def test_each_site_of_a_shared_account_knows_what_the_other_charged(place: Place
     bare = place.open_ledger()
     bare.charge_without_guarantee("asked for", "run/bare/0") if look is _open_account else None
     look(south)
-    seen = [entry for entry in entries(south.trail) if entry["event"] == "seen"]
+    seen = [entry for entry in entries(south.audit_log) if entry["event"] == "seen"]
     assert three.id in {entry.get("grant") for entry in seen}
     assert all(entry["dataset"] == "ward" and not entry.keys() & {"superlink", "strategy"} for entry in seen)
-    lines = len(south.trail.read_bytes().splitlines())
+    lines = len(south.audit_log.read_bytes().splitlines())
     look(south) if look is _open_account else south.open_ledger().tell_witness()
-    assert len(south.trail.read_bytes().splitlines()) == lines  # each is told once
+    assert len(south.audit_log.read_bytes().splitlines()) == lines  # each is told once
     restore(place, copy)
     for site in (place, south):  # whoever asks first
         with pytest.raises(LedgerBehind, match="knows less than the audit trail"):
@@ -299,7 +299,7 @@ def test_a_kill_between_the_ledger_and_the_trail_is_no_alarm_and_leaves_no_hole(
 ) -> None:
     copy = backup(place)
     monkeypatch.setattr(Dying, "after", after)
-    killed(lambda: charge(place.open_ledger(witness=Dying(place.trail, {"dataset": "ward"})), "order 3"))
+    killed(lambda: charge(place.open_ledger(witness=Dying(place.audit_log, {"dataset": "ward"})), "order 3"))
     ledger = place.open_ledger()  # no alarm
     assert states(ledger) == ["sent", "sent", "reserved"]
     known = [c.grant for c in place.witness().known()]
@@ -340,20 +340,20 @@ def test_a_changed_line_does_not_hide_the_grants_of_others(place: Place) -> None
     copy = backup(place)
     answered(place, place.open_ledger(), "order 3")
     restore(place, copy)
-    lines = place.trail.read_bytes().split(b"\n")
-    place.trail.write_bytes(b"\n".join([b"scribbled over", *lines[1:]]))
+    lines = place.audit_log.read_bytes().split(b"\n")
+    place.audit_log.write_bytes(b"\n".join([b"scribbled over", *lines[1:]]))
     with pytest.raises(AuditLogCorrupted):
-        list(entries(place.trail))
+        list(entries(place.audit_log))
     with pytest.raises(LedgerBehind):
         place.open_ledger()
 
 
 def test_a_ledger_and_a_trail_from_one_backup_stay_undetected(place: Place) -> None:
     """Said in docs/deployment/site.md: the two agree."""
-    copy, trail = backup(place), place.trail.read_bytes()
+    copy, audit_log = backup(place), place.audit_log.read_bytes()
     answered(place, place.open_ledger(), "order 3")
     restore(place, copy)
-    place.trail.write_bytes(trail)
+    place.audit_log.write_bytes(audit_log)
     assert place.open_ledger().spent()[0] == composed_epsilon([PLAN, PLAN], 1e-5)
 
 
@@ -385,17 +385,17 @@ def test_an_account_that_is_gone_is_made_anew_with_every_charge_of_the_trail(pla
     assert problems(contents(place.ledger)) == []
     _open_account(place)
     assert lost(place)[1] == []
-    last = list(entries(place.trail))[-1]
+    last = list(entries(place.audit_log))[-1]
     assert (last["event"], last["account"], len(last["grants"])) == ("lost", "gone", 3)
 
 
 def test_an_account_that_is_gone_stays_so_where_a_line_of_the_trail_is(place: Place) -> None:
     gone(place)
-    lines = place.trail.read_bytes().split(b"\n")
-    place.trail.write_bytes(b"\n".join([*lines[:4], *lines[5:]]))  # it says who paid, or it does not: nobody knows
+    lines = place.audit_log.read_bytes().split(b"\n")
+    place.audit_log.write_bytes(b"\n".join([*lines[:4], *lines[5:]]))  # it says who paid, or it does not: nobody knows
     with pytest.raises(BadValue, match="the trail was changed"):
         lost(place)
-    place.trail.unlink()
+    place.audit_log.unlink()
     with pytest.raises(BadValue, match="nothing of it is lost"):
         lost(place)
 
@@ -436,14 +436,14 @@ def test_a_damaged_line_of_the_trail_is_told_in_one_line_and_stops_no_reading(
     place: Place, line: bytes, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     known = place.witness().known()
-    whole = place.trail.read_bytes()
+    whole = place.audit_log.read_bytes()
     for content in (line + b"\n" + whole, whole + line + b"\n" + whole):
-        place.trail.write_bytes(content)
+        place.audit_log.write_bytes(content)
         assert {c.grant for c in known} <= {c.grant for c in place.witness().known()}
         with pytest.raises(AuditLogCorrupted, match=r"line \d+: it does not follow"):
-            list(entries(place.trail))
+            list(entries(place.audit_log))
     place.ledger.unlink()
-    place.trail.write_bytes(line + b"\n")
+    place.audit_log.write_bytes(line + b"\n")
     (place.folder / "site.toml").write_text(SITE)
     monkeypatch.setattr(sys, "argv", ["fedsynth", "site", "declare-loss", str(place.folder)])
     with pytest.raises(SystemExit) as ended:

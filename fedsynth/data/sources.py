@@ -304,12 +304,12 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
     if found.damaged:
         said.append(
             f"{name}: {len(found.damaged)} of {found.rows} rows cannot be read and are empty ones in their places: "
-            f"{_told(found.counted, found.damaged)}{_way_out(found.damaged)}"
+            f"{_notice(found.counted, found.damaged)}{_way_out(found.damaged)}"
         )
     if found.incomplete:
         said.append(
             f"{name}: {len(found.incomplete)} of {found.rows} rows lack a text, {answer} or person and are empty ones: "
-            f"{_told(found.counted, found.incomplete)}"
+            f"{_notice(found.counted, found.incomplete)}"
         )
     if found.spelt:
         said.append(f"{len(found.spelt)} persons are written in several ways, and each counts as one (data.spellings)")
@@ -332,7 +332,7 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
     return said
 
 
-def _told(counted: str, rows: Sequence[tuple[int, str]]) -> str:
+def _notice(counted: str, rows: Sequence[tuple[int, str]]) -> str:
     named = ", ".join(f"{counted} {number} ({why})" for number, why in rows[:TOLD])
     return named + (f", and {len(rows) - TOLD} more" if len(rows) > TOLD else "")
 

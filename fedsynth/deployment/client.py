@@ -57,8 +57,8 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
     # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
     labels = public_labels(scenario.data)
     config = client_of(place, scenario.client.of(envelope.client))
-    trail = place.witness({"strategy": scenario.strategy.use, **who})
-    account = place.open_ledger(witness=trail, **ledger)
+    audit_log = place.witness({"strategy": scenario.strategy.use, **who})
+    account = place.open_ledger(witness=audit_log, **ledger)
     return ClientSide(
         index=envelope.client,
         config=config,
@@ -74,7 +74,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
-        trail=trail,
+        audit_log=audit_log,
     )
 
 
@@ -86,7 +86,7 @@ def unopened(task: str, why: str) -> None:
         why: A traceback.
     """
     place = load_site(Path(os.environ[SITE]))
-    AuditLog(place.trail, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
+    AuditLog(place.audit_log, {"superlink": place.site.superlink.address, "bundle": os.environ.get(BUNDLE, "")}).add(
         "refused", task=task, why="no client could be opened for the request: site.log"
     )
     site_log(place.state).error("%s: %s", task, why)

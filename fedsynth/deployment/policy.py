@@ -181,7 +181,7 @@ class Place:
         return self.accounts / self.site.data.id / "ledger.sqlite"
 
     @property
-    def trail(self) -> Path:
+    def audit_log(self) -> Path:
         """The audit trail."""
         return self.state / "audit.jsonl"
 
@@ -196,7 +196,7 @@ class Place:
         Args:
             who: What else stands in every entry: who asks.
         """
-        return AuditLog(self.trail, {**(who or {}), "dataset": self.site.data.id})
+        return AuditLog(self.audit_log, {**(who or {}), "dataset": self.site.data.id})
 
     def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
         """The account, with the audit trail as its witness unless another one is named.

@@ -19,22 +19,22 @@ class CachedLLM:
     Args:
         llm: That is asked.
         name: Which model it is, within the cell: what is kept is known again by it.
-        journal: Keeps the replies, and counts the tokens read and written where the model tells them.
+        run_log: Keeps the replies, and counts the tokens read and written where the model tells them.
     """
 
-    def __init__(self, llm: TextModel, name: str, journal: RunLog) -> None:
-        self.llm, self.name, self.journal = llm, name, journal
+    def __init__(self, llm: TextModel, name: str, run_log: RunLog) -> None:
+        self.llm, self.name, self.run_log = llm, name, run_log
 
     def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         question = ["complete", list(prompts), {**how, "seed": seed}]
-        return self._said(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
+        return self._recalled(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """As `TextModel`."""
         question = ["score", list(prompts), list(continuations)]
-        return self._said(question, lambda: self.llm.score(prompts, continuations))
+        return self._recalled(question, lambda: self.llm.score(prompts, continuations))
 
     def misfits(
         self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
@@ -42,16 +42,16 @@ class CachedLLM:
         """As the model that is asked; nothing of it is kept."""
         return misfits(self.llm, prompts, more, continuations)
 
-    def _said(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
+    def _recalled(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
         def counted() -> list[Any]:
             before = self._used()
             reply = ask()
             return [reply, [now - then for now, then in zip(self._used(), before, strict=True)]]
 
-        reply, (read, written) = self.journal.checkpoint.said([self.name, *question], counted)
+        reply, (read, written) = self.run_log.checkpoint.recalled([self.name, *question], counted)
         for kind, tokens in (("read", read), ("written", written)):
             if tokens:
-                self.journal.count(f"llm/tokens_{kind}", SERVER, tokens)
+                self.run_log.count(f"llm/tokens_{kind}", SERVER, tokens)
         found: list[V] = reply
         return found
 

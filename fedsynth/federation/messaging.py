@@ -45,7 +45,7 @@ class Clients:
         cell: Arm, seed and resolved scenario.
         run: Public id of the run.
         labels: The public label list.
-        journal: Where metrics, progress and what the cell needs to go on go.
+        run_log: Where metrics, progress and what the cell needs to go on go.
         exchange: Number of the latest.
         sites: Names of real sites, by client: their nodes are looked for in each exchange. None in a simulation.
     """
@@ -55,7 +55,7 @@ class Clients:
     cell: Cell
     run: str
     labels: Sequence[str]
-    journal: RunLog
+    run_log: RunLog
     exchange: int = 0
     sites: Sequence[str] = ()
     _round: int = 0
@@ -85,8 +85,8 @@ class Clients:
         Raises:
             TooFewReplies: If fewer clients than the quorum give a usable reply in time.
         """
-        if self.journal.round != self._round:
-            self._round, self._before = self.journal.round, self.exchange
+        if self.run_log.round != self._round:
+            self._round, self._before = self.run_log.round, self.exchange
         self.exchange += 1
         request = next(iter(requests.values()))
         name = request.task.rpartition(".")[2]
@@ -96,9 +96,9 @@ class Clients:
         reasons = {client: fate.value for client, fate in fates.items()}
         # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
         needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
-        self.journal.progress(name, 0, len(requests))
+        self.run_log.progress(name, 0, len(requests))
         # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
-        said = self._said(requests, asked) if len(requests) - len(reasons) >= needed else ()
+        said = self._arrived(requests, asked) if len(requests) - len(reasons) >= needed else ()
         for client, heard in said:
             if heard.why is not None:
                 reasons[client] = heard.why
@@ -110,7 +110,7 @@ class Clients:
                     replies[client] = heard.reply
             if len(requests) - len(reasons) < needed:
                 break
-            self.journal.progress(name, len(replies), len(requests))
+            self.run_log.progress(name, len(replies), len(requests))
         self._count(name, len(requests), replies, fates, reasons)
         if len(replies) < needed:
             for client in set(asked) - set(replies) - set(reasons):
@@ -128,13 +128,13 @@ class Clients:
     def _miss(self, client: int, request: Request[Any]) -> None:
         """Records a client whose privacy spending is unknown because its reply is missing."""
         if any(field.name == "statement" for field in fields(request.reply)):
-            self.journal.silent.add((client, self.exchange))
+            self.run_log.silent.add((client, self.exchange))
 
     def _fates(self, requests: Mapping[int, Request[R]]) -> dict[int, Fate]:
         """The clients that take no part in this exchange; a simulator's own measurement reaches all."""
         if isinstance(next(iter(requests.values())), Evaluate):
             return {}
-        return fates(self.cell, self.journal.round, self.exchange - self._before, sorted(requests))
+        return fates(self.cell, self.run_log.round, self.exchange - self._before, sorted(requests))
 
     def _count(
         self, name: str, asked: int, replies: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
@@ -143,22 +143,22 @@ class Clients:
         if len(replies) == asked:
             return
         place = f"exchange/{self.exchange}-{name}"
-        self.journal.metric(SERVER, f"{place}/clients", asked)
-        self.journal.metric(SERVER, f"{place}/answered", len(replies))
+        self.run_log.log_metric(SERVER, f"{place}/clients", asked)
+        self.run_log.log_metric(SERVER, f"{place}/answered", len(replies))
         for client, fate in fates.items():
-            self.journal.metric(client, f"{place}/{fate.name.lower()}", 1)
+            self.run_log.log_metric(client, f"{place}/{fate.name.lower()}", 1)
         for client in sorted(set(reasons) - set(fates)):
-            self.journal.metric(client, f"{place}/failed", 1)
+            self.run_log.log_metric(client, f"{place}/failed", 1)
 
-    def _said(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
+    def _arrived(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
         """What each client says, as it comes: from this exchange's record, where a run goes on behind it."""
         self._collect_late()
-        record = self.journal.checkpoint.exchange(self.exchange)
+        record = self.run_log.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(requests, asked))
         for client, heard, down in (
             self._asked(requests, asked, record) if found is None else self._recalled(requests, found)
         ):
-            self.journal.count("bytes/down", client, down)
+            self.run_log.count("bytes/down", client, down)
             yield client, self._counted(client, heard)
 
     def _recalled(
@@ -181,7 +181,7 @@ class Clients:
         waiting: dict[str, tuple[int, ...]] = {}
         workers = WorkerRetry(self.cell.scenario.stack)
         sites = SiteRetry(
-            self._delivery, lambda line: append_event(self.journal.events, {"event": "sites", "line": line})
+            self._delivery, lambda line: append_event(self.run_log.events, {"event": "sites", "line": line})
         )
 
         def first(client: int) -> RecordDict:
@@ -237,7 +237,7 @@ class Clients:
             heard = self._counted(client, self._heard(content, request))
             if heard.why is None:
                 self._note(client, heard.reply)
-                self.journal.silent.discard((client, exchange))
+                self.run_log.silent.discard((client, exchange))
 
     def close(self) -> None:
         """After the last exchange."""
@@ -286,15 +286,15 @@ class Clients:
 
     def _counted(self, client: int, heard: Heard) -> Heard:
         if heard.size:
-            self.journal.count("bytes/up", client, heard.size)
+            self.run_log.count("bytes/up", client, heard.size)
         if heard.seconds is not None and 0 <= heard.seconds < math.inf:
-            self.journal.count("seconds/client", client, heard.seconds)
+            self.run_log.count("seconds/client", client, heard.seconds)
         return heard
 
     def _note(self, client: int, reply: object) -> None:
         """What a reply says of privacy, and what kinds of things it let out."""
         statement = getattr(reply, "statement", None)
         if isinstance(statement, Statement):
-            self.journal.state(client, statement)
+            self.run_log.log_statement(client, statement)
         kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
-        self.journal.released |= {kinds[type(p)] for p in derived(reply)}
+        self.run_log.released |= {kinds[type(p)] for p in derived(reply)}

@@ -39,7 +39,7 @@ class ServerSide:
         llm: The server LLM.
         professional: The model that judges and responds, KnowledgeSG's; the LLM where a scenario names no other.
         embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
-        journal: Where the strategy records what it kept and dropped.
+        run_log: Where the strategy records what it kept and dropped.
         open_clients: Flower's grid -> the clients of this cell.
         measures: Whether clients' models are measured after each round.
         engine: Loads, asks and trains language models that the strategy makes itself.
@@ -50,7 +50,7 @@ class ServerSide:
     llm: TextModel
     professional: TextModel
     embed: Callable[[Sequence[str]], NDArray[np.float32]]
-    journal: RunLog
+    run_log: RunLog
     open_clients: Callable[[Grid], Clients]
     measures: bool = True
     engine: Engine = field(default_factory=Engine)
@@ -139,7 +139,7 @@ class RoundStrategy(Strategy, Generic[S]):
 
     def seed(self, purpose: str, client: int = -1) -> int:
         """A public random stream of its own for each purpose, round and client."""
-        return self.server.cell.public_seed(purpose, round=self.server.journal.round, client=client)
+        return self.server.cell.public_seed(purpose, round=self.server.run_log.round, client=client)
 
     def start(
         self,
@@ -158,41 +158,41 @@ class RoundStrategy(Strategy, Generic[S]):
             *_: Flower's timeout and configurations: the scenario says them.
             **__: Likewise.
         """
-        clients, journal = self.server.open_clients(grid), self.server.journal
+        clients, run_log = self.server.open_clients(grid), self.server.run_log
         result = Result(arrays=initial_arrays or ArrayRecord())
         state = self._resumed(clients, self.initial())
-        with event_files(journal.place("tensorboard")) as tell:
-            for number in range(journal.checkpoint.round + 1, num_rounds + 1):
-                journal.round = number
+        with event_files(run_log.place("tensorboard")) as tell:
+            for number in range(run_log.checkpoint.round + 1, num_rounds + 1):
+                run_log.round = number
                 state = self.round(clients, state)
                 if self.server.measures:
                     result.evaluate_metrics_clientapp[number] = self._record(clients.ask(Evaluate()))
-                spent = {} if journal.epsilon is None else {"privacy/epsilon": journal.epsilon}
-                tell(number, figures(journal.rows, number) | spent)
+                spent = {} if run_log.epsilon is None else {"privacy/epsilon": run_log.epsilon}
+                tell(number, figures(run_log.rows, number) | spent)
                 try:
-                    journal.checkpoint.save(number, state, {**journal.record(), "exchange": clients.exchange})
+                    run_log.checkpoint.save(number, state, {**run_log.record(), "exchange": clients.exchange})
                 except BadValue as problem:
                     # What clients sent is kept all the same: to go on then means to go through more rounds again.
-                    append_event(journal.events, {"event": "warning", "text": f"round {number}: {problem}"})
+                    append_event(run_log.events, {"event": "warning", "text": f"round {number}: {problem}"})
         clients.close()
         return result
 
     def _resumed(self, clients: Clients, first: S) -> S:
         """The state to go on from: after the last round that is done, or the first."""
-        journal = self.server.journal
-        found = journal.checkpoint.load(type(first))
+        run_log = self.server.run_log
+        found = run_log.checkpoint.load(type(first))
         if found is None:
-            journal.checkpoint.save(0, first, {**journal.record(), "exchange": 0})
+            run_log.checkpoint.save(0, first, {**run_log.record(), "exchange": 0})
             return first
         state, record = found
-        journal.restore(record)
+        run_log.restore(record)
         clients.exchange = record["exchange"]
         return state
 
     def _record(self, evaluated: Mapping[int, Evaluated]) -> MetricRecord:
         for client, reply in evaluated.items():
             for metric, value in sorted(reply.metrics.items()):
-                self.server.journal.metric(client, metric, value)
+                self.server.run_log.log_metric(client, metric, value)
         found: dict[str, list[float]] = {}
         for reply in evaluated.values():
             for metric, value in reply.metrics.items():

@@ -14,7 +14,7 @@ import psutil
 
 from fedsynth.clients.client_side import declared_records
 from fedsynth.forecast.profiling import Cost, Unit, busy, peak_memory, probe, typical_lengths, waiting
-from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse, said_of
+from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse, statement_of
 from fedsynth.models.hub import place_of
 from fedsynth.models.loading import endpoints_of
 from fedsynth.privacy.plan import composed_epsilon
@@ -273,7 +273,7 @@ def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tu
     for records in more:
         planned = client.plan(records, cell.scenario.rounds)
         if any(replace(planned, records=p.records).steps == p.steps for p in of_generator):
-            said = said_of(planned, cell.scenario.data.unit_name, client.generator_training.rows_per_unit)
+            said = statement_of(planned, cell.scenario.data.unit_name, client.generator_training.rows_per_unit)
             largest = max(largest, said.epsilon or 0.0)
     if len(sizes - known) > MOST_PLANS:
         told.append(f"epsilon is the largest of {len(known) + MOST_PLANS} sizes of clients, of {len(sizes | known)}")

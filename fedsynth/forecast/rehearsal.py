@@ -98,7 +98,7 @@ class _Answering(Clients):
             Unforeseen: If nothing is known of the request's class.
         """
         started = busy()
-        if self.journal.round > 2 and started - self.begun > ENOUGH:
+        if self.run_log.round > 2 and started - self.begun > ENOUGH:
             raise _Enough
         self.exchange += 1
         name = next(iter(requests.values())).task.rpartition(".")[2]
@@ -114,16 +114,16 @@ class _Answering(Clients):
                 raise Unforeseen(f"what clients do for the request {type(request).__name__} is not known here")
             envelope = Envelope(self.run, self.cell.arm, self.cell.seed, self.exchange, client, self._stack(client))
             size = payload_bytes(pack_request(request, envelope))
-            self.journal.count("bytes/down", client, size)
+            self.run_log.count("bytes/down", client, size)
             down += size
             done = WORK[type(request)](request, self.facts[client])
             work[client] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and client in scored)}
             replies[client] = self._reply(request, client)
             size = len(encode(replies[client]))
-            self.journal.count("bytes/up", client, size)
+            self.run_log.count("bytes/up", client, size)
             up += size
             self._note(client, replies[client])
-        self.exchanges.append(Exchange(self.journal.round, name, work, down, up))
+        self.exchanges.append(Exchange(self.run_log.round, name, work, down, up))
         self.spent += busy() - started
         return {client: reply for client, reply in replies.items() if client not in fates}
 
@@ -171,21 +171,21 @@ class _Answering(Clients):
         """As `Home.said`: of all rounds, of more where more are asked for than planned."""
         of, rounds = self.facts[client], self.cell.scenario.rounds
         if of.client.guarantee == "none":
-            return said_of(None, self.cell.scenario.data.unit_name, 1)
+            return statement_of(None, self.cell.scenario.data.unit_name, 1)
         planned = of.client.score_plan(of.records, rounds) if scores else of.client.plan(of.records, rounds)
         drawn = self.plans.setdefault(client, {})
         once = scores and of.client.scores == "model"
         drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
         charged = replace(planned, rounds=max(planned.rounds, drawn[planned]))
         if scores and of.client.scores == "noise":
-            said = said_of(charged, "client", 1)
+            said = statement_of(charged, "client", 1)
             return replace(said, epsilon_replace_one=said.epsilon)
         settings = of.client.scorer_training if scores else of.client.generator_training
-        return said_of(charged, self.cell.scenario.data.unit_name, settings.rows_per_unit)
+        return statement_of(charged, self.cell.scenario.data.unit_name, settings.rows_per_unit)
 
 
 @lru_cache(maxsize=4096)
-def said_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
+def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
     """The statement of a plan, as a simulated client makes it."""
     return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True)
 
@@ -243,34 +243,34 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     """
     one_thread()  # as a server app is started
     labels = label_list(cell.scenario.data)
-    journal = RunLog(cell, folder, folder / "events.jsonl")
+    run_log = RunLog(cell, folder, folder / "events.jsonl")
     tally = Tally(kept_words(labels), known=known.setdefault("asked", {}))
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)
     nodes = {client: client for client in facts}
-    clients = _Answering(None, nodes, cell, "simulated", labels, journal, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
+    clients = _Answering(None, nodes, cell, "simulated", labels, run_log, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
     noted: list[str] = []
 
     kind, config = load_strategy(cell.scenario.strategy)
     clients.begun = begun = busy()
     llm, professional, embed = server_models(cell, labels, tally, known)
     engine = SampledEngine(tally)
-    server = ServerSide(cell, labels, llm, professional, embed, journal, lambda _: clients, engine=engine)
+    server = ServerSide(cell, labels, llm, professional, embed, run_log, lambda _: clients, engine=engine)
     grid: Any = None
     try:
         kind(config, server).start(grid, num_rounds=cell.scenario.rounds)
     except _Enough:
-        noted.append(f"rounds {journal.round} to {cell.scenario.rounds} are taken to be as round {journal.round - 1}")
+        noted.append(f"rounds {run_log.round} to {cell.scenario.rounds} are taken to be as round {run_log.round - 1}")
     except Unforeseen as problem:
         noted.append(f"{problem}: what comes after it is left out")
     except Exception as problem:  # of the strategy or a model, as it would come in the run
         noted.append(f"the run would fail: {problem}")
     own = busy() - begun - tally.spent - clients.spent
-    whole = _with_missing_rounds(clients.exchanges, journal.round, cell.scenario.rounds, noted)
+    whole = _with_missing_rounds(clients.exchanges, run_log.round, cell.scenario.rounds, noted)
     done = max(1, len({e.number for e in clients.exchanges}))
     times = max(1.0, cell.scenario.rounds / done) if len(whole) > len(clients.exchanges) else 1.0
-    guarantee = guarantee_of([journal])
-    epsilons = [s.epsilon for s in journal.statements.values() if s.epsilon is not None]
+    guarantee = guarantee_of([run_log])
+    epsilons = [s.epsilon for s in run_log.statements.values() if s.epsilon is not None]
     return Rehearsed(
         exchanges=tuple(whole),
         server=(max(0.0, own) + tally.seconds) * times,
@@ -281,7 +281,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
         kept=int(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) * times),
         guarantee=guarantee,
         epsilon=None if guarantee == "none" else max(epsilons, default=0.0),
-        delta=None if guarantee == "none" else max((s.delta for s in journal.statements.values()), default=0.0),
+        delta=None if guarantee == "none" else max((s.delta for s in run_log.statements.values()), default=0.0),
         plans=clients.plans,
         noted=tuple(noted),
     )

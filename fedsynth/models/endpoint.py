@@ -263,10 +263,10 @@ class RemoteLLM:
             limit = f"{self.endpoint.timeout:g} s"
             return f"{self.who} gave no answer within {limit}, {retried}: raise timeout, or lower concurrency"
         if isinstance(problem, APIConnectionError):
-            reason = self._said(problem.__cause__ or problem)
+            reason = self._quoted(problem.__cause__ or problem)
             return f"{self.who} cannot be reached ({reason}): start its server, or check the address"
         if not isinstance(problem, APIStatusError):
-            return f"{self.who} gave no usable answer ({self._said(problem)}): check that the address ends in /v1"
+            return f"{self.who} gave no usable answer ({self._quoted(problem)}): check that the address ends in /v1"
         code, words = problem.status_code, self._words(problem)
         if code in (401, 403):
             name = self.endpoint.key_env
@@ -300,9 +300,9 @@ class RemoteLLM:
         """The status and what the server says to it."""
         body = problem.body
         said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-        return f"{problem.status_code}: {self._said(said or 'no reason given')}"
+        return f"{problem.status_code}: {self._quoted(said or 'no reason given')}"
 
-    def _said(self, words: object) -> str:
+    def _quoted(self, words: object) -> str:
         text = one_line(str(words))
         return (text if self.endpoint.key_env is None else text.replace(self._client.api_key, "***"))[:SAID]
 

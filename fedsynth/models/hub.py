@@ -161,23 +161,23 @@ def _why(name: str, problem: BaseException) -> str:
     while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None and deeper not in causes:
         causes.append(deeper)
 
-    def said(*kinds: type[BaseException]) -> bool:
+    def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if place["local_files_only"]:
         causes.clear()  # a folder: the hub has no part in it
-    if said(httpx.InvalidURL):
+    if caused_by(httpx.InvalidURL):
         return f"the model {name!r} cannot be asked for: {UNREADABLE} ({causes[-1]})"
-    if said(GatedRepoError):
+    if caused_by(GatedRepoError):
         return (
             f"the model {name!r} is gated: accept its licence at https://huggingface.co/{repository} "
             "and log in with `hf auth login`"
         )
-    if said(RepositoryNotFoundError):
+    if caused_by(RepositoryNotFoundError):
         return f"no model {name!r} on the hub: check the name; a private one needs `hf auth login`"
-    if said(RevisionNotFoundError):
+    if caused_by(RevisionNotFoundError):
         return f"the model {repository!r} has no revision {place['revision']!r}: name a branch, a tag or a commit of it"
-    if said(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
+    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, httpx.TransportError):
         return (
             f"the model {name!r} is not on this machine, and the hub cannot be reached: download it beforehand with "
             f"`{download_command(place)}` and set HF_HUB_OFFLINE=1, or name a folder"

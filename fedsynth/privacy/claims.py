@@ -78,11 +78,11 @@ def _check_rows(said: Statement) -> None:
 
 def _within(name: str, value: float | None, low: float, high: float) -> float:
     if value is None or not low <= value <= high:
-        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {_told(value)}")
+        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {_shown(value)}")
     return value
 
 
-def _told(value: float | None) -> str:
+def _shown(value: float | None) -> str:
     """A figure in a message. What a site calls a whole number may be larger than any float."""
     if value is None:
         return "none"

@@ -83,7 +83,7 @@ def descend(asked: Descent) -> float:
         if guard is not None and guard.weight > 0 and guard.examples:
             held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
         # Weights change places for it, and so it comes before anything that a gradient is taken of.
-        said = _said_before(model, held, start, asked.pad) if held else None
+        said = _likelihoods_before(model, held, start, asked.pad) if held else None
         loss = asked.loss_of(batch)
         losses.append(float(loss.detach()))
         if guard is not None and said is not None:
@@ -211,7 +211,7 @@ def _likelihoods(model: nn.Module, examples: Sequence[Example], pad: int) -> Ten
     return -losses * torch.tensor([_learnt(e) for e in examples], dtype=losses.dtype, device=losses.device)
 
 
-def _said_before(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:
+def _likelihoods_before(model: nn.Module, examples: Sequence[Example], start: Sequence[Tensor], pad: int) -> Tensor:
     """Log-probabilities of each next token by the model with the trainable weights `start`."""
     with torch.no_grad(), _as_it_was(trainable(model), start):
         return next_tokens(model, examples, pad)[0].log_softmax(-1)

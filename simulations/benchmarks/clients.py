@@ -228,11 +228,11 @@ def ours(size: str, model: Path, guarantee: str = "none", precision: str = "floa
 
         def server(grid: Any) -> None:
             ids = scenario.data.clients
-            journal = RunLog(of, place, place / "events.jsonl")
-            clients = Clients(grid, nodes_by_client(grid, ids, stack=scenario.stack), of, "simulated", (), journal)
+            run_log = RunLog(of, place, place / "events.jsonl")
+            clients = Clients(grid, nodes_by_client(grid, ids, stack=scenario.stack), of, "simulated", (), run_log)
             start = new_adapter(str(model), rank=8, alpha=16.0, seed=0)
             for number in range(scenario_rounds):
-                journal.round, before = number + 1, cpu()
+                run_log.round, before = number + 1, cpu()
                 answers = clients.ask_each({client: Finetune(start, number * ids + client) for client in range(ids)})
                 start = average([a.adapter for a in answers.values()], [1.0] * ids)
                 taken.append((cpu() - before) / ids)

@@ -94,32 +94,32 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
 
 
 def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> RunLog:
-    journal = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None)
-    if (done := journal.checkpoint.finished()) is not None:
-        journal.restore(done)
-        return journal
+    run_log = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None)
+    if (done := run_log.checkpoint.finished()) is not None:
+        run_log.restore(done)
+        return run_log
     data = cell.scenario.data
     labels = label_list(data)
     clients = 1 if data.pooled else data.clients
 
     def open_clients(grid: Grid) -> Clients:
         if deployed is not None:
-            return Clients(grid, {}, cell, deployed.run, labels, journal, sites=deployed.sites)
+            return Clients(grid, {}, cell, deployed.run, labels, run_log, sites=deployed.sites)
         found = nodes_by_client(grid, clients, stack=cell.scenario.stack, seconds=models.start_seconds)
-        return Clients(grid, found, cell, "simulated", labels, journal)
+        return Clients(grid, found, cell, "simulated", labels, run_log)
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
     llm = _llm(models.llm, models.adapter)
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
-    asked, asked_too = CachedLLM(llm, "llm", journal), CachedLLM(professional, "professional", journal)
+    asked, asked_too = CachedLLM(llm, "llm", run_log), CachedLLM(professional, "professional", run_log)
     measures = deployed is None or deployed.measured
-    server = ServerSide(cell, labels, asked, asked_too, embed, journal, open_clients, measures)
+    server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
-    journal.close()
-    journal.checkpoint.finish(journal.record())
-    return journal
+    run_log.close()
+    run_log.checkpoint.finish(run_log.record())
+    return run_log
 
 
 # Clients wait while these work, so they may use every core, whatever the workers' environment says.

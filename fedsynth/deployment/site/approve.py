@@ -44,7 +44,7 @@ def decide(place: Place, request: str, decision: Decision) -> dict[str, Any]:
     _stored(place, held)
     by = user()
     # First: no text leaves of which the trail does not say who let it go.
-    AuditLog(place.trail, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
+    AuditLog(place.audit_log, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
     return place.approvals.decide(held, decision, by)
 
 

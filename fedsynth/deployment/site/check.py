@@ -121,4 +121,4 @@ def _budget(place: Place) -> Iterator[Finding]:
 
 
 def _trail(place: Place) -> str:
-    return f"{sum(1 for _ in entries(place.trail))} entries, each follows from the one before ({place.trail})"
+    return f"{sum(1 for _ in entries(place.audit_log))} entries, each follows from the one before ({place.audit_log})"

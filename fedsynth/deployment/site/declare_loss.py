@@ -26,7 +26,7 @@ def lost(place: Place) -> tuple[Ledger | None, Sequence[Charge]]:
     if place.ledger.exists():
         ledger = place.open_ledger(behind=True)
         return ledger, ledger.missing(place.witness().known())
-    whole = list(entries(place.trail))
+    whole = list(entries(place.audit_log))
     if all(entry.get("dataset") != place.site.data.id for entry in whole):
         raise BadValue(f"there is no account at {place.ledger} yet, so that nothing of it is lost")
     return None, place.witness().known()

@@ -72,7 +72,7 @@ def check_account(place: Place) -> None:
     Raises:
         BadValue: If the audit trail knows the data set, and there is no account of it.
     """
-    if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.trail)):
+    if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.audit_log)):
         return
     raise BadValue(
         f"the account of the data set {place.site.data.id!r} is gone ({place.ledger}), and the audit trail "

@@ -45,10 +45,10 @@ def import_rows(place: Place) -> Iterator[Finding]:
     rowstore.write(
         place.rows, account.mac_key, Imported(data.digest, now, len(found.records), *seen, mac), found.records
     )
-    yield from _told(place, account, found, before)
+    yield from _findings(place, account, found, before)
 
 
-def _told(place: Place, account: Ledger, found: Gathered, before: list[Record] | None) -> Iterator[Finding]:
+def _findings(place: Place, account: Ledger, found: Gathered, before: list[Record] | None) -> Iterator[Finding]:
     data = place.site.data
     yield Finding(
         "data",

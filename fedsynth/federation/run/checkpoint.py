@@ -98,7 +98,7 @@ class Checkpoint:
         """What clients answer in an exchange of the round in progress."""
         return ExchangeRecord(self._at(self.round) / f"exchange-{number}.zip")
 
-    def said(self, question: Any, ask: Callable[[], T]) -> T:
+    def recalled(self, question: Any, ask: Callable[[], T]) -> T:
         """What was said to a question in the round in progress: as kept, or asked now and kept.
 
         Args:

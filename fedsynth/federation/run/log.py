@@ -88,25 +88,25 @@ class RunLog:
         self.silent = {(client, exchange) for client, exchange in record["silent"]}
         self.started = time.monotonic() - record["seconds"]
 
-    def metric(self, client: int, name: str, value: float) -> None:
+    def log_metric(self, client: int, name: str, value: float) -> None:
         """One figure of one client (or of the server: `SERVER`)."""
         self.rows.append((self.cell.arm, self.cell.seed, int(self.round), int(client), name, float(value)))
 
-    def stage(self, client: int, stage: Stage) -> None:
+    def log_stage(self, client: int, stage: Stage) -> None:
         """One line of a client's yield funnel: what a step took in, kept, and why it dropped the rest."""
         asked, left = self.left.get(client, (0, -1))
         if begins(stage.name, stage.before, left):
             self.left = self.left if self.begun == (self.round, stage.name) else {}
             self.begun, asked = (self.round, stage.name), stage.before
         self.left[client] = (asked, stage.after)
-        self.metric(client, f"yield/{stage.name}/in", stage.before)
-        self.metric(client, f"yield/{stage.name}/kept", stage.after)
+        self.log_metric(client, f"yield/{stage.name}/in", stage.before)
+        self.log_metric(client, f"yield/{stage.name}/kept", stage.after)
         for reason, count in sorted(stage.dropped.items()):
-            self.metric(client, f"yield/{stage.name}/dropped/{reason}", count)
+            self.log_metric(client, f"yield/{stage.name}/dropped/{reason}", count)
         if stage.lost:
-            self.metric(client, f"yield/{stage.name}/labels_lost", len(stage.lost))
+            self.log_metric(client, f"yield/{stage.name}/labels_lost", len(stage.lost))
 
-    def corpus(self, client: int, kind: str, corpus: Corpus, **more: str) -> None:
+    def log_corpus(self, client: int, kind: str, corpus: Corpus, **more: str) -> None:
         """Released or server-written text, with provenance, grants and `more` in the file's metadata."""
         folder = self.place("corpora")
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class RunLog:
         path = folder / f"{kind}-round{self.round}-client{client}.parquet"
         path.write_bytes(corpus_to_parquet(corpus, **facts, **more))
 
-    def adapter(self, client: int, adapter: Adapter, kind: str = "client", *, base: str | None = None) -> None:
+    def log_adapter(self, client: int, adapter: Adapter, kind: str = "client", *, base: str | None = None) -> None:
         """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.
 
         Args:
@@ -131,7 +131,7 @@ class RunLog:
         """Adds to a figure that is told once, at the end of the cell: bytes, seconds, tokens."""
         self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
-    def state(self, client: int, said: Statement) -> None:
+    def log_statement(self, client: int, said: Statement) -> None:
         """What a client says of its privacy: the largest epsilon holds, as answers may come late; and what once left
         without a guarantee stays without."""
         earlier = self.statements.get(client)
@@ -160,12 +160,12 @@ class RunLog:
     def close(self) -> None:
         """Adds what is known at the end of the cell."""
         for (name, client), amount in sorted(self.totals.items()):
-            self.metric(client, name, amount)
-        self.metric(SERVER, "seconds/cell", time.monotonic() - self.started)
+            self.log_metric(client, name, amount)
+        self.log_metric(SERVER, "seconds/cell", time.monotonic() - self.started)
         for client, said in sorted(self.statements.items()):
             if said.epsilon is not None:
-                self.metric(client, "privacy/epsilon", said.epsilon)
-                self.metric(client, "privacy/delta", said.delta)
+                self.log_metric(client, "privacy/epsilon", said.epsilon)
+                self.log_metric(client, "privacy/delta", said.delta)
 
 
 def _spends(said: Statement) -> float:
