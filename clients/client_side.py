@@ -24,6 +24,7 @@ from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell, Client, Data
+from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells as scenario_cells
 from fedsynth.scenario.toml import from_toml
 from fedsynth.system.folders import private_folder
@@ -88,6 +89,7 @@ class ClientSide:
         approvals: Where text waits for a person, if `rules.approval`.
         audit_log: Where a site keeps what it was asked and answered.
         world: The simulated world that its text is of; None for text of people.
+        task: The scenario's card, which gives each label's control code.
     """
 
     index: int
@@ -107,6 +109,7 @@ class ClientSide:
     approvals: Approvals | None = None
     audit_log: AuditLog | None = None
     world: str | None = None
+    task: Task = Task()
 
     @property
     def rules(self) -> Rules:
@@ -165,6 +168,8 @@ class ClientSide:
     def _settings_digest(self, training: Any) -> str:
         """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
+        if self.task != Task():  # without a card a label is its own control code
+            settings["codes"] = list(map(self.task.code, self.labels))
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
@@ -248,6 +253,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         simulated=True,
         stacked=scenario.stack > 1,
         world=scenario.data.world,
+        task=scenario.task,
     )
 
 

@@ -83,11 +83,12 @@ def check(
     """
     settings, name = client.config.generator_training, client.config.generator
     # The same start under the same plan passes again: clients of a simulation that share them are checked once.
-    asked = (weights_hash(name), digest_of(start), settings, plan, client.labels, frozen_a, longest, client.stacked)
+    codes = tuple(map(client.task.code, client.labels))
+    asked = (weights_hash(name), digest_of(start), settings, plan, codes, frozen_a, longest, client.stacked)
     if client.simulated and asked in _passed:
         return
     tokenizer, model = load_tokenizer(name), on_base(client, start, frozen_a=frozen_a)
-    check_room(tokenizer, model, client.labels, max(settings.max_length, longest))
+    check_room(tokenizer, model, client.labels, max(settings.max_length, longest), client.task)
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)
         if client.stacked:
@@ -131,7 +132,8 @@ def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> 
 def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
     """One slot per declared record, as the client's settings say; encoded once for as long as the corpus is held."""
     settings, name = client.config.generator_training, client.config.generator
-    asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit)
+    codes = map(client.task.code, client.labels)
+    asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit, *codes)
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
         known[asked] = encode_slots(
@@ -143,6 +145,7 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
             kind_of(config_of(name)),
             loss_on=settings.loss_on,
             rows_per_unit=settings.rows_per_unit,
+            task=client.task,
         )
     return list(known[asked])
 

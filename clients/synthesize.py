@@ -16,7 +16,6 @@ from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
 from fedsynth.training.dp_training import private, without_guarantee
-from fedsynth.training.examples import control_code
 
 
 def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[Synthesized]:
@@ -31,7 +30,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
         return (yield from _without_guarantee(client, request, start))
     plan = client.plan()
     tokenizer = load_tokenizer(name)
-    longest_code = max(map(len, text_rows(tokenizer, [control_code(label) for label in client.labels])))
+    longest_code = max(map(len, text_rows(tokenizer, list(map(client.task.code, client.labels)))))
     check(client, start, plan, longest=longest_code + 1 + request.max_new_tokens)  # with BOS
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
@@ -67,7 +66,7 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
     tokenizer = load_tokenizer(client.config.generator)
     writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
-        [control_code(label) for label in codes],
+        [client.task.code(label) for label in codes],
         SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens),
         seed=request.seed,
     )

@@ -92,6 +92,7 @@ class CrossLM(RoundStrategy[State]):
             shots=1,
             sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("write"),
+            task=self.task,
         )[0]
         formed = well_formed(
             raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT
@@ -140,6 +141,7 @@ class CrossLM(RoundStrategy[State]):
             public=public.prompts,
             tests=tests,
             seed=self.seed("teach"),
+            task=self.task,
         )
         run_log.log_adapter(SERVER, done.adapter, "llm", base=models.llm)
         for name, value in done.metrics.items():

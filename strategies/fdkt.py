@@ -42,7 +42,9 @@ class FDKT(RoundStrategy[State]):
         """Nothing yet; an LLM that cannot do what the judge needs, or has no room for a prompt without demonstrations,
         says so here, before clients spend anything."""
         c = self.config
-        if c.augments and (why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_new_tokens)):
+        if c.augments and (
+            why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_new_tokens, self.task)
+        ):
             raise ValueError(
                 f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do "
                 f"not fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
@@ -59,10 +61,11 @@ class FDKT(RoundStrategy[State]):
             # Privacy is spent here, on the clients; all that follows is post-processing.
             drafts = self._drafts(clients)
             if self.config.texts == "drafts":
-                corpora = drafts
+                corpora = self._shared(drafts, clients.ids)
             else:
                 # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
-                corpora = self._augment(self._best(self._readable(drafts)))
+                best = self._best(self._readable(drafts))
+                corpora = self._augment(self._shared(best, clients.ids))
 
         # The task models stay with their clients.
         seeds = {client: self.server.cell.public_seed("learn", client=client) for client in corpora}
@@ -80,7 +83,7 @@ class FDKT(RoundStrategy[State]):
                 max_new_tokens=c.draft_tokens,
                 seed=self.seed("synthesize", client),
             )
-            for client in clients.ids
+            for client in c.drafts_from or clients.ids
         }
         drafts: dict[int, Corpus] = {}
         for client, reply in clients.ask_each(requests).items():
@@ -99,6 +102,7 @@ class FDKT(RoundStrategy[State]):
                 labels=self.server.labels,
                 mode=c.demonstrations,
                 max_new_tokens=c.max_new_tokens,
+                task=self.task,
             )
             kept = keep_rows(corpus, why)
             if kept.dropped:
@@ -126,18 +130,24 @@ class FDKT(RoundStrategy[State]):
             keep=c.keep,
             rivals=c.judge_rivals,
             seed=seed,
+            task=self.task,
         )
         for client, stage in kept.items():
             self._note(client, [("selected", stage)])
         return {client: stage.corpus for client, stage in kept.items()}
 
+    def _shared(self, drafts: Mapping[int, Corpus], ids: Sequence[int]) -> dict[int, Corpus]:
+        """One-to-many: everybody's drafts for everybody. Else each client has its own; none, where none were asked."""
+        asked = self.config.drafts_from or ids
+        given = [client for client in ids if client in drafts or client not in asked]
+        if self.config.one_to_many:
+            return dict.fromkeys(given, pool(list(drafts.values())))
+        return {client: drafts.get(client, _nothing()) for client in given}
+
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
         """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
         c, run_log = self.config, self.server.run_log
         run_log.progress("augment", 0, len(shown))
-        if c.one_to_many and c.demonstrations != "none":
-            everyone = pool(list(shown.values()))
-            shown = dict.fromkeys(shown, everyone)
         written = augment(
             self.server.llm,
             shown,
@@ -147,6 +157,7 @@ class FDKT(RoundStrategy[State]):
             shots=c.shots,
             sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("augment"),
+            task=self.task,
         )
         corpora: dict[int, Corpus] = {}
         for client, reply in written.items():

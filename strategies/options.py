@@ -41,6 +41,8 @@ class FDKTOptions:
         top_p: Of the LLM.
         max_new_tokens: Longest answer of the LLM.
         one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
+        drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
+            spends nothing; with `one_to_many` it gains from the drafts of the others.
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
@@ -61,19 +63,18 @@ class FDKTOptions:
     top_p: Share = 0.95
     max_new_tokens: Count = 48
     one_to_many: bool = False
+    drafts_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
 
     def check(self, scenario: Scenario) -> None:
-        """An endpoint that can do what is asked of the LLM."""
-        if not self.augments or not _chats(scenario.server.llm):
-            return
-        if self.demonstrations == "none":
-            raise BadValue(f"{NO_LINE}: name one that goes on after a prompt, or a model with weights, as server.llm")
-        if self.demonstrations == "per_label":
-            raise BadValue(f'{NO_LINE}: say strategy.demonstrations = "all_labels"')
-        if self.judge == "likelihood":
+        """An endpoint that can do what is asked of the LLM; clients that are there."""
+        clients = 1 if scenario.data.pooled else scenario.data.clients
+        if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
+            raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
+        judges = self.judge != "none" and self.demonstrations != "none"
+        if self.augments and judges and _chats(scenario.server.llm) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
 
     def warnings(self, labels: Sequence[str]) -> list[str]:

@@ -72,7 +72,7 @@ class LeftOut:
         incomplete: Without text or label.
         duplicates: Dropped for `data.duplicates = "drop"`.
         not_dealt: Of natural clients beyond those asked, or of classes that no client drew.
-        over_limit: Rows beyond `data.limit` and `data.test_limit`.
+        over_limit: Rows beyond `data.limit`, `data.per_label` and `data.test_limit`.
     """
 
     incomplete: int = 0
@@ -376,6 +376,10 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> ClientData:
             )
     if data.limit is not None:
         train = train[train[UNIT].isin(rng.permutation(train[UNIT].unique())[: data.limit])]
+    if data.per_label is not None:
+        most = data.per_label if isinstance(data.per_label, int) else data.per_label[index]
+        shuffled = train.iloc[rng.permutation(len(train))]
+        train = train.loc[sorted(shuffled.groupby(LABEL, sort=False).head(most).index)]
     if data.test_limit is not None:
         test = test[test[UNIT].isin(rng.permutation(test[UNIT].unique())[: data.test_limit])]
     return ClientData(_corpus(train), _corpus(test))

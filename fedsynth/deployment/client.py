@@ -75,6 +75,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
         audit_log=audit_log,
+        task=scenario.task,
     )
 
 

@@ -21,6 +21,7 @@ from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
 from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice
+from fedsynth.scenario.task import Task
 from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue, build
 
@@ -136,6 +137,11 @@ class RoundStrategy(Strategy, Generic[S]):
     @abstractmethod
     def round(self, clients: Clients, state: S) -> S:
         """One round: asks clients, works on their answers, returns the next state."""
+
+    @property
+    def task(self) -> Task:
+        """The scenario's task card."""
+        return self.server.cell.scenario.task
 
     def seed(self, purpose: str, client: int = -1) -> int:
         """A public random stream of its own for each purpose, round and client."""

@@ -235,7 +235,6 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     from fedsynth.models.llm import LocalLLM
     from fedsynth.privacy.plan import statement
     from fedsynth.synthesis.self_instruct import lines
-    from fedsynth.training.examples import control_code
 
     client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)
     texts = dummy_site(cell, 0, lengths, train=256, test=256)
@@ -262,7 +261,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], how, seed=0)
 
     if unit.kind == "sample":
-        return written([control_code(label) for label in labels] or [ASK], 256), 256
+        return written(list(map(cell.scenario.task.code, labels)) or [ASK], 256), 256
     if unit.kind == "respond":
         return written([asked(prompt) for prompt in texts.test.prompts], 128), 128
     if unit.kind == "demonstrated":
@@ -308,7 +307,9 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
         prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
         answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
     )
-    slots = encode_slots(tokenizer, rows, labels, records, settings.max_length, kind, loss_on=settings.loss_on)
+    slots = encode_slots(
+        tokenizer, rows, labels, records, settings.max_length, kind, loss_on=settings.loss_on, task=cell.scenario.task
+    )
     start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
 
     def training() -> Training:

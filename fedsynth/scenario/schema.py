@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from fedsynth.corpus import alike, told_apart
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.scenario.task import Task
 from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
@@ -71,6 +72,8 @@ class Data:
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
+        per_label: At most so many private rows of each label, drawn after the split: one number, or one for each
+            client, as [100, 3] for a rich client and a poor one.
         test_limit: At most so many test units per client, likewise.
         duplicates: `refuse` rejects a text that two clients hold, or that is in training and test text. `drop` keeps
             one copy of each text, also within a client, before the source is divided. Texts are compared as in
@@ -103,6 +106,7 @@ class Data:
     client_column: str | None = None
     unit: str | None = None
     limit: Count | None = None
+    per_label: int | tuple[int, ...] | None = None
     test_limit: Count | None = None
     duplicates: Literal["refuse", "drop"] = "refuse"
     spellings: Literal["refuse", "merge"] = "refuse"
@@ -127,6 +131,14 @@ class Data:
             raise BadValue(
                 "limit, test_limit and duplicates belong to data files; a simulated world has train_per_client"
             )
+        if self.per_label is not None:
+            counts = (self.per_label,) if isinstance(self.per_label, int) else self.per_label
+            if not counts or min(counts) < 1:
+                raise BadValue(f"data.per_label must be at least 1, for each client, got {self.per_label}")
+            if isinstance(self.per_label, tuple) and len(counts) != self.clients:
+                raise BadValue(f"data.per_label names {len(counts)} clients, data.clients is {self.clients}")
+            if self.world is not None or self.task == "instructions" or self.unit is not None:
+                raise BadValue("per_label belongs to data files of labelled rows that are declared independent")
         if self.spellings != "refuse" and not (self.unit or self.client_column):
             raise BadValue("spellings is about persons and clients: name their column as unit or client_column")
         if self.task == "instructions" and self.labels != "all":
@@ -510,6 +522,7 @@ class Scenario:
         arms: Variants: name -> overrides of the other tables.
         run: The arms that run unless others are asked for; left out: all.
         participation: Clients that are away or leave.
+        task: The task card: how the task and its labels are put into words.
     """
 
     name: str
@@ -522,6 +535,7 @@ class Scenario:
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run: tuple[str, ...] = ()
     participation: Participation = field(default_factory=Participation)
+    task: Task = field(default_factory=Task)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:

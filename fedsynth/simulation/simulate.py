@@ -234,7 +234,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
     settings = client.generator_training
     tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
     try:
-        check_room(tokenizer, model, labels, settings.max_length)
+        check_room(tokenizer, model, labels, settings.max_length, cell.scenario.task)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:

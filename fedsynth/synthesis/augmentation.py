@@ -12,8 +12,10 @@ import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.instructions import one_line
+from fedsynth.models.chat import Chat
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.task import Task
 from fedsynth.synthesis.curation import refuse_private
 
 if TYPE_CHECKING:
@@ -21,24 +23,40 @@ if TYPE_CHECKING:
 
 Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
 
-# --- Augmentation: plain lines of one label, for a base LLM with a small context -----------------------------------
-
-LINE = "{label}: {text}\n"
-OPEN_LINE = "{label}:"  # without a blank: byte-level tokenizers put it into the text's first token
+# --- One text of one label: lines for a base LLM, a question to an LLM that converses -------------------------------
 
 
-def line_prompt(label: str, texts: Iterable[str]) -> str:
-    """Few-shot lines of one label and the label once more; no texts leave the label's name alone."""
-    return "".join(LINE.format(label=label, text=one_line(t)) for t in texts) + OPEN_LINE.format(label=label)
+def line_prompt(label: str, texts: Iterable[str], task: Task = Task()) -> str:
+    """Few-shot lines of one label and its control code once more; no texts leave the code alone.
+
+    The code ends without a blank: byte-level tokenizers put the blank into the text's first token.
+    """
+    code = task.code(label)
+    return "".join(f"{code} {one_line(text)}\n" for text in texts) + code
+
+
+def text_prompt(llm: TextModel, label: str, texts: Sequence[str], task: Task) -> str | Chat:
+    """How an LLM is asked for one text of a label, after demonstrations or none."""
+    if getattr(llm, "chats", False):
+        return Chat(task.question(label, [one_line(text) for text in texts]), task.system)
+    return line_prompt(label, texts, task)
+
+
+QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 
 
 def parse_line(answer: str) -> str | None:
-    """The answer's first line that is not blank, or None."""
+    """The answer's first line that is not blank, or None; quotes around the whole of it are the LLM's, not the text's."""
     lines = answer.strip().splitlines()
-    return lines[0].strip() if lines else None
+    if not lines:
+        return None
+    line = lines[0].strip()
+    if len(line) > 1 and QUOTES.get(line[0]) == line[-1] and line[0] not in line[1:-1]:
+        line = line[1:-1].strip()
+    return line or None
 
 
-# --- Augmentation: an instruction and blocks of all labels (docs/methods/fdkt.md, step 7) ---------------------------
+# --- One text of each label: an instruction and blocks of all labels (docs/methods/fdkt.md, step 7) ---------------------------
 
 DELIMITER = "-----"
 BLOCK = DELIMITER + "\nLabel: {label}\nText: {text}\n"
@@ -135,7 +153,7 @@ class _Asked:
 
     site: int
     shown: Sequence[tuple[str, str]]
-    render: Callable[[Sequence[tuple[str, str]]], str]
+    render: Callable[[Sequence[tuple[str, str]]], str | Chat]
     read: Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]
 
 
@@ -149,6 +167,7 @@ def augment(
     shots: int,
     sampling: SamplingParams,
     seed: int,
+    task: Task = Task(),
 ) -> dict[int, Augmented]:
     """More texts like each site's demonstrations, all sites' prompts in one call.
 
@@ -163,6 +182,7 @@ def augment(
         shots: Demonstrations of a label in a prompt.
         sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
         seed: Of the demonstrations' order and of the LLM's sampling.
+        task: The card: how a label is put into words.
 
     Raises:
         ValueError: If demonstrations are private, or an argument is out of range.
@@ -187,14 +207,15 @@ def augment(
             bare[site].update(label for label in turns if label not in decks)
         if mode == "all_labels":
             asked += [
-                _Asked(site, examples, _block_writer(labels, wanted), _block_reader(labels))
+                _Asked(site, examples, _block_writer(llm, labels, wanted, task), _block_reader(labels, task))
                 for examples, wanted in _blocks(turns, decks, labels, shots)
             ]
         else:
             for label in turns:
                 deck = decks.get(label) if mode == "per_label" else None
                 texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
-                asked.append(_Asked(site, [(label, t) for t in texts], _line_writer(label), _line_reader(label)))
+                writer = _line_writer(llm, label, task)
+                asked.append(_Asked(site, [(label, t) for t in texts], writer, _line_reader(label)))
 
     answers = llm.complete(_fitting(llm, asked, sampling.max_new_tokens), sampling, seed=seed)
 
@@ -217,7 +238,7 @@ def augment(
 
 
 def misfit(
-    llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int
+    llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = Task()
 ) -> list[str | None]:
     """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
 
@@ -227,23 +248,27 @@ def misfit(
         labels: The public ones.
         mode: Of `augment`.
         max_new_tokens: Of `augment`.
+        task: Of `augment`.
     """
     pairs = zip(corpus.answers, corpus.prompts, strict=True)
     if mode == "all_labels":
-        return misfits(llm, [blocks_prompt([pair], labels=labels, wanted=labels) for pair in pairs], max_new_tokens)
-    return misfits(llm, [line_prompt(label, [text]) for label, text in pairs], max_new_tokens)
+        render = _block_writer(llm, labels, labels, task)
+        return misfits(llm, [render([pair]) for pair in pairs], max_new_tokens)
+    return misfits(llm, [text_prompt(llm, label, [text], task) for label, text in pairs], max_new_tokens)
 
 
-def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int) -> str | None:
+def bare_misfit(
+    llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = Task()
+) -> str | None:
     """Why not even prompts without demonstrations fit into the LLM; None where they do. Arguments as of `misfit`."""
     if mode == "all_labels":
-        prompts = [blocks_prompt([], labels=labels, wanted=labels)]
+        prompts = [_block_writer(llm, labels, labels, task)([])]
     else:
-        prompts = [line_prompt(label, []) for label in labels]
+        prompts = [text_prompt(llm, label, [], task) for label in labels]
     return next(filter(None, misfits(llm, prompts, max_new_tokens)), None)
 
 
-def _fitting(llm: TextModel, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
+def _fitting(llm: TextModel, asked: Sequence[_Asked], max_new_tokens: int) -> list[str | Chat]:
     """The prompts; of one that does not fit into the LLM the longest demonstrations are left out until it does."""
     shown = [list(a.shown) for a in asked]
     prompts = [a.render(a.shown) for a in asked]
@@ -257,12 +282,26 @@ def _fitting(llm: TextModel, asked: Sequence[_Asked], max_new_tokens: int) -> li
     return prompts
 
 
-def _line_writer(label: str) -> Callable[[Sequence[tuple[str, str]]], str]:
-    return lambda shown: line_prompt(label, [text for _, text in shown])
+def _line_writer(llm: TextModel, label: str, task: Task) -> Callable[[Sequence[tuple[str, str]]], str | Chat]:
+    return lambda shown: text_prompt(llm, label, [text for _, text in shown], task)
 
 
-def _block_writer(labels: Sequence[str], wanted: Sequence[str]) -> Callable[[Sequence[tuple[str, str]]], str]:
-    return lambda shown: blocks_prompt(shown, labels=labels, wanted=wanted)
+def _block_writer(
+    llm: TextModel, labels: Sequence[str], wanted: Sequence[str], task: Task
+) -> Callable[[Sequence[tuple[str, str]]], str | Chat]:
+    """Blocks name labels as the card does; without one, as they are."""
+    name = _named(task)
+
+    def render(shown: Sequence[tuple[str, str]]) -> str | Chat:
+        examples = [(name(label), text) for label, text in shown]
+        prompt = blocks_prompt(examples, labels=list(map(name, labels)), wanted=list(map(name, wanted)))
+        return Chat(prompt, task.system) if getattr(llm, "chats", False) else prompt
+
+    return render
+
+
+def _named(task: Task) -> Callable[[str], str]:
+    return lambda label: task.labels[label].wording if label in task.labels else label
 
 
 def _blocks(
@@ -280,8 +319,14 @@ def _blocks(
             yield [], lost
 
 
-def _block_reader(labels: Sequence[str]) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
-    return lambda answer: parse_blocks(answer, labels)
+def _block_reader(labels: Sequence[str], task: Task) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
+    label_of = {_named(task)(label): label for label in labels}
+
+    def read(answer: str) -> tuple[list[tuple[str, str]], Counter[str]]:
+        found, dropped = parse_blocks(answer, list(label_of))
+        return [(label_of[name], text) for name, text in found], dropped
+
+    return read
 
 
 def _line_reader(label: str) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:

@@ -10,9 +10,11 @@ import numpy as np
 
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import one_line
+from fedsynth.models.chat import Chat
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.synthesis.augmentation import OPEN_LINE, check_labels
+from fedsynth.scenario.task import Task
+from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def judge_by_instruction(
     *,
     labels: Sequence[str],
     keep: int,
-    domain: str = "the domain that most of them share",
+    task: Task = Task(),
     max_new_tokens: int = 64,
     seed: int,
 ) -> dict[int, Filtered]:
@@ -82,10 +84,14 @@ def judge_by_instruction(
     _check_groups(corpora, groups, labels, keep)
     reasons: dict[int, list[str | None]] = {site: [None] * len(corpus) for site, corpus in corpora.items()}
 
-    def question(site: int, group: Sequence[int]) -> str:
+    domain = f"this domain: {task.domain.rstrip('.')}" if task.domain else "the domain that most of them share"
+    names = {label: task.labels[label].wording if label in task.labels else label for label in labels}
+
+    def question(site: int, group: Sequence[int]) -> str | Chat:
         corpus = corpora[site]
-        examples = [(corpus.answers[i], corpus.prompts[i]) for i in group]
-        return select_prompt(examples, labels=labels, keep=keep, domain=domain)
+        examples = [(names[corpus.answers[i]], corpus.prompts[i]) for i in group]
+        prompt = select_prompt(examples, labels=list(names.values()), keep=keep, domain=domain)
+        return Chat(prompt, task.system) if getattr(llm, "chats", False) else prompt
 
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
@@ -128,6 +134,7 @@ def judge_by_likelihood(
     margin: float = 0.0,
     rivals: int = 16,
     seed: int = 0,
+    task: Task = Task(),
 ) -> dict[int, Filtered]:
     """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
@@ -144,6 +151,7 @@ def judge_by_likelihood(
         margin: Nats per token by which another label may be likelier.
         rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
         seed: Of that draw.
+        task: The card, which gives each label's control code.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
@@ -159,10 +167,10 @@ def judge_by_likelihood(
             drawn = np.random.default_rng([seed, site, row]).permutation(len(others))[:rivals]
             others = [others[i] for i in sorted(drawn.tolist())]
         asked += [((site, row), y, text) for y in [corpus.answers[row], *others]]
-    unfit = misfits(llm, [OPEN_LINE.format(label=y) for _, y, _ in asked], 0, [text for _, _, text in asked])
+    unfit = misfits(llm, [task.code(y) for _, y, _ in asked], 0, [text for _, _, text in asked])
     lacking = {at: why for (at, _, _), why in zip(asked, unfit, strict=True) if why is not None}
     asked = [each for each in asked if each[0] not in lacking]
-    flat = llm.score([OPEN_LINE.format(label=y) for _, y, _ in asked], [text for _, _, text in asked])
+    flat = llm.score([task.code(y) for _, y, _ in asked], [text for _, _, text in asked])
     scores: dict[tuple[int, int], dict[str, float]] = {at: {} for at in rows}
     for (at, y, _), score in zip(asked, flat, strict=True):
         scores[at][y] = score
@@ -200,6 +208,7 @@ def best_of(
     keep: int,
     rivals: int = 16,
     seed: int,
+    task: Task = Task(),
 ) -> dict[int, Filtered]:
     """The best of each cluster, by either judge, for all sites at once.
 
@@ -207,9 +216,9 @@ def best_of(
         ValueError: If a corpus is private, its groups do not hold each row once, or there is no such judge.
     """
     if judge == "instruction":
-        return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed)
+        return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed, task=task)
     if judge == "likelihood":
-        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep, rivals=rivals, seed=seed)
+        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep, rivals=rivals, seed=seed, task=task)
     raise ValueError(f'judge must be "instruction" or "likelihood", got {judge!r}')
 
 

@@ -17,7 +17,7 @@ from fedsynth.models.llm import TextModel
 from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.models.room import misfits
 from fedsynth.scenario.schema import Tuning
-from fedsynth.synthesis.augmentation import OPEN_LINE
+from fedsynth.scenario.task import Task
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text
 from fedsynth.training.sft import Guard, dpo, perplexity, sft
@@ -140,6 +140,7 @@ def taught(
     public: Sequence[str],
     seed: int,
     tests: Corpus | None = None,
+    task: Task = Task(),
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -154,6 +155,7 @@ def taught(
         public: Texts to measure perplexity on.
         seed: Public; of the order.
         tests: Public texts with labels, to measure how often the LLM tells them.
+        task: The card, which gives each label's control code.
     """
     settings = teaching.tuning
     tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
@@ -167,14 +169,14 @@ def taught(
         if public:
             found[f"general/perplexity{when}"] = perplexity(model, [encoded("", text) for text in public], pad=pad)
         if tests is not None and len(tests):
-            found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels)
+            found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels, task)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     judge = engine.serve(model.eval(), tokenizer)
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
-    metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels), **ability("_before")}
+    metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels, task), **ability("_before")}
     guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
-    codes = {y: OPEN_LINE.format(label=y) for y in texts.best.answers}
+    codes = {y: task.code(y) for y in labels}
     if teaching.update == "likelihood":
         best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
         loss = sft(model, best, settings, pad=pad, seed=seed, guard=guard, descend=engine.descend)
@@ -186,13 +188,13 @@ def taught(
     return Taught(adapter, {**metrics, **learnt, **ability("")})
 
 
-def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str]) -> float:
+def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: Task = Task()) -> float:
     """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text.
 
     A text that does not fit after each of the labels is read up to where it does; one of which nothing can be read is
     left out.
     """
-    prompts = [OPEN_LINE.format(label=y) for y in labels]
+    prompts = list(map(task.code, labels))
     read = [(_readable(llm, prompts, f" {one_line(x)}"), y) for x, y in zip(texts.prompts, texts.answers, strict=True)]
     read = [(text, y) for text, y in read if text]
     if not read:

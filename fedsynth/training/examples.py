@@ -13,6 +13,7 @@ from fedsynth.instructions import ASK, asked, record
 from fedsynth.models.batches import token_rows
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import Kind, context_of
+from fedsynth.scenario.task import Task
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,6 @@ Slot: TypeAlias = Sequence[Encoded]
 Learns: TypeAlias = Literal["record", "response"]
 
 
-def control_code(label: str) -> str:
-    """How a label is put before its text (FDKT step 1)."""
-    return f"{label}:"
-
-
 def encode_slots(
     tokenizer: Any,
     corpus: Corpus,
@@ -59,6 +55,7 @@ def encode_slots(
     *,
     loss_on: Learns = "record",
     rows_per_unit: int = 1,
+    task: Task = Task(),
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
@@ -77,13 +74,14 @@ def encode_slots(
         kind: Of the generator.
         loss_on: Instructions: the whole record after its mark, or the response alone.
         rows_per_unit: At most so many rows of a unit count.
+        task: The card, which gives each label's control code.
     """
     known = set(labels)
 
     def encoded(row: int) -> Example | None:
         if labels and corpus.answers[row] not in known:
             return None
-        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, loss_on), longest, kind)
+        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, loss_on, task), longest, kind)
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
@@ -111,10 +109,10 @@ def encode_records(
     return [example for slot in slots for example in slot]
 
 
-def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns) -> tuple[str, str]:
+def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns, task: Task) -> tuple[str, str]:
     """What is given of a row, and what is learnt."""
     if labels:
-        return control_code(corpus.answers[row]), corpus.prompts[row].strip()
+        return task.code(corpus.answers[row]), corpus.prompts[row].strip()
     whole = record(corpus.prompts[row], corpus.answers[row])
     given = ASK if loss_on == "record" else asked(corpus.prompts[row])
     return given, whole.removeprefix(given).strip()
@@ -152,14 +150,14 @@ def readable(tokenizer: Any, text: str) -> bool:
         return False
 
 
-def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int) -> None:
+def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int, task: Task = Task()) -> None:
     """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
 
     Raises:
         ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
             no end of text or tokens that the model does not know.
     """
-    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(control_code, labels)} or {
+    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(task.code, labels)} or {
         ASK: len(token_ids(tokenizer, ASK)) + 1
     }
     code, tokens = max(codes.items(), key=lambda item: item[1])
@@ -168,7 +166,7 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
     context = context_of(model.config)
     if context is not None and longest > context:
         raise ValueError(
-            f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_tokens"
+            f"{longest} tokens are asked for, the model's context holds {context}: use a smaller max_length"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token): a text that never ends cannot be learnt")
