@@ -24,7 +24,7 @@ from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell, Client, Data
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.scenario.toml import cells as scenario_cells
 from fedsynth.scenario.toml import from_toml
 from fedsynth.system.folders import private_folder
@@ -109,7 +109,7 @@ class ClientSide:
     approvals: Approvals | None = None
     audit_log: AuditLog | None = None
     world: str | None = None
-    task: Task = Task()
+    task: Task = NO_CARD
 
     @property
     def rules(self) -> Rules:
@@ -168,7 +168,7 @@ class ClientSide:
     def _settings_digest(self, training: Any) -> str:
         """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
-        if self.task != Task():  # without a card a label is its own control code
+        if self.task != NO_CARD:  # without a card a label is its own control code
             settings["codes"] = list(map(self.task.code, self.labels))
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

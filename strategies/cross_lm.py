@@ -19,7 +19,7 @@ from fedsynth.models.llm import TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.synthesis.augmentation import augment
+from fedsynth.synthesis.augmentation import augment, turns
 from fedsynth.synthesis.curation import asked_for, deduplicate, well_formed, yields
 from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, first_adapter, mean_scores, ranked, shuffled, taught
 
@@ -87,7 +87,7 @@ class CrossLM(RoundStrategy[State]):
             self._llm(adapter),
             {0: Corpus((), (), Provenance.PUBLIC)},
             labels=self.server.labels,
-            per_site=c.num_texts,
+            wanted={0: turns(self.server.labels, c.num_texts)},
             mode="none",
             shots=1,
             sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),

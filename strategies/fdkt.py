@@ -14,9 +14,10 @@ from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
+from fedsynth.synthesis.augmentation import augment, bare_misfit, lacking, misfit, turns
 from fedsynth.synthesis.curation import Filtered, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
 from fedsynth.synthesis.judges import best_of
+from fedsynth.synthesis.label_check import fitting
 
 
 @dataclass(frozen=True)
@@ -145,33 +146,44 @@ class FDKT(RoundStrategy[State]):
         return {client: drafts.get(client, _nothing()) for client in given}
 
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
-        """Step 7: more text like the demonstrations; all clients' prompts in one batch."""
+        """Step 7: more text like the demonstrations; all clients' prompts in one batch, again for what filters took."""
         c, run_log = self.config, self.server.run_log
         run_log.progress("augment", 0, len(shown))
-        written = augment(
-            self.server.llm,
-            shown,
-            labels=self.server.labels,
-            per_site=c.num_texts,
-            mode=c.demonstrations,
-            shots=c.shots,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
-            seed=self.seed("augment"),
-            task=self.task,
-        )
+        wanted = {client: turns(self.server.labels, c.num_texts) for client in shown}
         corpora: dict[int, Corpus] = {}
-        for client, reply in written.items():
-            run_log.log_metric(client, "yield/written/without_demonstrations", sum(reply.bare.values()))
-            labels, came = self.server.labels[: c.num_texts], len(reply.corpus) + sum(reply.dropped.values())
-            missing = {**reply.dropped, "not written": max(0, c.num_texts - came)}
-            corpora[client] = self._curate(client, "written", reply.corpus, labels, missing)
-            run_log.log_corpus(client, "written", corpora[client])
+        for attempt in range(c.attempts):
+            again = "_again" if attempt else ""
+            written = augment(
+                self.server.llm,
+                {client: shown[client] for client in wanted},
+                labels=self.server.labels,
+                wanted=wanted,
+                mode=c.demonstrations,
+                shots=c.shots,
+                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+                seed=self.seed(f"augment{again}{attempt or ''}"),
+                task=self.task,
+            )
+            for client, reply in written.items():
+                run_log.log_metric(client, f"yield/written{again}/without_demonstrations", sum(reply.bare.values()))
+                asked, came = len(wanted[client]), len(reply.corpus) + sum(reply.dropped.values())
+                missing = {**reply.dropped, "not written": max(0, asked - came)}
+                found = self._curate(
+                    client, f"written{again}", reply.corpus, list(dict.fromkeys(wanted[client])), missing
+                )
+                corpora[client] = deduplicate(pool([corpora[client], found])).corpus if attempt else found
+            left = {client: lacking(corpus, self.server.labels, c.num_texts) for client, corpus in corpora.items()}
+            wanted = {client: labels for client, labels in left.items() if labels}
+            if not wanted:
+                break
+        for client, corpus in corpora.items():
+            run_log.log_corpus(client, "written", corpus)
         return corpora
 
     def _curate(
         self, client: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
     ) -> Corpus:
-        """The texts that are texts, each once; noted beside those that were asked for and never came."""
+        """The texts that are texts, each once, and fit their labels; noted beside those that never came."""
         formed = well_formed(
             corpus,
             labels=self.server.labels,
@@ -180,8 +192,11 @@ class FDKT(RoundStrategy[State]):
             longest=MAX_TEXT,
         )
         unique = deduplicate(formed.corpus)
-        self._note(client, [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)])
-        return unique.corpus
+        steps = [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)]
+        if self.config.label_check == "embedder":
+            steps.append((f"{name}_fitting", fitting(unique.corpus, self.server.labels, self.task, self.server.embed)))
+        self._note(client, steps)
+        return steps[-1][1].corpus
 
     def _note(self, client: int, steps: list[tuple[str, Filtered]]) -> None:
         for stage in yields(steps):

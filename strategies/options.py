@@ -41,6 +41,9 @@ class FDKTOptions:
         top_p: Of the LLM.
         max_new_tokens: Longest answer of the LLM.
         one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
+        label_check: `embedder`: drafts and written texts that lie nearer to another label's words are dropped, by
+            `server.embedder` and the task card. `none`: no check.
+        attempts: How often the LLM is asked, at most, for the texts that labels still lack after the filters.
         drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
             spends nothing; with `one_to_many` it gains from the drafts of the others.
     """
@@ -63,6 +66,8 @@ class FDKTOptions:
     top_p: Share = 0.95
     max_new_tokens: Count = 48
     one_to_many: bool = False
+    label_check: Literal["none", "embedder"] = "none"
+    attempts: Annotated[Count, most(20)] = 1
     drafts_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,7 +93,6 @@ class FDKTOptions:
 
 
 NO_SCORES = 'an endpoint with api = "chat" scores no text'
-NO_LINE = 'an endpoint with api = "chat" goes on after no line of text'
 
 
 def _chats(model: str | Endpoint | None) -> bool:
@@ -227,11 +231,6 @@ class CrossLMOptions:
             raise BadValue(
                 "CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
                 'say strategy.teaching.update = "none"'
-            )
-        if _chats(scenario.server.llm):
-            raise BadValue(
-                f"{NO_LINE}, and CrossLM's texts go on after a label's name: name one that goes on after a "
-                "prompt, or a model with weights, as server.llm"
             )
         client, data = scenario.client, scenario.data
         if self.feedback == "none" or client.guarantee == "none":

@@ -456,7 +456,7 @@ def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path
         )
         for client in range(CLIENTS)
     }
-    written = strategy._augment(drafts)
+    written = strategy._augment(strategy._shared(drafts, range(CLIENTS)))
     prompts = made.llm.completed[-1]
     assert len(prompts) == CLIENTS * 8
     for client in range(CLIENTS):

@@ -101,22 +101,19 @@ def test_cross_lm_takes_the_mean_of_scores_and_nothing_else() -> None:
     assert "unknown key 'aggregation' in [strategy]" in refusal(CROSS_LM, 'aggregation = "max"', PLAIN)
 
 
-# As KnowledgeSG says it: 'an endpoint with api = "chat" ...: say strategy.KEY = "VALUE"'.
 @pytest.mark.parametrize(
     ("method", "options", "way_out"),
     [
-        (FDKT, "", 'say strategy.demonstrations = "all_labels"'),
-        (FDKT, 'judge = "instruction"', 'say strategy.demonstrations = "all_labels"'),
+        (FDKT, "", 'scores no text: say strategy.judge = "instruction"'),
         (FDKT, 'demonstrations = "all_labels"', 'scores no text: say strategy.judge = "instruction"'),
-        (FDKT, 'demonstrations = "none"\njudge = "none"', "a model with weights, as server.llm"),
-        (CROSS_LM, 'feedback = "none"', "a model with weights, as server.llm"),
-        (CROSS_LM, 'teaching.update = "none"', "a model with weights, as server.llm"),
+        (FDKT, "drafts_from = [0, 1]", "strategy.drafts_from names clients from 0 to 0, got [0, 1]"),
+        (CROSS_LM, "", 'say strategy.teaching.update = "none"'),
     ],
 )
-def test_a_chat_endpoint_is_not_given_lines_to_go_on_with(method: str, options: str, way_out: str) -> None:
-    said = refusal(method, options, CHAT)
-    assert 'an endpoint with api = "chat" ' in said
-    assert way_out in said
+def test_what_an_endpoint_or_a_run_cannot_do_is_refused_with_the_way_out(
+    method: str, options: str, way_out: str
+) -> None:
+    assert way_out in refusal(method, options, CHAT)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,11 @@ def test_a_chat_endpoint_is_not_given_lines_to_go_on_with(method: str, options: 
     [
         (FDKT, 'demonstrations = "all_labels"\njudge = "instruction"', CHAT),
         (FDKT, 'demonstrations = "all_labels"\njudge = "none"', CHAT),
+        (FDKT, 'judge = "instruction"', CHAT),
+        (FDKT, 'demonstrations = "none"', CHAT),  # nothing is judged
         (FDKT, 'texts = "drafts"', CHAT),  # no LLM takes part
+        (CROSS_LM, 'feedback = "none"', CHAT),
+        (CROSS_LM, 'teaching.update = "none"', CHAT),
         (FDKT, "", PLAIN),
         (CROSS_LM, 'feedback = "none"', PLAIN),
     ],
@@ -166,11 +167,11 @@ def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
     from scripted import ScriptedLLM
 
     from fedsynth.corpus import Corpus, Provenance
-    from fedsynth.synthesis.augmentation import augment
+    from fedsynth.synthesis.augmentation import augment, turns
 
     labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
     settings: dict[str, Any] = {"shots": 1, "sampling": SamplingParams(temperature=1.0, max_new_tokens=8), "seed": 0}
     nothing = {0: Corpus((), (), Provenance.PUBLIC)}
-    written = augment(ScriptedLLM(), nothing, labels=labels, per_site=3, mode=mode, **settings)[0]
+    written = augment(ScriptedLLM(), nothing, labels=labels, wanted={0: turns(labels, 3)}, mode=mode, **settings)[0]
     assert set(labels) - set(written.corpus.answers) == {"d"}
     assert "('d')" in few_texts(3, labels)[0]

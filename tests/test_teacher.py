@@ -14,6 +14,7 @@ from fedsynth.federation.messages import Learn
 from fedsynth.federation.validation import check_request
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.task import Task
 from fedsynth.strategies.fdkt import FDKT
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import (
@@ -27,6 +28,7 @@ from fedsynth.synthesis.augmentation import (
     misfit,
     parse_blocks,
     parse_line,
+    turns,
 )
 from fedsynth.synthesis.curation import Filtered, clusters
 from fedsynth.synthesis.judges import (
@@ -53,8 +55,10 @@ def drafts(per_label: int, site: int = 0, labels: tuple[str, ...] = LABELS) -> C
 
 
 def ask(llm: ScriptedLLM, demonstrations: dict[int, Corpus], mode: Mode = "per_label", **options: Any) -> Any:
-    asked = {"labels": LABELS, "per_site": 6, "shots": 2, "sampling": SAMPLING, "seed": 1}
-    return augment(llm, demonstrations, mode=mode, **(asked | options))
+    asked = {"labels": LABELS, "texts": 6, "shots": 2, "sampling": SAMPLING, "seed": 1} | options
+    labels, texts = asked["labels"], asked.pop("texts")
+    wanted = dict.fromkeys(demonstrations, turns(labels, texts) if labels else [])
+    return augment(llm, demonstrations, mode=mode, wanted=wanted, **asked)
 
 
 # --- templates ---
@@ -190,7 +194,7 @@ def shown_blocks(prompt: str) -> list[tuple[str, str]]:
 def test_all_labels_prompts_show_exactly_shots_of_every_label() -> None:
     llm = ScriptedLLM(answer=lambda prompt: "-----\nLabel: fever\nText: hot\n-----\nLabel: cough\nText: dry\n-----")
     demonstrations = drafts(5)
-    result = ask(llm, {0: demonstrations}, "all_labels", per_site=7, shots=3)[0]
+    result = ask(llm, {0: demonstrations}, "all_labels", texts=7, shots=3)[0]
     (prompts,) = llm.completed
     assert len(prompts) == 3  # 7 texts, 3 labels each
     members = set(zip(demonstrations.answers, demonstrations.prompts, strict=True))
@@ -205,7 +209,7 @@ def test_all_labels_prompts_show_exactly_shots_of_every_label() -> None:
 
 def test_demonstrations_are_used_up_before_any_returns_and_none_stands_twice_in_a_prompt() -> None:
     llm = ScriptedLLM()
-    ask(llm, {0: drafts(5, labels=("fever",))}, labels=("fever",), per_site=10, shots=2)
+    ask(llm, {0: drafts(5, labels=("fever",))}, labels=("fever",), texts=10, shots=2)
     hands = [prompt.split("\n")[:-1] for prompt in llm.completed[0]]
     drawn = [text for hand in hands for text in hand]
     for start in range(0, 20, 5):
@@ -282,7 +286,7 @@ def test_an_empty_answer_gives_no_text() -> None:
         ({"labels": ("a:b",)}, "label 'a:b' cannot stand"),
         ({"labels": ("a", "a")}, "labels must be distinct"),
         ({"labels": ()}, "labels must be distinct"),
-        ({"per_site": 0}, "per_site and shots must be at least 1, got 0"),
+        ({"shots": 0}, "shots must be at least 1, got 0"),
         ({"mode": "some"}, "mode must be"),
     ],
 )
@@ -482,8 +486,10 @@ def test_an_unknown_judge_is_named() -> None:
 
 def test_the_instructed_judge_can_be_told_the_domain() -> None:
     llm = ScriptedLLM(lambda prompt: "The selected texts are: 1")
-    judge_by_instruction(llm, {0: SIX}, {0: [[0, 1, 2, 3, 4, 5]]}, labels=LABELS, keep=1, domain="QQ", seed=0)
-    assert "outside QQ," in llm.completed[0][0]
+    judge_by_instruction(
+        llm, {0: SIX}, {0: [[0, 1, 2, 3, 4, 5]]}, labels=LABELS, keep=1, task=Task(domain="QQ."), seed=0
+    )
+    assert "outside this domain: QQ," in llm.completed[0][0]
 
 
 def test_a_text_is_compared_with_so_many_other_labels_and_its_own_always() -> None:
@@ -582,9 +588,10 @@ def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
     noted: list[Any] = []
     run_log = SimpleNamespace(
-        stage=lambda client, stage: noted.append((client, stage.name, stage.before, stage.dropped))
+        log_stage=lambda client, stage: noted.append((client, stage.name, stage.before, stage.dropped))
     )
-    server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, run_log=run_log)
+    cell = SimpleNamespace(scenario=SimpleNamespace(task=Task()))
+    server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, run_log=run_log, cell=cell)
     method = FDKT(FDKTOptions(judge="none"), server)
     texts = {0: corpus([(LONG, "fever"), ("hot", "fever")]), 1: corpus([("dry", "cough")])}
     assert {client: found.prompts for client, found in method._readable(texts).items()} == {0: ("hot",), 1: ("dry",)}

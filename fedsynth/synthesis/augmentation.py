@@ -15,7 +15,7 @@ from fedsynth.instructions import one_line
 from fedsynth.models.chat import Chat
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import refuse_private
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
 # --- One text of one label: lines for a base LLM, a question to an LLM that converses -------------------------------
 
 
-def line_prompt(label: str, texts: Iterable[str], task: Task = Task()) -> str:
+def line_prompt(label: str, texts: Iterable[str], task: Task = NO_CARD) -> str:
     """Few-shot lines of one label and its control code once more; no texts leave the code alone.
 
     The code ends without a blank: byte-level tokenizers put the blank into the text's first token.
@@ -37,7 +37,7 @@ def line_prompt(label: str, texts: Iterable[str], task: Task = Task()) -> str:
 
 def text_prompt(llm: TextModel, label: str, texts: Sequence[str], task: Task) -> str | Chat:
     """How an LLM is asked for one text of a label, after demonstrations or none."""
-    if getattr(llm, "chats", False):
+    if llm.chats:
         return Chat(task.question(label, [one_line(text) for text in texts]), task.system)
     return line_prompt(label, texts, task)
 
@@ -46,7 +46,7 @@ QUOTES = {'"': '"', "'": "'", "\u201c": "\u201d", "\u2018": "\u2019", "`": "`"}
 
 
 def parse_line(answer: str) -> str | None:
-    """The answer's first line that is not blank, or None; quotes around the whole of it are the LLM's, not the text's."""
+    """The answer's first line that is not blank, without quotes around the whole of it; None if there is none."""
     lines = answer.strip().splitlines()
     if not lines:
         return None
@@ -56,7 +56,7 @@ def parse_line(answer: str) -> str | None:
     return line or None
 
 
-# --- One text of each label: an instruction and blocks of all labels (docs/methods/fdkt.md, step 7) ---------------------------
+# --- One text of each label: an instruction and blocks of all labels (docs/methods/fdkt.md, step 7) -------------------
 
 DELIMITER = "-----"
 BLOCK = DELIMITER + "\nLabel: {label}\nText: {text}\n"
@@ -162,20 +162,21 @@ def augment(
     demonstrations: Mapping[int, Corpus],
     *,
     labels: Sequence[str],
-    per_site: int,
+    wanted: Mapping[int, Sequence[str]],
     mode: Mode,
     shots: int,
     sampling: SamplingParams,
     seed: int,
-    task: Task = Task(),
+    task: Task = NO_CARD,
 ) -> dict[int, Augmented]:
     """More texts like each site's demonstrations, all sites' prompts in one call.
 
     Args:
         llm: The server's.
         demonstrations: By site; released texts and their class names.
-        labels: The public ones. Texts are asked for uniformly, in turn: a site's label counts stay with the site.
-        per_site: Texts asked for; fewer come back where an answer cannot be read.
+        labels: The public ones.
+        wanted: By site; the labels of the texts that are asked for, as `turns` gives them: uniformly, because a site's
+            label counts stay with the site. Fewer texts come back where an answer cannot be read.
         mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
             "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
             "none": one text per prompt, after its label's name alone (an ablation).
@@ -190,8 +191,8 @@ def augment(
     for corpus in demonstrations.values():
         refuse_private(corpus)
     check_labels(labels)
-    if per_site < 1 or shots < 1:
-        raise ValueError(f"per_site and shots must be at least 1, got {per_site} and {shots}")
+    if shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}")
     if mode not in ("per_label", "all_labels", "none"):
         raise ValueError(f'mode must be "per_label", "all_labels" or "none", got {mode!r}')
 
@@ -201,17 +202,16 @@ def augment(
         # A site's prompts depend on its own demonstrations only, not on which other sites answered.
         rng = np.random.default_rng([seed, site])
         decks = {label: _Deck(texts, rng) for label, texts in _by_label(corpus, labels).items() if texts}
-        turns = [labels[i % len(labels)] for i in range(per_site)]
         bare[site] = Counter()
         if mode != "none":
-            bare[site].update(label for label in turns if label not in decks)
+            bare[site].update(label for label in wanted[site] if label not in decks)
         if mode == "all_labels":
             asked += [
                 _Asked(site, examples, _block_writer(llm, labels, wanted, task), _block_reader(labels, task))
-                for examples, wanted in _blocks(turns, decks, labels, shots)
+                for examples, wanted in _blocks(wanted[site], decks, labels, shots)
             ]
         else:
-            for label in turns:
+            for label in wanted[site]:
                 deck = decks.get(label) if mode == "per_label" else None
                 texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
                 writer = _line_writer(llm, label, task)
@@ -237,8 +237,22 @@ def augment(
     }
 
 
+def turns(labels: Sequence[str], count: int) -> list[str]:
+    """So many labels, each in its turn.
+
+    >>> turns(["a", "b"], 3)
+    ['a', 'b', 'a']
+    """
+    return [labels[i % len(labels)] for i in range(count)]
+
+
+def lacking(corpus: Corpus, labels: Sequence[str], count: int) -> list[str]:
+    """The labels of the texts that a corpus lacks to hold `turns(labels, count)`, in the order of labels."""
+    return list((Counter(turns(labels, count)) - corpus.counts()).elements())
+
+
 def misfit(
-    llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = Task()
+    llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = NO_CARD
 ) -> list[str | None]:
     """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
 
@@ -258,7 +272,7 @@ def misfit(
 
 
 def bare_misfit(
-    llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = Task()
+    llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = NO_CARD
 ) -> str | None:
     """Why not even prompts without demonstrations fit into the LLM; None where they do. Arguments as of `misfit`."""
     if mode == "all_labels":
@@ -295,7 +309,7 @@ def _block_writer(
     def render(shown: Sequence[tuple[str, str]]) -> str | Chat:
         examples = [(name(label), text) for label, text in shown]
         prompt = blocks_prompt(examples, labels=list(map(name, labels)), wanted=list(map(name, wanted)))
-        return Chat(prompt, task.system) if getattr(llm, "chats", False) else prompt
+        return Chat(prompt, task.system) if llm.chats else prompt
 
     return render
 
@@ -305,11 +319,11 @@ def _named(task: Task) -> Callable[[str], str]:
 
 
 def _blocks(
-    turns: Sequence[str], decks: Mapping[str, _Deck], labels: Sequence[str], shots: int
+    asked: Sequence[str], decks: Mapping[str, _Deck], labels: Sequence[str], shots: int
 ) -> Iterable[tuple[list[tuple[str, str]], list[str]]]:
     """Demonstrations of a prompt, and the labels that it asks for."""
-    for start in range(0, len(turns), len(labels)):
-        wanted = turns[start : start + len(labels)]
+    for start in range(0, len(asked), len(labels)):
+        wanted = asked[start : start + len(labels)]
         shown = [label for label in wanted if label in decks]
         if shown:
             examples = [(label, text) for label in labels if label in decks for text in decks[label].draw(shots)]

@@ -13,7 +13,7 @@ from fedsynth.instructions import one_line
 from fedsynth.models.chat import Chat
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private
 
@@ -68,7 +68,7 @@ def judge_by_instruction(
     *,
     labels: Sequence[str],
     keep: int,
-    task: Task = Task(),
+    task: Task = NO_CARD,
     max_new_tokens: int = 64,
     seed: int,
 ) -> dict[int, Filtered]:
@@ -91,7 +91,7 @@ def judge_by_instruction(
         corpus = corpora[site]
         examples = [(names[corpus.answers[i]], corpus.prompts[i]) for i in group]
         prompt = select_prompt(examples, labels=list(names.values()), keep=keep, domain=domain)
-        return Chat(prompt, task.system) if getattr(llm, "chats", False) else prompt
+        return Chat(prompt, task.system) if llm.chats else prompt
 
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
@@ -134,7 +134,7 @@ def judge_by_likelihood(
     margin: float = 0.0,
     rivals: int = 16,
     seed: int = 0,
-    task: Task = Task(),
+    task: Task = NO_CARD,
 ) -> dict[int, Filtered]:
     """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
@@ -208,7 +208,7 @@ def best_of(
     keep: int,
     rivals: int = 16,
     seed: int,
-    task: Task = Task(),
+    task: Task = NO_CARD,
 ) -> dict[int, Filtered]:
     """The best of each cluster, by either judge, for all sites at once.
 

@@ -17,7 +17,7 @@ from fedsynth.models.llm import TextModel
 from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.models.room import misfits
 from fedsynth.scenario.schema import Tuning
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text
 from fedsynth.training.sft import Guard, dpo, perplexity, sft
@@ -140,7 +140,7 @@ def taught(
     public: Sequence[str],
     seed: int,
     tests: Corpus | None = None,
-    task: Task = Task(),
+    task: Task = NO_CARD,
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -188,7 +188,7 @@ def taught(
     return Taught(adapter, {**metrics, **learnt, **ability("")})
 
 
-def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: Task = Task()) -> float:
+def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: Task = NO_CARD) -> float:
     """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text.
 
     A text that does not fit after each of the labels is read up to where it does; one of which nothing can be read is

@@ -13,7 +13,7 @@ from fedsynth.instructions import ASK, asked, record
 from fedsynth.models.batches import token_rows
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import Kind, context_of
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def encode_slots(
     *,
     loss_on: Learns = "record",
     rows_per_unit: int = 1,
-    task: Task = Task(),
+    task: Task = NO_CARD,
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
@@ -150,7 +150,7 @@ def readable(tokenizer: Any, text: str) -> bool:
         return False
 
 
-def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int, task: Task = Task()) -> None:
+def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int, task: Task = NO_CARD) -> None:
     """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
 
     Raises:

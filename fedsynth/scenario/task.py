@@ -1,0 +1,186 @@
+"""The task card: how a task and its labels are put into words; public, because a scenario declares it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+
+from fedsynth.corpus import same
+from fedsynth.typed import BadValue
+
+MAX_WORDING = 200  # characters: a control code stands before every private text
+MAX_WORDS = 4000  # characters of a description, a domain, a template
+
+
+@dataclass(frozen=True)
+class LabelCard:
+    """One label in words.
+
+    Attributes:
+        wording: A short phrase that can follow "about", as "activating a new card".
+        description: A sentence or two: which texts have this label, and which do not.
+    """
+
+    wording: str
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        _in_one_line("wording", self.wording, MAX_WORDING)
+        if self.description:
+            _in_one_line("description", self.description, MAX_WORDS)
+
+
+# Each template's slots: those that it must show, and all that it may.
+_LABEL = frozenset(("label", "wording"))
+SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "generator": (frozenset(), frozenset(("noun", "domain", "description")) | _LABEL),
+    "writer": (frozenset(("examples",)), frozenset(("noun", "domain", "description", "examples")) | _LABEL),
+    "examples": (frozenset(("texts",)), frozenset(("noun", "domain", "texts")) | _LABEL),
+}
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How prompts are made of a card; each names its slots in braces.
+
+    Attributes:
+        generator: The control code before a text: what a client's generator learns a text after, and a base LLM reads.
+            Left out: `{noun} about {wording}:`, and `{wording}:` where the card has no noun.
+        writer: What an LLM that converses is asked, to write one text of a label. `{examples}` is empty where nothing
+            is demonstrated, so that arms with and without demonstrations ask the same.
+        examples: The block of demonstrations in it; `{texts}` has one on each line.
+    """
+
+    generator: str = ""
+    writer: str = (
+        "{examples}Write {noun} about {wording}. {description}\n"
+        "Vary who writes, what happened and how it is said. Answer with the text alone, on one line."
+    )
+    examples: str = "These are examples, one on each line:\n{texts}\n\nDo not copy them. "
+
+    def __post_init__(self) -> None:
+        for name, (needed, allowed) in SLOTS.items():
+            template = getattr(self, name)
+            if not template and name == "generator":
+                continue
+            if len(template) > MAX_WORDS:
+                raise BadValue(f"task.templates.{name} has {len(template)} characters: {MAX_WORDS} at most")
+            try:
+                slots = {slot for _, slot, _, _ in Formatter().parse(template) if slot is not None}
+            except ValueError as problem:
+                raise BadValue(f"task.templates.{name}: {problem}; write {{{{ and }}}} for braces") from problem
+            if unknown := sorted(slots - allowed):
+                raise BadValue(
+                    f"task.templates.{name} has the unknown slot {{{unknown[0]}}}: it may have "
+                    f"{', '.join(f'{{{slot}}}' for slot in sorted(allowed))}"
+                )
+            if missing := sorted(needed - slots):
+                raise BadValue(f"task.templates.{name} lacks the slot {{{missing[0]}}}")
+            if name != "examples" and not slots & _LABEL:
+                raise BadValue(f"task.templates.{name} lacks the label: write {{wording}}, or {{label}}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The card of a scenario. Without one, labels stand for themselves, as tiny models learnt them.
+
+    Attributes:
+        domain: A sentence about the domain, as "Customers of a bank write to its chat support."
+        noun: What one text is, with its article, as "a message of a bank's customer".
+        system: System prompt of an LLM that converses; "" for none.
+        labels: Label -> how it is put into words; a label that is not listed is put into words by its name.
+        templates: How prompts are made.
+    """
+
+    domain: str = ""
+    noun: str = ""
+    system: str = ""
+    labels: Mapping[str, LabelCard] = field(default_factory=dict)
+    templates: Templates = field(default_factory=Templates)
+
+    def __post_init__(self) -> None:
+        for name in ("domain", "noun", "system"):
+            if value := getattr(self, name):
+                _in_one_line(f"task.{name}", value, MAX_WORDS)
+        wordings = [card.wording.casefold() for card in self.labels.values()]
+        if twice := sorted({w for w in wordings if wordings.count(w) > 1}):
+            raise BadValue(
+                f"task.labels: two labels have the wording {twice[0]!r}; one could not be told from the other"
+            )
+
+    def wording(self, label: str) -> str:
+        """The label as a phrase in a sentence.
+
+        >>> Task().wording("lost_or_stolen_card")
+        'lost or stolen card'
+        """
+        card = self.labels.get(label)
+        return parted(label) if card is None else card.wording
+
+    def description(self, label: str) -> str:
+        """Which texts have the label; "" where the card does not say."""
+        card = self.labels.get(label)
+        return "" if card is None else card.description
+
+    def code(self, label: str) -> str:
+        """The control code of a label: what stands before a text that a generator learns (FDKT, step 1).
+
+        >>> Task().code("billing")
+        'billing:'
+        >>> Task(noun="a note").code("lost_card")
+        'a note about lost card:'
+        """
+        if self.templates.generator:
+            return self._filled(self.templates.generator, label)
+        if self.noun:
+            return self._filled("{noun} about {wording}:", label)
+        return f"{self.labels[label].wording if label in self.labels else label}:"
+
+    def question(self, label: str, shown: Sequence[str] = ()) -> str:
+        """What an LLM that converses is asked, to write one text of a label.
+
+        Args:
+            label: Of the public list.
+            shown: Demonstrations, each of one line; none for the arm without.
+        """
+        block = self._filled(self.templates.examples, label, texts="\n".join(shown)) if shown else ""
+        domain = f"{self.domain}\n" if self.domain and "{domain}" not in self.templates.writer else ""
+        asked = domain + self._filled(self.templates.writer, label, examples=block)
+        return "\n".join(line.rstrip() for line in asked.split("\n"))  # an empty description leaves a blank
+
+    def _filled(self, template: str, label: str, **more: str) -> str:
+        slots = {
+            "label": label,
+            "wording": self.wording(label),
+            "description": self.description(label),
+            "noun": self.noun or "a text",
+            "domain": self.domain,
+            **more,
+        }
+        return template.format(**slots)
+
+
+NO_CARD = Task()
+
+
+def parted(label: str) -> str:
+    """An identifier as words.
+
+    >>> parted("cashWithdrawal-failed_twice")
+    'cash withdrawal failed twice'
+    """
+    words = "".join(
+        f" {char.lower()}" if char.isupper() and before.islower() else char
+        for before, char in zip(" " + label, label, strict=False)
+    )
+    return " ".join(words.replace("_", " ").replace("-", " ").split())
+
+
+def _in_one_line(name: str, value: str, longest: int) -> None:
+    if not same(value) or value != value.strip():
+        raise BadValue(f"{name} must hold words, without blanks around them, got {value!r}")
+    if value.splitlines() != [value]:
+        raise BadValue(f"{name} must stand in one line, got {value!r}")
+    if len(value) > longest:
+        raise BadValue(f"{name} has {len(value)} characters: {longest} at most")

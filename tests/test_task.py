@@ -1,0 +1,191 @@
+"""The task card: labels in words, in prompts and control codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from numpy.typing import NDArray
+from scripted import ScriptedLLM
+
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.models.chat import Chat
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.task import NO_CARD, LabelCard, Task, Templates
+from fedsynth.synthesis.augmentation import augment, lacking, parse_line, text_prompt, turns
+from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
+from fedsynth.synthesis.label_check import fitting
+from fedsynth.training.examples import encode_slots
+from fedsynth.typed import BadValue, build
+
+BANK = Task(
+    domain="Customers of a bank write to its support.",
+    noun="a message of a bank's customer",
+    system="You write as customers do.",
+    labels={
+        "lost_card": LabelCard("a lost card", "The card is gone."),
+        "pin": LabelCard("a forgotten PIN"),
+    },
+)
+LABELS = ("lost_card", "pin", "topUp_failed")
+DRAFTS = Corpus(("my card is gone", "no idea of my code"), ("lost_card", "pin"), Provenance.DP_SYNTHETIC, grants=("g",))
+ONE = SamplingParams(temperature=0.0, max_new_tokens=8)
+
+
+class Conversing(ScriptedLLM):
+    """A scripted LLM that converses."""
+
+    chats = True
+
+
+def test_a_label_that_the_card_does_not_list_is_put_into_words_by_its_name() -> None:
+    assert [BANK.wording(label) for label in LABELS] == ["a lost card", "a forgotten PIN", "top up failed"]
+    assert [BANK.description(label) for label in LABELS] == ["The card is gone.", "", ""]
+
+
+def test_a_control_code_is_the_wording_after_the_noun_and_without_a_card_the_label() -> None:
+    assert [BANK.code(label) for label in LABELS] == [
+        "a message of a bank's customer about a lost card:",
+        "a message of a bank's customer about a forgotten PIN:",
+        "a message of a bank's customer about top up failed:",
+    ]
+    assert [NO_CARD.code(label) for label in LABELS] == ["lost_card:", "pin:", "topUp_failed:"]
+    assert Task(labels=BANK.labels).code("pin") == "a forgotten PIN:"
+    own = Task(noun="a note", templates=Templates(generator="[{label}] {noun}:"))
+    assert own.code("pin") == "[pin] a note:"
+
+
+def test_the_question_without_demonstrations_is_the_question_with_them_less_the_block() -> None:
+    bare, shown = BANK.question("lost_card"), BANK.question("lost_card", ["gone it is", "where is it"])
+    block = "These are examples, one on each line:\ngone it is\nwhere is it\n\nDo not copy them. "
+    assert block in shown
+    assert shown.replace(block, "") == bare
+    assert bare == (
+        "Customers of a bank write to its support.\n"
+        "Write a message of a bank's customer about a lost card. The card is gone.\n"
+        "Vary who writes, what happened and how it is said. Answer with the text alone, on one line."
+    )
+    assert "about a forgotten PIN.\n" in BANK.question("pin")  # no blank where there is no description
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [
+        ({"labels": {"a": {"wording": "x\ny"}}}, "must stand in one line"),
+        ({"labels": {"a": {"wording": " x"}}}, "without blanks around"),
+        ({"labels": {"a": {"wording": "x"}, "b": {"wording": "X"}}}, "two labels have the wording 'x'"),
+        ({"labels": {"a": {"wording": "x" * 201}}}, "201 characters: 200 at most"),
+        ({"noun": "a\tb\nc"}, "must stand in one line"),
+        ({"templates": {"writer": "Write about {wording}."}}, r"task.templates.writer lacks the slot \{examples\}"),
+        ({"templates": {"writer": "{examples}Write."}}, "lacks the label"),
+        ({"templates": {"writer": "{examples}{wording}{nuon}"}}, r"has the unknown slot \{nuon\}: it may have"),
+        ({"templates": {"examples": "Examples:"}}, r"lacks the slot \{texts\}"),
+        ({"templates": {"generator": "{texts} {label}:"}}, r"has the unknown slot \{texts\}"),
+        ({"templates": {"generator": "text:"}}, "lacks the label"),
+        ({"templates": {"generator": "{label"}}, "write {{ and }} for braces"),
+        ({"templates": {"writer": "{examples}{wording}" + "x" * 4000}}, "4000 at most"),
+    ],
+)
+def test_a_card_that_cannot_be_meant_is_refused(card: Any, said: str) -> None:
+    with pytest.raises(BadValue, match=said):
+        build(Task, card, "task")
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        ('"My card is lost."', "My card is lost."),
+        ("\u201cMy card is lost.\u201d\n\nI hope this helps!", "My card is lost."),
+        ('"Lost" is what "my card" is', '"Lost" is what "my card" is'),
+        ('"', '"'),
+        ('""', None),
+        (" \n ", None),
+    ],
+)
+def test_quotes_around_a_whole_answer_are_no_part_of_the_text(answer: str, text: str | None) -> None:
+    assert parse_line(answer) == text
+
+
+def test_an_llm_that_converses_is_asked_and_a_base_llm_goes_on_after_codes() -> None:
+    asked = text_prompt(Conversing(), "pin", ["no\ncode"], BANK)
+    assert asked == Chat(BANK.question("pin", ["no code"]), "You write as customers do.")
+    code = BANK.code("pin")
+    assert text_prompt(ScriptedLLM(), "pin", ["no\ncode"], BANK) == f"{code} no code\n{code}"
+
+
+@pytest.mark.parametrize("llm", [Conversing(lambda _: "Where is my card?"), ScriptedLLM(lambda _: "Where is my card?")])
+@pytest.mark.parametrize("mode", ["per_label", "none"])
+def test_texts_come_back_under_their_labels_whatever_the_words_were(llm: ScriptedLLM, mode: Any) -> None:
+    found = augment(
+        llm, {0: DRAFTS}, labels=LABELS, wanted={0: LABELS}, mode=mode, shots=1, sampling=ONE, seed=0, task=BANK
+    )[0]
+    assert found.corpus.answers == LABELS
+    assert set(found.corpus.prompts) == {"Where is my card?"}
+    assert found.corpus.provenance is (Provenance.LLM_WRITTEN if mode == "per_label" else Provenance.PUBLIC)
+
+
+def test_blocks_name_labels_by_their_wordings_and_are_read_back_as_labels() -> None:
+    llm = Conversing(lambda _: "-----\nLabel: a lost card\nText: gone\n-----\nLabel: lost_card\nText: gone, too\n")
+    found = augment(
+        llm, {0: DRAFTS}, labels=LABELS, wanted={0: LABELS}, mode="all_labels", shots=1, sampling=ONE, seed=0, task=BANK
+    )[0]
+    assert found.corpus.answers == ("lost_card",) * found.prompts
+    assert found.dropped == {"mistyped label": found.prompts}  # the identifier was never shown
+    assert all("Label: a forgotten PIN" in p.user or "forgotten" in p.user for p in llm.completed[0])
+
+
+def test_judges_read_wordings_too() -> None:
+    llm = Conversing(lambda _: "The selected texts are: 1")
+    judge_by_instruction(llm, {0: DRAFTS}, {0: [[0, 1]]}, labels=LABELS, keep=1, task=BANK, seed=0)
+    [[asked]] = llm.completed
+    assert asked.system == BANK.system
+    assert "[a lost card] my card is gone" in asked.user
+    assert "outside this domain: Customers of a bank write to its support," in asked.user
+    seen: list[str] = []
+    scoring = ScriptedLLM(likelihood=lambda prompt, _: seen.append(prompt) or 0.0)
+    judge_by_likelihood(scoring, {0: DRAFTS}, {0: [[0, 1]]}, labels=LABELS, keep=1, task=BANK)
+    assert set(seen) == {BANK.code(label) for label in LABELS}
+
+
+def test_a_generator_learns_texts_after_their_codes() -> None:
+    tokenizer = load_tokenizer(tiny.folder())
+    private = Corpus(("gone", "code"), ("lost_card", "pin"), Provenance.PRIVATE)
+    [[first], [second]] = encode_slots(tokenizer, private, LABELS, 2, 200, task=BANK)
+    for example, label in ((first, "lost_card"), (second, "pin")):
+        given = tokenizer.decode(example.tokens[1 : example.start])
+        assert (
+            given.split() == tokenizer.decode(tokenizer(BANK.code(label), add_special_tokens=False).input_ids).split()
+        )
+    [[plain], _] = encode_slots(tokenizer, private, LABELS, 2, 200)
+    assert plain.tokens != first.tokens
+
+
+def test_a_text_is_kept_where_its_own_label_in_words_is_the_nearest() -> None:
+    texts = Corpus(
+        ("gone", "code?", "code!"), ("lost_card", "pin", "lost_card"), Provenance.DP_SYNTHETIC, grants=("g",)
+    )
+    places = {
+        "gone": (1.0, 0.1), "code?": (0.1, 5.0), "code!": (0.2, 0.9),
+        "a lost card. The card is gone.": (3.0, 0.0), "a forgotten PIN": (0.0, 0.1),
+    }  # fmt: skip  # a table
+
+    def embed(asked: Sequence[str]) -> NDArray[np.float32]:
+        return np.asarray([places[text] for text in asked], np.float32)
+
+    found = fitting(texts, ("lost_card", "pin"), BANK, embed)
+    assert found.corpus.prompts == ("gone", "code?")
+    assert found.dropped == {"another label is nearer": 1}
+    assert fitting(texts.take([]), ("lost_card", "pin"), BANK, embed).corpus.prompts == ()
+    with pytest.raises(ValueError, match="private"):
+        fitting(Corpus(("gone",), ("pin",), Provenance.PRIVATE), LABELS, BANK, embed)
+
+
+def test_what_labels_lack_is_asked_for_again() -> None:
+    have = Corpus(("x", "y", "z"), ("a", "a", "c"), Provenance.PUBLIC)
+    assert turns(("a", "b", "c"), 7) == ["a", "b", "c", "a", "b", "c", "a"]
+    assert lacking(have, ("a", "b", "c"), 7) == ["a", "b", "b", "c"]
+    assert lacking(have, ("a", "b", "c"), 1) == []
