@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from fedsynth.models.batches import token_rows
+from fedsynth.models.batches import given_rows, token_rows
+from fedsynth.models.chat import Chat, Prompt, check_asked
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 
@@ -26,8 +27,14 @@ class Fitting:
     def __init__(self, llm: LocalLLM):
         self.llm = llm
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+    @property
+    def chats(self) -> bool:
+        """As the model itself."""
+        return self.llm.chats
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `LocalLLM.complete`; "" for a prompt that does not fit."""
+        check_asked(prompts, self.llm.tokenizer)  # that is no matter of one private text
 
         def those(rows: Sequence[int]) -> list[str]:
             chosen = [prompts[row] for row in rows]
@@ -45,9 +52,12 @@ class Fitting:
             those, len(prompts), lambda row: self._fits(prompts[row] + continuations[row], 0), -math.inf
         )
 
-    def _fits(self, text: str, more: int) -> bool:
+    def _fits(self, text: Prompt, more: int) -> bool:
         try:
-            [tokens] = token_rows(self.llm.tokenizer, [text], self.llm.kind)
+            if isinstance(text, Chat):
+                [tokens] = given_rows(self.llm.tokenizer, [text], self.llm.kind)
+            else:
+                [tokens] = token_rows(self.llm.tokenizer, [text], self.llm.kind)
         except Exception:  # each tokenizer has its own
             return False
         return self.llm.context is None or len(tokens) + more <= self.llm.context

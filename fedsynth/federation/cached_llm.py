@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fedsynth.federation.run.log import SERVER, RunLog
+from fedsynth.models.chat import Prompt
 from fedsynth.models.llm import TextModel
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
@@ -25,10 +27,18 @@ class CachedLLM:
     def __init__(self, llm: TextModel, name: str, run_log: RunLog) -> None:
         self.llm, self.name, self.run_log = llm, name, run_log
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+    @property
+    def chats(self) -> bool:
+        """As the model that is asked."""
+        return self.llm.chats
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        question = ["complete", list(prompts), {**how, "seed": seed}]
+        if sampling.one_line:  # else as before there was the choice: what a run has kept is known again
+            how["one_line"] = True
+        asked = [prompt if isinstance(prompt, str) else asdict(prompt) for prompt in prompts]
+        question = ["complete", asked, {**how, "seed": seed}]
         return self._recalled(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -37,7 +47,7 @@ class CachedLLM:
         return self._recalled(question, lambda: self.llm.score(prompts, continuations))
 
     def misfits(
-        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
         """As the model that is asked; nothing of it is kept."""
         return misfits(self.llm, prompts, more, continuations)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedsynth.forecast.profiling import busy
 from fedsynth.models.adapters import public_adapter
 from fedsynth.models.batches import given_rows
+from fedsynth.models.chat import Chat, Prompt
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
@@ -93,7 +94,12 @@ class SampledLLM:
     tally: Tally
     used: TokenUsage = field(default_factory=TokenUsage)
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+    @property
+    def chats(self) -> bool:
+        """As the model itself."""
+        return self.llm.chats
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         with self.tally.aside():
             lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
@@ -139,12 +145,12 @@ class SampledLLM:
             return [v[k % len(v)] for group, v in zip(groups, made, strict=True) for k in range(len(group))]
 
     def misfits(
-        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
         """As the model itself."""
         return self.llm.misfits(prompts, more, continuations)
 
-    def _lengths(self, texts: Sequence[str], more: int, way_out: str) -> list[int]:
+    def _lengths(self, texts: Sequence[Prompt], more: int, way_out: str) -> list[int]:
         """Tokens of each text; they count as read. Refused as by the model itself where they leave no room."""
         lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind)]
         self.llm.check_room(lengths, more, way_out=way_out)
@@ -236,9 +242,10 @@ class Elsewhere:
 
     labels: Sequence[str]
     tally: Tally
+    chats: bool = False
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
-        """One line of text, a verdict, a choice, and a block of each label."""
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """One line of text; a verdict, a choice, and a block of each label, unless one line is all that is wanted."""
         self.tally.read += sum(map(_roughly, prompts))
         self.tally.written += sampling.max_new_tokens * len(prompts)
         rng, words = np.random.default_rng(seed), max(5, sampling.max_new_tokens * 3 // 4)
@@ -246,7 +253,8 @@ class Elsewhere:
         for _ in prompts:
             line = " ".join(f"word{n}" for n in rng.integers(10_000, size=words).tolist())
             blocks = "".join(f"-----\nLabel: {label}\nText: {line}\n" for label in self.labels)
-            found.append(f"{line}\nThe selected texts are: 1\nVerdict: keep\n{blocks}")
+            more = "" if sampling.one_line else f"\nThe selected texts are: 1\nVerdict: keep\n{blocks}"
+            found.append(f"{line}{more}")
         return found
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -256,8 +264,9 @@ class Elsewhere:
         return [-1.0 - place for _, rows in same for place, _ in enumerate(rows)]
 
 
-def _roughly(text: str) -> int:
-    return -(-len(text) // 4)  # characters of a token, of which no tokenizer is known here
+def _roughly(text: Prompt) -> int:
+    size = len(text.system) + len(text.user) if isinstance(text, Chat) else len(text)
+    return -(-size // 4)  # characters of a token, of which no tokenizer is known here
 
 
 def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[Any, Any]) -> tuple[Any, Any, Any]:
@@ -273,7 +282,7 @@ def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[
 
     def loaded(model: str | Endpoint, adapter: str | None = None) -> TextModel:
         if isinstance(model, Endpoint):
-            return Elsewhere(labels, tally)
+            return Elsewhere(labels, tally, model.api == "chat")
         if (model, adapter) not in models:
             lora = None if adapter is None else public_adapter(adapter, model)
             models[model, adapter] = LocalLLM.for_server(model, lora)

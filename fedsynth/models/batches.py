@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedsynth.models.chat import Chat, Prompt, render
 from fedsynth.models.encoding import prompt_rows, surrounded, text_rows
 from fedsynth.models.loading import Kind, context_of, kind_of
 
@@ -26,10 +27,18 @@ def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | 
 
 
 def given_rows(
-    tokenizer: Any, prompts: Sequence[str], kind: Kind, continuations: Sequence[str] | None = None
+    tokenizer: Any, prompts: Sequence[Prompt], kind: Kind, continuations: Sequence[str] | None = None
 ) -> list[list[int]]:
-    """As `token_rows`, of prompts: their line ends are the model's own (`encoding.prompt_rows`)."""
-    return _as_read(tokenizer, prompt_rows(tokenizer, prompts, continuations), kind)
+    """As `token_rows`, of prompts: their line ends are the model's own (`encoding.prompt_rows`).
+
+    A question stands in the tokenizer's chat template (`chat.render`); nothing goes on from it.
+    """
+    texts = ["" if isinstance(prompt, Chat) else prompt for prompt in prompts]
+    rows = _as_read(tokenizer, prompt_rows(tokenizer, texts, continuations), kind)
+    return [
+        render(prompt, tokenizer) if isinstance(prompt, Chat) else row
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
 
 
 def _as_read(tokenizer: Any, rows: list[list[int]], kind: Kind, longest: int | None = None) -> list[list[int]]:

@@ -22,6 +22,8 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
+from fedsynth.models.chat import Chat, Prompt, reply_of
+from fedsynth.models.encoding import LINE_END
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
 from fedsynth.scenario.schema import Endpoint, host_of
@@ -114,19 +116,32 @@ class RemoteLLM:
         found.complete(["A"], SamplingParams.greedy(1), seed=0)
         return found
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
+    @property
+    def chats(self) -> bool:
+        """Whether it answers questions: with `api = "chat"`."""
+        return self.endpoint.api == "chat"
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One answer per prompt, in order; empty where the server's content filter cut it, or the server refused the
         prompt, as one that is too long, and takes a short one.
 
         Args:
-            prompts: Plain text; with `api = "chat"` the server applies the model's template.
-            sampling: How tokens are drawn, and how many.
+            prompts: With `api = "chat"` the server applies the model's template: to a question with its system text, if
+                it has one, or to a text as the user's message.
+            sampling: How tokens are drawn, and how many. For `one_line` the server is told to stop at a line end. It is
+                asked again, without that, where this leaves no text, as of a model that begins with a blank line.
             seed: Every prompt goes out with a seed of its own, made of this one and its place in the call. It works as
                 far as the server honours it: many repeat a text only while nothing else is asked of them.
 
         Raises:
+            BadValue: If a question goes to a model that goes on after text (`api = "completions"`).
             EndpointFailed: If a prompt gets no answer.
         """
+        if not self.chats and any(isinstance(prompt, Chat) for prompt in prompts):
+            raise BadValue(
+                f'{self.who} goes on after a text (api = "completions"), so that it cannot be asked a question: set '
+                'api = "chat" where it is an instruct model'
+            )
         settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": sampling.max_new_tokens}
         settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
 
@@ -138,7 +153,7 @@ class RemoteLLM:
                 return False
             return True
 
-        def answer(numbered: tuple[int, str]) -> str:
+        def answer(numbered: tuple[int, Prompt]) -> str:
             try:
                 return answered(*numbered)
             except APIStatusError as problem:
@@ -146,19 +161,29 @@ class RemoteLLM:
                     raise
                 return ""
 
-        def answered(place: int, prompt: str) -> str:
+        def answered(place: int, prompt: Prompt) -> str:
             # 31 bits: a signed number to some servers, and llama.cpp takes the largest of 32 bits for "none".
-            own = int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1
-            if self.endpoint.api == "completions":
-                choice = self._choice(self._client.completions.create(prompt=prompt, seed=own, **settings))
-                text = choice.text
-            else:
-                message: Any = {"role": "user", "content": prompt}
-                choice = self._choice(self._client.chat.completions.create(messages=[message], seed=own, **settings))
-                text = choice.message.content
-            return "" if text is None or choice.finish_reason == "content_filter" else str(text)
+            own = {"seed": int(np.random.SeedSequence([seed, place]).generate_state(1)[0]) >> 1}
+            found = ""
+            if sampling.one_line:
+                try:
+                    found = self._written(prompt, {**settings, **own, "stop": [LINE_END]}, one_line=True)
+                except APIStatusError as problem:
+                    if problem.status_code not in REFUSED:  # some models take no `stop`
+                        raise
+            return found or self._written(prompt, {**settings, **own}, one_line=sampling.one_line)
 
         return self._together(answer, enumerate(prompts))
+
+    def _written(self, prompt: Prompt, settings: dict[str, Any], *, one_line: bool) -> str:
+        if isinstance(prompt, str) and not self.chats:
+            choice = self._choice(self._client.completions.create(prompt=prompt, **settings))
+            text = choice.text
+        else:
+            choice = self._choice(self._client.chat.completions.create(messages=_messages(prompt), **settings))
+            text = choice.message.content
+        cut = text is None or choice.finish_reason == "content_filter"
+        return "" if cut else reply_of(prompt, str(text), one_line=one_line)
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt, where the server tells it.
@@ -305,6 +330,13 @@ class RemoteLLM:
     def _quoted(self, words: object) -> str:
         text = one_line(str(words))
         return (text if self.endpoint.key_env is None else text.replace(self._client.api_key, "***"))[:SAID]
+
+
+def _messages(prompt: Prompt) -> Any:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return [*system, {"role": "user", "content": prompt.user}]
 
 
 def _beyond(start: Echo, whole: Echo) -> Echo:

@@ -5,23 +5,43 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import merged
 from fedsynth.models.batches import by_length, given_rows, padded
+from fedsynth.models.chat import (
+    CLOSE,
+    OPEN,
+    Chat,
+    Prompt,
+    begins_in_thought,
+    check_asked,
+    converses,
+    holds_line,
+    reply_of,
+    turn_end,
+)
 from fedsynth.models.embedding import Embedder
-from fedsynth.models.encoding import text_rows
-from fedsynth.models.loading import context_of, kind_of, load_model, load_tokenizer
+from fedsynth.models.encoding import LINE_END, text_rows
+from fedsynth.models.loading import context_of, dtype_of, kind_of, load_model, load_tokenizer
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
+from fedsynth.scenario.schema import Precision
 
 T = TypeVar("T")
 
@@ -30,11 +50,19 @@ RANKED = (
 )
 
 
+LOGITS = 2**28  # numbers at once: 1 GiB in float32
+
+
 class TextModel(Protocol):
     """What augmentation and judges need of an LLM, wherever it runs."""
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
-        """One continuation per prompt, in order."""
+    @property
+    def chats(self) -> bool:
+        """Whether it answers a `Chat`."""
+        ...
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """Per prompt, in order: what goes on after a text, or the answer to a `Chat`."""
         ...
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
@@ -84,6 +112,26 @@ class Draw(LogitsProcessor):
         return ranked.masked_fill(before >= self.top_p, 0.0)
 
 
+class FirstLine(StoppingCriteria):
+    """Ends each row where it holds a whole line.
+
+    Args:
+        count: Rows.
+        may_end: Whether a token holds a line end: only after such a one is a row looked at.
+        has_line: Row number and all of its tokens -> whether a line is whole.
+    """
+
+    def __init__(self, count: int, may_end: Callable[[int], bool], has_line: Callable[[int, list[int]], bool]):
+        self.done, self.may_end, self.has_line = [False] * count, may_end, has_line
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Whether each row is done."""
+        for row, token in enumerate(input_ids[:, -1].tolist()):
+            if not self.done[row] and self.may_end(token):
+                self.done[row] = self.has_line(row, input_ids[row].tolist())
+        return torch.tensor(self.done, device=input_ids.device)
+
+
 class LocalLLM:
     """A Hugging Face causal or seq2seq LM in process.
 
@@ -94,7 +142,8 @@ class LocalLLM:
         model: In evaluation mode, with or without an adapter. Its generation config is replaced: what is asked for in a
             call is all that shapes the sampled distribution (some published configs bring a repetition penalty).
         tokenizer: Of a causal LM: its BOS is put before every prompt, once. Of a seq2seq LM: what it puts around a text
-            (the EOS of T5) stands around every prompt. Its EOS, and the model's, end a continuation.
+            (the EOS of T5) stands around every prompt. Its EOS, the model's, and what ends a turn in its chat template
+            end a text.
         batch_size: Sequences at once.
         workers: Threads; the default is as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
     """
@@ -113,7 +162,7 @@ class LocalLLM:
         self.kind = kind_of(model.config)
         stops = model.generation_config.eos_token_id
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-        self.stops = sorted({*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+        self.stops = sorted({*stops, tokenizer.eos_token_id, turn_end(tokenizer)} - {None})
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         # Padding is masked wherever it stands, so that any token will do for a tokenizer that has neither.
         self.pad = pad if pad is not None else 0
@@ -132,6 +181,7 @@ class LocalLLM:
         self.workers = workers
         self.context = context_of(model.config)
         self.used = TokenUsage()
+        self._line_ends: dict[int, bool] = {}  # tokens seen so far -> whether they hold one
 
     @classmethod
     def load(
@@ -142,26 +192,26 @@ class LocalLLM:
         batch_size: int = 64,
         workers: int | None = None,
         device: str = "cpu",
+        precision: Precision = "auto",
     ) -> LocalLLM:
         """A shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
-
-        On the CPU it computes in float32, however it was saved: in bfloat16 the rounding of a padded batch is coarse
-        enough for a prompt's neighbours to change its text. On a GPU it is as precise as it was saved.
 
         Args:
             path: Or name.
             adapter: Added to its weights: LoRA beside each layer of a small model costs as much time as the layer.
             batch_size: Sequences at once.
             workers: Threads.
-            device: Of torch.
+            device: Of torch. On a GPU the model is as precise as it was saved.
+            precision: On a CPU. `auto` is bfloat16 where that pays (`loading.dtype_of`). There the rounding of a padded
+                batch is coarse enough for a prompt's neighbours to change its text.
 
         Raises:
             BadValue: If it cannot be loaded, or writes no text; the message names the way out.
             fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
         """
         name = str(path)
-        precision: Any = "auto" if torch.device(device).type != "cpu" else torch.float32
-        model: Any = load_model(name, "llm", dtype=precision)
+        dtype: Any = "auto" if torch.device(device).type != "cpu" else dtype_of(name, precision)
+        model: Any = load_model(name, "llm", dtype=dtype)
         if adapter is not None:
             model = merged(name, adapter).to(model.dtype)
         model = model.to(device)
@@ -172,20 +222,31 @@ class LocalLLM:
         """As `load`; clients wait while the server works, so it uses every core, whatever torch was told."""
         return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
-    def complete(self, prompts: Sequence[str], sampling: SamplingParams, *, seed: int) -> list[str]:
-        """One continuation per prompt, in order, without its end mark.
+    @property
+    def chats(self) -> bool:
+        """Whether its tokenizer has a chat template."""
+        return converses(self.tokenizer)
+
+    def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
+        """One continuation or answer per prompt, in order, without its end mark.
 
         Args:
-            prompts: Plain text; no chat template is applied, and the name of a control token is text. A line end is the
-                end of text of a model that has learnt lines.
+            prompts: Text that is gone on from, without a chat template, in which the name of a control token is text
+                and a line end is the end of text of a model that has learnt lines; or questions, in the template.
             sampling: How tokens are drawn, and how many; see `Draw`.
             seed: A prompt's text depends on the seed, the prompt and its place in this call, not on the other prompts.
 
         Raises:
+            BadValue: If a question is asked of a model without a chat template.
             ValueError: If a prompt leaves no room for the new tokens in the context.
         """
         new_tokens, tokens = sampling.max_new_tokens, self._tokens(prompts)
         self.check_room([len(t) for t in tokens], new_tokens, way_out="fewer or shorter demonstrations")
+
+        def reply(place: int, written: str, *, one_line: bool) -> str:
+            prompt = prompts[place]
+            begun = isinstance(prompt, Chat) and begins_in_thought(prompt, self.tokenizer)
+            return reply_of(prompt, written, one_line=one_line, in_thought=begun)
 
         def continuations(rows: Sequence[int]) -> list[str]:
             ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
@@ -195,18 +256,51 @@ class LocalLLM:
                 uniforms = np.stack([np.random.default_rng([seed, i]).random(new_tokens) for i in rows])
                 numbers = torch.from_numpy(uniforms).to(ids.device)
                 sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p))
-            new = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, logits_processor=sampler
-            )[:, begin:]
-            texts: list[str] = self.tokenizer.batch_decode(
-                new, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            return texts
+            stop = StoppingCriteriaList()
+            if sampling.one_line:
 
-        found = self._by_length([len(t) for t in tokens], continuations)
+                def has_line(row: int, whole: list[int]) -> bool:
+                    text = self._text(prompts[rows[row]], whole[begin:])
+                    return holds_line(reply(rows[row], text, one_line=False))  # thoughts are no line
+
+                stop.append(FirstLine(len(rows), self._may_end_line, has_line))
+            new = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                logits_processor=sampler,
+                stopping_criteria=stop,
+            )[:, begin:]
+            return [self._text(prompts[i], row) for i, row in zip(rows, new.tolist(), strict=True)]
+
+        written = self._by_length([len(t) for t in tokens], continuations)
         self.used.read += sum(map(len, tokens))
-        self.used.written += sum(map(len, text_rows(self.tokenizer, found)))
-        return found
+        self.used.written += sum(map(len, text_rows(self.tokenizer, written)))
+        return [reply(place, text, one_line=sampling.one_line) for place, text in enumerate(written)]
+
+    def _text(self, prompt: Prompt, new: Sequence[int]) -> str:
+        """What new tokens say before the first that ends a text. An answer keeps the marks of its thoughts."""
+        end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
+        row = list(new[:end])
+        if isinstance(prompt, Chat):
+            row = [token for token in row if token not in self._silent]
+        text: str = self.tokenizer.decode(
+            row, skip_special_tokens=not isinstance(prompt, Chat), clean_up_tokenization_spaces=False
+        )
+        return text
+
+    @cached_property
+    def _silent(self) -> set[int]:
+        """Special tokens, but for the marks of thoughts."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        special = {number for number, token in added.items() if token.special} | {*self.tokenizer.all_special_ids}
+        return special - {number for number, token in added.items() if str(token) in (OPEN, CLOSE)}
+
+    def _may_end_line(self, token: int) -> bool:
+        if token not in self._line_ends:
+            self._line_ends[token] = LINE_END in self.tokenizer.decode([token])
+        return self._line_ends[token]
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
@@ -251,7 +345,8 @@ class LocalLLM:
             means: list[float] = (logs.where(scored, 0.0).sum(dim=1) / scored.sum(dim=1)).tolist()
             return means
 
-        return self._by_length([len(t) for t in whole], likelihoods)
+        most = max(map(len, whole), default=1) - min(map(len, starts), default=0)
+        return self._by_length([len(t) for t in whole], likelihoods, logits=most)
 
     def _score_seq2seq(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         starts = self._tokens(prompts)
@@ -273,7 +368,7 @@ class LocalLLM:
             means: list[float] = (logs.where(scored.bool(), 0.0).sum(dim=1) / scored.sum(dim=1)).tolist()
             return means
 
-        return self._by_length(both, likelihoods)
+        return self._by_length(both, likelihoods, logits=max(map(len, wanted), default=1))
 
     def embedder(self) -> Embedder:
         """The LLM as an `Embedder`."""
@@ -288,9 +383,10 @@ class LocalLLM:
         return self.embedder().embed(texts)
 
     def misfits(
-        self, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
         """Why `complete`, or `score`, would refuse; see `fedsynth.models.room`."""
+        check_asked(prompts, self.tokenizer)
         texts = [""] * len(prompts) if continuations is None else continuations
         pairs = list(zip(prompts, texts, strict=True))
         distinct = list(dict.fromkeys(pairs))
@@ -305,23 +401,24 @@ class LocalLLM:
         }
         return [told[pair] for pair in pairs]
 
-    def _needed(self, pairs: Sequence[tuple[str, str]]) -> list[int | None]:
+    def _needed(self, pairs: Sequence[tuple[Prompt, str]]) -> list[int | None]:
         """Tokens of each prompt and its continuation, "" for none; None where the latter holds no token."""
         starts = [len(row) for row in self._tokens([prompt for prompt, _ in pairs])]
         apart = [len(row) for row in text_rows(self.tokenizer, [text for _, text in pairs])]
-        whole = [len(row) for row in self._tokens([prompt + text for prompt, text in pairs])]
+        both = [prompt if isinstance(prompt, Chat) else prompt + text for prompt, text in pairs]
+        whole = [len(row) for row in self._tokens(both)]
         return [
-            None if text and not own else max(both, start + own)
-            for (_, text), start, own, both in zip(pairs, starts, apart, whole, strict=True)
+            None if text and not own else max(together, start + own)
+            for (_, text), start, own, together in zip(pairs, starts, apart, whole, strict=True)
         ]
 
-    def _needed_by(self, pair: tuple[str, str]) -> int | None:
+    def _needed_by(self, pair: tuple[Prompt, str]) -> int | None:
         try:
             return self._needed([pair])[0]
         except Exception:
             return None
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[Prompt]) -> list[list[int]]:
         return given_rows(self.tokenizer, texts, self.kind)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int, *, way_out: str) -> None:
@@ -341,5 +438,11 @@ class LocalLLM:
         ids, mask = padded(rows, self.pad, left=left)
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _by_length(self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]]) -> list[T]:
-        return by_length(work, lengths, batch_size=self.batch_size, workers=self.workers)
+    def _by_length(self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]], logits: int = 1) -> list[T]:
+        """As `by_length`, in smaller batches where a row has so many places with logits that these would fill memory.
+
+        Gemma's 262,144 numbers for each of 64 tokens in 64 rows took 6.2 GB.
+        """
+        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 1)
+        rows = max(1, LOGITS // (vocabulary * logits))
+        return by_length(work, lengths, batch_size=min(self.batch_size, rows), workers=self.workers)

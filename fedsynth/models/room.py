@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fedsynth.models.chat import Prompt
+
 TOO_LONG = "too long"
 UNREADABLE = "unreadable to the model"
 
 
 def misfits(
-    model: Any, prompts: Sequence[str], more: int = 0, continuations: Sequence[str] | None = None
+    model: Any, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
 ) -> list[str | None]:
     """Why a model cannot be asked, prompt by prompt; None where it can, or does not tell (an endpoint's may not fit).
 

@@ -13,6 +13,7 @@ class SamplingParams:
         temperature: 0 takes the likeliest token each time.
         top_p: In (0, 1]: only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
         max_new_tokens: At most so many new tokens for each prompt.
+        one_line: A text ends with its first line that is not blank, which is all that is given back.
 
     Raises:
         ValueError: If one is out of range.
@@ -21,6 +22,7 @@ class SamplingParams:
     temperature: float
     top_p: float = 1.0
     max_new_tokens: int
+    one_line: bool = False
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -31,6 +33,6 @@ class SamplingParams:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
     @classmethod
-    def greedy(cls, max_new_tokens: int) -> SamplingParams:
+    def greedy(cls, max_new_tokens: int, *, one_line: bool = False) -> SamplingParams:
         """The likeliest token each time."""
-        return cls(temperature=0.0, max_new_tokens=max_new_tokens)
+        return cls(temperature=0.0, max_new_tokens=max_new_tokens, one_line=one_line)

@@ -1,0 +1,218 @@
+"""Questions to a model that converses: one turn in the form of its chat template, and the answer without thoughts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from fedsynth.models.encoding import LINE_END, token_ids
+from fedsynth.typed import BadValue
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One turn that asks.
+
+    Attributes:
+        user: The question.
+        system: How the model is to behave. Empty: as its template says by itself (SmolLM2 and Qwen have a default).
+    """
+
+    user: str
+    system: str = ""
+
+
+Prompt: TypeAlias = str | Chat  # text to go on after, or a question
+
+# A template reads these, where it reads any: a text is too short for thoughts, and is the same on every day.
+SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+def converses(tokenizer: Any) -> bool:
+    """Whether it has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def check_asked(prompts: Sequence[Prompt], tokenizer: Any) -> None:
+    """Refuses questions to a model without a chat template.
+
+    Raises:
+        BadValue: With the way out.
+    """
+    if not converses(tokenizer) and any(isinstance(prompt, Chat) for prompt in prompts):
+        raise BadValue(
+            f"the model {_name(tokenizer)!r} has no chat template, so that it cannot be asked a question: name an "
+            "instruct model, or let it go on after a text"
+        )
+
+
+def render(chat: Chat, tokenizer: Any) -> list[int]:
+    """A turn's tokens in the tokenizer's own chat template, up to where the model answers.
+
+    They are those of `apply_chat_template`, and no BOS beyond the template's own. But the contents stay text: what they
+    spell is no control token. Where the template knows no system role, the system text stands before the user's.
+
+    Raises:
+        BadValue: If there is no template, or it does not show what the user says.
+    """
+    check_asked([chat], tokenizer)
+    form = _form(tokenizer, bool(chat.system))
+    if form is None:
+        form, chat = _form(tokenizer, False), Chat(f"{chat.system}\n\n{chat.user}")
+        assert form is not None  # only the system role is left out
+    contents = [slot.filled(chat) for slot in form.slots]
+    if not any(name in content for name in form.control.values() for content in contents):
+        text = "".join(own + content for own, content in zip(form.own, [*contents, ""], strict=True))
+        whole = _with_control(tokenizer, text)
+        # A normalizer may still have made a name of what looks like one.
+        if [token for token in whole if token in form.control] == form.marks:
+            return whole
+    row = list(form.rows[0])
+    for content, own in zip(contents, form.rows[1:], strict=True):
+        row += [*form.as_text(tokenizer, content), *own]
+    return row
+
+
+def begins_in_thought(chat: Chat, tokenizer: Any) -> bool:
+    """Whether the template opens the model's thought itself, so that only its end will be written."""
+    form = _form(tokenizer, bool(chat.system)) or _form(tokenizer, False)
+    return form is not None and form.own[-1].rstrip().endswith(OPEN)
+
+
+@lru_cache(maxsize=32)
+def turn_end(tokenizer: Any) -> int | None:
+    """The control token that ends an answer in the chat template; None where it has none."""
+    if not converses(tokenizer):
+        return None
+    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _SYSTEM}]
+    try:
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False, **SETTINGS)).rpartition(_SYSTEM)[2]
+    except Exception:  # a template may refuse with any error of its own; then `render` says so
+        return None
+    special, loose = _control(tokenizer, after)
+    return next((token for token in _with_control(tokenizer, after) if token in special or token in loose), None)
+
+
+OPEN, CLOSE = "<think>", "</think>"
+_THOUGHT = re.compile(f"{OPEN}.*?{CLOSE}\\s*", re.DOTALL)
+
+
+def reply_of(prompt: Prompt, written: str, *, one_line: bool, in_thought: bool = False) -> str:
+    """What a model says to a prompt, of all that it wrote.
+
+    A question gets the answer without the thoughts before it, and none where they do not end. Of `one_line` the first
+    line that is not blank remains.
+    """
+    text = written
+    if isinstance(prompt, Chat):
+        text = _THOUGHT.sub("", f"{OPEN}{text}" if in_thought else text)
+        text = text.rpartition(CLOSE)[2].lstrip() if CLOSE in text else text
+        text = "" if OPEN in text else text
+    return next((line for line in text.split(LINE_END) if line.strip()), "") if one_line else text
+
+
+def holds_line(text: str) -> bool:
+    """Whether a line that is not blank has ended."""
+    return LINE_END in text.lstrip()
+
+
+# The contents in whose place the template is read; blanks of their own show whether it trims them.
+_USER, _SYSTEM, _EDGE = "TheUserSaysThis", "TheSystemSaysThis", "\t \t"
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where the template puts a content, and on which sides it trims it."""
+
+    name: str
+    left: bool
+    right: bool
+
+    def filled(self, chat: Chat) -> str:
+        text = chat.user if self.name == _USER else chat.system
+        text = text.lstrip() if self.left else text
+        return text.rstrip() if self.right else text
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A template, read.
+
+    Attributes:
+        own: Its own text: before the first slot, between two, after the last.
+        slots: One fewer.
+        rows: Tokens of its own text.
+        control: Tokens that the contents must not hold: id -> name.
+        loose: Names of those that the tokenizer does not call special: it would take them for the token in any text.
+        marks: Control tokens in its own text, in order.
+    """
+
+    own: tuple[str, ...]
+    slots: tuple[_Slot, ...]
+    rows: tuple[Sequence[int], ...]
+    control: Mapping[int, str]
+    loose: tuple[str, ...]
+    marks: list[int]
+
+    def as_text(self, tokenizer: Any, content: str) -> list[int]:
+        """A content's tokens; a loose name is cut after its first character, and read as two texts."""
+        cut = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in self.loose) or "(?!)")
+        ids = [token for part in cut.split(content) if part for token in token_ids(tokenizer, part)]
+        return [token for token in ids if token not in self.control or token == tokenizer.unk_token_id]
+
+
+@lru_cache(maxsize=32)
+def _form(tokenizer: Any, system: bool) -> _Form | None:
+    """The template as it puts one turn; None where it refuses a system's text, or leaves it out.
+
+    Raises:
+        BadValue: If it does not show what the user says.
+    """
+    name = _name(tokenizer)
+    turns = [{"role": "user", "content": f"{_EDGE}{_USER}{_EDGE}"}]
+    if system:
+        turns = [{"role": "system", "content": f"{_EDGE}{_SYSTEM}{_EDGE}"}, *turns]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **SETTINGS))
+    except Exception as problem:  # a template may refuse with any error of its own
+        if system:
+            return None
+        raise BadValue(f"the chat template of the model {name!r} cannot be used ({problem})") from problem
+    parts = re.split(f"({_USER}|{_SYSTEM})", text)
+    if system and _SYSTEM not in parts:
+        return None
+    if _USER not in parts:
+        raise BadValue(f"the chat template of the model {name!r} does not show what the user says: serve the model")
+    own, slots = parts[::2], []
+    for i, slot in enumerate(parts[1::2]):
+        left, right = own[i].endswith(_EDGE), own[i + 1].startswith(_EDGE)
+        own[i] = own[i].removesuffix(_EDGE)
+        own[i + 1] = own[i + 1].removeprefix(_EDGE)
+        slots.append(_Slot(slot, not left, not right))
+    rows = tuple(tuple(_with_control(tokenizer, part)) for part in own)
+    special, loose = _control(tokenizer, text)
+    control = special | loose
+    marks = [token for row in rows for token in row if token in control]
+    return _Form(tuple(own), tuple(slots), rows, control, tuple(loose.values()), marks)
+
+
+def _name(tokenizer: Any) -> str:
+    return getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+
+
+def _control(tokenizer: Any, text: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Tokens that the tokenizer calls special, and others of its own that the template names; id -> name."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {number: str(token) for number, token in added.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    named = f"{tokenizer.get_chat_template()}{text}"
+    others = {number: str(token) for number, token in added.items() if number not in special}
+    return special, {number: name for number, name in others.items() if name.strip() and name in named}
+
+
+def _with_control(tokenizer: Any, text: str) -> list[int]:
+    row: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return row
