@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
@@ -217,6 +217,7 @@ def augment(
                 writer = _line_writer(llm, label, task)
                 asked.append(_Asked(site, [(label, t) for t in texts], writer, _line_reader(label)))
 
+    sampling = replace(sampling, one_line=mode != "all_labels")
     answers = llm.complete(_fitting(llm, asked, sampling.max_new_tokens), sampling, seed=seed)
 
     written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
