@@ -69,11 +69,16 @@ def _score(request: Score, of: Facts) -> Work:
 
 def _learn(request: Learn, of: Facts) -> Work:
     received, task = len(request.corpus or ()), of.client.task_training
+    private = 0 if task.schedule == "synthetic_only" else of.train
     if not of.labels:
-        return {Unit("own_step", of.arm): of.client.generator_training.steps * (2 if received else 1)}
+        steps = of.client.generator_training.steps
+        if task.schedule == "mixed":  # batches are as much larger
+            return {Unit("own_step", of.arm): steps * (1 + received / of.records)}
+        return {Unit("own_step", of.arm): steps * (bool(received) + bool(private))}
     if task.trains == "head":  # each text is embedded once; the head is little work
-        return {Unit("read", of.arm): received + of.train}
-    return {Unit("fit", of.arm): received * task.augmented_epochs + of.train * task.private_epochs}
+        return {Unit("read", of.arm): received + private}
+    passes = task.private_epochs if task.schedule == "mixed" else task.augmented_epochs
+    return {Unit("fit", of.arm): received * passes + private * task.private_epochs}
 
 
 def _evaluate(request: Evaluate, of: Facts) -> Work:

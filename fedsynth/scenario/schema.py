@@ -235,11 +235,14 @@ class Tuning:
 
 @dataclass(frozen=True)
 class TaskTraining:
-    """How a client trains its task model: on augmented text first, then on its private text (same in every arm).
+    """How a client trains its task model on the server's text and on its private text (the latter same in every arm).
 
     Attributes:
+        schedule: `sequential`: the server's text first, then private text. `mixed`: both in one training, shuffled over
+            each other, `private_epochs` passes. `synthetic_only`: the server's text alone, which is then measured on
+            real text. Instructions: likewise, with the steps of `generator_training`.
         batch: Examples per step.
-        augmented_epochs: Passes over the server's text.
+        augmented_epochs: Passes over the server's text, unless it is mixed with private text.
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
         head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
@@ -251,6 +254,7 @@ class TaskTraining:
             encoders where training all of them would take too long.
     """
 
+    schedule: Literal["mixed", "sequential", "synthetic_only"] = "sequential"
     batch: Count = 16
     augmented_epochs: Count = 6
     private_epochs: Count = 15
