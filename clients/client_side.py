@@ -6,9 +6,9 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell, Client, Data
+from fedsynth.scenario.task import wordings
 from fedsynth.scenario.toml import cells as scenario_cells
 from fedsynth.scenario.toml import from_toml
 from fedsynth.system.folders import private_folder
@@ -88,6 +89,7 @@ class ClientSide:
         approvals: Where text waits for a person, if `rules.approval`.
         audit_log: Where a site keeps what it was asked and answered.
         world: The simulated world that its text is of; None for text of people.
+        wordings: By label, how a person would say it; public.
     """
 
     index: int
@@ -107,6 +109,7 @@ class ClientSide:
     approvals: Approvals | None = None
     audit_log: AuditLog | None = None
     world: str | None = None
+    wordings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def rules(self) -> Rules:
@@ -234,10 +237,11 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
     def keys(counter: int, binding: str) -> bytes:
         return simulated_key(cell.seed, index, counter, binding)
 
+    labels = label_list(scenario.data)
     return ClientSide(
         index=index,
         config=scenario.client.of(index),
-        labels=label_list(scenario.data),
+        labels=labels,
         records=declared_records(cell, index),
         rounds=scenario.rounds,
         unit=scenario.data.unit_name,
@@ -248,6 +252,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         simulated=True,
         stacked=scenario.stack > 1,
         world=scenario.data.world,
+        wordings=wordings(scenario, labels),
     )
 
 

@@ -13,6 +13,7 @@ from fedsynth.federation.messages import Learn, Learnt
 from fedsynth.models.adapters import new_adapter, read_adapter
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import device, load_tokenizer, load_weights, save_weights
+from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import fit_classifier, new_task_model
 
 WEIGHTS = "task_model.safetensors"
@@ -29,7 +30,8 @@ def learn(client: ClientSide, request: Learn) -> Learnt:
         NoTaskModel: If the server's text is all that there is to learn from, and there is none.
     """
     sent = request.corpus or Corpus((), (), Provenance.PUBLIC)
-    if client.config.task_training.schedule == "synthetic_only" and not len(sent):
+    task = client.config.task_training
+    if task.schedule == "synthetic_only" and not (task.baseline or len(sent)):
         raise NoTaskModel('task_training.schedule = "synthetic_only", and the server sent no text')
     if client.instructs:
         _learn_to_respond(client, sent, request.seed)
@@ -42,10 +44,14 @@ def _learn_labels(client: ClientSide, sent: Corpus, seed: int) -> None:
     settings = client.config.task_training
     tokenizer = load_tokenizer(client.config.task_model)
     model = _new(client, seed)
-    for corpus, epochs, own in _trainings(client, sent, seed):
-        fit_classifier(
-            model, tokenizer, corpus, client.labels, settings, epochs=epochs, rate=settings.learning_rate, seed=own
-        )
+    if isinstance(model, Majority | Nearest):
+        known = _wordings(client) if settings.trains == "zero_shot" else client.train
+        model.learn(known, client.labels, settings.max_length, seed)
+    else:
+        for corpus, epochs, own in _trainings(client, sent, seed):
+            fit_classifier(
+                model, tokenizer, corpus, client.labels, settings, epochs=epochs, rate=settings.learning_rate, seed=own
+            )
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
 
@@ -59,6 +65,11 @@ def _trainings(client: ClientSide, sent: Corpus, seed: int) -> Iterator[tuple[Co
         yield client.train, task.private_epochs, seed + 1
     if task.schedule == "mixed":
         yield _beside(client.train, sent), task.private_epochs, seed + 1
+
+
+def _wordings(client: ClientSide) -> Corpus:
+    """One text per label, public."""
+    return Corpus(tuple(client.wordings.values()), tuple(client.wordings), Provenance.PUBLIC)
 
 
 def _beside(private: Corpus, sent: Corpus) -> Corpus:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 from peft import PeftModel
 
 from fedsynth.clients.client_side import ClientSide

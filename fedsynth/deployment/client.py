@@ -19,6 +19,7 @@ from fedsynth.federation.messages import Envelope
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.task import wordings
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
 
@@ -75,6 +76,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         lock=place.ledger.parent / "orders.lock",
         approvals=place.approvals,
         audit_log=audit_log,
+        wordings=wordings(scenario, labels),
     )
 
 

@@ -102,7 +102,13 @@ class RoundStrategy(Strategy, Generic[S]):
                 'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
                 'is float32 under client.guarantee = "dp"'
             )
-        if client.task_training.schedule == "synthetic_only" and not cls.sends_text(config):
+        task = client.task_training
+        if task.baseline and cls.sends_text(config):
+            raise BadValue(
+                f'client.task_training.trains = "{task.trains}" learns from no text that is sent: say '
+                'strategy.use = "fedsynth.strategies.local:LocalOnly"'
+            )
+        if task.schedule == "synthetic_only" and not (task.baseline or cls.sends_text(config)):
             raise BadValue(
                 f'client.task_training.schedule = "synthetic_only" leaves nothing to learn from: {cls.__name__} '
                 'asks clients to learn without a text; say "sequential" or "mixed"'
