@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedsynth.models.loading import device, kind_of, load_tokenizer
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
 from fedsynth.training.dp_training import private, train_generator, without_guarantee
-from fedsynth.training.examples import Example, check_room, encode_slots
+from fedsynth.training.examples import Example, Slot, check_room, encode_slots
 from fedsynth.training.selfcheck import check_stack, self_check
 
 IN_USE = "adapter.payload"
@@ -153,11 +153,25 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
 _encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] = WeakKeyDictionary()
 
 
-def train_without_guarantee(client: ClientSide, model: PeftModel, corpus: Corpus, records: int, *, seed: int) -> None:
-    """The client's schedule without clip and noise, for what stays at home."""
+def train_without_guarantee(
+    client: ClientSide, model: PeftModel, slots: Sequence[Slot], *, seed: int, beside: Sequence[Slot] = ()
+) -> None:
+    """The client's schedule without clip and noise, in place; nothing where there is nothing to learn.
+
+    Args:
+        client: Whose schedule.
+        model: With an adapter.
+        slots: What is learnt.
+        seed: Of the batches.
+        beside: Learnt with it, in batches that are as much larger: as many steps, and each slot as often, as without.
+    """
+    if not (learnt := [*slots, *beside]):
+        return
+    settings = client.config.generator_training
+    batch = min(settings.expected_batch_size, len(slots)) * len(learnt) / len(slots)
+    settings = replace(settings, expected_batch_size=round(batch))
     pad = load_tokenizer(client.config.generator).pad_token_id
-    slots, settings = slots_of(client, corpus, records), client.config.generator_training
-    train_generator(model, without_guarantee(slots, settings, seed), settings, pad=pad)
+    train_generator(model, without_guarantee(learnt, settings, seed), settings, pad=pad)
 
 
 def put_to_use(client: ClientSide, adapter: Adapter) -> None:

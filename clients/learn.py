@@ -1,16 +1,19 @@
-"""What stays at the client: a task model, or an adapter; augmented text first, private text second."""
+"""What stays at the client: a task model, or an adapter, trained on the server's text and on private text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from fedsynth.clients.client_side import ClientSide
-from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarantee
+from fedsynth.clients.finetune import on_base, put_to_use, slots_of, train_without_guarantee
 from fedsynth.clients.local_model import keep_facts
+from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Learn, Learnt
 from fedsynth.models.adapters import new_adapter, read_adapter
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import device, load_tokenizer, load_weights, save_weights
+from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import fit_classifier, new_task_model
 
 WEIGHTS = "task_model.safetensors"
@@ -21,37 +24,72 @@ class NoTaskModel(RuntimeError):
 
 
 def learn(client: ClientSide, request: Learn) -> Learnt:
-    """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
+    """Trains the task model. Every arm passes over private text as often, whatever the server sent.
+
+    Raises:
+        NoTaskModel: If the server's text is all that there is to learn from, and there is none.
+    """
+    sent = request.corpus or Corpus((), (), Provenance.PUBLIC)
+    task = client.config.task_training
+    if task.schedule == "synthetic_only" and not (task.baseline or len(sent)):
+        raise NoTaskModel('task_training.schedule = "synthetic_only", and the server sent no text')
     if client.instructs:
-        return _learn_to_respond(client, request)
+        _learn_to_respond(client, sent, request.seed)
+    else:
+        _learn_labels(client, sent, request.seed)
+    return Learnt(received=len(sent))
+
+
+def _learn_labels(client: ClientSide, sent: Corpus, seed: int) -> None:
     settings = client.config.task_training
     tokenizer = load_tokenizer(client.config.task_model)
-    model = _new(client, request.seed)
-    rate = settings.learning_rate
-    if request.corpus is not None and len(request.corpus) > 0:
-        epochs = settings.augmented_epochs
-        fit_classifier(
-            model, tokenizer, request.corpus, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed
-        )
-    epochs = settings.private_epochs
-    fit_classifier(
-        model, tokenizer, client.train, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed + 1
-    )
+    model = _new(client, seed)
+    if isinstance(model, Majority | Nearest):
+        known = _wordings(client) if settings.trains == "zero_shot" else client.train
+        model.learn(known, client.labels, settings.max_length, seed)
+    else:
+        for corpus, epochs, own in _trainings(client, sent, seed):
+            fit_classifier(
+                model, tokenizer, corpus, client.labels, settings, epochs=epochs, rate=settings.learning_rate, seed=own
+            )
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
-    return Learnt(received=0 if request.corpus is None else len(request.corpus))
 
 
-def _learn_to_respond(client: ClientSide, request: Learn) -> Learnt:
+def _trainings(client: ClientSide, sent: Corpus, seed: int) -> Iterator[tuple[Corpus, int, int]]:
+    """Text, passes and seed of each training. The seed of private text is the same in every arm."""
+    task = client.config.task_training
+    if task.schedule != "mixed" and len(sent):
+        yield sent, task.augmented_epochs, seed
+    if task.schedule == "sequential":
+        yield client.train, task.private_epochs, seed + 1
+    if task.schedule == "mixed":
+        yield _beside(client.train, sent), task.private_epochs, seed + 1
+
+
+def _wordings(client: ClientSide) -> Corpus:
+    """Each label in words, as one text; public."""
+    return Corpus(tuple(map(client.task.in_words, client.labels)), client.labels, Provenance.PUBLIC)
+
+
+def _beside(private: Corpus, sent: Corpus) -> Corpus:
+    """One corpus of both, which is as private as the first."""
+    return Corpus(private.prompts + sent.prompts, private.answers + sent.answers, Provenance.PRIVATE)
+
+
+def _learn_to_respond(client: ClientSide, sent: Corpus, seed: int) -> None:
     """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
     settings, base = client.config.generator_training, client.config.generator
-    start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
+    schedule = client.config.task_training.schedule
+    start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=seed, precision=settings.precision)
     model = on_base(client, start)
-    if request.corpus is not None and len(request.corpus) > 0:
-        train_without_guarantee(client, model, request.corpus, len(request.corpus), seed=request.seed)
-    train_without_guarantee(client, model, client.train, client.records, seed=request.seed + 1)
+    written = slots_of(client, sent, len(sent)) if len(sent) else []
+    if schedule != "mixed" and written:
+        train_without_guarantee(client, model, written, seed=seed)
+    if schedule != "synthetic_only":
+        real = slots_of(client, client.train, client.records)
+        train_without_guarantee(client, model, real, seed=seed + 1, beside=written if schedule == "mixed" else [])
     put_to_use(client, read_adapter(model, weights_hash(base)))
-    return Learnt(received=0 if request.corpus is None else len(request.corpus))
 
 
 def task_model(client: ClientSide) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from peft import PeftModel
 
 from fedsynth.clients.client_side import ClientSide
-from fedsynth.clients.finetune import on_base, put_to_use, slots_of
+from fedsynth.clients.finetune import on_base, put_to_use, slots_of, train_without_guarantee
 from fedsynth.clients.fitting import Fitting
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import SelfTrain, SelfTrained
@@ -19,7 +18,6 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
 from fedsynth.synthesis.self_instruct import generate, lines, select
-from fedsynth.training.dp_training import train_generator, without_guarantee
 from fedsynth.training.examples import Slot, readable
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
@@ -92,21 +90,9 @@ def syn_sel(client: ClientSide, request: SelfTrain, local: PeftModel, candidates
 def loc_train(
     client: ClientSide, start: Adapter, slots: Sequence[Slot], seed: int, *, beside: Sequence[Slot] = ()
 ) -> PeftModel:
-    """The client's schedule without clip and noise; without anything to learn, the start as it is.
-
-    Args:
-        client: Whose schedule.
-        start: What training goes on from.
-        slots: What is learnt.
-        seed: Of the batches.
-        beside: Learnt with it, in batches that are as much larger: as many steps, and each slot as often, as without.
-    """
-    settings, model = client.config.generator_training, on_base(client, start)
-    if learnt := [*slots, *beside]:
-        batch = min(settings.expected_batch_size, len(slots)) * len(learnt) / len(slots)
-        settings = replace(settings, expected_batch_size=round(batch))
-        pad = load_tokenizer(client.config.generator).pad_token_id
-        train_generator(model, without_guarantee(learnt, settings, seed), settings, pad=pad)
+    """A model that goes on from `start`, as `train_without_guarantee` trains it."""
+    model = on_base(client, start)
+    train_without_guarantee(client, model, slots, seed=seed, beside=beside)
     return model.eval()
 
 

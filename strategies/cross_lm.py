@@ -51,6 +51,11 @@ class CrossLM(RoundStrategy[State]):
         """Never: scores are all that clients give."""
         return False
 
+    @classmethod
+    def sends_text(cls, config: CrossLMOptions) -> bool:
+        """Clients that score have learnt their own text first."""
+        return config.feedback == "none"
+
     def initial(self) -> State:
         """The LLM as it came."""
         return State()

@@ -31,6 +31,11 @@ class LocalOnly(RoundStrategy[State]):
         """Nothing is asked of a client but to learn."""
         return False
 
+    @classmethod
+    def sends_text(cls, config: Config) -> bool:  # noqa: ARG003 - it has none
+        """Private text is all that is learnt."""
+        return False
+
     def initial(self) -> State:
         """Nothing yet."""
         return State()

@@ -233,6 +233,11 @@ class CrossLMOptions:
                 'say strategy.teaching.update = "none"'
             )
         client, data = scenario.client, scenario.data
+        if client.task_training.baseline and self.feedback != "none":
+            raise BadValue(
+                f'client.task_training.trains = "{client.task_training.trains}" is not sure of any label, and clients '
+                'score texts by how sure they are: say "all" or "head"'
+            )
         if self.feedback == "none" or client.guarantee == "none":
             return
         if client.scores == "model" and client.task_training.trains == "head":

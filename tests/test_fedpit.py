@@ -16,7 +16,7 @@ import torch
 from inprocess import Played, canary, instructions, play
 from scripted import ScriptedLLM
 
-from fedsynth.clients import app
+from fedsynth.clients import app, finetune
 from fedsynth.clients import evaluate as measure
 from fedsynth.clients import self_train as on_client
 from fedsynth.clients.client_side import ClientSide
@@ -183,7 +183,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
 ) -> None:
     starts: list[str] = []
     optimizers: list[torch.optim.Adam] = []
-    fit, adam = on_client.train_generator, torch.optim.Adam
+    fit, adam = finetune.train_generator, torch.optim.Adam
 
     def watched(model: Any, *arguments: Any, **more: Any) -> int:
         starts.append(digest(read_adapter(model, "")))
@@ -194,7 +194,7 @@ def test_both_halves_start_from_the_global_adapter_and_share_no_optimizer(
         assert not optimizers[-1].state
         return optimizers[-1]
 
-    monkeypatch.setattr(on_client, "train_generator", watched)
+    monkeypatch.setattr(finetune, "train_generator", watched)
     monkeypatch.setattr("fedsynth.training.dp_training.torch.optim.Adam", made)
     run = played(tmp_path, clients=1, rows=12)
     assert starts == [digest(run.requests(SelfTrain)[0].start)] * 2
@@ -252,13 +252,13 @@ def test_mixed_training_takes_as_many_steps_and_draws_each_private_record_as_oft
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    fit = on_client.train_generator
+    fit = finetune.train_generator
 
     def watched(model: Any, training: Any, *rest: Any, **more: Any) -> int:
         seen.append((len(training.slots), training.expected_batch_size, training.steps))
         return fit(model, training, *rest, **more)
 
-    monkeypatch.setattr(on_client, "train_generator", watched)
+    monkeypatch.setattr(finetune, "train_generator", watched)
     run = played(tmp_path, 'training = "mixed"', clients=1, rows=12)
     records = len(run.client(0).train)
     assert run.replies(SelfTrain)[0].funnel["kept"] == 3

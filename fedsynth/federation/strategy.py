@@ -103,6 +103,17 @@ class RoundStrategy(Strategy, Generic[S]):
                 'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
                 'is float32 under client.guarantee = "dp"'
             )
+        task = client.task_training
+        if task.baseline and cls.sends_text(config):
+            raise BadValue(
+                f'client.task_training.trains = "{task.trains}" learns from no text that is sent: say '
+                'strategy.use = "fedsynth.strategies.local:LocalOnly"'
+            )
+        if task.schedule == "synthetic_only" and not (task.baseline or cls.sends_text(config)):
+            raise BadValue(
+                f'client.task_training.schedule = "synthetic_only" leaves nothing to learn from: {cls.__name__} '
+                'asks clients to learn without a text; say "sequential" or "mixed"'
+            )
         if hasattr(config, "check"):
             config.check(scenario)
 
@@ -125,6 +136,11 @@ class RoundStrategy(Strategy, Generic[S]):
     def trains_generator(cls, config: Any) -> bool:
         """Whether the generator's training is what spends: it is checked before a run."""
         return cls.spends(config)
+
+    @classmethod
+    def sends_text(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
+        """Whether whatever clients are asked to learn brings text."""
+        return True
 
     def __init__(self, config: Any, server: ServerSide) -> None:
         self.config = config

@@ -10,7 +10,7 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import divide
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize
 from fedsynth.forecast.profiling import Unit
-from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.schema import SHOTS, Cell, Client
 
 Work = dict[Unit, float]  # how much of each
 
@@ -69,18 +69,26 @@ def _score(request: Score, of: Facts) -> Work:
 
 def _learn(request: Learn, of: Facts) -> Work:
     received, task = len(request.corpus or ()), of.client.task_training
+    private = 0 if task.schedule == "synthetic_only" else of.train
     if not of.labels:
-        return {Unit("own_step", of.arm): of.client.generator_training.steps * (2 if received else 1)}
+        steps = of.client.generator_training.steps
+        if task.schedule == "mixed":  # batches are as much larger
+            return {Unit("own_step", of.arm): steps * (1 + received / of.records)}
+        return {Unit("own_step", of.arm): steps * (bool(received) + bool(private))}
+    if task.baseline:  # texts are embedded, at most
+        shown = {"majority": 0, "few_shot": min(of.train, SHOTS * len(of.labels)), "zero_shot": len(of.labels)}
+        return {Unit("read", of.arm): shown[task.trains]} if shown[task.trains] else {}
     if task.trains == "head":  # each text is embedded once; the head is little work
-        return {Unit("read", of.arm): received + of.train}
-    return {Unit("fit", of.arm): received * task.augmented_epochs + of.train * task.private_epochs}
+        return {Unit("read", of.arm): received + private}
+    passes = task.private_epochs if task.schedule == "mixed" else task.augmented_epochs
+    return {Unit("fit", of.arm): received * passes + private * task.private_epochs}
 
 
 def _evaluate(request: Evaluate, of: Facts) -> Work:
     loss: Work = {} if request.adapter is None else {Unit("rate", of.arm): of.test}
     if not of.labels:
         return {**loss, Unit("respond", of.arm, of.client.answer_tokens): of.test}
-    return loss or {Unit("read", of.arm): of.test}
+    return loss or ({} if of.client.task_training.trains == "majority" else {Unit("read", of.arm): of.test})
 
 
 WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {

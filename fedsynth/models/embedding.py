@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedsynth.models.batches import by_length, longest_of, padded, token_rows
-from fedsynth.models.loading import kind_of, load_model, load_tokenizer
+from fedsynth.models.loading import device, kind_of, load_model, load_tokenizer
 
 
 class Embedder:
@@ -76,3 +79,24 @@ class Embedder:
 
         found = by_length(means, [len(t) for t in tokens], batch_size=self.batch_size, workers=self.workers)
         return np.stack(found) if found else np.zeros((0, self.width), dtype=np.float32)
+
+
+@lru_cache(maxsize=32)
+def directions(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tensor:
+    """Embeddings scaled to the length 1, float32 on the CPU, shape (texts, width).
+
+    Remembered while the process lives: every arm of a seed reads the same private and test texts. Whole lists, so that
+    a text always has the same neighbours in its batch, and the same result to the last bit.
+
+    Args:
+        embedder: Any.
+        texts: Read after a space, as a classifier reads a text: so that an empty one holds a token, too.
+        longest: Longer texts are cut after so many tokens.
+    """
+    return F.normalize(torch.from_numpy(embedder.embed([f" {text.strip()}" for text in texts], longest=longest)), dim=1)
+
+
+@lru_cache(maxsize=2)
+def shared_embedder(name: str) -> Embedder:
+    """A model by name, one for all clients of this process."""
+    return Embedder.load(name, device=device())

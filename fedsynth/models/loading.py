@@ -275,7 +275,7 @@ def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
 
 def client_models(client: Client) -> list[tuple[str, Role]]:
     """The models that clients run, with what each is for."""
-    task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
+    task: Role = "task_model" if client.task_training.trains == "all" else "embedder"
     # Instructions need no task model.
     return [
         (client.generator, "generator"),

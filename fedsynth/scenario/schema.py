@@ -245,13 +245,20 @@ class Tuning:
         in_range(self)
 
 
+SHOTS = 5
+"""Private texts of a label that `trains = "few_shot"` looks at, at most."""
+
+
 @dataclass(frozen=True)
 class TaskTraining:
-    """How a client trains its task model: on augmented text first, then on its private text (same in every arm).
+    """How a client trains its task model on the server's text and on its private text (the latter same in every arm).
 
     Attributes:
+        schedule: `sequential`: the server's text first, then private text. `mixed`: both in one training, shuffled over
+            each other, `private_epochs` passes. `synthetic_only`: the server's text alone, which is then measured on
+            real text. Instructions: likewise, with the steps of `generator_training`.
         batch: Examples per step.
-        augmented_epochs: Passes over the server's text.
+        augmented_epochs: Passes over the server's text, unless it is mixed with private text.
         private_epochs: Passes over the private text.
         learning_rate: Of AdamW while training from the pretrained model.
         head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
@@ -260,9 +267,12 @@ class TaskTraining:
         max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
         max_length: Longest text in tokens.
         trains: `all` of the model, or its `head` alone, on the mean of a frozen model's hidden states: for pretrained
-            encoders where training all of them would take too long.
+            encoders where training all of them would take too long. Or a baseline that nothing is trained of:
+            `majority` is the client's commonest private label; `few_shot` the label of the nearest of at most five
+            private texts of each label; `zero_shot` the label whose wording is nearest; by cosine of those states.
     """
 
+    schedule: Literal["mixed", "sequential", "synthetic_only"] = "sequential"
     batch: Count = 16
     augmented_epochs: Count = 6
     private_epochs: Count = 15
@@ -272,7 +282,7 @@ class TaskTraining:
     weight_decay: float = 0.05
     max_grad_norm: Positive = 1.0
     max_length: Count = 64
-    trains: Literal["all", "head"] = "all"
+    trains: Literal["all", "head", "majority", "few_shot", "zero_shot"] = "all"
 
     def __post_init__(self) -> None:
         in_range(self, "client.task_training")
@@ -280,6 +290,11 @@ class TaskTraining:
             raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise BadValue(f"weight_decay must be finite and not negative, got {self.weight_decay}")
+
+    @property
+    def baseline(self) -> bool:
+        """Whether the task model is one that nothing is trained of."""
+        return self.trains not in ("all", "head")
 
 
 @dataclass(frozen=True)
@@ -556,6 +571,11 @@ class Scenario:
             )
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
+        if self.data.task == "instructions" and self.client.task_training.baseline:
+            raise BadValue(
+                f'client.task_training.trains = "{self.client.task_training.trains}" tells labels, and instructions '
+                "have none: leave it out"
+            )
         for arm in self.run:
             if arm not in self.arms:
                 raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")

@@ -123,6 +123,15 @@ class Task:
         card = self.labels.get(label)
         return "" if card is None else card.description
 
+    def in_words(self, label: str) -> str:
+        """The label as a text that an embedder can compare: its wording, then its description.
+
+        >>> Task().in_words("lost_card")
+        'lost card'
+        """
+        said = self.description(label)
+        return f"{self.wording(label)}. {said}" if said else self.wording(label)
+
     def code(self, label: str) -> str:
         """The control code of a label: what stands before a text that a generator learns (FDKT, step 1).
 

