@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Learn, Synthesize
+from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
@@ -57,16 +58,17 @@ class FDKT(RoundStrategy[State]):
     def round(self, clients: Clients, state: State) -> State:
         """One round, in the order of the paper: synthesize, select, augment, learn."""
         if self.config.demonstrations == "none":
-            corpora = self._augment({client: _nothing() for client in clients.ids})
+            corpora = self._augmented({}, clients.ids)
         else:
             # Privacy is spent here, on the clients; all that follows is post-processing.
             drafts = self._drafts(clients)
+            asked = self.config.drafts_from or clients.ids
+            learners = [client for client in clients.ids if client in drafts or client not in asked]
             if self.config.texts == "drafts":
-                corpora = self._shared(drafts, clients.ids)
+                corpora = self._shared(drafts, learners)
             else:
                 # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
-                best = self._best(self._readable(drafts))
-                corpora = self._augment(self._shared(best, clients.ids))
+                corpora = self._augmented(self._best(self._readable(drafts)), learners)
 
         # The task models stay with their clients.
         seeds = {client: self.server.cell.public_seed("learn", client=client) for client in corpora}
@@ -137,13 +139,18 @@ class FDKT(RoundStrategy[State]):
             self._note(client, [("selected", stage)])
         return {client: stage.corpus for client, stage in kept.items()}
 
-    def _shared(self, drafts: Mapping[int, Corpus], ids: Sequence[int]) -> dict[int, Corpus]:
+    def _shared(self, drafts: Mapping[int, Corpus], learners: Sequence[int]) -> dict[int, Corpus]:
         """One-to-many: everybody's drafts for everybody. Else each client has its own; none, where none were asked."""
-        asked = self.config.drafts_from or ids
-        given = [client for client in ids if client in drafts or client not in asked]
-        if self.config.one_to_many:
-            return dict.fromkeys(given, pool(list(drafts.values())))
-        return {client: drafts.get(client, _nothing()) for client in given}
+        if self.config.one_to_many and drafts:
+            return dict.fromkeys(learners, pool(list(drafts.values())))
+        return {client: drafts.get(client, _nothing()) for client in learners}
+
+    def _augmented(self, best: Mapping[int, Corpus], learners: Sequence[int]) -> dict[int, Corpus]:
+        """The LLM's texts for each client. One-to-many: it writes once, for all, after everybody's drafts."""
+        if not self.config.one_to_many:
+            return self._augment(self._shared(best, learners))
+        shown = pool(list(best.values())) if best else _nothing()
+        return dict.fromkeys(learners, self._augment({SERVER: shown})[SERVER])
 
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
         """Step 7: more text like the demonstrations; all clients' prompts in one batch, again for what filters took."""

@@ -40,7 +40,8 @@ class FDKTOptions:
         temperature: Of the LLM.
         top_p: Of the LLM.
         max_new_tokens: Longest answer of the LLM.
-        one_to_many: Each client's texts are written from the drafts of all clients, instead of its own.
+        one_to_many: The LLM writes once, from the drafts of all clients, and every client learns these texts. Else it
+            writes for each client, from that client's own drafts.
         label_check: `embedder`: drafts and written texts that lie nearer to another label's words are dropped, by
             `server.embedder` and the task card. `none`: no check.
         attempts: How often the LLM is asked, at most, for the texts that labels still lack after the filters.

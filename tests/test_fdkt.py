@@ -23,6 +23,7 @@ from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.payload import decode
+from fedsynth.federation.records import parted, unpack_request
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of
@@ -456,14 +457,38 @@ def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path
         )
         for client in range(CLIENTS)
     }
-    written = strategy._augment(strategy._shared(drafts, range(CLIENTS)))
+    written = strategy._augmented(drafts, range(CLIENTS))
     prompts = made.llm.completed[-1]
-    assert len(prompts) == CLIENTS * 8
+    assert len(prompts) == (8 if option else CLIENTS * 8)
     for client in range(CLIENTS):
         wanted = set(range(CLIENTS)) if option else {client}
-        for prompt in prompts[8 * client : 8 * client + 8]:
+        for prompt in prompts if option else prompts[8 * client : 8 * client + 8]:
             assert {other for other in range(CLIENTS) if f"of {other}" in prompt} == wanted
         assert set(written[client].grants) == {f"g{other}" for other in wanted}  # whose guarantee it has
+
+
+@pytest.mark.parametrize("option", ["one_to_many = true", ""])
+def test_clients_that_give_no_drafts_spend_nothing_and_learn_from_those_of_others(
+    toml: str, tmp_path: Path, option: str
+) -> None:
+    made = world(toml.replace("shots = 2", f"shots = 2\ndrafts_from = [0, 2]\n{option}"), "fdkt", tmp_path)
+    made.run()
+
+    def asked(kind: type[Any]) -> dict[int, Any]:
+        sent = [m.content for m in made.sent() if m.metadata.message_type == kind.task]
+        found = [unpack_request(part, kind) for content in sent for part in parted(content)]
+        return {envelope.client: request for request, envelope, _ in found}
+
+    assert set(asked(Synthesize)) == {0, 2}
+    sides = [
+        fedsynth.clients.client_side.simulated_client(made.cell, i, private_of(made.out), "simulated")
+        for i in range(CLIENTS)
+    ]
+    assert sides[1].ledger.spent()[0] == 0 < sides[0].ledger.spent()[0]
+    grants = {client: set(request.corpus.grants) for client, request in asked(Learn).items()}
+    assert set(grants) == set(range(CLIENTS))
+    assert grants[0]
+    assert grants[1] == (grants[0] if option else set())
 
 
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:

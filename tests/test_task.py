@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fedsynth.typed import BadValue, build
 BANK = Task(
     domain="Customers of a bank write to its support.",
     noun="a message of a bank's customer",
+    style="Nobody greets.",
     system="You write as customers do.",
     labels={
         "lost_card": LabelCard("a lost card", "The card is gone."),
@@ -36,10 +38,8 @@ DRAFTS = Corpus(("my card is gone", "no idea of my code"), ("lost_card", "pin"),
 ONE = SamplingParams(temperature=0.0, max_new_tokens=8)
 
 
-class Conversing(ScriptedLLM):
-    """A scripted LLM that converses."""
-
-    chats = True
+def conversing(answer: Callable[[Any], str] = lambda _: "a text") -> ScriptedLLM:
+    return ScriptedLLM(answer, chats=True)
 
 
 def test_a_label_that_the_card_does_not_list_is_put_into_words_by_its_name() -> None:
@@ -66,10 +66,11 @@ def test_the_question_without_demonstrations_is_the_question_with_them_less_the_
     assert shown.replace(block, "") == bare
     assert bare == (
         "Customers of a bank write to its support.\n"
-        "Write a message of a bank's customer about a lost card. The card is gone.\n"
-        "Vary who writes, what happened and how it is said. Answer with the text alone, on one line."
+        "Write a message of a bank's customer. It is about a lost card. The card is gone. Nobody greets.\n"
+        "Answer with the text alone, on one line."
     )
-    assert "about a forgotten PIN.\n" in BANK.question("pin")  # no blank where there is no description
+    bare = replace(BANK, style="")
+    assert "about a forgotten PIN.\n" in bare.question("pin")  # no blank where there is no description
 
 
 @pytest.mark.parametrize(
@@ -111,13 +112,13 @@ def test_quotes_around_a_whole_answer_are_no_part_of_the_text(answer: str, text:
 
 
 def test_an_llm_that_converses_is_asked_and_a_base_llm_goes_on_after_codes() -> None:
-    asked = text_prompt(Conversing(), "pin", ["no\ncode"], BANK)
+    asked = text_prompt(conversing(), "pin", ["no\ncode"], BANK)
     assert asked == Chat(BANK.question("pin", ["no code"]), "You write as customers do.")
     code = BANK.code("pin")
     assert text_prompt(ScriptedLLM(), "pin", ["no\ncode"], BANK) == f"{code} no code\n{code}"
 
 
-@pytest.mark.parametrize("llm", [Conversing(lambda _: "Where is my card?"), ScriptedLLM(lambda _: "Where is my card?")])
+@pytest.mark.parametrize("llm", [conversing(lambda _: "Where is my card?"), ScriptedLLM(lambda _: "Where is my card?")])
 @pytest.mark.parametrize("mode", ["per_label", "none"])
 def test_texts_come_back_under_their_labels_whatever_the_words_were(llm: ScriptedLLM, mode: Any) -> None:
     found = augment(
@@ -129,7 +130,7 @@ def test_texts_come_back_under_their_labels_whatever_the_words_were(llm: Scripte
 
 
 def test_blocks_name_labels_by_their_wordings_and_are_read_back_as_labels() -> None:
-    llm = Conversing(lambda _: "-----\nLabel: a lost card\nText: gone\n-----\nLabel: lost_card\nText: gone, too\n")
+    llm = conversing(lambda _: "-----\nLabel: a lost card\nText: gone\n-----\nLabel: lost_card\nText: gone, too\n")
     found = augment(
         llm, {0: DRAFTS}, labels=LABELS, wanted={0: LABELS}, mode="all_labels", shots=1, sampling=ONE, seed=0, task=BANK
     )[0]
@@ -139,7 +140,7 @@ def test_blocks_name_labels_by_their_wordings_and_are_read_back_as_labels() -> N
 
 
 def test_judges_read_wordings_too() -> None:
-    llm = Conversing(lambda _: "The selected texts are: 1")
+    llm = conversing(lambda _: "The selected texts are: 1")
     judge_by_instruction(llm, {0: DRAFTS}, {0: [[0, 1]]}, labels=LABELS, keep=1, task=BANK, seed=0)
     [[asked]] = llm.completed
     assert asked.system == BANK.system

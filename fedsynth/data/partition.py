@@ -247,7 +247,9 @@ def unified(texts: Sequence[str]) -> list[str]:
 
 @lru_cache(maxsize=8)
 def _divide(data: Data, seed: int, rows: Rows) -> Division:
-    table = rows.table
+    whole = table = rows.table
+    if data.unlisted == "drop":
+        whole = table = table[table[LABEL].isin(data.labels)]
     if data.split == "natural":
         table = _of_first_clients(data, table)
     unique = table[~_duplicated(table)] if data.duplicates == "drop" else table
@@ -265,9 +267,7 @@ def _divide(data: Data, seed: int, rows: Rows) -> Division:
     held = sum(len(site.train) + len(site.test) for site in sites)
     dealt = int((owner >= 0).sum())
     dropped = len(table) - len(unique)
-    return Division(
-        sites, LeftOut(rows.incomplete, dropped, len(rows.table) - dropped - dealt, over_limit=dealt - held)
-    )
+    return Division(sites, LeftOut(rows.incomplete, dropped, len(whole) - dropped - dealt, over_limit=dealt - held))
 
 
 def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:

@@ -72,6 +72,8 @@ class Data:
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
+        unlisted: Rows whose label `labels` does not list: `count` keeps them as records of which nothing is learnt, as
+            a site's rows are; `drop` leaves them out before the source is divided: the task is a part of the source.
         per_label: At most so many private rows of each label, drawn after the split: one number, or one for each
             client, as [100, 3] for a rich client and a poor one.
         test_limit: At most so many test units per client, likewise.
@@ -106,6 +108,7 @@ class Data:
     client_column: str | None = None
     unit: str | None = None
     limit: Count | None = None
+    unlisted: Literal["count", "drop"] = "count"
     per_label: int | tuple[int, ...] | None = None
     test_limit: Count | None = None
     duplicates: Literal["refuse", "drop"] = "refuse"
@@ -131,6 +134,8 @@ class Data:
             raise BadValue(
                 "limit, test_limit and duplicates belong to data files; a simulated world has train_per_client"
             )
+        if self.unlisted != "count" and (self.labels == "all" or self.world is not None):
+            raise BadValue('unlisted = "drop" belongs to a data file of which `labels` lists some classes')
         if self.per_label is not None:
             counts = (self.per_label,) if isinstance(self.per_label, int) else self.per_label
             if not counts or min(counts) < 1:

@@ -35,7 +35,7 @@ class LabelCard:
 _LABEL = frozenset(("label", "wording"))
 SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "generator": (frozenset(), frozenset(("noun", "domain", "description")) | _LABEL),
-    "writer": (frozenset(("examples",)), frozenset(("noun", "domain", "description", "examples")) | _LABEL),
+    "writer": (frozenset(("examples",)), frozenset(("noun", "domain", "description", "style", "examples")) | _LABEL),
     "examples": (frozenset(("texts",)), frozenset(("noun", "domain", "texts")) | _LABEL),
 }
 
@@ -54,8 +54,7 @@ class Templates:
 
     generator: str = ""
     writer: str = (
-        "{examples}Write {noun} about {wording}. {description}\n"
-        "Vary who writes, what happened and how it is said. Answer with the text alone, on one line."
+        "{examples}Write {noun}. It is about {wording}. {description} {style}\nAnswer with the text alone, on one line."
     )
     examples: str = "These are examples, one on each line:\n{texts}\n\nDo not copy them. "
 
@@ -88,6 +87,7 @@ class Task:
     Attributes:
         domain: A sentence about the domain, as "Customers of a bank write to its chat support."
         noun: What one text is, with its article, as "a message of a bank's customer".
+        style: Sentences that say how texts are written, as "The customer writes in the first person."
         system: System prompt of an LLM that converses; "" for none.
         labels: Label -> how it is put into words; a label that is not listed is put into words by its name.
         templates: How prompts are made.
@@ -95,12 +95,13 @@ class Task:
 
     domain: str = ""
     noun: str = ""
+    style: str = ""
     system: str = ""
     labels: Mapping[str, LabelCard] = field(default_factory=dict)
     templates: Templates = field(default_factory=Templates)
 
     def __post_init__(self) -> None:
-        for name in ("domain", "noun", "system"):
+        for name in ("domain", "noun", "style", "system"):
             if value := getattr(self, name):
                 _in_one_line(f"task.{name}", value, MAX_WORDS)
         wordings = [card.wording.casefold() for card in self.labels.values()]
@@ -155,8 +156,9 @@ class Task:
         """
         block = self._filled(self.templates.examples, label, texts="\n".join(shown)) if shown else ""
         domain = f"{self.domain}\n" if self.domain and "{domain}" not in self.templates.writer else ""
-        asked = domain + self._filled(self.templates.writer, label, examples=block)
-        return "\n".join(line.rstrip() for line in asked.split("\n"))  # an empty description leaves a blank
+        asked = domain + self._filled(self.templates.writer, label, examples=_HERE)
+        lines = [line.rstrip() for line in re.sub(" {2,}", " ", asked).split("\n")]
+        return "\n".join(lines).replace(_HERE, block)  # an empty description leaves two blanks
 
     def _filled(self, template: str, label: str, **more: str) -> str:
         slots = {
@@ -165,12 +167,14 @@ class Task:
             "description": self.description(label),
             "noun": self.noun or "a text",
             "domain": self.domain,
+            "style": self.style,
             **more,
         }
         return template.format(**slots)
 
 
 NO_CARD = Task()
+_HERE = "\0"  # stands where demonstrations will: they are not touched
 
 
 def parted(label: str) -> str:

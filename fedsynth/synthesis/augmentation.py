@@ -200,7 +200,7 @@ def augment(
     bare: dict[int, Counter[str]] = {}
     for site, corpus in sorted(demonstrations.items()):
         # A site's prompts depend on its own demonstrations only, not on which other sites answered.
-        rng = np.random.default_rng([seed, site])
+        rng = np.random.default_rng([seed, *([site] if site >= 0 else [])])  # below is the server, which writes for all
         decks = {label: _Deck(texts, rng) for label, texts in _by_label(corpus, labels).items() if texts}
         bare[site] = Counter()
         if mode != "none":
