@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
@@ -183,11 +184,8 @@ def parted(label: str) -> str:
     >>> parted("cashWithdrawal-failed_twice")
     'cash withdrawal failed twice'
     """
-    words = "".join(
-        f" {char.lower()}" if char.isupper() and before.islower() else char
-        for before, char in zip(" " + label, label, strict=False)
-    )
-    return " ".join(words.replace("_", " ").replace("-", " ").split())
+    words = re.sub(r"(?<=[a-z])[A-Z]", lambda capital: f" {capital[0].lower()}", label)
+    return " ".join(re.sub("[_-]", " ", words).split()) or label
 
 
 def _in_one_line(name: str, value: str, longest: int) -> None:
