@@ -601,3 +601,34 @@ def test_spellings_need_a_column_to_be_about(tmp_path: Path) -> None:
         Data("notes.csv", spellings="merge")
     with pytest.raises(BadValue, match=r"labels holds a class in several spellings: 'Flu' and 'flu'"):
         Data("notes.csv", labels=("Flu", "flu"))
+
+
+def test_a_task_may_be_a_part_of_a_source_and_clients_rich_and_poor(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        {"text": [f"text {i}" for i in range(120)], "label": [("a", "b", "c")[i % 3] for i in range(120)]}
+    )
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    whole = Data(str(tmp_path / "rows.csv"), clients=2, labels=("a", "b"))
+    assert {label for site in open_sites(whole, 0) for label in site.train.answers} == {"a", "b", "c"}
+    part = replace(whole, unlisted="drop", per_label=(10, 3))
+    rich, poor = open_sites(part, 0)
+    assert rich.train.counts() == {"a": 10, "b": 10}
+    assert poor.train.counts() == {"a": 3, "b": 3}
+    assert set(rich.test.answers) | set(poor.test.answers) == {"a", "b"}
+    assert open_sites(part, 0)[1].train.prompts == poor.train.prompts
+    assert open_sites(replace(part, per_label=3), 0)[1].train.prompts == poor.train.prompts
+    assert divide(part, 0).left_out.not_dealt == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"unlisted": "drop"}, 'unlisted = "drop" belongs to a data file'),
+        ({"per_label": 0}, "per_label must be at least 1"),
+        ({"per_label": (3,)}, "names 1 clients, data.clients is 2"),
+        ({"per_label": 3, "unit": "person"}, "rows that are declared independent"),
+    ],
+)
+def test_parts_that_cannot_be_meant_are_refused(more: Any, said: str) -> None:
+    with pytest.raises(BadValue, match=said):
+        Data("rows.csv", clients=2, **more)

@@ -217,7 +217,8 @@ def divide(data: Data, seed: int) -> Division:
         found = Division(tuple(open_site(data, index, seed) for index in range(data.clients)))
     else:
         # Neither labels nor pooling change who holds what.
-        found = _divide(replace(data, pooled=False, labels="all", tuned_on=()), seed, read_rows(data))
+        labels = data.labels if data.unlisted == "drop" else "all"  # else a division does not depend on them
+        found = _divide(replace(data, pooled=False, labels=labels, tuned_on=()), seed, read_rows(data))
     if data.pooled:
         return replace(
             found, sites=(ClientData(pool([s.train for s in found.sites]), pool([s.test for s in found.sites])),)
