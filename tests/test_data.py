@@ -610,7 +610,9 @@ def test_a_task_may_be_a_part_of_a_source_and_clients_rich_and_poor(tmp_path: Pa
     rows.to_csv(tmp_path / "rows.csv", index=False)
     whole = Data(str(tmp_path / "rows.csv"), clients=2, labels=("a", "b"))
     assert {label for site in open_sites(whole, 0) for label in site.train.answers} == {"a", "b", "c"}
+    assert "40 rows have a label that data.labels lacks" in misfits(whole, ("a", "b"))[0]
     part = replace(whole, unlisted="drop", per_label=(10, 3))
+    assert misfits(part, ("a", "b")) == []
     rich, poor = open_sites(part, 0)
     assert rich.train.counts() == {"a": 10, "b": 10}
     assert poor.train.counts() == {"a": 3, "b": 3}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 from numpy.typing import NDArray
 from scripted import ScriptedLLM
+from typer.testing import CliRunner
 
+from fedsynth.cli.main import app
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models.chat import Chat
 from fedsynth.models.loading import load_tokenizer
@@ -190,3 +195,14 @@ def test_what_labels_lack_is_asked_for_again() -> None:
     assert turns(("a", "b", "c"), 7) == ["a", "b", "c", "a", "b", "c", "a"]
     assert lacking(have, ("a", "b", "c"), 7) == ["a", "b", "b", "c"]
     assert lacking(have, ("a", "b", "c"), 1) == []
+
+
+def test_a_first_card_of_a_file_is_read_back_as_one(tmp_path: Path) -> None:
+    rows = [("my card is gone", "lost_card"), ("what is my code", 'the "PIN"'), ("where is it", "lost_card")]
+    pd.DataFrame(rows, columns=["words", "kind"]).to_csv(tmp_path / "rows.csv", index=False)
+    found = CliRunner().invoke(app, ["card", str(tmp_path / "rows.csv"), "--label", "kind", "--text", "words"])
+    assert found.exit_code == 0
+    assert not any(text in found.stdout for text, _ in rows)
+    card = build(Task, tomllib.loads(found.stdout)["task"], "task")
+    assert card.labels == {"lost_card": LabelCard("lost card"), 'the "PIN"': LabelCard('the "PIN"')}
+    assert card.code("lost_card") == "lost card:"

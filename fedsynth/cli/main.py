@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth import __version__
+from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
 from fedsynth.cli.models import model_app
 from fedsynth.privacy.ledger import LOST, LedgerUnusable
@@ -30,6 +31,7 @@ from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
+app.command("card")(card_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")

@@ -119,6 +119,8 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     merged = f"{data.source}: {rows.merged} spellings of persons or clients are merged into others of them"
     if data.task == "instructions":
         return [*misfitting(rows, data.source, None), *([merged] if rows.merged else [])]
+    if data.unlisted == "drop":
+        rows = replace(rows, table=rows.table[rows.table[LABEL].isin(labels)])
     warnings = misfitting(rows, data.source, labels)
     held = rows.table[HELD]
     for name, part in (("training", rows.table[~held]), ("test", rows.table[held])):

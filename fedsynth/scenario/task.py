@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -186,6 +187,37 @@ def parted(label: str) -> str:
     """
     words = re.sub(r"(?<=[a-z])[A-Z]", lambda capital: f" {capital[0].lower()}", label)
     return " ".join(re.sub("[_-]", " ", words).split()) or label
+
+
+def proposed(labels: Sequence[str]) -> str:
+    """A first card as TOML, to be improved by hand: each label with its words parted.
+
+    >>> print(proposed(["pin_blocked"]))
+    # Language models are told this. All of it is public: write nothing that you read in private text.
+    [task]
+    domain = ""   # a sentence about the domain
+    noun = ""     # what one text is, with its article, as "a message of a customer"
+    style = ""    # how texts are written
+    <BLANKLINE>
+    [task.labels]
+    "pin_blocked" = { wording = "pin blocked", description = "" }
+    <BLANKLINE>
+    """
+    head = """# Language models are told this. All of it is public: write nothing that you read in private text.
+[task]
+domain = ""   # a sentence about the domain
+noun = ""     # what one text is, with its article, as "a message of a customer"
+style = ""    # how texts are written
+
+[task.labels]
+"""
+    return head + "".join(
+        f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}\n' for label in labels
+    )
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # JSON's strings are TOML's
 
 
 def _in_one_line(name: str, value: str, longest: int) -> None:
