@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Says, str]] = {
     "a number as payload": (lambda _: RecordDict({"fedsynth": ConfigRecord({"payload": 7})}), "must be bytes"),
     "two answers": (
         lambda _: RecordDict({f"fedsynth.{i}": ConfigRecord({}) for i in (0, 1)}),
-        "2 answers to 1 requests",
+        "2 replies to 1 requests",
     ),
     "a word as unit": (answering(unit=JUNK), "statement: unit must be one of row, person"),
     "a column as unit": (answering(unit="patient"), "statement: unit must be one of row, person"),
