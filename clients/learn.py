@@ -1,4 +1,4 @@
-"""What stays at the client: a task model, or an adapter; augmented text first, private text second."""
+"""The task model or adapter that stays with the client; it learns augmented text first, private text second."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class NoTaskModel(RuntimeError):
 
 
 def learn(client: ClientSide, request: Learn) -> Learnt:
-    """Trains the task model. Every arm gets the same schedule on private text, whatever came before."""
+    """Trains the task model. All arms have the same schedule on private text."""
     if client.instructs:
         return _learn_to_respond(client, request)
     settings = client.config.task_training
@@ -43,7 +43,7 @@ def learn(client: ClientSide, request: Learn) -> Learnt:
 
 
 def _learn_to_respond(client: ClientSide, request: Learn) -> Learnt:
-    """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
+    """Trains an adapter of the client's model for instructions, on the same schedule; it stays with the client."""
     settings, base = client.config.generator_training, client.config.generator
     start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
     model = on_base(client, start)
@@ -58,7 +58,7 @@ def task_model(client: ClientSide) -> Any:
     """The task model as last trained.
 
     Raises:
-        NoTaskModel: If none was.
+        NoTaskModel: If none was trained.
     """
     path = client.work / WEIGHTS
     if not path.is_file():

@@ -257,7 +257,7 @@ def measured(request: Evaluate, *, instructs: bool) -> tuple[str, ...]:
 
 
 class ErrorCode(StrEnum):
-    """A client's reason to refuse. The list is closed: the text of an exception may hold private values and is not sent."""
+    """A client's reason to refuse. The list is closed: an exception's text may hold private values and is not sent."""
 
     BUDGET_EXHAUSTED = "budget_exhausted"
     BUDGET_TOO_SMALL = "budget_too_small"
@@ -283,7 +283,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The cell and client that a request is for. A digest of request and envelope makes a repeated request recognisable.
+    """The cell and client that a request is for. The digest of both makes a repeated request recognisable.
 
     Attributes:
         run: Public id of the run that a request belongs to; "simulated" where each cell has ledgers of its own.

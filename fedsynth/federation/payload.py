@@ -249,8 +249,8 @@ _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _take_parts(value: object, parts: list[tuple[str, bytes]], known: dict[int, Any] | None) -> Any:
-    """The tree of a value, with its corpora and adapters moved to `parts`. `known` (trusted only) holds the parts so far:
-    a state may hold one adapter for each of many clients."""
+    """The tree of a value, its corpora and adapters moved to `parts`. `known` (trusted only) holds the parts so far: a
+    state may hold one adapter for each of many clients."""
     if isinstance(value, Corpus | Adapter):
         if known is not None and id(value) in known:
             return known[id(value)]

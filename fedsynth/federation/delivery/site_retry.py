@@ -65,8 +65,8 @@ class SiteRetry:
         return True
 
     def look(self, waiting: dict[str, tuple[int, ...]]) -> None:
-        """Takes messages to restarted sites out of `waiting`, every `ASK_AGAIN_SECONDS`: a site that reconnected after a
-        crash has forgotten its request, and the SuperLink does not say so."""
+        """Takes messages to restarted sites out of `waiting`, each `ASK_AGAIN_SECONDS`: a site that reconnects after a
+        crash has lost its request, and the SuperLink does not say so."""
         if not self._delivery.sites or time.monotonic() - self._looked <= ASK_AGAIN_SECONDS:
             return
         now, since = nodes_by_name(self._delivery.grid, self._delivery.sites), self._delivery.since

@@ -133,8 +133,8 @@ class RunLog:
         self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
     def log_statement(self, client: int, said: Statement) -> None:
-        """Logs a client's privacy statement. The largest epsilon holds, as replies may come late; a client that released
-        without a guarantee stays without one."""
+        """Logs a client's privacy statement. The largest epsilon holds, as replies may come late; after a release
+        without a guarantee the client has none."""
         earlier = self.statements.get(client)
         if earlier is None or _spends(said) >= _spends(earlier):
             self.statements[client] = said
