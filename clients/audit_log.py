@@ -71,8 +71,8 @@ class AuditLog:
         self.add("charged", **_facts(charge))
 
     def saw(self, charge: Charge) -> None:
-        """Logs a charge of the account that has no line here: another site's, or that of a process that was killed before
-        it wrote the line. Its requester is unknown here."""
+        """Logs a charge of the account that has no line here: another site's, or that of a process that was killed
+        before it wrote the line. Its requester is unknown here."""
         alone = replace(self, who={"dataset": self.who.get("dataset")})
         alone.add("seen", **_facts(charge), **({"stored": True} if charge.stored else {}))
 
