@@ -250,7 +250,7 @@ class Workers:
 
 
 def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tuple[float | None, list[str]]:
-    """The largest epsilon over clients and seeds; and warnings, above all that clients would refuse for their budget."""
+    """The largest epsilon over clients and seeds; and warnings, above all of clients whose budget is too small."""
     if rehearsed.epsilon is None or not rehearsed.plans:
         return rehearsed.epsilon, []
     client, told = cell.scenario.client, []

@@ -1,4 +1,4 @@
-"""The site-only report: released texts beside the private ones that they came from. It stays in the private directory."""
+"""The site-only report: released texts beside the private ones behind them. It stays in the private directory."""
 
 from __future__ import annotations
 
