@@ -175,7 +175,7 @@ def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
     class Journaled:
         noted: ClassVar[list[tuple[int, str, float]]] = []
 
-        def metric(self, *figure: Any) -> None:
+        def log_metric(self, *figure: Any) -> None:
             self.noted.append(figure)
 
     answers = {0: Evaluated({}, 5), 1: Evaluated({"accuracy": 0.25}, 5), 2: Evaluated({"accuracy": 0.75}, 5)}
