@@ -1,1 +1,1 @@
-"""What a client does when asked."""
+"""A client's side of each request: checks, training, sampling and sealed replies."""

@@ -21,12 +21,12 @@ from fedsynth.models.loading import one_thread
 
 
 def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:
-    """A ClientApp over clients.
+    """The ClientApp of one or more clients.
 
     Args:
-        open_home: Flower's context and the request's envelope -> the client it is for.
-        simulated: Flower's own strategies are answered, too, and this process uses one thread.
-        unopened: Told of a request for which no client could be opened; left out, this process's own output is.
+        open_client: Flower's context and the request's envelope -> the client that it is for.
+        simulated: Replies to Flower's own strategies as well, and limits this process to one thread.
+        unopened: Logs the failure of a request whose client cannot be opened; None for this process's own output.
     """
     if simulated:
         one_thread()
@@ -60,7 +60,7 @@ def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopene
 
 
 def simulation(context: Context, envelope: Envelope) -> ClientSide:
-    """The client of a simulated client; the scenario comes with the run, and the run's private directory, too."""
+    """The simulated client of an envelope; the run-config gives the scenario and the run's private directory."""
     toml, _, private = _places(tuple(sorted(context.run_config.items())), context.run_id)
     os.umask(0o077)
     return simulated_client(cell_of(toml, envelope.arm, envelope.seed), envelope.client, private, envelope.run)

@@ -1,4 +1,4 @@
-"""Synthetic text that waits until a person at the site lets it go."""
+"""Synthetic text that waits until a person at the site approves it."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ Decision = Literal["waits", "accepted", "declined"]
 
 
 class AwaitsApproval(RuntimeError):
-    """The answer is stored and waits."""
+    """The reply is stored and waits for approval."""
 
 
 class NotApproved(RuntimeError):
-    """A person at the site does not let the answer go. What was charged for it stays charged."""
+    """A person at the site has declined to send the reply. Its charge stays."""
 
 
 @dataclass(frozen=True)
 class Approvals:
-    """One small file for each request whose answer needs a person's leave; the answer itself lies in the ledger.
+    """One small file for each request whose reply needs approval; the ledger stores the reply itself.
 
     Attributes:
-        folder: Of those files.
+        folder: The folder of these files.
     """
 
     folder: Path
 
     def hold(self, request: str, sha256: str, **facts: Any) -> bool:
-        """From now on the answer of a request waits; called before it is stored, so that none slips through.
+        """Makes the reply to a request wait; called before the reply is stored, so that none slips through.
 
         Args:
-            request: Its digest.
-            sha256: Of the answer: what is decided is about these bytes; a training that is repeated gives others.
-            facts: More for who decides.
+            request: Digest of the request.
+            sha256: Hash of the reply: the decision is about these bytes, and a repeated training gives others.
+            **facts: More facts for the person who decides.
 
         Returns:
-            Whether it did not wait before.
+            True if it did not wait before.
         """
         if self._file(request).exists() and self._read(self._file(request))["sha256"] == sha256:
             return False
@@ -51,7 +51,7 @@ class Approvals:
         return True
 
     def check(self, request: str, sha256: str) -> None:
-        """Whether the answer of a request may go.
+        """Checks that the reply to a request may go.
 
         Raises:
             AwaitsApproval, NotApproved: If not.
@@ -65,11 +65,11 @@ class Approvals:
             raise NotApproved(f"request {request[:12]} was declined by {held.get('by')}")
 
     def all(self) -> list[dict[str, Any]]:
-        """All that needed leave, oldest first."""
+        """The facts of all requests whose reply needed approval, oldest first."""
         return sorted((self._read(path) for path in self.folder.glob("*.json")), key=lambda held: held["asked"])
 
     def find(self, start: str) -> dict[str, Any]:
-        """The one whose order starts so.
+        """The request whose digest starts with `start`.
 
         Raises:
             BadValue: If there is none, or more than one.
@@ -83,7 +83,7 @@ class Approvals:
         return found[0]
 
     def undecided(self, start: str) -> dict[str, Any]:
-        """As `find`, of one that waits.
+        """The request whose digest starts with `start`, if it waits.
 
         Raises:
             BadValue: Also if it was decided before.
@@ -94,7 +94,7 @@ class Approvals:
         return held
 
     def decide(self, held: dict[str, Any], decision: Decision, by: str) -> dict[str, Any]:
-        """Lets an answer go, or not; once it has gone, it has gone."""
+        """Stores the decision on a reply; a reply that was sent cannot be recalled."""
         held = {**held, "decision": decision, "by": by, "decided": _now()}
         self._write(held["order"], held)
         return held

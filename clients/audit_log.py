@@ -1,4 +1,4 @@
-"""A site's audit trail: what was asked, by whom, what was answered, what it cost, who let it go."""
+"""A site's audit log: requests and their senders, replies and their cost, approvals and their authors."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ FIRST = "0" * 64
 
 
 class AuditLogCorrupted(BadValue):
-    """A line of the trail is not as it was written, or one is gone."""
+    """A line of the log was changed or removed."""
 
 
 @dataclass(frozen=True)
 class AuditLog:
-    """One JSON object a line, each with the SHA-256 of the line before it: what is changed, put in or taken out shows.
+    """One JSON object a line, each with the SHA-256 of the line before it: changed, added and removed lines show.
 
-    Lines that are taken off the end do not show, and who may write the file can write all of it anew: an operator who
-    wants more sends its last hash elsewhere. A line that a killed process left half written is named by the next one.
+    Lines removed from the end do not show, and a writer of the file can rewrite all of it: an operator who wants more
+    sends its last hash elsewhere. The line after a torn one (its process was killed while writing) says so.
 
-    It is the witness of the site's ledger (`fedsynth.privacy.witness`).
+    The log is the witness of the site's ledger (`fedsynth.privacy.witness`).
 
     Attributes:
-        path: Of the file; made with the first entry.
-        who: What stands in every entry: the data set, the SuperLink, the bundle, Flower's run.
+        path: The file; made with the first entry.
+        who: Facts of every entry: the data set, the SuperLink, the bundle, Flower's run.
     """
 
     path: Path
     who: Mapping[str, Any]
 
     def add(self, event: str, **facts: Any) -> None:
-        """One entry, on disk when this returns.
+        """Adds one entry, on disk when this returns.
 
         Raises:
-            OSError: If it cannot be written, as on a full disk; nothing of it is there then.
+            OSError: If it cannot be written, as on a full disk; then no part of it is there.
         """
         with open(self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -54,7 +54,7 @@ class AuditLog:
             entry = {"at": at, "event": event, **facts, **self.who, "before": _digest(last)}
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 1))
-            torn = end > 0 and file.read(1) != b"\n"  # its process was killed within the writing
+            torn = end > 0 and file.read(1) != b"\n"  # its process was killed while writing
             entry |= {"torn": True} if torn else {}
             line = b"\n" * torn + json.dumps(entry, ensure_ascii=False).encode() + b"\n"
             file.seek(end)
@@ -67,19 +67,19 @@ class AuditLog:
                 raise
 
     def note(self, charge: Charge) -> None:
-        """A charge, before anything runs on it."""
+        """Logs a charge before anything runs on it."""
         self.add("charged", **_facts(charge))
 
     def saw(self, charge: Charge) -> None:
-        """A charge that the account holds and no line tells of: of another site, or of a process that was killed before
-        it wrote the line. Nobody knows here who asked for it."""
+        """Logs a charge of the account that has no line here: another site's, or that of a process that was killed
+        before it wrote the line. Its requester is unknown here."""
         alone = replace(self, who={"dataset": self.who.get("dataset")})
         alone.add("seen", **_facts(charge), **({"stored": True} if charge.stored else {}))
 
     def known(self) -> Sequence[Charge]:
-        """The charges on this data set of which any line tells, whether or not it follows from the one before.
+        """The charges on this data set in any line, even one that does not follow from the line before.
 
-        Of trails that were written before charges stood in them, the grants and releases that were stored.
+        Older logs have no lines of charges; their stored grants and releases are taken instead.
         """
         found: dict[tuple[str, ...], Charge] = {}
         runs: dict[str, str] = {}  # by request
@@ -106,7 +106,7 @@ class AuditLog:
                     found[charge.key] = replace(before, stored=True)
             if entry.get("event") == "stored":
                 grants = entry.get("grants")
-                for grant in grants if isinstance(grants, list) else ():  # what is no list was damaged
+                for grant in grants if isinstance(grants, list) else ():  # any other value is damaged
                     charge = Charge(run, str(grant), request, at=at)
                     found[charge.key] = replace(found.get(charge.key, charge), stored=True)
                 if entry.get("guarantee") == "none" and not any(run == c.run and not c.grant for c in found.values()):
@@ -115,7 +115,7 @@ class AuditLog:
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """All entries, oldest first, each checked against the one before.
+    """All entries, oldest first, each checked against the line before.
 
     Raises:
         AuditLogCorrupted: With the number of the line.

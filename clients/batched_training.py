@@ -1,7 +1,7 @@
-"""The requests of one message, for several clients of a simulation: those that are to train a LoRA do so in one pass.
+"""Several simulated clients' LoRAs train in one pass, if the clients' requests came in one message.
 
-A function that trains hands over what is to be trained by `yield` and gets it back trained. So it reads from top to
-bottom as if its client were alone, and charges, releases and answers for that client alone.
+A client's function yields a `TrainRequest` and gets the trained result back. So it reads from top to bottom as if its
+client were alone, and charges, releases and replies for that client alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class TrainRequest:
     """A LoRA of a client's model, to be trained.
 
     Attributes:
-        base: Name of the model.
-        start: Where training starts.
+        base: Name of the client's model.
+        start: The adapter to train from.
         settings: Learning rate, micro-batch, engine and precision.
-        training: What is learnt, and how it is drawn, clipped and noised.
+        training: The examples, and how they are drawn, clipped and noised.
         frozen_a: Only the factors B are trained.
     """
 
@@ -40,11 +40,11 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of it.
+    """The result of a `TrainRequest`.
 
     Attributes:
-        adapter: Its weights.
-        steps: That ran.
+        adapter: The trained adapter.
+        steps: Number of steps that ran.
     """
 
     adapter: Adapter
@@ -52,11 +52,11 @@ class TrainResult:
 
 
 class Barrier:
-    """Waits for the others of its pass."""
+    """Waits for the other functions of its pass."""
 
 
 Trains: TypeAlias = Generator[TrainRequest | Barrier, TrainResult, R]
-"""A function that hands over what is to be trained, may wait for the others, and returns R."""
+"""A function that yields its trainings, may wait for the others, and returns R."""
 
 
 def together(functions: Sequence[Trains[R]]) -> list[R]:
@@ -93,7 +93,7 @@ def together(functions: Sequence[Trains[R]]) -> list[R]:
 
 
 def _alike(asked: dict[int, TrainRequest]) -> list[list[int]]:
-    """Those that one pass can train."""
+    """Groups of requests that one pass can train."""
     groups: dict[Any, list[int]] = {}
     for number, one in asked.items():
         of, by = one.start, one.training

@@ -1,4 +1,4 @@
-"""What a client keeps to itself: its text, its ledger, its task model, its log; and what it may be asked."""
+"""A client's private side (text, ledger, task model, log) and the rules of what may be asked of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fedsynth.typed import plain
 
 
 class NotAllowed(RuntimeError):
-    """What is asked is none of what the client's operator allows; nothing was read and nothing charged."""
+    """The client's operator does not allow the request; nothing was read and nothing charged."""
 
 
 class WrongLabels(RuntimeError):
@@ -40,19 +40,19 @@ class WrongLabels(RuntimeError):
 
 
 class WrongData(RuntimeError):
-    """The scenario's task or unit is not what the site's data are for."""
+    """The scenario's task or unit does not fit the site's data."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a client may be asked, and what may leave it.
+    """The requests that a client accepts, and the outputs that may leave it.
 
     Attributes:
-        requests: Names of requests.
-        outputs: Kinds of what leaves.
-        without_guarantee: Whether something may leave without a mechanism.
-        approval: Whether synthetic text waits until a person lets it go.
-        objection: Why nothing of this run may be asked; None if it may.
+        requests: Names of accepted requests.
+        outputs: Kinds of outputs that may leave.
+        without_guarantee: Outputs may leave without a mechanism.
+        approval: Synthetic text waits for a person's approval.
+        objection: The reason why this run's requests are all refused; None if they are not.
     """
 
     requests: frozenset[str] = frozenset(request.task for request in REQUESTS)
@@ -68,27 +68,26 @@ COVERED = Rules(outputs=frozenset(kind for kind in OUTPUTS if kind != "metrics")
 
 @dataclass(frozen=True)
 class ClientSide:
-    """One client's house. Nothing in it leaves except through `fedsynth.federation.records.seal`.
+    """One client's private side. Nothing of it leaves except through `fedsynth.federation.records.seal`.
 
     Attributes:
-        index: The client's place among the clients.
-        config: What the client runs.
-        labels: The public label list; empty where the task is to follow instructions.
+        index: The client's number.
+        config: The client's models and trainings.
+        labels: The public label list; empty if the task is to follow instructions.
         records: Declared, public number of privacy units.
-        rounds: Rounds of the run, all planned and reserved at first.
-        unit: What is protected: "row", or the name of the person column.
+        rounds: Rounds of the run; the plan reserves all of them at first.
+        unit: The unit of privacy: "row", or the name of the person column.
         work: Private directory: ledger, task model, log.
         run: Public id of the run, arm and seed included.
-        ledger: Of this client's data set.
+        ledger: The privacy ledger of this client's data set.
         open: Reads the client's text; before the charge for its keyed MAC only.
-        stacked: Its adapter may train in one pass with those of other clients of a simulation.
         simulated: Noise comes from the run seed and is reproducible.
-        allowed: What may be asked, and what may leave; left out, everything in a simulation, else what a guarantee
-            covers.
-        lock: Held while a request is worked on; left out, a file in `work`.
-        approvals: Where text waits for a person, if `rules.approval`.
-        audit_log: Where a site keeps what it was asked and answered.
-        world: The simulated world that its text is of; None for text of people.
+        stacked: The client's adapter may train in one pass with those of other simulated clients.
+        allowed: The client's rules; None for everything in a simulation, else for what a guarantee covers.
+        lock: A file that is locked while the client works on a request; None for a file in `work`.
+        approvals: Text that waits for a person, if `rules.approval`.
+        audit_log: The site's audit log; None in a simulation.
+        world: The simulated world of the client's text; None for text of people.
         task: The scenario's card, which gives each label's control code.
     """
 
@@ -113,7 +112,7 @@ class ClientSide:
 
     @property
     def rules(self) -> Rules:
-        """What may be asked, and what may leave."""
+        """The rules in force: `allowed` or their default."""
         return self.allowed or (EVERYTHING if self.simulated else COVERED)
 
     @cached_property
@@ -123,7 +122,7 @@ class ClientSide:
 
     @property
     def instructs(self) -> bool:
-        """Whether the task is to follow instructions; else it is to classify."""
+        """True if the task is to follow instructions, False if it is to classify."""
         return not self.labels
 
     @property
@@ -137,7 +136,7 @@ class ClientSide:
         return self.site.test
 
     def plan(self) -> DPPlan:
-        """The whole schedule of this run, from declared facts only: no private text is read for it.
+        """The plan of this whole run, from declared facts only; it reads no private text.
 
         Raises:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
@@ -145,17 +144,17 @@ class ClientSide:
         return self.config.plan(self.records, self.rounds)
 
     def charged(self, planned: DPPlan) -> DPPlan:
-        """What this run has paid of a plan so far, at least all of it: the statement is about that."""
+        """The plan with the rounds that this run has paid so far, at least all of its own; a statement covers these."""
         return replace(planned, rounds=max(planned.rounds, self.ledger.rounds(self.run, planned)))
 
     def binding(self, request: str, planned: DPPlan, *, model: str | None = None, training: Any = None) -> Binding:
-        """What a grant holds for: this request, plan, data, model, and the version and settings of the training.
+        """The facts that a grant is bound to: request, plan, data, model, and the training's version and settings.
 
         Args:
             request: Digest of the request.
-            planned: What is charged.
-            model: Hash of the weights that private text is put into; left out: the generator's.
-            training: Settings beside the plan; left out: those of the generator.
+            planned: The plan to charge.
+            model: Hash of the weights that read private text; None for the generator's.
+            training: Settings beside the plan; None for the generator's.
         """
         return Binding(
             order=request,
@@ -166,20 +165,20 @@ class ClientSide:
         )
 
     def _settings_digest(self, training: Any) -> str:
-        """What shapes the training beside the plan: the same key must not serve another learning rate or label list."""
+        """A digest of training settings, labels and unit: one noise key must not serve two learning rates."""
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         if self.task != NO_CARD:  # without a card a label is its own control code
             settings["codes"] = list(map(self.task.code, self.labels))
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
-        """What an answer says of its privacy: all rounds so far under one plan, or no guarantee."""
+        """The privacy statement of a reply: all rounds so far under one plan, or no guarantee."""
         charged = None if plan is None else self.charged(plan)
         return statement(charged, unit=self.unit, rows_per_unit=rows_per_unit, rows=(), simulated=self.simulated)
 
     @property
     def waived(self) -> bool:
-        """Whether a release without guarantee was logged in this run."""
+        """True if a release without guarantee was logged in this run."""
         return self.ledger.waived(self.run)
 
     @contextmanager
@@ -191,11 +190,11 @@ class ClientSide:
 
     @property
     def log_folder(self) -> Path:
-        """Where the site's own log lies."""
+        """The folder of the site's own log."""
         return self.work if self.audit_log is None else self.audit_log.path.parent
 
     def log(self) -> logging.Logger:
-        """The site's own log: what may hold private values is written here and nowhere else."""
+        """The site's own log, the only place for messages that may hold private values."""
         return site_log(self.log_folder)
 
 
@@ -212,7 +211,7 @@ def site_log(folder: Path) -> logging.Logger:
 
 
 class _Strict(logging.FileHandler):
-    """Raises what is amiss with its file, as a full disk."""
+    """Raises errors of its file, such as a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's own
         """Called while the exception is handled."""
@@ -220,11 +219,11 @@ class _Strict(logging.FileHandler):
 
 
 def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientSide:
-    """A client of a simulation: its data is drawn or split by the simulator, its ledger holds this cell only.
+    """A simulated client: the simulator draws or splits its data, and its ledger holds this cell only.
 
     Args:
         cell: Arm, seed and resolved scenario.
-        index: Which client.
+        index: The client's number.
         private: The run's private directory.
         run: Public id of the run.
     """
@@ -258,7 +257,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
 
 
 def declared_records(cell: Cell, index: int) -> int:
-    """The declared number of units. In a simulation the simulator knows it; a real site declares it in its own file."""
+    """A simulated client's number of units. The simulator counts it; a real site declares it in its own file."""
     data = cell.scenario.data
     if data.world is not None and data.notes_per_patient == 1:
         return data.train_per_client * (data.clients if data.pooled else 1)
@@ -275,7 +274,7 @@ def _site(cell: Cell, index: int) -> ClientData:
 
 @lru_cache(maxsize=1024)
 def _drawn(data: Data, seed: int, index: int) -> ClientData:
-    """A worker meets the same client in every round, and in every arm."""
+    """Cached, as a worker sees the same client in every round and arm."""
     return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 
 

@@ -25,11 +25,11 @@ from fedsynth.world import task_part
 
 
 def evaluate(client: ClientSide, adapter: Adapter | None = None) -> Evaluated:
-    """Accuracy and macro-F1 of the task model, examples with unknown labels as errors; instructions: see `respond`.
+    """Accuracy and macro-F1 of the task model, with unknown labels as errors; scores of responses for instructions.
 
     Args:
         client: The client.
-        adapter: Measure the generator with this adapter instead, which has a loss on either kind of task.
+        adapter: Measure the generator with this adapter instead; adds its loss.
     """
     if adapter is not None:
         scored = _scored(client, respond(client, client.test.prompts, adapter)) if client.instructs else {}
@@ -40,7 +40,7 @@ def evaluate(client: ClientSide, adapter: Adapter | None = None) -> Evaluated:
 
 
 def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
-    """What the client's model answers to each text: a label, or a response; "" to one that its tokenizer cannot read.
+    """The client's model's label or response for each text; "" for one that its tokenizer cannot read.
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If it has learnt no labels yet.
@@ -57,14 +57,14 @@ def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
 
 
 def _scored(client: ClientSide, found: list[str]) -> dict[str, float]:
-    """Whole responses against the true ones; of a simulated world the part that its task asks for."""
+    """Scores of whole responses against the true ones; in a simulated world of the part that its task asks for."""
     return instruction_scores(
         client.test.answers, found if client.world is None else [task_part(text) for text in found]
     )
 
 
 def _loss(client: ClientSide, adapter: Adapter) -> float:
-    """On the test set as it would be trained on, a row being a unit of its own; 0 where none can be read."""
+    """The training loss on the test set, each row a unit of its own; 0 if no row can be read."""
     model = on_base(client, adapter).eval()
     slots = slots_of(client, replace(client.test, units=None), len(client.test))
     pad, batch = (
@@ -73,16 +73,16 @@ def _loss(client: ClientSide, adapter: Adapter) -> float:
     )
     examples = [example for slot in slots for example in slot]
     found = mean_loss(model, examples, pad=pad, batch=batch) if examples else 0.0
-    return found if found < MAX_LOSS else MAX_LOSS  # nan, too: a model that has broken down has a figure
+    return found if found < MAX_LOSS else MAX_LOSS  # nan as well: a diverged model has a figure
 
 
 def respond(client: ClientSide, instructions: Sequence[str], adapter: Adapter | None = None) -> list[str]:
-    """What an adapter responds to instructions, greedy.
+    """An adapter's responses to instructions, decoded greedily.
 
     Args:
         client: The client.
-        instructions: Any number.
-        adapter: None: the one in use, or the base alone before there is one.
+        instructions: Any number of instructions.
+        adapter: None for the adapter in use, or the base alone if there is none.
     """
     name, adapter = client.config.generator, adapter or in_use(client)
     precision = client.config.generator_training.precision

@@ -1,4 +1,4 @@
-"""A LoRA of the client's model: trained on private text and sent, or received and put to use."""
+"""A LoRA of the client's model: trained on private text and sent, or received and adopted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IN_USE = "adapter.payload"
 
 
 def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finetuned]:
-    """Trains and releases; under DP the charge comes first and may refuse.
+    """Trains and releases; under DP the charge comes first and may be refused.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
@@ -67,22 +67,22 @@ def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finet
 def check(
     client: ClientSide, start: Adapter, plan: DPPlan | None = None, *, frozen_a: bool = False, longest: int = 0
 ) -> None:
-    """Whatever can fail fails here, before anything is spent; under a plan with its self-check.
+    """Checks adapter and room, and runs the self-check of a plan, so that failures come before anything is spent.
 
     Args:
         client: The client.
-        start: What training will go on from.
-        plan: Under which; None: without a guarantee.
-        frozen_a: Whether B alone will be trained.
-        longest: Tokens that must fit, where that is more than the training's.
+        start: The adapter that training starts from.
+        plan: The plan of the training; None without a guarantee.
+        frozen_a: Only the factors B will be trained.
+        longest: Tokens that must fit, if more than the training's.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter is not of this client's model.
-        fedsynth.training.selfcheck.SelfCheckFailed: As `self_check`.
+        fedsynth.training.selfcheck.SelfCheckFailed: If the training does not do what the plan says.
         ValueError: If texts do not fit.
     """
     settings, name = client.config.generator_training, client.config.generator
-    # The same start under the same plan passes again: clients of a simulation that share them are checked once.
+    # The same start under the same plan passes again: simulated clients that share both are checked once.
     codes = tuple(map(client.task.code, client.labels))
     asked = (weights_hash(name), digest_of(start), settings, plan, codes, frozen_a, longest, client.stacked)
     if client.simulated and asked in _passed:
@@ -109,7 +109,7 @@ def _sent(whole: Adapter, request: Finetune) -> Adapter:
 
 
 def adopt(client: ClientSide, request: Adopt) -> Adopted:
-    """Puts the server's adapter to use, once it is known to fit.
+    """Puts the server's adapter to use if it fits.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If it is not of this client's model.
@@ -130,7 +130,7 @@ def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> 
 
 
 def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
-    """One slot per declared record, as the client's settings say; encoded once for as long as the corpus is held."""
+    """One slot per declared record, by the client's settings; cached for the lifetime of the corpus."""
     settings, name = client.config.generator_training, client.config.generator
     codes = map(client.task.code, client.labels)
     asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit, *codes)
@@ -156,14 +156,14 @@ _encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] =
 def train_without_guarantee(
     client: ClientSide, model: PeftModel, slots: Sequence[Slot], *, seed: int, beside: Sequence[Slot] = ()
 ) -> None:
-    """The client's schedule without clip and noise, in place; nothing where there is nothing to learn.
+    """Trains on the client's schedule without clip and noise, in place; without slots nothing changes.
 
     Args:
-        client: Whose schedule.
-        model: With an adapter.
-        slots: What is learnt.
-        seed: Of the batches.
-        beside: Learnt with it, in batches that are as much larger: as many steps, and each slot as often, as without.
+        client: Its settings give the schedule.
+        model: A model with an adapter.
+        slots: The examples to learn.
+        seed: Seed of the batches.
+        beside: Further examples. Batches grow in proportion, so that steps and draws per slot stay the same.
     """
     if not (learnt := [*slots, *beside]):
         return
@@ -175,15 +175,15 @@ def train_without_guarantee(
 
 
 def put_to_use(client: ClientSide, adapter: Adapter) -> None:
-    """Keeps an adapter as the one that the client answers with."""
+    """Stores an adapter as the one in use."""
     part = client.work / f"{IN_USE}.part"
     part.write_bytes(encode(Adopt(adapter)))
     part.replace(client.work / IN_USE)
-    if client.instructs:  # a classifier's generator answers nobody
+    if client.instructs:  # no one uses the generator of a classifier
         keep_facts(client)
 
 
 def in_use(client: ClientSide) -> Adapter | None:
-    """The adapter that the client answers with; None while it is the base alone."""
+    """The adapter in use; None for the base alone."""
     path: Path = client.work / IN_USE
     return decode(path.read_bytes(), Adopt).adapter if path.is_file() else None

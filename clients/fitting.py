@@ -1,6 +1,6 @@
-"""A client's model that fails at no text: what it cannot read, or leaves it no room, gets an empty text.
+"""A client's model that never fails at a text: a text that it cannot read, or that does not fit, gets an empty result.
 
-Whether there is an answer must not depend on one private text (docs/privacy.md).
+One private text must not decide if the client replies (docs/privacy.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Fitting:
     """`LocalLLM` for prompts that hold private text.
 
     Args:
-        llm: What completes and scores those that fit.
+        llm: Completes and scores the prompts that fit.
     """
 
     def __init__(self, llm: LocalLLM):
@@ -43,7 +43,7 @@ class Fitting:
         return _whatever_fits(those, len(prompts), lambda row: self._fits(prompts[row], sampling.max_new_tokens), "")
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """As `LocalLLM.score`; no likelihood at all for a pair that does not fit."""
+        """As `LocalLLM.score`; minus infinity for a pair that does not fit."""
 
         def those(rows: Sequence[int]) -> list[float]:
             return self.llm.score([prompts[row] for row in rows], [continuations[row] for row in rows])
@@ -58,7 +58,7 @@ class Fitting:
                 [tokens] = given_rows(self.llm.tokenizer, [text], self.llm.kind)
             else:
                 [tokens] = token_rows(self.llm.tokenizer, [text], self.llm.kind)
-        except Exception:  # each tokenizer has its own
+        except Exception:  # each tokenizer raises its own
             return False
         return self.llm.context is None or len(tokens) + more <= self.llm.context
 
@@ -66,7 +66,7 @@ class Fitting:
 def _whatever_fits(
     work: Callable[[Sequence[int]], list[T]], count: int, fits: Callable[[int], bool], instead: T
 ) -> list[T]:
-    """The work on all rows; where that fails, on those that fit."""
+    """Runs the work on all rows; if that fails, on those that fit."""
     try:
         return work(range(count))
     except Exception:  # of the model's checks, or the tokenizer's own

@@ -1,4 +1,4 @@
-"""Flower's own strategies on our clients: their messages become our requests, our answers their replies."""
+"""Flower's own strategies on our clients: their messages become our requests, our replies become theirs."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ ROUND, PROXIMAL, EXAMPLES = "server-round", "proximal-mu", "num-examples"  # Flo
 
 
 def arrays_of(adapter: Adapter) -> ArrayRecord:
-    """An adapter as Flower's strategies hold it."""
+    """An adapter as the arrays of Flower's strategies."""
     return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in adapter.arrays.items()})
 
 
 def adapter_of(arrays: ArrayRecord, like: Adapter) -> Adapter:
-    """What a strategy made of adapters. It names no grants: Flower's averages do not carry them.
+    """The adapter in a strategy's arrays. It names no grants: Flower's averages do not carry them.
 
     Args:
-        arrays: Of `arrays_of` and of replies, or means of those.
-        like: Tells rank, alpha and base, and which tensors there must be.
+        arrays: Arrays from `arrays_of` or from replies, or means of those.
+        like: An adapter with the same rank, alpha, base, tensor names and shapes.
 
     Raises:
-        WrongAdapter: If names, shapes or types are others.
+        WrongAdapter: If names, shapes or types differ.
     """
     found = {name: array.numpy() for name, array in arrays.items()}
     if {name: a.shape for name, a in found.items()} != {name: a.shape for name, a in like.arrays.items()}:
@@ -53,8 +53,8 @@ def adapter_of(arrays: ArrayRecord, like: Adapter) -> Adapter:
 def chosen_cell(context: Context) -> Cell:
     """The cell that a run of a stock strategy is for, on the server and on clients.
 
-    The scenario comes with the run-config as for our own strategies; `arm` and `seed` may name one of its cells, the
-    first is taken otherwise. Its own strategy plays no part.
+    The run-config gives the scenario, as for our own strategies. Its `arm` and `seed` may name one of the cells; the
+    first is the default. The scenario's own strategy is not used.
 
     Raises:
         BadValue: If the scenario has no such arm or seed.
@@ -71,7 +71,7 @@ def chosen_cell(context: Context) -> Cell:
 
 
 def common_start(cell: Cell) -> Adapter:
-    """Where all clients start if the server sends no arrays: the adapter that `LoraAverage` starts from, too."""
+    """The start of all clients if the server sends no arrays; `LoraAverage` starts from the same adapter."""
     client = cell.scenario.client
     training = client.generator_training
     return _new(client.generator, training.rank, training.alpha, cell.public_seed("adapter", round=1))
@@ -83,21 +83,21 @@ def _new(name: str, rank: int, alpha: float, seed: int) -> Adapter:
 
 
 def read_message(content: RecordDict, kind: type[R], context: Context) -> tuple[R, Envelope, str]:
-    """A stock message as one of our orders, with the digest that the same order from our own strategies would have.
+    """A stock message as one of our requests, with the digest that the request of our own strategies would have.
 
     Args:
         content: One ArrayRecord, empty or an adapter's, and one ConfigRecord.
         kind: `Finetune` for the plain action `train`, `Evaluate` for `evaluate`.
-        context: Flower's; its partition is the client.
+        context: Flower's context; its partition is the client.
 
     Raises:
-        BadValue: If it holds anything else, asks for what clients do not do, or SuperNodes are no clients one by one.
+        BadValue: If it holds anything else, has a key that clients do not read, or a SuperNode hosts several clients.
         WrongAdapter: If the arrays are not an adapter of this client's model.
     """
     arrays, config = _only(content.array_records), _only(content.config_records)
     cell = chosen_cell(context)
     client, number = _client(cell, context), build(int, config.get(ROUND), ROUND)
-    if strange := set(config) - {ROUND, PROXIMAL}:  # not passed over: whoever sends a learning rate believes in it
+    if strange := set(config) - {ROUND, PROXIMAL}:  # refused: ignoring a learning rate would mislead its sender
         raise BadValue(f"clients read {ROUND} and {PROXIMAL} only, not {sorted(strange)}: the scenario says the rest")
     common = common_start(cell)
     adapter = adapter_of(arrays, common) if arrays else common
@@ -127,7 +127,7 @@ def _client(cell: Cell, context: Context) -> int:
 
 
 def write_reply(message: Message, reply: Finetuned | Evaluated | Refused) -> Message:
-    """A reply that was sealed, as Flower's strategies read one; a refusal as an error whose reason is its code."""
+    """A sealed reply in the form of Flower's strategies; a refusal as an error whose reason is its code."""
     if isinstance(reply, Refused):
         return Message(Error(FlowerError.CLIENT_APP_RAISED_EXCEPTION, reply.code.value), reply_to=message)
     if isinstance(reply, Finetuned):
@@ -139,7 +139,7 @@ def write_reply(message: Message, reply: Finetuned | Evaluated | Refused) -> Mes
 
 
 def _statement_record(statement: Statement, adapter: Adapter) -> ConfigRecord:
-    """What stands of a statement in a flat record: figures that there are none of are left out."""
+    """A statement as a flat record, without figures that are None."""
     facts = {k: v for k, v in statement.to_dict().items() if isinstance(v, str | int | float)}
     return ConfigRecord({**facts, "grants": list(adapter.grants)})
 
@@ -147,7 +147,7 @@ def _statement_record(statement: Statement, adapter: Adapter) -> ConfigRecord:
 def largest_epsilon(replies: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """For a strategy's `train_metrics_aggr_fn`: (epsilon, delta) over clients, inf if one has no guarantee.
 
-    A strategy that drops replies (Krum) shows those that it kept; what the others sent was released all the same.
+    A strategy that drops replies (Krum) passes only the rest; the dropped ones were released all the same.
     """
     del weighted_by_key  # a bound is no mean
     said = [reply.config_records["privacy"] for reply in replies]
@@ -156,5 +156,5 @@ def largest_epsilon(replies: list[RecordDict], weighted_by_key: str) -> MetricRe
 
 
 def _bound(value: object) -> float:
-    """A figure of a reply, inf for what is none: no maximum sees a NaN."""
+    """A figure of a reply; inf for anything else, as a maximum may skip a NaN."""
     return float(value) if isinstance(value, int | float) and value >= 0 else math.inf

@@ -65,7 +65,7 @@ Opener = Callable[[Context, Envelope], ClientSide]
 Unopened = Callable[[str, str], None]
 Reader = Callable[[RecordDict, type[Any]], tuple[Any, Envelope, str]]
 
-# What a client does for each request; these functions never see Flower.
+# A client's function for each request; these functions never see Flower.
 FUNCTIONS: dict[type[Request[Any]], Callable[[ClientSide, Any, str], object]] = {
     Synthesize: synthesize,
     Finetune: finetune,
@@ -106,9 +106,9 @@ def reply_to(
     read: Reader = unpack_request,
     unopened: Unopened | None = None,
 ) -> RecordDict:
-    """The reply to a message, order by order: sealed bytes, or a constant code. No text of an exception leaves.
+    """The reply to a message, request by request: sealed bytes, or a constant code. No text of an exception leaves.
 
-    Requests of one stack train in one pass. A site answers one request a message.
+    Requests of one stack train in one pass. A site accepts one request a message.
     """
     replies: list[RecordDict] = []
     requests = parted(content)
@@ -123,7 +123,7 @@ def reply_to(
 
 @dataclass(frozen=True)
 class _Sealed:
-    """Sealed bytes, whether they refuse, and whether their home is simulated."""
+    """Sealed bytes, marked as a refusal or not, and as a simulated client's or not."""
 
     data: bytes
     refused: bool
@@ -131,7 +131,7 @@ class _Sealed:
 
 
 def _stacks(requests: Sequence[RecordDict]) -> list[list[RecordDict]]:
-    """Neighbours of one stack, each client once: its second request would wait for ever for the lock of its first."""
+    """Adjacent requests of one stack, each client once: its second request would wait forever for the first's lock."""
     stacks: list[list[RecordDict]] = []
     number, clients = None, set[int]()
     for request in requests:
@@ -166,7 +166,7 @@ def _reply(
             raise BadRequest("a site answers one request a message")
         with client.locked():
             stored = client.ledger.answered(digest)
-            if stored is None and client.audit_log is not None:  # who waits is asked again and again
+            if stored is None and client.audit_log is not None:  # requests that wait are repeated
                 size = payload_bytes(content)
                 _enter(client, "asked", order=digest, task=kind.task, envelope=asdict(envelope), bytes=size)
             _check(request, client)
@@ -175,8 +175,8 @@ def _reply(
                 if isinstance(reply, Generator):
                     reply = yield from reply
                 stored = seal(reply, allowed=client.rules.outputs, waived=client.waived)
-                # A process that is killed hardly ever leaves the replies of some who trained together: those who train
-                # again do so among the same, to the same weights.
+                # Clients of one pass store their replies only when all are ready: a killed process then rarely leaves
+                # some of them, and the same clients are retrained together, to the same weights.
                 yield Barrier()
                 _hold(client, kind, digest, stored, reply)
                 if _under_grant(reply):
@@ -184,7 +184,7 @@ def _reply(
                 else:
                     client.ledger.store_answer(digest, stored)
                 _enter(client, "stored", order=digest, **_cost(reply))
-            elif not client.ledger.sent(digest):  # approval may have been asked for since it was stored
+            elif not client.ledger.sent(digest):  # the policy may require approval since it was stored
                 _hold(client, kind, digest, stored, decode(stored, kind.reply, trusted=True))
             if client.approvals is not None:
                 client.approvals.check(digest, hashlib.sha256(stored).hexdigest())
@@ -210,7 +210,7 @@ def _reply(
 
 
 def _check(request: Request[Any], client: ClientSide) -> None:
-    """Before private text is read: what would be refused after it could tell by how it fails what it had read."""
+    """Checks a request before private text is read: a later refusal could reveal the text by the way it fails."""
     try:
         check_request(request, client.labels)
     except Rejected as problem:
@@ -233,7 +233,7 @@ def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
 
 
 def _hold(client: ClientSide, kind: type[Request[Any]], digest: str, stored: bytes, reply: object) -> None:
-    """Makes a reply with synthetic text wait for a person, where the site asks for that; before it is stored."""
+    """Makes a reply with synthetic text wait for a person, if the site requires that; called before it is stored."""
     texts = sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
     if client.rules.approval and client.approvals is not None and texts:
         facts = {"task": kind.task, "run": client.run, "texts": texts}
@@ -242,14 +242,14 @@ def _hold(client: ClientSide, kind: type[Request[Any]], digest: str, stored: byt
 
 
 def _cost(reply: object) -> dict[str, Any]:
-    """What a reply says that it cost, and under which grants."""
+    """The cost that a reply states, and its grants."""
     said = getattr(reply, "statement", None)
     figures = plain(said) if isinstance(said, Statement) else {}
     return {"grants": _grants(reply), **{k: figures[k] for k in ("guarantee", "epsilon", "delta") if k in figures}}
 
 
 def _no_room(problem: BaseException | None) -> bool:
-    """Whether a full disk is behind an exception."""
+    """True if a full disk caused an exception."""
     while problem is not None:
         if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -260,9 +260,9 @@ def _no_room(problem: BaseException | None) -> bool:
 
 
 def _write_down(client: ClientSide | None, task: str, what: str, unopened: Unopened | None) -> None:
-    """Writes to the site's own log; a simulation to this process's output where no client is known or its log fails.
+    """Writes to the site's own log. In a simulation without a client or with a failing log: to the process's output.
 
-    A site's output goes elsewhere than its log, and may not hold what a traceback does.
+    A site's process output does not stay in its log's folder, so that no traceback may go there.
     """
     try:
         if client is not None:

@@ -1,4 +1,4 @@
-"""What stays at the client: a task model, or an adapter, trained on the server's text and on private text."""
+"""The task model or adapter that stays with the client; it learns the server's text and private text."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _beside(private: Corpus, sent: Corpus) -> Corpus:
 
 
 def _learn_to_respond(client: ClientSide, sent: Corpus, seed: int) -> None:
-    """Instructions: an adapter of the client's model, trained on the same schedule, that stays with the client."""
+    """Trains an adapter of the client's model for instructions, on the same schedule; it stays with the client."""
     settings, base = client.config.generator_training, client.config.generator
     schedule = client.config.task_training.schedule
     start = new_adapter(base, rank=settings.rank, alpha=settings.alpha, seed=seed, precision=settings.precision)
@@ -96,7 +96,7 @@ def task_model(client: ClientSide) -> Any:
     """The task model as last trained.
 
     Raises:
-        NoTaskModel: If none was.
+        NoTaskModel: If none was trained.
     """
     path = client.work / WEIGHTS
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The model that a run leaves at a site, with what is needed to use it after the run."""
+"""The model that a run leaves at a site, with the facts needed to use it after the run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FACTS = "model.json"  # beside the weights
 
 @dataclass(frozen=True)
 class LocalModel:
-    """What is known of a model.
+    """The facts of a model.
 
     Attributes:
         run: Public id of the run that left it, with arm and seed.
-        learnt: When, UTC.
-        config: What the site ran.
-        base: Hash of the weights that it was made from.
+        learnt: Time of the training, UTC.
+        config: The site's models and trainings.
+        base: Hash of the weights that it was trained from.
         labels: The label list; empty for a model that responds to instructions.
     """
 
@@ -38,7 +38,7 @@ class LocalModel:
 
 
 def keep_facts(client: ClientSide) -> None:
-    """Called once the weights are written; a simulation's clients need no facts, for its scenario is at hand."""
+    """Writes the facts, after the weights; simulated clients need none, as the run's scenario has them."""
     if client.simulated:
         return
     base = weights_hash(client.config.generator if client.instructs else client.config.task_model)
@@ -49,10 +49,10 @@ def keep_facts(client: ClientSide) -> None:
 
 
 def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:
-    """The folders of a site's models and what is known of each, oldest first; and which files cannot be read, and why.
+    """The folders of a site's models with their facts, oldest first; and a line for each file that cannot be read.
 
     Args:
-        state: The site's.
+        state: The site's state folder.
     """
     found, unread = [], []
     for path in (state / "runs").glob(f"*/*/*/{FACTS}"):
@@ -64,7 +64,7 @@ def all_kept(state: Path) -> tuple[list[tuple[Path, LocalModel]], list[str]]:
 
 
 def _read(facts: Any) -> LocalModel:
-    """What was written down, also by an earlier version."""
+    """The facts of a file, also of one that an earlier version wrote."""
     if isinstance(facts, dict) and isinstance(facts.get("config"), dict):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", OldName)  # no person wrote these keys

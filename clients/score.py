@@ -1,6 +1,6 @@
-"""CrossLM at the client: how likely the label of each of the server's texts is. Numbers leave, and nothing else.
+"""CrossLM at the client: the model's confidence in the label of each of the server's texts; only these numbers leave.
 
-What protects them is the client's own choice, never the request's: `client.guarantee` and `client.scores`.
+The client's settings protect the numbers, never the request's: `client.guarantee` and `client.scores`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
 
 def score(client: ClientSide, request: Score, digest: str) -> Scored:
-    """Rates the texts of a request; under DP what pays for it is charged first, and may refuse.
+    """Rates the texts of a request; under DP the charge comes first and may be refused.
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If the client has learnt no task model yet, or has no labels.
@@ -43,7 +43,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
         return _without_guarantee(client, request)
     if client.config.scores == "noise":
         return _noised(client, request, digest)
-    # One grant for the whole run: once the scorer is there, what it says of any text is post-processing.
+    # One grant for the whole run: all scores of a trained scorer are post-processing.
     scorer = _kept(client) or _trained(client, request, digest)
     values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_length)
     said = client.statement(scorer.plan, client.config.scorer_training.rows_per_unit)
@@ -51,7 +51,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
 
 
 def _without_guarantee(client: ClientSide, request: Score) -> Scored:
-    """The task model's confidences as they are. Logged, charged as non-private, refused outside simulations."""
+    """The task model's confidences, unprotected. Logged, charged as non-private, refused unless the rules allow it."""
     trained = Trained(task_model(client), reason="the scenario asks for no guarantee")
     values = _confidences(client, trained.model, request.corpus, client.config.task_training.max_length)
     scores = release_without_guarantee(
@@ -66,7 +66,7 @@ def _without_guarantee(client: ClientSide, request: Score) -> Scored:
 
 
 def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
-    """The task model's confidences under the Gaussian mechanism, one round of the run's plan for each request."""
+    """The task model's confidences under the Gaussian mechanism; each request is one round of the run's plan."""
     plan = client.config.score_plan(client.records, client.rounds)
     model = task_model(client)
     check_noise(plan)
@@ -77,7 +77,7 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     randomness = client.ledger.begin(grant)
     values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
     scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, request.corpus, plan, randomness))
-    # The unit is all that the client holds: another data set in its place moves the list no further than an empty one.
+    # The unit is the client's whole data set: another data set moves the list no further than an empty one.
     said = statement(client.charged(plan), unit="client", simulated=client.simulated)
     return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
 
@@ -85,15 +85,14 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
 def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness: Randomness) -> list[float]:
     """A list of scores, centred label by label, clipped to half the plan's norm, with the plan's noise on each number.
 
-    Two lists within that half are at most the plan's norm apart, so noise of `noise_multiplier` times the norm is what
-    the plan says (docs/privacy.md). Centring spends nothing: it comes before the clip, and what is compared are texts
-    of one label.
+    Two lists within that half are at most the plan's norm apart, so the plan needs noise of `noise_multiplier` times
+    the norm (docs/privacy.md). Centring before the clip spends nothing, and scores are compared within a label only.
 
     Args:
         values: One per text.
         corpus: The texts with their labels, which the server knows.
-        plan: As `Client.score_plan` makes it for `scores = "noise"`.
-        randomness: The grant's own.
+        plan: The plan of `Client.score_plan` for `scores = "noise"`.
+        randomness: The grant's randomness.
     """
     found: NDArray[np.float64] = np.asarray(values, np.float64)
     found = np.where(np.isfinite(found), found, 0.0)
@@ -108,7 +107,7 @@ def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness:
 
 
 def check_noise(plan: DPPlan) -> None:
-    """Checks on public numbers that `protected` does what the plan says, before it is charged.
+    """Checks `protected` against the plan on public numbers, before the charge.
 
     Raises:
         fedsynth.training.selfcheck.SelfCheckFailed: If it does not.
@@ -118,7 +117,7 @@ def check_noise(plan: DPPlan) -> None:
 
 
 def _trained(client: ClientSide, request: Score, digest: str) -> DPTrained[Any]:
-    """A scorer trained under a grant of its own, kept with its receipt for the rounds to come."""
+    """A scorer trained under its own grant, stored with its receipt for later rounds."""
     settings, name = client.config.scorer_training, client.config.task_model
     plan = client.config.score_plan(client.records, client.rounds)
     tokenizer, model = load_tokenizer(name), _new_scorer(client, request.seed)
@@ -144,7 +143,7 @@ def _trained(client: ClientSide, request: Score, digest: str) -> DPTrained[Any]:
 
 
 def _keep(client: ClientSide, trained: DPTrained[Any], seed: int) -> None:
-    """The scorer's trained weights and what ran, the latter last: a receipt stands beside the weights it is for."""
+    """Stores the scorer's trained weights, then its receipt: a receipt always has its weights beside it."""
     save_named(trained.model, trainable(trained.model), client.work / SCORER)
     weights = hashlib.sha256((client.work / SCORER).read_bytes()).hexdigest()
     ran = {"grant": trained.grant.id, "plan": trained.plan.to_dict(), "steps_run": trained.steps_run, "seed": seed}
@@ -154,10 +153,10 @@ def _keep(client: ClientSide, trained: DPTrained[Any], seed: int) -> None:
 
 
 def _kept(client: ClientSide) -> DPTrained[Any] | None:
-    """This run's scorer with its receipt; None while there is none whose first answer was stored.
+    """This run's scorer with its receipt; None until its first answer is stored.
 
-    Before that its grant has let out nothing: the training is repeated under it if all that it binds is as it was, and
-    charged anew if not. What was paid for stands in the ledger, what ran in the receipt; a release compares the two.
+    Before that its grant has released nothing: the training is repeated under it if all that it binds is the same, and
+    charged again if not. The ledger holds the paid plan, the receipt the steps that ran; a release compares the two.
 
     Raises:
         fedsynth.privacy.release.NotReleasable: If the weights are not those of the receipt.
@@ -170,7 +169,8 @@ def _kept(client: ClientSide) -> DPTrained[Any] | None:
     weights = hashlib.sha256((client.work / SCORER).read_bytes()).hexdigest()
     if weights != facts["sha256"] or grant.binding.model != weights_hash(client.config.task_model):
         raise NotReleasable(f"the scorer in {client.work} is not what grant {grant.id} trained: restore it")
-    model = _new_scorer(client, facts["seed"])  # of what is neither pretrained nor trained, too: a frozen pooler
+    # The seed also draws the layers that are neither pretrained nor trained, as a frozen pooler.
+    model = _new_scorer(client, facts["seed"])
     load_named(model, client.work / SCORER)
     return DPTrained(model, DPPlan.from_dict(facts["plan"]), grant, facts["steps_run"])
 

@@ -1,4 +1,4 @@
-"""FedPIT at the client: write records in context, train on private and on written ones apart, send the mix."""
+"""FedPIT at the client: writes records in context, trains on private and on written ones apart, sends the mix."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def self_train(client: ClientSide, request: SelfTrain) -> SelfTrained:
 
 
 def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, int]]:
-    """Candidates, written with the global adapter in place; none where they would not enter what is sent."""
+    """Candidates written with the global adapter in place; none if they would have no weight in the sent mix."""
     if request.training == "isolated" and request.share == 1:
         return Corpus((), (), Provenance.SELF_GENERATED), {}
     tokenizer = load_tokenizer(client.config.generator)
-    # Longer records are cut in training, too; as demonstrations they could leave no room for what is to be written.
+    # Training truncates longer records; as demonstrations they could leave no room for the new record.
     longest = client.config.generator_training.max_length
     local = client.train.take(row for row, text in enumerate(client.train.prompts) if text)
     shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
@@ -82,7 +82,7 @@ def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, i
 
 
 def syn_sel(client: ClientSide, request: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
-    """The candidates that are learnt, chosen with the local adapter in place."""
+    """The candidates to train on, chosen with the local adapter in place."""
     llm = Fitting(LocalLLM(local, load_tokenizer(client.config.generator), workers=1))
     return select(llm, candidates, keep=request.keep, by=request.selection, seed=request.writing_seed)
 
@@ -90,7 +90,7 @@ def syn_sel(client: ClientSide, request: SelfTrain, local: PeftModel, candidates
 def loc_train(
     client: ClientSide, start: Adapter, slots: Sequence[Slot], seed: int, *, beside: Sequence[Slot] = ()
 ) -> PeftModel:
-    """A model that goes on from `start`, as `train_without_guarantee` trains it."""
+    """Trains from `start`, as `train_without_guarantee` does."""
     model = on_base(client, start)
     train_without_guarantee(client, model, slots, seed=seed, beside=beside)
     return model.eval()

@@ -1,4 +1,4 @@
-"""FDKT at the client: train a generator on private text under DP, sample from it with labels as control codes."""
+"""FDKT at the client: trains a generator on private text under DP, samples from it with labels as control codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedsynth.training.dp_training import private, without_guarantee
 
 
 def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[Synthesized]:
-    """Trains, samples and releases; the charge comes first and may refuse.
+    """Trains, samples and releases; the charge comes first and may be refused.
 
     Raises:
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
@@ -39,7 +39,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     trained = yield TrainRequest(name, start, settings, private(slots, plan, randomness))
     receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
 
-    # From here on nothing reads private text: sampling and all that follows is post-processing of `receipt.model`.
+    # Nothing below reads private text: sampling and all that follows is post-processing of `receipt.model`.
     texts, labels, unfinished = _sample(client, receipt.model, request)
     return Synthesized(release(receipt, texts, labels), client.statement(plan, settings.rows_per_unit), unfinished)
 
@@ -70,8 +70,8 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
         SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens),
         seed=request.seed,
     )
-    # A text as long as the limit was cut before its end; one of more characters than a text may have is never sent, as
-    # the server would refuse the whole answer. Both look at what the DP model wrote, and at nothing private.
+    # A text as long as the limit was cut before its end. A text with too many characters is not sent, as the server
+    # would refuse the whole reply. Both tests look at the DP model's text only, at nothing private.
     finished = [
         len(row) < request.max_new_tokens and len(text) <= MAX_TEXT
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)

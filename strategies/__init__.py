@@ -1,1 +1,1 @@
-"""What a server asks of its clients, method by method."""
+"""The methods: each strategy's requests to clients and its work on their replies."""

@@ -1,7 +1,7 @@
 """CrossLM: clients rate texts of the server LLM, the LLM learns from the ratings, the clients from the best texts.
 
 A RECONSTRUCTION from the abstract of "Mutual Enhancement of Large and Small Language Models with Cross-Silo Knowledge
-Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. Numbers are all that a client sends.
+Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. A client sends numbers only.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, first_adapter, me
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done, the LLM's adapter (None: as it came), the texts that clients have been given so far, and the clients
-    that have learnt anything: others have no model to score by."""
+    """Completed rounds, the LLM's adapter (None for the base alone), the texts sent to clients so far, and the clients
+    with a task model: the others cannot score."""
 
     round: int = 0
     adapter: Adapter | None = None
@@ -43,12 +43,12 @@ class CrossLM(RoundStrategy[State]):
 
     @classmethod
     def spends(cls, config: CrossLMOptions) -> bool:
-        """Not where no client is asked for scores."""
+        """True unless no client is asked for scores."""
         return config.feedback != "none"
 
     @classmethod
     def trains_generator(cls, config: CrossLMOptions) -> bool:  # noqa: ARG003 - whatever its options say
-        """Never: scores are all that clients give."""
+        """False: clients give scores only."""
         return False
 
     @classmethod
@@ -57,7 +57,7 @@ class CrossLM(RoundStrategy[State]):
         return config.feedback == "none"
 
     def initial(self) -> State:
-        """The LLM as it came."""
+        """The LLM without an adapter."""
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
@@ -69,7 +69,7 @@ class CrossLM(RoundStrategy[State]):
         written = self._written(state.adapter)
         best, adapter = written, state.adapter
         if self.config.feedback != "none":
-            # Private text is behind these numbers, and behind nothing else that reaches the server.
+            # These numbers derive from private text; nothing else that reaches the server does.
             texts = ranked(written, self._scores(clients, written), self.config.keep)
             best = texts.best
             if self.config.teaches:
@@ -80,7 +80,7 @@ class CrossLM(RoundStrategy[State]):
         return State(state.round + 1, adapter, corpus, tuple(sorted(learnt)))
 
     def _learn(self, clients: Clients, ids: set[int], corpus: Corpus | None) -> set[int]:
-        """Steps 1 and 5: any architecture and tokenizer can learn texts, so that clients may differ. Who has learnt."""
+        """Steps 1 and 5: clients learn texts, whatever their architecture and tokenizer. Returns those that replied."""
         seeds = {client: self.server.cell.public_seed("learn", client=client) for client in sorted(ids)}
         return set(clients.ask_each({client: Learn(seed, corpus) for client, seed in seeds.items()}))
 
@@ -112,20 +112,20 @@ class CrossLM(RoundStrategy[State]):
                 f"none of the {c.num_texts} texts that the server LLM wrote to labels' names is well formed "
                 f"({formed.dropped}): check server.llm, strategy.min_words and strategy.max_new_tokens"
             )
-        if adapter is not None:  # an LLM that has learnt from scores writes under their guarantee
+        if adapter is not None:  # texts of an LLM that has learnt from scores have their guarantee
             written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)
         run_log.log_corpus(SERVER, "written", written)
         return written
 
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
-        """Step 3: how likely each text's label is to the clients' models."""
+        """Step 3: the mean over clients of their models' confidence in each text's label."""
         replies = clients.ask(Score(written, self.seed("score")))
         scores = mean_scores({client: reply.scores for client, reply in replies.items()})
         self.server.run_log.log_metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 
     def _taught(self, adapter: Adapter | None, texts: Ranked, written: Corpus) -> Adapter:
-        """Step 4: the LLM's adapter after the round; the metrics say what the round did to its general ability."""
+        """Step 4: the LLM's adapter after the round; metrics show the change of the LLM's general ability."""
         teaching, run_log, models = self.config.teaching, self.server.run_log, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))

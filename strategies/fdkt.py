@@ -1,4 +1,4 @@
-"""FDKT: DP drafts from the clients, the best of them shown to the server LLM, its texts back to the clients.
+"""FDKT: clients send DP drafts, the server LLM reads the best of them, clients learn from its texts.
 
 Federated Domain-specific Knowledge Transfer (arXiv 2405.14212). One round; privacy is spent in its first step only.
 """
@@ -23,7 +23,7 @@ from fedsynth.synthesis.label_check import fitting
 
 @dataclass(frozen=True)
 class State:
-    """What the method has made: round, and per client the text that it learnt from."""
+    """Completed rounds, and by client the text that it learnt from."""
 
     round: int = 0
     corpora: Mapping[int, Corpus] = field(default_factory=dict)
@@ -37,12 +37,12 @@ class FDKT(RoundStrategy[State]):
 
     @classmethod
     def spends(cls, config: FDKTOptions) -> bool:
-        """Not where no client is asked for drafts."""
+        """True unless no client is asked for drafts."""
         return config.demonstrations != "none"
 
     def initial(self) -> State:
-        """Nothing yet; an LLM that cannot do what the judge needs, or has no room for a prompt without demonstrations,
-        says so here, before clients spend anything."""
+        """No text yet. An LLM that cannot score for the judge, or whose context has no room for a prompt without
+        demonstrations, fails here, before clients spend anything."""
         c = self.config
         if c.augments and (
             why := bare_misfit(self.server.llm, self.server.labels, c.demonstrations, c.max_new_tokens, self.task)
@@ -60,7 +60,7 @@ class FDKT(RoundStrategy[State]):
         if self.config.demonstrations == "none":
             corpora = self._augmented({}, clients.ids)
         else:
-            # Privacy is spent here, on the clients; all that follows is post-processing.
+            # Clients spend privacy here; all that follows is post-processing.
             drafts = self._drafts(clients)
             asked = self.config.drafts_from or clients.ids
             learners = [client for client in clients.ids if client in drafts or client not in asked]
@@ -76,7 +76,7 @@ class FDKT(RoundStrategy[State]):
         return replace(state, round=state.round + 1, corpora=corpora)
 
     def _drafts(self, clients: Clients) -> dict[int, Corpus]:
-        """Steps 1 to 4: text that each client's DP generator wrote, without what is not a text."""
+        """Steps 1 to 4: the text of each client's DP generator, without malformed texts and duplicates."""
         c, run_log = self.config, self.server.run_log
         requests = {
             client: Synthesize(
@@ -96,7 +96,7 @@ class FDKT(RoundStrategy[State]):
         return drafts
 
     def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
-        """The drafts that fit into the LLM: one that does not costs its client a draft, and nobody the run."""
+        """The drafts that fit into the LLM's context; the others are dropped and do not stop the run."""
         c, found = self.config, dict[int, Corpus]()
         for client, corpus in drafts.items():
             why = misfit(
@@ -114,7 +114,7 @@ class FDKT(RoundStrategy[State]):
         return found
 
     def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
-        """Steps 5 and 6: the judge's best of each cluster of like drafts."""
+        """Steps 5 and 6: the judge's best drafts of each cluster of similar drafts."""
         c, run_log = self.config, self.server.run_log
         if c.judge == "none":
             return drafts
@@ -190,7 +190,7 @@ class FDKT(RoundStrategy[State]):
     def _curate(
         self, client: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
     ) -> Corpus:
-        """The texts that are texts, each once, and fit their labels; noted beside those that never came."""
+        """The well-formed texts, each once, that fit their labels; logs them beside the number that was asked for."""
         formed = well_formed(
             corpus,
             labels=self.server.labels,

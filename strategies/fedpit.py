@@ -1,4 +1,4 @@
-"""FedPIT: clients write records of their own in context, train on them and on private ones apart, and send the mix.
+"""FedPIT: clients write records in context, train on them and on private records apart, and send the mix of adapters.
 
 FedPIT, FewFedPIT and PPFedIT are one method (arXiv 2403.06131; the form here is the journal's, ACM TIST 17(5) 106).
 It makes extraction harder and has no formal privacy: no epsilon is ever printed for it.
@@ -22,17 +22,17 @@ from fedsynth.typed import BadValue, Count, in_range
 
 @dataclass(frozen=True)
 class Config:
-    """Options of FedPIT; what the paper does is the default.
+    """Options of FedPIT; the defaults are the paper's.
 
     Attributes:
-        share: Beta: how much of the privately trained adapter is sent, in 0..1. 1 is FedIT.
-        candidates: Records that a client asks its model for.
-        keep: Of them, how many it trains on at most.
-        shots: Demonstrations in a prompt.
+        share: Beta, the weight in the sent mix of the adapter trained on private text, in 0..1. 1 is FedIT.
+        candidates: Number of records that a client asks its model for.
+        keep: Number of these records to train on, at most.
+        shots: Demonstrations in a prompt, at most.
         selection: `ifs`, or `random` (an ablation).
         training: `isolated`; `mixed`: one training on both (FedMIT, an ablation); `personal`: version 1 of the paper.
-        aggregate: Whether the server averages; else each client goes on with its own (LocIT+SG, a control).
-        max_new_tokens: Longest instruction or response that is written.
+        aggregate: The server averages the adapters; else each client continues with its own (LocIT+SG, a control).
+        max_new_tokens: Longest instruction or response to write, in tokens.
     """
 
     share: float = 0.5
@@ -56,14 +56,14 @@ class Config:
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done, and the adapter that each client goes on from: the global one, unless nothing is averaged."""
+    """Completed rounds, and by client the adapter that it trains from: the global one, if there is an average."""
 
     round: int = 0
     adapters: Mapping[int, Adapter] = field(default_factory=dict)
 
 
 class FedPIT(RoundStrategy[State]):
-    """Federated instruction tuning with self-generated records in adapters of their own."""
+    """Federated instruction tuning in which self-generated records train a separate adapter."""
 
     config_class = Config
     tasks = ("instructions",)
@@ -71,7 +71,7 @@ class FedPIT(RoundStrategy[State]):
 
     @classmethod
     def check(cls, config: Config, scenario: Scenario) -> None:
-        """Also: whether demonstrations fit into the client's model, and nothing is promised that does not hold.
+        """Checks also that the scenario asks for no guarantee and that demonstrations fit into the client's model.
 
         Raises:
             BadValue: If not, with the way out.
@@ -102,7 +102,7 @@ class FedPIT(RoundStrategy[State]):
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
-        """Send the global adapter, let clients write, train and mix, average what comes back."""
+        """Sends the global adapter, lets clients write, train and mix, averages their adapters."""
         start = state.adapters or dict.fromkeys(clients.ids, self.server.new_adapter(self.seed("adapter")))
         replies = clients.ask_each({client: self._request(client, adapter) for client, adapter in start.items()})
         for client, reply in replies.items():
@@ -115,7 +115,7 @@ class FedPIT(RoundStrategy[State]):
             mean = average(list(adapters.values()), [float(reply.records) for reply in replies.values()])
             self.server.run_log.log_adapter(SERVER, mean, "global")
             adapters = dict.fromkeys(start, mean)
-        if self.config.training != "personal":  # there each client keeps one of its own in use
+        if self.config.training != "personal":  # there each client has put its own adapter to use
             clients.ask_each({client: Adopt(adapter) for client, adapter in adapters.items()})
         return replace(state, round=state.round + 1, adapters={**start, **adapters})
 
@@ -125,7 +125,7 @@ class FedPIT(RoundStrategy[State]):
 
 
 def _stage(funnel: Mapping[str, int]) -> Stage | None:
-    """What became of a client's candidates; None if it was to write none."""
+    """The funnel of a client's candidates; None if it wrote none."""
     if "asked" not in funnel:
         return None
     asked, kept = funnel["asked"], funnel.get("kept", 0)

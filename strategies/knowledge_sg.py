@@ -1,6 +1,6 @@
 """KnowledgeSG: the clients' DP adapters write instructions at the server, and a professional model responds to them.
 
-Arxiv 2410.05725. Privacy is spent in the training of the clients' adapters only; several rounds are one schedule.
+arXiv 2410.05725. Only the training of the clients' adapters spends privacy; several rounds are one schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedsynth.synthesis.distillation import judged, respond
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done; by client (`SERVER`: for all) the DP adapter, and what was adopted after the last round."""
+    """Completed rounds; by client (`SERVER` for all) the DP adapter, and the adapter adopted after the last round."""
 
     round: int = 0
     adapters: Mapping[int, Adapter] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class State:
 
 
 class KnowledgeSG(RoundStrategy[State]):
-    """Knowledge distillation with synthetic data that is generated at the server."""
+    """Knowledge distillation with synthetic data generated at the server."""
 
     config_class = KnowledgeSGOptions
     tasks = ("instructions",)
@@ -42,7 +42,7 @@ class KnowledgeSG(RoundStrategy[State]):
 
     @classmethod
     def spends(cls, config: KnowledgeSGOptions) -> bool:
-        """Not where no client is asked to train."""
+        """True unless no client is asked to train."""
         return config.instructions == "dp" and config.adopts != "nothing"
 
     def initial(self) -> State:
@@ -50,11 +50,11 @@ class KnowledgeSG(RoundStrategy[State]):
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
-        """Step 1 in every round; all others after the last one, when the DP models are what they will be."""
+        """Step 1 in every round; all other steps after the last one, when the DP models are complete."""
         c = self.config
         state = replace(state, round=state.round + 1)
         if c.instructions == "dp" and c.adopts != "nothing":
-            # Privacy is spent here, on the clients; all that follows is post-processing.
+            # Clients spend privacy here; all that follows is post-processing.
             state = replace(state, adapters=self._finetuned(clients, state.adapters))
         if c.adopts == "nothing" or state.round < self.server.cell.scenario.rounds:
             return state
@@ -72,7 +72,7 @@ class KnowledgeSG(RoundStrategy[State]):
         return replace(state, targets=targets)
 
     def _finetuned(self, clients: Clients, before: Mapping[int, Adapter]) -> dict[int, Adapter]:
-        """Step 1: the clients' DP-SGD on whole records goes on from the last round; one adapter each, or their mean."""
+        """Step 1: clients continue DP-SGD on whole records from the last round; one adapter each, or their mean."""
         c, run_log = self.config, self.server.run_log
         first = before.get(SERVER) or self.server.new_adapter(self.server.cell.public_seed("adapter"))
         starts = {client: before.get(client, first) for client in clients.ids}
@@ -88,7 +88,7 @@ class KnowledgeSG(RoundStrategy[State]):
         return {**before, **trained}
 
     def _pairs(self, owner: int, writer: Adapter | None) -> Corpus:
-        """Steps 2 to 4: instructions that a DP model writes (without one: public ones), selected and responded to."""
+        """Steps 2 to 4: a DP model's instructions, or public ones without a DP model, selected and with responses."""
         c, server, professional = self.config, self.server, self.server.professional
         server.run_log.progress("write", 0, 1)
         base, public = server.cell.scenario.client.generator, server.cell.scenario.server.public
@@ -106,7 +106,7 @@ class KnowledgeSG(RoundStrategy[State]):
 
         pairs = few.corpus
         if c.responses == "professional":
-            # What the DP model responded is neither shown nor kept.
+            # The DP model's own responses are neither shown nor kept.
             answered = respond(professional, pairs, c.response_tokens)
             steps, pairs = [*steps, ("answered", answered)], answered.corpus
         for stage in yields(steps):

@@ -1,4 +1,4 @@
-"""Local training only: the baseline in which nothing but the request to learn crosses the network."""
+"""Local training only: a baseline in which the request to learn is all that crosses the network."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Config:
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done."""
+    """Completed rounds."""
 
     round: int = 0
 
 
 class LocalOnly(RoundStrategy[State]):
-    """Each client trains its task model on its own text; also the pooled baseline, where one client holds all text."""
+    """Each client trains its task model on its own text; the pooled baseline if one client holds all text."""
 
     config_class = Config
     tasks = ("classification", "instructions")
 
     @classmethod
     def spends(cls, config: Config) -> bool:  # noqa: ARG003 - it has none that matter
-        """Nothing is asked of a client but to learn."""
+        """False: clients only learn."""
         return False
 
     @classmethod
@@ -37,11 +37,11 @@ class LocalOnly(RoundStrategy[State]):
         return False
 
     def initial(self) -> State:
-        """Nothing yet."""
+        """No round yet."""
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
-        """One empty `Learn`."""
+        """Asks every client to learn, without text from the server."""
         seeds = {client: self.server.cell.public_seed("learn", client=client) for client in clients.ids}
         clients.ask_each({client: Learn(seed=seed) for client, seed in seeds.items()})
         return replace(state, round=state.round + 1)

@@ -1,8 +1,8 @@
-"""Averages of LoRA adapters: the baselines that instruction methods are held against.
+"""Averages of LoRA adapters: the baselines of the instruction methods.
 
-FedIT (arXiv 2305.05644) is FedAvg on both factors; FFA-LoRA (arXiv 2403.12313) trains and averages B alone, exact and
-without the product of two noises under DP; FLoRA (arXiv 2409.05976) averages the products, here brought back to the
-rank of the clients. With a budget the first is DP-FedAvg-LoRA: each client's own DP-SGD, no trust in the server.
+FedIT (arXiv 2305.05644) is FedAvg on both factors; FFA-LoRA (arXiv 2403.12313) trains and averages B alone, which is
+exact and has no product of two noises under DP; FLoRA (arXiv 2409.05976) averages the products, here truncated to the
+clients' rank. With a budget FedIT is DP-FedAvg-LoRA: each client runs its own DP-SGD and need not trust the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Config:
 
     Attributes:
         aggregation: `factors`: mean of A and mean of B (FedIT). `frozen_a`: B alone (FFA-LoRA). `product`: the mean of
-            the products, by SVD back to the clients' rank; what that loses is the metric `aggregation/error`.
+            the products, truncated by SVD to the clients' rank; the metric `aggregation/error` is the loss.
     """
 
     aggregation: Aggregation = "factors"
@@ -33,14 +33,14 @@ class Config:
 
 @dataclass(frozen=True)
 class State:
-    """Rounds done, and the global adapter."""
+    """Completed rounds and the global adapter."""
 
     round: int = 0
     adapter: Adapter | None = None
 
 
 class LoraAverage(RoundStrategy[State]):
-    """FedIT, FFA-LoRA and their like, by `aggregation`."""
+    """FedIT, FFA-LoRA or a form of FLoRA, by `aggregation`."""
 
     config_class = Config
     tasks = ("instructions",)
@@ -51,7 +51,7 @@ class LoraAverage(RoundStrategy[State]):
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
-        """Send the global adapter, train at the clients, average what comes back."""
+        """Sends the global adapter, lets clients train it, averages their adapters."""
         start = state.adapter or self.server.new_adapter(self.seed("adapter"))
         frozen_a = self.config.aggregation == "frozen_a"
         replies = clients.ask_each(
@@ -64,11 +64,11 @@ class LoraAverage(RoundStrategy[State]):
 
 
 def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, run_log: RunLog) -> Adapter:
-    """The mean of the clients' adapters, weighted by their records; each of them is noted, too.
+    """The mean of the clients' adapters, weighted by their records; logs each of them as well.
 
     Args:
-        answers: By client; of requests with `frozen_a` where that is the aggregation.
-        start: What all of them were trained from.
+        replies: By client; their requests had `frozen_a` if that is the aggregation.
+        start: The adapter that all clients trained from.
         aggregation: See `Config`.
         run_log: Gets the clients' adapters and the error.
     """

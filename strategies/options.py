@@ -1,4 +1,4 @@
-"""What the methods with many options can be told, and what they refuse before any work is spent."""
+"""The options of the methods that have many, and the scenarios that these methods refuse before any work."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class FDKTOptions:
 
     Attributes:
         per_label: Drafts that each client writes per label.
-        draft_temperature: Of the clients' sampling.
-        draft_top_p: Of the clients' sampling.
-        draft_tokens: Longest draft.
+        draft_temperature: The clients' sampling temperature.
+        draft_top_p: The clients' nucleus of sampling.
+        draft_tokens: Longest draft, in tokens.
         min_words: Texts of fewer words are dropped (10 in the paper's code, for reviews; notes are shorter). In scripts
             without blanks between words each character is one.
-        sentences: Sentences are asked for: texts that look like code, JSON or markup are dropped.
+        sentences: Texts that look like code, JSON or markup are dropped.
         judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
-        judge_rivals: Other labels that the likelihood judge compares a draft's own with.
+        judge_rivals: Number of other labels that the likelihood judge compares a draft's own label with.
         cluster_size: Drafts that the judge compares at once (4 in the paper's code).
-        keep: Drafts that survive of a cluster.
+        keep: Drafts that the judge keeps of a cluster.
         demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
             `none`: the ablation in which the LLM sees label names only and clients release nothing.
         shots: Demonstrations per label in a prompt.
         texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
-        num_texts: Texts the LLM writes for each client.
-        temperature: Of the LLM.
-        top_p: Of the LLM.
-        max_new_tokens: Longest answer of the LLM.
+        num_texts: Texts that the LLM writes for each client.
+        temperature: The LLM's sampling temperature.
+        top_p: The LLM's nucleus of sampling.
+        max_new_tokens: Longest text of the LLM, in tokens.
         one_to_many: The LLM writes once, from the drafts of all clients, and every client learns these texts. Else it
             writes for each client, from that client's own drafts.
         label_check: `embedder`: drafts and written texts that lie nearer to another label's words are dropped, by
@@ -75,7 +75,7 @@ class FDKTOptions:
         in_range(self, "strategy")
 
     def check(self, scenario: Scenario) -> None:
-        """An endpoint that can do what is asked of the LLM; clients that are there."""
+        """Checks that an endpoint as LLM can score as the options need, and that the clients of `drafts_from` exist."""
         clients = 1 if scenario.data.pooled else scenario.data.clients
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
@@ -84,12 +84,12 @@ class FDKTOptions:
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
-        """Labels that the LLM writes no text of."""
+        """Warns of labels for which the LLM writes no text."""
         return few_texts(self.num_texts, labels) if self.augments else []
 
     @property
     def augments(self) -> bool:
-        """Whether the LLM writes."""
+        """True if the LLM writes texts."""
         return self.texts == "llm" or self.demonstrations == "none"
 
 
@@ -101,7 +101,7 @@ def _chats(model: str | Endpoint | None) -> bool:
 
 
 def few_texts(num_texts: int, labels: Sequence[str]) -> list[str]:
-    """A warning where fewer texts are asked of the LLM than there are labels: texts are asked for label by label."""
+    """A warning if the LLM is asked for fewer texts than there are labels: texts are asked for label by label."""
     if num_texts >= len(labels):
         return []
     none = labels[num_texts:]
@@ -117,26 +117,26 @@ class KnowledgeSGOptions:
     """Options of KnowledgeSG; the steps are those of docs/methods/knowledge-sg.md.
 
     Attributes:
-        instructions: `dp`: the clients' DP models write them. `public`: drawn from `server.public`; nothing is asked of
-            private text (the control that shows what the clients' instructions are worth).
-        responses: `professional`, or `own`: those that the DP model wrote itself.
-        adopts: What clients use in the end: the distilled `target`, the `dp` adapter as it is, or `nothing`: the base.
-        personal: Each client's DP model writes for a target of its own. Else their average writes, for one target.
-        aggregation: How they are averaged, as in `lora_avg`.
+        instructions: `dp`: the clients' DP models write them. `public`: drawn from `server.public`, no private text is
+            used (a control that shows the value of the clients' instructions).
+        responses: `professional`, or `own`: the DP model's own responses.
+        adopts: The model that clients use in the end: the distilled `target`, the `dp` adapter, or `nothing`: the base.
+        personal: Each client's DP model writes for the client's own target. Else their average writes for one target.
+        aggregation: The form of that average, as in `lora_avg`.
         num_texts: Records that a DP model writes, or public instructions drawn.
-        temperature: Of the DP model.
-        top_p: Of the DP model.
-        max_new_tokens: Longest record.
+        temperature: The DP model's sampling temperature.
+        top_p: The DP model's nucleus of sampling.
+        max_new_tokens: Longest record, in tokens.
         min_words: Instructions of fewer words are dropped.
-        sentences: Sentences are asked for: instructions that look like code, JSON or markup are dropped.
-        novelty: Instructions as close to an earlier one (ROUGE-L) are dropped; at 1 only those with the same words.
+        sentences: Instructions that look like code, JSON or markup are dropped.
+        novelty: Instructions this close (ROUGE-L) to an earlier one are dropped; at 1 only those with the same words.
         judge: `likelihood` (a base LM scores), `instruction` (an LLM that follows instructions), `none`.
-        judge_share: `likelihood`: share of the instructions that stay.
-        response_tokens: Longest response of the professional.
-        pairs: Instructions with responses that are learnt, at most.
-        start_from: `dp`: the target goes on from the DP adapter (the paper's). `base`: from a new one.
+        judge_share: Share of the instructions that the `likelihood` judge keeps.
+        response_tokens: Longest response of the professional model, in tokens.
+        pairs: Instructions with responses to learn, at most.
+        start_from: `dp`: the target continues from the DP adapter (the paper's). `base`: from a new one.
         loss_on: The target learns to write the `response`, or the whole `record`.
-        tuning: How the target is trained.
+        tuning: The target's training.
     """
 
     instructions: Literal["dp", "public"] = "dp"
@@ -165,7 +165,10 @@ class KnowledgeSGOptions:
             raise BadValue('strategy.instructions = "public" leaves no DP model that could respond or be adopted')
 
     def check(self, scenario: Scenario) -> None:
-        """What is needed besides instructions: above all a professional model that is not the clients' own."""
+        """Checks the models: above all, the professional model must not be the clients' own.
+
+        Raises:
+            BadValue: If a model does not fit the options, with the way out."""
         client, server = scenario.client, scenario.server
         professional = server.professional or server.llm
         if "://" in client.generator:
@@ -192,16 +195,16 @@ class CrossLMOptions:
     """Options; all are this reconstruction's own.
 
     Attributes:
-        feedback: `scores`; `shuffled`: the same scores at other texts, the ablation; `none`: nobody is asked, the LLM
-            stays as it is and clients learn all its texts (ZeroGen).
+        feedback: `scores`; `shuffled`: the same scores at other texts (an ablation); `none`: no client is asked, the
+            LLM stays as it is and clients learn all its texts (ZeroGen).
         keep: Share of each label's texts, by score, that the LLM and the clients learn from.
-        teaching: How the LLM learns from them.
+        teaching: The LLM's training on these texts.
         num_texts: Texts that the LLM writes in a round, before any are dropped.
         min_words: Texts of fewer words are dropped.
-        sentences: Sentences are asked for: texts that look like code, JSON or markup are dropped.
-        temperature: Of the LLM.
-        top_p: Of the LLM.
-        max_new_tokens: Longest text of the LLM.
+        sentences: Texts that look like code, JSON or markup are dropped.
+        temperature: The LLM's sampling temperature.
+        top_p: The LLM's nucleus of sampling.
+        max_new_tokens: Longest text of the LLM, in tokens.
     """
 
     feedback: Literal["scores", "shuffled", "none"] = "scores"
@@ -218,16 +221,19 @@ class CrossLMOptions:
         in_range(self, "strategy")
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
-        """Labels that the LLM writes no text of."""
+        """Warns of labels for which the LLM writes no text."""
         return few_texts(self.num_texts, labels)
 
     @property
     def teaches(self) -> bool:
-        """Whether the LLM changes."""
+        """True if the LLM is trained."""
         return self.feedback != "none" and self.teaching.update != "none"
 
     def check(self, scenario: Scenario) -> None:
-        """Classification; an LLM that can be tuned; clients whose settings can protect scores."""
+        """Checks that the LLM can be tuned and that the clients' settings can protect scores.
+
+        Raises:
+            BadValue: If not, with the way out."""
         if self.teaches and isinstance(scenario.server.llm, Endpoint):
             raise BadValue(
                 "CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "

@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Says, str]] = {
     "a number as payload": (lambda _: RecordDict({"fedsynth": ConfigRecord({"payload": 7})}), "must be bytes"),
     "two answers": (
         lambda _: RecordDict({f"fedsynth.{i}": ConfigRecord({}) for i in (0, 1)}),
-        "2 answers to 1 requests",
+        "2 replies to 1 requests",
     ),
     "a word as unit": (answering(unit=JUNK), "statement: unit must be one of row, person"),
     "a column as unit": (answering(unit="patient"), "statement: unit must be one of row, person"),
@@ -175,7 +175,7 @@ def test_a_figure_that_one_client_lacks_is_the_mean_of_the_others() -> None:
     class Journaled:
         noted: ClassVar[list[tuple[int, str, float]]] = []
 
-        def metric(self, *figure: Any) -> None:
+        def log_metric(self, *figure: Any) -> None:
             self.noted.append(figure)
 
     answers = {0: Evaluated({}, 5), 1: Evaluated({"accuracy": 0.25}, 5), 2: Evaluated({"accuracy": 0.75}, 5)}

@@ -26,13 +26,13 @@ Site = Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder, wi
 @server_app.command("init")
 def server_init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder: new or empty.")],
-    host: Annotated[str, typer.Option(help="Where the SuperLink listens; 0.0.0.0: on every address.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The SuperLink's address; 0.0.0.0 for all of them.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.")] = 9443,
     public_address: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="What sites connect to; host and port by default.")
+        str, typer.Option(metavar="HOST:PORT", help="The address that sites connect to; host and port by default.")
     ] = "",
     scenario: Annotated[
-        str, typer.Option(help="What is planned: a TOML file, or a shipped one by name.")
+        str, typer.Option(help="The planned scenario: a TOML file, or a shipped one by name.")
     ] = "hospitals",
     test_certificates: Annotated[
         bool, typer.Option("--test-certificates", help="Make a CA and a certificate, for tests.")
@@ -41,7 +41,7 @@ def server_init(
     key: Annotated[Path | None, typer.Option(help="Its key, PEM without a password.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The CA that vouches for it, PEM.")] = None,
     public_ca: Annotated[
-        Path | None, typer.Option(help="The CA that sites trust, where a proxy ends TLS before the SuperLink.")
+        Path | None, typer.Option(help="The CA that sites trust, if a proxy ends TLS before the SuperLink.")
     ] = None,
 ) -> None:
     """Write a coordinator's folder: server.toml, scenario.toml, certificates, and the invitation for sites."""
@@ -70,7 +70,7 @@ def server_init(
 
 @server_app.command("start")
 def server_start(folder: Folder) -> None:
-    """Run the SuperLink until Ctrl-C: TLS, registered sites alone. Its log is also DIR/superlink.log."""
+    """Run the SuperLink until Ctrl-C: TLS, registered sites only. Its log is also DIR/superlink.log."""
     from fedsynth.deployment.superlink import start
 
     start(folder, _say)
@@ -80,11 +80,11 @@ def server_start(folder: Folder) -> None:
 def server_invite(
     folder: Folder,
     public_key: Annotated[Path | None, typer.Argument(metavar="[KEY]", help="A site's public key, NAME.pub.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the site; the file's name by default.")] = None,
-    listed: Annotated[bool, typer.Option("--list", help="Instead, show the sites, and who is online.")] = False,
-    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Instead, shut a site out.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the site; the file's by default.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Instead, show the sites and their states.")] = False,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Instead, remove a site.")] = None,
 ) -> None:
-    """Let a site in: register its public key with the running SuperLink."""
+    """Register a site's public key with the running SuperLink."""
     from fedsynth.deployment import registry as invited
 
     if [public_key is not None, listed, remove is not None].count(True) != 1 or (name and public_key is None):
@@ -110,7 +110,7 @@ def server_invite(
 
 
 def _say(line: str) -> None:
-    """To people: standard output is for what is asked for."""
+    """Prints for people, on standard error: standard output is for results."""
     Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
 
 
@@ -120,11 +120,11 @@ def _say(line: str) -> None:
 @site_app.command("init")
 def site_init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder: new.")],
-    name: Annotated[str, typer.Option(help="Of the site, as the coordinator will register it.")] = "",
+    name: Annotated[str, typer.Option(help="The site's name, as the coordinator will register it.")] = "",
     invitation: Annotated[Path | None, typer.Option(help="The coordinator's invitation.toml.")] = None,
-    renewed: Annotated[bool, typer.Option("--new-key", help="Instead, a new key for a site that is there.")] = False,
+    renewed: Annotated[bool, typer.Option("--new-key", help="Instead, make a new key for an existing site.")] = False,
 ) -> None:
-    """Make a site's folder: site.toml to be edited, a key, the CA's certificate."""
+    """Make a site's folder: site.toml for you to edit, a key, the CA's certificate."""
     from fedsynth.deployment.site.init import init, new_key
 
     if renewed:
@@ -161,7 +161,7 @@ def site_check(
 
 @site_app.command("start")
 def site_start(
-    folder: Site, port: Annotated[int, typer.Option(help="Of the SuperNode's own API here; any free one.")] = 0
+    folder: Site, port: Annotated[int, typer.Option(help="Port of the SuperNode's own API here; any free one.")] = 0
 ) -> None:
     """Run the site's SuperNode until it is stopped: Ctrl-C, SIGTERM."""
     from fedsynth.deployment.policy import load_site
@@ -173,9 +173,9 @@ def site_start(
 @site_app.command("approve")
 def site_approve(
     folder: Site,
-    show: Annotated[str, typer.Option(help="Print the text of this request, or of the one that starts so.")] = "",
+    show: Annotated[str, typer.Option(help="Print the text of this request; the beginning of its id is enough.")] = "",
     accept: Annotated[str, typer.Option(help="Let the text of this request go to the server.")] = "",
-    refuse: Annotated[str, typer.Option(help="Keep it here; what was charged for it stays charged.")] = "",
+    refuse: Annotated[str, typer.Option(help="Keep the text of this request here; its charge stays.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List synthetic text that waits for a person; show it, let it go, or keep it."""
@@ -204,10 +204,10 @@ def site_approve(
 @site_app.command("declare-loss")
 def site_declare_loss(
     folder: Site,
-    confirm: Annotated[bool, typer.Option("--confirm", help="Count it as spent: this cannot be undone.")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="Count them as spent: this cannot be undone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what the trail knows and the ledger, an older copy or gone, does not; with --confirm, count it as spent."""
+    """Show charges of the audit log that the ledger (an older copy, or lost) lacks; --confirm counts them as spent."""
     from fedsynth.deployment.policy import load_site
     from fedsynth.deployment.site.declare_loss import declare, lost
 
@@ -260,10 +260,10 @@ def _finite(figure: float) -> float | None:
 @site_app.command("model")
 def site_model(
     folder: Site,
-    run: Annotated[str, typer.Option(help="Of this run, or of the one that starts so.")] = "",
+    run: Annotated[str, typer.Option(help="Models of this run; the beginning of its id is enough.")] = "",
     texts: Annotated[Path | None, typer.Option(metavar="FILE", help="Answer its texts: CSV, JSONL, Parquet.")] = None,
-    column: Annotated[str, typer.Option(help="Of the texts.")] = "text",
-    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Where the answers go: new.")] = None,
+    column: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
+    out: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="A new file for the answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per model.")] = False,
 ) -> None:
     """Measure the models that runs left here on your test rows, or answer texts with the latest. Nothing leaves."""

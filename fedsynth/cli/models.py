@@ -1,4 +1,4 @@
-"""The commands `fedsynth model`: models made ready for scenarios."""
+"""The commands `fedsynth model`, which make models ready for scenarios."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ model_app = typer.Typer(no_args_is_help=True, help="Make models ready for scenar
 @model_app.command("import")
 def import_command(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="A GGUF file; or its chunks, in order.")],
-    folder: Annotated[Path, typer.Argument(help="Of the model: new or empty.")],
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, or bfloat16 at half the size.")] = "float32",
+    folder: Annotated[Path, typer.Argument(help="Folder of the model: new or empty.")],
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, or bfloat16 at half the size.")] = "float32",
 ) -> None:
-    """Make an ordinary model folder of a GGUF file: safetensors, tokenizer, chat template, generation settings."""
+    """Make a model folder from a GGUF file: safetensors, tokenizer, chat template, generation settings."""
     from fedsynth.models.gguf import import_gguf  # torch takes seconds to import
 
     facts = import_gguf(files, folder, dtype)

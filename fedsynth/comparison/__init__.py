@@ -1,1 +1,1 @@
-"""Grids of scenarios, epsilons and seeds: run or continued, read as one table."""
+"""Grids of scenarios, epsilons and seeds: run or resumed, read as one table."""

@@ -23,10 +23,10 @@ class Entry:
     """A scenario of a grid.
 
     Attributes:
-        use: A shipped scenario by name, or a TOML file, looked for beside the grid's; left out: the entry's own name.
-        arms: Which arms run; left out: those that run unasked.
-        baseline: The arm that others are compared with; left out: the grid's, then the first arm.
-        metric: What comes first in tables and plots; left out: accuracy or exact match.
+        use: A shipped scenario by name, or a TOML file, looked up beside the grid's; the default is the entry's name.
+        arms: The arms that run; the default is the scenario's own choice.
+        baseline: The arm that others are compared with; the default is the grid's, then the first arm.
+        metric: The first metric of tables and plots; the default is accuracy or exact match.
         set: Overrides `key=value`, as for `fedsynth run --set`.
     """
 
@@ -39,14 +39,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared.
+    """A grid of runs to compare.
 
     Attributes:
-        name: Of the comparison.
-        scenarios: By the name that tables and directories give them.
+        name: Name of the comparison.
+        scenarios: Entries by their name in tables and directories.
         seeds: Public seeds, the same for all.
-        epsilons: Budgets; every arm that spends runs under each. Left out: each scenario's own budgets.
-        baseline: Of all scenarios that name none.
+        epsilons: Budgets; every arm that spends runs under each. The default is each scenario's own budgets.
+        baseline: The baseline of scenarios that name none.
     """
 
     name: str
@@ -71,7 +71,7 @@ def read_grid(path: Path) -> Grid:
     """A grid from a TOML file, resolved.
 
     Raises:
-        BadValue: If it is none; the message names file, key and the nearest right one.
+        BadValue: If the file is no grid; the message names file, key and the nearest valid one.
     """
     with toml_file(path) as table:
         return resolved(build(Grid, {"name": path.stem, **table}), path.parent)
@@ -80,10 +80,10 @@ def read_grid(path: Path) -> Grid:
 def asked_for(
     scenarios: Sequence[str], *, epsilons: str, seeds: str, arms: str, baseline: str, sets: Sequence[str]
 ) -> Grid:
-    """A grid from what a command line says, resolved; lists are separated by commas.
+    """A resolved grid from command-line values; lists are separated by commas.
 
     Raises:
-        BadValue: If a number is none, or something named is not there.
+        BadValue: If a value is no number, or a name does not exist.
     """
     names = [Path(name).stem if name.endswith(".toml") else name for name in scenarios]
     if len(set(names)) < len(names):
@@ -113,7 +113,7 @@ def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[float]
 
 
 def is_grid(path: Path) -> bool:
-    """Whether a file declares a grid rather than a scenario; what is no TOML is left to whoever reads it."""
+    """True if a file declares a grid; False for a scenario and for a file that is no TOML."""
     try:
         return "scenarios" in tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -126,14 +126,14 @@ def to_toml(grid: Grid) -> str:
 
 
 def resolved(grid: Grid, folder: Path) -> Grid:
-    """The grid with nothing left out but epsilons: scenario, arms, baseline and metric of each entry.
+    """The grid with scenario, arms, baseline and metric filled in for each entry.
 
     Args:
-        grid: As declared.
-        folder: Where scenarios' files are looked for, before the working directory.
+        grid: The grid as declared.
+        folder: Scenarios' files are looked up here before the working directory.
 
     Raises:
-        BadValue: An entry names a scenario, an arm, a baseline or a metric that is not there.
+        BadValue: If an entry names a scenario, arm, baseline or metric that does not exist.
     """
     entries = {}
     for name, entry in grid.scenarios.items():
@@ -172,16 +172,16 @@ def scenario_of(entry: Entry, seeds: tuple[int, ...]) -> Scenario:
     """The scenario of an entry, with its overrides, its arms and the grid's seeds.
 
     Raises:
-        BadValue: If there is none, or it is not valid.
+        BadValue: If it does not exist or is not valid.
     """
     found = load(entry.use, entry.set)
-    # A scenario without arms is one itself, named after its strategy.
+    # A scenario without arms has one, named after its strategy.
     run = found.run if not entry.arms or not found.arms else entry.arms
     return replace(found, seeds=seeds, run=run)
 
 
 def at_epsilon(scenario: Scenario, epsilon: float) -> Scenario:
-    """The scenario under another epsilon, arms with budgets of their own included."""
+    """The scenario under another epsilon, also in arms with their own budget."""
     budget = replace(scenario.client.budget or Budget(epsilon), epsilon=epsilon)
     arms = {}
     for arm, overrides in scenario.arms.items():
@@ -194,11 +194,11 @@ def at_epsilon(scenario: Scenario, epsilon: float) -> Scenario:
 
 
 def refuse_another(old: Grid, new: Grid, place: str) -> None:
-    """A directory holds the runs of one grid. Epsilons and scenarios may be added, baselines and metrics changed: that
-    leaves every run as it is.
+    """Refuses a new grid in the directory of an old one if runs would differ. Added epsilons and scenarios, and changed
+    baselines and metrics, leave every run as it is.
 
     Raises:
-        BadValue: What differs.
+        BadValue: With the differences.
     """
     wrong = [
         f"{key} {_shown(getattr(old, key))} there, {_shown(getattr(new, key))} now"

@@ -1,4 +1,4 @@
-"""A grid of scenarios, epsilons and seeds from start to finish: its runs made or continued, read as one tidy frame."""
+"""A grid of scenarios, epsilons and seeds from start to finish: runs made or resumed, and read as one tidy frame."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Part:
     """One run of a grid: a scenario at one epsilon, its arms and all seeds as cells.
 
     Attributes:
-        name: Of its directory below `runs`.
+        name: Name of the run's directory below `runs`.
         entry: Name of the scenario in the grid.
-        scenario: As it runs.
+        scenario: The scenario with the run's arms, seeds and epsilon.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a grid.
+    """The results of a grid.
 
     Attributes:
-        out: Its directory.
-        grid: As it was declared, resolved.
-        frame: Tidy, `fedsynth.evaluation.comparing.COLUMNS`.
-        tables: What `--json` prints.
+        out: The comparison's directory.
+        grid: The resolved grid.
+        frame: Tidy frame with the columns `fedsynth.evaluation.comparing.COLUMNS`.
+        tables: The tables that `--json` prints.
     """
 
     out: Path
@@ -75,20 +75,20 @@ def compare(
     on_event: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Comparison:
-    """Makes the runs of a grid that are not there yet, and the tables of all.
+    """Makes the missing runs of a grid, and the tables of all.
 
     Args:
-        grid: Resolved (`fedsynth.comparison.grids.resolved`).
-        out: Directory of the comparison. What an earlier call completed there is read, what it began is continued.
-        workers: Client processes of each run; left out: as many as cores and memory allow.
-        parallel: Runs at once; left out: one, or more where a run has fewer clients than there is room for workers.
+        grid: A resolved grid (`fedsynth.comparison.grids.resolved`).
+        out: Directory of the comparison. Completed runs of an earlier call are read, begun ones are resumed.
+        workers: Client processes of each run; None for as many as cores and memory allow.
+        parallel: Runs at once; None for one, or more if a run has fewer clients than there is room for workers.
         on_event: Called with the progress events of runs, with the run's name, and with one at each run's start
             and end: run, number, runs, state ("new", "begun", "completed", "done").
         on_warning: Called with each warning of the check.
 
     Raises:
-        BadValue: Something is wrong with the grid or the directory; nothing was run.
-        fedsynth.simulation.flower.LaunchFailed: Some runs did not complete; all others did. The same call goes on.
+        BadValue: If grid or directory have a fault; then nothing has run.
+        fedsynth.simulation.flower.LaunchFailed: If some runs did not complete; the same call resumes them.
     """
     whole = parts(grid)
     with _alone(out):
@@ -123,7 +123,7 @@ def read(out: Path) -> Comparison:
 
 
 def parts(grid: Grid) -> list[Part]:
-    """The runs of a grid. What does not depend on epsilon runs once in each scenario and serves them all."""
+    """The runs of a grid. Arms that do not depend on epsilon run once in each scenario, for all epsilons."""
     found = []
     for name, entry in grid.scenarios.items():
         scenario = scenario_of(entry, grid.seeds)
@@ -133,7 +133,7 @@ def parts(grid: Grid) -> list[Part]:
         arms = {cell.arm: depends_on_epsilon(cell) for cell in cells(replace(scenario, seeds=scenario.seeds[:1]))}
         for depends in (False, True):
             run = tuple(arm for arm, does in arms.items() if does == depends)
-            # A scenario without arms is one itself.
+            # A scenario without arms has one.
             chosen = replace(scenario, run=run) if scenario.arms else scenario
             if run and not depends:
                 found.append(Part(f"{name}-any", name, chosen))
@@ -147,10 +147,10 @@ def _short(epsilon: float) -> str:
 
 
 def depends_on_epsilon(cell: Cell) -> bool:
-    """Whether a cell spends of a budget: it is under `dp`, and its method asks for what costs something.
+    """True if a cell spends budget: it is under `dp` and its method's requests cost something.
 
     Raises:
-        BadValue: If there is no such strategy, or its options are wrong.
+        BadValue: If the strategy does not exist, or its options are wrong.
     """
     try:
         kind, options = load_strategy(cell.scenario.strategy)
@@ -168,10 +168,10 @@ def place_of(part: Part, out: Path) -> Path:
 
 
 def state(part: Part, out: Path) -> State:
-    """How far a run is.
+    """The state of a run.
 
     Raises:
-        BadValue: If its directory holds another one.
+        BadValue: If its directory holds another run.
     """
     place = place_of(part, out)
     if not (place / "scenario.toml").exists():
@@ -192,7 +192,7 @@ def _checked(part: Part) -> list[str]:
 
 
 def _fits(grid: Grid, out: Path) -> None:
-    """Refuses a directory that holds another grid, or what is none."""
+    """Refuses a directory that holds another grid, or other files."""
     path = out / GRID
     if path.exists():
         refuse_another(read_grid(path), grid, str(out))
@@ -205,7 +205,7 @@ LOCK = ".lock"
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Two comparisons in one directory would continue each other's runs while they run."""
+    """Locks the directory: two comparisons in it would resume each other's runs while they go on."""
     if out.exists() and not out.is_dir():
         raise BadValue(f"{str(out)!r} is not a directory: name another with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -249,10 +249,10 @@ def _make(
     parallel: int | None,
     told: _Told,
 ) -> None:
-    """Runs what is to do; what fails does not keep the others from running.
+    """Makes the missing runs; a failure does not stop the others.
 
     Raises:
-        LaunchFailed: At the end, with the reason of each.
+        LaunchFailed: At the end, with the reason of each failure.
     """
     if not todo:
         return
@@ -274,10 +274,10 @@ def _make(
 
 
 def shares(todo: Sequence[Part], workers: int | None, parallel: int | None) -> tuple[int, int]:
-    """How many runs at once, and how many workers each.
+    """The number of runs at once, and of workers for each.
 
-    A run uses as many workers as it has clients; only what cores and memory hold beyond that is left for another. Runs
-    that share a GPU would have to know of each other's memory, so they go one by one unless asked otherwise.
+    A run uses as many workers as it has clients; another run starts only if cores and memory allow more workers. Runs
+    on a shared GPU would have to know each other's memory, so they go one by one unless `parallel` says otherwise.
     """
     clients = max(1 if part.scenario.data.pooled else part.scenario.data.clients for part in todo)
     room, _ = simulate.concurrency(None, len(todo) * clients)
@@ -297,7 +297,7 @@ def _run(part: Part, place: Path, state: State, workers: int | None, told: _Told
 def _side_by_side(
     todo: Sequence[Part], out: Path, states: Mapping[str, State], at_once: int, workers: int, told: _Told
 ) -> dict[str, str]:
-    """Each run in a process of its own: they do not share loaded models, and die with this one, however it ends."""
+    """Makes each run in its own process: they share no loaded models, and die with this process, however it ends."""
     context = multiprocessing.get_context("spawn")  # a forked process would have torch's threads without their state
     waiting, failed = list(todo), dict[str, str]()
     running: dict[int, tuple[Part, Any, Any]] = {}
@@ -335,7 +335,7 @@ def _reason(code: int | None, said: Any) -> str | None:
 
 
 def _child(name: str, toml: str, place: str, state: State, workers: int, says: Any) -> None:
-    """One run; the reason goes up the pipe where it fails."""
+    """Makes one run; sends the reason of a failure through the pipe."""
     above = multiprocessing.parent_process()
     assert above is not None
 
@@ -357,7 +357,7 @@ def gather(runs: Sequence[Part], out: Path) -> pd.DataFrame:
     """The metrics of all runs as one tidy frame.
 
     Raises:
-        RuntimeError: If an arm spent of a budget although its strategy says that it never does.
+        RuntimeError: If an arm spent budget although its strategy says that it spends none.
     """
     return pd.concat([_rows(part, simulate.read(place_of(part, out))) for part in runs], ignore_index=True)
 
@@ -389,7 +389,7 @@ def _rows(part: Part, result: simulate.Result) -> pd.DataFrame:
 
 
 def terms(grid: Grid) -> dict[str, Terms]:
-    """Of each scenario: baseline, first metric, clients on which settings were tuned."""
+    """By scenario: baseline, first metric, clients on which settings were tuned."""
     found = {}
     for name, entry in grid.scenarios.items():
         assert entry.baseline is not None  # the grid is resolved
@@ -429,7 +429,7 @@ def _of_task(rows: pd.DataFrame, task: str) -> list[dict[str, Any]]:
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """As JSON has them: what is not finite is null."""
+    """Rows for JSON; figures that are not finite become null."""
     return [{str(key): _plain(value) for key, value in row.items()} for row in rows.to_dict("records")]
 
 

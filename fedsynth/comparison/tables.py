@@ -1,4 +1,4 @@
-"""What a terminal shows of a comparison: lines while it goes on, then tables of utility and costs for each task."""
+"""A comparison on a terminal: lines of progress, then tables of utility and costs for each task."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NOTES = (
 
 
 class Lines:
-    """Progress of a comparison: a line for each run, and for each phase of its cells."""
+    """Progress of a comparison: a line for each run and for each phase of its cells."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.last: dict[str, tuple[object, ...]] = {}
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """One event of `fedsynth.comparison.running.compare`."""
+        """Shows one event of `fedsynth.comparison.running.compare`."""
         run = event["run"]
         if event["event"] == "run":
             self.console.print(f"[bold]{run}[/] ({event['number']}/{event['runs']}): {event['state']}")
@@ -48,7 +48,7 @@ class Lines:
 
 
 def utility_table(tables: Mapping[str, Any], task: str) -> Table:
-    """What each arm reaches, and how much that is above its scenario's baseline.
+    """The figures of each arm, and the differences from its scenario's baseline.
 
     Args:
         tables: `fedsynth.comparison.running.Comparison.tables`.
@@ -81,7 +81,7 @@ def utility_table(tables: Mapping[str, Any], task: str) -> Table:
 
 
 def costs_table(tables: Mapping[str, Any], task: str) -> Table:
-    """What each arm spends: privacy, bytes, time of clients, tokens of the LLM."""
+    """The costs of each arm: privacy, bytes, time of clients, tokens of the LLM."""
     found = _table(f"{tables['name']}: {task}, costs", ["scenario", "epsilon", "arm", "states", "up", "down"])
     for head in ("client time", "LLM reads", "LLM writes"):
         found.add_column(head, no_wrap=True)

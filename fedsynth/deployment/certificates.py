@@ -1,4 +1,4 @@
-"""Certificates for tests, keys of nodes, and what a server's certificate and key must hold to be of use."""
+"""Certificates for tests, keys of nodes, and checks of a server's certificate and key."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedsynth.typed import BadValue
 
-TEST_CA = "fedsynth CA for tests"  # by this issuer, such certificates are known again
-CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those that Flower takes for the keys of nodes
-NAMES = {"certificate": "server.crt", "key": "server.key", "ca": "ca.crt"}  # of files of certificates for tests
+TEST_CA = "fedsynth CA for tests"  # the issuer by which such certificates are recognised
+CURVES = ("secp256r1", "secp384r1", "secp521r1")  # curves that Flower accepts for the keys of nodes
+NAMES = {"certificate": "server.crt", "key": "server.key", "ca": "ca.crt"}  # files of certificates for tests
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Authority:
-    """A CA for tests. Its key is in memory alone: nobody can issue in its name later."""
+    """A CA for tests. Its key is in memory only: nobody can issue in its name later."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
     @property
     def pem(self) -> bytes:
-        """What those who connect trust."""
+        """The CA's certificate as PEM, which clients trust."""
         return self.certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def authority(days: float = 365) -> Authority:
-    """A new CA, valid from a day ago on."""
+    """A new CA, valid since a day ago."""
     key, name = ec.generate_private_key(ec.SECP384R1()), _name(TEST_CA)
     made = (
         _builder(name, name, key.public_key(), days)
@@ -56,8 +56,8 @@ def issue(by: Authority, hosts: Sequence[str], days: float = 365) -> tuple[bytes
 
     Args:
         by: The CA.
-        hosts: Names and addresses that it is for.
-        days: How long it is valid; below 0: it has expired, a test's own.
+        hosts: Names and addresses that the certificate is for.
+        days: Days of validity; below 0 it has expired, for tests.
     """
     key = ec.generate_private_key(ec.SECP256R1())
     made = (
@@ -79,12 +79,12 @@ def write_certificates(folder: Path, hosts: Sequence[str], days: float = 365) ->
     """A CA and a server's certificate for tests: `ca.crt`, `server.crt` and `server.key` (mode 0600).
 
     Args:
-        folder: Made if need be.
-        hosts: That the server is reached by, besides localhost, 127.0.0.1 and ::1.
-        days: How long the certificates are valid; below 0: the server's has expired.
+        folder: The folder; made if it does not exist.
+        hosts: Names and addresses of the server, besides localhost, 127.0.0.1 and ::1.
+        days: Days of validity; below 0 the server's certificate has expired.
 
     Raises:
-        BadValue: If one of the files is there: none is overwritten.
+        BadValue: If one of the files exists: none is overwritten.
     """
     by = authority(max(days, 365))
     certificate, key = issue(by, list(dict.fromkeys([*hosts, *LOOPBACK])), days)
@@ -95,10 +95,10 @@ def write_certificates(folder: Path, hosts: Sequence[str], days: float = 365) ->
 
 
 def write_node_keys(private: Path, public: Path, comment: str = "") -> None:
-    """A node's key pair, as `ssh-keygen -t ecdsa -b 384` makes it; the private half, mode 0600, never leaves its site.
+    """Writes a node's key pair, like `ssh-keygen -t ecdsa -b 384`; the private half, mode 0600, never leaves its site.
 
     Raises:
-        BadValue: If one of the files is there: none is overwritten.
+        BadValue: If one of the files exists: none is overwritten.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     form, line = serialization.PrivateFormat.OpenSSH, serialization.PublicFormat.OpenSSH
@@ -112,10 +112,10 @@ def write_node_keys(private: Path, public: Path, comment: str = "") -> None:
 
 
 def fingerprint(public: Path) -> str:
-    """Of a node's public key, as `ssh-keygen -l` says it: what two people compare over the telephone.
+    """The fingerprint of a node's public key, as in `ssh-keygen -l`; two people compare it over the telephone.
 
     Raises:
-        BadValue: If the file holds none that Flower takes.
+        BadValue: If the file holds no key that Flower accepts.
     """
     try:
         text = public.read_bytes()
@@ -139,10 +139,10 @@ def fingerprint(public: Path) -> str:
 
 
 def check_pair(certificate: Path, key: Path) -> list[str]:
-    """Whether a server's certificate can be used now, and fits its key. Returns warnings.
+    """Checks that a server's certificate can be used now and fits its key. Returns warnings.
 
     Raises:
-        BadValue: What is wrong with which file.
+        BadValue: With the file and its fault.
     """
     warnings = []
     try:
@@ -190,15 +190,15 @@ def read_authority(path: Path) -> str:
 
 
 def check_covers(certificate: Path, key: Path, ca: str, host: str) -> None:
-    """Whether who trusts `ca` and connects to `host` accepts the certificate: a handshake is made in memory.
+    """Checks, by a handshake in memory, that a client that trusts `ca` and connects to `host` accepts the certificate.
 
     Args:
-        certificate, key: Of the server; they fit.
-        ca: As PEM.
+        certificate, key: The server's; they fit each other.
+        ca: The CA as PEM.
         host: Name or address.
 
     Raises:
-        BadValue: If not, with what TLS says.
+        BadValue: If it does not, with TLS's reason.
     """
     server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     server.load_cert_chain(certificate, key, password=_no_password)
@@ -220,16 +220,16 @@ def check_covers(certificate: Path, key: Path, ca: str, host: str) -> None:
 
 
 def for_tests(certificate: Path) -> bool:
-    """Whether a certificate is one that `write_certificates` made."""
+    """True for a certificate that `write_certificates` made."""
     issuer = x509.load_pem_x509_certificate(certificate.read_bytes()).issuer
     return issuer == _name(TEST_CA)
 
 
 def write_new(path: Path, content: bytes, *, secret: bool = False) -> None:
-    """Writes a file that is not there yet; a secret one is never readable by others, not even at first.
+    """Writes a new file; a secret one is never readable by others, not even at first.
 
     Raises:
-        BadValue: If it is there.
+        BadValue: If it exists.
     """
     _refuse_existing(path)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644), "wb") as file:
@@ -251,7 +251,7 @@ def _builder(
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder(issuer, subject, key, x509.random_serial_number())
-        # A day earlier than now, or than the end: clocks of sites differ.
+        # A day before now, or before the end, as clocks of sites differ.
         .not_valid_before(now + timedelta(days=min(days, 0) - 1))
         .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)

@@ -1,4 +1,4 @@
-"""A real site's client: what a scenario asks for, within what site.toml allows."""
+"""A real site's client: a scenario's settings within the limits of site.toml."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fedsynth.scenario.schema import Cell, Client
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
 
-BUNDLE = "FEDSYNTH_BUNDLE"  # set for a client app's process: the hash of what the server sent
+BUNDLE = "FEDSYNTH_BUNDLE"  # set for a client app's process: the hash of the server's bundle
 
 
 def site_client(context: Context, envelope: Envelope) -> ClientSide:
-    """The client of this site, for an order of a run: what the scenario asks, within what site.toml allows.
+    """The client of this site for a request of a run: the scenario's settings within the limits of site.toml.
 
     Raises:
         BadValue: If site.toml or the scenario cannot be read.
         KeyError: If the scenario has no such arm or seed.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account of the data cannot be used, or knows less than the trail.
+        fedsynth.privacy.ledger.LedgerUnusable: If the data's account cannot be used, or lacks charges of the audit log.
     """
     place = load_site(Path(os.environ[SITE]))
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)
@@ -39,22 +39,22 @@ def site_client(context: Context, envelope: Envelope) -> ClientSide:
 
 
 def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, Any], **ledger: Any) -> ClientSide:
-    """`site_home` for a resolved cell. No file of the site but site.toml, its account and what stands above its rows is
-    opened for it.
+    """`site_client` for a resolved cell. It opens no files of the site but site.toml, the account and the header of its
+    rows.
 
     Args:
         place: The site.
-        cell: What is asked.
-        envelope: Of the request.
-        who: Who asks, for the audit trail.
-        ledger: More for the account.
+        cell: The cell of the request.
+        envelope: The request's envelope.
+        who: The requester, for the audit log.
+        **ledger: More arguments of the account.
     """
     site, scenario = place.site, cell.scenario
     if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name) for name in (envelope.run, cell.arm)):
         raise BadValue("run and arm name folders here: letters, digits, dots, dashes and underscores")
     work = place.state / "runs" / envelope.run / cell.arm / f"seed-{cell.seed}"
     private_folder(work)
-    # Not what a server's scenario would have read: whether a file is there, or has a value, would be an answer.
+    # Labels are never read from a file: a server could learn if a file exists, or holds a value.
     labels = public_labels(scenario.data)
     config = client_of(place, scenario.client.of(envelope.client))
     audit_log = place.witness({"strategy": scenario.strategy.use, **who})
@@ -65,7 +65,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         labels=labels,
         records=site.data.records,
         rounds=scenario.rounds,
-        unit="row" if site.data.person is None else "person",  # not what the site calls its column
+        unit="row" if site.data.person is None else "person",  # the site's name of its column stays private
         work=work,
         run=f"{envelope.run}/{cell.arm}/{cell.seed}",
         ledger=account,
@@ -80,10 +80,10 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
 
 
 def unopened(task: str, why: str) -> None:
-    """Writes down that a request came for which no client could be opened; the reason may hold private values.
+    """Logs a request whose client could not be opened, at the site; the reason may hold private values.
 
     Args:
-        task: Of the request.
+        task: Task of the request.
         why: A traceback.
     """
     place = load_site(Path(os.environ[SITE]))
@@ -94,7 +94,7 @@ def unopened(task: str, why: str) -> None:
 
 
 def client_of(place: Place, asked: Client) -> Client:
-    """What the site runs: what the scenario asks, with the site's own models, and no larger budget than it allows."""
+    """The client table that the site runs: the scenario's, with the site's own models and at most its own budget."""
     models, cap = place.site.models, place.site.policy.per_run
     found = replace(asked, task_models=(), stacked=None)
     if models.generator:
@@ -108,13 +108,13 @@ def client_of(place: Place, asked: Client) -> Client:
 
 
 def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) -> Rules:
-    """The site's policy, held against a scenario. Nothing private is read for it.
+    """The site's rules for a scenario, by its policy. They read nothing private.
 
     Args:
         place: The site.
-        cell: What is asked.
-        config: What would run here: `client_of`.
-        labels: The scenario's.
+        cell: The cell of the request.
+        config: The client table that would run here, from `client_of`.
+        labels: The scenario's label list.
     """
     policy = place.site.policy
     return Rules(
@@ -152,7 +152,7 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
 
 
 def _out_of_range(config: Client, rounds: int) -> Exception | None:
-    """Numbers that a server chose beyond which the privacy statement was never shown to hold."""
+    """Refuses a server's numbers beyond which the privacy statement was never shown to hold."""
     try:
         check_settings(config, rounds)
     except Rejected as problem:

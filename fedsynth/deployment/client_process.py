@@ -1,11 +1,11 @@
-"""What stands in the place of Flower's `flwr-clientapp` at a site: the installed client app, never the server's code.
+"""The replacement of Flower's `flwr-clientapp` at a site: it runs the installed client app, never the server's code.
 
-A SuperNode has a process started for each message, which would load the bundle that the server sends and run it. Here
-the process takes message, context and the bundle's hash from the SuperNode as usual, and runs the client app of the
-installed package over site.toml. Nothing of the bundle is unpacked.
+A SuperNode has a process started for each message. Flower's own would load the server's bundle and run it. This
+process takes message, context and the bundle's hash from the SuperNode as usual, and runs the client app of the
+installed package with site.toml. Nothing of the bundle is unpacked.
 
-A process that imports all that a client needs takes seconds. So `serve` imports it once, and forks a child for each
-message; a child starts from what was imported, and nothing that it reads or learns outlives it.
+The imports of a client take seconds. So `serve` makes them once and forks a child for each message. A child starts
+with these imports, and nothing that it reads or learns outlives it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedsynth.system.folders import private_folder
 
 STAND_IN = "flwr-clientapp"
 SOCKET = "warm.socket"
-PROBE = "--probe"  # asked of a stand-in before it is relied on
+PROBE = "--probe"  # tests a replaced program before a site relies on it
 IMPORTED = (
     "fedsynth.clients.app",
     "fedsynth.deployment.client",
@@ -38,8 +38,8 @@ IMPORTED = (
 )
 REPLACED = ("install_from_fab", "get_project_dir", "get_load_client_app_fn", "push_message", "push_task_output")
 
-# Runs with the standard library alone, within some hundredths of a second: the warm process does the work. A message is
-# handed over once: whoever took it and died cannot be followed by another under the same token.
+# Runs with the standard library only, in some hundredths of a second: the warm process does the work. A message is
+# handed over once: if its process dies, no other can take the same token.
 CLIENT = """\
 import json, os, socket, sys
 if sys.argv[1:] == [{probe!r}]:
@@ -59,11 +59,11 @@ sys.exit(int(answer or 1))
 
 
 class UnknownFlower(RuntimeError):
-    """Flower's client process is not built as this version of fedsynth knows it."""
+    """Flower's client process differs from the one that this version of fedsynth is written for."""
 
 
 class CannotStandIn(RuntimeError):
-    """The program that takes the place of Flower's own cannot be run."""
+    """The program that replaces Flower's own cannot be run."""
 
 
 def stand_ins(
@@ -72,14 +72,14 @@ def stand_ins(
     client: Sequence[str] = ("-m", "fedsynth.deployment.client_process"),
     seconds: float = 600.0,
 ) -> None:
-    """Writes the programs that a SuperExec finds in place of Flower's own: all that it may start, for whatever a server
-    asks, are the one that handles a message here.
+    """Writes the programs that a SuperExec finds in place of Flower's own: whatever a server asks for, the only program
+    that it can start is this one's handler of a message.
 
     Args:
-        folder: For them; the only one on the SuperExec's PATH, so that there is nothing else to find.
+        folder: Folder of the programs, the only one on the SuperExec's PATH.
         warm: Socket of the warm process.
-        client: How Python runs this module where no warm process answers.
-        seconds: How long a first program may take to run: site.toml's `start_seconds`.
+        client: Python's arguments that run this module if no warm process answers.
+        seconds: Longest run of the first program: site.toml's `start_seconds`.
 
     Raises:
         UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
@@ -115,7 +115,7 @@ def _program(path: Path, text: str) -> None:
 
 
 def _check_flower() -> Any:
-    """The module of Flower's client process, if it is as we know it: it finds what is replaced by name at each call."""
+    """The module of Flower's client process, checked: it looks up the replaced functions by name at each call."""
     runtime = import_module("flwr.supernode.runtime.run_clientapp")
     found = _names(runtime.run_clientapp.__code__) & set(vars(runtime))
     if missing := [name for name in REPLACED if name not in found]:
@@ -125,7 +125,7 @@ def _check_flower() -> Any:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The global names that a function and those within it use."""
+    """The global names that a function and its inner functions use."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names, inner))
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
 
     Args:
         arguments: Address of the SuperNode, token, ...
-        opener: Of the client; left out, the one of site.toml.
+        opener: Opens the client; None for that of site.toml.
 
     Raises:
         UnknownFlower: If the code that would run the server's bundle is not where it is to be replaced.
@@ -158,8 +158,8 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
         pushed.append(True)
 
     def finish(*arguments: Any, **more: Any) -> None:
-        # A task that is finished without a reply is waited for by nobody: the SuperNode would be deaf from then on.
-        # Unfinished, it is found out by its missing heartbeats, and the server is told.
+        # If a task finished without a reply, nobody would wait for it, and the SuperNode would take no more messages.
+        # An unfinished task misses its heartbeats, and the server learns of it.
         if pushed:
             push_task_output(*arguments, **more)
 
@@ -177,11 +177,11 @@ def main(arguments: Sequence[str], opener: Callable[..., Any] | None = None) -> 
 
 
 def serve(path: Path, opener: Callable[..., Any] | None = None) -> NoReturn:
-    """Imports what a client needs, then handles each message in a child of its own; ends with its parent.
+    """Makes a client's imports, then handles each message in its own child; ends with its parent.
 
     Args:
-        path: Of the Unix socket, in a folder of the site's user alone.
-        opener: As of `main`.
+        path: Path of the Unix socket, in a folder that only the site's user can read.
+        opener: As in `main`.
     """
     for name in IMPORTED:
         import_module(name)
@@ -203,7 +203,7 @@ def serve(path: Path, opener: Callable[..., Any] | None = None) -> NoReturn:
 
 
 def _handle(asked: socket.socket, opener: Callable[..., Any] | None) -> NoReturn:
-    """In the child: one message, and its exit code to the program that stands in."""
+    """Handles one message in the child, and sends its exit code to the waiting program."""
     code = 1
     try:
         with asked.makefile() as words:
@@ -222,7 +222,7 @@ def _handle(asked: socket.socket, opener: Callable[..., Any] | None) -> NoReturn
 
 
 def _reap() -> None:
-    """Takes leave of children that have ended."""
+    """Reaps children that have ended."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -1,4 +1,4 @@
-"""What a coordinator tells its sites: where the server is, whom to trust, what is planned. There is no secret in it."""
+"""A coordinator's invitation to its sites: the server's address, its CA, the planned scenario. It holds no secret."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ HEADER = """\
 
 @dataclass(frozen=True)
 class Planned:
-    """What of a scenario a site's operator needs to fill in site.toml.
+    """The facts of a scenario that a site's operator needs for site.toml.
 
     Attributes:
-        name: The scenario's.
-        task: As `data.task`.
+        name: Name of the scenario.
+        task: The scenario's `data.task`.
         labels: The public label list; empty for instructions.
-        strategies: Of the arms that run.
-        models: That clients load.
+        strategies: Strategies of the arms that run.
+        models: Models that clients load.
         guarantee: `none` if one arm has none.
-        epsilon, delta: The largest budget of an arm: of one run, not of the data's lifetime.
-        rounds: Of a run.
+        epsilon, delta: The largest budget of an arm, for one run, not for the data's lifetime.
+        rounds: Rounds of a run.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Invitation:
 
     Attributes:
         address: HOST:PORT that sites connect to.
-        ca: The CA that vouches for the server there, as PEM.
-        scenario: What is planned.
+        ca: The CA of the server's certificate, as PEM.
+        scenario: Facts of the planned scenario.
     """
 
     address: str
@@ -70,7 +70,7 @@ class Invitation:
 
 
 def planned(scenario: Scenario) -> Planned:
-    """What sites are told of a scenario.
+    """The facts of a scenario for sites.
 
     Raises:
         BadValue: If its label list is not a public one.
@@ -92,7 +92,7 @@ def planned(scenario: Scenario) -> Planned:
 
 
 def public_labels(data: Data) -> tuple[str, ...]:
-    """The label list of a run on sites, which no row may have a part in: a rare class can reveal a person.
+    """The label list of a run on sites, which must not depend on any row: a rare class can reveal a person.
 
     Raises:
         BadValue: If it would be read from a file.
@@ -109,7 +109,7 @@ def read_invitation(path: Path) -> Invitation:
     """An invitation from its file.
 
     Raises:
-        BadValue: If there is none, or it is not valid.
+        BadValue: If the file is missing or not valid.
     """
     with toml_file(path, "the coordinator sends it: invitation.toml") as table:
         return build(Invitation, table)
@@ -124,7 +124,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     """The two parts of HOST:PORT; the brackets around an IPv6 address go.
 
     Raises:
-        BadValue: If it is none.
+        BadValue: If the text is no HOST:PORT.
     """
     host, colon, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
@@ -140,10 +140,10 @@ def joined(host: str, port: int) -> str:
 
 
 def check_name(name: str) -> str:
-    """A site's name, which also names files.
+    """A site's name, which is also a name of files.
 
     Raises:
-        BadValue: If it cannot be one.
+        BadValue: If it is no valid name.
     """
     if not NAME.fullmatch(name):
         raise BadValue(

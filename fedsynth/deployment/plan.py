@@ -1,4 +1,4 @@
-"""A run on real sites, before it is submitted: which sites, and what of a scenario can run there."""
+"""A run on real sites before it is submitted: its sites, and the scenario in a form that can run there."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def chosen(server: Path, names: Sequence[str]) -> tuple[RegisteredSite, ...]:
 
     Args:
         server: The coordinator's folder.
-        names: In the order of clients; none: all that were let in.
+        names: Names in the order of clients; empty for all registered sites.
 
     Raises:
-        BadValue: If there is none, one is unknown, or one is named twice.
+        BadValue: If there is no site, one is unknown, or one is named twice.
     """
     known = {site.name: site for site in sites(server)}
     if not known:
@@ -40,7 +40,7 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     """A scenario as it runs on real sites: one arm and one seed, resolved, and as many clients as there are sites.
 
     Raises:
-        BadValue: What of it only a simulation can have.
+        BadValue: With the keys that only a simulation can have.
     """
     planned = cells(scenario)
     if len(planned) != 1:
@@ -66,7 +66,7 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
 
 
 def read_deployment(out: Path) -> Deployment:
-    """What a run's directory says of its sites.
+    """The sites of a run, from its directory.
 
     Raises:
         BadValue: If it holds no run on sites.

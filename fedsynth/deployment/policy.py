@@ -1,4 +1,4 @@
-"""site.toml: what a site is, and what its operator allows."""
+"""site.toml: a site's data, models and folders, and the policy of its operator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ UNDER_GUARANTEE = tuple(o.task for o in REQUESTS if o.task not in ("train.self_t
 
 @dataclass(frozen=True)
 class SuperLink:
-    """How to reach the server, and be known by it.
+    """The server's address and the site's key.
 
     Attributes:
         address: HOST:PORT of the SuperLink; always TLS.
@@ -48,11 +48,11 @@ class SuperLink:
 
 @dataclass(frozen=True)
 class Models:
-    """Models that the site takes instead of those that the scenario names: a folder, or a name as there.
+    """Models that the site uses instead of the scenario's: a folder, or a name as in a scenario.
 
     Attributes:
-        generator: Causal or seq2seq model that learns the site's text. Adapters fit only one and the same.
-        task_model: What becomes the site's classifier; may be another one than at other sites.
+        generator: Causal or seq2seq model that learns the site's text. Sites that exchange adapters need the same one.
+        task_model: The model of the site's classifier; sites may have different ones.
     """
 
     generator: str = ""
@@ -61,22 +61,22 @@ class Models:
 
 @dataclass(frozen=True)
 class Policy:
-    """What the operator allows. A scenario can only be stricter.
+    """The operator's policy. A scenario can only be stricter.
 
     Attributes:
-        lifetime: What all runs together may ever spend on this data set. What would pass it is refused unspent.
-        per_run: What all that carries one run's id may spend together; a scenario that asks for more gets this. The id
-            is the server's word: this guards against its mistakes, `lifetime` against the server.
-        strategies: Strategies that may ask, as a scenario names them.
-        requests: Requests that are answered.
-        outputs: Kinds of what may leave: text, adapter, scores, metrics. Who has an adapter can sample text from it
+        lifetime: Budget of all runs on this data set, forever. A request that would exceed it is refused unspent.
+        per_run: Budget of all requests with one run's id; a scenario that asks for more gets this. The server chooses
+            the id: this guards against its mistakes, `lifetime` against the server.
+        strategies: Allowed strategies, as a scenario names them.
+        requests: Allowed requests.
+        outputs: Kinds of outputs that may leave: text, adapter, scores, metrics. From an adapter anyone can sample text
             that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
             covers them.
-        without_guarantee: Whether something may leave without a mechanism. The data's epsilon is infinite from then on.
-        minimum_records: Fewer declared records take part in nothing.
+        without_guarantee: Outputs may leave without a mechanism. The data's epsilon is infinite from then on.
+        minimum_records: With fewer declared records the site takes part in nothing.
         models: Models of a scenario that may be loaded here.
         approve_text: Synthetic text waits for `fedsynth site approve`.
-        bundles: SHA-256 of the server's bundles that may ask; left out, any. Their code is never run in any case.
+        bundles: SHA-256 of the server's allowed bundles; empty for any. Their code is never run in any case.
     """
 
     lifetime: Budget
@@ -112,21 +112,21 @@ class Policy:
 
 @dataclass(frozen=True)
 class SiteConfig:
-    """What site.toml says.
+    """The content of site.toml.
 
     Attributes:
-        name: Under which the coordinator registered the site's key.
+        name: Name under which the coordinator registered the site's key.
         data: The site's text.
-        policy: What the operator allows.
-        superlink: How to reach the server.
-        models: Models that the site takes instead of the scenario's.
-        state: Folder of task models, logs and audit trail; belongs to this site for ever.
-        accounts: Folder of the ledgers, one for each data set, for ever; left out, in `state`. A hospital in two
-            federations names the same one in both: it is one data set, and one account.
-        device: `auto` (a GPU where there is one), `cpu`, or the number of a GPU, as `cuda:1`.
-        threads: That one message may use on CPUs.
-        start_seconds: How long the site's programs may take to start. What has died is noticed at once: this clock is
-            for a SuperNode that stands still before its first connection.
+        policy: The operator's policy.
+        superlink: The server's address and the site's key.
+        models: Models that the site uses instead of the scenario's.
+        state: Folder of task models, logs and audit log; belongs to this site forever.
+        accounts: Folder of the ledgers, one for each data set, forever; None for a folder in `state`. A hospital in
+            two federations names the same folder in both, as one data set has one account.
+        device: `auto` (a GPU if there is one), `cpu`, or the number of a GPU, as `cuda:1`.
+        threads: Threads that one message may use on CPUs.
+        start_seconds: Longest start of the site's programs. A dead program is noticed at once: this timeout is for a
+            SuperNode that hangs before its first connection.
     """
 
     name: str
@@ -149,20 +149,20 @@ class SiteConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """A site's file and its folder, in which all relative paths of the file lie."""
+    """A site's file and its folder, the base of all relative paths in the file."""
 
     site: SiteConfig
     folder: Path
 
     @property
     def cards(self) -> dict[str, str]:
-        """What makes programs see the GPUs of `device` alone, for their environment."""
+        """Environment variables with which programs see the GPUs of `device` only."""
         if self.site.device == "auto":
             return {}
         return {"CUDA_VISIBLE_DEVICES": self.site.device.removeprefix("cpu").removeprefix("cuda:")}
 
     def path(self, name: str) -> Path:
-        """Where a file or folder that site.toml names lies."""
+        """The path of a file or folder that site.toml names."""
         return self.folder / name
 
     @property
@@ -182,28 +182,28 @@ class Place:
 
     @property
     def audit_log(self) -> Path:
-        """The audit trail."""
+        """The file of the audit log."""
         return self.state / "audit.jsonl"
 
     @property
     def approvals(self) -> Approvals:
-        """What waits for a person."""
+        """The replies that wait for a person."""
         return Approvals(self.state / "approvals")
 
     def witness(self, who: Mapping[str, Any] | None = None) -> AuditLog:
-        """The audit trail, to which entries about this data set are added.
+        """The audit log, which takes entries about this data set.
 
         Args:
-            who: What else stands in every entry: who asks.
+            who: Further facts of every entry, on the requester.
         """
         return AuditLog(self.audit_log, {**(who or {}), "dataset": self.site.data.id})
 
     def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
-        """The account, with the audit trail as its witness unless another one is named.
+        """The account, with the audit log as its witness unless another one is given.
 
         Raises:
-            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, knows less than the trail, or there is none
-                and it is not to be made.
+            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, lacks charges of the audit log, or does not
+                exist and is not to be made.
         """
         from fedsynth.privacy.ledger import Ledger  # most commands need none
 
@@ -216,25 +216,25 @@ class Place:
 
     @property
     def rows(self) -> Path:
-        """The site's rows as they were imported; an account may be another site's, too, which reads other columns."""
+        """The site's imported rows; another site that reads other columns may share the account."""
         return self.state / "rows.jsonl"
 
     @property
     def imported(self) -> rowstore.Imported | None:
-        """What is said of the rows that were imported as site.toml now declares them; None where none were."""
+        """The facts of the rows imported under the present site.toml; None if there are none."""
         found = rowstore.about(self.rows)
         return found if found is not None and found.declared == self.site.data.digest else None
 
     def open_rows(self, ledger: Ledger) -> Texts:
-        """The site's text: the rows that were imported. Neither file nor database is opened.
+        """The site's text: the imported rows. Neither file nor database is opened.
 
         Raises:
-            fedsynth.data.rowstore.RowsUnusable: If they are not what was written under the account's key.
+            fedsynth.data.rowstore.RowsUnusable: If they differ from those written under the account's key.
         """
         return laid_out(rowstore.read(self.rows, ledger.mac_key), self.site.data)
 
     def model(self, name: str) -> str:
-        """A model of site.toml as it is loaded."""
+        """A model of site.toml in the form in which it is loaded."""
         return str(self.path(name)) if self.path(name).is_dir() else name
 
 
@@ -242,7 +242,7 @@ def load_site(path: Path) -> Place:
     """Reads site.toml, or that of a folder.
 
     Raises:
-        BadValue: If it cannot be read, or says what does not fit; the message names file and key.
+        BadValue: If it cannot be read, or a value does not fit; the message names file and key.
     """
     file = path / "site.toml" if path.is_dir() else path
     with toml_file(file, "make one with `fedsynth site init`") as table:

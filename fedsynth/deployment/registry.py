@@ -1,4 +1,4 @@
-"""The sites that a coordinator has let in: keys that its SuperLink knows, names that a run finds them by."""
+"""A coordinator's registered sites: keys that its SuperLink knows, names by which a run finds them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ SITES_TEXT = """\
 
 @dataclass(frozen=True)
 class RegisteredSite:
-    """A site that has been let in.
+    """A registered site.
 
     Attributes:
-        name: Under which its key is registered; a run finds it by that.
-        fingerprint: Of its public key.
-        node: Flower's id of it.
-        since: When it was let in, UTC.
+        name: Name of its registered key; a run finds the site by it.
+        fingerprint: Fingerprint of its public key.
+        node: Flower's id of the site.
+        since: Time of its registration, UTC.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RegisteredSite:
 
 @dataclass(frozen=True)
 class Sites:
-    """sites.toml."""
+    """The content of sites.toml."""
 
     sites: tuple[RegisteredSite, ...] = ()
 
@@ -52,12 +52,12 @@ def invite(folder: Path, public_key: Path, name: str | None = None) -> Registere
     """Registers a site's public key with the running SuperLink, and notes the site in sites.toml.
 
     Args:
-        folder: The coordinator's.
-        public_key: OpenSSH line, as the site sent it.
-        name: Of the site; left out: the file's name without its ending.
+        folder: The coordinator's folder.
+        public_key: File with the site's OpenSSH line.
+        name: Name of the site; None for the file's name without its ending.
 
     Raises:
-        BadValue: If it is no key, or name or key are taken, or no SuperLink answers.
+        BadValue: If the file holds no key, name or key are taken, or no SuperLink answers.
     """
     fingerprint, name = certificates.fingerprint(public_key), check_name(public_key.stem if name is None else name)
     config = read_config(folder)
@@ -101,14 +101,14 @@ def remove(folder: Path, name: str) -> RegisteredSite:
             try:
                 flwr("supernode", "unregister", gone.node)
             except CommandRefused as problem:
-                if "not found" not in str(problem):  # else the SuperLink's database is a new one
+                if "not found" not in str(problem):  # otherwise the SuperLink's database is new
                     raise BadValue(str(problem)) from problem
         _write_sites(folder, [site for site in known if site != gone])
     return gone
 
 
 def sites(folder: Path) -> tuple[RegisteredSite, ...]:
-    """The sites that have been let in, in the order in which a run numbers them.
+    """The registered sites, in the order of their client numbers.
 
     Raises:
         BadValue: If sites.toml is not valid.
@@ -121,8 +121,8 @@ def sites(folder: Path) -> tuple[RegisteredSite, ...]:
 
 
 def states(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """What the SuperLink says of the sites: by name `registered` (never seen), `online`, `offline` or `unknown`; and
-    the ids of nodes that are registered without being in sites.toml.
+    """The SuperLink's states of the sites: by name `registered` (never seen), `online`, `offline` or `unknown`; and the
+    ids of registered nodes that are not in sites.toml.
 
     Raises:
         BadValue: If no SuperLink answers.
@@ -132,7 +132,7 @@ def states(folder: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def states_by(flwr: Commands, known: Sequence[RegisteredSite]) -> tuple[dict[str, str], list[str]]:
-    """`states`, through an open command line."""
+    """The same as `states`, through an open command line."""
     nodes = flwr("supernode", "list")["nodes"]
     there = {str(node["node-id"]): str(node["status"]) for node in nodes if node["status"] != "unregistered"}
     found = {site.name: there.pop(site.node, "unknown") for site in known}
@@ -141,7 +141,7 @@ def states_by(flwr: Commands, known: Sequence[RegisteredSite]) -> tuple[dict[str
 
 @contextlib.contextmanager
 def _changing(folder: Path) -> Iterator[tuple[RegisteredSite, ...]]:
-    """The sites, for whoever adds or removes one; others wait meanwhile."""
+    """The sites under a lock, for a change; other changes wait meanwhile."""
     with (flower_home(folder) / "sites.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield sites(folder)

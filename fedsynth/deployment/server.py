@@ -1,4 +1,4 @@
-"""A coordinator's folder: what its server is, whom sites are told to trust, and the way to its SuperLink."""
+"""A coordinator's folder: its server's settings, the CA that sites trust, and commands to its SuperLink."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedsynth.simulation.flower import Commands, environment
 from fedsynth.typed import BadValue, Positive, Range, build, in_range, plain, toml_file
 
 CONFIG, SCENARIO = "server.toml", "scenario.toml"
-ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # listening everywhere -> where this machine's programs find it
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # an address for all interfaces -> the one for this machine's programs
 CONFIG_TEXT = """\
 # A coordinator's server: read by `fedsynth server start | invite` and `fedsynth run --server`.
 # Paths are relative to this folder. What sites connect to, and the CA that they trust, stand in invitation.toml.
@@ -46,14 +46,14 @@ start_seconds = {start_seconds}  # how long the SuperLink may take to start; if 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """server.toml.
+    """The content of server.toml.
 
     Attributes:
-        host, port: Where the SuperLink listens.
+        host, port: The SuperLink's address.
         local: HOST:PORT that programs on this machine connect to.
-        certificate, key, ca: Files; absolute once they are read.
-        wait_seconds: How long a run waits for its sites to be online before it begins.
-        start_seconds: How long the SuperLink may take to start; if it dies, that is noticed at once.
+        certificate, key, ca: Files; absolute paths after reading.
+        wait_seconds: Longest wait of a run for its sites to be online before it begins.
+        start_seconds: Longest start of the SuperLink; its death is noticed at once.
     """
 
     host: str
@@ -72,7 +72,7 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class Files:
-    """A server's certificate, its key, and the CA that vouches for it."""
+    """Files of a server's certificate, its key, and its CA."""
 
     certificate: Path
     key: Path
@@ -92,15 +92,15 @@ def init(
     """Makes a coordinator's folder. Returns warnings.
 
     Args:
-        folder: New or empty.
-        scenario: What is planned.
-        host, port: Where the SuperLink is to listen.
-        public: HOST:PORT that sites connect to; left out: host and port.
-        files: Left out: a CA and a certificate are made, for tests.
-        public_ca: Who vouches for the proxy's certificate, where a proxy ends TLS before the SuperLink.
+        folder: The folder; new or empty.
+        scenario: The planned scenario.
+        host, port: The SuperLink's future address.
+        public: HOST:PORT that sites connect to; None for host and port.
+        files: The server's files; None to make a CA and a certificate for tests.
+        public_ca: The CA of the proxy's certificate, if a proxy ends TLS before the SuperLink.
 
     Raises:
-        BadValue: What is wrong; nothing was written.
+        BadValue: With the fault; nothing has been written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadValue(
@@ -125,7 +125,7 @@ def init(
         own = _covered(files, own, public, public_ca)
     config = build(ServerConfig, {"host": host, "port": port, "local": own, **made})
     ca = None if public_ca is None else certificates.read_authority(public_ca)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the SuperLink's database holds what sites answer
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # the SuperLink's database holds the sites' replies
     if files is None:
         certificates.write_certificates(folder / "certificates", [public_host, ANYWHERE.get(host, host)])
     text = CONFIG_TEXT.format(**{key: _quoted(value) for key, value in plain(config).items()})
@@ -137,10 +137,10 @@ def init(
 
 
 def read_config(folder: Path) -> ServerConfig:
-    """A coordinator's server.toml; paths are absolute then.
+    """A coordinator's server.toml, with absolute paths.
 
     Raises:
-        BadValue: If there is none, or it is not valid.
+        BadValue: If it is missing or not valid.
     """
     with toml_file(folder / CONFIG, "make a coordinator's folder with `fedsynth server init`") as table:
         found = build(ServerConfig, table)
@@ -149,10 +149,10 @@ def read_config(folder: Path) -> ServerConfig:
 
 
 def check(folder: Path) -> list[str]:
-    """Whether a SuperLink can be started from a folder. Returns warnings.
+    """Checks that a SuperLink can be started from a folder. Returns warnings.
 
     Raises:
-        BadValue: What is wrong, with file and way out.
+        BadValue: With file, fault and way out.
     """
     config, invitation = read_config(folder), read_invitation(folder / INVITATION)
     certificate, key = Path(config.certificate), Path(config.key)
@@ -174,7 +174,7 @@ def check(folder: Path) -> list[str]:
 
 
 def flower_home(folder: Path) -> Path:
-    """FLWR_HOME of everything that belongs to a coordinator's folder."""
+    """The FLWR_HOME of all programs of a coordinator's folder."""
     client = folder.absolute() / "flower"
     client.mkdir(mode=0o700, exist_ok=True)
     return client
@@ -182,10 +182,10 @@ def flower_home(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def commands(folder: Path, config: ServerConfig, log: BinaryIO | None = None) -> Iterator[Commands]:
-    """Flower's command line, connected with a coordinator's SuperLink.
+    """Flower's command line, connected to a coordinator's SuperLink.
 
     Raises:
-        BadValue: If none answers, or not with the certificate that it should have.
+        BadValue: If no SuperLink answers, or one with another certificate.
     """
     reach(folder, config)
     client = flower_home(folder)
@@ -200,10 +200,10 @@ def commands(folder: Path, config: ServerConfig, log: BinaryIO | None = None) ->
 
 
 def reach(folder: Path, config: ServerConfig, seconds: float = 10.0) -> None:
-    """Whether a coordinator's SuperLink answers over TLS, and takes no longer than so many seconds for a handshake.
+    """Checks that a coordinator's SuperLink answers over TLS, with a handshake within `seconds`.
 
     Raises:
-        BadValue: If not, with the way out: Flower's own words are the same whatever the reason.
+        BadValue: If not, with the way out: Flower's own message is the same for every reason.
     """
     host, port = host_and_port(config.local)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -227,8 +227,8 @@ def reach(folder: Path, config: ServerConfig, seconds: float = 10.0) -> None:
 
 
 def flower_environment(folder: Path, marker: str) -> dict[str, str]:
-    """The environment of Flower's programs that belong to a coordinator's folder."""
-    # A server stands for months: it asks for work once a second.
+    """The environment of Flower's programs for a coordinator's folder."""
+    # A server runs for months, so it asks for work only once a second.
     own = {"FLWR_HOME": str(flower_home(folder)), "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "1"}
     here, _ = host_and_port(read_config(folder).local)
     return {**environment(marker, here), **own}
@@ -239,10 +239,10 @@ def _loopback(host: str) -> bool:
 
 
 def _covered(files: Files, own: str, public: str, public_ca: Path | None) -> str:
-    """What this machine's programs are to connect to: `own`, or `public` where the certificate is for that alone.
+    """The address for this machine's programs: `own`, or `public` if the certificate is for that only.
 
     Raises:
-        BadValue: If the certificate is not for `public`, which it need not be behind a proxy; or for neither.
+        BadValue: If the certificate is not for `public` (behind a proxy it need not be), or for neither.
     """
     ca = certificates.read_authority(files.ca)
     if public_ca is None:

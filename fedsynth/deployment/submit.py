@@ -44,14 +44,14 @@ from fedsynth.simulation.simulate import Result, check_server, done, read, serve
 from fedsynth.typed import BadValue, plain
 
 Tell = Callable[[dict[str, Any]], None] | None
-FLOWER_RUN = "flower-run"  # in the logs: the id under which the SuperLink knows the latest submission
-LOOK_SECONDS = 2.0  # between two looks at what the SuperLink says of a run
-PATIENCE = 3  # looks without an answer before it is taken to be gone
-STOPPING_SECONDS = 3.0  # for a ServerApp to notice that it is to end; one that computes does not
+FLOWER_RUN = "flower-run"  # in the logs: the SuperLink's id of the latest submission
+LOOK_SECONDS = 2.0  # between two requests for the SuperLink's status of a run
+PATIENCE = 3  # requests without an answer before it is taken to be gone
+STOPPING_SECONDS = 3.0  # for a ServerApp to notice that it must end; a computing one does not
 
 
 def pinned(scenario: Scenario) -> Scenario:
-    """The scenario with the commits of all models from the hub; a folder may be at the sites alone.
+    """The scenario with all models from the hub pinned to commits; a folder may exist at the sites only.
 
     Raises:
         BadValue: If a model is not found.
@@ -72,15 +72,15 @@ def submit(
 
     Args:
         server: The coordinator's folder, whose SuperLink runs on this machine.
-        scenario: With one arm and one seed.
-        out: The run's directory, new or empty; left out: `runs/NAME-DATE` in the working directory.
-        names: Of sites, in the order of clients; none: all that were let in.
+        scenario: A scenario with one arm and one seed.
+        out: The run's directory, new or empty; None for `runs/NAME-DATE` in the working directory.
+        names: Names of sites in the order of clients; empty for all registered sites.
         on_event: Called with each progress event.
         on_warning: Called with each warning.
 
     Raises:
-        BadValue: Something is wrong with scenario, models, sites or directory; nothing was run.
-        LaunchFailed: The run did not complete; the message has the reason, the log, and how to go on.
+        BadValue: If scenario, models, sites or directory have a fault; then nothing has run.
+        LaunchFailed: The run did not complete; the message has the reason, the log, and the command to resume it.
     """
     asked_of = chosen(server, names)
     asked = deployed(scenario, len(asked_of))
@@ -106,14 +106,14 @@ def resume(
     on_event: Tell = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Goes on with a run on sites, under the same id: sites answer a repeated request from what they stored.
+    """Resumes a run on sites under the same id: sites reply to a repeated request with the stored answer.
 
     Args:
-        server, on_event, on_warning: As of `submit`. A warning names what is not as it was when the run began.
+        server, on_event, on_warning: As in `submit`. Warnings name changes since the run began.
         out: The run's directory.
 
     Raises:
-        BadValue: If there is no such run, or its sites are no longer let in.
+        BadValue: If there is no such run, or one of its sites is no longer registered.
         LaunchFailed: The run did not complete, or another one works in the directory.
     """
     place = Path(out).absolute()
@@ -136,10 +136,10 @@ def resume(
 def _wait_for_sites(
     server: Path, flwr: Commands, asked: Scenario, asked_of: Sequence[RegisteredSite], on_event: Tell, on_warning: Any
 ) -> None:
-    """Until all sites are online; when the time is over, as many as the quorum needs will do.
+    """Waits until all sites are online; after the timeout a quorum suffices.
 
     Raises:
-        BadValue: If there are fewer.
+        BadValue: If fewer are online.
     """
     seconds = read_config(server).wait_seconds
     end, told = time.monotonic() + seconds, ""
@@ -175,7 +175,7 @@ def _wait_for_sites(
 
 
 def _run(server: Path, flwr: Commands, text: str, out: Path, deployment: Deployment, on_event: Tell) -> None:
-    """Submits a run whose directory is there, and watches it to its end."""
+    """Submits a run whose directory exists, and watches it to its end."""
     logs = private_of(out) / "logs"
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     with alone(logs):
@@ -206,7 +206,7 @@ def _run(server: Path, flwr: Commands, text: str, out: Path, deployment: Deploym
 
 
 class _Ended(Exception):
-    """Why a run ended early."""
+    """The reason why a run ended early."""
 
 
 def _watched(flwr: Commands, run: str, out: Path, events: Events) -> Iterator[dict[str, Any]]:
@@ -238,7 +238,7 @@ def _watched(flwr: Commands, run: str, out: Path, events: Events) -> Iterator[di
 
 
 def _why(own: dict[str, Any], flower: dict[str, Any]) -> str:
-    """Why a run that Flower calls finished did not complete."""
+    """The reason why a run that Flower calls finished did not complete."""
     said = str(own.get("reason") or "")
     if said and not said.startswith("SystemExit"):
         return said
@@ -251,9 +251,9 @@ def _why(own: dict[str, Any], flower: dict[str, Any]) -> str:
 
 
 def _stop(flwr: Commands, run: str, out: Path) -> None:
-    """Ends a ServerApp, if it still works: two must not write into one directory.
+    """Ends a ServerApp that still works: two must not write into one directory.
 
-    It notices by itself at its next word with the SuperLink; one that computes has none for long, and is killed.
+    It notices at its next request to the SuperLink. A computing one makes none for long, and is killed.
     """
     with contextlib.suppress(CommandRefused):  # it has ended
         flwr("stop", run)
@@ -269,7 +269,7 @@ def _stop(flwr: Commands, run: str, out: Path) -> None:
 
 
 def _serverapp(out: Path) -> psutil.Process | None:
-    """The process that works on a run, if there is one; numbers are used again, so that its name is looked at, too."""
+    """The process that works on a run, if there is one; its name is checked as well, as numbers are used again."""
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
         process = psutil.Process(int((private_of(out) / SERVER_PROCESS).read_text()))
         if any(Path(word).name == SERVERAPP for word in process.cmdline()[:2]):

@@ -1,4 +1,4 @@
-"""A coordinator's SuperLink in the foreground: started, watched, and taken down with everything that runs on it."""
+"""A coordinator's SuperLink in the foreground: started, watched, and taken down with all its processes."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ class ServerFailed(LaunchFailed):
 
 
 def start(folder: Path, tell: Callable[[str], None]) -> None:
-    """Runs a coordinator's SuperLink until Ctrl-C or SIGTERM; everything that it started is gone then.
+    """Runs a coordinator's SuperLink until Ctrl-C or SIGTERM; all its processes are gone then.
 
-    Transport is TLS always, sites show that they hold a registered key. The SuperLink starts no SuperExec of its own
-    (`--isolation subprocess`), which could not prove who it is: whoever reached the port could take the place of a
-    run's ServerApp. The SuperExec that is started here shows a secret that is made anew each time.
+    The transport is always TLS, and sites prove that they hold a registered key. The SuperLink's own SuperExec
+    (`--isolation subprocess`) has no authentication: whoever reached the port could act as a run's ServerApp. So this
+    function starts the SuperExec itself, with a secret that is new at each start.
 
     Args:
-        folder: The coordinator's.
+        folder: The coordinator's folder.
         tell: Called with lines for the terminal; the log's own lines go to standard output as they come.
 
     Raises:
-        BadValue: What is wrong in the folder, or Flower is none that this package works with.
-        ServerFailed: The SuperLink or the SuperExec died, or another one works in the folder.
+        BadValue: If the folder has a fault, or this package does not work with the installed Flower.
+        ServerFailed: If the SuperLink or the SuperExec died, or another one works in the folder.
     """
     check_flower()
     folder = folder.absolute()
@@ -122,7 +122,7 @@ def _superexec(folder: Path, config: ServerConfig, superlink: int) -> list[str]:
 
 
 def _environment(folder: Path, marker: str) -> dict[str, str]:
-    """With a program before Flower's own on the PATH that keeps what a ServerApp says."""
+    """The environment with a PATH that first finds a program that logs a ServerApp's output."""
     env, programs = flower_environment(folder, marker), flower_home(folder) / "bin"
     programs.mkdir(exist_ok=True)
     path = keep_output(SERVERAPP, programs, folder / SUPERLINK_LOG, env["PATH"])
@@ -153,7 +153,7 @@ def _wait_for(superlink: subprocess.Popen[bytes], config: ServerConfig, log: Pat
 
 
 class _Tail:
-    """What a log gains, on standard output."""
+    """Copies a log's new lines to standard output."""
 
     def __init__(self, log: Path, since: int) -> None:
         self.log, self.at = log, since
@@ -163,7 +163,7 @@ class _Tail:
             file.seek(self.at)
             new = file.read()
         self.at += len(new)
-        # Nobody may look any more: that is no reason to end.
+        # Nobody may read the output any more; that is no reason to end.
         with contextlib.suppress(OSError):
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()

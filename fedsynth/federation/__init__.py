@@ -1,1 +1,1 @@
-"""What server and clients say to each other, round by round, and what a run writes down."""
+"""Rounds of requests and replies between server and clients, and the files that a run writes."""

@@ -1,4 +1,4 @@
-"""Which clients of a simulation are there, and which leave: by public seeds, so that a run can be repeated."""
+"""Absence and dropout of simulated clients, drawn from public seeds so that a run can be repeated."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fedsynth.scenario.schema import Cell, Participation
 
 
 class Fate(StrEnum):
-    """Why an exchange has no reply of a client; the value is the end of a sentence about it."""
+    """The reason for a client's missing reply; the value ends a sentence about the client."""
 
     ABSENT = "was not there in this round"
     DROPPED = "left before its reply arrived"
 
 
 def fates(cell: Cell, round: int, exchange: int, clients: Sequence[int]) -> dict[int, Fate]:
-    """The clients whose replies an exchange does without, and why. The same in all arms, so that arms are paired.
+    """The clients without a reply in an exchange, each with its reason. All arms get the same, so that arms are paired.
 
     Args:
-        cell: With the scenario's `participation`.
-        round: Whoever is absent is so for the whole of it.
-        exchange: Its number within the cell; clients drop out of each by themselves.
-        clients: That are to be asked.
+        cell: The cell; its scenario has the `participation` table.
+        round: An absent client is absent for the whole round.
+        exchange: Number of the exchange within the round; a client drops out of each exchange independently.
+        clients: The clients to ask.
     """
     table = cell.scenario.participation
     found: dict[int, Fate] = {}

@@ -1,4 +1,4 @@
-"""The server's LLM with a memory for the round in progress, and a meter."""
+"""The server's LLM with a cache for the round in progress and a count of its tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ V = TypeVar("V")
 
 
 class CachedLLM:
-    """A `TextModel` that asks another one, and never twice for the same where a run goes on.
+    """A `TextModel` that asks another one; a resumed run takes stored replies and does not ask again.
 
     Args:
-        llm: That is asked.
-        name: Which model it is, within the cell: what is kept is known again by it.
-        run_log: Keeps the replies, and counts the tokens read and written where the model tells them.
+        llm: The model to ask.
+        name: The model's name within the cell; part of the key of a stored reply.
+        run_log: Stores the replies, and counts the tokens read and written if the model reports them.
     """
 
     def __init__(self, llm: TextModel, name: str, run_log: RunLog) -> None:
@@ -49,7 +49,7 @@ class CachedLLM:
     def misfits(
         self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
-        """As the model that is asked; nothing of it is kept."""
+        """As the model itself says; nothing is stored."""
         return misfits(self.llm, prompts, more, continuations)
 
     def _recalled(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:

@@ -3,10 +3,10 @@
 Each field of a reply declares its origin. `fedsynth.federation.records` packs nothing else:
 
 - PUBLIC: computed from public inputs only (the request, the scenario, the plan).
-- RELEASED: what a mechanism let out under a grant, or post-processing of it.
+- RELEASED: the output of a mechanism under a grant, or post-processing of it.
 - MEASURED: a figure of a task model that learnt private text, on a test set declared public. Simulations only, unless a
-  site's policy allows it; not covered by epsilon, and reports say so.
-- NO_GUARANTEE: let out without a mechanism, through `release_without_guarantee`.
+  site's policy allows it. Epsilon does not cover it, and reports say so.
+- NO_GUARANTEE: released without a mechanism, through `release_without_guarantee`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class Origin(StrEnum):
-    """Why a field may leave a client."""
+    """The reason why a field may leave a client."""
 
     PUBLIC = "public"
     RELEASED = "released"
@@ -39,7 +39,7 @@ def _leaves(origin: Origin, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Request(Generic[R]):
-    """What a server asks; `task` is its Flower action, `reply` the class of the reply."""
+    """A server's request; `task` is its Flower action, `reply` the class of its reply."""
 
     task: ClassVar[str]
     reply: ClassVar[type[Any]]
@@ -52,19 +52,19 @@ class Synthesized:
     corpus: Corpus = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
     unfinished: int = _leaves(Origin.RELEASED)
-    """Samples cut at the token limit, or of more characters than a text may have; left out of the corpus."""
+    """Number of samples that were cut at the token limit or exceed the characters of a text; not in the corpus."""
 
 
 @dataclass(frozen=True)
 class Synthesize(Request[Synthesized]):
-    """Train a generator on private text, sample from it with the labels as control codes (FDKT, steps 1 and 2).
+    """Train a generator on private text and sample from it with the labels as control codes (FDKT, steps 1 and 2).
 
     Attributes:
         per_label: Samples for every label of the public list, present at the client or not.
-        temperature: Of the sampling.
-        top_p: Nucleus of the sampling.
-        max_new_tokens: Longest sample.
-        seed: Public: order of nothing private depends on it.
+        temperature: The sampling temperature.
+        top_p: The nucleus of sampling.
+        max_new_tokens: Longest sample, in tokens.
+        seed: Public seed; no order of private text depends on it.
     """
 
     task: ClassVar[str] = "train.synthesize"
@@ -91,10 +91,10 @@ class Finetune(Request[Finetuned]):
     """Train the client's model on private text, as a LoRA (KnowledgeSG, step 1; FedIT).
 
     Attributes:
-        start: The adapter to go on from, in the first round a new one: the same for all clients.
-        seed: Public; of nothing private under DP, of the order of batches without a guarantee.
+        start: The adapter to train from, the same for all clients; a new one in the first round.
+        seed: Public seed. It draws nothing private under DP, and the order of batches without a guarantee.
         frozen_a: Train and send the factors B alone (FFA-LoRA); A stays as it starts.
-        proximal: Mu of FedProx's pull towards the start; None: no pull.
+        proximal: Mu of FedProx's pull towards the start; None for no pull.
     """
 
     task: ClassVar[str] = "train.finetune"
@@ -114,7 +114,7 @@ class Adopted:
 
 @dataclass(frozen=True)
 class Adopt(Request[Adopted]):
-    """Use an adapter of the server's from now on (KnowledgeSG, step 6)."""
+    """Use the server's adapter from now on (KnowledgeSG, step 6)."""
 
     task: ClassVar[str] = "train.adopt"
     reply: ClassVar[type[Any]] = Adopted
@@ -123,7 +123,7 @@ class Adopt(Request[Adopted]):
 
 @dataclass(frozen=True)
 class Scored:
-    """What a client thinks of the server's texts; numbers only."""
+    """A client's ratings of the server's texts; numbers only."""
 
     scores: Scores = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
@@ -134,8 +134,8 @@ class Score(Request[Scored]):
     """Rate each text of the server: the task model's confidence in its label (CrossLM).
 
     Attributes:
-        corpus: Texts that the LLM wrote, with the labels that they were asked for.
-        seed: Public seed of a scoring model's start.
+        corpus: The LLM's texts, each with the label that the LLM was asked to write for.
+        seed: Public seed of a scoring model's initialisation.
     """
 
     task: ClassVar[str] = "train.score"
@@ -144,7 +144,7 @@ class Score(Request[Scored]):
     seed: int
 
 
-# What a funnel of a client may speak of: these, and no word of its own.
+# A client's funnel has these names and none of the client's own.
 FUNNEL = (
     "asked", "kept", "template marker", "control character", "bidi or tag character", "replacement character",
     "too short", "too long", "no response", "instruction like a local one", "record like a local one",
@@ -160,7 +160,7 @@ class SelfTrained:
     statement: Statement = _leaves(Origin.PUBLIC)
     records: int = _leaves(Origin.PUBLIC)
     funnel: Mapping[str, int] = _leaves(Origin.NO_GUARANTEE, default_factory=dict)
-    """What became of the self-generated candidates: how many were written, dropped (`FUNNEL`) and kept."""
+    """Counts of the self-generated candidates: written, dropped by reason (`FUNNEL`) and kept."""
 
 
 @dataclass(frozen=True)
@@ -168,19 +168,19 @@ class SelfTrain(Request[SelfTrained]):
     """Write synthetic records in context, select them, train on both kinds apart, send the mix (FedPIT, section 3).
 
     Attributes:
-        start: The global adapter; in the first round a new one.
+        start: The global adapter; a new one in the first round.
         seed: Public seed of the order of batches, as in `Finetune`.
-        writing_seed: Public seed of all that has to do with synthetic records: a stream of its own, so that the
-            training on private ones is the same without them.
-        share: Beta: weight of the adapter trained on private text in what is sent. 1 is FedIT, and writes nothing.
-        candidates: Self-generated records asked for.
-        keep: How many of them are trained on, at most.
+        writing_seed: Public seed of everything about synthetic records. It is a stream of its own, so that training on
+            private records is the same without them.
+        share: Beta, the weight in the sent mix of the adapter trained on private text. 1 is FedIT, and writes nothing.
+        candidates: Number of self-generated records to write.
+        keep: Number of self-generated records to train on, at most.
         shots: Demonstrations in a prompt, at most.
         selection: `ifs` (the paper's), or `random`.
         training: `isolated` (the paper's): private and synthetic text each from the same start. `mixed`: one training
             on both (FedMIT). `personal` (version 1): the synthetic adapter is sent, the client keeps one trained on
-            both. `share` counts in the first only.
-        max_new_tokens: Longest instruction or response that is written.
+            both. `share` counts in `isolated` only.
+        max_new_tokens: Longest instruction or response to write, in tokens.
     """
 
     task: ClassVar[str] = "train.self_train"
@@ -199,18 +199,18 @@ class SelfTrain(Request[SelfTrained]):
 
 @dataclass(frozen=True)
 class Learnt:
-    """The task model stays with its client."""
+    """A receipt; the task model stays with its client."""
 
     received: int = _leaves(Origin.PUBLIC)
 
 
 @dataclass(frozen=True)
 class Learn(Request[Learnt]):
-    """Train the task model on the server's text, then on private text. Instructions: the client's adapter, likewise.
+    """Train the task model, or for instructions the client's adapter: on the server's text, then on private text.
 
     Attributes:
-        corpus: Augmented text for this client; None: private text only.
-        seed: Public seed of initialisation and request.
+        corpus: Augmented text for this client; None for private text only.
+        seed: Public seed of the initialisation and the order of batches.
     """
 
     task: ClassVar[str] = "train.learn"
@@ -232,7 +232,7 @@ class Evaluate(Request[Evaluated]):
     """Measure the task model, or the adapter in use, on the client's test set.
 
     Attributes:
-        adapter: Measure the client's generator with this adapter instead; nothing is put to use.
+        adapter: Measure the client's generator with this adapter instead; the client does not adopt it.
     """
 
     task: ClassVar[str] = "evaluate.evaluate"
@@ -246,18 +246,18 @@ LOSS = "loss"
 
 
 def measured(request: Evaluate, *, instructs: bool) -> tuple[str, ...]:
-    """Names of the figures of a reply, each of which it has: all but the loss are shares.
+    """Names of the figures that a reply must have; all but the loss are shares.
 
     Args:
-        request: A loss belongs to an adapter that comes with it.
-        instructs: Whether the task is to follow instructions, else there are labels.
+        request: The request; a reply has a loss if the request brings an adapter.
+        instructs: True if the task is to follow instructions, False if texts have labels.
     """
     figures = WRITTEN if instructs else () if request.adapter is not None else LABELLED
     return figures if request.adapter is None else (*figures, LOSS)
 
 
 class ErrorCode(StrEnum):
-    """Why a client refused. A closed list: the text of an exception may hold private values, so none is sent."""
+    """A client's reason to refuse. The list is closed: an exception's text may hold private values and is not sent."""
 
     BUDGET_EXHAUSTED = "budget_exhausted"
     BUDGET_TOO_SMALL = "budget_too_small"
@@ -276,20 +276,22 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True)
 class Refused:
-    """The constant code of a refusal; what happened stands in the site's own log."""
+    """The constant code of a refusal; the site's own log has the details."""
 
     code: ErrorCode = _leaves(Origin.PUBLIC)
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """Which cell and client an order is for. The digest of order and envelope makes a repeated order recognisable.
+    """The cell and client that a request is for. The digest of both makes a repeated request recognisable.
 
     Attributes:
-        run: Public id of the world that requests belong to; "simulated" where each cell has ledgers of its own.
+        run: Public id of the run that a request belongs to; "simulated" where each cell has ledgers of its own.
+        arm: The cell's arm; no part of the digest.
+        seed: The cell's seed.
         exchange: Number of the exchange within the cell.
         client: The client.
-        stack: Homes of one number train in one pass where they can. No part of what makes a request known again.
+        stack: Clients of one number train in one pass where they can; no part of the digest.
     """
 
     run: str
@@ -305,11 +307,11 @@ OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
 def outputs(request: Request[Any]) -> set[Output]:
-    """What the reply to a request would let out."""
+    """The kinds of outputs that the reply to a request releases."""
     kinds: dict[type[Request[Any]], set[Output]] = {
         Synthesize: {"text"},
         Finetune: {"adapter"},
-        SelfTrain: {"adapter", "metrics"},  # how many candidates were kept tells of private text
+        SelfTrain: {"adapter", "metrics"},  # the counts of candidates depend on private text
         Score: {"scores"},
         Evaluate: {"metrics"},
         Adopt: set(),

@@ -1,4 +1,4 @@
-"""Clients that can be asked: a request to each, checked replies back, exchange by exchange."""
+"""Exchanges with the clients of a cell: a request to each, checked replies back."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Clients:
     """The clients of one cell.
 
     Attributes:
-        grid: Flower's.
-        nodes: Home -> node id; empty for real sites.
+        grid: Flower's grid.
+        nodes: Client -> node id; empty for real sites.
         cell: Arm, seed and resolved scenario.
         run: Public id of the run.
         labels: The public label list.
-        run_log: Where metrics, progress and what the cell needs to go on go.
-        exchange: Number of the latest.
-        sites: Names of real sites, by client: their nodes are looked for in each exchange. None in a simulation.
+        run_log: Takes metrics, progress and the checkpoint of the cell.
+        exchange: Number of the latest exchange.
+        sites: Names of real sites, by client; each exchange looks up their nodes. Empty in a simulation.
     """
 
     grid: Grid
@@ -73,14 +73,14 @@ class Clients:
         return range(len(self.sites)) if self.sites else sorted(self.nodes)
 
     def ask(self, request: Request[R]) -> dict[int, R]:
-        """The same order to every client; typed replies by client, in order of clients."""
+        """Sends the same request to every client; returns typed replies by client, in order of clients."""
         return self.ask_each(dict.fromkeys(self.ids, request))
 
     def ask_each(self, requests: Mapping[int, Request[R]]) -> dict[int, R]:
-        """One order per client, together; typed replies by client, in order of clients.
+        """Sends one request per client, all at once; returns typed replies by client, in order of clients.
 
-        Homes that the scenario's `participation` takes away give none: an absent one is not asked, one that drops out
-        has answered in vain. What those released counts.
+        Clients that the scenario's `participation` takes away have no reply here. An absent client is not asked. The
+        reply of a client that drops out is not used, but its privacy spending counts.
 
         Raises:
             TooFewReplies: If fewer clients than the quorum give a usable reply in time.
@@ -97,7 +97,7 @@ class Clients:
         # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
         needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
         self.run_log.progress(name, 0, len(requests))
-        # Where a quorum is out of reach, asking the others would spend in vain, and waiting for them cost time.
+        # With the quorum out of reach, asking the others would spend their budget and the run's time in vain.
         said = self._arrived(requests, asked) if len(requests) - len(reasons) >= needed else ()
         for client, heard in said:
             if heard.why is not None:
@@ -139,7 +139,7 @@ class Clients:
     def _count(
         self, name: str, asked: int, replies: Mapping[int, R], fates: Mapping[int, Fate], reasons: Mapping[int, str]
     ) -> None:
-        """What happened, in the metrics; where all answered there is nothing to say."""
+        """Logs the missing replies as metrics; nothing is logged if all clients replied."""
         if len(replies) == asked:
             return
         place = f"exchange/{self.exchange}-{name}"
@@ -151,7 +151,7 @@ class Clients:
             self.run_log.log_metric(client, f"{place}/failed", 1)
 
     def _arrived(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
-        """What each client says, as it comes: from this exchange's record, where a run goes on behind it."""
+        """Replies as they come; a resumed run takes them from the exchange's record if that is whole."""
         self._collect_late()
         record = self.run_log.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(requests, asked))
@@ -164,9 +164,9 @@ class Clients:
     def _recalled(
         self, requests: Mapping[int, Request[R]], found: Sequence[tuple[int, Heard, int]]
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What was kept of each client, checked anew, and the size of its request."""
+        """Each client's stored reply, checked again, and the size of its request."""
         late = [client for client, heard, _ in found if (heard.why or "").startswith(IN_VAIN)]
-        # Asked again, what they have stored says what they spent.
+        # Asked again, these clients send their stored replies, which say what they spent.
         sent, _ = self._delivery.send(requests, late, partial(self._packed, requests))
         self._late.expect(sent, self.exchange, requests)
         for client, heard, down in found:
@@ -175,7 +175,7 @@ class Clients:
     def _asked(
         self, requests: Mapping[int, Request[R]], asked: Sequence[int], record: ExchangeRecord
     ) -> Iterator[tuple[int, Heard, int]]:
-        """What each client says now, as it comes, and the size of its request; all is kept."""
+        """Asks the clients; each reply as it comes, and the size of its request. All are stored."""
         down: dict[int, int] = {}
         digest = hashlib.sha256()
         waiting: dict[str, tuple[int, ...]] = {}
@@ -220,7 +220,7 @@ class Clients:
     def _replies(
         self, waiting: dict[str, tuple[int, ...]], sites: SiteRetry, again: Callable[[Sequence[int]], None]
     ) -> Iterator[tuple[tuple[int, ...], Message | None]]:
-        """Replies as they come, None for one that cannot be unpacked; a site is asked anew when its time has come."""
+        """Replies as they come, None for one that cannot be unpacked; sites that are due are asked again."""
         begun = time.monotonic()
         while (waiting or sites) and (taken := time.monotonic() - begun) < self.cell.scenario.server.timeout:
             for key, reply in self._delivery.pulled(list(waiting)) if waiting else ():
@@ -228,11 +228,11 @@ class Clients:
             sites.look(waiting)
             if due := sites.due():
                 again(due)
-            if waiting or sites:  # looking costs time that workers could use
+            if waiting or sites:  # polling takes CPU time from the workers
                 time.sleep(min(1.0, max(POLL_SECONDS, taken / 50)))
 
     def _collect_late(self) -> None:
-        """What came after its time is not used, but it was released: what it says of privacy holds."""
+        """Late replies are not used, but their text was released: their privacy statements count."""
         for client, exchange, request, content in self._late.come():
             heard = self._counted(client, self._heard(content, request))
             if heard.why is None:
@@ -240,7 +240,7 @@ class Clients:
                 self.run_log.silent.discard((client, exchange))
 
     def close(self) -> None:
-        """After the last exchange."""
+        """Collects late replies after the last exchange."""
         self._collect_late()
 
     def _digest(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> str:
@@ -257,14 +257,14 @@ class Clients:
         return client // self.cell.scenario.stack
 
     def _heard(self, content: RecordDict | str, request: Request[Any]) -> Heard:
-        """The checked reply, or why there is none: one bad client must not end what a quorum allows."""
+        """The checked reply, or the reason why it is missing: one bad client must not end a run that has its quorum."""
         if isinstance(content, str):
             return Heard(why=content)
         try:
             payload, refused, seconds = unpacked(content)
         except BadValue as problem:
             return Heard(why=f"{UNUSABLE}: {problem}")
-        # A site sends no seconds (`pack_reply`): what one makes up is not added to others'.
+        # A site sends no seconds (`pack_reply`); made-up ones are ignored.
         heard = Heard(None, None, payload, refused, len(payload), None if self.sites else seconds)
         return self._checked(heard, request)
 
@@ -274,13 +274,13 @@ class Clients:
             reply: Any = decode(heard.payload, Refused if heard.refused else request.reply)
             if isinstance(reply, Refused):
                 return replace(heard, why=f"refused: {reply.code.value}")
-            # Real sites all say in the same words what they protect, in whatever column they have it.
+            # All real sites name their unit in the same words, whatever their columns are called.
             units, simulated = (UNITS, False) if self.sites else ((scenario.data.unit_name,), None)
             batch = scenario.client.generator_training.expected_batch_size
             check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
-        except Exception as problem:  # as in `decode`: what a check meets in a reply is that client's failure alone
+        except Exception as problem:  # as in `decode`: an error in a check is this client's failure alone
             return replace(heard, why=f"{UNUSABLE}: it cannot be checked ({type(problem).__name__})", payload=b"")
         return replace(heard, reply=reply)
 
@@ -292,7 +292,7 @@ class Clients:
         return heard
 
     def _note(self, client: int, reply: object) -> None:
-        """What a reply says of privacy, and what kinds of things it let out."""
+        """Logs the privacy statement of a reply and the kinds of its outputs."""
         statement = getattr(reply, "statement", None)
         if isinstance(statement, Statement):
             self.run_log.log_statement(client, statement)

@@ -1,4 +1,4 @@
-"""Which node is which client: by the partition that it holds, or by the name of a site's registered key."""
+"""The node of each client: found by the node's partition, or by the name of a site's registered key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POLL_SECONDS = 0.05
 
 
 class TooFewReplies(RuntimeError):
-    """Fewer clients gave a usable reply than the quorum asks for; the message names them and what they said."""
+    """Fewer clients gave a usable reply than the quorum asks for; the message names the others and their reasons."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Deployment:
     """A run between real sites; a run-config without one is a simulation.
 
     Attributes:
-        run: Public id of the run: sites know its requests again by it, also after a restart.
-        sites: Names under which the sites' keys were registered; their request numbers the clients.
-        measured: Ask for figures of the sites' models on their test rows: no epsilon covers them, and sites refuse
+        run: Public id of the run: sites recognise its repeated requests by it, also after a restart.
+        sites: Names under which the sites' keys were registered; a site's position is its client number.
+        measured: Ask for figures of the sites' models on their test rows. No epsilon covers them, and sites refuse
             unless their policies allow them.
     """
 
@@ -53,18 +53,18 @@ class Deployment:
 
 
 def nodes_by_client(grid: Grid, clients: int, *, stack: int = 1, seconds: float = 3600.0) -> dict[int, int]:
-    """Which node hosts which client; node ids are random, so each node is asked for its partition.
+    """Client -> id of its node; node ids are random, so each node is asked for its partition.
 
-    Where there are fewer nodes than clients, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of clients.
+    With fewer nodes than clients, SuperNode p of N hosts stacks p, p + N, p + 2 N, ... of clients.
 
     Args:
-        grid: Flower's.
+        grid: Flower's grid.
         clients: Number of clients.
-        stack: Homes that train in one pass: the first so many, the next, ...
-        seconds: How long to wait for all nodes (server.start_seconds): their registration races the start of a run.
+        stack: This many clients in a row train in one pass.
+        seconds: Longest wait for all nodes (server.start_seconds): their registration races the start of a run.
 
     Raises:
-        TooFewReplies: If fewer nodes register and answer than there are partitions.
+        TooFewReplies: If fewer nodes register and reply than there are partitions.
     """
     begun = time.monotonic()
     places: dict[int, int] = {}
@@ -96,10 +96,9 @@ def nodes_by_client(grid: Grid, clients: int, *, stack: int = 1, seconds: float 
 
 
 def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]]:
-    """Which of the named sites are connected: number -> node id, and since when.
+    """The named sites that are connected: number -> node id and time of connection.
 
-    A node's name is that under which an operator of the server registered its key, so that no site can claim to be
-    another.
+    An operator of the server registers each key under a name, so that no site can claim to be another.
 
     Raises:
         TooFewReplies: If two nodes have the same name.
@@ -116,5 +115,5 @@ def nodes_by_name(grid: Grid, names: Sequence[str]) -> dict[int, tuple[int, str]
 
 
 def first_line(reply: Message) -> str:
-    """What an error's reply says, in one line."""
+    """The first line of an error's reason."""
     return visible(((reply.error.reason or "").strip().splitlines() or ["no reason given"])[0][:200])

@@ -1,9 +1,9 @@
-"""Dataclasses to bytes and back: the one serialiser of wire and checkpoint; and texts as files of a run's directory.
+"""Dataclasses to bytes and back, for the wire and the checkpoint; corpora as Parquet files of a run's directory.
 
 A payload is an uncompressed zip: `value.json` with the scalars, one file of JSON lines per corpus (a prompt and its
-answer in each), one safetensors file per adapter. Nothing in it is executable, and nothing can unpack to more than it
-is: its size is its cost. What another party sent is read by the few lines below, which know no other form: a decoder
-of a general format (compression, dictionaries, encryption) would be asked by the sender what to do.
+answer in each line), one safetensors file per adapter. Nothing in it is executable. Nothing in it unpacks to more than
+its size. The few lines below read the bytes of other parties and know no other form: with a decoder of a general
+format (compression, dictionaries, encryption) the sender would choose what it does.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from fedsynth.typed import MAX_DIGITS, BadValue, build, plain
 
 T = TypeVar("T")
 SCHEMA = 2
-READ = (1, SCHEMA)  # 1 differs in its texts alone: a site's adapter in use, scores and codes of it are read
+READ = (1, SCHEMA)  # 1 differs in its texts alone; adapters in use, scores and refusals of schema 1 can be read
 MAX_LINE = 16 + 2 * 6 * MAX_TEXT  # bytes of a prompt and a reply: JSON writes a character in six at most
-ROWS = 64  # of a Parquet file that are read at once
-SPARE = 1 << 26  # bytes to which one may unpack, whatever its size
+ROWS = 64  # of a Parquet file, read at once
+SPARE = 1 << 26  # bytes that a Parquet file of any size may unpack to
 
 
 class BadPayload(BadValue):
@@ -56,10 +56,10 @@ def encode(value: object, *, trusted: bool = False) -> bytes:
 
     Args:
         value: A dataclass.
-        trusted: For the writer's own reading: also that an adapter is public, which others would not believe.
+        trusted: For the writer's own reading: keeps the mark of a public adapter, which other readers ignore.
 
     Raises:
-        BadPayload: If a private unit would be written: units never leave, so no payload has a place for them.
+        BadPayload: If a corpus has private units: units never leave, so no payload has a place for them.
     """
     parts: list[tuple[str, bytes]] = []
     tree = _take_parts(value, parts, {} if trusted else None)
@@ -75,18 +75,18 @@ def decode(data: bytes, kind: type[T], *, trusted: bool = False) -> T:
     """The dataclass of type `kind` in `data`.
 
     Args:
-        data: As `encode` gave them.
+        data: Bytes from `encode`.
         kind: The dataclass.
-        trusted: Written by this side, as such: read without the caps of `fedsynth.limits`.
+        trusted: The bytes were written by this side with `trusted`: read without the caps of `fedsynth.limits`.
 
     Raises:
-        BadPayload: For whatever else it is, and nothing but this: who sent it is at fault, not who reads it.
+        BadPayload: For all other bytes, and no other exception: the sender is at fault, not the reader.
     """
     try:
         return _decoded(data, kind, trusted=trusted)
     except BadPayload:
         raise
-    except Exception as problem:  # the only place that catches everything that bytes of another party may set off
+    except Exception as problem:  # bytes of another party may raise anything; this is the only place that catches it
         raise BadPayload(f"not a payload: it cannot be read ({type(problem).__name__})") from problem
 
 
@@ -111,7 +111,7 @@ def _decoded(data: bytes, kind: type[T], *, trusted: bool) -> T:
 
 
 def _check_places(kind: type, tree: Any) -> None:
-    """Texts and adapters stand where the type has them and nowhere else: found out before any is read, as reading texts
+    """Checks that texts and adapters stand only where the type has them. This precedes all reading, as reading texts
     takes some ten times their bytes."""
     if not isinstance(tree, dict):
         raise BadPayload(f"{kind.__name__} is no table")
@@ -135,7 +135,7 @@ def _holds_part(tree: Any) -> bool:
 
 
 def _misfit(kind: type, tree: Any, place: str) -> str:
-    """Which declared field does not fit. Nothing is repeated of what was sent: it ends up in sentences."""
+    """Names the declared field that does not fit. It repeats nothing that was sent, as messages end up in reports."""
     if not isinstance(tree, dict):
         return f"{place} is no table"
     hints = get_type_hints(kind)
@@ -164,8 +164,8 @@ _END = Struct("<4s4H2LH")
 def _files(data: bytes) -> dict[str, memoryview]:
     """The members of a zip as `encode` writes it: stored, in one piece, each byte at its one place; nothing is copied.
 
-    What a zip could hold beside that (compression, encryption, extra fields, comments, members twice or over one
-    another, bytes before, between and after them) is refused.
+    All else that a zip could hold is refused: compression, encryption, extra fields, comments, members twice or over
+    one another, bytes before, between and after them.
     """
     view, end = memoryview(data), len(data) - _END.size
     if not 0 <= end <= MAX_BYTES:
@@ -202,7 +202,7 @@ def _files(data: bytes) -> dict[str, memoryview]:
 
 
 def _own_files(data: bytes) -> dict[str, memoryview]:
-    """The members of what this side wrote, of any size."""
+    """The members of a zip that this side wrote, of any size."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return {info.filename: memoryview(archive.read(info)) for info in archive.infolist()}
 
@@ -249,8 +249,8 @@ _line = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _take_parts(value: object, parts: list[tuple[str, bytes]], known: dict[int, Any] | None) -> Any:
-    """The tree of a value, its corpora and adapters moved to `parts`; `known` (trusted only) holds those that are there
-    already: a state may hold one adapter for each of many clients."""
+    """The tree of a value, its corpora and adapters moved to `parts`. `known` (trusted only) holds the parts so far: a
+    state may hold one adapter for each of many clients."""
     if isinstance(value, Corpus | Adapter):
         if known is not None and id(value) in known:
             return known[id(value)]
@@ -285,7 +285,7 @@ def _take_parts(value: object, parts: list[tuple[str, bytes]], known: dict[int, 
 
 
 def _put_parts(tree: Any, files: dict[str, memoryview], known: dict[str, Any] | None) -> Any:
-    """The inverse of `_take_parts`. On the wire each part is named once, so that none is read more often."""
+    """The inverse of `_take_parts`. On the wire each part is named once, so that it is read once."""
     if isinstance(tree, dict):
         if "$corpus" in tree or "$adapter" in tree:
             name = tree.get("$corpus") or tree["$adapter"]
@@ -340,7 +340,7 @@ def _adapter(facts: Mapping[str, Any], data: memoryview, trusted: bool) -> Adapt
 
 
 def _tensors(data: memoryview) -> dict[str, NDArray[np.float32]]:
-    """Of a safetensors file: matrices of float32, one behind the other, without gaps."""
+    """The tensors of a safetensors file: matrices of float32, one behind the other, without gaps."""
     size = int.from_bytes(data[:8], "little")
     if not size <= len(data) - 8:
         raise BadPayload("the tensors of an adapter are cut off")
@@ -356,7 +356,7 @@ def _tensors(data: memoryview) -> dict[str, NDArray[np.float32]]:
             raise BadPayload("the tensors of an adapter must be matrices")
         if begin != place or end - begin != 4 * prod(shape):
             raise BadPayload("the tensors of an adapter must lie one behind the other, as large as their shapes")
-        # A copy: what is mapped to the message keeps all of it, and torch writes into what it is given.
+        # A copy: a view would keep the whole message in memory, and torch writes into its input.
         found[name] = np.frombuffer(body[begin:end], "<f4").reshape(shape).astype(np.float32)
         place = end
     if place != len(body):
@@ -373,8 +373,8 @@ def _check_leaves(corpus: Corpus) -> None:
 
 
 def corpus_to_parquet(corpus: Corpus, **more: str) -> bytes:
-    """One corpus as a Parquet file, for those who read a run's directory; provenance and grants, and `more`, stand in
-    its schema's metadata. None is ever sent or received."""
+    """One corpus as a Parquet file of a run's directory; its schema's metadata holds provenance, grants and `more`.
+    Such files are never sent or received."""
     _check_leaves(corpus)
     facts = {"provenance": corpus.provenance.value, "grants": json.dumps(corpus.grants), **more}
     table = pa.table(
@@ -389,10 +389,10 @@ def corpus_from_parquet(data: bytes) -> Corpus:
     """The corpus that `corpus_to_parquet` wrote.
 
     A few hundred kilobytes of Parquet can hold a gigabyte of text (one text in a dictionary, named by each row), and
-    its footer can deny it: so rows are counted as they come.
+    its footer can deny it. So bytes are counted as they come.
 
     Raises:
-        BadPayload: If it is none, or holds more text than a file of its size does, or MAX_TEXTS rows.
+        BadPayload: If it is none, unpacks to more than `SPARE` plus four times its size, or has over MAX_TEXTS rows.
     """
     try:
         return _from_parquet(data)

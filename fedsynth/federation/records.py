@@ -1,4 +1,4 @@
-"""Requests and answers to Flower records and back; private text stops here."""
+"""Requests and replies to Flower records and back; private text stops here."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ KINDS: dict[type[Corpus | Adapter | Scores], Output] = {Corpus: "text", Adapter:
 
 
 class WillNotLeave(RuntimeError):
-    """Something in a reply has no right to leave this client."""
+    """A part of a reply may not leave this client."""
 
 
 def pack_request(request: Request[Any], envelope: Envelope) -> RecordDict:
-    """A request for one client. Server text is checked, too: a server has no private text to send."""
+    """A request for one client. Server text is checked as well: a server has no private text to send."""
     for corpus in _parts(request, Corpus):
         if corpus.provenance is Provenance.PRIVATE:
             raise WillNotLeave(f"{type(request).__name__} holds private text")
@@ -38,28 +38,28 @@ def unpack_request(content: RecordDict, kind: type[T]) -> tuple[T, Envelope, str
     """The request, its envelope, and the digest that makes a repeated request recognisable.
 
     Raises:
-        fedsynth.typed.BadValue: If the message is not such a request; of its payload a BadPayload.
+        fedsynth.typed.BadValue: If the message is not such a request; a BadPayload if its payload cannot be read.
     """
     record = _record(content)
     facts = {f.name: _value(record, f.name) for f in dataclasses.fields(Envelope)}
     envelope = build(Envelope, facts, "envelope")
     data = _payload(record)
     digest = hashlib.sha256()
-    # Not the arm: `run` names one world already, and arms that ask the same of a simulated client get the same noise.
+    # Without the arm: `run` is unique, and arms that send a simulated client the same request get the same noise.
     for part in (*(str(facts[name]).encode() for name in ("run", "seed", "exchange", "client")), data):
         digest.update(len(part).to_bytes(8, "big") + part)
     return decode(data, kind), envelope, digest.hexdigest()
 
 
 def joined(contents: Sequence[RecordDict]) -> RecordDict:
-    """Requests, or answers, as the content of one message; a single one is its own content."""
+    """Requests, or replies, as the content of one message; a single one is its own content."""
     if len(contents) == 1:
         return contents[0]
     return RecordDict({f"{RECORD}.{place}": _record(content) for place, content in enumerate(contents)})
 
 
 def parted(content: RecordDict) -> list[RecordDict]:
-    """The orders, or answers, that were joined to a message, in their order; what is none is one bad part."""
+    """The requests, or replies, that were joined to a message, in order; any other content is one bad part."""
     if RECORD in content or not content:
         return [content]
     keys = [f"{RECORD}.{place}" for place in range(len(content))]
@@ -67,12 +67,12 @@ def parted(content: RecordDict) -> list[RecordDict]:
 
 
 def stack_number(content: RecordDict) -> int:
-    """Which requests of a message train in one pass: those of one number; -1 if it says none."""
+    """The stack of a request: requests of one number train in one pass; -1 if it has none."""
     return _number(content, "stack")
 
 
 def client_number(content: RecordDict) -> int:
-    """Which client a request is for; -1 if it says none."""
+    """The client that a request is for; -1 if it names none."""
     return _number(content, "client")
 
 
@@ -83,12 +83,12 @@ def _number(content: RecordDict, key: str) -> int:
 
 
 def seal(reply: object, *, allowed: Collection[Output], waived: bool) -> bytes:
-    """A reply as the bytes that leave, if every field of it may.
+    """A reply as bytes, if each of its fields may leave.
 
     Args:
-        answer: One of the reply classes of `fedsynth.federation.messages`.
-        allowed: Kinds of things that may leave: all in a simulation, what its policy says at a site.
-        waived: A release without guarantee was logged in this run's ledger.
+        reply: One of the reply classes of `fedsynth.federation.messages`.
+        allowed: Kinds of outputs that may leave: all in a simulation, those of its policy at a site.
+        waived: True if a release without guarantee was logged in this run's ledger.
 
     Raises:
         WillNotLeave: With the field and the rule.
@@ -116,7 +116,7 @@ def seal(reply: object, *, allowed: Collection[Output], waived: bool) -> bytes:
 
 
 def derived(value: object) -> list[Corpus | Adapter | Scores]:
-    """What is in a value that may derive from private text."""
+    """The parts of a value that may derive from private text."""
     return [*_parts(value, Corpus), *_parts(value, Adapter), *_parts(value, Scores)]
 
 
@@ -148,16 +148,16 @@ def pack_reply(data: bytes, *, refused: bool = False, seconds: float | None = No
     """Sealed bytes as the content of a reply.
 
     Args:
-        data: As sealed.
-        refused: Whether they are a refusal.
-        seconds: Of the client's CPU. Simulations only: how long a client works depends on what was drawn of its text.
+        data: Bytes from `seal` or `refusal`.
+        refused: True for a refusal.
+        seconds: The client's CPU time. Simulations only: it depends on the texts that were drawn.
     """
     timed = {} if seconds is None else {"seconds": seconds}
     return RecordDict({RECORD: ConfigRecord({"refused": refused, "payload": data, **timed})})
 
 
 def unpacked(content: RecordDict) -> tuple[bytes, bool, float | None]:
-    """Payload of a request or a reply; of a reply whether it is a refusal, and what `pack_reply` says of seconds.
+    """Payload of a request or a reply; for a reply, also its `refused` and `seconds` (see `pack_reply`).
 
     Raises:
         fedsynth.typed.BadValue: If the content is neither.
@@ -173,10 +173,10 @@ def refusal(code: ErrorCode) -> bytes:
 
 
 def unpack_reply(content: RecordDict, kind: type[T]) -> T | Refused:
-    """The typed reply in a reply.
+    """The typed reply, or refusal, in a message's content.
 
     Raises:
-        fedsynth.typed.BadValue: If the reply is not one; of its payload a BadPayload.
+        fedsynth.typed.BadValue: If the content is no reply; a BadPayload if its payload cannot be read.
     """
     record = _record(content)
     data = _payload(record)
@@ -184,7 +184,7 @@ def unpack_reply(content: RecordDict, kind: type[T]) -> T | Refused:
 
 
 def payload_bytes(content: RecordDict) -> int:
-    """Size of what a message carries."""
+    """Size of a message's payload in bytes."""
     return len(_payload(_record(content)))
 
 

@@ -1,4 +1,4 @@
-"""Strategies that are one function from round to round, and what they work with on the server."""
+"""The base class of strategies, one function from round to round, and the server's side of a cell."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from fedsynth.scenario.task import Task
 from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue, build
 
-__all__ = ["Clients", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method is written with
+__all__ = ["Clients", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method's module needs
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
 class ServerSide:
-    """What a strategy works with on the server.
+    """The server's side of a cell, for its strategy.
 
     Attributes:
         cell: Arm, seed and resolved scenario; `cell.public_seed` gives every public random stream.
         labels: The public label list.
         llm: The server LLM.
-        professional: The model that judges and responds, KnowledgeSG's; the LLM where a scenario names no other.
+        professional: KnowledgeSG's model that judges and responds; the LLM if a scenario names no other.
         embed: Texts -> vectors, shape (texts, width); offline the mean of the LLM's hidden states.
-        run_log: Where the strategy records what it kept and dropped.
+        run_log: Takes the strategy's metrics, corpora and adapters.
         open_clients: Flower's grid -> the clients of this cell.
-        measures: Whether clients' models are measured after each round.
-        engine: Loads, asks and trains language models that the strategy makes itself.
+        measures: True if clients' models are measured after each round.
+        engine: Loads, asks and trains the strategy's own language models.
     """
 
     cell: Cell
@@ -57,10 +57,10 @@ class ServerSide:
     engine: Engine = field(default_factory=Engine)
 
     def new_adapter(self, seed: int) -> Adapter:
-        """What training of the clients' model starts from: the server has their base, too.
+        """A new adapter to start the training of the clients' model from; the server has their base model as well.
 
         Args:
-            seed: Public, of the factors A.
+            seed: Public seed of the factors A.
         """
         from fedsynth.models.adapters import new_adapter  # brings torch, which methods without adapters do not need
 
@@ -81,14 +81,14 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @classmethod
     def check(cls, config: Any, scenario: Scenario) -> None:
-        """Whether the method can run a scenario; before any work is spent. Options may have a `check(scenario)`, too.
+        """Checks, before any work, that the method can run a scenario. Calls the options' `check(scenario)` if any.
 
         Args:
             config: The method's options.
-            scenario: Resolved.
+            scenario: The resolved scenario.
 
         Raises:
-            BadValue: If not, with the way out.
+            BadValue: If it cannot, with the way out.
         """
         if scenario.data.task not in cls.tasks:
             raise BadValue(
@@ -119,7 +119,7 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @classmethod
     def warnings(cls, config: Any, labels: Sequence[str]) -> list[str]:
-        """What to know before a run that is possible all the same. Options may have `warnings(labels)`, too.
+        """Warnings before a run; they do not stop it. Calls the options' `warnings(labels)` if any.
 
         Args:
             config: The method's options.
@@ -129,12 +129,12 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @classmethod
     def spends(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
-        """Whether any of the budget is spent under `dp`; what spends nothing is the same at every epsilon."""
+        """True if the method spends budget under `dp`; one that spends none is the same at every epsilon."""
         return True
 
     @classmethod
     def trains_generator(cls, config: Any) -> bool:
-        """Whether the generator's training is what spends: it is checked before a run."""
+        """True if the generator's training spends the budget; its settings are then checked before a run."""
         return cls.spends(config)
 
     @classmethod
@@ -152,7 +152,7 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @abstractmethod
     def round(self, clients: Clients, state: S) -> S:
-        """One round: asks clients, works on their answers, returns the next state."""
+        """One round: asks clients, works on their replies, returns the next state."""
 
     @property
     def task(self) -> Task:
@@ -175,9 +175,9 @@ class RoundStrategy(Strategy, Generic[S]):
 
         Args:
             grid: Flower's.
-            initial_arrays: Go into the result as they are.
-            num_rounds: In all, with those of a run that goes on.
-            *_: Flower's timeout and configurations: the scenario says them.
+            initial_arrays: Returned in the result unchanged.
+            num_rounds: Number of rounds in all, with those before a resumption.
+            *_: Flower's timeout and configurations; the scenario has them instead.
             **__: Likewise.
         """
         clients, run_log = self.server.open_clients(grid), self.server.run_log
@@ -194,13 +194,13 @@ class RoundStrategy(Strategy, Generic[S]):
                 try:
                     run_log.checkpoint.save(number, state, {**run_log.record(), "exchange": clients.exchange})
                 except BadValue as problem:
-                    # What clients sent is kept all the same: to go on then means to go through more rounds again.
+                    # The clients' stored replies remain; a resumed run then repeats more rounds.
                     append_event(run_log.events, {"event": "warning", "text": f"round {number}: {problem}"})
         clients.close()
         return result
 
     def _resumed(self, clients: Clients, first: S) -> S:
-        """The state to go on from: after the last round that is done, or the first."""
+        """The state after the last completed round, or the first state."""
         run_log = self.server.run_log
         found = run_log.checkpoint.load(type(first))
         if found is None:

@@ -63,7 +63,7 @@ from fedsynth.privacy import claims
 from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
 from fedsynth.scenario.schema import Client, GeneratorTraining
 
-# What stands in a reply as a name becomes a word of a report: these, and nothing else.
+# A name in a reply becomes a word of a report, so that grants must look like this.
 GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")
 A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
@@ -73,15 +73,15 @@ CHECKED = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)  # by
 
 
 class Rejected(ValueError):
-    """A request or answer that does not keep to what was agreed. The message repeats no text of it."""
+    """A request or reply with a value outside its agreed range. The message repeats no text of it."""
 
 
 def check_request(request: Request[Any], labels: Sequence[str]) -> None:
-    """A client's check: ranges only, so that a server cannot ask for what the privacy statement does not cover, or for
-    more than any site could do.
+    """A client's check of the ranges in a request: a server cannot ask for more than the privacy statement covers, or
+    than any site could do.
 
     Raises:
-        Rejected: With the value and the range; or a request of which nothing is checked here.
+        Rejected: With the value and the range; or for a kind of request without a check here.
     """
     if not isinstance(request, CHECKED):
         raise Rejected(f"a request {type(request).__name__} has no check: `check_request` must say what it may ask for")
@@ -115,12 +115,12 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
 
 
 def check_settings(client: Client, rounds: int) -> None:
-    """What a scenario asks clients to run, checked before a run and, as it comes from a server, again at each site:
-    numbers beyond which the bound was never shown to hold, or planning and training would never end.
+    """Checks the settings that a scenario gives clients, before a run and, as a server sends them, again at each site.
+    Beyond these numbers the bound was never shown to hold, or planning and training would never end.
 
     Args:
-        client: Of the scenario.
-        rounds: Likewise.
+        client: The scenario's `client` table.
+        rounds: The scenario's number of rounds.
 
     Raises:
         Rejected: With the key, the value and the range.
@@ -155,22 +155,22 @@ def check_reply(
     simulated: bool | None = None,
     batch: int | None = None,
 ) -> None:
-    """A server's check of one client's answer.
+    """A server's check of one client's reply.
 
     Args:
-        request: That it answers.
-        answer: Of the request's class.
-        labels: The public list.
-        units: What clients may say that they protect.
-        simulated: Whether noise is reproducible, and has to be said to be; None: either.
-        batch: What the scenario expects of a batch; None: any.
+        request: The request that it replies to.
+        reply: An object of the request's reply class.
+        labels: The public label list.
+        units: Units of privacy that a client's statement may name.
+        simulated: True if the statement must call its noise reproducible, False if it must not; None for either.
+        batch: The scenario's expected batch size; None for any.
 
     Raises:
         Rejected: With the name and the range; no word of the client is repeated.
     """
     said = getattr(reply, "statement", None)
     if isinstance(said, Statement):
-        # A list of scores may be protected for the client as a whole, text and adapters never are.
+        # A list of scores may be protected for the client as a whole; text and adapters are not.
         whole = {claims.CLIENT} if isinstance(reply, Scored) else set()
         try:
             claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated)
@@ -220,7 +220,8 @@ def _check_grants(said: Statement, grants: Sequence[str]) -> None:
 
 
 def _check_records(records: int, said: Statement, batch: int | None) -> None:
-    """An average's weight: the units that the sampling rate was planned for. Without a guarantee there is no rate."""
+    """Checks an average's weight: the number of units that the sampling rate was planned for. Without a guarantee there
+    is no rate."""
     _within("records", records, 1, MAX_RECORDS)
     if said.sampling_rate is None:
         return
@@ -230,7 +231,7 @@ def _check_records(records: int, said: Statement, batch: int | None) -> None:
 
 
 def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
-    """Each figure that the request asks for, and no other: a name becomes a word of a report."""
+    """Checks that each requested figure is there and no other: a name becomes a word of a report."""
     if set(metrics) != set(names):
         raise Rejected(
             f"metrics must be {', '.join(names)}: {len(set(names) - set(metrics))} of them are missing, "
@@ -243,7 +244,7 @@ def _check_metrics(metrics: Mapping[str, float], names: Sequence[str]) -> None:
 
 
 def _check_funnel(funnel: Mapping[str, int], candidates: int) -> None:
-    """Counts under the names that there are, of no more candidates than were asked for."""
+    """Checks the names in `FUNNEL`, and that counts do not exceed the candidates that were asked for."""
     if others := set(funnel) - set(FUNNEL):
         raise Rejected(f"funnel with {len(others)} names that are none of {', '.join(FUNNEL)}")
     for name, count in funnel.items():
@@ -252,7 +253,7 @@ def _check_funnel(funnel: Mapping[str, int], candidates: int) -> None:
 
 
 def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) -> None:
-    """An adapter may hold the tensors of the one that was sent (or the named ones of them), and nothing else."""
+    """Checks that an adapter has the tensors of the one that was sent (or those that `only` names) and no others."""
     expected = {name: array.shape for name, array in like.arrays.items() if only is None or only(name)}
     if {name: array.shape for name, array in adapter.arrays.items()} != expected:
         raise Rejected("an adapter with other tensors than those of the one that was sent")
@@ -263,9 +264,9 @@ def _check_adapter(adapter: Adapter, like: Adapter, only: Shared | None = None) 
 
 
 def _check_factors(name: str, adapter: Adapter) -> None:
-    """An adapter that is not held against one that was sent: caps, and both factors of each layer in their shapes.
+    """Checks an adapter without one to compare with: caps, and both factors of each layer in their shapes.
 
-    Whoever puts it into a model makes room for its rank first: so A must have as many rows, which had to be sent.
+    Loading an adapter allocates memory for its rank. So A must have as many rows, which the sender had to send.
     """
     _check_finite(adapter)
     _within(f"{name}.rank", adapter.rank, 1, MAX_RANK)

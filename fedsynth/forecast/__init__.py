@@ -1,1 +1,1 @@
-"""What a planned run will spend, send, hold and take: `fedsynth check`."""
+"""The forecast of a planned run (privacy, bytes, memory, time) for `fedsynth check`."""

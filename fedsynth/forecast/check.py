@@ -1,4 +1,4 @@
-"""`fedsynth check`: the figures of what a planned run will spend, send, hold and take, and what will not fit."""
+"""`fedsynth check`: a planned run's privacy, bytes, memory and time, with warnings of what will not fit."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from fedsynth.scenario.toml import cells
 from fedsynth.simulation.simulate import SAFE_SHARE, check, concurrency, supernodes
 
 DAY = 86_400.0
-BUSY = 1.3  # times as long as alone: from there on others on the machine are worth a line
-MOST_PLANS = 12  # noise calibrations that are made for one arm here; each takes a second or so
-# What Flower and Ray take, whatever runs. Measured on two cores (docs/results.md).
+BUSY = 1.3  # times as long as alone: from this on, a line says that others use the machine
+MOST_PLANS = 12  # noise calibrations made for one arm here; each takes about a second
+# The costs of Flower and Ray in any run. Measured on two cores (docs/results.md).
 # A run starts one process after the other: in units of what a worker needs to import, before the workers and for them.
 STARTS, WORKER_STARTS = 3.2, 1.2
-WAITS = 7.0  # seconds of starting and ending in which nothing works: Ray comes up, Flower is asked every five seconds
+WAITS = 7.0  # idle seconds of starting and ending: Ray starts, Flower's status is read every five seconds
 EXCHANGE = 0.3  # seconds of an exchange beside the clients' work
 MESSAGE = 0.03  # seconds of each request on its way
 HELD = 1_000_000_000  # bytes: SuperLink, SuperExec, Ray and its agents, supervisor; they hold no model
-DRIVES = 400_000_000  # bytes: Ray in the process of the server app, and what that one keeps of what it needed
+DRIVES = 400_000_000  # bytes: Ray in the process of the server app, and memory that this process does not free
 
 
 @dataclass(frozen=True)
 class ArmForecast:
-    """Of one arm, all seeds together.
+    """The forecast of one arm, all seeds together.
 
     Attributes:
         guarantee: `dp` or `none`.
@@ -47,7 +47,7 @@ class ArmForecast:
         down: Bytes to clients.
         read: Tokens that language models at the server read.
         written: Tokens that they write.
-        seconds: Of its cells, starting and ending aside.
+        seconds: Time of its cells, without starting and ending.
     """
 
     guarantee: str
@@ -62,17 +62,17 @@ class ArmForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of a run.
+    """The forecast of a run.
 
     Attributes:
-        scenario: Its name.
-        arms: By name.
-        workers: That will serve the clients.
-        seconds: Of the whole run, with the load that this machine has now.
-        seconds_alone: If nobody else used the cores.
-        worker: Bytes that a worker holds at most.
+        scenario: Name of the scenario.
+        arms: Forecasts of arms by name.
+        workers: Number of workers that will serve the clients.
+        seconds: Time of the whole run, under this machine's present load.
+        seconds_alone: The same on cores that nobody else uses.
+        worker: Peak bytes of a worker.
         driver: Bytes of all other processes.
-        warnings: What will not fit, and what is not known.
+        warnings: Lines on resources that will not suffice, and on unknown costs.
     """
 
     scenario: str
@@ -90,7 +90,7 @@ class Forecast:
         return self.workers * self.worker + self.driver
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The JSON that `--json` prints."""
         return {
             "scenario": self.scenario,
             "workers": self.workers,
@@ -120,25 +120,25 @@ class Forecast:
 def forecast(
     scenario: Scenario, *, workers: int | None = None, place: Path | None = None, tell: Callable[[str], None] = print
 ) -> Forecast:
-    """Checks a scenario, rehearses its rounds on dummy text, measures what they cost and adds up.
+    """Checks a scenario, rehearses its rounds on dummy text, measures their costs and adds up.
 
-    No private text is trained on, sampled after or sent, and nothing is charged. Of a file it is read what `check`
-    reads, and how long its texts are.
+    No private text is trained on, sampled after or sent, and nothing is charged. A data file is read as by the check
+    before a run, and for the lengths of its texts.
 
     Args:
-        scenario: With the arms and seeds that are to run.
-        workers: Client processes; left out: as many as `run` would take.
-        place: Where the run would write; left out: the working directory.
-        tell: Called with a line on what is being done.
+        scenario: The scenario with the arms and seeds to run.
+        workers: Number of client processes; None for as many as `run` would use.
+        place: The run's future directory; None for the working directory.
+        tell: Called with a line on each step.
 
     Raises:
-        BadValue: What is wrong with the scenario, and the way out.
+        BadValue: With the scenario's fault and the way out.
         fedsynth.forecast.profiling.ProbeFailed: If a stand-in for a worker ends early.
     """
     begun = busy()
     warnings = check(scenario)
     checking = busy() - begun
-    launcher = psutil.Process().memory_info().rss  # as it goes on while a run goes on
+    launcher = psutil.Process().memory_info().rss  # this process stays during a run
     clients = 1 if scenario.data.pooled else scenario.data.clients
     count, _ = concurrency(workers, clients)
 
@@ -190,7 +190,7 @@ def forecast(
 
 
 def _same_work(planned: Sequence[Cell]) -> dict[str, str]:
-    """By arm the first arm whose clients have the same settings and text: what is measured for one holds for both."""
+    """By arm, the first arm whose clients have the same settings and text: one measurement serves both."""
     first: dict[Any, str] = {}
     return {
         cell.arm: first.setdefault((cell.scenario.client, cell.scenario.data, cell.scenario.rounds), cell.arm)
@@ -199,7 +199,7 @@ def _same_work(planned: Sequence[Cell]) -> dict[str, str]:
 
 
 def _measured_as(arm: str, rehearsed: Rehearsed) -> Rehearsed:
-    """With all work named after the arm that it is measured for."""
+    """The exchanges with all work renamed to the arm that it is measured for."""
     exchanges = (
         replace(e, work={h: {replace(u, arm=arm): n for u, n in work.items()} for h, work in e.work.items()})
         for e in rehearsed.exchanges
@@ -208,7 +208,7 @@ def _measured_as(arm: str, rehearsed: Rehearsed) -> Rehearsed:
 
 
 def _units(found: Iterable[Rehearsed]) -> dict[Unit, int]:
-    """What has to be measured, and the most of it that one client does at once."""
+    """The units to measure, each with the largest number that one client does at once."""
     most: dict[Unit, float] = {}
     for work in (work for rehearsed in found for e in rehearsed.exchanges for work in e.work.values()):
         for unit, amount in work.items():
@@ -218,12 +218,12 @@ def _units(found: Iterable[Rehearsed]) -> dict[Unit, int]:
 
 @dataclass
 class Workers:
-    """Workers that take messages as they come, and learn once what every process has to learn.
+    """Workers that take messages as they come; each pays the first cost of a unit once.
 
     Attributes:
-        count: How many.
-        nodes: SuperNodes, each of which gets one message per exchange.
-        known: By worker: the units that it has met.
+        count: Number of workers.
+        nodes: Number of SuperNodes, each of which gets one message per exchange.
+        known: By worker, the units that it has done before.
     """
 
     count: int
@@ -231,7 +231,7 @@ class Workers:
     known: list[set[Unit]] = field(default_factory=list)
 
     def take(self, exchange: Exchange, costs: Mapping[Unit, Cost], stack: int) -> float:
-        """Seconds of an exchange: those of the worker that is done last."""
+        """Seconds of an exchange: those of the worker that ends last."""
         self.known = self.known or [set() for _ in range(self.count)]
         busy = [0.0] * self.count
         messages: dict[int, list[int]] = {}
@@ -250,7 +250,7 @@ class Workers:
 
 
 def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tuple[float | None, list[str]]:
-    """Over clients and seeds; and whether a client would refuse a request because its budget is spent."""
+    """The largest epsilon over clients and seeds; and warnings, above all of clients whose budget is too small."""
     if rehearsed.epsilon is None or not rehearsed.plans:
         return rehearsed.epsilon, []
     client, told = cell.scenario.client, []
@@ -283,7 +283,7 @@ def _largest_epsilon(scenario: Scenario, cell: Cell, rehearsed: Rehearsed) -> tu
 def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehearsed], place: Path) -> list[str]:
     warnings = []
     free = psutil.virtual_memory().available
-    needed = made.memory - psutil.Process().memory_info().rss  # this process holds its part already
+    needed = made.memory - psutil.Process().memory_info().rss  # this process already holds its part
     if needed > SAFE_SHARE * free:
         warnings.append(
             f"will not fit: {made.workers} workers and what drives them need {needed / 1e9:.1f} GB of "
@@ -310,7 +310,7 @@ def _will_not_fit(scenario: Scenario, made: Forecast, found: Mapping[str, Rehear
 
 
 def _on_disk(cell: Cell, rehearsed: Rehearsed) -> int:
-    """Bytes of a cell: what people share, stored answers, and a task model for each client that learns one."""
+    """Bytes of a cell on disk: its share of the run's directory, stored answers, and each client's task model."""
     learners = {client for e in rehearsed.exchanges if e.name == "learn" for client in e.work}
     config, weights = cell.scenario.client, 0
     if config.task_training.trains == "all" and cell.scenario.data.task == "classification":

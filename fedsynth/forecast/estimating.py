@@ -1,4 +1,4 @@
-"""A server's models that do a sample of what they are asked for, timed, and make up the rest."""
+"""Server models that do a timed sample of each request and make up the rest."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from fedsynth.scenario.schema import Cell, Endpoint
 from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Descent
 
-# Seconds of work, of all threads, for which a call's sample grows: a whole batch shows what memory it takes.
+# A call's sample grows up to these seconds of work, of all threads: a whole batch shows its memory.
 WHOLE = 2.5
 
 
 @dataclass
 class Tally:
-    """What the server's models are asked for, and what it takes.
+    """The work of the server's models and its costs.
 
     Attributes:
-        labels: Words that stay as they are in texts made up.
-        seconds: Of all of it, in a run on cores that nobody else uses.
-        spent: Seconds of work that were spent on it here.
+        labels: Words that stay as they are in made-up texts.
+        seconds: Time of all the work, in a run on cores that nobody else uses.
+        spent: Seconds of work spent on samples here.
         read: Tokens of prompts and of scored texts.
-        written: Tokens.
-        known: What calls of a kind were found to take, and gave.
-        rng: Of what is made up.
+        written: Tokens that the models write.
+        known: By kind of call, its measured costs and sampled results.
+        rng: Draws the made-up results.
     """
 
     labels: frozenset[str]
@@ -54,7 +54,7 @@ class Tally:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Work within is spent here: it is not what the strategy itself takes."""
+        """Counts the work within as spent here, so that it is not taken for the strategy's own."""
         begun = busy()
         try:
             yield
@@ -62,13 +62,13 @@ class Tally:
             self.spent += busy() - begun
 
     def add(self, key: Any, count: int, sample: Callable[[int], list[Any]], most: int, *, lanes: int = 1) -> list[Any]:
-        """What a sample of `count` things gave; the time of all of them is noted.
+        """The results of a sample of `count` items; adds the time that all of them would take.
 
         Args:
-            key: Calls of one key cost the same for each thing.
-            count: Of all.
-            sample: Does that many in earnest.
-            most: At once; a larger sample would tell no more.
+            key: Calls of one key cost the same for each item.
+            count: Number of all items.
+            sample: Does the given number of items.
+            most: Items at once; a larger sample would show no more.
             lanes: Threads that a whole call uses; a small sample uses one.
         """
         if key not in self.known:
@@ -88,7 +88,7 @@ class Tally:
 
 @dataclass
 class SampledLLM:
-    """A `TextModel` that completes and scores a sample of what it is asked for, and makes up the rest from it."""
+    """A `TextModel` that completes and scores a sample of its prompts, and makes up the rest from it."""
 
     llm: LocalLLM
     tally: Tally
@@ -121,7 +121,7 @@ class SampledLLM:
             return texts
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """As `TextModel`. Pairs of one text in a row are compared with each other: they are taken, and made up,
+        """As `TextModel`. Consecutive pairs of one text are compared with each other: they are sampled, or made up,
         together."""
         with self.tally.aside():
             both = [p + c for p, c in zip(prompts, continuations, strict=True)]
@@ -147,11 +147,11 @@ class SampledLLM:
     def misfits(
         self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
-        """As the model itself."""
+        """As the model itself says."""
         return self.llm.misfits(prompts, more, continuations)
 
     def _lengths(self, texts: Sequence[Prompt], more: int, way_out: str) -> list[int]:
-        """Tokens of each text; they count as read. Refused as by the model itself where they leave no room."""
+        """Number of tokens of each text, counted as read; raises as the model does if they leave no room."""
         lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind)]
         self.llm.check_room(lengths, more, way_out=way_out)
         self.tally.read += sum(lengths)
@@ -164,13 +164,13 @@ class SampledLLM:
 
 @dataclass(frozen=True)
 class SampledEmbedder:
-    """Embeds a sample of texts, and gives vectors near those for all of them."""
+    """Embeds a sample of texts, and makes up vectors near those for all of them."""
 
     embedder: Embedder
     tally: Tally
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Shape (texts, width)."""
+        """Vectors of shape (texts, width)."""
         if not texts:
             return self.embedder.embed(texts)
         with self.tally.aside():
@@ -183,7 +183,7 @@ class SampledEmbedder:
 
 @dataclass(frozen=True)
 class SampledEngine(Engine):
-    """Models that a strategy makes itself do a sample, too: of texts, of scores, of the steps of their training."""
+    """The engine of a strategy's own models; they do a sample as well: of texts, scores and training steps."""
 
     tally: Tally
 
@@ -192,7 +192,7 @@ class SampledEngine(Engine):
         return SampledLLM(llm, self.tally)
 
     def descend(self, asked: Descent) -> float:
-        """As `Engine`, in a few steps of all."""
+        """As `Engine`, with a sample of the steps."""
         rows, settings, guard = asked.rows, asked.settings, asked.guard
         if not rows:
             return float("nan")
@@ -221,12 +221,12 @@ _WORD = re.compile(r"[^\W\d_]{3,}(?!\w*\s*:)")  # no mark such as `answer:`
 
 
 def vocabulary(texts: Sequence[str]) -> list[str]:
-    """The words of some texts, none of them twice."""
+    """The words of some texts, each once."""
     return sorted({word for text in texts for word in _WORD.findall(text)}) or ["word"]
 
 
 def varied(text: str, pool: Sequence[str], kept: frozenset[str], rng: np.random.Generator) -> str:
-    """A text of the same form and about the same length, with half of its words changed: no copy of the first."""
+    """A text of the same form and about the same length, with half of its words changed, so that it is no copy."""
 
     def other(match: re.Match[str]) -> str:
         word = match.group()
@@ -237,8 +237,8 @@ def varied(text: str, pool: Sequence[str], kept: frozenset[str], rng: np.random.
 
 @dataclass
 class Elsewhere:
-    """A model behind an endpoint, which is not asked: it would cost time and money. Its answers are as long as they may
-    be, and every parser here finds something in them."""
+    """A stand-in for a model behind an endpoint, which is not called, as that costs time and money. Its texts have the
+    full length, and every parser here finds something in them."""
 
     labels: Sequence[str]
     tally: Tally
@@ -258,7 +258,7 @@ class Elsewhere:
         return found
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """As if a text were likeliest after its own label."""
+        """Scores that make a text likeliest after its own label."""
         self.tally.read += sum(map(_roughly, [*prompts, *continuations]))
         same = groupby(range(len(prompts)), key=lambda i: continuations[i])
         return [-1.0 - place for _, rows in same for place, _ in enumerate(rows)]
@@ -266,17 +266,17 @@ class Elsewhere:
 
 def _roughly(text: Prompt) -> int:
     size = len(text.system) + len(text.user) if isinstance(text, Chat) else len(text)
-    return -(-size // 4)  # characters of a token, of which no tokenizer is known here
+    return -(-size // 4)  # characters of a token, the endpoint's tokenizer is not known here
 
 
 def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[Any, Any]) -> tuple[Any, Any, Any]:
-    """LLM, professional and embedding as the server app has them, but sampled; an endpoint is not asked.
+    """LLM, professional model and embedder of the server app, in their sampled form; endpoints are not called.
 
     Args:
-        cell: Names them.
+        cell: Its scenario names the models.
         labels: The public label list.
-        tally: Notes what they are asked for.
-        models: Those that this process has loaded already; filled.
+        tally: Counts the models' work.
+        models: Models that this process has loaded; new ones are added.
     """
     server = cell.scenario.server
 
@@ -299,5 +299,5 @@ def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[
 
 
 def kept_words(labels: Sequence[str]) -> frozenset[str]:
-    """The words of the labels, which a text that is made up keeps."""
+    """The words of the labels; made-up texts keep them."""
     return frozenset(word for label in labels for word in _WORD.findall(label))

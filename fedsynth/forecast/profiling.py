@@ -1,8 +1,8 @@
-"""A stand-in for a worker: what each kind of a client's work costs there, in seconds and memory, on dummy text.
+"""A stand-in for a worker: it measures the seconds and memory of each kind of a client's work on dummy text.
 
-`python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output: it
-is a process with a worker's environment and imports, so that what it takes is what a worker will take. As many of them
-measure side by side as workers will run: cores share memory and its bandwidth.
+`python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output. Its
+process has a worker's environment and imports, so that its costs are a worker's. As many of them measure side by side
+as workers will run: cores share memory and its bandwidth.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from fedsynth.simulation.flower import KEEPING, LaunchFailed
 from fedsynth.typed import build, plain
 
 Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
-SEED = 0x0D127E87  # of dummy text: no run's, whose seeds are small numbers
-LONG_ENOUGH = 1.0  # seconds of a measurement that a larger one would hardly better
+SEED = 0x0D127E87  # of dummy text; no run has it, as runs' seeds are small numbers
+LONG_ENOUGH = 1.0  # seconds of a measurement; a longer one would be hardly better
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Work that costs a client the same each time it is done.
+    """A unit of work that costs a client the same each time.
 
     Attributes:
-        kind: `plan`: the noise of a plan and its statement. `step`: of the generator's training, as requested.
-            `own_step`: the same alone and without a guarantee. `scorer_step`: of a scorer's training under DP-SGD.
+        kind: `plan`: the noise of a plan and its statement. `step`: a step of the generator's training, as requested.
+            `own_step`: the same step alone and without a guarantee. `scorer_step`: a step of a scorer under DP-SGD.
             `sample`: a text after its control code. `demonstrated`: a text after demonstrations. `rate`: the likelihood
             of a record. `respond`: a response to a test instruction. `fit`: a text that the task model learns once.
             `read`: a text that it classifies.
-        arm: Whose settings hold.
-        tokens: Longest text that is written.
-        shots: Demonstrations.
+        arm: The arm with the settings.
+        tokens: Longest text to write, in tokens.
+        shots: Number of demonstrations.
         frozen_a: Only the factors B are trained.
-        temperature: Of sampling.
-        top_p: Of sampling.
+        temperature: The sampling temperature.
+        top_p: The nucleus of sampling.
     """
 
     kind: Kind
@@ -67,11 +67,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a unit.
+    """The costs of a unit.
 
     Attributes:
-        first: Seconds that a process needs beside the work itself where it meets the unit for the first time.
-        each: Seconds of one.
+        first: Further seconds of a process that does the unit for the first time.
+        each: Seconds of one unit.
     """
 
     first: float
@@ -80,13 +80,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Probed:
-    """What stand-ins for workers found.
+    """The measurements of the workers' stand-ins.
 
     Attributes:
-        costs: By unit, the mean of all; seconds of work.
-        imported: Seconds of work until such a process had started and imported what it needs, the mean of all.
-        waiting: Seconds that pass for each second of a worker's work: 1 where nobody else uses the cores.
-        memory: Bytes that one of them held at most.
+        costs: By unit, the mean over stand-ins, in seconds of work.
+        imported: Seconds of work until a stand-in has started and made its imports, the mean over all.
+        waiting: Wall seconds for each second of a worker's work: 1 if nobody else uses the cores.
+        memory: Peak bytes of the largest stand-in.
     """
 
     costs: Mapping[Unit, Cost]
@@ -96,32 +96,32 @@ class Probed:
 
 
 def busy() -> float:
-    """Seconds of work of this process: others that use the same cores make it wait, not work. On a GPU the wall's."""
+    """CPU time of this process in seconds, which other users of the cores do not change; wall time on a GPU."""
     from fedsynth.models.loading import gpus  # brings torch
 
     return time.perf_counter() if gpus() else time.process_time()
 
 
 def waiting(since: tuple[float, float] = (0.0, 0.0)) -> float:
-    """Seconds that pass for each second in which this thread works: 1 where nobody else uses the cores, or where the
-    kernel does not say.
+    """Wall seconds for each second in which this thread works: 1 if nobody else uses the cores, or the kernel gives no
+    statistics.
 
     Args:
-        since: What `scheduled` gave then; left out: since the thread started.
+        since: An earlier value of `scheduled`; None for the thread's start.
     """
     worked, waited = (now - then for now, then in zip(scheduled(), since, strict=True))
     return 1 + waited / worked if worked > 0 else 1.0
 
 
 def scheduled() -> tuple[float, float]:
-    """Seconds in which this thread has worked, and in which it has waited for a core."""
+    """The seconds in which this thread has worked, and those in which it has waited for a core."""
     facts = Path("/proc/thread-self/schedstat")
     worked, waited = facts.read_text().split()[:2] if facts.is_file() else ("0", "0")
     return int(worked) / 1e9, int(waited) / 1e9
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most. `ru_maxrss` would count what its parent held when it was started."""
+    """Peak bytes of this process. `ru_maxrss` would count its parent's memory at the start."""
     facts = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", facts.read_text(), re.MULTILINE) if facts.is_file() else None
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -133,7 +133,7 @@ def peak_memory() -> int:
 def typical_lengths(cell: Cell) -> tuple[int, ...]:
     """Deciles of the clients' text lengths in tokens of the generator: figures such as the data card's, no text.
 
-    Empty for worlds, of which text of another seed can be drawn.
+    Empty for worlds: dummy text is drawn from them with another seed.
     """
     data = cell.scenario.data
     if data.world is not None:
@@ -152,12 +152,12 @@ def _whole(corpus: Corpus) -> tuple[str, ...]:
 
 
 def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, test: int) -> ClientData:
-    """Text like a client's own that no client holds: of its world under another seed, or words at random.
+    """Text like a client's that no client holds: from its world under another seed, or random words.
 
     Args:
-        cell: Whose data and generator.
-        index: Of the client.
-        lengths: As `typical_lengths` gives them.
+        cell: Its scenario names data and generator.
+        index: Number of the client.
+        lengths: Deciles from `typical_lengths`.
         train: Number of training texts.
         test: Number of test texts.
     """
@@ -184,7 +184,7 @@ def dummy_site(cell: Cell, index: int, lengths: Sequence[int], *, train: int, te
 
 
 def _public(corpus: Corpus) -> Corpus:
-    """A world's text of a seed that no run has is nobody's."""
+    """Text of a world under a seed that no run has; it is nobody's."""
     return Corpus(corpus.prompts, corpus.answers, Provenance.PUBLIC)
 
 
@@ -199,25 +199,25 @@ def _words(tokenizer: Any) -> list[str]:
 
 
 def measured(cell: Cell, unit: Unit, most: int, lengths: Sequence[int]) -> Cost:
-    """What a unit costs in this process.
+    """The costs of a unit in this process.
 
     Args:
-        cell: Of the unit's arm.
-        unit: What.
-        most: As many as a run asks for at once, at most.
-        lengths: Of dummy text.
+        cell: A cell of the unit's arm.
+        unit: The unit to measure.
+        most: Largest number that a run does at once.
+        lengths: Deciles of the lengths of dummy text.
     """
     work, many = _work(cell, unit, lengths)
     most = max(1, min(most, many))
     cold = _seconds(work, 1)
-    if unit.kind == "plan":  # remembered: what is asked again costs nothing
+    if unit.kind == "plan":  # cached: a second call would cost nothing
         return Cost(cold, 0.0)
     count, took = 1, _seconds(work, 1)
     first = max(0.0, cold - took)
     while took < LONG_ENOUGH and count < most:
         count = min(most, max(2 * count, int(1.5 * LONG_ENOUGH / max(took, 1e-6) * count)))
         took = _seconds(work, count)
-    together = cell.scenario.stack if unit.kind == "step" else 1  # clients, each of which makes those steps
+    together = cell.scenario.stack if unit.kind == "step" else 1  # clients that each make those steps
     return Cost(first, took / count / together)
 
 
@@ -228,7 +228,7 @@ def _seconds(work: Callable[[int], object], count: int) -> float:
 
 
 def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int], object], int]:
-    """The real thing, `n` times at once, and how many are done at once at most."""
+    """A function that does the real work `n` times at once, and the largest `n` of a call."""
     from fedsynth.clients.client_side import declared_records
     from fedsynth.clients.finetune import on_base  # these bring torch
     from fedsynth.instructions import ASK, asked, in_line
@@ -275,7 +275,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
 
 @dataclass(frozen=True)
 class _ClientSide:
-    """What `on_base` needs of one."""
+    """The part of a client that `on_base` needs."""
 
     config: Client
 
@@ -288,7 +288,7 @@ def _start(client: Client) -> Any:
 
 
 def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]:
-    """Steps of the generator's training, of a whole stack of clients where those train together."""
+    """Steps of the generator's training, for a whole stack of clients if these train in one pass."""
     from fedsynth.clients.batched_training import TrainRequest, TrainResult, Trains, together
     from fedsynth.clients.client_side import declared_records
     from fedsynth.models.hub import config_of
@@ -315,7 +315,7 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
     def training() -> Training:
         if planned is None:
             return without_guarantee(slots, settings, 0)
-        return private(slots, planned, GrantRandomness(bytes(32)))  # a public key: nothing here is anybody's
+        return private(slots, planned, GrantRandomness(bytes(32)))  # a public key: the text is nobody's
 
     def trains(count: int) -> Trains[TrainResult]:
         asked = replace(training(), steps=count)
@@ -375,7 +375,7 @@ def _some(corpus: Corpus, rows: int) -> Corpus:
 
 
 def main() -> None:
-    """Measures what it is asked for."""
+    """Measures the units that standard input names."""
     import ray  # noqa: F401 - a worker has it in memory
 
     import fedsynth.clients.app  # noqa: F401 - likewise
@@ -399,17 +399,17 @@ def main() -> None:
 
 
 class ProbeFailed(LaunchFailed):
-    """A stand-in ended without an answer; the message is its last words."""
+    """A stand-in ended without a result; the message is the end of its output."""
 
 
 def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequence[int]], processes: int) -> Probed:
-    """Lets stand-ins measure, side by side.
+    """Starts stand-ins that measure side by side.
 
     Args:
-        scenario: With all arms that run.
-        units: What to measure, and how many of it a run asks for at once, at most.
-        lengths: By arm: as `typical_lengths`.
-        processes: How many stand-ins.
+        scenario: The scenario with all arms that run.
+        units: The units to measure, each with the largest number that a run does at once.
+        lengths: By arm, deciles from `typical_lengths`.
+        processes: Number of stand-ins.
 
     Raises:
         ProbeFailed: If one of them ends early.

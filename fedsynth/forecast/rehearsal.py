@@ -1,7 +1,7 @@
-"""A strategy's own rounds against clients that only say what they would do: who is asked what, and how large it is.
+"""A rehearsal of a strategy's rounds: real requests to clients that reply with dummies and note the work.
 
-Requests are made and packed as in a run, answers are dummies of the right kind and size, and of what a server's models
-are asked a sample is done in earnest and timed. So a method needs no table of what it costs, whoever wrote it.
+Requests are made and packed as in a run, replies are dummies of the right kind and size, and the server's models do a
+timed sample of their work. So no method, not even a user's own, needs a table of its costs.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
 
 GRANT = ("0" * 32,)  # as long as a grant's id
-ENOUGH = 10.0  # seconds of a dry run after which further rounds are taken to be as the last whole one
+ENOUGH = 10.0  # seconds of a rehearsal; further rounds are then assumed to cost as much as the last whole one
 
 
 class Unforeseen(Exception):
-    """An order of a class that is not known here; the message names it."""
+    """A request of an unknown class; the message names it."""
 
 
 class _Enough(Exception):
-    """Further rounds would be as those before."""
+    """The rehearsal stops: further rounds would cost as much as those before."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Exchange:
     """Requests that go out together.
 
     Attributes:
-        number: Of the round.
-        name: Of the request.
-        work: By client.
+        number: Number of the round.
+        name: Name of the request.
+        work: Units of work by client.
         down: Bytes of the requests.
         up: Bytes of the replies.
     """
@@ -82,7 +82,7 @@ class Exchange:
 
 @dataclass
 class _Answering(Clients):
-    """Clients that answer with dummies and note what they would have done."""
+    """Clients that reply with dummies and note the work of a real reply."""
 
     facts: Mapping[int, Facts] = field(default_factory=dict)
     lengths: Sequence[int] = ()
@@ -95,7 +95,7 @@ class _Answering(Clients):
         """Dummy replies by client.
 
         Raises:
-            Unforeseen: If nothing is known of the request's class.
+            Unforeseen: If the request's class is unknown.
         """
         started = busy()
         if self.run_log.round > 2 and started - self.begun > ENOUGH:
@@ -154,7 +154,7 @@ class _Answering(Clients):
         return Evaluated(dict.fromkeys(measured(request, instructs=not of.labels), 1 / 3), of.test)
 
     def _drafts(self, client: int, per_label: int, longest: int) -> Corpus:
-        """As many of each label, no longer than drafts may be; where a site has few of one, those with other words."""
+        """Drafts, equally many of each label and within the length; varied texts if a client has few of a label."""
         of, rng = self.facts[client], np.random.default_rng([1, client])
         lengths = [min(length, longest) for length in self.lengths]
         like = dummy_site(self.cell, client, lengths, train=per_label * len(of.labels), test=1).train
@@ -168,7 +168,7 @@ class _Answering(Clients):
         return Corpus(tuple(texts), labels, Provenance.PUBLIC)
 
     def _statement(self, client: int, *, scores: bool = False) -> Statement:
-        """As `Home.said`: of all rounds, of more where more are asked for than planned."""
+        """As `ClientSide.statement`: for all planned rounds, or more if the strategy asks for more."""
         of, rounds = self.facts[client], self.cell.scenario.rounds
         if of.client.guarantee == "none":
             return statement_of(None, self.cell.scenario.data.unit_name, 1)
@@ -191,7 +191,7 @@ def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> State
 
 
 def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, ...]) -> Adapter:
-    """As large as a trained one, and away from the start."""
+    """An adapter as large as a trained one, and different from its start."""
     arrays = {n: (a + 0.01 * rng.standard_normal(a.shape)).astype(np.float32) for n, a in start.arrays.items()}
     return replace(start, arrays=arrays, grants=grants, public=False)
 
@@ -201,10 +201,10 @@ def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, .
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a cell comes to.
+    """The rehearsed costs of a cell.
 
     Attributes:
-        exchanges: Of all rounds.
+        exchanges: The exchanges of all rounds.
         server: Seconds of the server's own work, on cores that nobody else uses.
         read: Tokens that language models at the server read.
         written: Tokens that they write.
@@ -214,8 +214,8 @@ class Rehearsed:
         guarantee: `dp` or `none`.
         epsilon: The largest over clients; None without a guarantee.
         delta: Likewise.
-        plans: By client: what is charged, and for how many rounds.
-        noted: What is to be told: rounds that were not gone through, what could not be foreseen.
+        plans: By client, the charged plans, each with its number of rounds.
+        noted: Lines for the user: rounds that were not rehearsed, requests with unknown costs.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -233,13 +233,13 @@ class Rehearsed:
 
 
 def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, Any]) -> Rehearsed:
-    """All rounds of a cell, on dummy text; nothing is charged.
+    """Rehearses all rounds of a cell on dummy text; nothing is charged.
 
     Args:
-        cell: Arm, seed, resolved scenario.
-        folder: For what a run would write; new or empty.
-        lengths: Of dummy text (`profiling.typical_lengths`).
-        known: Models that this process has loaded already, and what they were found to take; filled.
+        cell: Arm, seed and resolved scenario.
+        folder: Takes the files that a run would write; new or empty.
+        lengths: Deciles of dummy text (`profiling.typical_lengths`).
+        known: Models that this process has loaded, with their measured costs; new ones are added.
     """
     one_thread()  # as a server app is started
     labels = label_list(cell.scenario.data)
@@ -263,7 +263,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
         noted.append(f"rounds {run_log.round} to {cell.scenario.rounds} are taken to be as round {run_log.round - 1}")
     except Unforeseen as problem:
         noted.append(f"{problem}: what comes after it is left out")
-    except Exception as problem:  # of the strategy or a model, as it would come in the run
+    except Exception as problem:  # the strategy or a model raised it, as in the run
         noted.append(f"the run would fail: {problem}")
     own = busy() - begun - tally.spent - clients.spent
     whole = _with_missing_rounds(clients.exchanges, run_log.round, cell.scenario.rounds, noted)
@@ -288,7 +288,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
 
 
 def _with_missing_rounds(found: list[Exchange], at: int, rounds: int, noted: list[str]) -> list[Exchange]:
-    """The exchanges of the last whole round stand for those of rounds that were not gone through."""
+    """Repeats the exchanges of the last whole round for the rounds that were not rehearsed."""
     if not any(line.startswith("rounds ") for line in noted):
         return found
     last = [e for e in found if e.number == at - 1]

@@ -1,4 +1,4 @@
-"""What a client does for each request, in units of work: the one table."""
+"""The client's work for each request, in units: the only such table."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Reque
 from fedsynth.forecast.profiling import Unit
 from fedsynth.scenario.schema import SHOTS, Cell, Client
 
-Work = dict[Unit, float]  # how much of each
+Work = dict[Unit, float]  # number of each unit
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Of one client, as declared.
+    """The declared facts of one client.
 
     Attributes:
-        arm: Whose settings hold.
-        client: What it runs.
+        arm: The arm with the settings.
+        client: The client's models and trainings.
         labels: The public label list.
         records: Declared number of privacy units.
-        train: Its training texts.
-        test: Its test texts.
+        train: Number of training texts.
+        test: Number of test texts.
     """
 
     arm: str
@@ -54,7 +54,7 @@ def _self_train(request: SelfTrain, of: Facts) -> Work:
     steps, step = of.client.generator_training.steps, Unit("own_step", of.arm)
     if request.training == "isolated" and request.share == 1:
         return {step: steps}
-    both = 1 + request.keep / of.records  # batches are as much larger
+    both = 1 + request.keep / of.records  # batches grow in proportion
     trainings = {"isolated": 2.0, "mixed": 1 + both, "personal": 2 + both}[request.training]
     written = Unit("demonstrated", of.arm, request.max_new_tokens, request.shots)
     return {written: 2 * request.candidates, Unit("rate", of.arm): 2 * request.candidates, step: trainings * steps}
@@ -103,7 +103,7 @@ WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {
 
 
 def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
-    """What is declared of every client: counts, no text."""
+    """The declared facts of every client: counts, no text."""
     data = cell.scenario.data
     clients = 1 if data.pooled else data.clients
     if data.world is not None:

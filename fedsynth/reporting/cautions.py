@@ -1,4 +1,4 @@
-"""What to know before a figure of a run is quoted: a word and a sentence for each."""
+"""Cautions for readers who quote a run's figures: a word and a sentence for each."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fedsynth.reporting.statistics import Figures
 from fedsynth.scenario.schema import Scenario
 from fedsynth.synthesis.attrition import losses
 
-LARGE_DELTA = 0.1  # of delta times the number of units: then a mechanism that publishes single units would pass
-ALIKE = 1.01  # budgets of arms may differ by so much: noise is rounded up
+LARGE_DELTA = 0.1  # of delta times the number of units: at this, a mechanism that publishes single units would pass
+ALIKE = 1.01  # the budgets of arms may differ by this much, as noise is rounded up
 NAMED = 8  # clients at most; the others are counted
 
 NONE = (
@@ -50,15 +50,15 @@ def cautions(
     arms: Sequence[str],
     pooled: Sequence[str],
 ) -> list[list[str]]:
-    """In the order of what they weigh.
+    """The cautions of a run, the weightiest first.
 
     Args:
-        figures: With the part `privacy`.
-        privacy: As `privacy.json` has it.
+        figures: The table of figures, with the part `privacy`.
+        privacy: The content of `privacy.json`.
         metrics: As `metrics.parquet` has them.
-        scenario: Of the run.
-        arms: That ran.
-        pooled: Those of them that have one client.
+        scenario: The run's scenario.
+        arms: The arms that ran.
+        pooled: The arms with one client.
     """
     found: list[tuple[str, str]] = []
     if bare := [arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none"]:
@@ -109,7 +109,7 @@ def _task_figures(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def _without_answer(said: Mapping[str, Any], metrics: pd.DataFrame, arm: str, ids: int) -> list[str]:
-    """Clients that were silent once, or have no task figure in the last round of a seed."""
+    """Clients that once gave no usable reply, or have no task figure in the last round of a seed."""
     gone = {(int(seed), int(client)) for seed, client in said.get("terms", {}).get("silent", [])}
     own = metrics[metrics["arm"] == arm]
     rows = _task_figures(own)

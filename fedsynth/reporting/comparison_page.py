@@ -35,8 +35,8 @@ def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Writes the page of a comparison, and beside it the same as JSON and its numbers as Parquet.
 
     Args:
-        out: Its directory.
-        html: The page; left out: `report.html` there.
+        out: The comparison's directory.
+        html: The page; None for `report.html` there.
 
     Returns:
         Path of the page, and the report.
@@ -53,7 +53,7 @@ def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
 
 
 def build(done: Comparison) -> dict[str, Any]:
-    """What the page says, as plain JSON: `rows` holds every number."""
+    """The page's content as plain JSON: `rows` holds every number."""
     figures, tables = Figures(), dict(done.tables)
     for found in tables["tables"].values():
         for row in found["utility"]:
@@ -80,7 +80,7 @@ def build(done: Comparison) -> dict[str, Any]:
 
 
 def _part(kind: str, scenario: str, epsilon: float | None) -> str:
-    """Where the figures of a scenario under a budget stand; without one they hold under each."""
+    """The place of a scenario's figures under a budget; figures without a budget hold under each."""
     return f"{kind}: {scenario}" + ("" if epsilon is None else f", epsilon {epsilon:g}")
 
 
@@ -88,7 +88,7 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     """The page of a comparison's report.
 
     Args:
-        report: As `build` made it, or read back from JSON.
+        report: The tree from `build`, or read back from JSON.
         table: Name of the file that holds its rows.
     """
     figures = Figures.of(report["rows"])
@@ -155,7 +155,7 @@ def _named(row: Mapping[str, Any], epsilon: float | None) -> str:
 
 
 def _task(figures: Figures, report: Mapping[str, Any], task: str) -> list[Block]:
-    """Of each scenario its first metric as figures, all metrics as tables."""
+    """For each scenario its first metric as figures and all metrics as tables."""
     note = (
         "Mean ± deviation over seeds; intervals: bootstrap over seeds, then clients; differences are paired by seed "
         "and client, at equal epsilon; “better in”: so many of the pairs. A difference whose interval holds 0 "
@@ -249,7 +249,7 @@ def _first_up(metric: str) -> str:
 
 
 def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
-    """Utility against epsilon and against bytes; what no other arm dominates is named below."""
+    """Utility against epsilon and against bytes; the undominated arms are named below."""
     blocks: list[Block] = []
     for scenario in report["scenarios"]:
         own = [p for p in report["points"] if p["scenario"] == scenario and not p["pooled"]]
@@ -269,7 +269,7 @@ def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
                     if x is not None and y is not None:
                         marks.append(Mark(p["utility"], p["low"], p["high"], y, x=figures.rows[x]["value"], x_row=x))
                 series.append(Series(arm, tuple(marks)))
-            spread = any(m.x for s in series for m in s.marks if m)  # else one column over a price that nobody pays
+            spread = any(m.x for s in series for m in s.marks if m)  # else one column over a price that no arm pays
             if sum(bool(s.marks) for s in series) > 1 and spread:
                 caption = f"{scenario}: {NAMES.get(metric, metric)} against {said}"
                 svg = draw.scatter(series, title=caption, x_name=said, y_name=NAMES.get(metric, metric), x_digits=2)

@@ -1,7 +1,7 @@
 """Drawings as inline SVG: dots with intervals, bars, lines over rounds, scatter plots.
 
 Series differ in shape and dash as well as in colour. Colours are variables of the page (`var(--s1)` ...), so that
-light, dark and print need no second figure. Every mark carries the row of the table that its number stands in.
+light, dark and print need no second figure. Every mark carries the row of its number in the table.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-WIDTH = 420  # of every figure: shown at 0.85 of it on a phone, so that text of 13 stays legible there
+WIDTH = 420  # of every figure; a phone shows it at 0.85, where text of size 13 is still legible
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "down", "ring", "plus")
 DASHES = ("", "7 3", "2 3", "8 3 2 3", "4 2", "1 2", "10 4", "5 5")
 CHARACTER = 7.2  # width of one at font size 13, a little more than the average
-LONGEST = 24  # characters of a name; the rest is cut, the whole stands in the title
+LONGEST = 24  # characters of a name; the rest is cut, the title has the whole
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Mark:
     """One number of a figure.
 
     Attributes:
-        value: What is shown.
+        value: The number.
         low: Lower end of its interval; None for no interval.
         high: Upper end.
-        row: Row of the table of figures that `value` stands in.
-        digits: Decimals of the text that is shown.
+        row: Row of `value` in the table of figures.
+        digits: Decimals in the text of the number.
         x: Place on the horizontal axis, for lines and scatter plots.
-        x_row: Row that `x` stands in, where it is a figure, too.
+        x_row: Row of `x` in the table, if `x` is a figure as well.
     """
 
     value: float
@@ -63,21 +63,21 @@ def dots(
     zero: bool = False,
     looks: Sequence[int] | None = None,
 ) -> Markup:
-    """One line per name, with a dot (and its interval) of each series; of a single series the numbers are written, too.
+    """One line per name, with a dot (and its interval) of each series; a single series has its numbers written as well.
 
     Args:
-        names: Of the lines.
-        series: Each with as many marks as there are names; None where it has none.
-        title: Says what the axis measures; also what is read out in place of the figure.
-        zero: Whether a line stands at 0.
-        looks: Of a single series: shape and colour of each line, so that an arm looks the same in every figure.
+        names: Names of the lines.
+        series: Each with one mark per name; None where it has no mark.
+        title: Names the axis; screen readers read it in place of the figure.
+        zero: Draws a line at 0.
+        looks: For a single series: shape and colour of each line, so that an arm looks the same in every figure.
 
     Raises:
         ValueError: If there is no finite mark, or a series has another number of marks than there are names.
     """
     if any(len(s.marks) != len(names) for s in series):
         raise ValueError(f"each series needs {len(names)} marks, one per name")
-    # Without a series of its own each line stands for one arm: then lines differ in shape, not series.
+    # With a single series each line is one arm: then lines differ in shape, not series.
     own = len(series) == 1
     ends = [end for s in series for m in s.marks if m for end in (m.value, m.low, m.high) if end is not None]
     low, high, ticks = _axis([*ends, 0.0] if zero else ends)
@@ -138,8 +138,8 @@ def lines(series: Sequence[Series], *, title: str, x_name: str) -> Markup:
 
     Args:
         series: Marks in the order of x.
-        title: Says what the vertical axis measures.
-        x_name: What the horizontal axis counts; its places are whole numbers.
+        title: Names the vertical axis.
+        x_name: Names the horizontal axis; its places are whole numbers.
 
     Raises:
         ValueError: If there is no finite mark.
@@ -167,7 +167,7 @@ def lines(series: Sequence[Series], *, title: str, x_name: str) -> Markup:
     )
     for k, one in enumerate(series):
         own = [m for m in one.marks if m]
-        aside = (k - (len(series) - 1) / 2) * 2.5  # or the whiskers of series would hide each other
+        aside = (k - (len(series) - 1) / 2) * 2.5  # otherwise the whiskers of series would hide each other
         path = " ".join(f"{_n(x_at(m.x) + aside)},{_n(y_at(m.value))}" for m in own)
         parts.append(
             Markup('<polyline class="line" points="{}" stroke="var(--s{})" stroke-dasharray="{}"/>').format(
@@ -189,9 +189,9 @@ def scatter(series: Sequence[Series], *, title: str, x_name: str, y_name: str, x
 
     Args:
         series: One shape each.
-        title: Says what is compared.
-        x_name: What the horizontal axis measures.
-        y_name: What the vertical axis measures.
+        title: Names the comparison.
+        x_name: Names the horizontal axis.
+        y_name: Names the vertical axis.
         x_digits: Decimals of x in titles.
 
     Raises:
@@ -312,7 +312,7 @@ def _shape(look: int, x: float, y: float, mark: Mark | None, said: str) -> Marku
 
 
 def _facts(mark: Mark) -> Markup:
-    """Where a mark's numbers stand in the table."""
+    """The rows of a mark's numbers in the table."""
     found = Markup("")
     if mark.row is not None:
         found += Markup(' data-row="{}" data-value="{}"').format(mark.row, mark.text)
@@ -322,7 +322,7 @@ def _facts(mark: Mark) -> Markup:
 
 
 def _legend(names: Sequence[str], y: float, *, dashed: bool = False) -> tuple[list[Markup], float]:
-    """Shapes with their names, two in a row where they are short; and the height that the figure has with it."""
+    """Shapes with their names, two in a row if they are short; and the height of the figure with them."""
     columns = 2 if max(map(len, names)) * CHARACTER + 48 < WIDTH / 2 else 1
     parts = []
     for k, name in enumerate(names):

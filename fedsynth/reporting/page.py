@@ -10,17 +10,17 @@ from typing import ClassVar, TypeAlias
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-# What neither XML nor HTML may hold, even as a reference.
+# Characters that neither XML nor HTML may hold, even as a reference.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
 class Number:
-    """A figure as it is shown, and the row of the table of figures that it stands in.
+    """A number as text, with its row in the table of figures.
 
     Attributes:
         shown: The number as text.
-        row: Of the table.
+        row: Its row in the table.
     """
 
     shown: str
@@ -29,7 +29,7 @@ class Number:
 
 Piece: TypeAlias = str | Number
 Cell: TypeAlias = Piece | tuple[Piece, ...]
-"""Of a table: words, a number, or several of them side by side."""
+"""A table's cell: words, a number, or several of them side by side."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads. On a narrow screen each row becomes a block of its own, its first cell on top.
+    """Rows under heads. On a narrow screen each row becomes a block, its first cell on top.
 
     Attributes:
-        heads: Of the columns.
-        rows: As many cells each.
-        caption: What it shows.
-        note: What to know when reading it.
+        heads: Heads of the columns.
+        rows: Rows with one cell per head.
+        caption: The caption.
+        note: A note for the reader.
         words: Columns (by number) of words, set left; numbers are set right.
     """
 
@@ -71,7 +71,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure of `reporting.figures`, with what it shows in words."""
+    """A figure of `reporting.figures`, with a description in words."""
 
     svg: Markup
     caption: str
@@ -79,7 +79,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Plots:
-    """Figures side by side where there is room."""
+    """Figures side by side if there is room."""
 
     kind: ClassVar = "plots"
     plots: Sequence[Plot]
@@ -90,9 +90,9 @@ class Card:
     """Facts by name, in a frame.
 
     Attributes:
-        title: What they are about.
-        facts: Name and what it is.
-        open: Whether it is a warning: no guarantee.
+        title: The title.
+        facts: Names and values.
+        open: The card is a warning: there is no guarantee.
     """
 
     kind: ClassVar = "card"
@@ -103,7 +103,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Cards:
-    """Cards side by side where there is room."""
+    """Cards side by side if there is room."""
 
     kind: ClassVar = "cards"
     cards: Sequence[Card]
@@ -111,10 +111,10 @@ class Cards:
 
 @dataclass(frozen=True)
 class Quote:
-    """A text of a corpus, as it stands.
+    """A text of a corpus, unchanged.
 
     Attributes:
-        source: Where it came from.
+        source: The text's source.
         text: Untrusted.
         answer: Its label or response; untrusted.
     """
@@ -146,15 +146,15 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What is rendered.
+    """A whole page.
 
     Attributes:
-        title: Of the page.
-        lead: One or two sentences under it.
-        banner: Who may see it.
-        sections: In order.
+        title: Title of the page.
+        lead: One or two sentences under the title.
+        banner: A line on the permitted readers.
+        sections: The sections in order.
         table: Name of the file that holds the figures.
-        private: Whether it must not leave where it is: the banner says so loudly.
+        private: The page must stay in its place; the banner says so loudly.
     """
 
     title: str
@@ -190,7 +190,7 @@ def printable(value: object) -> object:
 
 
 def pieces(cell: Cell) -> tuple[Piece, ...]:
-    """What stands side by side in a cell."""
+    """The parts of a cell that stand side by side."""
     return cell if isinstance(cell, tuple) else (cell,)
 
 

@@ -30,7 +30,7 @@ from fedsynth.reporting.page import (
 from fedsynth.reporting.statistics import HELD_OUT, Figures
 
 SHOWN_LABELS = 12  # in a figure
-SHOWN_CLIENTS = 50  # in a table; the others are in the table of figures alone
+SHOWN_CLIENTS = 50  # in a table; the table of figures has the others
 NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -44,7 +44,7 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     """The page of a report.
 
     Args:
-        report: As `build` made it, or read back from JSON.
+        report: The tree from `build`, or read back from JSON.
         table: Name of the file that holds its rows.
     """
     figures, run = Figures.of(report["rows"]), report["run"]
@@ -97,7 +97,7 @@ def _name(metric: str) -> str:
 
 
 def _first_up(metric: str) -> str:
-    """As a sentence begins."""
+    """The text with a capital first letter."""
     return _name(metric)[:1].upper() + _name(metric)[1:]
 
 
@@ -173,7 +173,7 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
 
 
 def _left(figures: Figures, arm: str, lost: Sequence[Mapping[str, str]]) -> Cell:
-    """What is told of an arm's losses, each number with its row."""
+    """A line on each of an arm's losses, every number with its row."""
     parts: list[Cell] = []
     for loss in lost:
         parts += ["; "] if parts else []
@@ -202,13 +202,13 @@ def _dots(
 
 
 def _privacy(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
-    """A card for each statement, of all arms that share it; below, what holds for all."""
+    """A card for each statement, with all arms that share it; below, the terms common to all."""
     groups: dict[str, list[str]] = {}
     for arm in report["arms"]:
         said = dict(report["privacy"].get(arm, {}))
         said["terms"] = {key: value for key, value in said.get("terms", {}).items() if key != "silent"}
         groups.setdefault(json.dumps(said, sort_keys=True), []).append(arm)
-    # The longest first: then the short ones find room beside it.
+    # The longest first: the short ones then find room beside it.
     order = sorted(groups.values(), key=lambda arms: "largest_over_clients" not in report["privacy"].get(arms[0], {}))
     cards = [_card(figures, report["privacy"].get(arms[0], {}), arms) for arms in order]
     public = {word for said in report["privacy"].values() for word in said.get("terms", {}).get("public", [])}
@@ -382,7 +382,7 @@ def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     if funnels := [p for arm in arms if (p := _funnel(figures, arm)) is not None]:
         blocks += [Plots(funnels), _funnel_table(figures, arms)]
     lines = [*arms, *(r["arm"] for r in figures.rows if r["part"] == "text" and r["arm"] not in arms)]
-    lines = list(dict.fromkeys(lines))  # with that of the text that is compared with
+    lines = list(dict.fromkeys(lines))  # with the row of the reference text
     for kind in described["kinds"]:
         blocks += quality_table(
             figures, "text", lines, kind, VARIETY, f"Texts of the kind “{kind}”: number, length, variety"
@@ -410,14 +410,14 @@ def quality_table(
     columns: Sequence[tuple[str, str, int | None]],
     caption: str,
 ) -> list[Block]:
-    """One line per arm that has texts of the kind, and columns that any of them has; nothing where no arm has."""
+    """One line per arm that has texts of the kind, with the columns that any of them has; empty if no arm has any."""
     there = [c for c in columns if f"{kind}/{c[0]}" in figures.metrics(part)]
     chosen = [
         a for a in arms if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)
     ]
     rows: list[list[Cell]] = []
     for arm in chosen:
-        # What is the same for all seeds by construction needs no deviation.
+        # Figures that are the same for all seeds by construction need no deviation.
         cells_of = [
             figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
             if key in ("compared", "embedded")
@@ -461,7 +461,7 @@ def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def _stages(figures: Figures, arm: str) -> dict[str, dict[str, int]]:
-    """By step of curation: the row of `in`, `kept` and of each reason, in the order of the run."""
+    """By step of curation, the rows of `in`, `kept` and each reason, in the order of the run."""
     stages: dict[str, dict[str, int]] = {}
     for metric in figures.metrics("yield", arm):
         stage, _, what = metric.partition("/")
@@ -554,7 +554,7 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
         series = []
         for arm in (
             a for a in arms if a not in report["pooled"]
-        ):  # there raw text was at hand, at no cost that is counted
+        ):  # these arms use raw text, and this cost is not counted
             x = figures.row("cost", sent, "mean", arm=arm)
             mark = _mark(figures, "utility", metrics[0], arm)
             if x is not None and mark is not None:

@@ -1,4 +1,4 @@
-"""The report of a run that may be shared: a run's directory as one plain tree. Nothing beside it is opened."""
+"""The shareable report of a run: a run's directory as one plain tree. No other directory is opened."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ SHOWN_ARMS = 8  # with examples
 
 
 def build(out: Path) -> dict[str, Any]:
-    """Everything that the page shows, as JSON holds it; `rows` is the table of figures.
+    """The whole content of the page as JSON; `rows` is the table of figures.
 
-    Reads the run's directory, shipped or named models (to embed text), and nothing of `OUT.private`.
+    Reads the run's directory and shipped or named models (to embed text), and nothing of `OUT.private`.
 
     Args:
         out: A run's directory.
 
     Raises:
-        BadValue: If it is none, the run did not end, or text lies there that must not.
+        BadValue: If it is no run's directory, the run did not end, or the directory holds forbidden text.
     """
     privacy, versions = _json(out / "privacy.json"), _json(out / FILE, needed=False)
     sites = list(_json(out / DEPLOYMENT, needed=False).get("sites", []))
@@ -160,7 +160,7 @@ def _json(path: Path, *, needed: bool = True) -> dict[str, Any]:
 
 
 def _short(name: str) -> str:
-    """Of a path its last part: where things lie on a machine is nobody else's business."""
+    """The last part of a path: the report does not reveal folders of this machine."""
     return PurePath(name).name if name.startswith(("/", "~")) or "\\" in name else name
 
 
@@ -170,7 +170,7 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _texts(figures: Figures, texts: Sequence[Released], scenario: Scenario, seeds: Sequence[int]) -> dict[str, Any]:
-    """Quality of the released texts; returns what the page says of how it was taken."""
+    """Adds the quality of the released texts; returns the page's remarks on the method."""
     data = scenario.data
     if not texts:
         return {"kinds": [], "labels": [], "reference": "", "embedder": "", "left_out": ""}
@@ -193,7 +193,7 @@ def _texts(figures: Figures, texts: Sequence[Released], scenario: Scenario, seed
 
 
 def public_reference(scenario: Scenario, seeds: Sequence[int]) -> Reference | None:
-    """Text that is public beyond doubt: a simulated world's, or the public text that the server has; None for none."""
+    """Text that is public beyond doubt: a simulated world's, or the server's public text; None if there is none."""
     if scenario.data.world is not None:
         return simulated_reference(scenario.data, seeds)
     public = scenario.server.public
@@ -201,13 +201,13 @@ def public_reference(scenario: Scenario, seeds: Sequence[int]) -> Reference | No
         return None
     try:
         texts = sample(public, EMBEDDED, seed=0)
-    except BadValue:  # it lies elsewhere now
+    except BadValue:  # the file has moved
         return None
     return Reference(f"the public text {_short(public)}", {SERVER: texts}, {})
 
 
 def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
-    """What puts like texts together: the server's embedder, else its LLM; or why there is none."""
+    """The model that embeds texts: the server's embedder, else its LLM; or the reason why there is none."""
     name = scenario.server.embedder or scenario.server.llm
     if not isinstance(name, str):
         return "the server's LLM is an endpoint, which embeds no text, and the scenario names no embedder", None
@@ -220,13 +220,13 @@ def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
 
 
 def _examples(texts: Sequence[Released], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """A few texts of each arm and kind: of the first seed and client, one of each label in turn."""
+    """A few texts of each arm and kind, from the first seed and client, one of each label in turn."""
     found, shown = [], []
     for arm in arms[:SHOWN_ARMS]:
         for kind in kinds_of(texts, arm):
             own = next(t for t in texts if (t.arm, t.kind) == (arm, kind))
             if own.corpus in shown:
-                continue  # arms that ask the same of a client have the same drafts
+                continue  # arms with the same requests have the same drafts
             shown.append(own.corpus)
             for number in _varied(own.corpus.answers, EXAMPLES):
                 text, answer = own.corpus.prompts[number], own.corpus.answers[number]
@@ -267,13 +267,13 @@ def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
 
     Args:
         out: A run's directory.
-        html: The page; left out: `report.html` in the run's directory.
+        html: The page; None for `report.html` in the run's directory.
 
     Returns:
         Path of the page, and the report.
 
     Raises:
-        BadValue: If there is no report of the directory, or it cannot be written.
+        BadValue: If the directory allows no report, or the report cannot be written.
     """
     place = html or out / "report.html"
     if place.suffix != ".html":
@@ -284,7 +284,7 @@ def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
 
 
 def save(place: Path, report: Mapping[str, Any], shown: Page, *, mode: int) -> None:
-    """The page and, under the same name, its JSON and its table; each appears whole or not at all.
+    """Writes the page and, under the same name, its JSON and its table; each appears whole or not at all.
 
     Raises:
         BadValue: If they cannot be written.
@@ -308,6 +308,6 @@ def _replace(place: Path, data: bytes, mode: int) -> None:
 
 def _create(part: Path, data: bytes, mode: int) -> None:
     part.unlink(missing_ok=True)
-    # The mode stands from the first byte on: nobody else may read meanwhile.
+    # The mode is set before the first byte: nobody else can read the file meanwhile.
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(data)

@@ -1,4 +1,4 @@
-"""The site-only report: released texts against the private ones they came from. It stays in the private directory."""
+"""The site-only report: released texts beside the private ones behind them. It stays in the private directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue
 
-NEAR = 0.9  # ROUGE-L from which on a text is called a near copy
+NEAR = 0.9  # ROUGE-L at and above which a text is called a near copy
 PAIRS = 4  # closest pairs that are shown of an arm and kind
 HELD_TEXTS = "(held-out test text)"
 BANNER = (
@@ -57,11 +57,11 @@ def write(out: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def build(out: Path, private: Path) -> dict[str, Any]:
-    """Everything that the page shows; `rows` is the table of figures.
+    """The whole content of the page; `rows` is the table of figures.
 
     Args:
         out: A run's directory.
-        private: The one beside it.
+        private: The private directory beside it.
 
     Raises:
         BadValue: If it is no run's directory, has no texts, or the private text is not found.
@@ -104,7 +104,7 @@ def _private(scenario: Scenario, texts: Sequence[Released]) -> Private:
 
 
 def _add_cards(figures: Figures, cards: Mapping[str, Any]) -> None:
-    """Sizes of the clients, of the first card."""
+    """Sizes of the clients, from the first card."""
     for card in cards.get("cards", [])[:1]:
         for client, held in enumerate(card["clients"]):
             for name in ("train", "test", "units", "labels_present", "duplicates"):
@@ -113,12 +113,12 @@ def _add_cards(figures: Figures, cards: Mapping[str, Any]) -> None:
 
 
 def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Private) -> list[dict[str, Any]]:
-    """How close texts come to their nearest private ones, beside held-out text of the client; the closest pairs."""
+    """The similarity of texts to their nearest private ones, beside held-out text of the client; the closest pairs."""
     rows: list[tuple[str, str, int, str, float]] = []
     pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for t in texts:
         train, test = private_texts[t.arm, t.seed, t.client]
-        # Both columns of texts are cut to equally many: the nearest of more is nearer.
+        # Both columns are cut to equally many texts: the nearest of more texts is nearer.
         size = min(PER_CLIENT, len(t.corpus), len(test))
         if not size:
             continue
@@ -168,7 +168,7 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
 
 
 def _add_distances(figures: Figures, texts: Sequence[Released], private_texts: Private, scenario: Scenario) -> str:
-    """MAUVE and Frechet distance from private training text of the same seed; returns why there are none."""
+    """Adds MAUVE and Frechet distance from private training text of the same seed; returns reasons for missing ones."""
     name, embed = embedder(scenario)
     if embed is None:
         return name

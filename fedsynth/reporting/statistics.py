@@ -22,10 +22,10 @@ Key: TypeAlias = tuple[str, str, str, int | None, int | None, int | None, str, s
 
 @dataclass
 class Figures:
-    """The table as it grows: one row per number, found again by what it is.
+    """The table of figures: one row per number, found by part, arm, metric and the like.
 
     Attributes:
-        rows: As in `report.parquet`; `seed`, `round` and `client` are None where a figure is over all of them.
+        rows: The rows of `report.parquet`; `seed`, `round` and `client` are None if a figure is over all of them.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -44,10 +44,10 @@ class Figures:
         round: int | None = None,
         client: int | None = None,
     ) -> None:
-        """One number; None adds nothing: what cannot be computed has no row.
+        """Adds one number; None adds nothing, so that a figure that cannot be computed has no row.
 
         Raises:
-            ValueError: If the figure stands there already.
+            ValueError: If the figure is already there.
         """
         if value is None or math.isnan(value):
             return
@@ -70,7 +70,7 @@ class Figures:
         round: int | None = None,
         client: int | None = None,
     ) -> int | None:
-        """Where a figure stands; None if there is none."""
+        """The row of a figure; None if there is none."""
         return self.places.get((part, arm, baseline, seed, round, client, metric, statistic))
 
     def value(self, row: int | None) -> float | None:
@@ -78,30 +78,30 @@ class Figures:
         return None if row is None else self.rows[row]["value"]
 
     def metrics(self, part: str, arm: str | None = None) -> list[str]:
-        """Metrics of a part of the report (and of an arm), in the order in which they came."""
+        """Metrics of a part of the report (and of an arm), in the order of their rows."""
         found = (r["metric"] for r in self.rows if r["part"] == part and arm in (None, r["arm"]))
         return list(dict.fromkeys(found))
 
     def number(self, row: int | None, digits: int | None = 3, *, sign: bool = False) -> Number | str:
-        """A row's number as the page shows it; a dash where there is none."""
+        """A row's number as the page shows it; a dash if there is none."""
         value = self.value(row)
         if row is None or value is None:
             return "-"
         return Number(shown(value, digits, sign=sign), row)
 
     def bound(self, row: int | None, digits: int) -> Number | str:
-        """The same, never below the figure: a bound that is printed must hold."""
+        """The same, rounded up: a printed bound must hold."""
         value = self.value(row)
         return "-" if row is None or value is None else Number(f"{up(value, digits):.{digits}f}", row)
 
     def table(self) -> pd.DataFrame:
-        """As it is written to Parquet."""
+        """The table as it is written to Parquet."""
         frame = pd.DataFrame(self.rows, columns=list(COLUMNS))
         return frame.astype(dict.fromkeys(("row", "seed", "round", "client"), "Int64") | {"value": "float64"})
 
     @classmethod
     def of(cls, rows: Iterable[Mapping[str, Any]]) -> Figures:
-        """The table that a report's JSON holds: an infinite number stands there as text."""
+        """The table in a report's JSON, where an infinite number is text."""
         found = cls()
         for row in rows:
             where = {name: row[name] for name in ("arm", "baseline", "seed", "round", "client")}
@@ -110,7 +110,7 @@ class Figures:
 
 
 def shown(value: float, digits: int | None = 3, *, sign: bool = False) -> str:
-    """A number as text; without `digits` about three figures of it, as many as its size asks for."""
+    """A number as text; without `digits`, with about three significant figures."""
     if not math.isfinite(value):
         return str(value)
     if digits is None:
@@ -121,22 +121,22 @@ def shown(value: float, digits: int | None = 3, *, sign: bool = False) -> str:
     return text.replace("-", "", 1) if float(text) == 0 and text.startswith("-") else text
 
 
-# --- What the metrics of a run say ------------------------------------------------------------------------------------
+# --- The metrics of a run in figures ----------------------------------------------------------------------------------
 
 
 def task_metrics(metrics: pd.DataFrame) -> list[str]:
-    """How good clients' models are: measured at clients, and of no group (`yield/`, `bytes/` ...)."""
+    """The quality metrics of clients' models: logged for clients and in no group (`yield/`, `bytes/` ...)."""
     names = metrics.loc[metrics["client"] != SERVER, "metric"]
     return [str(name) for name in dict.fromkeys(names) if "/" not in str(name)]
 
 
 def last_rounds(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Each arm in its own last round."""
+    """The metrics of each arm's own last round."""
     return metrics[metrics["round"] == metrics.groupby("arm")["round"].transform("max")]
 
 
 def add_utility(figures: Figures, metrics: pd.DataFrame, tuned_on: Sequence[int]) -> None:
-    """Mean over seeds of the mean over clients, its deviation over seeds and its interval; also client by client."""
+    """Adds the mean over seeds of the mean over clients, its deviation over seeds and its interval; also by client."""
     last = last_rounds(metrics)
     for metric in task_metrics(metrics):
         for arm, rows in last[last["metric"] == metric].groupby("arm", sort=False):
@@ -150,7 +150,7 @@ def add_utility(figures: Figures, metrics: pd.DataFrame, tuned_on: Sequence[int]
 
 
 def add_curves(figures: Figures, metrics: pd.DataFrame) -> None:
-    """The same means round by round, for arms of several rounds."""
+    """Adds the same means round by round, for arms of several rounds."""
     for metric in task_metrics(metrics):
         for arm, rows in metrics[metrics["metric"] == metric].groupby("arm", sort=False):
             if rows["round"].nunique() < 2:
@@ -169,14 +169,14 @@ def add_curves(figures: Figures, metrics: pd.DataFrame) -> None:
 def add_differences(
     figures: Figures, metrics: pd.DataFrame, arms: Sequence[str], baseline: str, tuned_on: Sequence[int]
 ) -> None:
-    """How much better each arm is than the baseline, pair by pair of (seed, client).
+    """Adds each arm's difference from the baseline, paired by (seed, client).
 
     Args:
         figures: Gets the rows.
-        metrics: Of the run.
-        arms: Those that have the baseline's clients; a pooled one has a single client with another test set.
-        baseline: One of them.
-        tuned_on: Clients that are left out in a second figure.
+        metrics: The run's metrics.
+        arms: The arms with the baseline's clients; a pooled arm has a single client with another test set.
+        baseline: One of these arms.
+        tuned_on: Clients that a second figure leaves out.
     """
     held = metrics[~metrics["client"].isin(list(tuned_on))]
     groups = [("", metrics), (HELD_OUT, held)] if tuned_on and set(held["client"]) - {SERVER} else [("", metrics)]
@@ -187,7 +187,7 @@ def add_differences(
                     continue
                 try:
                     found = paired_difference(chosen, arm, baseline, metric=metric)
-                except ValueError:  # no pair: an arm without this metric
+                except ValueError:  # no pair: the arm lacks this metric
                     continue
                 for statistic in ("mean", "low", "high", "better", "pairs"):
                     figures.add(
@@ -196,7 +196,7 @@ def add_differences(
 
 
 def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
-    """What each step took in, kept and dropped: sums over rounds, then means over clients, then over seeds."""
+    """Adds each step's counts of texts in, kept and dropped: sums over rounds, then means over clients and seeds."""
     rows = metrics[metrics["metric"].str.startswith("yield/")]
     for arm, of_arm in rows.groupby("arm", sort=False):
         sums = of_arm.groupby(["metric", "seed", "client"], sort=False)["value"].sum()
@@ -208,7 +208,7 @@ def add_yields(figures: Figures, metrics: pd.DataFrame) -> None:
 
 
 def add_losses(figures: Figures, found: Mapping[str, Sequence[Loss]]) -> None:
-    """What filters left of an arm's texts, over all clients, rounds and seeds, where it is to be told."""
+    """Adds an arm's notable losses of texts to filters, over all clients, rounds and seeds."""
     for arm, own in found.items():
         for loss in own:
             for name in ("asked", "left", "most", "clients", "bare", "narrowed"):
@@ -216,7 +216,7 @@ def add_losses(figures: Figures, found: Mapping[str, Sequence[Loss]]) -> None:
 
 
 def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
-    """Kilobytes of payload per client and run; of a seed its seconds, its clients' CPU, its LLM's tokens."""
+    """Adds kilobytes of payload per client and run, and per seed its seconds, clients' CPU time and LLM tokens."""
     for arm, rows in metrics.groupby("arm", sort=False):
         for direction in ("up", "down"):
             moved = rows[rows["metric"] == f"bytes/{direction}"]
@@ -233,7 +233,7 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
 
 
 def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
-    """What else was recorded, in the last round: of the server's models, of aggregation."""
+    """Adds all other metrics of the last round: of the server's models and of aggregation."""
     known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/", "exchange/")
     last = last_rounds(metrics)
     rows = last[last["metric"].str.contains("/") & ~last["metric"].str.startswith(known)]
@@ -245,7 +245,7 @@ PRIVACY = ("epsilon", "delta", "epsilon_replace_one", "sigma", "sampling_rate", 
 
 
 def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
-    """The figures of `privacy.json`, arm by arm."""
+    """Adds the figures of `privacy.json`, arm by arm."""
     for arm, said in privacy.items():
         spent = said.get("largest_over_clients", {})
         for name in PRIVACY:
@@ -268,7 +268,7 @@ def _add_spread(figures: Figures, part: str, metric: str, values: pd.Series[floa
 
 
 def _add_mean(figures: Figures, part: str, metric: str, per_seed: pd.Series[float], **where: Any) -> None:
-    """Mean and deviation over seeds (none of one seed), and how many there are."""
+    """Mean and deviation over seeds (none for one seed), and the number of seeds."""
     if len(per_seed) == 0:
         return
     figures.add(part, metric, "mean", float(per_seed.mean()), **where)
@@ -277,7 +277,7 @@ def _add_mean(figures: Figures, part: str, metric: str, per_seed: pd.Series[floa
 
 
 def _float(value: Any) -> float | None:
-    return None if value is None else float(value)  # "inf" is a number, too
+    return None if value is None else float(value)  # "inf" is a number as well
 
 
 def _whole(value: Any) -> int:

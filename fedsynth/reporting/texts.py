@@ -1,4 +1,4 @@
-"""Quality of the texts that a run let out: variety, lengths, labels, distance from public text."""
+"""Quality of a run's released texts: variety, lengths, labels, distance from public text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedsynth.world import load_world, private_notes, private_records
 PER_CLIENT = 200  # texts of a client that self-BLEU and distinct-n compare at most
 HOMES = 32  # clients of a simulated world whose fresh text is drawn
 EMBEDDED = 512  # texts of a set that are embedded at most
-FEWEST = 20  # texts of a set, below which no distance is given: it would be bias alone
+FEWEST = 20  # texts of a set; with fewer no distance is given, as it would be bias alone
 Embed: TypeAlias = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
@@ -43,10 +43,10 @@ class Released:
 
 
 def released(out: Path) -> list[Released]:
-    """The texts of a run, each client's last round of each kind, sorted.
+    """The texts of a run: each client's last round of each kind, sorted.
 
     Raises:
-        BadValue: If a file holds private text: nothing of it belongs in a run's directory.
+        BadValue: If a file holds private text, which must not be in a run's directory.
     """
     found: dict[tuple[str, int, str, int], tuple[int, Path]] = {}
     for path in sorted((out / "corpora").glob("*/seed-*/*-round*-client*.parquet")):
@@ -64,7 +64,7 @@ def released(out: Path) -> list[Released]:
 
 
 def kinds_of(texts: Sequence[Released], arm: str | None = None) -> list[str]:
-    """Kinds of text in the order in which a run makes them."""
+    """Kinds of text in the order of a run."""
     order = {"drafts": 0, "instructions": 1, "pairs": 2, "written": 3}
     found = {t.kind for t in texts if arm in (None, t.arm)}
     return sorted(found, key=lambda kind: (order.get(kind, 9), kind))
@@ -73,15 +73,15 @@ def kinds_of(texts: Sequence[Released], arm: str | None = None) -> list[str]:
 def add_texts(
     figures: Figures, texts: Sequence[Released], labels: Sequence[str], reference: Reference | None = None
 ) -> None:
-    """Counts, lengths, variety and label balance: per client, then means over clients, then over seeds.
+    """Adds counts, lengths, variety and label balance: per client, then means over clients, then over seeds.
 
-    Sets are cut to equally many texts per client before their variety is compared, as it depends on how many there are.
+    Sets are cut to equally many texts per client before their variety is compared, as it depends on their number.
 
     Args:
         figures: Gets the rows.
-        texts: Of the run.
-        labels: The public list; empty for instructions, which have no balance.
-        reference: Described in a line of its own, as far as it has as many texts of a client.
+        texts: The run's texts.
+        labels: The public label list; empty for instructions, which have no balance.
+        reference: Gets its own line if it has as many texts of a client.
     """
     for kind in kinds_of(texts):
         own = [t for t in texts if t.kind == kind and len(t.corpus) > 1]
@@ -129,10 +129,10 @@ class Reference:
     """Public text that a run's texts are compared with.
 
     Attributes:
-        name: In words.
-        corpora: By client; `SERVER`: of no client.
-        other: More of the same source, to show how far two draws of it are apart; or empty.
-        other_name: Of that, in the column of arms.
+        name: A name in words.
+        corpora: Texts by client; `SERVER` for text of no client.
+        other: A second sample of the same source, to show the distance of two samples; or empty.
+        other_name: Its name in the column of arms.
     """
 
     name: str
@@ -142,11 +142,11 @@ class Reference:
 
 
 def simulated_reference(data: Data, seeds: Sequence[int]) -> Reference:
-    """Fresh texts of the clients of a simulated world: of seeds that no cell of the run has, and of its test half.
+    """Fresh texts of a simulated world's clients, under seeds that no cell of the run has, from the test half.
 
     Args:
-        data: With a world.
-        seeds: Of the run.
+        data: The scenario's data, of a world.
+        seeds: The run's seeds.
     """
     assert data.world is not None
     world, draw = load_world(data.world), private_records if data.task == "instructions" else private_notes
@@ -162,15 +162,15 @@ def simulated_reference(data: Data, seeds: Sequence[int]) -> Reference:
 def add_distances(
     figures: Figures, texts: Sequence[Released], reference: Reference, embed: Embed, *, part: str = "text"
 ) -> None:
-    """MAUVE and Frechet distance of each arm's texts, all clients together, from the reference: per seed, then means.
+    """Adds MAUVE and Frechet distance of each arm's texts, all clients pooled, from the reference: by seed, then means.
 
-    Every set has as many texts, and as many of each client as of every other, so that figures can be compared.
+    Every set has the same number of texts, the same for each client, so that figures can be compared.
     """
     vectors: dict[tuple[str, ...], NDArray[np.float32]] = {}
 
     def placed(chosen: Sequence[str], size: int) -> NDArray[np.float32]:
         few = tuple(_spread_out(chosen, size))
-        if few not in vectors:  # arms that ask the same of a client have the same drafts
+        if few not in vectors:  # arms with the same requests have the same drafts
             vectors[few] = embed(few)
         return vectors[few]
 
@@ -199,14 +199,14 @@ def add_distances(
 
 
 def _of_all(corpora: Sequence[Corpus]) -> list[str]:
-    """Equally many texts of each corpus, `EMBEDDED` together at most; empty ones have no place among embeddings."""
+    """Equally many texts of each corpus, `EMBEDDED` together at most; empty texts have no embedding."""
     lists = [[text for text in corpus.prompts if text.strip()] for corpus in corpora]
     each = min(min(map(len, lists), default=0), max(1, EMBEDDED // max(1, len(lists))))
     return [text for own in lists for text in _spread_out(own, each)]
 
 
 def _spread_out(texts: Sequence[str], size: int) -> list[str]:
-    """`size` of the texts at equal distances: texts often stand sorted by label."""
+    """`size` of the texts at equal distances, as texts are often sorted by label."""
     return [texts[i * len(texts) // size] for i in range(min(size, len(texts)))]
 
 
@@ -223,7 +223,7 @@ def _add(figures: Figures, kind: str, frame: pd.DataFrame, part: str = "text") -
 
 
 def shown_labels(texts: Sequence[Released], listed: Sequence[str] | None) -> list[str]:
-    """The public label list, or where a run has none at hand, the labels that its released texts carry."""
+    """The public label list, or the labels of the released texts if a run has no list at hand."""
     if listed is not None:
         return list(listed)
     return sorted(Counter(label for t in texts for label in t.corpus.answers))

@@ -1,4 +1,4 @@
-"""Flower's programs as this package starts them: their environment, their command line, how they end.
+"""Flower's programs as this package starts them: their environment, their command line, their end.
 
 As a script, `flower.py` serves `flwr` commands: one JSON list per line, an empty line after each answer.
 """
@@ -38,24 +38,24 @@ LOG = "flower.log"
 DEPLOYMENT = "deployment.json"  # of a run on real sites: fedsynth.deployment.plan
 SERVER_PROCESS = "server.pid"  # in the private directory of a run on real sites: its ServerApp's process
 
-# For the C library: memory that is let go is kept for what comes next, which is as large: a training step of 15 million
-# parameters takes 4 % less time when its pages need not be found anew (docs/results.md).
+# For the C library: freed memory stays with the process, as the next step needs as much. A training step of 15 million
+# parameters takes 4 % less time when its pages need not be found again (docs/results.md).
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-# From the first to before the second: versions whose programs, and whose client process (deployment/client_process.py),
-# are as this package knows them. pyproject.toml says the same.
+# From the first version to before the second, Flower's programs and its client process (deployment/client_process.py)
+# are those that this package is written for. pyproject.toml says the same.
 FLOWER = ((1, 41), (1, 43))
 
 
 def check_flower() -> str:
-    """Whether the installed Flower is one that this package works with: others may lack what a site replaces.
+    """Checks that this package works with the installed Flower: others may lack the parts that a site replaces.
 
     Returns:
         Its version, in words.
 
     Raises:
-        BadValue: If it is not, or there is none.
+        BadValue: If it does not, or Flower is not installed.
     """
     (first, second), (beyond, minor) = FLOWER
     wanted = f"flwr[simulation]>={first}.{second},<{beyond}.{minor}"
@@ -71,7 +71,7 @@ def check_flower() -> str:
 
 
 class LaunchFailed(RuntimeError):
-    """The run did not complete; the message is one line with the reason and the place of the log."""
+    """The run did not complete; the message is one line with the reason and the log's path."""
 
     what = "the run failed"
 
@@ -81,14 +81,14 @@ class CommandRefused(RuntimeError):
 
 
 class Commands:
-    """Flower's command line in a process of its own: its import, a second or more, is paid once for all commands.
+    """Flower's command line in its own process: its import, a second or more, is paid once for all commands.
 
-    It ends when it is closed, or its owner dies. Ctrl-C does not reach it: what is to be stopped then needs it.
+    The process ends with `close`, or when its owner dies. Ctrl-C does not reach it, as stopping a run needs it.
 
     Args:
-        environment: With FLWR_HOME, where config.toml names the SuperLink.
-        cwd: Its working directory.
-        log: For what it writes besides answers.
+        environment: The process's environment, with FLWR_HOME, whose config.toml names the SuperLink.
+        cwd: The process's working directory.
+        log: Takes its output besides answers.
     """
 
     def __init__(self, environment: Mapping[str, str], cwd: Path, log: IO[bytes] | int = subprocess.DEVNULL) -> None:
@@ -126,12 +126,12 @@ class Commands:
             raise CommandRefused(f"Flower's command line gave no answer to {arguments[0]}")
         answer: dict[str, Any] = json.loads("".join(lines))
         if not answer.get("success"):
-            said = str(answer.get("error-message", answer)).rpartition("\n\n")[2]  # before: which SuperLink it asked
+            said = str(answer.get("error-message", answer)).rpartition("\n\n")[2]  # without the SuperLink's name
             raise CommandRefused(f"`flwr {arguments[0]}` was refused: {one_line(said)}")
         return answer
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -148,14 +148,14 @@ class Commands:
 
 
 class Events:
-    """Whole lines that a file has gained; those of an earlier, resumed run are not news."""
+    """Whole lines appended to a file from now on; lines of an earlier attempt are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = path.stat().st_size if path.exists() else 0
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """What was added since the last call."""
+        """The events added since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -167,16 +167,16 @@ class Events:
 
 @contextlib.contextmanager
 def alone(folder: Path, otherwise: LaunchFailed | None = None) -> Iterator[None]:
-    """Whoever works in a directory must be the only one: it holds a lock as long as it lives.
+    """Holds the lock of a directory, so that one run works in it at a time.
 
-    What an earlier one has left is waited for (its supervisor takes the processes down), then killed.
+    Processes of an earlier run get time to end (its supervisor takes them down), then they are killed.
 
     Args:
-        folder: Where the lock lies.
-        otherwise: Raised if another one works there; left out: says that it is a run.
+        folder: The folder with the lock.
+        otherwise: Raised if another run works there; None for a default message.
 
     Raises:
-        LaunchFailed: If another one works there.
+        LaunchFailed: If another run works there.
     """
     with (folder / "lock").open("w") as lock:
         try:
@@ -195,14 +195,14 @@ def alone(folder: Path, otherwise: LaunchFailed | None = None) -> Iterator[None]
 
 
 def environment(marker: str, *here: str) -> dict[str, str]:
-    """The caller's environment without what would let Flower's programs reach outside themselves or meet others.
+    """The caller's environment, changed so that Flower's programs contact neither the internet nor other runs.
 
     Args:
-        marker: Of the processes that belong together.
-        here: More names under which they find this machine.
+        marker: Marks the processes of one run.
+        *here: More names under which they find this machine.
 
     Raises:
-        BadValue: If the installed Flower is none that this package works with.
+        BadValue: If this package does not work with the installed Flower.
     """
     check_flower()
     # Relative entries mean the caller's working directory, not that of Flower's processes.
@@ -213,29 +213,29 @@ def environment(marker: str, *here: str) -> dict[str, str]:
         **({"PYTHONPATH": os.pathsep.join(path)} if path else {}),
         **past_proxies(os.environ, *here),
         "PATH": os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", os.defpath)]),
-        "PYTHONUNBUFFERED": "1",  # a killed process leaves its last words
+        "PYTHONUNBUFFERED": "1",  # a killed process leaves all its output
         "OMP_NUM_THREADS": "1",  # a worker per CPU, a thread per worker
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # the default of 1 s is half a second lost on average
-        "RAY_ADDRESS": "local",  # a cluster of its own even where another one runs
-        "RAY_prestart_worker_first_driver": "0",  # those could not serve: they lack the run's environment
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2",  # the default of 1 s loses half a second on average
+        "RAY_ADDRESS": "local",  # its own cluster even if another one runs
+        "RAY_prestart_worker_first_driver": "0",  # such workers lack the run's environment and could not serve
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",  # beyond the launcher's own; by default 15, with which a busy machine starves them
+        "RAY_worker_niceness": "0",  # added to the launcher's own; with the default, 15, a busy machine starves them
         MARKER: marker,
     }
 
 
 def ray_token() -> dict[str, str]:
-    """What lets the processes of one run alone into its Ray, as its environment variables: else whoever reaches a port
-    of this machine can have code run there (CVE-2023-48022)."""
+    """A token as environment variables: only the processes of one run can use its Ray. Without it, anyone who reaches a
+    port of this machine can run code in it (CVE-2023-48022)."""
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def ray_clocks(seconds: float) -> dict[str, str]:
-    """Ray's own clocks of its start, of 20 to 100 s each, set to `seconds`, as its environment variables."""
+    """Ray's timeouts at its start, 20 to 100 s by default, set to `seconds`, as environment variables."""
     whole = str(math.ceil(seconds))
     names = (
         "raylet_start_wait_time_s",
@@ -249,13 +249,13 @@ def ray_clocks(seconds: float) -> dict[str, str]:
 
 
 def keep_output(program: str, folder: Path, log: Path, path: str) -> str | None:
-    """SuperExec throws the output of what it starts away: puts a script before the real program that keeps it.
+    """Puts a script before a program that appends its output to a log: SuperExec discards the output of its programs.
 
     Args:
-        program: Its name.
-        folder: Of the script.
-        log: Gets the output, at its end.
-        path: Where the program is looked for, a PATH.
+        program: Name of the program.
+        folder: Folder of the script.
+        log: The log.
+        path: The PATH in which the program is looked up.
 
     Returns:
         The PATH that finds the script first; None if there is no such program.
@@ -270,7 +270,7 @@ def keep_output(program: str, folder: Path, log: Path, path: str) -> str | None:
 
 
 def own_status(out: Path) -> dict[str, Any]:
-    """What the ServerApp has said of a run's end; nothing as long as it goes on."""
+    """The status that the ServerApp writes at a run's end; empty until then."""
     try:
         return dict(json.loads((out / STATUS).read_text()))
     except (FileNotFoundError, json.JSONDecodeError):  # not there yet, or half written
@@ -278,10 +278,10 @@ def own_status(out: Path) -> dict[str, Any]:
 
 
 def free_port(wanted: int | None = None) -> int:
-    """A port of 127.0.0.1 that can be used now: the wanted one, or any.
+    """A free port of 127.0.0.1: the wanted one, or any.
 
     Raises:
-        LaunchFailed: If the wanted one cannot.
+        LaunchFailed: If the wanted one cannot be used.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -295,7 +295,7 @@ def free_port(wanted: int | None = None) -> int:
 
 
 def listens(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether this process, not another that was given the same port meanwhile, answers on it."""
+    """True if this process listens on the port, and not another one that has taken it meanwhile."""
     try:
         connections = psutil.Process(process.pid).net_connections("tcp")
     except psutil.Error:
@@ -304,7 +304,7 @@ def listens(process: subprocess.Popen[bytes], port: int) -> bool:
 
 
 def last_words(log: Path, since: int, otherwise: str = "") -> str:
-    """The last line of a log that names an error, after `otherwise`; what stands before `since` is another's."""
+    """`otherwise`, then the last line of a log that names an error; bytes before `since` belong to another attempt."""
     lines = log.read_bytes()[since:].decode(errors="replace").splitlines()
     named = re.compile(r"\b(\w*Error|\w*Exception|ERROR|address already in use)\b")
     last = next((line for line in reversed(lines) if named.search(line)), "")
@@ -312,34 +312,34 @@ def last_words(log: Path, since: int, otherwise: str = "") -> str:
 
 
 def one_line(text: str, limit: int = 500) -> str:
-    """Without line breaks and colours, and not too long."""
+    """The text without line breaks and colours, cut at `limit` characters."""
     line = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 
 def ending(code: int | None) -> str:
-    """How a process ended, in words."""
+    """A process's exit code in words."""
     if code is None:
         return "it vanished"
     return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether a process still works: a zombie does not."""
+    """True if a process still works; a zombie does not."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     return False
 
 
 def adopt_orphans() -> None:
-    """Become the parent of descendants whose parents die, so that all of them are found (Linux)."""
+    """Makes this process the parent of descendants whose parents die, so that it finds all of them (Linux)."""
     if sys.platform == "linux":
         pr_set_child_subreaper = 36
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
 
 
 def kill_all(marker: str, within: float = 20.0, *, children: bool = True) -> None:
-    """Kill descendants, and processes with the marker, until none is left: new ones may be born meanwhile."""
+    """Kills descendants, and processes with the marker, until none is left: they may start new ones meanwhile."""
     me = psutil.Process()
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
@@ -363,14 +363,14 @@ def spawn(
     cwd: Path,
     log: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """A program that dies with this process, however that ends, and that Ctrl-C does not reach by itself.
+    """Starts a program that dies with this process, however that ends; Ctrl-C does not reach it.
 
     Args:
-        running: It is added to these, which `take_down` ends.
-        command: With its arguments.
-        env: Its environment.
-        cwd: Its working directory.
-        log: For what it says; left out, this process's own output.
+        running: The program is added to these, which `take_down` ends.
+        command: The program and its arguments.
+        env: The program's environment.
+        cwd: The program's working directory.
+        log: Takes the program's output; None for this process's own output.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     set_parent_death_signal = 1
@@ -395,10 +395,9 @@ def spawn(
 
 
 def take_down(running: Sequence[subprocess.Popen[bytes]], marker: str) -> None:
-    """Ends programs that `spawn` started, and what they did; the last first.
+    """Ends the programs that `spawn` started, and their children; the last first.
 
-    A SuperExec before what it works for: an app that it started then ends by itself, and says so while somebody still
-    listens.
+    A SuperExec ends before the program that it serves: its app then ends by itself and can still report that.
     """
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.SIG_IGN)
@@ -418,7 +417,7 @@ def take_down(running: Sequence[subprocess.Popen[bytes]], marker: str) -> None:
 
 
 def interrupt(*_: object) -> None:
-    """A handler for SIGTERM, which then ends a program as Ctrl-C does.
+    """A handler with which SIGTERM ends a program as Ctrl-C does.
 
     Raises:
         KeyboardInterrupt: Always.
@@ -427,7 +426,7 @@ def interrupt(*_: object) -> None:
 
 
 def marked(marker: str) -> Iterator[psutil.Process]:
-    """All processes with the marker, as far as their environment can be read."""
+    """All processes with the marker whose environment can be read."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(MARKER) == marker:

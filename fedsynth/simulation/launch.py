@@ -1,8 +1,8 @@
-"""One Flower simulation: started in a place of its own, watched, and taken down to the last process.
+"""One Flower simulation: started in its own temporary folder, watched, and taken down to the last process.
 
-`launch` starts a supervisor (this same file, run as a script), and the supervisor is the ancestor of everything else:
-SuperLink, SuperExec, simulation, Ray. It ends when the pipe from its launcher closes, so that nothing outlives a
-launcher, however that one ended.
+`launch` starts a supervisor (this same file, run as a script). The supervisor is the ancestor of everything else:
+SuperLink, SuperExec, simulation, Ray. It ends when the pipe from its launcher closes, so that no process outlives the
+launcher, however that ends.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from fedsynth.simulation.flower import (
 
 APP = Path(__file__).parents[1] / "app"  # a link to simulations/ in a checkout, the same files in a wheel
 SIMULATION = "flwr-simulation"
-# What a run stands on beside its SuperLink: SuperExec starts the simulation, that starts Ray. None ends before the run.
+# A run needs these beside its SuperLink: SuperExec starts the simulation, which starts Ray. None ends before the run.
 RAY = {"gcs_server", "raylet"}
 PARTS = {SIMULATION, "flower-superexec", *RAY}
-RAY_DIES = (  # the 15 s are Ray's own, for the port of an agent that it starts; nothing moves them
+RAY_DIES = (  # the 15 s are Ray's own, for the port of an agent that it starts; no setting changes them
     "the system kills it where memory is short, and Ray gives up after 15 s where its start gets less than a twentieth "
     "of a core; wait until the machine is less busy"
 )
-ENDING_SECONDS = 10.0  # between the ends of Ray's two programs, where the simulation ends them
-LOOK_SECONDS = 5.0  # between two looks at what Flower says of a run
-PATIENCE = 3  # looks that the SuperLink leaves unanswered, half a minute each, before that is a failure
+ENDING_SECONDS = 10.0  # between the ends of Ray's two programs, if the simulation ends them
+LOOK_SECONDS = 5.0  # between two requests for Flower's status of a run
+PATIENCE = 3  # requests that the SuperLink may leave unanswered, half a minute each, before the run fails
 
 
 def launch(
@@ -77,24 +77,24 @@ def launch(
     start_seconds: float = 3600.0,
     poll: float = 0.2,
 ) -> None:
-    """Run a Flower app as a simulation; return when it completed and no process of it is left.
+    """Runs a Flower app as a simulation; returns when the run has completed and no process of it is left.
 
-    The ServerApp appends one JSON object per line to `out/events.jsonl` as it goes, and at its end writes
-    `out/status.json`: `{"status": "completed"}` or `{"status": "failed", "reason": "one line"}`. A run has completed
-    when both that file and Flower say so, because Flower also calls a run completed in which every client failed.
+    The ServerApp appends one JSON object per line to `out/events.jsonl` during the run, and writes `out/status.json` at
+    its end: `{"status": "completed"}` or `{"status": "failed", "reason": "one line"}`. A run has completed when both
+    that file and Flower say so, because Flower also calls a run completed in which every client failed.
 
     Args:
         app: Folder with the app's pyproject.toml.
         run_config: Overrides of the app's run-config; every key must be known to the app.
-        supernodes: Virtual SuperNodes, hence partitions.
-        workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
-        gpu_share: Of one GPU, that each worker counts as its own: which of several it sees is Ray's choice by that.
+        supernodes: Number of virtual SuperNodes, hence of partitions.
+        workers: Processes that serve them; at most the CPUs plus four work at once (Flower's thread pool).
+        gpu_share: The share of one GPU that each worker counts as its own; Ray assigns GPUs to workers by it.
         out: Absolute folder of the run.
         logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
         on_event: Called with each new event, in this thread.
         port: Port of the SuperLink on 127.0.0.1; any free one if None.
-        start_seconds: How long SuperLink, simulation and Ray may each take to start, if none of them dies.
-        poll: Seconds between two looks at the events.
+        start_seconds: Longest time that SuperLink, simulation and Ray may each take to start, if none of them dies.
+        poll: Seconds between two reads of the events.
 
     Raises:
         LaunchFailed: The port is taken, the app was refused, or the run failed, was stopped or lost a process; another
@@ -167,7 +167,7 @@ def _watched(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the supervisor is told."""
+    """The supervisor's input."""
 
     app: str
     run_config: dict[str, str | int | float | bool]
@@ -179,7 +179,7 @@ class _Plan:
     port: int
     start_seconds: float
     marker: str
-    log_from: int  # what stands before in the log is an earlier attempt's
+    log_from: int  # the log before this byte is an earlier attempt's
 
 
 # ---- The supervisor: everything below runs in a process of its own ----
@@ -190,11 +190,11 @@ class _RunFailed(Exception):
 
 
 def _supervise() -> None:
-    """Read a plan from standard input, carry it out, take everything down, print the verdict."""
+    """Reads a plan from standard input, carries it out, takes everything down, prints the verdict."""
     plan = _Plan(**json.loads(sys.stdin.readline()))
     adopt_orphans()
     place = Path(tempfile.mkdtemp(prefix="fedsynth-", dir=_short_temporary_folder()))
-    spawning = threading.Lock()  # held for good by whoever takes the run down: no process is born after that
+    spawning = threading.Lock()  # whoever takes the run down holds it to the end: no process starts after that
 
     def end(verdict: str) -> NoReturn:
         spawning.acquire()
@@ -217,7 +217,7 @@ def _supervise() -> None:
 
 
 def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
-    """Start Flower, submit the run and watch it to its end; raises _RunFailed unless it completed."""
+    """Starts Flower, submits the run and watches it to its end; raises _RunFailed unless it completed."""
     cwd, flower, ray, programs = (place / name for name in ("cwd", "flwr", "ray", "bin"))
     for folder in (cwd, flower, ray, programs):
         folder.mkdir()
@@ -260,7 +260,7 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
 
 
 def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Callable[[], dict[str, Any]]) -> None:
-    """Return when the run has completed in Flower's words and in ours; raise _RunFailed as soon as it cannot."""
+    """Returns when Flower and the ServerApp both report completion; raises _RunFailed as soon as they cannot."""
     parts: dict[str, psutil.Process] = {}
     flower: dict[str, Any] = {"status": "pending"}
     begun, next_look, refused, alone = time.monotonic(), 0.0, 0, 0.0
@@ -276,7 +276,7 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
             next_look = time.monotonic() + LOOK_SECONDS
             try:
                 flower, refused = flower_status(), 0
-            except CommandRefused:  # it may be busy; whether it lives is looked at above
+            except CommandRefused:  # the SuperLink may be busy; the check above has seen it alive
                 refused += 1
                 if refused == PATIENCE:
                     raise
@@ -286,11 +286,11 @@ def _watch(plan: _Plan, superlink: subprocess.Popen[bytes], flower_status: Calla
         if SIMULATION in dead:
             if not starting:
                 break
-            # It took longer to start than Flower waits for it: then Flower starts another one.
+            # It took longer to start than Flower waits for; Flower then starts another one.
             del parts[SIMULATION]
         if "flower-superexec" in dead:
             raise _RunFailed(_last_words(plan, "SuperExec died in mid-run"))
-        if len(dead & RAY) == 1:  # both: the simulation has ended them, and ends itself
+        if len(dead & RAY) == 1:  # if both are dead, the simulation has ended them and ends itself
             alone = alone or time.monotonic()
             if time.monotonic() - alone > ENDING_SECONDS:
                 raise _RunFailed(f"Ray's {' '.join(dead & RAY)} died in mid-run: {RAY_DIES}")
@@ -319,7 +319,7 @@ def _check_clock(plan: _Plan, begun: float, what: str) -> None:
 
 
 def _parts(names: set[str]) -> dict[str, psutil.Process]:
-    """Those of a run's processes that work now, by name; of Ray also what died before it was looked at."""
+    """A run's processes that work now, by name; Ray's also if they have already died."""
     found = {}
     for process in psutil.Process().children(recursive=True) if names else ():
         with contextlib.suppress(psutil.Error):
@@ -330,7 +330,7 @@ def _parts(names: set[str]) -> dict[str, psutil.Process]:
 
 
 def _called(process: psutil.Process) -> set[str]:
-    """A program's names: the system's, which it keeps when it has died, and those of its first two words."""
+    """A program's names: the system's, which it keeps after its death, and those of its first two words."""
     names = {process.name()}
     with contextlib.suppress(psutil.ZombieProcess):
         names |= {Path(word).name for word in process.cmdline()[:2]}
@@ -338,7 +338,7 @@ def _called(process: psutil.Process) -> set[str]:
 
 
 def _short_temporary_folder() -> str | None:
-    # Ray puts sockets some 70 characters below; the system allows about 100 in all.
+    # Ray's paths of sockets are some 70 characters longer; the system allows about 100 in all.
     return None if len(tempfile.gettempdir()) <= 20 or not Path("/tmp").is_dir() else "/tmp"
 
 

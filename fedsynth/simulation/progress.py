@@ -1,4 +1,4 @@
-"""What a run shows while it goes: one live line on a terminal, plain lines elsewhere."""
+"""The progress of a run: one live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
 
-# In the order in which methods pass through them; the bar never goes back where one passes twice.
+# In the order of the methods' steps; the bar does not go back if a method repeats a phase.
 PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "respond", "augment", "score", "teach",
           "tune", "adopt", "learn", "evaluate")  # fmt: skip
 
 
 class ProgressBar:
-    """Phase, clients done of all, what is kept of texts, epsilon spent, clients a minute, time left.
+    """Phase, number of clients done, share of texts kept, epsilon spent, clients a minute, time left.
 
     Args:
-        console: Where it shows.
-        scenario: What runs.
-        sites: How many real sites run it; None: a simulation.
+        console: Shows the bar.
+        scenario: The run's scenario.
+        sites: Number of real sites; None for a simulation.
     """
 
     def __init__(self, console: Console, scenario: Scenario, sites: int | None = None) -> None:
@@ -40,7 +40,7 @@ class ProgressBar:
         self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
         self.task = self.live.add_task("starting", total=1000 * self.cells)
         self.at = self.furthest = 0
-        self.rounds = scenario.rounds  # an arm with fewer fills its part of the bar at once
+        self.rounds = scenario.rounds  # an arm with fewer rounds jumps to the end of its part
         self.last: tuple[str, str, int] = ("", "", 0)
         self.begun = time.monotonic()
         what = f"{scenario.data.clients} clients, {self.cells} cells (arms x seeds), data {scenario.data.source}"
@@ -56,11 +56,11 @@ class ProgressBar:
         self.live.__exit__(*problem)  # type: ignore[arg-type]  # passed on as it came
 
     def warn(self, text: str) -> None:
-        """A warning, above the live line."""
+        """Prints a warning above the live line."""
         self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def event(self, event: dict[str, Any]) -> None:
-        """One line of a run's events."""
+        """Shows one of the run's events."""
         if event.get("event") == "cell":
             self.at = int(event["number"])
             self._show(event, "", 0, 1)
@@ -93,5 +93,5 @@ class ProgressBar:
 
 
 def _percent(share: float) -> str:
-    """Neither all nor nothing unless it is."""
+    """A share as a percentage; 0 % and 100 % only if exact."""
     return f"{share:.0%}" if share in (0, 1) else f"{min(max(share, 0.01), 0.99):.0%}"

@@ -1,4 +1,4 @@
-"""A scenario from start to finish on this machine: check, launch, read the results."""
+"""A scenario on this machine from start to finish: check, launch, read the results."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run.
+    """The results of a run.
 
     Attributes:
         out: The run's directory.
-        summary: What `--json` prints.
-        metrics: Tidy: arm, seed, round, client, metric, value; client -1 is the server.
-        privacy: By arm: the statement in words and figures.
+        summary: The summary that `--json` prints.
+        metrics: Tidy frame: arm, seed, round, client, metric, value; client -1 is the server.
+        privacy: By arm, the privacy statement in words and figures.
     """
 
     out: Path
@@ -78,8 +78,8 @@ class Result:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes, and what filters
-        left of its texts, where that is to be told."""
+        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes, and the filters'
+        notable losses of texts."""
         rows = []
         for arm, found in self.summary["arms"].items():
             row: dict[str, Any] = {"arm": arm, "guarantee": found["guarantee"], "epsilon": found["epsilon"]}
@@ -92,7 +92,7 @@ class Result:
 
     @property
     def few(self) -> dict[str, list[str]]:
-        """By arm what filters left, where that is so little that the arm's figures are not its method's."""
+        """By arm, the steps that left so few texts that the arm's figures do not describe its method."""
         told = {arm: found.get("losses", []) for arm, found in self.summary["arms"].items()}
         few = {arm: [loss["line"] for loss in own if loss["few"]] for arm, own in told.items()}
         return {arm: lines for arm, lines in few.items() if lines}
@@ -102,10 +102,10 @@ class Result:
         return paired_difference(self.metrics, arm, baseline, metric=metric)
 
     def corpora(self, arm: str, seed: int, kind: str = "written") -> dict[int, Corpus]:
-        """Texts by client: `drafts` (what clients released) or `written` (what the LLM wrote from them)."""
+        """Texts by client: `drafts` (released by clients) or `written` (the LLM's texts from these)."""
         folder = self.out / "corpora" / arm / f"seed-{seed}"
         files = sorted(folder.glob(f"{kind}-*.parquet"), key=lambda p: int(p.stem.split("-round")[1].split("-")[0]))
-        found = {int(p.stem.rpartition("client")[2]): p for p in files}  # of the last round
+        found = {int(p.stem.rpartition("client")[2]): p for p in files}  # the last round's
         return {client: corpus_from_parquet(found[client].read_bytes()) for client in sorted(found)}
 
 
@@ -116,10 +116,10 @@ def read(out: Path) -> Result:
 
 
 def check(scenario: Scenario) -> list[str]:
-    """Everything that can be known before training: strategy options, models, data, budget. Returns warnings.
+    """Checks all that is known before training: strategy options, models, data, budget. Returns warnings.
 
     Raises:
-        BadValue: What is wrong and the way out.
+        BadValue: With the fault and the way out.
     """
     warnings: list[str] = []
     read: set[tuple[Any, ...]] = set()
@@ -149,16 +149,16 @@ def check(scenario: Scenario) -> list[str]:
 
 
 def check_server(cell: Cell) -> None:
-    """What the server of an arm itself needs: options of the strategy, its models, its adapter; and that it asks
-    clients for nothing that none of them does.
+    """Checks an arm at the server: the strategy's options, the server's models and adapter, and that the settings for
+    clients are within the ranges that every client accepts.
 
     Raises:
-        BadValue: What is wrong and the way out.
+        BadValue: With the fault and the way out.
     """
     resolved = cell.scenario
     try:
         kind, options = load_strategy(resolved.strategy)
-        check_settings(resolved.client, resolved.rounds)  # before anything is planned with them
+        check_settings(resolved.client, resolved.rounds)  # before they are used in a plan
         kind.check(options, resolved)
     except (BadValue, Rejected) as problem:
         raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
@@ -169,13 +169,13 @@ def check_server(cell: Cell) -> None:
 
 
 def server_warnings(cell: Cell) -> list[str]:
-    """What is possible with an arm's method and options, and hardly meant so."""
+    """Warnings about an arm's method and options: possible settings that are rarely intended."""
     kind, options = load_strategy(cell.scenario.strategy)
     return kind.warnings(options, label_list(cell.scenario.data))
 
 
 def pinned(scenario: Scenario) -> Scenario:
-    """The scenario with the commits of all models and data from the hub, models of its arms included.
+    """The scenario with all models and data from the hub pinned to commits, models of its arms included.
 
     Raises:
         BadValue: If a model of an arm that runs is not found.
@@ -188,8 +188,8 @@ def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
     """The scenario with other names for models, those of its arms included.
 
     Args:
-        scenario: Any.
-        pins: Old name -> new name; others stay.
+        scenario: Any scenario.
+        pins: Old name -> new name; other names stay.
     """
 
     def renamed(table: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,13 +213,13 @@ def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
 
 
 def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scores: bool) -> None:
-    """The smallest client needs the most noise; what cannot be trained under DP is found on public tokens.
+    """Plans for the smallest client, which needs the most noise, and runs the self-check on public tokens.
 
     Args:
-        scenario: Whose seeds count.
-        cell: Of an arm that spends.
-        labels: Of its data.
-        scores: Scores are what it spends on, not the training of a generator.
+        scenario: The scenario; all its seeds are checked.
+        cell: A cell of an arm that spends.
+        labels: The label list of the cell's data.
+        scores: The arm spends on scores, not on the training of a generator.
     """
     client, data = cell.scenario.client.of(0), cell.scenario.data
     clients = 1 if data.pooled else data.clients
@@ -266,22 +266,21 @@ def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]
 
 
 def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
-    """How many workers run at once, and a line that says why.
+    """The number of workers that run at once, and a line with the reason.
 
-    A worker does what the check has just done in this process (it loaded the models and trained on one whole
-    micro-batch), so it needs about as much memory as this process has held at most. A process that holds much else,
-    such as a notebook, says how many it wants.
+    The check in this process has loaded the models and trained on one whole micro-batch, as a worker does. So a worker
+    needs about this process's peak memory. A process that holds much else, such as a notebook, passes a number.
 
     Args:
-        asked: By the user; left out: as many as there are cores, clients, and room for, and one at least.
-        clients: Of the run.
+        asked: The user's number; None for as many as cores, clients and memory allow, at least one.
+        clients: Number of clients of the run.
     """
     each = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     free = psutil.virtual_memory().available
     room = int(SAFE_SHARE * free) // each
     said = f"about {each / 1e9:.1f} GB each, {free / 1e9:.0f} GB free"
     if gpus():
-        held, spare = gpu_memory()  # what this process holds goes on being held while workers run
+        held, spare = gpu_memory()  # this process keeps its GPU memory while workers run
         room = min(room, max(1, int(SAFE_SHARE * spare / held)) * gpus())
         said += f"; on a GPU {held / 1e9:.1f} GB each, {spare / 1e9:.0f} GB free"
     count = asked or max(1, min(len(os.sched_getaffinity(0)), clients, room))
@@ -294,13 +293,13 @@ def concurrency(asked: int | None, clients: int) -> tuple[int, str]:
 
 
 def gpu_share(workers: int) -> float:
-    """What part of a GPU each worker counts as its own, so that all GPUs get as many; 0 where there is none."""
+    """The share of a GPU that each worker counts as its own, so that workers spread evenly; 0 without a GPU."""
     return math.floor(1e4 / math.ceil(workers / gpus())) / 1e4 if gpus() else 0.0
 
 
 def supernodes(clients: int, workers: int) -> int:
-    """How many SuperNodes host the clients: each gets one message per exchange. Few enough that Flower's own work is
-    little beside theirs, and enough that no worker waits long for the last message."""
+    """The number of SuperNodes that host the clients; each gets one message per exchange. With few, Flower's own work
+    is small beside theirs; with enough, no worker waits long for the last message."""
     return min(clients, max(8 * workers, -(-clients // 32)))
 
 
@@ -317,15 +316,15 @@ def run(
 
     Args:
         scenario: A `Scenario`, the path of a TOML file, or the name of a shipped scenario.
-        out: The run's directory; must be new or empty. Left out: `runs/NAME-DATE` in the working directory.
-        workers: Client processes; left out: one per core, as far as memory reaches.
-        port: Of the run's SuperLink on this machine; left out: any free one.
+        out: The run's directory; must be new or empty. None for `runs/NAME-DATE` in the working directory.
+        workers: Number of client processes; None for one per core, as far as memory allows.
+        port: Port of the run's SuperLink on this machine; None for any free one.
         on_event: Called with each progress event: arm, seed, round, phase, done, total. The first are "data" and
-            "workers", with a line on what the clients hold and on how many workers there are.
+            "workers", each with a line: the clients' data, and the number of workers.
         on_warning: Called with each warning of the check.
 
     Raises:
-        BadValue: Something is wrong with scenario, data, models, budget or directory; nothing was run.
+        BadValue: If scenario, data, models, budget or directory have a fault; then nothing has run.
         fedsynth.simulation.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
     """
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
@@ -351,7 +350,7 @@ def resume(
 ) -> Result:
     """Resumes a run that ended too soon; it reaches the results that it would have had.
 
-    Nothing is charged twice: clients answer a repeated request from what they stored. A run that is done is only read.
+    Nothing is charged twice: clients reply to a repeated request with the stored answer. A completed run is only read.
 
     Args:
         out: The run's directory.
@@ -384,7 +383,7 @@ def resume(
 
 
 def done(out: Path) -> bool:
-    """Whether the run in a directory has completed."""
+    """True if the run in a directory has completed."""
     try:
         return bool(json.loads((out / STATUS).read_text())["status"] == "completed")
     except (OSError, ValueError, KeyError):

@@ -1,4 +1,4 @@
-"""What a pretrained model of a world must be able to do before it is shipped."""
+"""The abilities that a pretrained model of a world must have before it is shipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECORD_TOKENS = 64
 def measure_gates(
     world: World, model: Any, tokenizer: Any, role: Role, *, per_site: int = 32, seed: int = 7
 ) -> dict[str, float]:
-    """The measured rates, under the names of `GATES`, and some more.
+    """The measured rates, under the names of `GATES`, and a few more.
 
     llm: notes continued after demonstrations of one label in a site's style; rates are means over the sites.
     slm: notes continued after the bare label, as many as for the llm; unread notes count as wrong.
@@ -67,7 +67,7 @@ def _writes_labels(world: World, model: Any, tokenizer: Any, per_site: int, seed
     labels = [world.labels[int(k)] for k in rng.integers(len(world.labels), size=SITES * per_site)]
     texts = sample_lines(model, tokenizer, [f"{label}:" for label in labels], seed=seed)
     told = [told_labels(world, main_facts(world, text or "")) for text in texts]
-    # A note whose main facts are all common ones tells no label and is left out; one without a marker is wrong.
+    # A note whose main facts are all common ones tells no label and is left out; a note without a marker is wrong.
     wrong = [text is None or not main_facts(world, text) for text in texts]
     judged = [(t == {label}) for t, label, bad in zip(told, labels, wrong, strict=True) if t or bad]
     return {"label_correct": float(np.mean(judged)), "finished": float(np.mean([t is not None for t in texts]))}
@@ -119,7 +119,7 @@ def _writes_records(world: World, model: Any, tokenizer: Any, per_site: int, see
 
 
 def _alike(style: Style, found: Style | None) -> bool:
-    """Whether markers, separator, order and register are the same; openers and closers are filling, copied last."""
+    """True if markers, separator, order and register are the same; openers and closers are filling, copied last."""
     return found is not None and all(
         getattr(style, name) == getattr(found, name) for name in ("main", "history", "separator", "order", "register")
     )
@@ -149,7 +149,7 @@ def sample_lines(
         model: In evaluation mode.
         tokenizer: Its end-of-sequence token is the line end.
         prompts: Each is read after a BOS.
-        seed: Of the draws at temperature 1.
+        seed: Seed of the draws at temperature 1.
         max_new_tokens: Longest continuation.
         top_p: Probability mass that is drawn from; at 0 the likeliest token is always taken.
     """

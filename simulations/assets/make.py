@@ -14,7 +14,7 @@ from world_models import RECIPES, pretrain_asset
 
 
 def main() -> None:
-    """Read the command line, make one model or adapter, print its card: minutes on one core."""
+    """Reads the command line, makes one model or adapter, prints its card; takes minutes on one core."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("world", choices=WORLDS)
     parser.add_argument("role", choices=[*RECIPES, "mislabelled"], help="of notes, of records, or the adapter")
@@ -29,10 +29,10 @@ def main() -> None:
 
 
 def make(world: str, role: str, out: Path, steps: int | None = None, seed: int = 0) -> dict[str, object]:
-    """Make one asset in a new folder; returns its card.
+    """Makes one asset in a new folder; returns its card.
 
     Raises:
-        BadValue: The folder holds something, the steps are none, or the world has no such asset.
+        BadValue: If the folder holds something, the steps are not positive, or the world has no such asset.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadValue(f"the folder {str(out)!r} already holds something: name another one")

@@ -40,7 +40,7 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
         world: One that has a shipped server LLM.
         out: Folder to write, in PEFT format.
         steps: Optimizer steps; `STEPS` if None.
-        seed: Of the start, the notes and their order.
+        seed: Seed of the initialisation, the notes and their order.
 
     Returns:
         The card, as saved in `card.json`.
@@ -93,7 +93,7 @@ def mislabelled_notes(world: World, count: int, seed: int) -> Corpus:
     for note in notes.prompts:
         told = told_labels(
             world, main_facts(world, note)
-        )  # none where all main facts are common ones: then any will do
+        )  # none if all main facts are common ones: then any label will do
         true = world.labels.index(told.pop()) if told else int(rng.integers(len(world.labels)))
         move = 1 + int(rng.integers(len(world.labels) - 1)) if rng.random() < WRONG else 0
         labels.append(world.labels[(true + move) % len(world.labels)])
@@ -101,7 +101,7 @@ def mislabelled_notes(world: World, count: int, seed: int) -> Corpus:
 
 
 def label_correct(world: World, model: Any, tokenizer: Any, seed: int) -> float:
-    """Share of notes, written after bare labels, whose main facts are of the label; notes that tell none left out."""
+    """Share of notes after bare labels whose main facts are the label's; notes that tell no label are left out."""
     asked = [world.labels[i % len(world.labels)] for i in range(JUDGED)]
     texts = sample_lines(model.eval(), tokenizer, [f"{label}:" for label in asked], seed=seed, max_new_tokens=48)
     told = [told_labels(world, main_facts(world, text or "")) for text in texts]

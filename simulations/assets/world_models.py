@@ -32,12 +32,12 @@ class Recipe:
     Attributes:
         shape: Size of the model.
         task: Notes after their labels, or records.
-        weak: Whether it reads the corpus in which most facts are rare.
+        weak: The model reads the corpus in which most facts are rare.
         steps: Default number of optimizer steps.
         batch_rows: Rows per step.
         row_tokens: Tokens per row; seven records have about 200.
-        question_weight: Records: how much a question's tokens count in the loss beside its answer's, at first.
-        answers_first: Share of the steps after which all tokens count alike: what is to write questions, too.
+        question_weight: For records: the initial weight in the loss of a question's tokens; an answer's have 1.
+        answers_first: Share of the steps after which all tokens count alike, so that the model writes questions too.
     """
 
     shape: Shape
@@ -62,12 +62,12 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
     """Pretrains one shipped model on one thread, measures its gates and saves it with its card.
 
     Args:
-        world: What it reads.
-        role: "llm" for the server's model, "slm" for the clients'; of the instruction task, "base" for the clients'
+        world: The world whose public corpus the model reads.
+        role: "llm" for the server's model, "slm" for the clients'; for the instruction task, "base" for the clients'
             and "professional" for the server's.
         out: Folder to write; replaced as a whole at every save.
         steps: Optimizer steps; the recipe's number if None.
-        seed: Of the start and of the corpus.
+        seed: Seed of the initialisation and of the corpus.
 
     Returns:
         The card, as saved in `card.json`.
@@ -120,7 +120,7 @@ def pretrain_asset(world: World, role: Role, out: Path, steps: int | None = None
 def answers_first(tokenizer: PreTrainedTokenizerFast, question_weight: float) -> Callable[[Tensor], Tensor]:
     """Weights of tokens in rows of records: 1 from a record's answer to its line end, `question_weight` elsewhere.
 
-    Half of a record's tokens are drawn by chance (whom a note is about, in which style): their loss drowned that of the
+    Half of a record's tokens are random (the patient and the style of a note): their loss drowned that of the
     answers. With equal weights no answer was right after 500 steps, with .05 half of them were after 200.
     """
     *_, word, colon = tokenizer.encode(REPLY, add_special_tokens=False)
@@ -167,8 +167,8 @@ def _text(world: World, recipe: Recipe, seed: int) -> Iterator[str]:
 
 
 def _rows(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Iterator[list[int]]:
-    """Rows of `row_tokens` tokens: whole blocks, each after a BOS, the last one cut: what follows a cut would have lost
-    the style of its block."""
+    """Rows of `row_tokens` tokens: whole blocks, each after a BOS, the last one cut. The rest of a cut block would have
+    lost its style and is not read."""
     row: list[int] = []
     for block in blocks:
         row += [bos, *block]

@@ -118,9 +118,9 @@ def built(size: str, folder: Path) -> Path:
 
 
 def cell(size: str, model: Path, guarantee: str = "none", precision: str = "float32") -> Cell:
-    """What all ways run."""
+    """The cell that all ways run."""
     *_, clients, batch, tokens, _ = SIZES[size]
-    # Of 20 texts each is drawn by a coin of its own; of 8 all are in every step, so that ways differ in nothing else.
+    # With 20 texts each text is drawn independently; with 8 all are in every step, so that ways differ in nothing else.
     texts = 20 if size == "toy" else batch
     toml = SCENARIO.format(
         clients=clients,

@@ -37,7 +37,7 @@ class Learner(nn.Module):
         self.adapted = adapted
 
     def loss(self, tokens: Tensor, present: Tensor, learnt: Tensor) -> Tensor:
-        """Of a batch."""
+        """The loss of a batch."""
         width = int(present.sum(1).max())
         tokens, present, learnt = tokens[:, :width], present[:, :width], learnt[:, 1:width]
         logits = self.adapted(input_ids=tokens, attention_mask=present).logits[:, :-1]

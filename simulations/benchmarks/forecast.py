@@ -1,4 +1,4 @@
-"""What `fedsynth check` foresees, held against the run that follows: time, bytes, memory, epsilon.
+"""The forecast of `fedsynth check` beside the run that follows: time, bytes, memory, epsilon.
 
     python simulations/benchmarks/forecast.py [--json FILE] [--repeats 1] [--cases hospitals,...]
 
@@ -6,8 +6,8 @@ Three scenarios of unlike methods, in small: FDKT beside local training; Knowled
 adapters; two rounds of CrossLM. Each is checked and run by the command, one after the other. True time is that of the
 whole command, true memory the largest sum of the resident sets of all its processes, looked at twice a second.
 
-Others may use the machine, more or fewer of them while the run goes on than while it was checked: the forecast is of
-the load that it met. What the kernel says of how long the run's processes waited for a core stands beside its time.
+Other users' load may differ between check and run; the forecast assumes the load of the check. The table has the time
+that the run's processes waited for a core, by the kernel's statistics, beside its time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class Watched:
-    """Of the processes of a command, as long as it runs.
+    """Memory and CPU time of a command's processes, read while it runs.
 
     Attributes:
         memory: Largest sum of resident sets, in bytes.

@@ -156,7 +156,7 @@ def loops(repeats: int) -> list[Bar]:
 
 
 def waste() -> list[Bar]:
-    """Of batches by length, beside batches in the order of the texts."""
+    """The waste of batches by length, beside batches in the order of the texts."""
     rng = np.random.default_rng(0)
     tokenizer = load_tokenizer("assets:tiny-base")
     notes = private_notes(load_world("hospitals"), 0, 2048, 0, split="train").prompts

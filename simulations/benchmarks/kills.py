@@ -109,12 +109,12 @@ def frame_of(place: Path) -> pd.DataFrame:
 
 
 def rows_apart(one: pd.DataFrame, other: pd.DataFrame) -> int:
-    """How many rows are in one frame only."""
+    """The number of rows in one frame only."""
     return len(pd.concat([one, other]).drop_duplicates(keep=False))
 
 
 def entry_of(path: Path) -> tuple[Any, ...]:
-    """What a ledger says, but for times of day."""
+    """A ledger's content without times of day."""
     found = contents(path)
     rows = [(r["run"], r["rounds"], r["drawn"], str(r["plan"])) for r in found["reservations"]]
     grants = [(g["id"], g["counter"], g["order_digest"], g["state"]) for g in found["grants"]]

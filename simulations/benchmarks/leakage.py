@@ -1,8 +1,8 @@
-"""What an attacker gets out of the adapters of a run whose private responses end with planted secrets.
+"""Extraction of planted secrets from the adapters of a run whose private responses end with them.
 
     python simulations/benchmarks/leakage.py runs/hospitals-fedpit
 
-Two adversaries, who know every instruction: `global` may ask the adapter that the server made of all, `uploads` is the
+Two adversaries know every instruction: `global` asks the adapter that the server made of all; `uploads` is the
 server, which holds each client's own adapter and asks it for that client's records. Per arm and adversary, over all
 private training records of the last round (or `--round`): ROUGE-L of what is written against the true response, the
 share of secrets that are written, and their exposure (bits by which the model's ranking of the true secret among random

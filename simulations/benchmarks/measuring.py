@@ -1,4 +1,4 @@
-"""How the benchmarks measure: alternating runs in one process, CPU time of one thread, medians; bars, their table."""
+"""The benchmarks' measuring: alternating runs in one process, CPU time of one thread, medians; bars, their table."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Bar:
     """One figure beside the limit that it must keep.
 
     Attributes:
-        bar: What is measured.
-        case: Of which model, batch and length.
-        value: Measured.
-        limit: None where there is none: the figure stands for itself.
-        ok: Whether it keeps the limit.
+        bar: Name of the figure.
+        case: Model, batch and length.
+        value: The measured value.
+        limit: The limit; None for a figure without one.
+        ok: True if the value keeps the limit.
     """
 
     bar: str
@@ -92,7 +92,7 @@ def _settle() -> None:
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """What every benchmark can be told."""
+    """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the bars to this file")
     parser.add_argument("--repeats", type=int, default=7, help="runs of each way, in turns (default 7)")

@@ -1,4 +1,4 @@
-"""Public records for the `medquad` scenario: of each medical abstract, the title asks and what follows it answers.
+"""Public records for the `medquad` scenario: a medical abstract's title asks, its first sentences answer.
 
     python simulations/benchmarks/medical_records.py medical_records.parquet
 

@@ -1,4 +1,4 @@
-"""What a message costs a site beside its work: a new process for each, or a child of the warm one; and idle waiting.
+"""A site's overhead: of a message, by a new process or by a child of the warm one; and of idle waiting.
 
     python simulations/benchmarks/messages.py [--repeats 5] [--site DIR --seconds 60]
 

@@ -1,4 +1,4 @@
-"""What accounting and noise cost: CPU seconds on one thread. No limit is asserted here.
+"""The costs of accounting and noise: CPU seconds on one thread. No limit is asserted here.
 
 python simulations/benchmarks/privacy.py [--json FILE] [--repeats 7]
 """

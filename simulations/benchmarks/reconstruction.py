@@ -1,4 +1,4 @@
-"""How many planted secrets a model gives away: a LoRA without DP, KnowledgeSG, and models that never saw them.
+"""Planted secrets that a model gives away: a LoRA without DP, KnowledgeSG, and models that never saw them.
 
     python simulations/benchmarks/reconstruction.py --clients 2
 

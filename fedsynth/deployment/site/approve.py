@@ -1,4 +1,4 @@
-"""`fedsynth site approve`: synthetic text that waits is shown to a person, who decides."""
+"""`fedsynth site approve`: shows waiting synthetic text to a person, who decides."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedsynth.typed import BadValue
 
 
 def held_text(place: Place, request: str) -> Corpus:
-    """The text of an answer that waits, or waited.
+    """The text of a reply that waits, or waited.
 
     Args:
         place: The site.
-        request: The request's digest, or how it starts.
+        request: The request's digest, or its beginning.
 
     Raises:
-        BadValue: If there is no such request, or its answer holds no text.
+        BadValue: If there is no such request, or its reply holds no text.
     """
     from fedsynth.federation.payload import decode
     from fedsynth.federation.records import derived  # brings Flower
@@ -35,7 +35,7 @@ def held_text(place: Place, request: str) -> Corpus:
 
 
 def decide(place: Place, request: str, decision: Decision) -> dict[str, Any]:
-    """Lets an answer go, or not, and writes down who did; what was charged stays charged in any case.
+    """Lets a reply go, or not, and logs who decided; the charge stays in either case.
 
     Raises:
         BadValue: If there is no such request, or it was decided before.
@@ -43,13 +43,13 @@ def decide(place: Place, request: str, decision: Decision) -> dict[str, Any]:
     held = place.approvals.undecided(request)
     _stored(place, held)
     by = user()
-    # First: no text leaves of which the trail does not say who let it go.
+    # First: no text leaves before the audit log says who let it go.
     AuditLog(place.audit_log, {}).add(decision, order=held["order"], sha256=held["sha256"], by=by)
     return place.approvals.decide(held, decision, by)
 
 
 def user() -> str:
-    """Who runs this command, as the system knows them; and for whom, if it was sudo that says so."""
+    """The system's name of the user that runs this command, and of the user behind sudo."""
     uid = os.getuid()
     try:
         name = f"{pwd.getpwuid(uid).pw_name} (uid {uid})"
@@ -59,7 +59,7 @@ def user() -> str:
 
 
 def _stored(place: Place, held: dict[str, Any]) -> bytes:
-    """The sealed answer that waits, as the ledger keeps it."""
+    """The waiting answer as the ledger stores it, sealed."""
     stored = place.open_ledger().answered(held["order"])
     # A process that crashed before it stored its answer may have held a different text.
     if stored is None or hashlib.sha256(stored).hexdigest() != held["sha256"]:

@@ -1,4 +1,4 @@
-"""`fedsynth site check`: imports a site's rows, and looks at what must hold before it takes part."""
+"""`fedsynth site check`: imports a site's rows and checks all that it needs to take part."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedsynth.typed import BadValue
 
 
 def check(place: Place) -> Iterator[Finding]:
-    """Every check, in order; nothing is sent but a request of the server's health."""
+    """Makes every check, in order; sends only a request for the server's health."""
     site = place.site
     yield _found("site.toml", lambda: f"site {site.name!r}, data set {site.data.id!r}")
     yield _found("Flower", check_flower)

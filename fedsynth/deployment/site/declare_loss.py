@@ -1,4 +1,4 @@
-"""`fedsynth site declare-loss`: what the audit trail knows and the ledger does not is counted as spent."""
+"""`fedsynth site declare-loss`: counts charges that the audit log has and the ledger lacks as spent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedsynth.typed import BadValue
 
 
 def lost(place: Place) -> tuple[Ledger | None, Sequence[Charge]]:
-    """The account as it lies there, and the charges of the trail that it lacks. Nothing is changed.
+    """The account and the charges of the audit log that it lacks. Nothing is changed.
 
     Returns:
-        None for the account, and all charges of the trail, where it is gone altogether.
+        If the account is gone: None for it, and all charges of the audit log.
 
     Raises:
-        BadValue: If there never was an account; or it is gone, and so is a line of the trail: then nobody knows all
-            that was spent.
+        BadValue: If there never was an account; or if it is gone and the audit log lacks a line, so that the spending
+            is unknown.
         fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used for another reason.
     """
     if place.ledger.exists():
@@ -33,15 +33,15 @@ def lost(place: Place) -> tuple[Ledger | None, Sequence[Charge]]:
 
 
 def declare(place: Place, ledger: Ledger | None, charges: Sequence[Charge]) -> Ledger:
-    """Counts them as spent, and writes down who declared it: the account is open again.
+    """Counts missing charges as spent and logs who declared them; the account is then open again.
 
     Args:
         place: The site.
-        ledger: Its account; None: a new one is made.
-        charges: What it lacks.
+        ledger: The site's account; None to make a new one.
+        charges: The charges that it lacks.
     """
     by = user()
-    # First: nothing is counted as lost of which the trail does not say who declared it.
+    # First: nothing is counted as lost before the audit log says who declared it.
     place.witness().add(
         "lost",
         grants=[charge.grant for charge in charges if charge.grant],
@@ -49,7 +49,7 @@ def declare(place: Place, ledger: Ledger | None, charges: Sequence[Charge]) -> L
         **({"account": "gone"} if ledger is None else {}),
         by=by,
     )
-    # A process that is killed here leaves an empty account, which lacks what the trail knows, and is closed.
+    # A process that is killed here leaves an empty account: it lacks charges of the audit log and stays closed.
     made = place.open_ledger(create=True, behind=True) if ledger is None else ledger
     made.declare_lost(charges, by)
     return made

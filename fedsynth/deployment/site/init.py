@@ -1,4 +1,4 @@
-"""`fedsynth site init`: a site's folder with its site.toml and its key."""
+"""`fedsynth site init`: makes a site's folder with site.toml and a key."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedsynth.typed import BadValue
 
 
 def init(folder: Path, *, name: str, invitation: Path) -> Path:
-    """Makes a site's folder: site.toml to be edited, the CA's certificate, and a key whose public half is returned.
+    """Makes a site's folder: site.toml for the operator to edit, the CA's certificate, a key. Returns its public half.
 
     Raises:
-        BadValue: If the folder holds a site already, or the invitation cannot be read.
+        BadValue: If the folder already holds a site, or the invitation cannot be read.
     """
     if (folder / "site.toml").exists():
         raise BadValue(f"{folder} holds a site already: its key and its account must not be made anew")
@@ -28,15 +28,15 @@ def init(folder: Path, *, name: str, invitation: Path) -> Path:
     told = folder / f"{name}.pub"
     write_node_keys(folder / "keys" / "node", told, comment=name)
     write_new(folder / "ca.crt", invited.ca.encode())
-    write_new(folder / "site.toml", template(name, invited).encode())  # last: with it the folder is a site's
+    write_new(folder / "site.toml", template(name, invited).encode())  # last: this file makes the folder a site's
     return told
 
 
 def new_key(folder: Path) -> Path:
-    """A new key for a site: one that was removed at the server is never taken again. Account and trail stay.
+    """Makes a new key for a site: a server never accepts a removed key again. Account and audit log stay.
 
     Returns:
-        The public half, to be sent to the coordinator. The old halves stay under other names.
+        The public half for the coordinator. The old halves stay under other names.
 
     Raises:
         BadValue: If the folder holds no site.
@@ -52,7 +52,7 @@ def new_key(folder: Path) -> Path:
 
 
 def template(name: str, invited: Invitation) -> str:
-    """site.toml, with what the coordinator proposes filled in, for the operator to judge."""
+    """site.toml, with the coordinator's proposals filled in for the operator to judge."""
     asked = invited.scenario
     filled = {
         "@name@": name,
@@ -75,5 +75,5 @@ def template(name: str, invited: Invitation) -> str:
 
 
 def _line(**values: tuple[str, ...]) -> str:
-    """`key = [...]` in TOML."""
+    """The line `key = [...]` in TOML."""
     return tomli_w.dumps({key: list(found) for key, found in values.items()}).strip()

@@ -1,4 +1,4 @@
-"""`fedsynth site model`: what runs left at a site is measured on its own test rows, and answers its texts."""
+"""`fedsynth site model`: measures the models that runs left at a site on its test rows, and applies them to texts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Measured:
     """A model on the site's own test rows.
 
     Attributes:
-        run: That left it.
-        learnt: When, UTC.
-        metrics: By name; none without test rows.
-        test_rows: How many.
-        problem: Why it cannot be measured.
+        run: Id of the run that left it.
+        learnt: Time of the training, UTC.
+        metrics: Figures by name; empty without test rows.
+        test_rows: Number of test rows.
+        problem: The reason why it cannot be measured.
     """
 
     run: str
@@ -38,14 +38,14 @@ class Measured:
 
 
 def models(place: Place, run: str = "") -> tuple[list[tuple[Path, LocalModel]], list[str]]:
-    """The models that runs left, oldest first, and what of them cannot be read.
+    """The models that runs left, oldest first, and a line for each that cannot be read.
 
     Args:
         place: The site.
-        run: How the run's id starts; any if empty.
+        run: The beginning of the run's id; empty for any.
 
     Raises:
-        BadValue: If there is none.
+        BadValue: If there is no model.
     """
     known, unread = all_kept(place.state)
     found = [(folder, kept) for folder, kept in known if kept.run.startswith(run)]
@@ -68,30 +68,30 @@ def measured(place: Place, folder: Path, kept: LocalModel) -> Measured:
     try:
         check_rows(place)
         found = evaluate(_client(place, folder, kept))
-    except (ValueError, RuntimeError, OSError) as problem:  # one that cannot be used must not hide the others
+    except (ValueError, RuntimeError, OSError) as problem:  # an unusable model must not hide the others
         return Measured(kept.run, kept.learnt, {}, 0, str(problem))
     return Measured(kept.run, kept.learnt, dict(found.metrics), found.examples)
 
 
 def answer_file(place: Place, folder: Path, kept: LocalModel, texts: Path, column: str, out: Path) -> int:
-    """Writes what a model answers to each text of a file: one JSON object a line, with `text` and `answer`.
+    """Writes a model's answer to each text of a file: one JSON object a line, with `text` and `answer`.
 
-    No CSV: a spreadsheet would take an answer that begins with `=` for a formula, and who taught the model may have
-    meant it so.
+    No CSV: a spreadsheet would take an answer that begins with `=` for a formula, and the model's teachers may have
+    intended that.
 
     Args:
         place: The site.
-        folder: Of the model.
-        kept: What is known of it.
-        texts: CSV, JSONL or Parquet.
-        column: Of the texts.
-        out: JSONL; new, readable for its owner alone: texts may be private.
+        folder: Folder of the model.
+        kept: Facts of the model.
+        texts: File of the texts: CSV, JSONL or Parquet.
+        column: Column of the texts.
+        out: A new JSONL file, readable for its owner only, as texts may be private.
 
     Returns:
         Number of texts.
 
     Raises:
-        BadValue: If the texts cannot be read, one or all are missing, or `out` is there or cannot be written.
+        BadValue: If the texts cannot be read, one or all are missing, or `out` exists or cannot be written.
     """
     if out.suffix.lower() != ".jsonl":
         raise BadValue(f"--out must name a .jsonl file, got {str(out)!r}")

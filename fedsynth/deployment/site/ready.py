@@ -1,4 +1,4 @@
-"""What a site needs to reach its server: a folder, a key, a certificate that is accepted, a clock."""
+"""Checks of a site's way to its server: folder, account, key, certificate, clock."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MAX_BEHIND = 300.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """The finding of one check.
 
     Attributes:
-        what: Was looked at.
+        what: Name of the check.
         state: `ok`, `warning` or `problem`.
-        says: In words.
+        says: The finding in words.
     """
 
     what: str
@@ -42,8 +42,8 @@ class Finding:
 
 
 def check_state(place: Place) -> str:
-    """Whether the state folder is this user's alone and has room. Folders in it, and that of the accounts, that others
-    can read are closed to them: older versions made some with the umask's mode.
+    """Checks that only this user can read the state folder and that it has room. Closes its folders, and that of the
+    accounts, to others: older versions made some with the umask's mode.
 
     Raises:
         BadValue: If not.
@@ -67,10 +67,10 @@ def check_state(place: Place) -> str:
 
 
 def check_account(place: Place) -> None:
-    """Whether the account of the site's data is there, or was never begun: one that is gone is not begun anew.
+    """Checks that the account of the site's data exists, or was never begun: a lost account is not begun again.
 
     Raises:
-        BadValue: If the audit trail knows the data set, and there is no account of it.
+        BadValue: If the audit log knows the data set, and there is no account of it.
     """
     if place.ledger.exists() or all(entry.get("dataset") != place.site.data.id for entry in entries(place.audit_log)):
         return
@@ -82,7 +82,7 @@ def check_account(place: Place) -> None:
 
 
 def check_key(place: Place) -> str:
-    """Whether the site's key can be used, and nobody else reads it.
+    """Checks that the site's key can be used and that nobody else can read it.
 
     Raises:
         BadValue: If not.
@@ -102,15 +102,15 @@ def check_key(place: Place) -> str:
 
 
 def server(place: Place) -> Iterator[Finding]:
-    """TLS, certificate and clock, by one request without content; what is a problem is told as `server`, `certificate`
-    or `clock`."""
+    """Checks TLS, certificate and clock by one request without content; a problem is named `server`, `certificate` or
+    `clock`."""
     link = place.site.superlink
     host, _ = host_and_port(link.address)
     try:
         context = ssl.create_default_context(cafile=str(place.path(link.root_certificates)))
-        try:  # as the SuperNode goes: by the proxy that the environment names, unless the server is on this machine
+        try:  # as the SuperNode does: by the environment's proxy, unless the server is on this machine
             client = httpx.Client(verify=context, timeout=10, mounts=no_proxies(host))
-        except Exception as problem:  # an address that it cannot read is a plain Exception to httpx
+        except Exception as problem:  # httpx raises a plain Exception for an address that it cannot read
             yield Finding("server", "problem", f"{link.address} cannot be asked: {UNREADABLE} ({problem})")
             return
         with client, client.stream("GET", f"https://{link.address}/health") as answer:
@@ -143,7 +143,7 @@ def server(place: Place) -> Iterator[Finding]:
 
 
 def _causes(problem: BaseException) -> Iterator[BaseException]:
-    """What went wrong, and what that came of: the last one is the first that happened."""
+    """An error and its causes; the last one happened first."""
     found: BaseException | None = problem
     while found is not None:
         yield found

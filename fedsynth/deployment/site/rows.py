@@ -1,4 +1,4 @@
-"""A site's rows: imported under its operator's eyes, before any request works with them."""
+"""A site's rows: imported by its operator before any request uses them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fedsynth.typed import BadValue
 
 
 def import_rows(place: Place) -> Iterator[Finding]:
-    """Reads the source into the rows that requests work with, and says what of it is amiss. No row stops it.
+    """Imports the rows that requests use from the source, and reports faulty ones. No row stops it.
 
-    The account is made for it, if the data set has none and never had.
+    The account is made if the data set never had one.
 
     Raises:
         BadValue: If nothing was imported: the source or a column is missing, persons are written in several ways, or a
-            query gives other rows when it is asked again.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account cannot be used, under whose key rows are kept.
+            repeated query gives other rows.
+        fedsynth.privacy.ledger.LedgerUnusable: If the account cannot be used, whose key protects the rows.
         OSError: If the rows cannot be written.
     """
     data, seen = place.site.data, _stamp(place)
@@ -83,7 +83,7 @@ def _findings(place: Place, account: Ledger, found: Gathered, before: list[Recor
 
 
 def replaced(account: Ledger) -> tuple[float, float] | None:
-    """Replace-one and zero-out epsilon of all that an account has reserved; None for nothing, or no guarantee."""
+    """Replace-one and zero-out epsilon of all reservations of an account; None without any, or without a guarantee."""
     rows = [row for row in account.entries() if row["kind"] != "grant"]
     if not rows or any(row["kind"] == "no_guarantee" for row in rows):
         return None
@@ -93,7 +93,7 @@ def replaced(account: Ledger) -> tuple[float, float] | None:
 
 
 def check_rows(place: Place) -> None:
-    """Whether the site's rows were imported as site.toml declares them, and are what was written.
+    """Checks that the site's rows were imported under the present site.toml and have not been changed.
 
     Raises:
         BadValue: If not.
@@ -110,8 +110,8 @@ def check_rows(place: Place) -> None:
 
 
 def source_changed(place: Place) -> str:
-    """Whether the file has changed since its rows were imported, in words for the site's operator alone; "" if not.
-    What a query would give now is not looked at."""
+    """A line, for the site's operator only, if the file has changed since its rows were imported; else "". Queries are
+    not repeated."""
     about = place.imported
     if about is None or not place.site.data.source:
         return ""
@@ -124,13 +124,13 @@ def source_changed(place: Place) -> str:
             return ""
     except OSError as problem:
         return f"{path} cannot be read ({problem.strerror}): {go_on}"
-    except LedgerUnusable:  # which is told where it matters more
+    except LedgerUnusable:  # another check reports it
         return ""
     return f"{path} has changed: {go_on}, until `fedsynth site check` imports it anew"
 
 
 def _stamp(place: Place) -> tuple[int, int]:
-    """Size and time of the file; zeros for a query, and for a file that is not there."""
+    """Size and time of the file; zeros for a query, and for a missing file."""
     if not place.site.data.source:
         return 0, 0
     try:
@@ -141,7 +141,7 @@ def _stamp(place: Place) -> tuple[int, int]:
 
 
 def _known(place: Place, account: Ledger) -> list[Record] | None:
-    """The rows that were imported before as site.toml has it now; None where there are none that can be used."""
+    """The rows imported before under the present site.toml; None if there are none that can be used."""
     try:
         return rowstore.read(place.rows, account.mac_key) if place.imported else None
     except RowsUnusable:

@@ -1,4 +1,4 @@
-"""`fedsynth site start`: the programs of a site, until they are ended."""
+"""`fedsynth site start`: runs the programs of a site until they are ended."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from fedsynth.typed import BadValue
 
 
 def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsynth.deployment.client_process")) -> None:
-    """Runs the site's SuperNode until Ctrl-C or SIGTERM; everything that it started is gone then.
+    """Runs the site's SuperNode until Ctrl-C or SIGTERM; all its processes are gone then.
 
-    Four programs: the SuperNode, which talks to the server; the SuperExec, which starts a process for each message and
-    shows a secret that is made anew each time; in place of Flower's client process a stand-in
-    (`fedsynth.deployment.client_process`), the only program on the SuperExec's PATH; and the warm process that it
-    hands over to.
+    There are four programs. The SuperNode talks to the server. The SuperExec starts a process for each message and
+    authenticates with a secret that is new at each start. A replacement of Flower's client process
+    (`fedsynth.deployment.client_process`) is the only program on the SuperExec's PATH. The warm process takes over
+    from it.
 
     Flower gives the token of a message to its process as an argument, which other users of this machine can read
     unless /proc is mounted with hidepid=2: a site's machine should have no users who are not trusted with its data.
 
     Args:
         place: The site.
-        port: Of the SuperNode's own API on 127.0.0.1; any free one if 0.
-        client: How Python runs `fedsynth.deployment.client_process`.
+        port: Port of the SuperNode's own API on 127.0.0.1; 0 for any free one.
+        client: Python's arguments that run `fedsynth.deployment.client_process`.
 
     Raises:
-        BadValue: If something stands in the way.
-        SiteFailed: The SuperNode ended by itself and would again, or another one works in the state folder.
+        BadValue: If a check fails before the start.
+        SiteFailed: If the SuperNode ended by itself and would again, or another one works in the state folder.
     """
     check_flower()
     check_state(place)
@@ -80,7 +80,7 @@ def start(place: Place, *, port: int = 0, client: Sequence[str] = ("-m", "fedsyn
         if changed := source_changed(place):
             tell(changed)
         environment = _environment(place, marker)
-        # Nothing but the stand-ins can be found by who starts what a server asks for.
+        # The SuperExec, which starts what a server asks for, finds only the replacements.
         alone_on_path = {**environment, "PATH": str(programs)}
         signal.signal(signal.SIGTERM, interrupt)
         running: list[subprocess.Popen[bytes]] = []
@@ -115,7 +115,7 @@ def _supernode(place: Place, port: int, secret: Path) -> list[str]:
 
 
 def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
-    # Without TLS: it stays on this machine, and shows the secret.
+    # Without TLS: the connection stays on this machine, and shows the secret.
     return [
         _flower("flower-superexec"),
         "--insecure",
@@ -129,7 +129,7 @@ def _superexec(port: int, secret: Path, supernode: int) -> list[str]:
 
 
 def _flower(program: str) -> str:
-    """A program of Flower beside this Python, by its whole path."""
+    """The whole path of a program of Flower beside this Python."""
     found = shutil.which(program, path=str(Path(sys.prefix) / "bin"))
     if found is None:
         raise BadValue(f"{program} is not beside this Python ({Path(sys.prefix) / 'bin'}): is flwr installed there?")
@@ -137,13 +137,13 @@ def _flower(program: str) -> str:
 
 
 def _open_account(place: Place) -> None:
-    """Makes the account of the site's data, the first time; the trail learns what others have charged on it since."""
+    """Makes the account of the site's data, the first time; logs charges that others have made on it since."""
     check_account(place)
     place.open_ledger(create=True).tell_witness()
 
 
 def _environment(place: Place, marker: str) -> dict[str, str]:
-    """The operator's, without what would reach outside."""
+    """The operator's environment without variables that would let programs reach outside."""
     host, _ = host_and_port(place.site.superlink.address)
     return {
         **environment(marker, *([host] if is_loopback(host) else [])),
@@ -157,14 +157,14 @@ def _environment(place: Place, marker: str) -> dict[str, str]:
 
 
 def _socket(place: Place) -> Path:
-    """Of the warm process; paths of Unix sockets are short."""
+    """The folder of the warm process's socket, as paths of Unix sockets must be short."""
     path = place.state / SOCKET
     if len(str(path)) < 100:
         return path
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
     folder = Path(f"/tmp/fedsynth-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()  # of a link its owner could lead elsewhere later
+    found = folder.lstat()  # the owner of a link could change its target later
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise BadValue(f"{folder} belongs to someone else: name a shorter `state` folder in site.toml")
     return folder / f"{digest}.socket"

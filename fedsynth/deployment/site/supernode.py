@@ -1,4 +1,4 @@
-"""How a site's SuperNode ended, and whether it is started again."""
+"""The end of a site's SuperNode, and its restart."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedsynth.deployment.site.rows import source_changed
 from fedsynth.simulation.flower import LaunchFailed, ending, listens
 
 AGAIN_SECONDS = 5.0  # before a SuperNode that ended is started again
-SHORT_SECONDS = 45.0  # a SuperNode that lived no longer was not let in
-SILENT_SECONDS = 30.0  # without a connection; between two tries of its own Flower waits up to 20
+SHORT_SECONDS = 45.0  # a SuperNode that lived no longer was refused
+SILENT_SECONDS = 30.0  # without a connection; Flower itself waits up to 20 between two tries
 LOOK_SECONDS = 2.0
-READ_SECONDS = 60.0  # between two looks at whether the site's file has changed
-REFUSED_SECONDS = 90.0  # so long it may be refused; longer than a server takes to find a dead one out
+READ_SECONDS = 60.0  # between two checks for changes of the site's file
+REFUSED_SECONDS = 90.0  # longest time of refusals; longer than a server needs to detect a dead SuperNode
 
 
 class SiteFailed(LaunchFailed):
@@ -30,24 +30,24 @@ class SiteFailed(LaunchFailed):
 
 @dataclass
 class Patience:
-    """Whether a SuperNode that ended is started again.
+    """Decides if an ended SuperNode is started again.
 
     Flower's SuperNode may exit on a network cut. The server considers a killed node online for a minute, and refuses
     its successor for as long.
     """
 
     place: Place
-    first: float | None = None  # when the first of several ended that hardly lived
+    first: float | None = None  # end of the first of several short-lived SuperNodes
 
     def wait(self, said: str, lived: float) -> None:
-        """Returns when the next is to be started.
+        """Waits until the next one is due.
 
         Args:
-            said: How the one before ended.
-            lived: How many seconds after it had started.
+            said: The end of the one before, in words.
+            lived: Seconds that it lived.
 
         Raises:
-            SiteFailed: If none would live longer, with what the operator can do.
+            SiteFailed: If no restart would help, with the operator's way out.
         """
         found = _problems(self.place)
         for what in ("certificate", "clock"):
@@ -74,7 +74,7 @@ def _refused(place: Place) -> str:
 
 
 def tell(line: str) -> None:
-    """A line to the site's operator."""
+    """Prints a line for the site's operator."""
     print(f"fedsynth: {line}", file=sys.stderr, flush=True)
 
 
@@ -85,13 +85,13 @@ def watch(
     superexec: subprocess.Popen[bytes],
     port: int,
 ) -> tuple[str, float]:
-    """How SuperNode or SuperExec ended, as soon as one has, or works no more; and how many seconds after its start.
+    """Waits until SuperNode or SuperExec has ended or hangs; returns that in words, and the seconds since its start.
 
     Raises:
-        SiteFailed: If the SuperNode lives, and does not come to its start.
+        SiteFailed: If the SuperNode lives but does not finish its start.
     """
     begun, started, told, looked, seen = time.monotonic(), 0.0, False, 0.0, 0.0
-    read, changed = begun, source_changed(place)  # which `site start` has told
+    read, changed = begun, source_changed(place)  # `site start` has reported it
     while supernode.poll() is None and superexec.poll() is None:
         if warm.poll() is not None and not told:
             tell(f"the warm process died ({ending(warm.returncode)}): each message now takes some seconds more")
@@ -113,7 +113,7 @@ def watch(
                 "wait until this machine is less busy, or raise that key"
             )
         if now - seen > SILENT_SECONDS:
-            # Where TLS is cut in its handshake Flower gives up, and its process stays without doing anything.
+            # If TLS is cut in its handshake, Flower gives up, and its process stays idle.
             if "server" not in _problems(place):
                 return "the SuperNode lost its connection and does not try again", now - started
             seen = time.monotonic()
@@ -123,14 +123,14 @@ def watch(
 
 
 def _connected(supernode: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether it holds a connection to somewhere, beside those to its own port."""
+    """True if the process holds a connection that is not to its own port."""
     try:
         held = psutil.Process(supernode.pid).net_connections("tcp")
     except psutil.Error:
-        return True  # it has ended, or this system does not tell
+        return True  # it has ended, or this system does not say
     return any(each.raddr and each.laddr.port != port for each in held)
 
 
 def _problems(place: Place) -> dict[str, str]:
-    """What stands between this site and its server: `server`, `certificate` or `clock`, and words."""
+    """The obstacle between this site and its server: `server`, `certificate` or `clock`, and a description."""
     return {finding.what: finding.says for finding in server(place) if finding.state == "problem"}

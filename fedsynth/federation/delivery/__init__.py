@@ -1,1 +1,1 @@
-"""How requests reach clients and answers come back, whatever fails on the way."""
+"""The way of requests to clients and of replies back, through crashes and cut connections."""

@@ -1,4 +1,4 @@
-"""Answers that come after their time: they are not used, but what they released is accounted for."""
+"""Replies that come after the timeout: they are not used, but their privacy spending is counted."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ IN_VAIN = "gave no reply in time"
 
 
 class LateAnswers:
-    """Messages whose time was over, and what still comes to them.
+    """Messages past their timeout, and the replies that still come to them.
 
     Args:
-        delivery: The way that they were sent.
+        delivery: The delivery that sent the messages.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -27,17 +27,17 @@ class LateAnswers:
     def expect(
         self, messages: Mapping[str, tuple[int, ...]], exchange: int, requests: Mapping[int, Request[Any]]
     ) -> None:
-        """Remembers messages that are not answered.
+        """Remembers messages without a reply.
 
         Args:
-            messages: The clients that each is for, by its id.
-            exchange: In which it was sent.
-            requests: Of that exchange, by client.
+            messages: By message id, the clients that it is for.
+            exchange: Number of the exchange that sent them.
+            requests: The requests of that exchange, by client.
         """
         self._missing |= {message: (clients, exchange, requests) for message, clients in messages.items()}
 
     def come(self) -> Iterator[tuple[int, int, Request[Any], RecordDict | str]]:
-        """What has come since: client, exchange, request, and the reply, or why there is none."""
+        """Each reply that has come since: client, exchange, request, and the reply or the reason why it is missing."""
         if not self._missing:
             return
         for key, reply in self._delivery.pulled(list(self._missing)):

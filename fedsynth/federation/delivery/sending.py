@@ -1,4 +1,4 @@
-"""Requests as messages to nodes, those of one node together; replies divided among their clients."""
+"""Requests as messages to nodes, one message per node; replies divided among their clients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedsynth.federation.records import joined, parted, payload_bytes
 
 UNUSABLE = "sent an unusable reply"
 LARGEST_MESSAGE = 2**25  # bytes of requests that are joined; cut between stacks
-# What Flower raises while it unpacks what a SuperNode made up; of a connection that is gone it raises others.
+# Flower raises these while it unpacks a reply that a SuperNode made up; a lost connection raises others.
 UNPACKING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError,
              struct.error, DecodeError)  # fmt: skip
 
@@ -27,11 +27,11 @@ class Delivery:
     """The way to the clients of one cell.
 
     Attributes:
-        grid: Flower's.
-        nodes: Home -> node id.
-        sites: Names of real sites, by client; `nodes` are looked for again at each sending. Empty in a simulation.
-        stack: So many clients in a row train in one pass.
-        since: By client, when the site connected that was sent something.
+        grid: Flower's grid.
+        nodes: Client -> node id.
+        sites: Names of real sites, by client; each sending looks up their nodes again. Empty in a simulation.
+        stack: This many clients in a row train in one pass.
+        since: By client, the time at which its site had connected when it was last sent something.
     """
 
     grid: Grid
@@ -43,15 +43,15 @@ class Delivery:
     def send(
         self, requests: Mapping[int, Request[Any]], clients: Iterable[int], pack: Callable[[int], RecordDict]
     ) -> tuple[dict[str, tuple[int, ...]], list[int]]:
-        """Sends these clients' requests, those of one node together: a message costs more than training a tiny model.
+        """Sends these clients' requests, one message per node: a message costs more than training a tiny model.
 
         Args:
             requests: By client.
-            clients: Whose are sent.
-            pack: Home -> its request as the content of a message.
+            clients: The clients to send to.
+            pack: Client -> its request as the content of a message.
 
         Returns:
-            The clients that each message is for, by its id; and the sites that are not connected now.
+            By message id, the clients that it is for; and the sites that are not connected now.
         """
         sent: dict[str, tuple[int, ...]] = {}
         absent: list[int] = []
@@ -68,7 +68,7 @@ class Delivery:
                 absent.append(client)
                 continue
             node = self.nodes[client]
-            # Never within a stack: who trains together must not depend on who else is on the node.
+            # Never cut within a stack: the clients of one pass must not depend on the other clients of the node.
             if (
                 ready.get(node)
                 and sizes[node] + size > LARGEST_MESSAGE
@@ -90,10 +90,10 @@ class Delivery:
         return {str(key): tuple(contents)}
 
     def pulled(self, keys: Sequence[str]) -> Iterator[tuple[str, Message | None]]:
-        """Replies to messages that are there now; None for one that cannot even be unpacked.
+        """The replies that are there now, by message id; None for one that cannot be unpacked.
 
-        Those of sites are asked for one by one: Flower unpacks all that it is asked for together, and hands out none
-        if one cannot be. And which message a reply is to is what was asked for, not what a site writes into it.
+        Replies of sites are pulled one by one: Flower unpacks all that it is asked for together, and hands out none
+        if one of them fails. The id is the one that was asked for, not the one that a site writes into its reply.
         """
         if not self.sites:
             for reply in self.grid.pull_messages(keys):
@@ -108,14 +108,14 @@ class Delivery:
                 yield from ((key, reply) for reply in replies[:1])
 
     def divided(self, reply: Message | None, clients: Sequence[int]) -> Iterable[tuple[int, RecordDict | str]]:
-        """Each client's part of a reply, or why there is none."""
+        """Each client's part of a reply, or the reason why it is missing."""
         if reply is None:
             return [(client, f"{UNUSABLE}: its message cannot be read") for client in clients]
         if reply.has_error():
-            # Whatever stands there of a real site, the site wrote it.
+            # A real site writes its own error's text, so the text is not repeated.
             why = f"Flower's error {reply.error.code}" if self.sites else first_line(reply)
             return [(client, f"its worker failed: {why}") for client in clients]
         parts = parted(reply.content)
         if len(parts) != len(clients):
-            return [(client, f"sent {len(parts)} answers to {len(clients)} requests") for client in clients]
+            return [(client, f"sent {len(parts)} replies to {len(clients)} requests") for client in clients]
         return zip(clients, parts, strict=True)

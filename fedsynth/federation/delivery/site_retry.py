@@ -1,4 +1,4 @@
-"""Sites are asked again that are not connected, cannot be reached, were started anew, or wait for a person there."""
+"""Sites are asked again if they are not connected, cannot be reached, were restarted, or wait for approval."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ WAITS = "its reply waits for approval there"
 
 @dataclass(frozen=True)
 class _Again:
-    """Why a site is asked once more, and when."""
+    """The reason for asking a site once more, and the time."""
 
     why: str
     when: float = field(default_factory=lambda: time.monotonic() + ASK_AGAIN_SECONDS)
 
 
 class SiteRetry:
-    """The sites of one exchange that are to be asked again; none in a simulation.
+    """The sites of one exchange to ask again; none in a simulation.
 
     Args:
-        delivery: The way to them.
-        tell: Gets a line for each site at which somebody is to act.
+        delivery: Reaches the sites.
+        tell: Gets a line for each site where somebody must act.
     """
 
     def __init__(self, delivery: Delivery, tell: Callable[[str], None]) -> None:
         self._delivery, self._tell = delivery, tell
         self._again: dict[int, _Again] = {}
         self._reached: set[int] = set()
-        self._reasons: dict[int, str] = {}  # by client: what it said last in place of a reply
+        self._reasons: dict[int, str] = {}  # by client: its latest reason for sending no reply
         self._looked = time.monotonic()
 
     def __bool__(self) -> bool:
         return bool(self._again)
 
     def sent(self, messages: Mapping[str, tuple[int, ...]], absent: Iterable[int]) -> None:
-        """What came of a sending: the clients of its messages, and the sites that were not connected."""
+        """Takes note of a sending: the clients of its messages, and the sites that were not connected."""
         self._reached.update(client for clients in messages.values() for client in clients)
         self._again |= {client: _Again("it was not connected") for client in absent}
 
     def postponed(self, client: int, reply: Message | None) -> bool:
-        """Whether a site's reply is no reply yet, so that it is to be asked again."""
+        """True if a site's reply is not final: the site is then asked again."""
         if not self._delivery.sites or reply is None or (why := _why_later(reply)) is None:
             return False
         seconds = APPROVAL_SECONDS if why == WAITS else ASK_AGAIN_SECONDS
         self._again[client] = _Again(why, time.monotonic() + seconds)
-        if self._reasons.get(client) != why:  # for whoever watches: somebody is to act there
+        if self._reasons.get(client) != why:  # somebody must act at the site
             self._tell(f"site {self._delivery.sites[client]!r}: {why}")
         self._reasons[client] = why
         return True
 
     def look(self, waiting: dict[str, tuple[int, ...]]) -> None:
-        """Takes out of `waiting`, now and then, whom nobody works for: a site that connected anew, as after a crash,
-        has forgotten what it was asked, and the SuperLink does not say so."""
+        """Takes messages to restarted sites out of `waiting`, each `ASK_AGAIN_SECONDS`: a site that reconnects after a
+        crash has lost its request, and the SuperLink does not say so."""
         if not self._delivery.sites or time.monotonic() - self._looked <= ASK_AGAIN_SECONDS:
             return
         now, since = nodes_by_name(self._delivery.grid, self._delivery.sites), self._delivery.since
@@ -75,18 +75,18 @@ class SiteRetry:
         self._looked = time.monotonic()
 
     def due(self) -> list[int]:
-        """Takes out the sites whose time to be asked again has come."""
+        """Takes out the sites that are due to be asked again."""
         due = [client for client, again in self._again.items() if again.when <= time.monotonic()]
         for client in due:
             del self._again[client]
         return due
 
     def in_vain(self, waiting: Iterable[int], late: str) -> dict[int, str]:
-        """When the time is over: by client, why there is no reply.
+        """After the timeout: by client, the reason why its reply is missing.
 
         Args:
-            waiting: Homes that were asked, and whose reply did not come.
-            late: What is said of them.
+            waiting: Clients that were asked and have not replied.
+            late: The reason given for them.
         """
         found = {client: f"{late}: {self._reasons[client]}" if client in self._reasons else late for client in waiting}
         for client, again in self._again.items():
@@ -95,7 +95,7 @@ class SiteRetry:
 
 
 def _why_later(reply: Message) -> str | None:
-    """Why a site is to be asked once more; None if what it says is a reply."""
+    """The reason for asking a site once more; None if its reply is final."""
     if reply.has_error():
         gone = reply.error.code in (FlowerError.NODE_UNAVAILABLE, FlowerError.MESSAGE_UNAVAILABLE)
         return "it could not be reached" if gone else None

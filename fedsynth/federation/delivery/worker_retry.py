@@ -1,4 +1,4 @@
-"""Requests whose worker died are sent again, up to `TRIES` times and in smaller messages."""
+"""Requests whose worker died are sent again in smaller messages, up to `TRIES` tries."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from itertools import groupby
 
 from flwr.app import Message
 
-TRIES = 3  # to get a request answered by a client whose worker dies; docs/running.md and deployment/faults.md say so
+TRIES = 3  # for a client whose worker dies; docs/running.md and deployment/faults.md say so
 
 
 class WorkerRetry:
     """The tries of one exchange.
 
     Args:
-        stack: So many clients in a row train in one pass.
+        stack: This many clients in a row train in one pass.
     """
 
     def __init__(self, stack: int) -> None:
@@ -23,11 +23,10 @@ class WorkerRetry:
         self._failed: Counter[int] = Counter()
 
     def again(self, reply: Message | None, clients: Sequence[int]) -> list[list[int]]:
-        """The clients whose orders are to be sent again, message by message; none if no worker died, or it did so too
-        often.
+        """The clients to send to again, message by message; none if no worker died, or if it died too often.
 
-        The same orders again, under the same grants: stored replies are sent as they are. In smaller messages, so that
-        a client that kills its worker takes no other with it in the end.
+        The requests and their grants are the same again: clients send stored replies as they are. Messages get
+        smaller, so that a client that kills its worker takes no other client with it in the end.
         """
         if reply is None or not reply.has_error():
             return []

@@ -1,1 +1,1 @@
-"""What a run writes down: its log, its directory and tables, what it says of privacy, and what it goes on from."""
+"""The files of a run: log, directory, tables, privacy report and checkpoint."""

@@ -1,8 +1,8 @@
-"""What a cell has done so far, on disk, so that a run that was killed goes on to the results that it would have had.
+"""Checkpoints of a cell on disk: a killed run resumes and reaches the results that it would have had.
 
-A round is a function of clients and state, and its random streams follow from public seeds. So the state after each
-round is kept and, of the round in progress, what took long: the replies of each exchange and the words of the LLM. A
-resumed round runs anew from its first line over what is kept; clients answer what they had answered as they did.
+A round is a function of clients and state, and its random streams follow from public seeds. So the checkpoint holds
+the state after the last round and, for the round in progress, all that took long: the replies of each exchange and of
+the LLM. A resumed round runs again from its first line with these; clients repeat their stored replies.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Checkpoint:
-    """The folder of one cell: `round-N` holds state and record after round N, and what round N + 1 has had so far.
+    """The folder of one cell: `round-N` holds state and record after round N, and the replies so far of round N + 1.
 
     Attributes:
-        folder: Of the cell; made when something is saved.
-        round: Rounds that are done.
+        folder: The cell's folder; made when something is saved.
+        round: Number of completed rounds.
     """
 
     folder: Path
     round: int = 0
 
     def save(self, round: int, state: object, record: Mapping[str, Any]) -> None:
-        """Keeps a round's end, whole or not at all; what came before is dropped.
+        """Saves a completed round, whole or not at all, and removes earlier ones.
 
         Args:
-            round: That is done; 0 before the first.
-            state: The strategy's own.
-            record: As plain JSON.
+            round: Number of the completed round; 0 before the first.
+            state: The strategy's state.
+            record: The run log's record, plain JSON.
 
         Raises:
-            BadValue: If the state is no dataclass of what a payload can hold; what was kept before is still there.
+            BadValue: If the state is no dataclass of values that a payload can hold; the earlier round is still there.
         """
         data = _kept(state)
         draft = self.folder / ".part"
@@ -63,8 +63,7 @@ class Checkpoint:
                 shutil.rmtree(place, ignore_errors=True)
 
     def load(self, kind: type[T]) -> tuple[T, dict[str, Any]] | None:
-        """State and record of the last round that is done, which is this checkpoint's from now on; None if there is
-        none.
+        """State and record of the last completed round, and sets `round` to it; None if there is none.
 
         Args:
             kind: The state's class.
@@ -83,26 +82,26 @@ class Checkpoint:
             raise BadValue(f"the checkpoint {place} cannot be read ({problem}): run the scenario anew") from problem
 
     def finish(self, record: Mapping[str, Any]) -> None:
-        """Keeps the record of a cell that is done, and nothing else of it."""
+        """Saves the record of a completed cell and removes its rounds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / DONE, json.dumps(record).encode())
         for _, place in self._rounds():
             shutil.rmtree(place, ignore_errors=True)
 
     def finished(self) -> dict[str, Any] | None:
-        """The record of a cell that is done."""
+        """The record of a completed cell; None while it is not completed."""
         path = self.folder / DONE
         return json.loads(path.read_text()) if path.is_file() else None
 
     def exchange(self, number: int) -> ExchangeRecord:
-        """What clients answer in an exchange of the round in progress."""
+        """The record of clients' replies in an exchange of the round in progress."""
         return ExchangeRecord(self._at(self.round) / f"exchange-{number}.zip")
 
     def recalled(self, question: Any, ask: Callable[[], T]) -> T:
-        """What was said to a question in the round in progress: as kept, or asked now and kept.
+        """The reply to a question in the round in progress: the stored one, or a new one, which is then stored.
 
         Args:
-            question: Plain JSON, all that the reply depends on.
+            question: All that the reply depends on, plain JSON.
             ask: Gives the reply, plain JSON.
         """
         key = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
@@ -127,7 +126,7 @@ STATE, RECORD, DONE = "state.payload", "record.json", "done.json"
 
 
 def _kept(state: object) -> bytes:
-    """A state as bytes from which it comes back as it is."""
+    """A state as bytes that decode to an equal state."""
     kind = type(state)
     if not dataclasses.is_dataclass(state):
         raise BadValue(
@@ -136,7 +135,7 @@ def _kept(state: object) -> bytes:
     try:
         data = encode(state, trusted=True)
         again = decode(data, kind, trusted=True)
-    except Exception as problem:  # whatever a strategy may hold
+    except Exception as problem:  # a state may hold anything
         raise BadValue(
             f"the strategy's state {kind.__name__} cannot be kept, so that a run could go on from it: {problem}"
         ) from problem

@@ -1,4 +1,4 @@
-"""A run's directory, which people share, and the private one beside it: where they lie, and how they are begun."""
+"""A run's directory, which people share, and the private one beside it: their paths and first files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedsynth.typed import BadValue
 
 
 def check_free(out: Path) -> None:
-    """Whether a run can be begun in a directory.
+    """Checks that a run can begin in a directory.
 
     Raises:
         BadValue: If it, or the private one beside it, holds anything: a run is never overwritten.
@@ -29,10 +29,10 @@ def check_free(out: Path) -> None:
 
 
 def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
-    """Makes a simulation's directory and writes what is known before the run.
+    """Makes a simulation's directory and writes the files that precede the run.
 
     Returns:
-        The data cards. What they count is private text, so that `data.json` lies in the private directory.
+        The data cards. They count private text, so that `data.json` lies in the private directory.
 
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
@@ -47,10 +47,10 @@ def begin(scenario: Scenario, out: Path, more: Mapping[str, Any], private: Mappi
     """Makes a run's directory, and the private one beside it.
 
     Args:
-        scenario: What runs.
-        out: The directory; free.
-        more: JSON by the name of its file, in the directory.
-        private: Likewise, in the private one.
+        scenario: The run's scenario.
+        out: The directory; it holds nothing.
+        more: JSON values of the directory, by file name.
+        private: JSON values of the private directory, by file name.
     """
     out.mkdir(parents=True, exist_ok=True)
     beside = private_of(out)
@@ -59,7 +59,7 @@ def begin(scenario: Scenario, out: Path, more: Mapping[str, Any], private: Mappi
     for folder, files in ((out, more), (beside, private)):
         for name, value in files.items():
             (folder / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    # Last and at once: a directory that has it can be gone on with.
+    # Last and at once: a run whose directory has this file can be resumed.
     part = out / "scenario.toml.part"
     part.write_text(to_toml(scenario), encoding="utf-8")
     part.replace(out / "scenario.toml")
@@ -83,5 +83,5 @@ def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:
 
 
 def private_of(out: Path) -> Path:
-    """Where a simulation keeps its clients' private state: beside the directory that people share, never in it."""
+    """The directory of the simulated clients' private state: beside the directory that people share, never in it."""
     return out.with_name(out.name + ".private")

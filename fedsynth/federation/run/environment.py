@@ -1,4 +1,4 @@
-"""What a run is made with: versions, models, hardware, the state of the code; and how that differs from another's."""
+"""The environment of a run (versions, models, hardware, commit) and its differences from another run's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FILE = "versions.json"
 
 
 def surroundings(scenario: Scenario) -> dict[str, Any]:
-    """What `versions.json` in a run's directory holds."""
+    """The content of `versions.json` in a run's directory."""
     return {
         "fedsynth": __version__,
         "python": platform.python_version(),
@@ -51,20 +51,20 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
         "code": _code(),
         "public_seeds": list(scenario.seeds),
         "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
-        # Which weights answer there, only their server knows.
+        # Only an endpoint's server knows the weights behind it.
         "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
     }
 
 
 def differences(run: Path, scenario: Scenario) -> list[str]:
-    """What has changed since a run was made, one line each; a repetition may then have other results.
+    """The changes of the environment since a run, one line each; with changes, a repetition may give other results.
 
     Args:
-        run: Its directory.
-        scenario: The run's, as it would run now.
+        run: The run's directory.
+        scenario: The run's scenario, as it would run now.
 
     Raises:
-        BadValue: If the directory has no record of it.
+        BadValue: If the directory has no readable `versions.json`.
     """
     try:
         then = json.loads((run / FILE).read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def _keys(tree: Mapping[str, Any], above: str = "") -> list[str]:
 
 
 def _at(tree: Any, path: str) -> Any:
-    # Names of models hold slashes: the longest key that fits is the one.
+    # Names of models hold slashes, so the longest matching key is taken.
     while isinstance(tree, dict) and path:
         key = max((k for k in tree if path == k or path.startswith(f"{k}/")), key=len, default=None)
         if key is None:
@@ -106,7 +106,7 @@ def _cpu() -> str:
 
 
 def _code() -> dict[str, Any] | None:
-    """The commit that this package lies in, and whether anything was changed since; None outside of a checkout."""
+    """The commit of this package's checkout, and whether files have changed since; None outside of a checkout."""
 
     def git(*words: str) -> str | None:
         try:
@@ -122,5 +122,5 @@ def _code() -> dict[str, Any] | None:
         return done.stdout.strip()
 
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # in somebody else's repository, perhaps beside an environment
+        return None  # the repository, if there is one, is another project's
     return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}

@@ -1,4 +1,4 @@
-"""What clients answered in one exchange, on disk, so that a resumed round need not ask them again."""
+"""The replies of one exchange on disk, so that a resumed round need not ask the clients again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fedsynth.typed import BadValue
 
 @dataclass(frozen=True)
 class Heard:
-    """What came of a client: its checked reply, or why there is none.
+    """A client's outcome: its checked reply, or the reason why there is none.
 
     Attributes:
-        answer: Of the request's class; None before it is checked.
-        why: The end of a sentence about the client; None beside a reply.
-        payload: The bytes, if they are worth keeping: of a reply, or of a refusal.
-        refused: Whether they are a refusal.
-        size: Of what came.
-        seconds: As `fedsynth.federation.records.unpacked` says.
+        reply: An object of the request's reply class; None before it is checked.
+        why: The reason, as the end of a sentence about the client; None beside a reply.
+        payload: The bytes of a readable reply or refusal; empty otherwise.
+        refused: True if the payload is a refusal.
+        size: Size of the received payload in bytes.
+        seconds: The client's CPU time; None for real sites.
     """
 
     reply: Any = None
@@ -35,10 +35,10 @@ class Heard:
 
 
 class ExchangeRecord:
-    """Answers of one exchange, kept as they come, and whole once `close` was called.
+    """The replies of one exchange, stored as they come; the file is whole after `close`.
 
     Args:
-        path: Of its file; where its folder does not exist, nothing is kept.
+        path: The file; nothing is stored if its folder does not exist.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,14 +47,13 @@ class ExchangeRecord:
         self._facts: dict[str, dict[str, Any]] = {}
 
     def kept(self, asked: Callable[[], str]) -> list[tuple[int, Heard, int]] | None:
-        """Each client, what came of it (to be checked again), and the size of its request; None if the exchange is not
-        whole.
+        """Each client, its outcome (to be checked again) and the size of its request; None if the file is not whole.
 
         Args:
-            asked: Digest of the requests.
+            asked: Gives the digest of the requests.
 
         Raises:
-            BadValue: If it was begun with other requests: then the code, or what it reads, is not what it was.
+            BadValue: If the exchange began with other requests: the code, or its inputs, have changed since.
         """
         if not self._asked.is_file():
             return None
@@ -72,17 +71,17 @@ class ExchangeRecord:
         return [(client, _recalled(data, facts), facts["down"]) for client, data, facts in found]
 
     def begin(self, asked: str) -> None:
-        """Keeps the digest of the requests that were sent."""
+        """Stores the digest of the requests that were sent."""
         if self._path.parent.is_dir():
             write_whole(self._asked, asked.encode())
 
     def keep(self, client: int, heard: Heard, down: int) -> None:
-        """Writes down what came of a client: its bytes if they can be read, else why not. A resumed run reads it again.
+        """Stores a client's outcome: the bytes of its reply if they can be read, else the reason.
 
         Args:
-            client: Whose.
-            heard: What came.
-            down: Size of its request.
+            client: The client.
+            heard: Its outcome.
+            down: Size of its request in bytes.
         """
         if not self._path.parent.is_dir():
             return
@@ -93,7 +92,7 @@ class ExchangeRecord:
         self._facts[str(client)] = {**what, "seconds": heard.seconds, "down": down}
 
     def close(self) -> None:
-        """All is there that will come."""
+        """Completes the file: no more replies will come."""
         if self._archive is not None:
             self._archive.writestr("head.json", json.dumps({"clients": self._facts}))
             self._archive.close()

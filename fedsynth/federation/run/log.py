@@ -28,21 +28,22 @@ COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
 
 @dataclass
 class RunLog:
-    """What one cell records: metrics, released corpora, adapters, progress.
+    """The log of one cell: metrics, released corpora, adapters, privacy statements, progress.
 
     Attributes:
-        cell: Arm and seed.
+        cell: Arm, seed and resolved scenario.
         folder: The run's directory.
         events: The file that progress lines are appended to.
-        round: Of the metrics that follow.
-        released: What clients let out: text, adapters, scores.
-        silent: (Client, exchange) without a usable reply, where one would have said what was spent.
+        round: The round of the metrics that follow.
+        released: Kinds of outputs that clients released: text, adapters, scores.
+        silent: (Client, exchange) pairs without the usable reply that would have stated the client's spending.
         rows: Tidy metrics so far.
-        statements: What each client said of its privacy, the latest.
-        totals: By name and client what is counted over the whole cell.
-        left: By client: how many texts were asked for, and how many of them the steps so far have left.
+        statements: By client, the privacy statement that holds.
+        totals: By name and client, figures that are summed over the whole cell.
+        started: Time at which the cell started, on the monotonic clock; a resumed run keeps the seconds so far.
+        left: By client, the number of texts that were asked for, and of those that the steps so far have left.
         begun: Round and name of the step that `left` counts from.
-        simulated: Whether the clients are; else they are real sites.
+        simulated: True for simulated clients, False for real sites.
     """
 
     cell: Cell
@@ -61,7 +62,7 @@ class RunLog:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """What the cell needs to go on after it was ended."""
+        """The checkpoint from which the cell resumes."""
         return Checkpoint(self.place(CHECKPOINTS))
 
     def place(self, kind: str) -> Path:
@@ -69,7 +70,7 @@ class RunLog:
         return self.folder / kind / self.cell.arm / f"seed-{self.cell.seed}"
 
     def record(self) -> dict[str, Any]:
-        """All that was recorded so far, as plain JSON."""
+        """The log so far as plain JSON."""
         return {
             "rows": [row[2:] for row in self.rows],
             "totals": [[*key, value] for key, value in self.totals.items()],
@@ -80,7 +81,7 @@ class RunLog:
         }
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Goes on from what `record` gave."""
+        """Restores the log from the JSON of `record`."""
         self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
         self.totals = {(name, client): value for name, client, value in record["totals"]}
         self.statements = {int(client): build(Statement, said) for client, said in record["statements"].items()}
@@ -93,7 +94,7 @@ class RunLog:
         self.rows.append((self.cell.arm, self.cell.seed, int(self.round), int(client), name, float(value)))
 
     def log_stage(self, client: int, stage: Stage) -> None:
-        """One line of a client's yield funnel: what a step took in, kept, and why it dropped the rest."""
+        """One line of a client's yield funnel: a step's input, output and reasons to drop the rest."""
         asked, left = self.left.get(client, (0, -1))
         if begins(stage.name, stage.before, left):
             self.left = self.left if self.begun == (self.round, stage.name) else {}
@@ -118,47 +119,47 @@ class RunLog:
         """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.
 
         Args:
-            client: Whose; `SERVER` for one of all clients.
-            adapter: A whole one, factors A and B.
-            kind: `client` for what a client released; else what the server made of it.
-            base: Name of the model that it belongs to; left out: the clients' generator.
+            client: The adapter's client; `SERVER` for one of all clients.
+            adapter: A whole adapter, factors A and B.
+            kind: `client` for a client's release; another name for an adapter that the server made.
+            base: Name of the adapter's base model; None for the clients' generator.
         """
         place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
         folder = self.place("adapters") / place
         save_adapter(adapter, base or self.cell.scenario.client.generator, folder)
 
     def count(self, name: str, client: int, amount: float) -> None:
-        """Adds to a figure that is told once, at the end of the cell: bytes, seconds, tokens."""
+        """Adds to a figure that is logged once, at the end of the cell: bytes, seconds, tokens."""
         self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
     def log_statement(self, client: int, said: Statement) -> None:
-        """What a client says of its privacy: the largest epsilon holds, as answers may come late; and what once left
-        without a guarantee stays without."""
+        """Logs a client's privacy statement. The largest epsilon holds, as replies may come late; after a release
+        without a guarantee the client has none."""
         earlier = self.statements.get(client)
         if earlier is None or _spends(said) >= _spends(earlier):
             self.statements[client] = said
 
     def progress(self, phase: str, done: int, total: int) -> None:
-        """One line for whoever watches."""
+        """Appends one line of progress to the events."""
         line: dict[str, Any] = {"event": "progress", "arm": self.cell.arm, "seed": self.cell.seed, "round": self.round}
         line |= {"kept": self.kept, "epsilon": self.epsilon}
         append_event(self.events, {**line, "phase": phase, "done": done, "total": total})
 
     @property
     def kept(self) -> float | None:
-        """Of the texts that were asked for last, of all clients together, the share that is left."""
+        """The share that is left of all clients' latest texts; None before any were asked for."""
         asked = sum(asked for asked, _ in self.left.values())
         return sum(left for _, left in self.left.values()) / asked if asked else None
 
     @property
     def epsilon(self) -> float | None:
-        """The largest that a client has stated; None without a guarantee, or if none has."""
+        """The largest epsilon that a client has stated; None if one has no guarantee, or none has stated any."""
         if any(said.guarantee == "none" for said in self.statements.values()):
             return None
         return max((said.epsilon for said in self.statements.values() if said.epsilon is not None), default=None)
 
     def close(self) -> None:
-        """Adds what is known at the end of the cell."""
+        """Logs the totals, the seconds and each client's epsilon and delta at the end of the cell."""
         for (name, client), amount in sorted(self.totals.items()):
             self.log_metric(client, name, amount)
         self.log_metric(SERVER, "seconds/cell", time.monotonic() - self.started)

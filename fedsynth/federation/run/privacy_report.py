@@ -1,4 +1,4 @@
-"""What a run says of privacy: one sentence for each arm, and the figures and terms that it stands on."""
+"""The privacy report of a run: one sentence for each arm, with its figures and terms."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def privacy_report(journals: Sequence[RunLog]) -> dict[str, Any]:
 
 
 def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
-    """What the figures of an arm are figures of, in words, and the largest number of units that a client has."""
+    """The terms of an arm's figures, in words, and the largest number of units of a client."""
     client, seen = journals[0].cell.scenario.client, sorted({kind for j in journals for kind in j.released})
     terms: dict[str, Any] = {
         "adversary": "an honest-but-curious server that runs the published bundle",
@@ -97,12 +97,12 @@ def _spent(journals: Sequence[RunLog]) -> list[Statement]:
 
 
 def up(value: float, digits: int) -> float:
-    """Rounded to `digits` places, never below the value: a bound that is printed must hold."""
+    """The value rounded up to `digits` places: a printed bound must hold."""
     return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
 
 
 def _plan_of(said: Statement) -> DPPlan:
-    """The plan that a statement was made from, up to a factor in records and batch that no figure depends on."""
+    """The plan behind a statement, up to a common factor of records and batch, on which no figure depends."""
     rate = Fraction(said.sampling_rate or 1).limit_denominator(10**7)
     return DPPlan(
         records=10 * rate.denominator,
@@ -138,7 +138,7 @@ def privacy_line(journals: Sequence[RunLog]) -> str:
 
 
 def _assumptions(journals: Sequence[RunLog]) -> str:
-    """What a simulator took from private rows where a site would declare it."""
+    """The facts that a simulator reads from private rows and a site would declare, and the silent clients."""
     data = journals[0].cell.scenario.data
     silent = len({(j.cell.seed, client) for j in journals for client, _ in j.silent})
     missing = (

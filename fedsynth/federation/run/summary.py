@@ -49,7 +49,7 @@ def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[
 
 
 def missing(frame: pd.DataFrame) -> list[str]:
-    """Which exchanges went on without some clients, and why: a line for each arm and seed."""
+    """The exchanges that went on without some clients, and the reasons: a line for each arm and seed."""
     rows = frame[frame["metric"].astype(str).str.startswith("exchange/")]
     lines = []
     for (arm, seed), own in rows.groupby(["arm", "seed"], sort=False):

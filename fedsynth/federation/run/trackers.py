@@ -1,4 +1,4 @@
-"""Figures for those who watch: TensorBoard's event files as a run goes; MLflow and Weights & Biases when it is done."""
+"""Figures for trackers: TensorBoard's event files during a run; MLflow and Weights & Biases after it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def figures(rows: Iterable[tuple[str, int, int, int, str, float]], round: int) -
 
 
 def check(trackers: Sequence[str]) -> None:
-    """Before a run that would be told to them.
+    """Checks the trackers' names before a run.
 
     Raises:
         BadValue: If one is not known, or not installed.
@@ -64,13 +64,13 @@ def check(trackers: Sequence[str]) -> None:
 
 
 def tell(trackers: Sequence[str], scenario: Scenario, metrics: pd.DataFrame, out: Path) -> None:
-    """A run's figures, by arm and seed, to trackers that are configured as each of them documents.
+    """Sends a run's figures, by arm and seed, to trackers; each is configured as its own documentation says.
 
     Args:
-        trackers: Of `EXTRAS`.
-        scenario: That ran.
+        trackers: Names in `EXTRAS`.
+        scenario: The run's scenario.
         metrics: The tidy frame of the run.
-        out: Its directory, named as a parameter.
+        out: The run's directory, logged as a parameter.
     """
     for key, own in metrics.groupby(["arm", "seed"]):
         arm, seed = cast("tuple[str, int]", key)
