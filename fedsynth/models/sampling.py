@@ -1,4 +1,4 @@
-"""How a language model's next tokens are drawn: one object for every call."""
+"""Sampling parameters of a language model, one object for every call."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Of one call, for all of its prompts.
+    """Sampling parameters of one call, for all of its prompts.
 
     Attributes:
-        temperature: 0 takes the likeliest token each time.
-        top_p: In (0, 1]: only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
-        max_new_tokens: At most so many new tokens for each prompt.
+        temperature: Sampling temperature; 0 takes the likeliest token each time.
+        top_p: Share in (0, 1]: tokens are drawn from the smallest set of likeliest tokens that holds this much of the
+            mass.
+        max_new_tokens: Most new tokens for each prompt.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If a parameter is out of range.
     """
 
     temperature: float
@@ -32,5 +33,5 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls, max_new_tokens: int) -> SamplingParams:
-        """The likeliest token each time."""
+        """Parameters that take the likeliest token each time."""
         return cls(temperature=0.0, max_new_tokens=max_new_tokens)
