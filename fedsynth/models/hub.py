@@ -37,7 +37,7 @@ FETCHED = ("all-minilm-l6-v2", "gemma-3-270m", "qwen2.5-coder-1.5b-instruct", "s
 
 
 def locate(name: str) -> str:
-    """The place to load from: a shipped or stored model's folder, a folder, or a Hugging Face name with any `@revision`.
+    """The place to load from: a shipped or stored model's folder, a folder, or a Hugging Face name and any `@revision`.
 
     Raises:
         BadValue: If the name is none of these, or the folder holds GGUF files.

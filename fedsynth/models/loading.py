@@ -32,7 +32,7 @@ from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; its warning would be in every log
 logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # transformers warns about its own calls
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own calls
 
 
 Kind = Literal["causal", "seq2seq", "encoder"]
