@@ -1,4 +1,4 @@
-"""Augmentation: what is asked of the server LLM, and how its answers are read."""
+"""Augmentation: the prompts to the server LLM, and the reading of its answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.curation import refuse_private
 
 if TYPE_CHECKING:
-    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
+    from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote LLM does not need
 
 Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
 
@@ -28,7 +28,7 @@ OPEN_LINE = "{label}:"  # without a blank: byte-level tokenizers put it into the
 
 
 def line_prompt(label: str, texts: Iterable[str]) -> str:
-    """Few-shot lines of one label and the label once more; no texts leave the label's name alone."""
+    """Few-shot lines of one label, and the label once more; without texts, the label's name alone."""
     return "".join(LINE.format(label=label, text=one_line(t)) for t in texts) + OPEN_LINE.format(label=label)
 
 
@@ -62,7 +62,7 @@ def blocks_prompt(examples: Iterable[tuple[str, str]], *, labels: Sequence[str],
     """The instruction to write one block for each wanted label.
 
     Args:
-        examples: (label, text); none of them asks by the labels' names alone.
+        examples: (label, text) pairs; without any, the prompt names the labels only.
         labels: All labels of the task.
         wanted: The labels to write for.
     """
@@ -77,7 +77,7 @@ RAN_ON = re.compile(r"^[ \t]*Label:[^\n]*\n[ \t]*Text:", re.MULTILINE)  # the ne
 
 
 def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """The (label, text) blocks of an answer, and why the others were dropped."""
+    """The (label, text) blocks of an answer, and the reasons why others were dropped."""
     found: list[tuple[str, str]] = []
     dropped: Counter[str] = Counter()
     for block in re.split(rf"^[ \t]*{DELIMITER}-*[ \t]*$", answer, flags=re.MULTILINE):
@@ -97,13 +97,13 @@ def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, st
 
 @dataclass(frozen=True)
 class Augmented:
-    """What the LLM wrote for one site.
+    """The LLM's texts for one site.
 
     Attributes:
-        corpus: The texts and the labels they were asked for; the guarantee is that of the demonstrations.
+        corpus: The texts and their requested labels; the guarantee is that of the demonstrations.
         dropped: Reason -> answers or blocks that gave no text.
-        prompts: How many were put to the LLM.
-        bare: Label -> texts asked for by the label's name alone, because no demonstration of it was left.
+        prompts: Number of prompts to the LLM.
+        bare: Label -> texts requested by the label's name alone, because no demonstration of it was left.
     """
 
     corpus: Corpus
@@ -123,7 +123,7 @@ class _Deck:
         hand: list[int] = []
         while len(hand) < shots:
             if not self.left:
-                # Those in hand go to the bottom: no prompt repeats a text while there is another.
+                # The rows in hand go to the bottom: no prompt repeats a text while there is another.
                 self.left = sorted(self.rng.permutation(len(self.texts)).tolist(), key=lambda row: row not in hand)
             hand.append(self.left.pop())
         return [self.texts[row] for row in hand]
@@ -131,7 +131,7 @@ class _Deck:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The demonstrations of a prompt, how it is made of them, and how its answer is read."""
+    """The demonstrations of a prompt, its writer, and the reader of its answer."""
 
     site: int
     shown: Sequence[tuple[str, str]]
@@ -150,19 +150,19 @@ def augment(
     sampling: SamplingParams,
     seed: int,
 ) -> dict[int, Augmented]:
-    """More texts like each site's demonstrations, all sites' prompts in one call.
+    """More texts like each site's demonstrations, with all sites' prompts in one call.
 
     Args:
-        llm: The server's.
-        demonstrations: By site; released texts and their class names.
-        labels: The public ones. Texts are asked for uniformly, in turn: a site's label counts stay with the site.
-        per_site: Texts asked for; fewer come back where an answer cannot be read.
+        llm: The server's LLM.
+        demonstrations: Released texts and their class names, by site.
+        labels: The public labels. Texts are requested uniformly, in turn: a site's label counts stay with the site.
+        per_site: Number of requested texts; fewer come back if an answer cannot be read.
         mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
             "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
             "none": one text per prompt, after its label's name alone (an ablation).
         shots: Demonstrations of a label in a prompt.
-        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
-        seed: Of the demonstrations' order and of the LLM's sampling.
+        sampling: Sampling of one answer; FDKT: temperature 0.8, top-p 0.9.
+        seed: Seed of the demonstrations' order and of the LLM's sampling.
 
     Raises:
         ValueError: If demonstrations are private, or an argument is out of range.
@@ -219,14 +219,14 @@ def augment(
 def misfit(
     llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int
 ) -> list[str | None]:
-    """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
+    """The reason why each text cannot be a demonstration of `augment`, even alone in a prompt; None for one that can.
 
     Args:
-        llm: The server's.
+        llm: The server's LLM.
         corpus: Released texts and their class names.
-        labels: The public ones.
-        mode: Of `augment`.
-        max_new_tokens: Of `augment`.
+        labels: The public labels.
+        mode: The mode of `augment`.
+        max_new_tokens: The most new tokens of `augment`.
     """
     pairs = zip(corpus.answers, corpus.prompts, strict=True)
     if mode == "all_labels":
@@ -235,7 +235,7 @@ def misfit(
 
 
 def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_new_tokens: int) -> str | None:
-    """Why not even prompts without demonstrations fit into the LLM; None where they do. Arguments as of `misfit`."""
+    """The reason why even prompts without demonstrations do not fit into the LLM; None if they do. See `misfit`."""
     if mode == "all_labels":
         prompts = [blocks_prompt([], labels=labels, wanted=labels)]
     else:
@@ -244,7 +244,7 @@ def bare_misfit(llm: TextModel, labels: Sequence[str], mode: Mode, max_new_token
 
 
 def _fitting(llm: TextModel, asked: Sequence[_Asked], max_new_tokens: int) -> list[str]:
-    """The prompts; of one that does not fit into the LLM the longest demonstrations are left out until it does."""
+    """The prompts; if one does not fit into the LLM, its longest demonstrations are left out until it does."""
     shown = [list(a.shown) for a in asked]
     prompts = [a.render(a.shown) for a in asked]
     left = list(range(len(asked)))
@@ -268,7 +268,7 @@ def _block_writer(labels: Sequence[str], wanted: Sequence[str]) -> Callable[[Seq
 def _blocks(
     turns: Sequence[str], decks: Mapping[str, _Deck], labels: Sequence[str], shots: int
 ) -> Iterable[tuple[list[tuple[str, str]], list[str]]]:
-    """Demonstrations of a prompt, and the labels that it asks for."""
+    """The demonstrations of a prompt, and its requested labels."""
     for start in range(0, len(turns), len(labels)):
         wanted = turns[start : start + len(labels)]
         shown = [label for label in wanted if label in decks]
@@ -293,7 +293,7 @@ def _line_reader(label: str) -> Callable[[str], tuple[list[tuple[str, str]], Cou
 
 
 def _written_after(demonstrations: Corpus | None, examples: Sequence[tuple[str, str]]) -> Corpus:
-    """The LLM's texts under the guarantee of what it had read: nothing is better than the worst of its sources."""
+    """The LLM's texts under the guarantee of its input: nothing is better than the worst of its sources."""
     if demonstrations is None or demonstrations.provenance is Provenance.PUBLIC:
         provenance = Provenance.PUBLIC  # the LLM and the labels' names are public
     elif demonstrations.provenance is Provenance.SELF_GENERATED:
@@ -318,10 +318,10 @@ def _by_label(corpus: Corpus, labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Labels stand in prompts and control codes.
+    """Checks labels, which prompts and control codes contain.
 
     Raises:
-        ValueError: If there is none, one stands there twice, or one cannot stand in a line.
+        ValueError: If there is none, one occurs twice, or one cannot be part of a line.
     """
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(f"labels must be distinct, and at least one, got {list(labels)}")
@@ -331,7 +331,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def _in_no_line(label: str) -> str:
-    """Why a label can stand in no line of a prompt; "" for one that can."""
+    """The reason why a label cannot be part of a prompt's line; "" for one that can."""
     if not same(label):
         return "is blank"
     if ":" in label:
