@@ -316,7 +316,7 @@ def _is_number(value: object) -> bool:
 
 
 def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
-    """Columns of a file or saved data set (all, unless some are asked for), with unchanged cells; a missing one is None.
+    """Columns of a file or saved data set (all, unless some are asked for), cells unchanged; a missing one is None.
 
     Args:
         path: Path of the file or data set.
