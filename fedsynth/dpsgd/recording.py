@@ -170,8 +170,7 @@ def check_precision(device: torch.device) -> None:
     """
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
-            "makes a frozen base faster"
+            "norms and sums need float32, and torch.autocast is on: leave it; `precision` makes a frozen base faster"
         )
 
 
@@ -189,7 +188,7 @@ def check_bounded(model: nn.Module) -> None:
         if computes and tensor.dtype not in (torch.float32, torch.float64):
             raise HalfPrecision(
                 f"{name!r} is {tensor.dtype}, and there a unit's gradient can depend on how many others"
-                " are passed with it, so that no clip norm bounds what it moves"
+                " are passed with it, so that no clip norm bounds its influence"
             )
 
 

@@ -117,7 +117,7 @@ def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:
     for text, phrase in zip(written, phrases, strict=True):
         wanted = words(phrase)
         if not wanted:
-            raise ValueError(f"what is looked for must hold a letter or digit, got {phrase!r}")
+            raise ValueError(f"the text to look for must hold a letter or digit, got {phrase!r}")
         held += f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
     return held / len(written)
 

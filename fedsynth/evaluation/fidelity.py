@@ -58,8 +58,8 @@ def mauve(
 ) -> float:
     """MAUVE of two sets of embeddings (Pillutla et al. 2021): area under their divergence frontier, in 0..1.
 
-    K-means quantises both sets together and ignores the lengths of vectors. Two sets without a common cluster have about
-    1/252, not 0. MAUVE depends on the numbers of rows and clusters: compare figures only if both are the same.
+    K-means quantises both sets together and ignores the lengths of vectors. Two sets without a common cluster have
+    about 1/252, not 0. MAUVE depends on the numbers of rows and clusters: compare figures only if both are the same.
 
     Args:
         p_vectors: Embeddings, shape (rows, width).

@@ -27,8 +27,8 @@ def instruction_scores(
     """Means over the examples, all in 0..1; 0 if there is no example.
 
     `exact_match`: all fields are right, and there are as many. `field_match`: the share of the reference's fields that
-    are right, place by place; further fields of the answer cost nothing. Both ignore case and white space. `rouge_l`: F1
-    between the whole texts.
+    are right, place by place; further fields of the answer cost nothing. Both ignore case and white space. `rouge_l`:
+    F1 between the whole texts.
 
     Args:
         truth: References.
@@ -43,7 +43,7 @@ def instruction_scores(
     if len(truth) != len(answers):
         raise ValueError(f"each reference needs an answer, got {len(answers)} answers for {len(truth)} references")
     if not fields:
-        raise ValueError("fields must hold a character: what separates the fields of a text")
+        raise ValueError("fields must hold the separator of a text's fields")
     if compared is not None and compared < 1:
         raise ValueError(f"compared must be at least 1, got {compared}")
 

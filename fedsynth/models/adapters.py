@@ -343,7 +343,7 @@ def _check_understood(config: Mapping[str, Any]) -> None:
             other.append(told if key in defaults else f"{told} (unknown to the installed PEFT)")
     if other:
         raise WrongAdapter(
-            f"only what A and B hold can be put to use, and its adapter_config.json says more: "
+            f"only A and B can be used, and its adapter_config.json says more: "
             f"{', '.join(other)}; merge it into a model of its own (PEFT's merge_and_unload), and name "
             "that as the model"
         )
@@ -407,7 +407,7 @@ def public_adapter(name: str, base: str) -> Adapter:
     adapter = load_adapter(name, base)
     if not adapter.public:
         raise BadValue(
-            f"the adapter {name!r} was trained on private text, as its {GUARANTEE} says, and what the LLM writes would "
+            f"the adapter {name!r} was trained on private text, as its {GUARANTEE} says, and the LLM's texts would "
             "count as public: start from a public one"
         )
     return adapter

@@ -53,7 +53,7 @@ class _Refused(CannotScore):
 class RemoteLLM:
     """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
 
-    The prompts leave this server. That leaks no private text: only released or public text reaches a `TextModel`. They
+    The prompts leave this server. No private text leaks: only released or public text reaches a `TextModel`. They
     go to the one named address; redirects are not followed. The key is that of `key_env`. A key, organization or
     project that the environment holds for the `openai` package (OPENAI_API_KEY, ...) stays here.
 

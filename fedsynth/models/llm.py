@@ -25,9 +25,7 @@ from fedsynth.models.usage import TokenUsage
 
 T = TypeVar("T")
 
-RANKED = (
-    256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
-)
+RANKED = 256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
 
 
 class TextModel(Protocol):
