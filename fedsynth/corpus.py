@@ -1,4 +1,4 @@
-"""Texts in columns, with where they came from; and what a client thinks of them."""
+"""Texts in columns with their provenance, and the scores that a client gives them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 
 
 class Provenance(StrEnum):
-    """Where a text came from; decides whether it may leave a client (fedsynth.federation.records)."""
+    """The origin of a text; it decides whether the text may leave a client (fedsynth.federation.records)."""
 
     PUBLIC = "public"
     PRIVATE = "private"
@@ -35,7 +35,7 @@ _UNSEEN = frozenset(chr(code) for first, last in _IGNORABLE for code in range(fi
 
 
 def _unseen(char: str) -> bool:
-    """Whether a character has no glyph and parts nothing."""
+    """True if a character has no glyph and separates nothing."""
     if char in _UNSEEN:
         return True
     kind = unicodedata.category(char)
@@ -43,19 +43,19 @@ def _unseen(char: str) -> bool:
 
 
 def blank(text: str) -> bool:
-    """Whether nobody sees anything of a text."""
+    """True if a text shows nothing to a reader."""
     return all(char.isspace() or _unseen(char) for char in text)
 
 
 def same(text: str) -> str:
-    """A text without the differences that do not make it another one, to compare by: never to write in its place.
+    """A text without insignificant differences. It is only for comparing; never write it in place of the text.
 
-    These are case, compatibility forms and composition (Unicode's NFKC), characters without a glyph (of no width, soft
-    hyphens, marks of direction, variation selectors, fillers, control characters), and white space around it or
-    doubled. Labels, privacy units, clients and duplicates are told apart by it.
+    The differences are case, compatibility forms and composition (Unicode's NFKC), characters without a glyph (of no
+    width, soft hyphens, marks of direction, variation selectors, fillers, control characters), and white space around
+    it or doubled. The result decides which labels, privacy units, clients and duplicates are equal.
     """
     folded = text
-    # Twice: case folding undoes a composition, and a compatibility form may fold to what has a case, or a blank.
+    # Twice: case folding undoes a composition, and a compatibility form may fold to a character with case or a blank.
     for _ in range(2):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
         folded = "".join(char for char in folded if not _unseen(char))
@@ -75,7 +75,7 @@ def alike(texts: Iterable[str]) -> list[list[str]]:
 
 
 def told_apart(spellings: Sequence[str]) -> str:
-    """Spellings of one text in quotes; where they differ, what nobody sees is escaped: 'PAT003' and 'PAT003\\u0020'."""
+    """Spellings of one text in quotes; invisible characters that differ are escaped: 'PAT003' and 'PAT003\\u0020'."""
     start = _shared(spellings)
     end = _shared([text[start:][::-1] for text in spellings])
     return " and ".join(
@@ -85,13 +85,15 @@ def told_apart(spellings: Sequence[str]) -> str:
 
 
 def _shared(texts: Sequence[str]) -> int:
-    """How many characters all of them begin with."""
+    """Length of the common prefix of all texts."""
     return next((i for i, chars in enumerate(zip(*texts, strict=False)) if len(set(chars)) > 1), min(map(len, texts)))
 
 
 def _shown(text: str, place: int, differs: bool) -> str:
-    """One character of a text; a blank is seen between two words, letters that may be composed are seen where all of
-    the spellings have them."""
+    """One character of a text, escaped if a reader would not see it.
+
+    A blank is seen between two words. Letters that may be composed are seen where all of the spellings have them.
+    """
     char, beside = text[place], text[max(0, place - 1) : place] + text[place + 1 : place + 2]
     seen = char.isprintable() and (char.isascii() or not differs)
     if seen and (char != " " or not differs or (len(beside) == 2 and not any(c.isspace() for c in beside))):
@@ -100,11 +102,11 @@ def _shown(text: str, place: int, differs: bool) -> str:
 
 
 class Source(Protocol):
-    """What something else is made of: public, under grants, or without a guarantee (neither)."""
+    """Material that something else is made of: public, under grants, or without a guarantee (neither)."""
 
     @property
     def public(self) -> bool:
-        """Whether no private text is behind it."""
+        """True if it derives from no private text."""
 
     @property
     def grants(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ class Source(Protocol):
 
 
 def united(sources: Sequence[Source]) -> tuple[str, ...]:
-    """The grants that the guarantee of what is made of all sources rests on; one source without leaves it without."""
+    """The grants behind the guarantee of something made of all sources; none if one source has no guarantee."""
     if not all(source.public or source.grants for source in sources):
         return ()
     return tuple(dict.fromkeys(grant for source in sources for grant in source.grants))
@@ -125,9 +127,9 @@ class Corpus:
     Attributes:
         prompts: Classification: the text. Instructions: the instruction.
         answers: Classification: the class name. Instructions: the response.
-        provenance: Where the texts came from.
-        grants: Ids of the privacy grants that the guarantee rests on. Empty for texts that derive from
-            private ones means: no guarantee.
+        provenance: Origin of the texts.
+        grants: Ids of the privacy grants that the guarantee rests on. Texts that derive from private ones and have
+            no grants have no guarantee.
         units: The person (or other privacy unit) of each example. Private corpora only; never leaves.
 
     Raises:
@@ -156,7 +158,7 @@ class Corpus:
 
     @property
     def public(self) -> bool:
-        """Whether no private text is behind it."""
+        """True if it derives from no private text."""
         return self.provenance is Provenance.PUBLIC
 
     def take(self, rows: Iterable[int]) -> Corpus:
@@ -170,7 +172,7 @@ class Corpus:
         )
 
     def counts(self) -> Counter[str]:
-        """How often each answer occurs."""
+        """Number of occurrences of each answer."""
         return Counter(self.answers)
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""An instruction and its response as one line of text, and back; whatever they hold."""
+"""An instruction and its response as one line of text, and back, for any content."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 ASK = "question:"
 REPLY = " answer:"  # its blank belongs to it, as byte-level tokenizers would put it into the next token
 
-# A text stands in a record without line ends and marks of its own: two signs that hardly any text holds write those. No
-# other text changes, backslashes included, and what a model writes that never learnt the signs is not taken for them.
+# A text in a record has no line ends and no marks of its own. Two signs that hardly any text holds stand for them. No
+# other text changes, backslashes included. Output of a model that never learnt the signs is not taken for them.
 LINE_END = "\u240a"  # symbol for line feed
 AS_IS = "\u241b"  # symbol for escape: the next character is itself, and no part of a mark
 MARK = re.compile(f"{ASK.strip()}|{REPLY.strip()}")
 SIGN = re.compile(f"[{LINE_END}{AS_IS}]")
 WRITTEN = re.compile(f"{AS_IS}(.)| ?{LINE_END} ?", re.DOTALL)
-NEXT = re.compile(rf"(?:^|\n)\s*{ASK}")  # a model that goes on with a record begins a line
+NEXT = re.compile(rf"(?:^|\n)\s*{ASK}")  # a model that continues with another record begins a line
 
 
 def asked(prompt: str) -> str:
-    """What a model goes on from with the response."""
+    """The prompt that a model continues with the response."""
     return f"{ASK} {in_line(prompt)}{REPLY}"
 
 
@@ -36,10 +36,9 @@ def record(prompt: str, answer: str) -> str:
 
 
 def parse_record(text: str) -> tuple[str, str] | None:
-    """Instruction and response of what a model wrote after `ASK`; None where one of them is missing, or a mark is
-    there twice.
+    """Instruction and response in a model's text after `ASK`; None if one of them is missing or a mark occurs twice.
 
-    A text that goes on with further instructions is read up to the first of them.
+    If the text continues with further instructions, it is read up to the first of them.
     """
     prompt, mark, answer = text.removeprefix(ASK).partition(REPLY)
     answer = answer.partition(ASK)[0]
@@ -49,7 +48,7 @@ def parse_record(text: str) -> tuple[str, str] | None:
 
 
 def parse_response(text: str) -> str:
-    """The response in what a model wrote after `asked`: up to a line that begins a next instruction; "" for none.
+    """The response in a model's text after `asked`: up to a line that begins a next instruction; "" for none.
 
     A mark within a line is the response's own: not every model that responds has learnt records.
     """
@@ -57,7 +56,7 @@ def parse_response(text: str) -> str:
 
 
 def in_line(text: str) -> str:
-    """A text as it stands in a record."""
+    """A text in the form that a record holds."""
     held = SIGN.sub(lambda sign: AS_IS + sign[0], text.strip())
     held = MARK.sub(lambda mark: f"{mark[0][:-1]}{AS_IS}{mark[0][-1]}", held)
     # Blanks around the sign leave the words beside it the tokens that they have elsewhere.
@@ -65,10 +64,10 @@ def in_line(text: str) -> str:
 
 
 def of_line(line: str) -> str:
-    """The text that `in_line` wrote so; any other text as it stands, without white space around it."""
+    """The inverse of `in_line`; any other text stays as it is, without white space around it."""
     return WRITTEN.sub(lambda sign: sign[1] or "\n", line.strip()).strip()
 
 
 def one_line(text: str) -> str:
-    """A text as it stands in a prompt that is only read: a line end would look like the next example."""
+    """A text in the form for a prompt that is only read: a line end would look like the next example."""
     return " ".join(text.split())

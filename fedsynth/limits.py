@@ -1,7 +1,7 @@
-"""How much may be asked, answered and packed into bytes: the caps of both directions, each with its reason.
+"""Caps on requests, replies and payloads in both directions, each with its reason.
 
-All lie far above what the methods need. They keep a message from costing its reader more than it cost to send, and a
-scenario from asking for what no site answers.
+All caps lie far above the needs of the methods. They keep a message from costing its reader more than its sender, and
+a scenario from requests that no site answers.
 """
 
 from __future__ import annotations
@@ -12,35 +12,35 @@ from fedsynth.typed import Count, Range
 
 # ---- Bytes of a payload --------------------------------------------------------------------------------------------
 
-MAX_BYTES = 1 << 30  # of a whole payload: more is a mistake or an attack
+MAX_BYTES = 1 << 30  # bytes of a whole payload: more is a mistake or an attack
 MAX_HEAD = 1 << 25  # bytes of JSON that is parsed at once: the scalars, and the table of an adapter's tensors
-MAX_VALUES = 1 << 20  # in such a JSON: a score for each of MAX_TEXTS fits in
-MAX_DEPTH = 16  # of it: requests and answers nest five deep
+MAX_VALUES = 1 << 20  # values in such a JSON: a score for each of MAX_TEXTS fits in
+MAX_DEPTH = 16  # levels of such a JSON: requests and answers nest five deep
 MAX_NAME = 500  # characters of a text in it: the longest are PEFT's names of tensors, of about a hundred
 MAX_PARTS = 4  # members of one payload: requests and answers have at most three, their scalars, texts and an adapter
-MAX_TENSORS = 20_000  # of an adapter: two for each adapted layer
+MAX_TENSORS = 20_000  # tensors of an adapter: two for each adapted layer
 
 # ---- Texts ---------------------------------------------------------------------------------------------------------
 
 MAX_TEXT = 20_000  # characters of one text: longer ones are dropped where they are written, and refused elsewhere
-MAX_TEXTS = 1_000_000  # of one request or answer
-MAX_SAMPLES = 100_000  # of one label
-MAX_TOKENS = 8_192  # of one text that a client writes or learns: some 37,000 characters of English, more than MAX_TEXT
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # of a client's sampling: beyond, logits are flat, or leave float32
+MAX_TEXTS = 1_000_000  # texts of one request or answer
+MAX_SAMPLES = 100_000  # samples of one label
+MAX_TOKENS = 8_192  # tokens of one text that a client writes or learns: 37,000 characters of English, above MAX_TEXT
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # for a client's sampling: beyond, logits are flat, or leave float32
 MIN_TOP_P = 0.01
 MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds
 
 # ---- Training and adapters -----------------------------------------------------------------------------------------
 
 MAX_STEPS = (
-    100_000  # of all rounds: 256 texts each, that is 25 passes over a million; to plan ten times as many took 25 s
+    100_000  # steps of all rounds: at 256 texts each, 25 passes over a million; to plan ten times as many took 25 s
 )
 MAX_BATCH = 65_536  # examples of one forward pass
 MAX_MICROBATCH = 4_096  # clipped gradients that one pass adds in float32: rounding stays below a unit's margin
-MAX_ROWS = MAX_MICROBATCH  # of a unit, which goes through in one pass
-MAX_RANK = 1_024  # of a LoRA: that of full layers of small models
+MAX_ROWS = MAX_MICROBATCH  # rows of a unit, which goes through in one pass
+MAX_RANK = 1_024  # rank of a LoRA: that of full layers of small models
 MAX_ALPHA = 1e6
-MAX_WEIGHT = 1e6  # of a factor of a LoRA: products and means of larger ones leave float32's range
+MAX_WEIGHT = 1e6  # largest number in a factor of a LoRA: products and means of larger ones leave float32's range
 MAX_RATE = 1e3  # learning rate
 CLIP_NORMS = (1e-6, 1e6)  # beyond, single precision does not keep a unit's sum within the bound
 MAX_PROXIMAL = 1e6
@@ -48,27 +48,27 @@ MAX_SEED = 2**32 - 2
 
 # ---- Self-generation -----------------------------------------------------------------------------------------------
 
-MAX_CANDIDATES = 10_000  # of one request
+MAX_CANDIDATES = 10_000  # candidates of one request
 MAX_SHOTS = 64  # demonstrations in a prompt
 
-# ---- What is said --------------------------------------------------------------------------------------------------
+# ---- Statements ----------------------------------------------------------------------------------------------------
 
 MAX_RECORDS = 10**9  # privacy units of one site: no data set has more persons
 MAX_EPSILON = 1e6  # more than any budget that means something
-MAX_DELTA = 1e-5  # more is no guarantee (docs/privacy.md)
-MIN_DELTA = 1e-12  # below, what double precision loses of the tails of privacy losses is all that is left to count
+MAX_DELTA = 1e-5  # a larger delta is no guarantee (docs/privacy.md)
+MIN_DELTA = 1e-12  # below, only rounding errors in the tails of privacy losses are left to count
 MAX_SIGMA = 1e3  # noise multiplier, on a sum of whole clipped gradients
-MAX_LOSS = 1e6  # nats per token: a model that has broken down has as much, and no more is told
-MAX_SCORE = 1e12  # of a text: noise of the largest multiplier on the largest norm is a thousandth of it
+MAX_LOSS = 1e6  # nats per token: a broken model reaches it, and a client reports no more
+MAX_SCORE = 1e12  # score of a text: noise of the largest multiplier on the largest norm is a thousandth of it
 
 
 def most(limit: float) -> Range:
-    """For a number of a scenario, as `Annotated[Count, most(MAX_TEXTS)]`."""
+    """An upper limit for a number of a scenario, as `Annotated[Count, most(MAX_TEXTS)]`."""
     return Range(f"be at most {limit:{'d' if isinstance(limit, int) else 'g'}}", lambda value: value <= limit)
 
 
 def least(limit: float) -> Range:
-    """As `most`."""
+    """A lower limit; see `most`."""
     return Range(f"be at least {limit:g}", lambda value: value >= limit)
 
 

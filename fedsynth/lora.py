@@ -1,4 +1,4 @@
-"""LoRA adapters as named arrays, and how they are combined."""
+"""LoRA adapters as named arrays, and ways to combine them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Adapter:
         arrays: By PEFT's parameter name: `...lora_A.weight` is (rank, in), `...lora_B.weight` is (out, rank).
         rank: Inner dimension of the product.
         alpha: Numerator of its scale.
-        base: SHA-256 of the base model's weights that it belongs to.
+        base: SHA-256 of the weights of its base model.
         grants: Ids of the privacy grants that its guarantee rests on; empty: no guarantee, unless it is public.
-        public: Made by chance or of public text alone.
+        public: True if only chance or public text made it.
     """
 
     arrays: Mapping[str, NDArray[np.float32]]
@@ -37,10 +37,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Truncated:
-    """An adapter of another rank, and what was lost on the way.
+    """An adapter brought to another rank, and the loss on the way.
 
     Attributes:
-        adapter: The nearest one of its rank.
+        adapter: The nearest adapter of that rank.
         error: ||dW - dW'|| / ||dW||, Frobenius norms over the updates of all modules together; 0 where there is none.
     """
 
@@ -63,7 +63,7 @@ def digest_of(adapter: Adapter) -> str:
 
 Matrix: TypeAlias = NDArray[np.float64]
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_FACTORS_ALIKE = {  # what adapters must share to be combined factor by factor, and the way out
+_FACTORS_ALIKE = {  # attributes that adapters must share to be combined factor by factor, and the way out
     "base": "adapters of different base models cannot be combined: start them all from the same weights",
     "rank": "`stacked` combines different ranks, and `truncated` gives each adapter one rank",
     "alpha": "`stacked` combines different alphas, and `truncated` gives each adapter one alpha",
@@ -81,7 +81,7 @@ def only_b(name: str) -> bool:
 
 
 def made_of(adapter: Adapter, sources: Sequence[Source]) -> Adapter:
-    """An adapter with the guarantee of what it was made of: adapters it goes on from, text that it learnt."""
+    """An adapter with the guarantee of its sources: the adapters that it starts from and the text that it learnt."""
     return replace(adapter, grants=united(sources), public=all(source.public for source in sources))
 
 
@@ -109,8 +109,8 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], shared: Share
 def completed(part: Adapter, whole: Adapter) -> Adapter:
     """`whole` with the tensors of `part` in place, and the guarantee of both.
 
-    Averaged B's beside the A's that every client holds (FFA-LoRA); or what a client made of `whole`: its grant covers
-    its own training, not where that started.
+    It puts averaged B's beside the A's that every client holds (FFA-LoRA), or a client's result beside the `whole` that
+    its training started from: the client's grant covers its own training, not the start.
 
     Raises:
         ValueError: If they differ in base, rank or alpha, or a tensor of `part` is not in `whole` in its shape.
@@ -167,10 +167,10 @@ def stacked(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def residual(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """What `average` misses of the mean update, for clients to merge into their base (FedEx-LoRA, arXiv 2410.09432).
+    """The part of the mean update that `average` misses, for clients to merge into their base (FedEx-LoRA, 2410.09432).
 
-    The updates of the average and of the residual add up to the weighted mean of the updates. It has rank K * rank for
-    K adapters, of which (K - 1) * rank are needed: truncated to those it loses nothing.
+    The updates of the average and of the residual add up to the weighted mean of the updates. The residual has rank
+    K * rank for K adapters and needs (K - 1) * rank: truncated to that rank it loses nothing.
 
     Args:
         adapters: One per client, of one base, rank and alpha, with the same names and shapes.
@@ -192,13 +192,13 @@ def residual(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def truncated(adapter: Adapter, rank: int, alpha: float | None = None) -> Truncated:
     """The adapter of this rank whose update is nearest, in every module (Eckart and Young 1936).
 
-    A rank that is not smaller pads with zeros, which changes nothing: so different ranks meet in `average`. Padding is
-    no room to learn in: where both factors are zero, so are both gradients.
+    A rank that is not smaller pads with zeros and changes nothing, so that `average` accepts adapters of different
+    ranks. Padding cannot learn: where both factors are zero, so are both gradients.
 
     Args:
-        adapter: With both factors of every module.
-        rank: Of the result.
-        alpha: Of the result; None keeps the scale alpha / rank.
+        adapter: It has both factors of every module.
+        rank: The new rank.
+        alpha: The new alpha; None keeps the scale alpha / rank.
 
     Raises:
         ValueError: If rank is below 1, alpha is not finite and above 0, or a factor is missing.
@@ -219,20 +219,20 @@ def truncated(adapter: Adapter, rank: int, alpha: float | None = None) -> Trunca
 
 
 def update(adapter: Adapter) -> dict[str, Matrix]:
-    """(alpha / rank) * B @ A by module, (out, in): as large as the base's weights, so for tests and small models."""
+    """(alpha / rank) * B @ A by module, (out, in). It is as large as the base's weights: for tests and small models."""
     return {module: adapter.alpha / adapter.rank * b @ a for module, (a, b) in _factors(adapter).items()}
 
 
 def _nearest(a: Matrix, b: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
     """Factors of the best approximation of B @ A, of at most this rank, and all its singular values.
 
-    By the SVD of the small product of the triangles of B and A: the product itself is never formed.
+    It takes the SVD of the small product of the triangles of B and A, and never forms the product itself.
     """
     left, left_triangle = np.linalg.qr(b)
     right, right_triangle = np.linalg.qr(a.T)
     u, values, vt = np.linalg.svd(left_triangle @ right_triangle.T, full_matrices=False)
-    # A gets orthonormal rows and B the singular values (as in FedSVD, arXiv 2505.12805): A is then as large as LoRA's
-    # random start however small the update is, and a direction of value zero can still be learnt.
+    # A gets orthonormal rows and B the singular values (as in FedSVD, arXiv 2505.12805). A is then as large as LoRA's
+    # random start even if the update is small, and a direction of value zero can still be learnt.
     return vt[:rank] @ right.T, left @ (u * values)[:, :rank], values
 
 
@@ -257,7 +257,7 @@ def _factors(adapter: Adapter) -> dict[str, tuple[Matrix, Matrix]]:
 
 
 def _check_fit(adapters: Sequence[Adapter], shapes: Sequence[Mapping[str, tuple[int, ...]]], *alike: str) -> None:
-    """Refuses adapters that are not alike in these attributes, or in their tensors' or modules' names and shapes."""
+    """Refuses adapters that differ in these attributes, or in the names or shapes of their tensors or modules."""
     for other, theirs in zip(adapters[1:], shapes[1:], strict=True):
         for fact in alike:
             ours, its = getattr(adapters[0], fact), getattr(other, fact)

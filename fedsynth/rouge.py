@@ -1,4 +1,4 @@
-"""ROUGE-L on words of any script: how much of a text stands in another, in the same order."""
+"""ROUGE-L on words of any script: the share of a text that another text holds in the same order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rapidfuzz.distance import LCSseq
 
 BLOCK = 1_000_000  # pairs compared at once: some 20 MB
 
-# Scripts that put no blank between words: a whole sentence would be one word, and near copies have nothing in common.
+# Scripts without blanks between words: a whole sentence would be one word, and near copies would share none.
 UNSPACED = ("CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")
 ZERO_WIDTH_SPACE = 0x200B
 
@@ -25,7 +25,7 @@ class _Spacing(dict[int, str | None]):
 
     def _of(self, char: str) -> str | None:
         kind, name = unicodedata.category(char), unicodedata.name(char, "")
-        # Joiners, soft hyphens, what encloses a character or picks its glyph: neither parts of a word nor ends of one.
+        # Joiners, soft hyphens, enclosing marks and variation selectors are neither parts nor ends of a word.
         if kind == "Me" or "VARIATION SELECTOR" in name or (kind == "Cf" and ord(char) != ZERO_WIDTH_SPACE):
             return None
         if kind in ("Mn", "Mc") or kind[0] == "L":
@@ -39,7 +39,7 @@ _SPACING = _Spacing()
 def words(text: str) -> list[str]:
     """Runs of letters, digits and marks, without their case and compatibility forms (NFKC).
 
-    In scripts that put no blank between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
+    In scripts without blanks between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word.
     """
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return folded.translate(_SPACING).split()
@@ -57,7 +57,7 @@ def rouge_l(one: str, other: str) -> float:
 
 
 def nearest(texts: Sequence[str], references: Sequence[str]) -> list[float]:
-    """For each text its ROUGE-L F1 with the reference it is closest to, of all of them; 0 where there is none."""
+    """For each text its ROUGE-L F1 with the closest of all references; 0 if there is none."""
     if not references:
         return [0.0] * len(texts)
     number: dict[str, int] = {}

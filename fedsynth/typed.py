@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 T = TypeVar("T")
-MAX_DIGITS = 40  # of a whole number: a seed has 10, and int -> float overflows beyond 308
+MAX_DIGITS = 40  # digits of a whole number: a seed has 10, and int -> float overflows beyond 308
 
 
 class BadValue(ValueError):
@@ -27,7 +27,7 @@ class BadValue(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, as `Annotated[int, Range(...)]`; `in_range` checks it and says it."""
+    """The allowed values of a number, as `Annotated[int, Range(...)]`; `in_range` checks it and names it."""
 
     says: str
     holds: Callable[[float], bool]
@@ -40,11 +40,11 @@ Share: TypeAlias = Annotated[float, Range("lie in (0, 1]", lambda value: 0 < val
 
 @contextmanager
 def toml_file(path: Path, missing: str = "") -> Iterator[dict[str, Any]]:
-    """The table of a TOML file; what its user finds wrong with it is said with the file's name.
+    """The table of a TOML file. A `BadValue` raised in the `with` statement gets the file's name.
 
     Args:
-        path: Of the file.
-        missing: What to do if there is none.
+        path: The file.
+        missing: The way out if the file does not exist, for the message.
 
     Raises:
         BadValue: If it cannot be read, is not TOML, or the body of the `with` statement raises one.
@@ -66,11 +66,11 @@ def in_range(values: Any, table: str = "") -> None:
     """Checks every field of a dataclass whose annotation has a `Range`; None, where it is allowed, passes.
 
     Args:
-        values: Called from its `__post_init__`.
+        values: The dataclass, which calls this from its `__post_init__`.
         table: Its name in a scenario, for messages.
 
     Raises:
-        BadValue: For the first that is out of range.
+        BadValue: If a field is out of range; the message names the first.
     """
     kind: type = type(values)
     for name, hint in _annotations(kind).items():
@@ -81,7 +81,7 @@ def in_range(values: Any, table: str = "") -> None:
 
 
 def _ranges(hint: Any) -> list[Range]:
-    """Those of an annotation, and of `... | None`."""
+    """The ranges of an annotation, also of `... | None`."""
     found = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
     if typing.get_origin(hint) in (Union, types.UnionType):
         found += [limit for option in typing.get_args(hint) for limit in _ranges(option)]
@@ -109,7 +109,7 @@ def build(kind: type[T], value: object, key: str = "") -> T:
 
     Args:
         kind: A dataclass, or any annotation made of dataclasses, tuples, mappings, literals, enums, scalars, unions.
-        value: What a JSON or TOML parser returns.
+        value: The output of a JSON or TOML parser.
         key: Dotted name of the place, for messages.
 
     Raises:
@@ -223,7 +223,7 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
 
 
 def _from_text(kind: Any, key: Any) -> Any:
-    """JSON and TOML have text keys only; numbers come back as numbers, those of more than MAX_DIGITS as none."""
+    """A text key as the number it stands for, as JSON and TOML have text keys only; beyond MAX_DIGITS it stays text."""
     number = kind is int and isinstance(key, str) and len(key) <= MAX_DIGITS and key.removeprefix("-").isdecimal()
     return int(key) if number else key
 
@@ -266,5 +266,5 @@ def plain(value: object) -> Any:
 
 
 def visible(text: str) -> str:
-    """A text that another party wrote, on one line, with nothing that a terminal would obey."""
+    """A text of another party on one line, without characters that control a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -32,9 +32,9 @@ PROCESSES = (
 
 # Files that `make unit` runs: each takes a few seconds, and none of their tests starts a process.
 UNIT = (
-    "comparing", "corpus", "csv_faults", "encoding", "evaluation", "filter", "grids", "instructions",
-    "layers", "lora", "mentor", "ngram", "noise", "older_ledgers", "options", "peft_adapters", "plan", "reasons",
-    "records", "release", "rouge", "scenario", "tables", "text_scores", "trackers", "typed", "wire",
+    "comparing", "corpus", "csv_faults", "distillation", "encoding", "evaluation", "filter", "grids", "instructions",
+    "layers", "lora", "messages", "ngram", "noise", "older_ledgers", "options", "peft_adapters", "plan", "reasons",
+    "records", "release", "rouge", "scenario", "tables", "text_scores", "trackers", "typed",
 )  # fmt: skip
 STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 _running: list[str] = []  # the unit test that runs

@@ -1,1 +1,1 @@
-"""Labelled text in rows: read from files, sources and the simulated world, and divided among clients."""
+"""Labelled text in rows: reading from files, sources and the simulated world, and division among clients."""

@@ -1,4 +1,4 @@
-"""The data card of a run: what each client holds, in figures, as the simulator measures it."""
+"""The data card of a run: figures of each client's data, measured by the simulator."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def data_card(sites: Sequence[ClientData], labels: Sequence[str], left_out: Left
     """Sizes, labels, text lengths and duplicates of every client, and totals.
 
     Args:
-        sites: In the order of clients; at least one.
-        labels: The public label list; labels beyond it are counted as `other`.
+        sites: The clients' data in order; at least one.
+        labels: The public label list; other labels count as `other`.
         left_out: Rows of the source that no client has.
 
     Returns:
@@ -49,7 +49,7 @@ def data_card(sites: Sequence[ClientData], labels: Sequence[str], left_out: Left
 
 
 def data_cards(scenario: Scenario) -> dict[str, Any]:
-    """What `data.json` of a run holds: a card per seed, and per division where arms divide the data in other ways."""
+    """The content of a run's `data.json`: a card per seed, and per division if arms divide the data differently."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for cell in cells(scenario):
         data = replace(cell.scenario.data, pooled=False, tuned_on=())  # a pooled client holds the clients' text
@@ -64,10 +64,10 @@ def data_cards(scenario: Scenario) -> dict[str, Any]:
 
 
 def card_line(cards: Mapping[str, Any]) -> str:
-    """One line of all cards: ranges over clients and seeds.
+    """One line on all cards: ranges over clients and seeds.
 
     Args:
-        cards: Of `data_cards`.
+        cards: The result of `data_cards`.
     """
     found = cards["cards"]
     clients = [client for card in found for client in card["clients"]]

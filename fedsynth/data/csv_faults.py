@@ -1,4 +1,4 @@
-"""What a parser of CSV reads without a word: a quote that swallows rows, columns that no comma parts."""
+"""Faults that a CSV parser reads silently: a quote that swallows rows, columns that no comma separates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LINE_END = re.compile(r"\r\n|\r|\n")
-# A quote at the beginning of a field holds all up to the next that is not doubled; elsewhere it is a sign like others.
+# A quote at the beginning of a field holds all up to the next undoubled one; elsewhere it is an ordinary sign.
 QUOTED = r'"(?:[^"]*+(?:""[^"]*+)*+)(?:"|\Z)'
 RECORD = re.compile(rf"(?:{QUOTED})?+[^,\r\n]*+(?:,(?:{QUOTED})?+[^,\r\n]*+)*+(?:\r\n|\r|\n|\Z)")
 FIELD = re.compile(r'(?:"(?P<inside>[^"]*+(?:""[^"]*+)*+)(?P<close>"|\Z))?+(?P<rest>[^,\r\n]*+)')
 SEPARATORS = ";\t|"
-FREE = 3  # line ends that a quote must swallow before commas alone say that they are rows
-ROWS, SHARE = 8, 0.5  # of so many rows, a column with fewer different values than this share is a list, as of labels
+FREE = 3  # line ends that a quote must swallow before commas alone prove that they are rows
+ROWS, SHARE = 8, 0.5  # in so many rows, a column with fewer different values than this share is a list, as of labels
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Swallowed:
     """A quote that begins a field and closes lines later.
 
     Attributes:
-        line: Where it stands, from 1.
-        lines: That its cell holds, its own among them.
-        closes: Whether another quote ends it; else the end of the file.
+        line: Number of its line, from 1.
+        lines: Number of lines in its cell, its own among them.
+        closes: True if another quote ends it; else the end of the file does.
     """
 
     line: int
@@ -42,7 +42,7 @@ class Swallowed:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A field: what stands between its quotes, if it has any, and after them."""
+    """A field: the text between its quotes, if it has any, and after them."""
 
     inside: str
     closes: bool
@@ -54,24 +54,24 @@ class _Cell:
 
     @property
     def ends(self) -> int:
-        """Line ends in it; that of the file is none."""
+        """Line ends in the field; that of the file does not count."""
         return len(LINE_END.findall(self.inside if self.closes else self.inside.rstrip()))
 
 
 def swallowed(text: str) -> list[Swallowed]:
     """Quotes that swallow rows, in order.
 
-    A text of several lines in quotes is no fault, whatever commas it has. A quote is one if the file ends before it
-    closes; if it closes lines later in the middle of a field; or if its lines look like the rows around it: they have
-    as many commas, from where it begins to where it closes, and their fields are what other rows have in these columns.
-    Where commas alone speak, and more cells look like that than the file has rows of one line, such are its texts.
+    A text of several lines in quotes is no fault, with any commas. A quote is a fault if the file ends before it
+    closes, if it closes lines later in the middle of a field, or if its lines look like the rows around it: they have
+    as many commas, from its beginning to its close, and their fields are like those of other rows in these columns. If
+    commas alone tell, and more cells look like that than the file has rows of one line, the cells are texts.
 
     Args:
-        text: Of the file, its header first.
+        text: The text of the file, its header first.
     """
     found: list[Swallowed] = []
     by_commas: list[Swallowed] = []
-    head, others = 0, None  # of the header: how many fields; what other rows hold is read when it is needed
+    head, others = 0, None  # number of the header's fields; the other rows, read at the first use
     line, counted = 1, 0
     for match in RECORD.finditer(text) if '"' in text else ():
         record = match[0].rstrip("\r\n")
@@ -83,7 +83,7 @@ def swallowed(text: str) -> list[Swallowed]:
         for place, cell in enumerate(cells):
             fault, told = not cell.closes or (cell.ends > 0 and cell.rest.strip() != ""), found
             if not fault and cell.ends and not head:
-                fault = "," in LINE_END.split(cell.inside)[0]  # a name of several lines is none, but two names are
+                fault = "," in LINE_END.split(cell.inside)[0]  # a name of several lines is no fault, but two names are
             elif not fault and cell.ends and (rows := _as_rows(cell, place, len(cells), head)):
                 others = others or _others(text, head)
                 fault, by_list = _like_others(rows, others.columns)
@@ -97,7 +97,7 @@ def swallowed(text: str) -> list[Swallowed]:
 
 
 def surplus(text: str) -> str:
-    """Where a row has more fields than the header, and what to do; "" if none has."""
+    """The place of a row with more fields than the header, and the way out; "" if there is none."""
     head, line, counted = 0, 1, 0
     for match in RECORD.finditer(text):
         record = match[0].rstrip("\r\n")
@@ -115,7 +115,7 @@ def surplus(text: str) -> str:
 
 
 def _cells(record: str) -> list[_Cell]:
-    """Of a record without the line end behind it."""
+    """The cells of a record without the line end behind it."""
     cells, at = [], 0
     while True:
         match = FIELD.match(record, at)
@@ -127,13 +127,13 @@ def _cells(record: str) -> list[_Cell]:
 
 
 def _as_rows(cell: _Cell, place: int, cells: int, columns: int) -> list[dict[int, str]]:
-    """What the lines of a cell are as rows: fields by column; nothing if their commas say that they are none.
+    """The lines of a cell as rows, fields by column; none if their commas do not fit.
 
     Args:
-        cell: Of several lines.
+        cell: A cell of several lines.
         place: Its column.
-        cells: That its row has.
-        columns: That the header has.
+        cells: Number of cells in its row.
+        columns: Number of columns in the header.
     """
     first, *between, last = (line.split(",") for line in LINE_END.split(cell.inside))
     whole = [line for line in between if line != [""]]
@@ -147,13 +147,13 @@ def _as_rows(cell: _Cell, place: int, cells: int, columns: int) -> list[dict[int
 
 @dataclass(frozen=True)
 class _Column:
-    """What a column holds in rows of one line each.
+    """A column's values in rows of one line each.
 
     Attributes:
-        values: All of them.
-        listed: Whether they are a list: of labels, persons, splits.
-        numbers: Whether all are numbers.
-        spaced: Whether some begin with a blank.
+        values: All values.
+        listed: True if the values are a list: of labels, persons, splits.
+        numbers: True if all are numbers.
+        spaced: True if some begin with a blank.
     """
 
     values: frozenset[str]
@@ -162,7 +162,7 @@ class _Column:
     spaced: bool
 
     def may_hold(self, value: str) -> bool:
-        """Whether a value is like the others, if not one of them."""
+        """True if a value is one of the others or like them."""
         if value in self.values:
             return True
         # In prose there is a blank after a comma, or the line ends.
@@ -171,7 +171,7 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Others:
-    """Rows of one line each: how many, and what their columns hold."""
+    """Rows of one line each: their number and columns."""
 
     rows: int
     columns: list[_Column]
@@ -190,8 +190,10 @@ def _others(text: str, size: int) -> _Others:
 
 
 def _like_others(rows: Sequence[dict[int, str]], columns: Sequence[_Column]) -> tuple[bool, bool]:
-    """Whether rows look like others, most of those that have a column that is a list, by that, else all, if enough; and
-    whether a list tells it."""
+    """True if rows look like others, and true if a list column decides it.
+
+    With list columns, most rows that have one must match. Without, all rows must look alike, and there must be enough.
+    """
     shaped = [all(columns[place].may_hold(value) for place, value in row.items()) for row in rows]
     lists = [{place: value for place, value in row.items() if columns[place].listed} for row in rows]
     told = [
@@ -211,11 +213,11 @@ def _is_number(value: str) -> bool:
 
 
 def separator(text: str, asked: Sequence[str]) -> str | None:
-    """What parts the columns of a file whose header, parted by commas, has not all of them; None if nothing says so.
+    """The separator of a file whose header lacks a column if split at commas; None if commas suffice or none is found.
 
     Args:
-        text: Of the file.
-        asked: Columns.
+        text: The text of the file.
+        asked: The columns that the header should have.
     """
     head = next(line for line in LINE_END.split(text) if line.strip())
     names = next(csv.reader([head]))

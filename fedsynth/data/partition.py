@@ -1,4 +1,4 @@
-"""A labelled data set divided among clients; no example in two places."""
+"""Division of a labelled data set among clients; no example is in two places."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ __all__ = [
     "unified",
 ]
 
-TEST_SHARE = 0.2  # of a client's units, where the source names no test rows
-SMALLEST = 2  # units of a client where a Dirichlet draw is repeated otherwise: one to learn from, one to test on
+TEST_SHARE = 0.2  # of a client's units, if the source names no test rows
+SMALLEST = 2  # fewest units of a client in a Dirichlet draw, else it is repeated: one to learn from, one to test on
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ClientData:
     """One client's text.
 
     Attributes:
-        train: Private.
-        test: Held out. In a simulation it is declared public: measuring is the researcher's act (docs/privacy.md).
+        train: Private training text.
+        test: Held-out text. A simulation declares it public: the researcher measures on it (docs/privacy.md).
     """
 
     train: Corpus
@@ -83,17 +83,17 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Division:
-    """Every client's text, in the order of clients, and what was left out."""
+    """Every client's text, in the order of clients, and the rows left out."""
 
     sites: tuple[ClientData, ...]
     left_out: LeftOut = LeftOut()
 
 
 def label_list(data: Data) -> tuple[str, ...]:
-    """The public list of classes; empty where the task is to follow instructions: responses are not of a list.
+    """The public list of classes; empty for instructions, whose responses come from no list.
 
     Raises:
-        BadValue: If a classification would have none.
+        BadValue: If a classification has no class.
     """
     if data.task == "instructions":
         return ()
@@ -105,15 +105,15 @@ def label_list(data: Data) -> tuple[str, ...]:
 
 
 def misfits(data: Data, labels: Sequence[str]) -> list[str]:
-    """Warnings: rows that are left out, spellings that are merged, unlisted labels, listed ones that no row has.
+    """Warnings on rows left out, merged spellings, unlisted labels, and listed labels that no row has.
 
     Args:
-        data: A source of one's own, no world.
+        data: A source that is not a world.
         labels: The public label list.
 
     Raises:
-        BadValue: If a listed label and one of the source are spellings of one, or no row to learn from or to test on
-            has a listed label.
+        BadValue: If a listed label and one of the source are spellings of the same, or no training or no test row has a
+            listed label.
     """
     rows = read_rows(data)
     merged = f"{data.source}: {rows.merged} spellings of persons or clients are merged into others of them"
@@ -144,15 +144,15 @@ def _few(labels: Sequence[str]) -> str:
 
 
 def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[str]:
-    """As `misfits`, of rows that were read.
+    """`misfits` of rows that were read.
 
     Args:
-        rows: What the source holds.
+        rows: The rows of the source.
         source: Its name, for messages.
-        labels: The public label list; None where answers are responses.
+        labels: The public label list; None if answers are responses.
 
     Raises:
-        BadValue: If a listed label and one of the source are spellings of one.
+        BadValue: If a listed label and one of the source are spellings of the same.
     """
     found = []
     if rows.incomplete:
@@ -180,11 +180,11 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[st
 
 
 def open_sites(data: Data, seed: int) -> list[ClientData]:
-    """Every client's text, in the order of clients; one site with all of it where `pooled`.
+    """Every client's text, in the order of clients; one site with all text if `pooled`.
 
     Args:
-        data: What is divided, and how.
-        seed: Public seed of the draw (worlds) or the split (sources of one's own).
+        data: The source and its division.
+        seed: Public seed of the draw (worlds) or the split (other sources).
 
     Raises:
         BadValue: If the source or a column is missing or cannot be used, a client would have no example, or a text
@@ -208,13 +208,13 @@ def open_site(data: Data, index: int, seed: int) -> ClientData:
 
 
 def _patients(notes: int, most: int, seed: int, index: int) -> tuple[int, ...]:
-    """The patient of each note: from 1 to `most` notes in a row are one's."""
+    """The patient of each note; each patient has from 1 to `most` notes in a row."""
     sizes = np.random.default_rng([seed, index, 0x9A71]).integers(1, most + 1, size=notes)
     return tuple(np.repeat(np.arange(notes), sizes)[:notes].tolist())
 
 
 def divide(data: Data, seed: int) -> Division:
-    """`open_sites` with the count of what was left out."""
+    """`open_sites` with the counts of rows left out."""
     if data.world is not None:
         found = Division(tuple(open_site(data, index, seed) for index in range(data.clients)))
     else:
@@ -231,7 +231,7 @@ def divide(data: Data, seed: int) -> Division:
 def overlaps(sites: Sequence[ClientData]) -> tuple[int, int]:
     """Texts in the training text of more than one client, and texts in both training and test text of any clients.
 
-    Texts are equal that are the `same`.
+    Texts are equal if `corpus.same` of them is.
     """
     train = pd.DataFrame(
         [(index, same) for index, site in enumerate(sites) for same in unified(site.train.prompts)],
@@ -244,7 +244,7 @@ def overlaps(sites: Sequence[ClientData]) -> tuple[int, int]:
 
 
 def unified(texts: Sequence[str]) -> list[str]:
-    """What is the same in equal texts."""
+    """Texts in the form that is the same for equal texts."""
     return [same(text) for text in texts]
 
 
@@ -278,7 +278,7 @@ def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
     if len(names) < data.clients:
         raise BadValue(f"{data.source}: {data.clients} clients asked, column {data.client_column!r} has {len(names)}")
     table = table[table[CLIENT].isin(names[: data.clients])]
-    # Parallel composition needs each person at one client (docs/privacy.md).
+    # Parallel composition needs each person at one client only (docs/privacy.md).
     shared = int(table[[UNIT, CLIENT]].drop_duplicates()[UNIT].duplicated().sum())
     if shared:
         raise BadValue(f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client")
@@ -286,20 +286,20 @@ def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _duplicated(table: pd.DataFrame) -> pd.Series[bool]:
-    """Marks all of equal texts but one: a test row before training rows, else the first."""
+    """Marks all but one of equal texts; it spares a test row if there is one, else the first row."""
     texts = pd.Series(unified(table[TEXT].tolist()), index=table.index, dtype=object)
     test_first = table[HELD].sort_values(ascending=False, kind="stable").index
     return texts.loc[test_first].duplicated().loc[table.index]
 
 
 def _owners(data: Data, table: pd.DataFrame, seed: int) -> np.ndarray[Any, Any]:
-    """The client of each row, -1 for none. Whole units are dealt, each by its first row: a person is at one client."""
+    """The client of each row, -1 for none. Whole units are dealt by their first rows: a person is at one client."""
     units = table.drop_duplicates(UNIT)
     if data.clients > len(units):
         raise BadValue(f"{data.source}: {data.clients} clients for {len(units)} examples: ask for fewer clients")
     units = units.iloc[np.random.default_rng([seed, 0xDA7A]).permutation(len(units))]
     if data.split in ("dirichlet", "pathological"):
-        # Clients get consecutive units of a class: spread evenly, its test rows are dealt as its training rows are.
+        # Clients get consecutive units of a class: if spread evenly, its test rows are dealt like its training rows.
         kinds = units.groupby([LABEL, HELD])
         place = (kinds.cumcount() + 0.5) / kinds[TEXT].transform("size")
         units = units.iloc[np.argsort(place.to_numpy(), kind="stable")]
@@ -312,12 +312,12 @@ def _owners(data: Data, table: pd.DataFrame, seed: int) -> np.ndarray[Any, Any]:
 
 
 def _partitions(data: Data, codes: np.ndarray[Any, Any], seed: int) -> list[list[int]]:
-    """Which units each client gets, by flwr-datasets.
+    """The units of each client, by flwr-datasets.
 
     Args:
-        data: How it is divided.
-        codes: Number of each unit's label, or of its client where the split is natural: 0, 1, ... [units].
-        seed: Public.
+        data: The division.
+        codes: Number of each unit's label, or of its client if the split is natural: 0, 1, ... [units].
+        seed: Public seed.
     """
     # flwr-datasets takes seconds to import, and draws progress bars.
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
@@ -333,7 +333,7 @@ def _partitions(data: Data, codes: np.ndarray[Any, Any], seed: int) -> list[list
                 data.clients, "code", data.alpha, min_partition_size=SMALLEST, seed=seed
             )
         elif data.split == "pathological":
-            # The mode of the paper: as far as there are clients enough, each class is at one at least.
+            # The mode of the paper: if there are enough clients, each class is at one at least.
             asked = data.classes_per_client or 0
             if asked > classes:
                 raise BadValue(
@@ -345,7 +345,7 @@ def _partitions(data: Data, codes: np.ndarray[Any, Any], seed: int) -> list[list
         else:
             partitioner = partitioners.IidPartitioner(data.clients)
         partitioner.dataset = Dataset.from_dict({"unit": np.arange(len(codes)), "code": codes})
-        partitioner.dataset.set_format("pandas")  # of the formats, a column as an array in one step
+        partitioner.dataset.set_format("pandas")  # the format that gives a column as an array in one step
         try:
             return [partitioner.load_partition(index)["unit"][:].tolist() for index in range(data.clients)]
         except ValueError as problem:

@@ -1,4 +1,4 @@
-"""A site's rows as they were imported: single records under a keyed MAC, which requests read in place of the source."""
+"""A site's imported rows: single records under a keyed MAC, which requests read in place of the source."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 
 from fedsynth.system.folders import private_folder
 
-FORMAT = 2  # of 1, rows and source had one key
+FORMAT = 2  # in format 1, rows and source had one key
 _STORED, _SOURCE = b"fedsynth: imported rows, as they are stored", b"fedsynth: imported rows, their source"
 
 
 class RowsUnusable(RuntimeError):
-    """The imported rows are not those that were written: an operator's matter, as an account that is damaged."""
+    """The imported rows are not those that were written. An operator must act, as for a damaged account."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Record:
     """One row, which no other row changes.
 
     Attributes:
-        unit: Whose it is: the person in one spelling; the row's number where rows are independent. None: no person can
-            be read in it, or whether it is to test on, or it is a blank line.
-        held: Whether it is to test on.
-        text: "" where the row cannot be read, or lacks something: then nothing is learnt from it.
-        answer: Likewise.
+        unit: The person in one spelling; the row's number if rows are independent. None if the person or the test mark
+            cannot be read, or for a blank line.
+        held: True for a test row.
+        text: The text; "" if the row cannot be read or lacks a cell, and nothing is learnt from it.
+        answer: The answer, likewise.
     """
 
     unit: str | int | None
@@ -42,16 +42,16 @@ class Record:
 
 @dataclass(frozen=True)
 class Imported:
-    """What stands above the records.
+    """The header above the records.
 
     Attributes:
-        declared: Digest of what site.toml says about reading them; other words need another import.
-        at: When they were imported, UTC.
-        rows: How many records follow.
-        size: Of the file that they were read from, in bytes; 0 for a query.
-        changed: When it was last changed (ns).
-        mac: Keyed MAC of its content; "" for a query.
-        format: Of this file.
+        declared: Digest of the keys of site.toml that govern reading; a change needs another import.
+        at: Time of the import, UTC.
+        rows: Number of records.
+        size: Size of the source file in bytes; 0 for a query.
+        changed: Time of the source file's last change (ns).
+        mac: Keyed MAC of the source's content; "" for a query.
+        format: Format of this file.
     """
 
     declared: str
@@ -64,10 +64,10 @@ class Imported:
 
 
 def source_mac(key: bytes, content: bytes) -> str:
-    """HMAC-SHA256 (hex) of a source's content: no plain hash, by which whoever sees it could test guesses of it.
+    """HMAC-SHA256 (hex) of a source's content. With a plain hash, its readers could test guesses of the content.
 
-    Its key is derived from the ledger's, and is not that of the stored rows: whoever may write the source chooses what
-    is authenticated here, and reads the MAC above the rows.
+    Its key is derived from the ledger's and differs from that of the stored rows: a writer of the source chooses the
+    authenticated content and can read the MAC above the rows.
     """
     return _mac(key, _SOURCE, content)
 
@@ -78,13 +78,13 @@ def _mac(key: bytes, purpose: bytes, content: bytes) -> str:
 
 
 def write(path: Path, key: bytes, about: Imported, records: Sequence[Record]) -> None:
-    """Puts the records in the place of those that are there, all or none; for their owner alone.
+    """Replaces the stored records, all or none; only their owner can read them.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         key: The ledger's `mac_key`.
-        about: Above them.
-        records: In the order of the source.
+        about: The header.
+        records: The records in the order of the source.
     """
     private_folder(path.parent)
     lines = [json.dumps(asdict(about)), *(json.dumps(astuple(record)) for record in records)]
@@ -102,8 +102,7 @@ def write(path: Path, key: bytes, about: Imported, records: Sequence[Record]) ->
 
 
 def about(path: Path) -> Imported | None:
-    """What stands above the records, before it is known whether it is true; None where nothing was imported, or
-    nothing that this version reads."""
+    """The header above the records, not yet verified; None if nothing was imported that this version can read."""
     try:
         with path.open("rb") as file:
             found = Imported(**json.loads(file.readline()))
@@ -113,10 +112,10 @@ def about(path: Path) -> Imported | None:
 
 
 def read(path: Path, key: bytes) -> list[Record]:
-    """The records, if they are what was written under this key.
+    """The records as they were written under this key.
 
     Raises:
-        RowsUnusable: If they are not.
+        RowsUnusable: If they are other ones.
     """
     try:
         content = path.read_bytes()

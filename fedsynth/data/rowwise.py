@@ -1,8 +1,7 @@
-"""Cells of a file or a query as text, each by itself, whatever its type; one that cannot be read changes no other.
+"""Cells of a file or a query as text, each by itself, for any type; an unreadable cell changes no other.
 
 A table's loader (fedsynth.data.tables) refuses a file for one bad byte, and takes a column's type from all of its
-cells. Here a cell that cannot be read is `Lost`, its row stays in its place, and the next is read as if nothing were
-amiss.
+cells. Here an unreadable cell is `Lost`, its row stays in its place, and the next row is read normally.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from fedsynth.corpus import blank
 from fedsynth.typed import BadValue
 
 T = TypeVar("T")
-MAX_CHARACTERS = 1_000_000  # of a cell, as fedsynth.data.tables has it
-MAX_DIGITS = 300  # of a JSON number that is read as one; what has more stays its digits
+MAX_CHARACTERS = 1_000_000  # of a cell, as in fedsynth.data.tables
+MAX_DIGITS = 300  # of a JSON number that is read as a number; a longer one stays text
 BATCH = 1024  # rows of a Parquet file at once
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A cell that cannot be read; `why` says it in words that hold nothing of the cell."""
+    """A cell that cannot be read; `why` gives the reason without any of the cell's content."""
 
     why: str
 
@@ -40,10 +39,10 @@ class Row:
     """One row.
 
     Attributes:
-        number: Of its line, where its file has lines; else of the row. From 1.
-        cells: By column, `Lost` where one cannot be read; a column that the row lacks is not there.
-        broken: Why the row as a whole cannot be read; "" if it can. Cells before the damage may be there all the same.
-        blank: Nothing but white space: it may be no row at all.
+        number: Number of its line, if its file has lines; else of the row. It starts at 1.
+        cells: Cells by column, `Lost` if unreadable; a missing cell has no entry.
+        broken: The reason why the whole row cannot be read; "" if it can. Cells before the damage may have entries.
+        blank: True if it is white space only and may be no row at all.
     """
 
     number: int
@@ -54,13 +53,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Read:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
-        counted: How rows are counted: "line" or "row".
-        names: Columns that the source has.
-        rows: All of them, in order.
-        notes: What a person should look at; none holds a cell.
+        counted: Unit of the row numbers: "line" or "row".
+        names: Columns of the source.
+        rows: All rows, in order.
+        notes: Notes for a person to look at; none holds a cell.
     """
 
     counted: str
@@ -73,11 +72,11 @@ def read_file(path: Path, asked: Sequence[str]) -> Read:
     """The rows of a CSV, JSONL or Parquet file.
 
     Args:
-        path: Of the file.
-        asked: The columns that are read.
+        path: Path of the file.
+        asked: The columns to read.
 
     Raises:
-        BadValue: For what concerns the file as a whole: it is not there, of another kind, or its header lacks a column.
+        BadValue: If the file does not exist, is of another kind, or its header lacks a column.
     """
     if not path.is_file():
         raise BadValue(f"no such file in {path.parent.absolute()}")
@@ -93,10 +92,10 @@ def read_file(path: Path, asked: Sequence[str]) -> Read:
 
 
 def chosen(names: Sequence[str], asked: Sequence[str]) -> None:
-    """Whether a header has the columns that are asked for.
+    """Checks that a header has the columns that are asked for.
 
     Raises:
-        BadValue: If one is missing, or any stands there twice.
+        BadValue: If a column is missing, or any occurs twice.
     """
     for column in asked:
         if column not in names:
@@ -114,8 +113,10 @@ def chosen(names: Sequence[str], asked: Sequence[str]) -> None:
 
 
 def text_of(cell: object) -> str | Lost | None:
-    """A cell as text, from this cell alone: a whole number has no fraction, whatever stands beside it. None: a missing
-    cell, or one that shows nothing."""
+    """A cell as text, from this cell alone: a whole number has no fraction, even beside numbers that have one.
+
+    None for a missing cell, or one that shows nothing.
+    """
     if isinstance(cell, Lost):
         return cell
     if isinstance(cell, str):
@@ -128,7 +129,7 @@ def text_of(cell: object) -> str | Lost | None:
         return Lost("holds bytes values, not text")
     if isinstance(cell, Iterable):  # a list, a table, an array
         return Lost(f"holds {type(cell).__name__} values, not text")
-    return tried(lambda: _readable(str(cell)))  # a date, a UUID, whatever a driver gives
+    return tried(lambda: _readable(str(cell)))  # a date, a UUID, any type of a driver
 
 
 def _readable(text: str) -> str | Lost | None:
@@ -158,21 +159,21 @@ def _whole(digits: str) -> str:
 
 
 def _utf_16(head: bytes, lines: Sequence[bytes]) -> None:
-    """Refuses a file of that encoding: it begins with its mark, and no line of it is without a NUL.
+    """Refuses a file in UTF-16: it begins with the mark of that encoding, and each of its lines has a NUL.
 
     Args:
-        head: What it begins with.
-        lines: What decides beside that: no row alone, of which a mark and NULs are damage.
+        head: The beginning of the file.
+        lines: Lines that must have NULs, too; in one row alone, mark and NULs are damage.
 
     Raises:
-        BadValue: If it is one.
+        BadValue: If it is UTF-16.
     """
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") and all(b"\0" in line for line in lines):
         raise BadValue("cannot be read: its encoding is UTF-16: save it as UTF-8")
 
 
 def _decoded(raw: bytes) -> str:
-    """Bytes as text; those that are not UTF-8 as what `_readable` knows again."""
+    """Bytes as text; those that are not UTF-8 in a form that `_readable` recognises."""
     return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
@@ -192,13 +193,13 @@ class _Record:
 
 
 def _from_csv(path: Path, asked: Sequence[str]) -> Read:
-    """Text as it stands in the file: "01" and "None" are labels like any other.
+    """The text of the file unchanged: "01" and "None" are ordinary labels.
 
-    A quote counts where CSV asks for it: it begins a field, and closes before a comma or a line end. One that does not
-    close so is a character of its line, so that it cannot take the rest of the file with it.
+    A quote counts as CSV defines it: it begins a field, and closes before a comma or a line end. Any other quote is a
+    character of its line, so that it cannot swallow the rest of the file.
     """
     raw = path.read_bytes()
-    _utf_16(raw, [])  # the mark stands in the header, which is no row
+    _utf_16(raw, [])  # the mark is in the header, which is no row
     records = _records(_decoded(raw))
     head = next((record for record in records if record.text.strip()), None)
     if head is None:
@@ -246,8 +247,11 @@ def _records(text: str) -> Iterator[_Record]:
 
 
 def _rows_within(record: _Record, columns: int) -> tuple[int, int] | None:
-    """Of a record of several lines: how many follow the first, and how many of all look like rows. None where the first
-    or the last does not: of a text of several lines one of the two has other fields beside it."""
+    """Numbers of lines in a record of several lines: after the first, and with the form of a row.
+
+    None if the first or the last has not that form: in a text of several lines one of the two has other fields beside
+    it.
+    """
     like = [line.count(",") + 1 == columns for line in _END.split(record.text)]
     return (len(like) - 1, sum(like)) if len(like) > 1 and columns > 1 and like[0] and like[-1] else None
 
@@ -256,7 +260,7 @@ def _rows_within(record: _Record, columns: int) -> tuple[int, int] | None:
 
 
 def _from_jsonl(path: Path, asked: Sequence[str]) -> Read:
-    """Each line by itself; of a broken one what stands before the damage."""
+    """Rows from single lines; a broken line gives the cells before the damage."""
     rows: list[Row] = []
     names: dict[str, None] = {}
     lines = path.read_bytes().split(b"\n")
@@ -267,7 +271,7 @@ def _from_jsonl(path: Path, asked: Sequence[str]) -> Read:
         row = _from_line(number, _decoded(line) if number == 1 else line.decode("utf-8", "surrogateescape"))
         rows.append(row)
         names |= dict.fromkeys(row.cells)
-    while rows and rows[-1].blank:  # what follows the last line end is no line
+    while rows and rows[-1].blank:  # nothing after the last line end is a line
         rows.pop()
     missing = [column for column in asked if column not in names]
     known = ", ".join(list(names)[:20]) or "no column that can be read"
@@ -288,7 +292,7 @@ def _from_line(number: int, line: str) -> Row:
 
 
 def _loads(text: str) -> object:
-    return json.loads(text, strict=False, object_pairs_hook=_unique, parse_int=_number)  # a NUL is its cell's matter
+    return json.loads(text, strict=False, object_pairs_hook=_unique, parse_int=_number)  # a NUL concerns its cell only
 
 
 def _number(digits: str) -> int | str:
@@ -308,8 +312,10 @@ _PIECE = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]|,|[^"\[\]{},]++', re.DOTA
 
 
 def _members(line: str) -> tuple[dict[str, object], bool]:
-    """The members of a JSON object one by one, where the whole cannot be read; and whether nothing but some of their
-    values is amiss. Brackets are counted, so that no depth of nesting matters."""
+    """The members of a JSON object one by one, if the whole cannot be read; and true if only some values are damaged.
+
+    It counts brackets, so that no depth of nesting matters.
+    """
     pairs: list[tuple[str, object]] = []
     whole = True
     at = len(line) - len(line.lstrip())
@@ -329,7 +335,7 @@ def _members(line: str) -> tuple[dict[str, object], bool]:
             name, value = str(_loads(key[1])), _loads(line[start:at])
         except RecursionError:
             name, value = str(_loads(key[1])), Lost("is nested too deeply")
-        except ValueError:  # of the value, or an escape in the name
+        except ValueError:  # in the value, or in an escape in the name
             name, value, whole = key[1][1:-1], Lost("is not JSON"), False
         pairs.append((name, value))
         if piece[0] == "}":
@@ -362,12 +368,12 @@ def _from_parquet(path: Path, asked: Sequence[str]) -> Read:
 
 
 def _cells(file: Any, group: int, name: str) -> list[object]:
-    """A column of a row group, cell by cell; of one that is damaged, what stands before the damage."""
+    """A column of a row group, cell by cell; a damaged one gives the cells before the damage."""
     found: list[object] = []
     try:
         for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=[name], use_threads=False):
             found += _values(batch.column(0))
-    except Exception:  # a page that is damaged, or of an encoding that is not known: at the site's import only
+    except Exception:  # a damaged page or an unknown encoding, only at the site's import
         found += [Lost("cannot be read")] * (file.metadata.row_group(group).num_rows - len(found))
     return found
 
@@ -380,7 +386,7 @@ def _values(column: Any) -> list[object]:
 
 
 def tried(load: Callable[[], T]) -> T | Lost:
-    """What a cell's loader gives, whatever it raises."""
+    """The result of a cell's loader; `Lost` if it raises anything."""
     try:
         return load()
     except Exception as problem:
@@ -394,7 +400,7 @@ def result(names: Sequence[str], rows: Iterable[Sequence[object]], asked: Sequen
     """The rows of a query, whose cells were fetched one by one.
 
     Raises:
-        BadValue: If a column is missing, or stands there twice.
+        BadValue: If a column is missing, or occurs twice.
     """
     chosen(names, asked)
     return Read("row", names, [Row(number, dict(zip(names, row, strict=True))) for number, row in enumerate(rows, 1)])

@@ -1,4 +1,4 @@
-"""The rows of a labelled data source: a file, a saved data set or a Hugging Face name; what is no text is refused."""
+"""The rows of a labelled data source: a file, a saved data set or a Hugging Face name; cells must be text."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
-MAX_CHARACTERS = 1_000_000  # of a cell; a longer one is a quote that never closes, or no text
-SAVED = ("dataset_dict.json", "dataset_info.json")  # what datasets.save_to_disk leaves in a folder
+MAX_CHARACTERS = 1_000_000  # of a cell; a longer one has a quote that never closes, or is no text
+SAVED = ("dataset_dict.json", "dataset_info.json")  # files that datasets.save_to_disk leaves in a folder
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
         table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
             the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
-            (none without `data.test`). Never changed in place: it is remembered.
+            (none without `data.test`). Never change it in place: it is cached.
         incomplete: Rows left out because they have no text or no label.
         merged: Spellings of persons and clients that stand for another one (`data.spellings`).
     """
@@ -47,17 +47,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source say what; None for what it does not say.
+    """The columns of a source by meaning; None for a column that it lacks.
 
     Attributes:
-        text: The text or instruction.
-        answer: The class name or response.
-        classes: Whether answers are class names: two spellings of one would be two classes.
-        test: Which rows are held out.
-        unit: The person; None: each row is a unit of its own.
-        client: Whose values are the natural clients.
-        spellings: What becomes of persons and clients that are written in several ways; None: they are refused, and no
-            key says otherwise.
+        text: Column of the text or instruction.
+        answer: Column of the class name or response.
+        classes: True if answers are class names: two spellings of one would be two classes.
+        test: The test rows, which are held out.
+        unit: Column of the person; None: each row is its own unit.
+        client: Column whose values are the natural clients.
+        spellings: Treatment of persons and clients with several spellings; None: they are refused, and no key can
+            change that.
     """
 
     text: str
@@ -70,7 +70,7 @@ class Columns:
 
     @property
     def names(self) -> list[str]:
-        """All of them, each once."""
+        """All column names, each once."""
         named = [self.text, self.answer, self.client, self.unit, self.test.column if self.test else None]
         return list(dict.fromkeys(column for column in named if column is not None))
 
@@ -86,8 +86,8 @@ def read_rows(data: Data) -> Rows:
     """The rows that have a text and a label. Read once per process, and again when the source changes.
 
     Raises:
-        BadValue: If the source or a column is missing or cannot be used, labels, persons or clients are spellings of
-            one, a quote swallows rows, or a person has both training and test rows.
+        BadValue: If the source or a column is missing or cannot be used, labels, persons or clients have several
+            spellings, a quote swallows rows, or a person has both training and test rows.
     """
     place = find(data.source) if data.hub_name is None else _OfHub(data.hub_name, data.subset, data.revision)
     classes = data.task == "classification"
@@ -100,12 +100,12 @@ def read_rows(data: Data) -> Rows:
         data.client_column,
         data.spellings,
     )
-    # Arms that divide one source in different ways share what was read.
+    # Arms that divide one source in different ways share its rows.
     return _read(data.source, columns, place, _stamp(place))
 
 
 def find(source: str) -> Path:
-    """The file or saved data set that a scenario names: as it stands, or in the folder named by FEDSYNTH_DATA.
+    """The file or saved data set that a scenario names: at that path, or in the folder named by FEDSYNTH_DATA.
 
     Raises:
         BadValue: If it is in neither place.
@@ -126,10 +126,10 @@ NAMED = 5  # groups of spellings in a message
 
 
 def refuse_alike(labels: Iterable[str]) -> None:
-    """Two spellings of one class would be two classes.
+    """Refuses two spellings of one class, which would be two classes.
 
     Raises:
-        BadValue: If labels are the `same`; they are named so that the difference is seen.
+        BadValue: If labels are the `same`; the message shows the difference.
     """
     if found := alike(labels):
         raise BadValue(f"labels {ALIKE}: {_spelt(found)}; write each class one way")
@@ -145,7 +145,7 @@ def _is_saved(place: Path) -> bool:
 
 
 def _stamp(place: Path | _OfHub) -> tuple[int, ...]:
-    """Changes when the source does; a data set of the Hub is read once per process."""
+    """A stamp that changes with the source; a data set of the Hub is read once per process."""
     if isinstance(place, _OfHub):
         return ()
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
@@ -166,12 +166,12 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
 
     Args:
         raw: The columns, as `load_columns` gives them.
-        columns: Which says what.
+        columns: The columns by meaning.
 
     Raises:
-        BadValue: If no row can be used or the text column holds numbers; also for a cell that is no text, a
-            missing person, labels, persons or clients that are spellings of one, test rows that no row is or that
-            have no label, or a person with training and test rows.
+        BadValue: If no row can be used or the text column holds numbers; also for a cell that is no text, a missing
+            person, several spellings of labels, persons or clients, test rows that do not exist or have no label, or a
+            person with training and test rows.
     """
     for column in raw.columns:
         _check_cells(raw[column], column)
@@ -210,8 +210,7 @@ def _names(raw: pd.DataFrame, column: str) -> list[str]:
 
 
 def _one_spelling(found: pd.DataFrame, column: str, name: str, spellings: str | None) -> int:
-    """Refuses persons or clients that are written in several ways, or merges them in `found`: how many spellings then
-    stand for another one."""
+    """Refuses persons or clients with several spellings, or merges these in `found`; returns the number merged."""
     if not (several := alike(found[column])):
         return 0
     if spellings != "merge":
@@ -230,7 +229,7 @@ def _held(column: pd.Series[Any], test: TestRows) -> np.ndarray[Any, Any]:
 
 
 def _refuse_no_test(column: pd.Series[Any], columns: Columns, held: np.ndarray[Any, Any], found: pd.DataFrame) -> None:
-    """Refuses test rows that are not there, or that nothing can be measured on."""
+    """Refuses test rows that do not exist or cannot be measured on."""
     assert columns.test is not None
     equals, name = columns.test.equals, columns.test.column
     if not held.any():
@@ -246,7 +245,7 @@ HIDDEN = "label (-1 hides it)"
 
 
 def nothing_to_test_on(rows: int, test: TestRows, lacks: str = HIDDEN) -> str:
-    """What to say of test rows that all lack something."""
+    """The message on test rows that all lack something."""
     return (
         f"{rows} rows are {test.equals!r} in the test column {test.column!r}, none of them has a {lacks}; name another "
         "split"
@@ -265,14 +264,14 @@ def _as_text(value: object) -> str:
 
 
 def _check_cells(column: pd.Series[Any], name: str) -> None:
-    """Refuses what no text column holds; row numbers count from 1, a header is not counted."""
+    """Refuses cells that are no text; row numbers count from 1 without the header."""
     for row, value in enumerate(column, start=1):
         if misfit := _misfit(value):
             raise BadValue(f"row {row} of column {name!r} {misfit}")
 
 
 def _misfit(value: object) -> str:
-    """Why a cell belongs in no text column; "" where it may."""
+    """The reason why a cell is no text; "" if it is text."""
     if isinstance(value, bytes | bytearray | memoryview | list | tuple | set | dict | np.ndarray):
         return f"holds {type(value).__name__} values, not text"
     if not isinstance(value, str):
@@ -313,15 +312,15 @@ def _is_number(value: object) -> bool:
     return True
 
 
-# --- Sources: each gives the columns that are asked for, cells as they stand ------------------------------------------
+# --- Sources: each gives the columns that are asked for, with unchanged cells -----------------------------------------
 
 
 def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:
-    """Columns of a file or saved data set (all of them, unless some are asked for), cells as they stand, None for none.
+    """Columns of a file or saved data set (all, unless some are asked for), cells unchanged; a missing one is None.
 
     Args:
-        path: Of it.
-        asked: Columns.
+        path: Path of the file or data set.
+        asked: The columns to read.
 
     Raises:
         BadValue: If it cannot be read, or has no such column; the message does not name the file.
@@ -341,7 +340,7 @@ def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _reason(problem: Exception) -> str:
-    """One line of what went wrong."""
+    """One line on the failure."""
     return " ".join(str(problem).split())[:300] or type(problem).__name__
 
 
@@ -358,7 +357,7 @@ def _loader(path: Path) -> Loader:
 
 
 def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
-    """The columns that are asked for, or all."""
+    """The requested columns, or all."""
     for column in asked or ():
         if column not in names:
             raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}")
@@ -469,8 +468,10 @@ def _from_hub(place: _OfHub, asked: Sequence[str]) -> pd.DataFrame:
 
 
 def pinned(data: Data) -> Data:
-    """With the commit of a data set of the hub, so that every process reads the same; where the hub cannot be reached,
-    as it is: then the local cache serves all."""
+    """The data with the commit of a data set of the hub, so that every process reads the same.
+
+    If the hub cannot be reached, they stay as they are, and the local cache serves all.
+    """
     if data.hub_name is None or re.fullmatch("[0-9a-f]{40}", data.revision or ""):
         return data
     from huggingface_hub import HfApi
@@ -483,7 +484,7 @@ def pinned(data: Data) -> Data:
 
 
 def _from_dataset(found: Any, asked: Sequence[str] | None) -> pd.DataFrame:
-    """All splits below each other, with the split's name in a column `split`; numbers of classes as their names."""
+    """All splits in one table, with the split's name in a column `split`, and class names in place of numbers."""
     import datasets
 
     parts = dict(found) if isinstance(found, datasets.DatasetDict) else {None: found}

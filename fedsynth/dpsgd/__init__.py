@@ -33,14 +33,14 @@ class Clipper(Protocol):
     """Adds up clipped gradients."""
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
-        """Adds the clipped gradients of the units of one micro-batch, whose examples' losses are computed so."""
+        """Adds the clipped gradients of the units of one micro-batch; `losses` computes its examples' losses."""
 
     def take(self) -> list[Tensor]:
-        """The sums so far, by trainable weight, of several passes in float64; the next start at zero."""
+        """The sums so far by trainable weight, in float64 after several passes; the next sums start at zero."""
 
 
 class Unclipped:
-    """Adds up gradients as autograd does, for training without a guarantee; what is not finite counts for nothing."""
+    """Adds up gradients as autograd does, for training without a guarantee; those that are not finite count as zero."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -48,13 +48,13 @@ class Unclipped:
         self._sums = [torch.zeros_like(w) for w in self._weights]
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
-        """As any `Clipper`."""
+        """See `Clipper`."""
         for weight in self._weights:
             weight.grad = None
         losses().sum().backward()
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
         if not all(bool(norm.isfinite()) for norm in torch._foreach_norm(grads)):
-            with bookkeeping.clipper(self._model, math.inf) as engine:  # tells the examples apart
+            with bookkeeping.clipper(self._model, math.inf) as engine:  # separates the examples
                 engine.add(losses, units)
                 grads = engine.take()
         torch._foreach_add_(self._sums, grads)
@@ -62,7 +62,7 @@ class Unclipped:
             weight.grad = None
 
     def take(self) -> list[Tensor]:
-        """As any `Clipper`."""
+        """See `Clipper`."""
         sums, self._sums = self._sums, [torch.zeros_like(w) for w in self._weights]
         return sums
 
@@ -72,18 +72,18 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
     """An engine for one model in training; the model is as before when it closes.
 
     The engine finds the batch dimension of a layer's input by its size. In some models another dimension has that size
-    by chance, or examples meet. `fedsynth.training.selfcheck.self_check` finds these models with batches of several
-    sizes. No guarantee goes without it.
+    by chance, or a layer mixes examples. `fedsynth.training.selfcheck.self_check` finds these models with batches of
+    several sizes. Every guarantee needs that check.
 
     Args:
-        model: With at least one trainable weight.
-        clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: none is clipped.
-        clipping: `bookkeeping` is the project's own; the others are Opacus', to compare with.
+        model: A model with at least one trainable weight.
+        clip_norm: C, the largest norm of a unit's clipped gradient; infinite clips nothing.
+        clipping: `bookkeeping` is the project's own engine; the others are Opacus', for comparison.
 
     Raises:
-        UnknownWeight: If a trainable weight belongs to a layer of which no gradient per example is known, or is less
-            precise than float32.
-        HalfPrecision: If there is a clip norm, and any of the model is less precise than float32.
+        UnknownWeight: If a trainable weight belongs to a layer without a known gradient per example, or is less precise
+            than float32.
+        HalfPrecision: If there is a clip norm, and any part of the model is less precise than float32.
     """
     for name, weight in model.named_parameters():
         if weight.requires_grad and torch.finfo(weight.dtype).bits < 32:

@@ -1,4 +1,4 @@
-"""Norms of per-example gradients and their clipped sum, from what one backward pass recorded."""
+"""Norms of per-example gradients and their clipped sum, from the record of one backward pass."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_precision, check_unused, recording
 
-LARGEST_NORM = 1e18  # of a gradient that is clipped: squares of larger ones overflow float32; it counts for nothing
+LARGEST_NORM = 1e18  # of a gradient to clip: squares of larger ones overflow float32, and they count as zero
 MARGIN = (
     1 - 1e-3
 )  # units are clipped to MARGIN * C: rounding in norms, sums and padding stays below C (docs/privacy.md)
-_BLOCK = 1024  # squares that are added in float32 before float64 goes on
+_BLOCK = 1024  # squares that are added in float32 before float64 takes over
 
 
 class BookKeeping:
-    """Adds up clipped gradients of micro-batches: one forward, one backward and no gradient per example where it is
-    large (Bu et al. 2022, algorithm 1, with mixed ghost norms, section 3)."""
+    """Adds up clipped gradients of micro-batches, by one forward and one backward pass.
+
+    It forms no large gradient per example (Bu et al. 2022, algorithm 1, with mixed ghost norms, section 3).
+    """
 
     def __init__(self, model: nn.Module, clip_norm: float, record: Record) -> None:
         self._clip_norm, self._record = clip_norm, record
@@ -34,10 +36,10 @@ class BookKeeping:
 
         Args:
             losses: Computes each example's own loss by a pass of the model, (examples,).
-            units: Of each example: the examples of one unit are clipped together.
+            units: The unit of each example; the examples of one unit are clipped together.
 
         Raises:
-            UnknownWeight: If a weight is used in a way of which no gradient per example is known.
+            UnknownWeight: If a weight is used in a way for which no gradient per example is known.
             ValueError: If there is not one loss per example, or the caller computes in mixed precision.
         """
         record = self._record
@@ -75,11 +77,11 @@ class BookKeeping:
         bad = factor == 0
         spoilt = bool(bad.any())
         each = factor[unit]
-        # Passes are added up in float64: in float32 a unit among tens of thousands moves what the sum is rounded to by
-        # more than C. One pass is small enough for it (`limits.MAX_MICROBATCH`).
+        # Passes are added up in float64: in float32 one unit among tens of thousands moves the rounded sum by more
+        # than C. One pass is small enough for float32 (`limits.MAX_MICROBATCH`).
         self._sums = {weight: total.double() for weight, total in self._sums.items()}
         record.whole.clear()
-        while whole:  # what is added up is let go
+        while whole:  # frees each gradient once it is added
             weight, grads = whole.popitem()
             if spoilt:  # 0 * NaN is NaN
                 grads = grads.masked_fill(bad.view(-1, *[1] * (grads.dim() - 1)), 0.0)
@@ -90,7 +92,7 @@ class BookKeeping:
                 _add(self._total(weight), _silenced(used, bad[unit]) if spoilt else used, each.to(used.g.dtype))
 
     def _total(self, weight: nn.Parameter) -> Tensor:
-        """Made when it is needed: while activations are held, there is no second copy of the weights."""
+        """The sum of a weight, made at its first use: no second copy of the weights exists beside the activations."""
         if weight not in self._sums:
             self._sums[weight] = torch.zeros_like(weight)
         return self._sums[weight]
@@ -108,11 +110,11 @@ def clipper(model: nn.Module, clip_norm: float) -> Iterator[BookKeeping]:
 
 
 def clip_factors(squares: Tensor, clip_norm: float) -> Tensor:
-    """Per unit, what its gradient is multiplied by: min(1, MARGIN C / norm), 0 where there is no norm to divide by.
+    """The factor of each unit's gradient: min(1, MARGIN C / norm), 0 for a norm that cannot be used.
 
     Args:
         squares: Squared norms, float64; those that are not finite, or of norms above `LARGEST_NORM`, give 0.
-        clip_norm: C; infinite: nothing is clipped.
+        clip_norm: C; infinite clips nothing.
     """
     norms = squares.clamp(min=0.0).sqrt()  # NaN stays
     factors = (clip_norm * MARGIN / norms.clamp(min=1e-30)).clamp(max=1.0)
@@ -133,10 +135,10 @@ def square_norms(grads: Tensor) -> Tensor:
 
 
 def _ghost(uses: Sequence[Use], unit: Tensor, count: int, between: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Squared norm of each unit's gradient of a weight that was used so, from the factors alone; float64.
+    """Squared norm of each unit's gradient of a weight, from the factors of its uses alone; float64.
 
-    || sum_u G_u ||^2 over uses u and examples of the unit, each <G, G'> by Gram matrices of inputs and of outputs. The
-    terms can cancel, and then rounding could hide a norm: the bound of what it hides is added.
+    It is || sum_u G_u ||^2 over uses u and examples of the unit, each <G, G'> by Gram matrices of inputs and of
+    outputs. The terms can cancel, and then rounding could hide a norm: the bound of the hidden part is added.
     """
     found = uses[0].g.new_zeros(count, dtype=torch.float64)
     for used in uses:
@@ -144,7 +146,7 @@ def _ghost(uses: Sequence[Use], unit: Tensor, count: int, between: tuple[Tensor,
     for one, other in combinations(uses, 2):
         found.index_add_(0, unit, 2 * _inner(one, other))
     if between is not None:
-        # As many at once as there are examples: pairs grow by the square of a unit's rows, and memory must not.
+        # As many pairs at once as examples: pairs grow with the square of a unit's rows, and memory must not.
         for first, second in zip(*(side.split(len(unit)) for side in between), strict=True):
             for one in uses:
                 for other in uses:
@@ -172,9 +174,10 @@ def _inner(one: Use, other: Use) -> Tensor:
 
 
 def _hidden(uses: Sequence[Use], unit: Tensor, count: int) -> Tensor:
-    """How far rounding can have pushed a squared norm down: c u (sum_t |x_t| |g_t|)^2, which bounds what can cancel.
+    """Bound on the loss of a squared norm to rounding: c u (sum_t |x_t| |g_t|)^2, which bounds the cancelling terms.
 
-    A dot product of k numbers is wrong by at most sqrt(k) u |x| |g| but for a vanishing chance (Higham and Mary 2019).
+    The error of a dot product of k numbers is at most sqrt(k) u |x| |g|, except for a vanishing chance (Higham and Mary
+    2019).
     """
     lengths = uses[0].g.new_zeros(count, dtype=torch.float64)
     longest = 1
@@ -207,7 +210,7 @@ def _add(total: Tensor, used: Use, factor: Tensor) -> None:
 
 
 def _silenced(used: Use, bad: Tensor) -> Use:
-    """Without the examples that are not finite: a factor of 0 does not silence NaN."""
+    """A use without the examples that are not finite: a factor of 0 does not silence NaN."""
     mask = bad.view(-1, 1, 1)
     if isinstance(used, Lookup):
         return Lookup(used.ids, used.g.masked_fill(mask, 0.0), used.rows)
@@ -221,7 +224,7 @@ def _rows(used: Use, index: Tensor) -> Use:
 
 
 def numbered(units: Sequence[int], device: torch.device) -> Tensor:
-    """Units as 0, 1, ... in the order in which they come."""
+    """Units as 0, 1, ... in the order of their first examples."""
     order = {unit: number for number, unit in enumerate(dict.fromkeys(units))}
     return torch.tensor([order[unit] for unit in units], device=device)
 

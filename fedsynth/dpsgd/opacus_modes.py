@@ -1,7 +1,7 @@
-"""Opacus' own ways to clip, behind the same two calls, to compare with and to check against.
+"""Opacus' own ways to clip, behind the same two calls, for comparisons and checks.
 
-`hooks` instantiates every gradient per example; `ghost` takes norms from a first backward pass and the weighted sum
-from a second one (Li et al. 2022; it clips examples, so units must have one each, and knows no tied weights).
+`hooks` instantiates every gradient per example. `ghost` takes norms from a first backward pass and the weighted sum
+from a second one (Li et al. 2022). It clips examples, so each unit must have one, and it does not support tied weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Hooks:
         self._sums: list[Tensor] = []
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
-        """As `BookKeeping.add`."""
+        """See `BookKeeping.add`."""
         losses().sum().backward()
         unit = numbered(units, self._weights[0].device)
         count = int(unit.max()) + 1
@@ -53,25 +53,25 @@ class Hooks:
             w.grad, w.grad_sample = None, None
 
     def _count(self, parts: list[Tensor]) -> None:
-        """Adds what one pass gave; passes are added up in float64."""
+        """Adds the result of one pass; passes are added up in float64."""
         sums = zip(self._sums, parts, strict=True)
         self._sums = [total.double().add_(part) for total, part in sums] if self._sums else parts
 
     def take(self) -> list[Tensor]:
-        """As `BookKeeping.take`."""
+        """See `BookKeeping.take`."""
         sums, self._sums = self._sums, []
         return sums or [torch.zeros_like(w) for w in self._weights]
 
 
 class Ghost(Hooks):
-    """Norms without gradients, by one backward pass more."""
+    """Norms without gradients, by one more backward pass."""
 
     def __init__(self, wrapped: Any, clip_norm: float) -> None:
         super().__init__(wrapped, clip_norm)
         self._wrapped = wrapped
 
     def add(self, losses: Callable[[], Tensor], units: Sequence[int]) -> None:
-        """As `BookKeeping.add`, for units of one example."""
+        """See `BookKeeping.add`; each unit has one example."""
         if len(set(units)) < len(units):
             raise ValueError("clipping = 'ghost' clips examples, and here a unit has several: use 'bookkeeping'")
         self._wrapped.enable_hooks()
@@ -103,7 +103,7 @@ def ghost(model: nn.Module, clip_norm: float) -> Iterator[Ghost]:
     """Opacus' ghost clipping.
 
     Raises:
-        NotImplementedError: By Opacus, for tied weights.
+        NotImplementedError: If weights are tied; Opacus raises it.
     """
     wrapped = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=clip_norm)
     try:

@@ -1,8 +1,8 @@
 """Layers that record the parts of per-example gradients; a precision below float32 is refused.
 
-A linear layer's gradient of example n is g_n^T x_n, of its input x_n and the gradient g_n of its output: both are at
-hand in one backward pass (book-keeping, Bu et al. 2022, arXiv 2210.00038). Small ones are multiplied out at once; of
-large ones the factors are kept, from which `fedsynth.dpsgd.bookkeeping` takes norms and the clipped sum.
+A linear layer's gradient of example n is g_n^T x_n, with its input x_n and the gradient g_n of its output. One backward
+pass has both (book-keeping, Bu et al. 2022, arXiv 2210.00038). Small gradients are multiplied out at once. For large
+ones the record keeps the factors, and `fedsynth.dpsgd.bookkeeping` takes norms and the clipped sum from them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 
 class UnknownWeight(NotImplementedError):
-    """A trainable weight is used in a way of which no gradient per example is known; nothing was trained."""
+    """A trainable weight is used in a way for which no gradient per example is known; nothing was trained."""
 
 
 class HalfPrecision(ValueError):
-    """A model computes in less than float32, and is to be trained under a clip norm: nothing bounds a unit there."""
+    """A model that computes in less than float32 was to be trained under a clip norm, which bounds no unit there."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Product:
     Attributes:
         x: Inputs, (examples, positions, in).
         g: Gradients of the outputs, (examples, positions, out).
-        transposed: The weight is (in, out), as in GPT-2's Conv1D.
+        transposed: True if the weight is (in, out), as in GPT-2's Conv1D.
     """
 
     x: Tensor
@@ -55,9 +55,9 @@ class Lookup:
     """An embedding was used: row ids[n, t] of example n's gradient gains g[n, t].
 
     Attributes:
-        ids: (examples, positions).
+        ids: Token ids, (examples, positions).
         g: Gradients of the rows, (examples, positions, width).
-        rows: Of the table.
+        rows: Number of rows of the table.
     """
 
     ids: Tensor
@@ -75,12 +75,12 @@ Use: TypeAlias = Product | Lookup
 
 @dataclass
 class Record:
-    """What one forward and backward pass left.
+    """The record of one forward and backward pass.
 
     Attributes:
-        examples: In the batch that is passed next; each layer's input must have them as its first dimension.
+        examples: Number of examples in the next batch; each layer's input must have them as its first dimension.
         whole: Gradient of each example, (examples, *weight.shape), at least float32.
-        factors: Of weights whose gradients are too large to multiply out: one entry for each use.
+        factors: The uses of each weight whose gradients are too large to multiply out.
     """
 
     examples: int = 0
@@ -90,16 +90,16 @@ class Record:
     def add(self, weight: nn.Parameter, gradients: Tensor) -> None:
         """Notes gradients per example, (examples, *weight.shape)."""
         gradients = _float(gradients)
-        for earlier in self.factors.pop(weight, ()):  # one way for all uses, whichever came first
+        for earlier in self.factors.pop(weight, ()):  # all uses of a weight are recorded in one form
             gradients = gradients + earlier.multiplied()
         known = self.whole.get(weight)
         self.whole[weight] = gradients if known is None else known + gradients
 
     def use(self, weight: nn.Parameter, used: Use) -> None:
-        """Notes a use of a weight; one that is used more than once (tied, or shared by layers) takes one way for all.
+        """Notes a use of a weight; all uses of one weight (tied, or shared by layers) are recorded in one form.
 
-        Of a weight (p, d) used at T positions the factors take T (p + d) numbers, and a norm from them T^2 (p + d)
-        multiplications, the product p d and T p d: the smaller one is kept.
+        For a weight (p, d) used at T positions the factors take T (p + d) numbers, and a norm from them T^2 (p + d)
+        multiplications; the product takes p d and T p d. The record keeps the smaller form.
         """
         earlier = self.factors.get(weight)
         if weight not in self.whole and (earlier is not None or used.g.shape[1] * _width(used) < weight.numel()):
@@ -130,7 +130,7 @@ def patched(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[Non
     """While open, each of these layers runs the function beside it.
 
     Raises:
-        RuntimeError: If one of them is patched already: who closes first would take the other's function away.
+        RuntimeError: If one of them is patched already: the first to close would remove the other's function.
     """
     if not _patched.isdisjoint(forwards):
         raise RuntimeError("an engine is open on this model already: close that one first")
@@ -153,7 +153,7 @@ _patched: set[nn.Module] = set()
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """While open, products of float32 are float32: TF32 would round norms by more than the margin."""
+    """While open, products of float32 stay float32: TF32 would round norms by more than the margin."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -163,44 +163,43 @@ def full_precision() -> Iterator[None]:
 
 
 def check_precision(device: torch.device) -> None:
-    """Whether the caller computes in mixed precision, which would round norms and sums.
+    """Refuses mixed precision, which would round norms and sums.
 
     Raises:
-        ValueError: If so.
+        ValueError: If the caller computes in mixed precision.
     """
     if torch.is_autocast_enabled(device.type):
         raise ValueError(
-            "norms and sums need float32, and torch.autocast is on: leave it; `precision` is what "
-            "makes a frozen base faster"
+            "norms and sums need float32, and torch.autocast is on: leave it; `precision` makes a frozen base faster"
         )
 
 
 def check_bounded(model: nn.Module) -> None:
-    """Whether C can bound what one unit moves: everything of a model that computes is float32 at least.
+    """Refuses a model for which C cannot bound one unit's influence: all that computes must be at least float32.
 
-    Half-precision kernels round otherwise for another number of rows: 32 equal units instead of 31 moved a sum by 1.034
-    C on one CPU, while on another no number of rows changed anything (docs/privacy.md).
+    Half-precision kernels round differently for another number of rows: 32 equal units instead of 31 moved a sum by
+    1.034 C on one CPU, while on another no number of rows changed anything (docs/privacy.md).
 
     Raises:
-        HalfPrecision: If something is less precise.
+        HalfPrecision: If any part is less precise.
     """
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         computes = tensor.is_floating_point() or isinstance(tensor, nn.Parameter)  # a buffer may hold positions
         if computes and tensor.dtype not in (torch.float32, torch.float64):
             raise HalfPrecision(
                 f"{name!r} is {tensor.dtype}, and there a unit's gradient can depend on how many others"
-                " are passed with it, so that no clip norm bounds what it moves"
+                " are passed with it, so that no clip norm bounds its influence"
             )
 
 
 def check_unused(weights: Mapping[str, nn.Parameter]) -> None:
-    """After a backward pass: autograd must have given no trainable weight a gradient of its own.
+    """Checks after a backward pass that autograd gave no trainable weight a gradient of its own.
 
     Args:
-        weights: Those that are trained, by name.
+        weights: The trained weights by name.
 
     Raises:
-        UnknownWeight: If one was used past its layer, such as a table that is read as an array.
+        UnknownWeight: If a weight was used past its layer, such as a table that is read as an array.
     """
     for name, weight in weights.items():
         if weight.grad is not None:
@@ -212,13 +211,13 @@ def check_unused(weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., Tensor] | None:
-    """What a layer runs while recording; None for one that has nothing of its own to train."""
+    """A layer's function while recording; None for a layer without trainable weights of its own."""
     own = {key: weight for key, weight in module.named_parameters(recurse=False) if weight.requires_grad}
     if isinstance(module, LoraLinear) and (parts := plain_lora(module)) is not None:
         return partial(_lora, module, *parts, _Named(name, record), module.forward)
     if not own:
         return None
-    # Weights of other names come of parametrisations, such as weight_norm.
+    # Weights of other names come from parametrisations, such as weight_norm.
     kind = type(module) if set(own) <= {"weight", "bias"} else type(None)
     if kind is nn.Linear:
         return partial(_linear, module, False, _Named(name, record))
@@ -238,7 +237,7 @@ def _forward_of(module: nn.Module, name: str, record: Record) -> Callable[..., T
 
 @dataclass(frozen=True)
 class _Named:
-    """The record, as one layer writes to it."""
+    """The record, for one layer to write to."""
 
     layer: str
     record: Record
@@ -248,10 +247,10 @@ class _Named:
 
 
 def check_examples(layer: str, x: Tensor, record: Record) -> None:
-    """Whether a layer's input has the batch's examples as its first dimension.
+    """Refuses a layer's input that does not have the batch's examples as its first dimension.
 
     Raises:
-        UnknownWeight: If not.
+        UnknownWeight: If it does not.
     """
     if x.dim() < 2 or len(x) != record.examples:
         raise UnknownWeight(
@@ -288,7 +287,7 @@ def _torch_norm(layer: Any, named: _Named, x: Tensor) -> Tensor:
 
 
 def _spread_norm(layer: Any, own: tuple[str, ...], named: _Named, forward: Any, x: Tensor, *args: Any) -> Tensor:
-    """A norm of a model library, in its own arithmetic, with one copy of its gains per example."""
+    """A normalisation layer of a model library, in its own arithmetic, with one copy of its gains per example."""
     named.check(x)
     weights = {key: layer._parameters[key] for key in own}
     try:
@@ -300,7 +299,7 @@ def _spread_norm(layer: Any, own: tuple[str, ...], named: _Named, forward: Any, 
 
 
 def _spread(weight: nn.Parameter, x: Tensor, record: Record) -> Tensor:
-    """The weight once per example, to be multiplied with or added to x, (examples, ..., width)."""
+    """The weight once per example, to multiply with or add to x, (examples, ..., width)."""
     if not weight.requires_grad:
         return weight
     copies: Tensor = _Spread.apply(weight, len(x), x.dim(), record)  # type: ignore[no-untyped-call]  # torch types no `apply`
@@ -308,7 +307,7 @@ def _spread(weight: nn.Parameter, x: Tensor, record: Record) -> Tensor:
 
 
 def plain_lora(layer: Any) -> tuple[nn.Linear, nn.Linear, float] | None:
-    """The two layers and the scale of a LoRA without variants, whose steps can be taken in one; else None."""
+    """The two layers and the scale of a LoRA without variants, whose steps can be one operation; else None."""
     [*active] = layer.active_adapters
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return None
@@ -320,7 +319,7 @@ def plain_lora(layer: Any) -> tuple[nn.Linear, nn.Linear, float] | None:
 def _lora(
     layer: Any, first: nn.Linear, second: nn.Linear, scale: float, named: _Named, forward: Any, x: Tensor
 ) -> Tensor:
-    """What PEFT computes, in the precision of the base: W x + scale B A x."""
+    """PEFT's computation, in the precision of the base: W x + scale B A x."""
     if not (first.weight.requires_grad or second.weight.requires_grad):
         return forward(x)  # type: ignore[no-any-return]  # PEFT's own forward
     named.check(x)
@@ -377,7 +376,7 @@ class _Embedding(Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         ids, g = ctx.ids.flatten(1), positions(g)
-        if ctx.padding is not None:  # as torch: the row of padding is not learnt
+        if ctx.padding is not None:  # as in torch, the row of padding is not learnt
             g = g * (ids != ctx.padding).unsqueeze(2)
         ctx.record.use(ctx.weight, Lookup(ids, g, len(ctx.weight)))
         return None, None, None, None
@@ -407,7 +406,7 @@ def _width(used: Use) -> int:
 
 
 def _float(x: Tensor) -> Tensor:
-    """Norms and sums are taken of the same numbers, in at least float32."""
+    """Numbers in at least float32: norms and sums use the same ones."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 

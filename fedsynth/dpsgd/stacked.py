@@ -1,8 +1,8 @@
 """LoRA adapters of several clients, trained in one pass over one frozen base: each example goes through the adapter of
 its own client.
 
-A client's sum is that of its own examples, clipped by its own units: stacked or alone, it is the same (but for the
-rounding of another order of additions). What is saved is the work per operation, which for small models is most of it.
+A client's sum holds its own examples, clipped by its own units. Stacked or alone, it is the same, except for the
+rounding of another order of additions. Stacking saves the overhead per operation, most of the cost of small models.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fedsynth.dpsgd.recording import (
 )
 
 Factors = Mapping[nn.Parameter, Tensor]
-"""By LoRA weight of the model: those of all clients, (clients, *weight.shape), float32."""
+"""By LoRA weight of the model, the weights of all clients, (clients, *weight.shape), float32."""
 
 
 @dataclass
 class _Owned(Record):
-    """Also tells whose each example of the batch is, (examples,)."""
+    """A record with the client of each example of the batch, (examples,)."""
 
     owner: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
@@ -47,8 +47,8 @@ class Stacked:
     """Adds up clipped gradients of micro-batches, client by client.
 
     Attributes:
-        weights: What is trained, (clients, numbers): those of a client in the order of the model's trainable weights.
-            To be changed in place between passes.
+        weights: Trained weights, (clients, numbers), each client's in the order of the model's trainable weights.
+            The caller changes them in place between passes.
     """
 
     def __init__(self, weights: Tensor, places: Mapping[nn.Parameter, slice], clip_norm: float, record: _Owned) -> None:
@@ -62,8 +62,8 @@ class Stacked:
 
         Args:
             losses: Computes each example's own loss by a pass of the model, (examples,).
-            units: Of each example, numbered across clients: the examples of one unit are clipped together.
-            clients: Of each example: whose adapter it goes through, and whose sum it enters.
+            units: The unit of each example, numbered across clients; the examples of one unit are clipped together.
+            clients: The client of each example: the example goes through its adapter and enters its sum.
 
         Raises:
             UnknownWeight: If a layer's input does not have the examples as its first dimension.
@@ -97,7 +97,7 @@ class Stacked:
         spoilt = bool(bad.any())
         share = self.weights.new_zeros(len(self._sums), len(unit))
         share[owner, torch.arange(len(unit), device=unit.device)] = each.to(share.dtype)
-        if self._passes:  # as of one client: passes are added up in float64
+        if self._passes:  # as for one client, passes are added up in float64
             self._sums = self._sums.double()
         for weight, grads in whole.items():
             if spoilt:  # 0 * NaN is NaN
@@ -112,24 +112,26 @@ class Stacked:
 
 @contextmanager
 def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[Stacked]:
-    """An engine for the adapters of several clients on one model in training, whose own adapter plays no part while it
-    is open; the model is as before when it closes.
+    """An engine for the adapters of several clients on one model in training.
+
+    The model's own adapter plays no part while the engine is open. The model is as before when it closes.
 
     Args:
-        model: With LoRA; nothing else of it is trainable.
-        factors: Of every LoRA weight, frozen ones too; those of trainable ones are as trained when it closes.
-        clip_norm: C, which no unit's clipped gradient exceeds in norm; infinite: no clipping.
+        model: A model with LoRA; nothing else in it is trainable.
+        factors: The clients' factors of every LoRA weight, frozen ones too; trainable ones hold the result when the
+            engine closes.
+        clip_norm: C, the largest norm of a unit's clipped gradient; infinite clips nothing.
 
     Raises:
-        UnknownWeight: If a trainable weight is not of a plain LoRA on a linear layer, or has no factors.
-        HalfPrecision: If there is a clip norm, and any of the model is less precise than float32.
+        UnknownWeight: If a trainable weight does not belong to a plain LoRA on a linear layer, or has no factors.
+        HalfPrecision: If there is a clip norm, and any part of the model is less precise than float32.
     """
     if math.isfinite(clip_norm):
         check_bounded(model)
     if any(torch.finfo(stack.dtype).bits < 32 for stack in factors.values()):
         raise UnknownWeight("the clients' factors must be float32: sums and noise would be rounded to less")
     weights, places = _side_by_side({w: factors[w] for w in model.parameters() if w.requires_grad and w in factors})
-    # Autograd goes through a layer only where something of it needs a gradient.
+    # Autograd goes through a layer only if some part of it needs a gradient.
     read = {w: weights[:, places[w]].view_as(f).requires_grad_() if w in places else f for w, f in factors.items()}
     record = _Owned()
     forwards: dict[nn.Module, Callable[..., Tensor]] = {}
@@ -152,8 +154,10 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
 
 
 def _side_by_side(factors: Factors) -> tuple[Tensor, dict[nn.Parameter, slice]]:
-    """All numbers of a client in one row, so that noise and optimizer take one step for all of them; and where those
-    of each weight stand."""
+    """All numbers of a client in one row, and the place of each weight in it.
+
+    So noise and optimizer take one step for all of them.
+    """
     places: dict[nn.Parameter, slice] = {}
     end = 0
     for weight in factors:
@@ -179,7 +183,7 @@ def _weights(parts: tuple[nn.Linear, nn.Linear, float]) -> tuple[nn.Parameter, n
 
 
 class _Lora(Function):
-    """base + scale B_k A_k x, of each example's own client k; notes the gradients of each example."""
+    """base + scale B_k A_k x for each example's own client k; it notes the gradients of each example."""
 
     @staticmethod
     def forward(

@@ -1,1 +1,1 @@
-"""What came of it: utility, instructions answered, fidelity of synthetic text, what an attacker gets."""
+"""Results: utility, instructions answered, fidelity of synthetic text, and an attacker's gain."""

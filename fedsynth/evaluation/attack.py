@@ -1,4 +1,4 @@
-"""What an attacker gets out of a model that learnt private text."""
+"""Attacks on a model that learnt private text: extraction, name reconstruction, exposure."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MAX_TOKENS = 50  # Nasr et al. 2023
 
 @dataclass(frozen=True)
 class Extraction:
-    """How much of the true responses a model writes when it is given their instructions.
+    """The agreement of a model's answers with the true responses to known instructions.
 
     Attributes:
         rouge_l: Mean ROUGE-L F1 over the records, in 0..1.
-        low: Of its 95 % interval.
-        high: Of its 95 % interval.
-        records: How many were asked for.
-        recovered: Share of the records, in 0..1, whose planted secret was written; None where none was planted.
+        low: Lower end of its 95 % interval.
+        high: Upper end of its 95 % interval.
+        records: Number of records.
+        recovered: Share of the records, in 0..1, whose planted secret the model wrote; None if none was planted.
     """
 
     rouge_l: float
@@ -50,17 +50,17 @@ def extraction(
 ) -> Extraction:
     """Discoverable memorisation (Nasr et al. 2023): the attacker knows each instruction and asks for its response.
 
-    Decoding is greedy. What is written is compared up to where the model goes on with an instruction of its own; the
-    planted secret is looked for in all of it. Compare with a model that never saw the records: what follows from the
+    Decoding is greedy. The comparison ends where the model continues with an instruction of its own; the search for the
+    planted secret covers the whole answer. Compare with a model that never saw the records: text that follows from the
     instruction, or is common to all responses, is no memorisation. The interval is a percentile bootstrap over records.
 
     Args:
-        model: What the attacker may ask: the final model, or one client's upload.
+        model: The model that the attacker may ask: the final model, or one client's upload.
         secrets: Records that the model's training may have seen.
-        planted: One string per record that stands nowhere but in that record's response.
-        max_new_tokens: Of a response; at least as many as the longest true one has.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        planted: One string per record, which occurs only in that record's response.
+        max_new_tokens: Most tokens of a response; at least as many as the longest true one has.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: If there is no record, or not one planted secret (with a letter or digit in it) per record.
@@ -91,10 +91,10 @@ def name_reconstruction(
     """Share of the prompts, in 0..1, after which the model writes the true name (Lukas et al. 2023; KnowledgeSG).
 
     Args:
-        model: What the attacker may ask; decoding is greedy.
-        prompts: The text before the name in each record, as the model reads it: nothing is put around it.
+        model: The model that the attacker may ask; decoding is greedy.
+        prompts: The text before the name in each record, in the form that the model reads; nothing is added.
         names: The true name of each; it must occur as whole words, in order and without others between them.
-        max_new_tokens: Of a continuation.
+        max_new_tokens: Most tokens of a continuation.
 
     Raises:
         ValueError: If there is no prompt, or not one name (with a letter or digit in it) per prompt.
@@ -105,19 +105,19 @@ def name_reconstruction(
 
 
 def _greedy(model: TextModel, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    return model.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)  # greedy: the seed moves nothing
+    return model.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)  # greedy: the seed has no effect
 
 
 def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:
-    """How many texts hold their phrase as whole words: "A-17" is not in "A-170".
+    """Share of the texts that hold their phrase as whole words: "A-17" is not in "A-170".
 
-    Case and punctuation aside: tokenizers that lower-case or put blanks around signs must not hide a leak.
+    It ignores case and punctuation: tokenizers that lower-case or put blanks around signs must not hide a leak.
     """
     held = 0
     for text, phrase in zip(written, phrases, strict=True):
         wanted = words(phrase)
         if not wanted:
-            raise ValueError(f"what is looked for must hold a letter or digit, got {phrase!r}")
+            raise ValueError(f"the text to look for must hold a letter or digit, got {phrase!r}")
         held += f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
     return held / len(written)
 
@@ -138,13 +138,13 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 def exposure(true_score: float, candidate_scores: Sequence[float]) -> float:
     """Bits by which a model's ranking narrows the search for a planted secret (Carlini et al. 2019, section 4).
 
-    log2 of the number of candidates less log2 of the secret's rank among them. It lies in 0 (last of all)..log2 of that
-    number (first); among many candidates a model that does not know the secret has 1.44 (1 / ln 2) in the mean.
+    It is log2 of the number of candidates less log2 of the secret's rank among them, from 0 (last of all) to log2 of
+    that number (first). Among many candidates, a model that does not know the secret has 1.44 (1 / ln 2) in the mean.
 
     Args:
-        true_score: Of the planted secret; higher is likelier, such as a mean log-likelihood.
-        candidate_scores: Of the other secrets that could have been drawn; the planted one is counted besides.
-            Of those that tie with it half are taken to stand before it.
+        true_score: Score of the planted secret; higher is likelier, such as a mean log-likelihood.
+        candidate_scores: Scores of the other secrets that could have been drawn; the planted one is counted besides.
+            Half of those that tie with it count as ranked before it.
 
     Raises:
         ValueError: If there is no other candidate, or a score is NaN.

@@ -1,10 +1,10 @@
 """Statistics of a tidy frame of several runs: utility with intervals, paired differences, costs, Pareto fronts.
 
 A frame has a row for each (scenario, task, epsilon, arm, seed, round, client, metric) and its value. Epsilon is the
-budget that an arm ran under, and null where an arm does not depend on one: its rows serve every epsilon. Client -1 is
-the server. Two kinds of rows stand there beside what runs record: `privacy/epsilon` of the server says 0 for an arm
-that releases nothing and infinity for one without a guarantee, and `data/pooled` marks the baseline with one client for
-all clients' text.
+budget that an arm ran under. It is null for an arm that does not depend on one; its rows serve every epsilon. Client -1
+is the server. Two kinds of rows are added to the records of runs: `privacy/epsilon` of the server is 0 for an arm that
+releases nothing and infinity for one without a guarantee, and `data/pooled` marks the baseline with one client for all
+clients' text.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ CELL = ["scenario", "task", "epsilon", "arm"]
 
 @dataclass(frozen=True)
 class Terms:
-    """What the tables of a scenario need beside its rows.
+    """Further inputs of a scenario's tables.
 
     Attributes:
         baseline: The arm that others are compared with.
-        metric: What comes first.
-        tuned_on: Clients on which settings were tuned: figures are given without them, too.
+        metric: The metric that comes first.
+        tuned_on: Clients on which settings were tuned; the tables have figures without them, too.
     """
 
     baseline: str
@@ -46,8 +46,8 @@ def utility(frame: pd.DataFrame, terms: Mapping[str, Terms]) -> pd.DataFrame:
     `mean` and `std` are over seeds, of the clients' means; `low` and `high` bound the mean with 95 % (bootstrap over
     seeds, then clients); `held_out_` leaves out `Terms.tuned_on`. `difference`, with its own bounds, is to the baseline
     at equal epsilon, paired by (seed, client); `better` is the share of `pairs` above 0. An arm that serves every
-    epsilon has a row at each one at which the baseline stands. What there is not is null: the deviation of one seed,
-    the difference of a baseline to itself, any difference with a pooled arm, whose test set is another.
+    epsilon has a row at each epsilon of the baseline. A figure that does not exist is null: the deviation of one seed,
+    the difference of a baseline to itself, and any difference with a pooled arm, which has another test set.
     """
     rows = []
     for scenario, whole in frame.groupby("scenario", sort=False):
@@ -69,13 +69,13 @@ def utility(frame: pd.DataFrame, terms: Mapping[str, Terms]) -> pd.DataFrame:
 
 
 def _compared_at(whole: pd.DataFrame, epsilon: float, baseline: str) -> list[float]:
-    """At which epsilons an arm stands beside the baseline."""
+    """The epsilons at which an arm is compared with the baseline."""
     where = whole.loc[whole["arm"] == baseline, "epsilon"].unique()
     return list(where) if math.isnan(epsilon) and len(where) else [epsilon]
 
 
 def _at(whole: pd.DataFrame, epsilon: float) -> pd.DataFrame:
-    """What stands at an epsilon: arms under it, and those that do not depend on one."""
+    """The rows at an epsilon: of arms under it, and of those that do not depend on one."""
     return whole[whole["epsilon"].isna() | (whole["epsilon"] == epsilon)]
 
 
@@ -110,12 +110,12 @@ def _difference(rows: pd.DataFrame, arm: str, terms: Terms, metric: str, *, pair
 
 
 def costs(frame: pd.DataFrame) -> pd.DataFrame:
-    """One row per (scenario, epsilon, arm): what it spends.
+    """One row of costs per (scenario, epsilon, arm).
 
-    `guarantee` is "dp" or "none"; `epsilon_stated` and `delta` are the largest that any client of any seed stated, 0
-    where nothing is released, null without a guarantee. The rest are means over seeds of the sum over clients and
-    rounds: `bytes_up` and `bytes_down` of messages, `client_seconds`, and of the server's LLM `tokens_read` and
-    `tokens_written`; null where runs did not record them. `pooled` marks the baseline that no federation could run.
+    `guarantee` is "dp" or "none"; `epsilon_stated` and `delta` are the largest that any client of any seed stated, 0 if
+    nothing is released, null without a guarantee. The rest are means over seeds of the sum over clients and rounds:
+    `bytes_up` and `bytes_down` of messages, `client_seconds`, and `tokens_read` and `tokens_written` of the server's
+    LLM; null if runs did not record them. `pooled` marks the baseline that no federation could run.
     """
     rows = []
     for cell, own in _cells(frame):
@@ -146,15 +146,15 @@ def _cells(frame: pd.DataFrame) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]
 
 
 def points(frame: pd.DataFrame, metrics: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """Utility against what it costs, one row per (scenario, epsilon, arm), for plots.
+    """Utility against costs, one row per (scenario, epsilon, arm), for plots.
 
-    Columns: `scenario`, `task`, `arm`, `budget` (null where an arm does not depend on one), `guarantee`, `epsilon` (the
-    largest stated; 0 where nothing is released, infinite without a guarantee), `bytes` (up and down, all clients, mean
+    Columns: `scenario`, `task`, `arm`, `budget` (null if an arm does not depend on one), `guarantee`, `epsilon` (the
+    largest stated; 0 if nothing is released, infinite without a guarantee), `bytes` (up and down, all clients, mean
     over seeds), `metric`, `utility` with its 95 % interval `low` to `high`, and `pooled`.
 
     Args:
-        frame: Tidy.
-        metrics: By scenario; where none is named, accuracy or exact match.
+        frame: A tidy frame.
+        metrics: The metric by scenario; by default accuracy or exact match.
     """
     rows = []
     found = costs(frame)
@@ -185,10 +185,10 @@ def points(frame: pd.DataFrame, metrics: Mapping[str, str] | None = None) -> pd.
 
 
 def pareto(found: pd.DataFrame) -> pd.DataFrame:
-    """`points` with two more columns: is there no arm of the scenario that has at least its utility for no more cost?
+    """`points` with two more columns: true if no arm of the scenario has at least its utility for no more cost.
 
-    `pareto_epsilon` and `pareto_bytes` compare point estimates, not intervals. Of two arms alike in both, neither
-    dominates. Pooled arms take no part: what they cost is that all text is in one place.
+    `pareto_epsilon` and `pareto_bytes` compare point estimates, not intervals. Two arms alike in both do not dominate
+    each other. Pooled arms take no part: their cost is that all text is in one place.
     """
     marked = found.copy()
     for cost in ("epsilon", "bytes"):

@@ -1,4 +1,4 @@
-"""How close synthetic text is to other text, how well its answers follow from its prompts, and how varied it is."""
+"""Fidelity of synthetic text: its distance to other text, the fit of answers to prompts, and its variety."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fedsynth.rouge import words
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
 
-NO_PROMPT = one_line(asked(""))  # the form of a record stays, the instruction alone is missing
+NO_PROMPT = one_line(asked(""))  # the form of a record without the instruction
 
 
 def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     """NLL(y|x) / NLL(y) of each pair, as means per token of the answer (IFD: Li et al. 2024; FedPIT's IFS).
 
     NLL(y|x) is taken after `instructions.asked(x)`, NLL(y) after the same header without an instruction (`NO_PROMPT`).
-    Below 1 where the prompt helps to foresee the answer; above 1 where it misleads, infinite where the answer was
-    certain without it. KnowledgeSG's mean leaves out values above 1.
+    The ratio is below 1 if the prompt helps to foresee the answer, above 1 if it misleads, and infinite if the answer
+    was certain without it. KnowledgeSG's mean leaves out values above 1.
 
     Args:
-        llm: One that scores; all pairs go in one call.
+        llm: An LLM that scores; all pairs go in one call.
         prompts: Instructions.
-        answers: One per instruction, not empty.
+        answers: One answer per instruction, not empty.
 
     Raises:
         ValueError: If the numbers of texts differ, or `llm` cannot score one of the texts.
@@ -58,14 +58,14 @@ def mauve(
 ) -> float:
     """MAUVE of two sets of embeddings (Pillutla et al. 2021): area under their divergence frontier, in 0..1.
 
-    Both sets are quantised together by k-means, lengths of vectors aside. Two sets without a common cluster have about
-    1/252, not 0. It depends on the number of rows and of clusters: compare figures only where both are the same.
+    K-means quantises both sets together and ignores the lengths of vectors. Two sets without a common cluster have
+    about 1/252, not 0. MAUVE depends on the numbers of rows and clusters: compare figures only if both are the same.
 
     Args:
-        p_vectors: Shape (rows, width).
-        q_vectors: The same shape; of the same embedder.
-        clusters: None for a tenth of a set's rows, at least 2 (the authors' rule).
-        seed: Of the first centres.
+        p_vectors: Embeddings, shape (rows, width).
+        q_vectors: Embeddings of the same shape and embedder.
+        clusters: Number of clusters; None for a tenth of a set's rows, at least 2 (the authors' rule).
+        seed: Seed of the first centres.
 
     Raises:
         ValueError: If the shapes differ, a set is empty or not finite, or `clusters` is out of range.
@@ -78,7 +78,7 @@ def mauve(
     rows = normalize(np.vstack([p_vectors, q_vectors]))
     wanted = min(wanted, len(np.unique(rows, axis=0)))
     if wanted == 1:
-        return 1.0  # all texts are one
+        return 1.0  # all texts are the same
     with threadpool_limits(limits=1):  # as in curation: sums in the same order give the same clusters
         rows = PCA(n_components=VARIANCE, svd_solver="full").fit_transform(rows)
         labels = KMeans(n_clusters=wanted, n_init=5, max_iter=500, random_state=seed).fit(rows).labels_
@@ -99,11 +99,11 @@ def _frontier_area(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 def frechet(p_vectors: NDArray[np.floating], q_vectors: NDArray[np.floating]) -> float:
     """Squared Frechet distance of the Gaussians fitted to two sets of embeddings (FID: Heusel et al. 2017, eq. 6).
 
-    At least 0, in squared units of the embedding. Biased upwards with few rows: compare only figures of equally many.
+    It is at least 0, in squared units of the embedding. Few rows bias it upwards: compare only sets of equal size.
 
     Args:
-        p_vectors: Shape (rows, width), at least 2 rows.
-        q_vectors: The same shape; of the same embedder.
+        p_vectors: Embeddings, shape (rows, width), at least 2 rows.
+        q_vectors: Embeddings of the same shape and embedder.
 
     Raises:
         ValueError: If the shapes differ, or a set has fewer than 2 rows or is not finite.
@@ -135,9 +135,9 @@ def _of_equal_size(
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Distinct n-grams of words over all n-grams of all texts (Li et al. 2016), in 0..1; 0 where there is none.
+    """Distinct n-grams of words over all n-grams of all texts (Li et al. 2016), in 0..1; 0 if there is none.
 
-    Falls with the amount of text: compare sets of equally many.
+    It falls with the amount of text: compare sets of equal size.
 
     Raises:
         ValueError: If `n` is below 1.
@@ -152,10 +152,10 @@ UNSEEN = 0.1  # stands for a count of 0 (Chen and Cherry 2014, method 1): one mi
 
 
 def self_bleu(texts: Sequence[str]) -> float:
-    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), in 0..1: the higher, the more they are alike.
+    """Mean BLEU-4 of each text against all others (Zhu et al. 2018), in 0..1; it is higher for more similar texts.
 
-    Words as in `rouge.words`; the reference length is the closest one; a text shorter than 4 words counts with the
-    orders that it has. Rises with the number of texts: compare sets of equally many.
+    Words are those of `rouge.words`. The reference length is the closest one. A text shorter than 4 words counts with
+    the orders that it has. It rises with the number of texts: compare sets of equal size.
 
     Raises:
         ValueError: If there are fewer than 2 texts.
@@ -164,8 +164,8 @@ def self_bleu(texts: Sequence[str]) -> float:
     if len(rows) < 2:
         raise ValueError(f"self-BLEU compares texts with each other: at least 2 are needed, got {len(rows)}")
     grams = [[Counter(zip(*(row[k:] for k in range(n)), strict=False)) for n in (1, 2, 3, 4)] for row in rows]
-    # The largest count of an n-gram over all texts, who has it, and the largest of the rest: then the largest over the
-    # other texts is known for each text without comparing every pair.
+    # The largest count of an n-gram over all texts, the text that has it, and the largest of the rest. They give the
+    # largest count over the other texts for each text without comparing every pair.
     most: list[dict[tuple[str, ...], tuple[int, int, int]]] = [{}, {}, {}, {}]
     for i, of_row in enumerate(grams):
         for order, counts in enumerate(of_row):

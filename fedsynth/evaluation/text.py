@@ -1,4 +1,4 @@
-"""How good written answers are: against references, and against another model's answers."""
+"""Quality of written answers: against references, and against another model's answers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 def instruction_scores(
     truth: Sequence[str], answers: Sequence[str], *, fields: str = ";", compared: int | None = None
 ) -> dict[str, float]:
-    """Means over the examples, all in 0..1, and 0 where there is no example.
+    """Means over the examples, all in 0..1; 0 if there is no example.
 
     `exact_match`: all fields are right, and there are as many. `field_match`: the share of the reference's fields that
-    are right, place by place; further fields of the answer cost nothing. Case and white space count in neither.
-    `rouge_l`: F1 between the whole texts.
+    are right, place by place; further fields of the answer cost nothing. Both ignore case and white space. `rouge_l`:
+    F1 between the whole texts.
 
     Args:
         truth: References.
-        answers: One per reference.
-        fields: What separates the fields of a text; a text without it is one field.
-        compared: Only so many first fields count for the two matches; None: all. Private references may carry a planted
-            secret as their last field, which no model is to learn.
+        answers: One answer per reference.
+        fields: Separator of the fields of a text; a text without it is one field.
+        compared: Number of first fields that count for the two matches; None: all. Private references may have a
+            planted secret as their last field, which no model should learn.
 
     Raises:
         ValueError: If the numbers of texts differ, `fields` is empty, or `compared` is below 1.
@@ -43,7 +43,7 @@ def instruction_scores(
     if len(truth) != len(answers):
         raise ValueError(f"each reference needs an answer, got {len(answers)} answers for {len(truth)} references")
     if not fields:
-        raise ValueError("fields must hold a character: what separates the fields of a text")
+        raise ValueError("fields must hold the separator of a text's fields")
     if compared is not None and compared < 1:
         raise ValueError(f"compared must be at least 1, got {compared}")
 
@@ -66,12 +66,12 @@ def instruction_scores(
 
 Verdict: TypeAlias = Literal["first", "second", "tie"]
 Judge: TypeAlias = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[Verdict | None]]
-"""(prompts, answers, other answers) -> which is better, row by row; None where no verdict could be read."""
+"""(prompts, answers, other answers) -> the better answer, row by row; None if no verdict could be read."""
 
 
 @dataclass(frozen=True)
 class Pairwise:
-    """How often a model's answers were judged better than another's, as good, and worse.
+    """Counts of a model's answers that were judged better than another's, as good, and worse.
 
     Attributes:
         win: Prompts on which the first model won in both orders.
@@ -87,13 +87,13 @@ class Pairwise:
 
     @property
     def wt(self) -> float:
-        """Win-tie rate in 0..1 (FedPIT); NaN where no verdict could be read."""
+        """Win-tie rate in 0..1 (FedPIT); NaN if no verdict could be read."""
         judged = self.win + self.tie + self.lose
         return (self.win + self.tie) / judged if judged else float("nan")
 
 
 def pairwise(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Pairwise:
-    """The first model's answers against the second's, judged in both orders: judges favour a place.
+    """The first model's answers against the second's, judged in both orders, as judges favour a place.
 
     Raises:
         ValueError: If the numbers of texts differ.
@@ -111,11 +111,11 @@ def pairwise(judge: Judge, prompts: Sequence[str], first: Sequence[str], second:
 
 
 def reference_judge(references: Sequence[str], *, margin: float = 0.05) -> Judge:
-    """A judge without an LLM: of two answers the one with the higher ROUGE-L to the prompt's reference is better.
+    """A judge without an LLM: the answer with the higher ROUGE-L to the prompt's reference is better.
 
     Args:
-        references: One per prompt that will be judged, in the same order.
-        margin: Of ROUGE-L, in 0..1; up to so much the two are a tie.
+        references: One reference per judged prompt, in the same order.
+        margin: Difference of ROUGE-L, in 0..1, up to which the two are a tie.
     """
 
     def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
@@ -140,7 +140,7 @@ The order in which they stand and their length do not matter.
 End with one line: "{verdict}" followed by A, by B, or by "tie" if they are equally good.
 """
 
-# The letters in their case only: in "Verdict: a close call" no answer is named.
+# The letters must be capitals: "Verdict: a close call" names no answer.
 NAMED = re.compile(
     re.escape(VERDICT) + r"[\"'*\[\s]*(?:(?P<tie>(?:[Aa] )?[Tt](?:ie|IE)\b)|(?:[Aa]nswer )?(?P<letter>[AB])\b)"
 )
@@ -152,7 +152,7 @@ def compare_prompt(prompt: str, one: str, other: str) -> str:
 
 
 def parse_verdict(answer: str) -> Verdict | None:
-    """The last verdict of a judge's answer, or None where there is none."""
+    """The last verdict of a judge's answer, or None if there is none."""
     verdict: Verdict | None = None
     for match in NAMED.finditer(answer):
         verdict = "tie" if match["tie"] else "first" if match["letter"] == "A" else "second"

@@ -1,4 +1,4 @@
-"""How good a task model is, and how much better than another."""
+"""Utility of a task model, and its advantage over another."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ class Difference:
 def paired_difference(
     metrics: pd.DataFrame, arm: str, baseline: str, *, metric: str = "accuracy", resamples: int = 10_000, seed: int = 0
 ) -> Difference:
-    """How much better an arm is than a baseline, pair by pair of (seed, client), each arm in its own last round.
+    """The advantage of an arm over a baseline, by pairs of (seed, client), each arm in its own last round.
 
     The interval is a percentile bootstrap over seeds, then clients within each drawn seed: clients of one seed share
     the LLM's random draws, so they are not independent.
 
     Args:
-        metrics: Tidy, as in `metrics.parquet`.
-        arm: The one.
-        baseline: The other.
-        metric: Which figure.
-        resamples: Of the bootstrap.
-        seed: Of the bootstrap.
+        metrics: A tidy frame, as in `metrics.parquet`.
+        arm: Name of the arm.
+        baseline: Name of the baseline.
+        metric: Name of the metric.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
 
     Raises:
         ValueError: If the two arms have no (seed, client) in common.
@@ -67,10 +67,10 @@ def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> t
     """95 % percentile interval of a mean: seeds are drawn with replacement, then clients within each drawn seed.
 
     Args:
-        values: Indexed by (seed, client); seeds may have unlike numbers of clients. With one seed the interval says how
-            clients differ, and nothing of how seeds do.
-        resamples: How often.
-        seed: Of the draws.
+        values: Values by (seed, client); seeds may have different numbers of clients. With one seed the interval covers
+            the differences of clients, not those of seeds.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: If there is no value.
@@ -83,7 +83,7 @@ def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> t
     for row, group in zip(table, by_seed, strict=True):
         row[: len(group)] = group
     rng, means = np.random.default_rng(seed), []
-    block = max(1, 2**20 // table.shape[1])  # resamples at once: what they draw stays below some megabytes
+    block = max(1, 2**20 // table.shape[1])  # resamples at once: their draws stay below some megabytes
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
         total, drawn_clients = np.zeros(count), np.zeros(count)

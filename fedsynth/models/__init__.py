@@ -1,1 +1,1 @@
-"""Language models by role: where they lie, how they load, read, write and embed text."""
+"""Language models by role: their location and loading, and how they read, write and embed text."""

@@ -1,7 +1,7 @@
 """LoRA on a model: attach it, put an adapter's weights in place, read them, write them as PEFT does.
 
-A process keeps its adapted models: whoever asks for one borrows it, with other weights in the same place, and it goes
-back when it is let go. Loading and adapting a model for each client would cost more than a step of training.
+A process keeps its adapted models. A caller borrows one, with other weights in place, and it goes back when the caller
+drops it. Loading and adapting a model for each client would cost more than a step of training.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from fedsynth.typed import BadValue
 
 
 class WrongAdapter(ValueError):
-    """An adapter that is not of this model."""
+    """The adapter does not belong to this model."""
 
 
 def new_adapter(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> Adapter:
-    """An adapter for the model `name` as training starts from it: A random from `seed`, B zero.
+    """The start of an adapter for the model `name`: A random from `seed`, B zero.
 
-    The precision is of the base that a client has loaded anyway; the adapter is the same.
+    The precision is that of the base that a client has loaded anyway; the adapter is the same for each.
 
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
@@ -49,7 +49,7 @@ def new_adapter(name: str, *, rank: int, alpha: float, seed: int, precision: Pre
 
 
 def fresh_lora(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> PeftModel:
-    """The model `name` with LoRA at its start, ready to train: borrowed, as by `with_adapter`.
+    """The model `name` with LoRA at its start, ready to train; it is borrowed as in `with_adapter`.
 
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
@@ -62,14 +62,14 @@ def fresh_lora(name: str, *, rank: int, alpha: float, seed: int, precision: Prec
 def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precision: Precision = "float32") -> PeftModel:
     """The model `name` with the weights of an adapter in place, ready to train or to write.
 
-    It is borrowed: not to be merged or changed in its structure. When the caller lets it go, the next one gets it; so
-    who keeps a part of it keeps the whole.
+    The caller borrows it and must not merge it or change its structure. The next caller gets it when this one drops it;
+    a reference to a part keeps the whole.
 
     Args:
-        name: Of the base.
-        adapter: Made for it.
-        frozen_a: Leave the factors A as they are when it is trained (FFA-LoRA).
-        precision: Of the base.
+        name: Name of the base.
+        adapter: An adapter for the base.
+        frozen_a: True to leave the factors A as they are in training (FFA-LoRA).
+        precision: Precision of the base.
 
     Raises:
         WrongAdapter: If the adapter's base, tensors or shapes are not those of this model.
@@ -87,11 +87,12 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
 
 
 def merged(name: str, adapter: Adapter) -> Any:
-    """The model `name` with an adapter added to its weights, to write with: LoRA beside each layer of a small model
-    costs as much time as the layer.
+    """The model `name` with an adapter added to its weights, for generation.
+
+    LoRA beside each layer of a small model would cost as much time as the layer.
 
     Raises:
-        WrongAdapter: As `with_adapter`.
+        WrongAdapter: See `with_adapter`.
     """
     own: Any = copy.deepcopy(with_adapter(name, adapter))
     return own.merge_and_unload().eval()
@@ -99,7 +100,7 @@ def merged(name: str, adapter: Adapter) -> Any:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """A model with LoRA, and its LoRA weights by the names under which PEFT saves them."""
+    """A model with LoRA, and its LoRA weights by PEFT's names."""
 
     model: PeftModel
     weights: Mapping[str, nn.Parameter]
@@ -109,7 +110,7 @@ _idle: dict[tuple[str, int, float, Any], list[_Adapted]] = {}
 
 
 def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adapted:
-    """One that nobody holds, or a new one. The handle that is given away ends the loan when it is let go."""
+    """An idle adapted model, or a new one. The loan ends when the caller drops the returned handle."""
     idle = _idle.setdefault((name, rank, alpha, dtype_of(name, precision)), [])
     try:
         resident = idle.pop()
@@ -124,7 +125,7 @@ def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adap
 
 
 def _by_name(model: PeftModel) -> dict[str, nn.Parameter]:
-    """LoRA weights by the names under which PEFT saves them."""
+    """LoRA weights by the names that PEFT saves them under."""
     places = {weight.data_ptr(): weight for weight in model.parameters()}
     return {name: places[tensor.data_ptr()] for name, tensor in _adapter_weights(model).items()}
 
@@ -149,7 +150,7 @@ def _give_back(idle: list[_Adapted], resident: _Adapted) -> None:
 
 
 def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:
-    """LoRA on every linear layer but the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
+    """LoRA on every linear layer except the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
 
     A starts at Kaiming-uniform from `seed` (public), B at zero, so the model starts as its base.
 
@@ -177,7 +178,7 @@ def _start(adapted: PeftModel, seed: int) -> None:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of the body: what stands beside it, the output embedding and a pooler are heads."""
+    """The linear layers of the body: the output embedding, a pooler and layers outside the body are heads."""
     body: Any = getattr(model, "base_model", model)
     head, pooler = model.get_output_embeddings(), getattr(body, "pooler", None)  # type: ignore[operator]  # torch types it as Tensor | Module
     heads = {id(head), *(id(m) for m in (pooler.modules() if pooler is not None else ()))}
@@ -214,11 +215,11 @@ def _adapter_weights(model: PeftModel) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Stack:
-    """The adapters of several clients, as `fedsynth.training.dp_training.train_stacked` takes them.
+    """The adapters of several clients, in the form for `fedsynth.training.dp_training.train_stacked`.
 
     Attributes:
-        names: Of the LoRA weights, as in an `Adapter`.
-        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape).
+        names: Names of the LoRA weights, as in an `Adapter`.
+        factors: By LoRA weight of the model, the weights of all clients, (clients, *weight.shape).
     """
 
     names: tuple[str, ...]
@@ -232,10 +233,10 @@ class Stack:
 
 
 def stack_of(model: PeftModel, adapters: Sequence[Adapter]) -> Stack:
-    """Adapters of one base and rank, beside each other.
+    """Stacks adapters of one base and rank.
 
     Raises:
-        WrongAdapter: If the tensors of one are not those of the model.
+        WrongAdapter: If an adapter's tensors are not those of the model.
     """
     weights = _by_name(model)
     for adapter in adapters:
@@ -254,7 +255,7 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     modules = sorted(_layers(adapter.arrays))
     config = _lora_config(adapter.rank, adapter.alpha, modules)
-    # Told from the layers: who saves a client's adapter need not have the client's model.
+    # Derived from the layers: the process that saves a client's adapter need not have the client's model.
     sides = {side for module in modules for side in ("encoder", "decoder") if side in module.split(".")}
     repository, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
     config.task_type = "SEQ_2_SEQ_LM" if len(sides) == 2 else "CAUSAL_LM"
@@ -268,7 +269,7 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
 
 GUARANTEE = "grants.json"  # beside an adapter's weights
 USED = ("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-# Of where the adapter comes from and how it was trained; PEFT itself sets `fan_in_fan_out` by the kind of each layer.
+# Keys on the adapter's origin and training; PEFT itself sets `fan_in_fan_out` by the kind of each layer.
 OF_NO_MATTER = (
     "task_type",
     "auto_mapping",
@@ -279,23 +280,23 @@ OF_NO_MATTER = (
     "lora_dropout",
     "fan_in_fan_out",
 )
-# Of `init_lora_weights`: of A and B alone. Others, as "pissa" and "olora", change the base itself.
+# Values of `init_lora_weights` that concern A and B alone. Others, as "pissa" and "olora", change the base itself.
 STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def load_adapter(name: str, base: str) -> Adapter:
-    """A LoRA in PEFT format for the model named `base`, with what `save_adapter` wrote of its guarantee.
+    """A LoRA in PEFT format for the model named `base`, with the guarantee that `save_adapter` wrote.
 
-    Layers that it does not adapt get a fresh A and a B of zeros: they are as they were, and can learn from there.
-    One that others made, without what is said of its guarantee, is public: so whoever names it declares, as of any
-    model.
+    Layers that it does not adapt get a fresh A and a B of zeros: they compute as before, and can learn from there. An
+    adapter without a statement of its guarantee is public: the user who names it declares that, as for any model.
 
     Args:
         name: `assets:NAME`, or a folder.
-        base: Of the model that it is put into.
+        base: Name of the base model.
 
     Raises:
-        BadValue: If there is none, it is not one of that model, or it says something that is not put to use here.
+        BadValue: If there is no such adapter, it does not belong to the model, or its configuration has a key that is
+            not supported.
     """
     folder = locate_adapter(name)
     try:
@@ -304,7 +305,7 @@ def load_adapter(name: str, base: str) -> Adapter:
         known = folder / GUARANTEE
         facts = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
         rank, alpha = config["r"], config["lora_alpha"]
-    except Exception as problem:  # safetensors has exceptions of its own for bad bytes
+    except Exception as problem:  # safetensors has its own exceptions for bad bytes
         raise BadValue(f"the adapter {name!r} cannot be read ({problem}): name a folder in PEFT format") from problem
     try:
         _check_base(facts.get("base_sha256", weights_hash(base)), base)
@@ -322,7 +323,7 @@ def load_adapter(name: str, base: str) -> Adapter:
 
 
 def _check_understood(config: Mapping[str, Any]) -> None:
-    """Refuses, by name, every key that may change what the tensors mean and is neither used here nor at its default."""
+    """Refuses, by name, each key that may change the meaning of the tensors and is neither used nor at its default."""
     if config.get("peft_type") != "LORA":
         raise WrongAdapter(f"it is no LoRA, its peft_type is {config.get('peft_type')!r}: name one that is")
     rank, alpha = config["r"], config["lora_alpha"]
@@ -335,26 +336,26 @@ def _check_understood(config: Mapping[str, Any]) -> None:
             continue
         if key == "megatron_core" and not config.get("megatron_config"):
             continue  # PEFT reads it for layers of Megatron alone; old ones wrote null
-        # Unknown ones, as `merge_weights` of old PEFT, say nothing if they are false, 0 or empty.
+        # Unknown keys, as `merge_weights` of old PEFT, have no effect if they are false, 0 or empty.
         off = not value if key not in defaults else value == defaults[key] or not (value or defaults[key])
         if not off:
             told = f"{key} = {json.dumps(value)[:80]}"
             other.append(told if key in defaults else f"{told} (unknown to the installed PEFT)")
     if other:
         raise WrongAdapter(
-            f"only what A and B hold can be put to use, and its adapter_config.json says more: "
+            f"only A and B can be used, and its adapter_config.json says more: "
             f"{', '.join(other)}; merge it into a model of its own (PEFT's merge_and_unload), and name "
             "that as the model"
         )
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], whole: Adapter, chosen: set[str]) -> None:
-    """Refuses tensors that are not those of the layers that the adapter's configuration chooses, and names them.
+    """Refuses tensors that do not belong to the layers in the adapter's configuration, and names them.
 
     Args:
-        tensors: By the names under which PEFT saves them.
-        whole: Of all layers that can be adapted.
-        chosen: Layers of the base model.
+        tensors: Tensors by the names that PEFT saves them under.
+        whole: An adapter of all layers that can be adapted.
+        chosen: The chosen layers of the base model.
     """
     if strange := sorted(chosen - _layers(whole.arrays)):
         raise WrongAdapter(f"it adapts {_listed(strange)}: only linear layers but the heads can be adapted here")
@@ -370,7 +371,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], whole: Adapter, chosen: set[st
 
 
 def _chosen_layers(config: Mapping[str, Any], adapted: PeftModel) -> set[str]:
-    """The layers of the base that PEFT adapts by a configuration; `adapted` is the base with LoRA on all layers."""
+    """The layers of the base that PEFT adapts under a configuration; `adapted` is the base with LoRA on all layers."""
     targets = config.get("target_modules")
     if not targets:
         raise WrongAdapter("its adapter_config.json names no target_modules: write there which layers it adapts")
@@ -389,7 +390,7 @@ def _chosen_layers(config: Mapping[str, Any], adapted: PeftModel) -> set[str]:
 
 
 def _layers(names: Iterable[str]) -> set[str]:
-    """Those of the base model that LoRA weights belong to, by the names under which PEFT saves these."""
+    """The layers of the base model that LoRA weights belong to, from PEFT's names of the weights."""
     return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
 
 
@@ -398,15 +399,15 @@ def _listed(layers: Sequence[str]) -> str:
 
 
 def public_adapter(name: str, base: str) -> Adapter:
-    """`load_adapter`, of what a server may start from: what its LLM writes is then taken as public.
+    """`load_adapter` for a server's start: the texts of its LLM count as public.
 
     Raises:
-        BadValue: Also if private text is behind it, under a guarantee or not.
+        BadValue: See `load_adapter`; also if the adapter derives from private text, under a guarantee or not.
     """
     adapter = load_adapter(name, base)
     if not adapter.public:
         raise BadValue(
-            f"the adapter {name!r} was trained on private text, as its {GUARANTEE} says, and what the LLM writes would "
+            f"the adapter {name!r} was trained on private text, as its {GUARANTEE} says, and the LLM's texts would "
             "count as public: start from a public one"
         )
     return adapter

@@ -1,4 +1,4 @@
-"""Texts as batches of token ids: what each kind of model reads, padding, batches of like length."""
+"""Texts as batches of token ids: the input of each kind of model, padding, batches of similar length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 def token_rows(tokenizer: Any, texts: Sequence[str], kind: Kind, longest: int | None = None) -> list[list[int]]:
-    """Token ids of each text as a model of this kind reads them.
+    """Token ids of each text in the form that a model of this kind reads.
 
-    A causal model reads exactly one BOS, where its tokenizer has one, and then the text. The others read what their
-    tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a text that is cut keeps that. Else there is
-    no control token, whatever a text spells.
+    A causal model reads exactly one BOS, if its tokenizer has one, and then the text. The others also read the tokens
+    that their tokenizer puts around a text ([CLS] and [SEP] of BERT, the EOS of T5); a cut text keeps them. There is no
+    other control token, for any text.
     """
     return _as_read(tokenizer, text_rows(tokenizer, texts), kind, longest)
 
@@ -49,16 +49,16 @@ def _as_read(tokenizer: Any, rows: list[list[int]], kind: Kind, longest: int | N
 
 
 def longest_of(config: Any, tokenizer: Any, longest: int | None = None) -> int | None:
-    """Tokens that a model can read of one text, and no more than `longest`; None for no limit.
+    """The most tokens of one text that a model can read, at most `longest`; None for no limit.
 
-    Some encoders number their positions from 2 on: their tokenizer knows how many a text may use.
+    Some encoders number their positions from 2 on: their tokenizer knows the number that a text may use.
     """
     limits = [longest, context_of(config), None if kind_of(config) == "causal" else tokenizer.model_max_length]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Token ids, and 1 where a row's own tokens stand; each of shape (rows, longest row), on the CPU."""
+    """Token ids, and a mask that is 1 at a row's own tokens; each of shape (rows, longest row), on the CPU."""
     width = max(len(row) for row in rows)
     tokens = torch.full((len(rows), width), pad, dtype=torch.long)
     present = torch.zeros((len(rows), width), dtype=torch.long)
@@ -71,13 +71,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tu
 def by_length(
     work: Callable[[Sequence[int]], list[T]], lengths: Sequence[int], *, batch_size: int, workers: int
 ) -> list[T]:
-    """`work` on batches of like length, longest first (if memory fails, at once); results in input order.
+    """Runs `work` on batches of similar length, longest first (if memory fails, at once); results in input order.
 
     Args:
         work: Row numbers of one batch -> one result per row.
-        lengths: Of all rows.
+        lengths: Lengths of all rows.
         batch_size: Rows at once.
-        workers: Threads. How many never changes a result: batches are formed before.
+        workers: Threads. Their number never changes a result, as batches are formed before.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -100,4 +100,4 @@ def by_length(
     for rows, values in zip(batches, done, strict=True):
         for row, value in zip(rows, values, strict=True):
             results[row] = value
-    return results  # type: ignore[return-value]  # every row stands in one batch
+    return results  # type: ignore[return-value]  # each row is in one batch

@@ -17,17 +17,17 @@ from fedsynth.models.loading import device, kind_of, load_model, load_tokenizer
 
 
 class Embedder:
-    """A model that places like texts together.
+    """A model that places similar texts close together.
 
-    Of an encoder, and of the encoder of a seq2seq model, every token counts that its tokenizer gives, [CLS] and [SEP]
-    included: the mean pooling of sentence-transformers (all-MiniLM-L6-v2). Of a causal model BOS is read but left out:
+    In an encoder, and in the encoder of a seq2seq model, every token of its tokenizer counts, [CLS] and [SEP] included:
+    the mean pooling of sentence-transformers (all-MiniLM-L6-v2). A causal model reads BOS, but the mean leaves it out:
     its state is the same for all texts and much larger than the others.
 
     Args:
-        model: In evaluation mode; with or without a head.
+        model: A model in evaluation mode, with or without a head.
         tokenizer: Its tokenizer.
         batch_size: Texts at once.
-        workers: Threads; the default is as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
+        workers: Threads; by default as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64, workers: int | None = None):
@@ -45,7 +45,7 @@ class Embedder:
     def load(
         cls, name: str, *, batch_size: int = 64, workers: int | None = None, device: str | torch.device = "cpu"
     ) -> Embedder:
-        """Any model by name, in float32.
+        """Loads any model by name, in float32.
 
         Raises:
             BadValue: If it cannot be loaded; the message names the way out.
@@ -54,11 +54,11 @@ class Embedder:
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
     def embed(self, texts: Sequence[str], *, longest: int | None = None) -> NDArray[np.float32]:
-        """Shape (texts, width).
+        """Embeddings of texts, shape (texts, width).
 
         Args:
             texts: Plain text.
-            longest: Longer texts are cut after so many tokens, and at the model's context in any case.
+            longest: Most tokens of a text; longer texts are cut, and at the model's context in any case.
 
         Raises:
             ValueError: If a text holds no token.

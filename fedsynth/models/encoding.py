@@ -1,4 +1,4 @@
-"""What people typed as token ids: it is text, whatever it spells, and never a control token."""
+"""Token ids of text that people typed: it never becomes a control token, whatever it spells."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ LINE_END = "\n"
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """A text's tokens, without those that some tokenizers put around it; no control token is among them."""
+    """A text's tokens, without the tokens that some tokenizers put around it, and without any control token."""
     return text_rows(tokenizer, [text])[0]
 
 
 def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """`token_ids` of each text.
 
-    The name of a control token ("</s>", "[SEP]") is spelled out. So is a line end where that is the model's end of
-    text: byte-level tokenizers have a token of its byte, which is another one.
+    The name of a control token ("</s>", "[SEP]") is spelled out. So is a line end if it is the model's end of text:
+    byte-level tokenizers have another token for its byte.
     """
     if not texts:
         return []
@@ -33,13 +33,13 @@ def text_rows(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def prompt_rows(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[str] | None = None) -> list[list[int]]:
-    """Token ids of prompts, each with the text that goes on from it, if there is one.
+    """Token ids of prompts, each with its continuation, if there is one.
 
-    As `text_rows`, but for the line ends of a prompt: they part its lines, in which texts stand on one line each
-    (`instructions`). A model whose end of text is the line end has read lines that end with it.
+    The encoding is that of `text_rows`, except for the line ends of a prompt: they separate its lines, which hold one
+    text each (`instructions`). A model whose end of text is the line end has read lines that end with it.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         prompts: Lines, the last one open.
         continuations: One text per prompt.
     """
@@ -63,7 +63,7 @@ def prompt_rows(tokenizer: Any, prompts: Sequence[str], continuations: Sequence[
 
 
 def surrounded(tokenizer: Any, rows: Sequence[list[int]], longest: int | None = None) -> list[list[int]]:
-    """Rows of token ids within what the tokenizer puts around a text, cut to `longest` tokens in all."""
+    """Rows of token ids with the tokens that the tokenizer puts around a text, cut to `longest` tokens in all."""
     before, after = _facts(tokenizer).before, _facts(tokenizer).after
     room = None if longest is None else max(0, longest - len(before) - len(after))
     return [[*before, *row[:room], *after] for row in rows]
@@ -71,14 +71,14 @@ def surrounded(tokenizer: Any, rows: Sequence[list[int]], longest: int | None = 
 
 @dataclass(frozen=True)
 class _Facts:
-    """Of a tokenizer.
+    """Properties of a tokenizer.
 
     Attributes:
         control: Control tokens: id -> name.
-        unknown: Id and name of what stands for unknown characters, where that is no control token.
-        options: How it is told that names of control tokens are text.
-        before: What it puts before a text.
-        after: What it puts after it.
+        unknown: Id and name of the token for unknown characters, if that is no control token.
+        options: Options that make it read names of control tokens as text.
+        before: Tokens that it puts before a text.
+        after: Tokens that it puts after a text.
     """
 
     control: Mapping[int, str]
@@ -88,7 +88,7 @@ class _Facts:
     after: tuple[int, ...]
 
     def misread(self, text: str, row: Sequence[int]) -> bool:
-        """Whether the name of a token in a text was taken for the token."""
+        """True if the tokenizer took the name of a token in a text for the token."""
         if not self.control.keys().isdisjoint(row):
             return True
         return self.unknown is not None and self.unknown[1] in text and self.unknown[0] in row
@@ -99,7 +99,7 @@ def _facts(tokenizer: Any) -> _Facts:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     control = {number: str(token) for number, token in added.items() if token.special}
     control |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    # What stands for unknown characters is the one special token that texts hold, unless it is the end, too (GPT-2).
+    # The unknown token is the one special token that texts may hold, unless it is also the end of text (GPT-2).
     unknown, roles = None, ("bos", "eos", "sep", "cls", "pad", "mask")
     if tokenizer.unk_token_id not in [None, *(getattr(tokenizer, f"{role}_token_id") for role in roles)]:
         control.pop(tokenizer.unk_token_id, None)
@@ -107,7 +107,7 @@ def _facts(tokenizer: Any) -> _Facts:
     options = {"split_special_tokens": True}
     try:
         [inner] = tokenizer(["a"], add_special_tokens=False, **options)["input_ids"]
-    except ValueError:  # mistral-common does not know the option: it reads no names in a text anyway
+    except ValueError:  # mistral-common lacks the option, and reads no names in a text anyway
         options = {}
         [inner] = tokenizer(["a"], add_special_tokens=False)["input_ids"]
     [whole] = tokenizer(["a"])["input_ids"]
@@ -116,10 +116,10 @@ def _facts(tokenizer: Any) -> _Facts:
 
 
 def _spelled_out(tokenizer: Any, text: str, facts: _Facts) -> list[int]:
-    """The tokens of a text by a model that finds names of control tokens among its pieces (Unigram, whole words).
+    """The tokens of a text from a tokenizer that finds names of control tokens among its pieces (Unigram, whole words).
 
-    A name is cut after its first character, and read as two texts. What cannot be cut, as a line end that only the end
-    of text can write, becomes a blank.
+    A name is cut after its first character and read as two texts. A name that cannot be cut, as a line end that only
+    the end of text can write, becomes a blank.
     """
     names = [*facts.control.values(), *([] if facts.unknown is None else [facts.unknown[1]])]
     for name in names:

@@ -34,10 +34,10 @@ A = TypeVar("A")
 B = TypeVar("B")
 Echo: TypeAlias = list[tuple[str, float | None]]
 
-SAID = 200  # characters of a server's own words in a message
-LISTED = 8  # of its models
-SHORT = "A"  # what every model has room for
-REFUSED = (400, 413, 422)  # what servers answer to a prompt that is too long for their model
+SAID = 200  # characters of a server's own message that ours repeats
+LISTED = 8  # of a server's models in a message
+SHORT = "A"  # a prompt that fits into every model
+REFUSED = (400, 413, 422)  # server answers to a prompt that is too long for the model
 
 
 class EndpointFailed(RuntimeError):
@@ -45,7 +45,7 @@ class EndpointFailed(RuntimeError):
 
 
 class CannotScore(ValueError):
-    """An endpoint does not tell how likely a given text is."""
+    """An endpoint cannot give the likelihood of a given text."""
 
 
 class _Refused(CannotScore):
@@ -55,9 +55,9 @@ class _Refused(CannotScore):
 class RemoteLLM:
     """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
 
-    What it is given leaves this server. That is no leak of private text: only released or public text reaches a
-    `TextModel`. It goes to the one address that is named; redirects are not followed. Nor does a key, organization or
-    project go there that the environment holds for the `openai` package (OPENAI_API_KEY, ...): `key_env` says which.
+    The prompts leave this server. No private text leaks: only released or public text reaches a `TextModel`. They
+    go to the one named address; redirects are not followed. The key is that of `key_env`. A key, organization or
+    project that the environment holds for the `openai` package (OPENAI_API_KEY, ...) stays here.
 
     Args: those of `fedsynth.scenario.schema.Endpoint`.
 
@@ -81,28 +81,28 @@ class RemoteLLM:
         key = "" if key_env is None else os.environ.get(key_env, "").strip()
         if key_env is not None and not key:
             raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
-        try:  # on this machine: past any proxy that the environment names
+        try:  # an endpoint on this machine is reached past any proxy of the environment
             client = DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url)))
-        except Exception as problem:  # an address that it cannot read is a plain Exception to it
+        except Exception as problem:  # it raises a plain Exception for an address that it cannot read
             raise BadValue(f"{self.who} cannot be asked: {UNREADABLE} ({problem})") from problem
         self._client = OpenAI(
             base_url=url,
-            api_key=key or "none",  # the package insists on one, and would take OPENAI_API_KEY for it
+            api_key=key or "none",  # without a key the package would take OPENAI_API_KEY
             timeout=timeout,
             max_retries=retries,
             http_client=client,
         )
         self._client.organization = self._client.project = None
-        self.used = TokenUsage()  # as far as the server tells
+        self.used = TokenUsage()  # as far as the server reports it
         self._counting = Lock()
 
     @classmethod
     def connect(cls, to: Endpoint) -> RemoteLLM:
-        """The model of a scenario. It writes one token: clients spend no budget on a run that would fail at its answer.
+        """Connects to a scenario's endpoint and has it write one token, before clients spend budget on a doomed run.
 
         Raises:
             BadValue: If the environment lacks the key.
-            EndpointFailed: If it does not answer.
+            EndpointFailed: If the endpoint does not answer.
         """
         found = cls(
             to.endpoint,
@@ -186,11 +186,11 @@ class RemoteLLM:
         return "" if cut else reply_of(prompt, str(text), one_line=one_line)
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """Mean log-likelihood (nats) per token of each continuation after its prompt, where the server tells it.
+        """Mean log-likelihood (nats) per token of each continuation after its prompt, if the server gives it.
 
-        A continuation's tokens are those of prompt + continuation from the first that the prompt alone has not: one
-        that the tokenizer merges across the border is scored, where `LocalLLM` takes the two apart. A pair that the
-        server refuses, as one that is too long, where it takes a short one, has no likelihood at all (-inf).
+        A continuation's tokens are those of prompt + continuation from the first that differs from the prompt's. A
+        token that the tokenizer merges across the border is scored, while `LocalLLM` tokenizes the two apart. If the
+        server refuses a pair, for example as too long, and accepts a short one, the pair has no likelihood (-inf).
 
         Raises:
             ValueError: If the lists differ in length, or a prompt or continuation holds no token of its own.
@@ -231,7 +231,7 @@ class RemoteLLM:
             if not own:
                 raise ValueError(f"continuation {i} holds no token: {more!r}; leave empty texts out")
             logs = [log for _, log in own if log is not None]
-            if len(logs) < len(own):  # a server has no likelihood for the first token of all
+            if len(logs) < len(own):  # a server gives no likelihood for the first token
                 raise ValueError(f"prompt {i} holds no token of its own: {prompt!r}; give a first word to go on")
             means.append(sum(logs) / len(logs))
         return means
@@ -241,7 +241,7 @@ class RemoteLLM:
         if not text:
             return []
         try:
-            # One new token, as not all servers take 0.
+            # One new token, as not all servers accept 0.
             answer = self._client.completions.create(
                 model=self.endpoint.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1
             )
@@ -253,7 +253,7 @@ class RemoteLLM:
         told = choice.logprobs
         if not told or not told.tokens or not told.token_logprobs or not used or not str(choice.text).startswith(text):
             raise CannotScore(self._no_score("no echo with logprobs and usage"))
-        # Its offsets are no help: vLLM counts the name of a BOS in, which is no part of the text.
+        # Its offsets are useless: vLLM includes the name of a BOS, which is no part of the text.
         return list(zip(told.tokens, told.token_logprobs, strict=False))[: used.prompt_tokens]
 
     def _no_score(self, reason: str) -> str:
@@ -278,11 +278,11 @@ class RemoteLLM:
             with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
                 return list(pool.map(work, items))
         except (OpenAIError, json.JSONDecodeError) as problem:
-            # Not chained: what a server says may hold the key, and a traceback would put it into a log.
+            # Not chained: a server's message may hold the key, and a traceback would put it into a log.
             raise EndpointFailed(self._why(problem)) from None
 
     def _why(self, problem: Exception) -> str:
-        """One line: which endpoint and model, what is wrong, the way out."""
+        """One line with endpoint, model, problem and way out."""
         retried = f"after {self.endpoint.retries} retries"
         if isinstance(problem, APITimeoutError):
             limit = f"{self.endpoint.timeout:g} s"
@@ -309,7 +309,7 @@ class RemoteLLM:
         )
 
     def _not_found(self) -> str:
-        """A server says 404 for a model that it has not, and for an address that it has not."""
+        """The way out after 404, which a server sends for an unknown model and for an unknown address."""
         try:
             listed = self._client.with_options(max_retries=0).models.list()
             names = [model.id for model in getattr(listed, "data", None) or ()]
@@ -322,7 +322,7 @@ class RemoteLLM:
         return f"{self.who} is not found (404): its server has {', '.join(map(repr, names[:LISTED])) or 'none'}{more}"
 
     def _words(self, problem: APIStatusError) -> str:
-        """The status and what the server says to it."""
+        """The status and the server's message."""
         body = problem.body
         said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
         return f"{problem.status_code}: {self._quoted(said or 'no reason given')}"
@@ -340,7 +340,7 @@ def _messages(prompt: Prompt) -> Any:
 
 
 def _beyond(start: Echo, whole: Echo) -> Echo:
-    """The tokens of `whole` from the first that `start` has not."""
+    """The tokens of `whole` from the first that differs from `start`."""
     shared = 0
     while shared < min(len(start), len(whole)) and start[shared][0] == whole[shared][0]:
         shared += 1

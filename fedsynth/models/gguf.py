@@ -1,4 +1,4 @@
-"""GGUF files made ordinary model folders: safetensors, tokenizer, chat template, generation settings."""
+"""Conversion of GGUF files to ordinary model folders: safetensors, tokenizer, chat template, generation settings."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ MAGIC = b"GGUF"  # the first bytes of such a file
 LOADER: Any = AutoModelForCausalLM  # its declared type knows nothing of `output_loading_info`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>")  # each ends a text if the chat template has it
-LISTS = (".tokens", ".scores", ".token_type", ".merges")  # of a vocabulary: long, and read by transformers
-BLOCK = 2**22  # bytes that are read at once
-# Tensors that stretch rotary positions. transformers passes them by, and the model would be another one.
+LISTS = (".tokens", ".scores", ".token_type", ".merges")  # lists of a vocabulary: long, and read by transformers
+BLOCK = 2**22  # bytes read at once
+# Tensors that stretch rotary positions. transformers ignores them, and the model would be another one.
 STRETCHED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a GGUF file says of itself.
+    """A GGUF file's metadata.
 
     Attributes:
-        name: Of the model.
-        architecture: In llama.cpp's words.
-        licence: As it stands there; empty if nothing does.
+        name: Name of the model.
+        architecture: llama.cpp's name of the architecture.
+        licence: The licence as the file states it; empty if it states none.
         types: Formats of its tensors, such as Q4_K.
-        tied: Whether input and output embeddings are one: there is no tensor of the output.
-        chat_template: Jinja; None for a base model.
+        tied: True if input and output embeddings are one: there is no tensor of the output.
+        chat_template: Jinja template; None for a base model.
     """
 
     name: str
@@ -52,27 +52,27 @@ class Facts:
 
 
 def check_installed() -> None:
-    """Refuses to go on without the package that reads GGUF.
+    """Checks that the package that reads GGUF is installed.
 
     Raises:
-        BadValue: With the extra to install.
+        BadValue: If it is not; the message names the extra to install.
     """
     if find_spec("gguf") is None:
         raise BadValue("GGUF files are read by the package gguf: install it with `pip install 'fedsynth[gguf]'`")
 
 
 def import_gguf(files: Sequence[Path], folder: Path, dtype: str = "float32") -> Facts:
-    """Makes a model folder of a GGUF file. The folder is there whole, or not at all.
+    """Makes a model folder from a GGUF file. The folder appears whole, or not at all.
 
-    Weights that were quantized stay as coarse as they were: only their format changes.
+    Quantized weights stay as coarse as they were: only their format changes.
 
     Args:
-        files: The file; or its chunks, in order.
-        folder: New or empty.
-        dtype: Of the weights in the folder, float32 or bfloat16.
+        files: The file, or its chunks in order.
+        folder: A new or empty folder.
+        dtype: Type of the weights in the folder, float32 or bfloat16.
 
     Raises:
-        BadValue: If the package gguf is missing, the folder holds something, or the file is none that can be converted.
+        BadValue: If the package gguf is missing, the folder is not empty, or the file cannot be converted.
     """
     check_installed()
     if dtype not in DTYPES:
@@ -90,17 +90,17 @@ def import_gguf(files: Sequence[Path], folder: Path, dtype: str = "float32") -> 
         shown = files[0].name if len(files) == 1 else f"{files[0].name} to {files[-1].name} ({len(files)} chunks)"
         facts = _convert(source, made, dtype, shown)
         (made / "README.md").write_text(_card(facts, source, dtype, shown), encoding="utf-8")
-        for file in made.iterdir():  # safetensors are written for their owner alone, and a site has a user of its own
+        for file in made.iterdir():  # safetensors writes files for their owner alone, and a site runs as another user
             shutil.copymode(made / "README.md", file)
         made.rename(folder)
     return facts
 
 
 def join(files: Sequence[Path], whole: Path) -> Path:
-    """Writes one file of its chunks, in the order given.
+    """Joins chunks into one file, in the given order.
 
     Raises:
-        BadValue: If a later chunk begins as a file of its own.
+        BadValue: If a later chunk begins as a separate GGUF file.
     """
     with whole.open("wb") as out:
         for file in files:
@@ -119,7 +119,7 @@ def _facts(path: Path, shown: str) -> Facts:
     """Reads a file's metadata and the places of its tensors.
 
     Raises:
-        BadValue: If it is no GGUF file, ends too soon, or is part of one.
+        BadValue: If it is no GGUF file, ends too soon, or is one part of a split file.
     """
     from gguf import GGUFReader
 
@@ -138,7 +138,7 @@ def _facts(path: Path, shown: str) -> Facts:
     if fields.get("split.count", 1) > 1:
         raise BadValue(f"{shown} is one of {fields['split.count']} parts: merge them with `llama-gguf-split --merge`")
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
-    if names & {*STRETCHED} or (scaling != "none" and architecture != "gpt-oss"):  # of that one transformers reads it
+    if names & {*STRETCHED} or (scaling != "none" and architecture != "gpt-oss"):  # transformers reads it for gpt-oss
         raise BadValue(
             f"{shown} stretches its rotary positions, which transformers does not read from GGUF, and would compute "
             "otherwise without: name the original model"
@@ -155,24 +155,24 @@ def _facts(path: Path, shown: str) -> Facts:
 
 
 def _convert(path: Path, folder: Path, dtype: str, shown: str) -> Facts:
-    """Writes the model and its tokenizer into a folder that is there."""
+    """Writes the model and its tokenizer into an existing folder."""
     facts, more = _facts(path, shown), {}
     if unpacking := getattr(transformers, "GgufConfig", None):
-        # Where there are kernels for it, newer versions leave weights in GGUF's blocks, in the saved folder, too.
+        # If there are kernels for it, newer versions leave weights in GGUF's blocks, in the saved folder, too.
         more["quantization_config"] = unpacking(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model, info = LOADER.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=DTYPES[dtype], output_loading_info=True, **more
         )
-    except Exception as problem:  # tokenizers raises no class of its own
+    except Exception as problem:  # tokenizers has no exception class of its own
         first = next(iter(str(problem).splitlines()), type(problem).__name__).rstrip(". ")
         raise BadValue(f"{shown} ({facts.architecture or 'of no architecture'}) cannot be read: {first}") from problem
     _check(model, tokenizer, info, facts, shown)
     model.config.tie_word_embeddings = facts.tied
     if facts.tied:
         model.tie_weights()
-    # The configuration says no more that the model is quantized: `from_pretrained` would look for the GGUF file.
+    # The configuration no longer says that the model is quantized: `from_pretrained` would look for the GGUF file.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized, model.hf_quantizer = False, None
@@ -191,10 +191,10 @@ def _convert(path: Path, folder: Path, dtype: str, shown: str) -> Facts:
 
 
 def _check(model: Any, tokenizer: Any, info: dict[str, Any], facts: Facts, shown: str) -> None:
-    """Whether all of a model was found in its file.
+    """Checks that the file held the whole model.
 
     Raises:
-        BadValue: What was not.
+        BadValue: If something is missing; the message names it.
     """
     missing = sorted(key for key in info["missing_keys"] if not (facts.tied and key == "lm_head.weight"))
     if wrong := [*missing, *map(str, info["mismatched_keys"])]:
@@ -206,14 +206,14 @@ def _check(model: Any, tokenizer: Any, info: dict[str, Any], facts: Facts, shown
 
 
 def _ends(tokenizer: Any, template: str) -> list[int]:
-    """Tokens that end a text: of a chat model the end of its turn, too."""
+    """Tokens that end a text; for a chat model also the end of its turn."""
     known = tokenizer.get_vocab()
     turns = {known[token] for token in END_OF_TURN if token in template and token in known}
     return sorted(turns | ({tokenizer.eos_token_id} - {None}))
 
 
 def _card(facts: Facts, source: Path, dtype: str, shown: str) -> str:
-    """What README.md of the folder says."""
+    """The text of the folder's README.md."""
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return (

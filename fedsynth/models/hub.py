@@ -1,4 +1,4 @@
-"""Where a model lies: shipped, stored, in a folder, or on the hub; which version it is; what to do if it is missing."""
+"""The place of a model (shipped, stored, in a folder, or on the hub), its version, and the way out if it is missing."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from fedsynth.system.proxy import UNREADABLE
 from fedsynth.typed import BadValue
 
-hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its retries would stand before our own line on what to do
+hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its messages on retries would precede our own line with the way out
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-STORED = "models:"  # begins the name of a model in the folder of models
+STORED = "models:"  # prefix of the name of a model in the folder of models
 STORED_NAME = re.compile(r"\w[\w.+-]*")
 FETCHED = ("all-minilm-l6-v2", "gemma-3-270m", "qwen2.5-coder-1.5b-instruct", "smollm2-135m-instruct")
-"""Those that `simulations/models/get.py` puts there."""
+"""The models that `simulations/models/get.py` puts there."""
 
 
 def locate(name: str) -> str:
-    """What is loaded: a shipped or stored model's folder, a folder, or a Hugging Face name, with any `@revision`.
+    """The place to load from: a shipped or stored model's folder, a folder, or a Hugging Face name and any `@revision`.
 
     Raises:
-        BadValue: If it is none of the first three, and cannot be a Hugging Face name; if it holds GGUF files.
+        BadValue: If the name is none of these, or the folder holds GGUF files.
     """
     if name.startswith("assets:"):
         folder = Path(str(resources.files("fedsynth.assets"))) / name.removeprefix("assets:")
@@ -72,10 +72,10 @@ def locate(name: str) -> str:
 
 
 def models_folder() -> Path:
-    """Where the models lie that are named `models:NAME`: FEDSYNTH_MODELS, or in a cache folder of the user.
+    """The folder of the models named `models:NAME`: FEDSYNTH_MODELS, or a cache folder of the user.
 
     Raises:
-        BadValue: If FEDSYNTH_MODELS is a relative path: processes of a run have working directories of their own.
+        BadValue: If FEDSYNTH_MODELS is a relative path: processes of a run have other working directories.
     """
     if named := os.environ.get("FEDSYNTH_MODELS", ""):
         if not Path(named).is_absolute():
@@ -86,7 +86,7 @@ def models_folder() -> Path:
 
 
 def stored_folder(name: str) -> Path:
-    """The folder that `models:NAME` means, whether or not it is there.
+    """The folder that `models:NAME` means; it need not exist.
 
     Raises:
         BadValue: If NAME could lead elsewhere.
@@ -98,7 +98,7 @@ def stored_folder(name: str) -> Path:
 
 
 def _gguf_in(path: Path) -> Path | None:
-    """A GGUF file that is named, or that a folder holds in place of weights that can be loaded."""
+    """A GGUF file at this path, or in this folder if it has no weights that can be loaded."""
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return path
     if not path.is_dir() or any(path.glob("*.safetensors")) or any(path.glob("*.bin")):
@@ -107,7 +107,7 @@ def _gguf_in(path: Path) -> Path | None:
 
 
 def elsewhere(name: str) -> bool:
-    """Whether a model's name is that of a folder which is not on this machine: at a site, perhaps."""
+    """True if a model's name is a folder that is not on this machine; it may be at a site."""
     path = stored_folder(name) if name.startswith(STORED) else Path(name)
     return path.is_absolute() and not path.exists()
 
@@ -116,7 +116,7 @@ def locate_adapter(name: str) -> Path:
     """The folder of a shipped adapter, or a folder, in PEFT format.
 
     Raises:
-        BadValue: If there is none.
+        BadValue: If there is no such adapter.
     """
     shipped = Path(str(resources.files("fedsynth.assets")))
     folder = shipped / name.removeprefix("assets:") if name.startswith("assets:") else Path(name)
@@ -130,7 +130,7 @@ def locate_adapter(name: str) -> Path:
 
 
 def place_of(name: str) -> dict[str, Any]:
-    """What every `from_pretrained` is given: where, and which revision. Code that comes with a model never runs."""
+    """Arguments of every `from_pretrained`: place and revision. Code that comes with a model never runs."""
     where = locate(name)
     repository, _, revision = (where, "", "") if Path(where).is_dir() else where.partition("@")
     return {
@@ -142,7 +142,7 @@ def place_of(name: str) -> dict[str, Any]:
 
 
 def fetch(what: Any, name: str, **more: Any) -> Any:
-    """`what.from_pretrained`, with one line on what is wrong and the way out.
+    """Calls `what.from_pretrained`; a failure becomes one line with the reason and the way out.
 
     Raises:
         BadValue: If it cannot be loaded.
@@ -154,7 +154,7 @@ def fetch(what: Any, name: str, **more: Any) -> Any:
 
 
 def _why(name: str, problem: BaseException) -> str:
-    """One line; transformers wraps what the hub said, so that the causes are looked at, too."""
+    """One line with the reason and the way out. It also reads the causes, as transformers wraps the hub's message."""
     place = place_of(name)
     repository = place["pretrained_model_name_or_path"]
     causes: list[BaseException] = [problem]
@@ -165,7 +165,7 @@ def _why(name: str, problem: BaseException) -> str:
         return any(isinstance(cause, kinds) for cause in causes)
 
     if place["local_files_only"]:
-        causes.clear()  # a folder: the hub has no part in it
+        causes.clear()  # a folder: the hub is not involved
     if caused_by(httpx.InvalidURL):
         return f"the model {name!r} cannot be asked for: {UNREADABLE} ({causes[-1]})"
     if caused_by(GatedRepoError):
@@ -190,7 +190,7 @@ def _why(name: str, problem: BaseException) -> str:
 
 
 def download_command(place: Mapping[str, Any]) -> str:
-    """What to type to have a model of the hub on this machine."""
+    """The command that downloads a model of the hub to this machine."""
     revision = "" if place["revision"] == "main" else f" --revision {place['revision']}"
     return f"hf download {place['pretrained_model_name_or_path']}{revision}"
 
@@ -206,7 +206,7 @@ def config_of(name: str) -> Any:
 
 
 def file_of(name: str, file: str) -> str | None:
-    """Where a file of a model lies, downloaded if need be; None if it has none or cannot be asked."""
+    """The path of a file of a model, downloaded if necessary; None if there is no such file or it cannot be fetched."""
     place = place_of(name)
     place.pop("trust_remote_code")
     path_or_name = place.pop("pretrained_model_name_or_path")
@@ -218,9 +218,9 @@ def file_of(name: str, file: str) -> str | None:
 
 
 def pin(name: str) -> str:
-    """A name that means the same model for ever: `org/name@<commit>` for one from the hub; others stay as they are.
+    """A name that always means the same model: `org/name@<commit>` for one from the hub; others stay as they are.
 
-    The commit is that of the copy on this machine where the hub cannot be reached.
+    If the hub cannot be reached, the commit is that of the copy on this machine.
 
     Raises:
         BadValue: If the model is not found.
@@ -229,7 +229,7 @@ def pin(name: str) -> str:
     repository, _, revision = where.partition("@")
     if Path(where).is_dir() or COMMIT.fullmatch(revision):
         return name
-    config_of(name)  # says what is wrong where there is none
+    config_of(name)  # reports a missing model
     commit = extract_commit_hash(file_of(name, "config.json"), None)
     if commit is None:
         raise BadValue(f"the hub gives no commit for the model {name!r}: name one, as {repository}@COMMIT")
@@ -237,7 +237,7 @@ def pin(name: str) -> str:
 
 
 def version_of(name: str) -> dict[str, str]:
-    """What a run records of a model: the revision of one from the hub, else the hash of its files."""
+    """A run's record of a model's version: the revision of one from the hub, else the hash of its files."""
     if Path(locate(name)).is_dir():
         return {"sha256": weights_hash(name)}
     return {"revision": pin(name).partition("@")[2]}

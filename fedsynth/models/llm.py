@@ -45,16 +45,14 @@ from fedsynth.scenario.schema import Precision
 
 T = TypeVar("T")
 
-RANKED = (
-    256  # tokens ranked before all of them are: top-p rarely reaches further, and to sort all takes most of the time
-)
+RANKED = 256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
 
 
 LOGITS = 2**28  # numbers at once: 1 GiB in float32
 
 
 class TextModel(Protocol):
-    """What augmentation and judges need of an LLM, wherever it runs."""
+    """The interface of an LLM for augmentation and judges, local or remote."""
 
     @property
     def chats(self) -> bool:
@@ -73,14 +71,14 @@ class TextModel(Protocol):
 class Draw(LogitsProcessor):
     """Samples each row's next token with that row's own uniform numbers, by inversion of its distribution.
 
-    `generate` then only takes the maximum, so no generator of torch is read or moved. Inversion needs one number
-    per token where Gumbel noise needs a vocabulary of them: generation took 25 % longer with the latter.
+    `generate` then only takes the maximum, so that it reads and moves no generator of torch. Inversion needs one number
+    per token, Gumbel noise one per token of the vocabulary: generation took 25 % longer with the latter.
 
     Args:
-        uniforms: In [0, 1), shape (rows, new tokens), double precision.
-        prompt_length: Width of what is generated from, padding included: the prompts', or 1 (a decoder's start).
-        temperature: Above 0.
-        top_p: Only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
+        uniforms: Numbers in [0, 1), shape (rows, new tokens), double precision.
+        prompt_length: Width of the input, padding included: the prompts', or 1 (a decoder's start).
+        temperature: Temperature above 0.
+        top_p: Tokens are drawn from the smallest set of likeliest tokens that holds this much of the mass.
     """
 
     def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float, top_p: float):
@@ -88,7 +86,7 @@ class Draw(LogitsProcessor):
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) that leave the drawn token alone possible."""
+        """Scores (rows, vocabulary) that leave only the drawn token possible."""
         mass = torch.softmax(scores.float() / self.temperature, dim=-1)
         uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
         if self.top_p == 1:
@@ -135,8 +133,8 @@ class FirstLine(StoppingCriteria):
 class LocalLLM:
     """A Hugging Face causal or seq2seq LM in process.
 
-    A causal LM goes on after the prompt; a seq2seq LM reads the prompt with its encoder, and its decoder writes.
-    Batches of like length run in `workers` threads. How many never changes a result: batches are formed before.
+    A causal LM continues the prompt; a seq2seq LM reads the prompt with its encoder, and its decoder writes. Batches of
+    similar length run in `workers` threads. Their number never changes a result, as batches are formed before.
 
     Args:
         model: In evaluation mode, with or without an adapter. Its generation config is replaced: what is asked for in a
@@ -145,7 +143,7 @@ class LocalLLM:
             (the EOS of T5) stands around every prompt. Its EOS, the model's, and what ends a turn in its chat template
             end a text.
         batch_size: Sequences at once.
-        workers: Threads; the default is as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
+        workers: Threads; by default as many as torch may use (`torch.get_num_threads`) on the CPU, 1 on a GPU.
     """
 
     # Measured (1M-parameter Llama, vocabulary 4,096, 512 prompts of 110 tokens, 24 new, 2 cores, seconds): batch 64 in
@@ -164,10 +162,10 @@ class LocalLLM:
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         self.stops = sorted({*stops, tokenizer.eos_token_id, turn_end(tokenizer)} - {None})
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        # Padding is masked wherever it stands, so that any token will do for a tokenizer that has neither.
+        # Padding is always masked, so that any token will do for a tokenizer that has neither.
         self.pad = pad if pad is not None else 0
         plain: Any = GenerationConfig
-        # PEFT hands `generate` to the model within, which reads its own configuration.
+        # PEFT passes `generate` to the inner model, which reads its own configuration.
         within = model.get_base_model() if hasattr(model, "get_base_model") else model
         starts = (getattr(c, "decoder_start_token_id", None) for c in (model.generation_config, model.config))
         within.generation_config = plain(
@@ -194,11 +192,12 @@ class LocalLLM:
         device: str = "cpu",
         precision: Precision = "auto",
     ) -> LocalLLM:
-        """A shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
+        """Loads a shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
 
         Args:
-            path: Or name.
-            adapter: Added to its weights: LoRA beside each layer of a small model costs as much time as the layer.
+            path: Path or name.
+            adapter: An adapter to add to its weights: LoRA beside each layer of a small model would cost as much time
+                as the layer.
             batch_size: Sequences at once.
             workers: Threads.
             device: Of torch. On a GPU the model is as precise as it was saved.
@@ -219,7 +218,7 @@ class LocalLLM:
 
     @classmethod
     def for_server(cls, name: str, adapter: Adapter | None = None) -> LocalLLM:
-        """As `load`; clients wait while the server works, so it uses every core, whatever torch was told."""
+        """See `load`. Clients wait while the server works, so it uses every core, despite torch's own setting."""
         return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
 
     @property
@@ -305,10 +304,10 @@ class LocalLLM:
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
 
-        Continuations are texts: whatever they spell is no control token, their line ends included. A continuation's
-        tokens are those that prompt + continuation has beyond the prompt's own. Where the tokenizer merges across the
-        border, and for a seq2seq LM, the two are tokenised apart, so that the prompt's tokens are always conditioned on
-        and never scored.
+        Continuations are texts: they never become control tokens, their line ends included. A continuation's tokens are
+        those that prompt + continuation has beyond the prompt's own. If the tokenizer merges across the border, and for
+        a seq2seq LM, the two are tokenized apart, so that the prompt's tokens are always conditioned on and never
+        scored.
 
         Raises:
             ValueError: If the lists differ in length, a continuation is empty, or a pair exceeds the context.
@@ -332,7 +331,7 @@ class LocalLLM:
 
         def likelihoods(rows: Sequence[int]) -> list[float]:
             ids, mask = self._padded([whole[i] for i in rows], left=False)
-            first = min(len(starts[i]) for i in rows)  # no logits where every row is still in its prompt
+            first = min(len(starts[i]) for i in rows)  # no logits while every row is still in its prompt
             wanted = torch.arange(first - 1, ids.shape[1] - 1, device=ids.device)
             seen = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=wanted, use_cache=False)
             logits = seen.logits.float()
@@ -392,7 +391,7 @@ class LocalLLM:
         distinct = list(dict.fromkeys(pairs))
         try:
             needed = self._needed(distinct)
-        except Exception:  # each tokenizer has its own for what it cannot read
+        except Exception:  # each tokenizer raises its own for an unreadable text
             needed = [self._needed_by(pair) for pair in distinct]
         room = math.inf if self.context is None else self.context
         told = {
@@ -422,7 +421,7 @@ class LocalLLM:
         return given_rows(self.tokenizer, texts, self.kind)
 
     def check_room(self, lengths: Sequence[int], max_new_tokens: int, *, way_out: str) -> None:
-        """Refuses texts of so many tokens that leave no room for `max_new_tokens` more.
+        """Refuses texts that leave no room in the context for `max_new_tokens` more.
 
         Raises:
             ValueError: If there is such a text; the message names it, and the way out.

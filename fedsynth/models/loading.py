@@ -1,4 +1,4 @@
-"""Models by role, loaded by their kind; their weights read and written; the device that they work on."""
+"""Loading of models by role and kind, reading and writing of their weights, and their device."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from fedsynth.scenario.schema import Client, Endpoint, Precision, Scenario, Serv
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue
 
-logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
+logging.set_verbosity_error()  # the head of a task model is new on purpose; its warning would be in every log
 logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own, about its own calls
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # about its own calls
 
 
 Kind = Literal["causal", "seq2seq", "encoder"]
 Role = Literal["generator", "llm", "task_model", "embedder"]
 
 _LM = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
-# Which models fit a role, and the class that loads them.
+# The kinds of models that fit a role, and the class that loads them.
 LOADERS: dict[Role, dict[str, Any]] = {
     "generator": _LM,
     "llm": _LM,
@@ -58,14 +58,14 @@ VOCABULARIES = (
 
 
 def kind_of(config: Any) -> Kind:
-    """What a model with this configuration is.
+    """The kind of a model with this configuration.
 
     Raises:
-        BadValue: If it is none of the three.
+        BadValue: If it is none of the three kinds.
     """
     if config.is_encoder_decoder:
         return "seq2seq"
-    # BERT and its like could be built as decoders, too; their checkpoints are encoders.
+    # BERT and similar models could be built as decoders, too; their checkpoints are encoders.
     if type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False):
         return "encoder"
     if type(config) in AutoModelForCausalLM._model_mapping:
@@ -77,7 +77,8 @@ def fits(name: str, role: Role) -> Kind:
     """The kind of a model, if it fits the role.
 
     Raises:
-        BadValue: If it does not, with the roles that it fits; or if its configuration cannot be loaded.
+        BadValue: If it does not fit; the message names the roles that it fits. Also if its configuration cannot be
+            loaded.
     """
     config = config_of(name)
     kind = kind_of(config)
@@ -90,12 +91,12 @@ def fits(name: str, role: Role) -> Kind:
 
 
 def check(name: str, role: Role) -> None:
-    """Refuses a model that cannot be loaded or does not fit its role, before any work is spent.
+    """Refuses a model that cannot be loaded or does not fit its role, before any work.
 
-    What a hub model lacks on this machine is downloaded here, once, instead of by every client.
+    It downloads the missing files of a hub model once, instead of every client.
 
     Raises:
-        BadValue: With the way out.
+        BadValue: If it is refused; the message names the way out.
     """
     fits(name, role)
     tokenizer, known = load_tokenizer(name), getattr(config_of(name).get_text_config(), "vocab_size", None)
@@ -107,7 +108,7 @@ def check(name: str, role: Role) -> None:
 
 
 def _check_weights(name: str) -> None:
-    """Whether there are safetensors: other formats can run code when they are read."""
+    """Refuses a model without safetensors: other formats can run code when they are read."""
     parts = ["model.safetensors"]
     if index := file_of(name, "model.safetensors.index.json"):
         parts = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
@@ -131,13 +132,13 @@ def _check_weights(name: str) -> None:
 
 @lru_cache(maxsize=8)
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer; padding falls back to the end-of-text token.
+    """The model's tokenizer; padding falls back to the end-of-text token.
 
     Raises:
-        BadValue: If there is none.
+        BadValue: If there is no tokenizer.
     """
     tokenizer = fetch(AutoTokenizer, name)
-    if not any(file_of(name, file) for file in VOCABULARIES):  # transformers would make do with an empty vocabulary
+    if not any(file_of(name, file) for file in VOCABULARIES):  # transformers would accept an empty vocabulary
         raise BadValue(
             f"the model {name!r} has no tokenizer beside its weights: save its tokenizer into the folder, "
             f"as one of {', '.join(VOCABULARIES)}"
@@ -148,9 +149,9 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, role: Role, *, dtype: Any = torch.float32) -> Any:
-    """A model in evaluation mode, as its role asks for it.
+    """A model in evaluation mode, for its role.
 
-    Dropout is off in training, too: an example's gradient must not depend on its batch, or a fit on torch's global
+    Dropout is off in training, too: an example's gradient must not depend on its batch, nor a fit on torch's global
     random state. A task model has token dropout instead.
 
     Raises:
@@ -160,7 +161,7 @@ def load_model(name: str, role: Role, *, dtype: Any = torch.float32) -> Any:
 
 
 def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2) -> tuple[Any, set[str]]:
-    """The model, and the names of its parameters that no file gave it: those of a new head."""
+    """The model, and the names of its parameters that no file holds: those of a new head."""
     loader = LOADERS[role][fits(name, role)]
     _check_weights(name)
     config = copy.deepcopy(config_of(name))
@@ -171,7 +172,7 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
     more: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if role == "task_model":
         config.num_labels = classes
-        more["ignore_mismatched_sizes"] = True  # a checkpoint's own head for another task is replaced
+        more["ignore_mismatched_sizes"] = True  # replaces a checkpoint's head for another task
     model, info = fetch(loader, name, **more)
     new = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
     lacking = sorted(key for key in new if not _may_be_new(key, role, model.base_model_prefix))
@@ -184,7 +185,7 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
 
 
 def _may_be_new(key: str, role: Role, body: str) -> bool:
-    """Whether a role can do without a pretrained parameter: a task model's head, what an embedder does not read."""
+    """True if a role does not need a pretrained parameter: a task model's head, or one that an embedder ignores."""
     if role == "task_model":
         return not key.startswith(f"{body}.") or "pooler" in key
     return role == "embedder" and ("pooler" in key or key.startswith("decoder."))
@@ -197,10 +198,10 @@ def _generator(name: str, dtype: Any) -> nn.Module:
 
 
 def load_generator(name: str, precision: Precision = "float32") -> nn.Module:
-    """A causal or seq2seq language model of one's own to train (read from disk once per process).
+    """A new copy of a causal or seq2seq language model to train (read from disk once per process).
 
     Raises:
-        BadValue: As `load_model`.
+        BadValue: See `load_model`.
     """
     return copy.deepcopy(_generator(name, dtype_of(name, precision)))
 
@@ -209,7 +210,7 @@ NARROWEST = 256  # below this width a CPU loses more by converting than it gains
 
 
 def dtype_of(name: str, precision: Precision) -> Any:
-    """The torch type in which a model is held: `auto` is bfloat16 where that pays and its rounding was measured.
+    """The torch type of a model's weights: `auto` is bfloat16 if that pays and its rounding was measured.
 
     Raises:
         BadValue: If the model's configuration cannot be loaded.
@@ -217,20 +218,20 @@ def dtype_of(name: str, precision: Precision) -> Any:
     if precision != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     if torch.cuda.is_available():
-        return torch.float32  # that one example does not move another's gradient in bfloat16 was measured on CPUs only
+        return torch.float32  # the independence of examples' gradients in bfloat16 was measured on CPUs only
     width = getattr(config_of(name).get_text_config(), "hidden_size", 0)
     return torch.bfloat16 if width >= NARROWEST and computes_in_bfloat16() else torch.float32
 
 
 @lru_cache(maxsize=1)
 def computes_in_bfloat16() -> bool:
-    """Whether the CPU has instructions for it (AVX512_BF16 or AMX)."""
+    """True if the CPU has instructions for bfloat16 (AVX512_BF16 or AMX)."""
     facts = Path("/proc/cpuinfo")
     return facts.is_file() and bool({"avx512_bf16", "amx_bf16"} & set(facts.read_text().split()))
 
 
 def context_of(config: Any) -> int | None:
-    """Longest text in tokens; None for a model without a limit of its own (the relative positions of T5)."""
+    """Longest text in tokens; None for a model without a limit (the relative positions of T5)."""
     longest: int | None = getattr(config, "max_position_embeddings", None)
     return longest
 
@@ -266,7 +267,7 @@ def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
 
 
 def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
-    """Every model that the arms of a scenario name, with what it is for, each pair once; no endpoints."""
+    """Every model that the arms of a scenario name, with its role, each pair once; no endpoints."""
     found: dict[tuple[str, Role], None] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         found |= dict.fromkeys([*client_models(cell.scenario.client), *server_models(cell.scenario.server)])
@@ -284,7 +285,7 @@ def client_models(client: Client) -> list[tuple[str, Role]]:
 
 
 def server_models(server: Server) -> list[tuple[str, Role]]:
-    """The models that the server runs, with what each is for; no endpoints."""
+    """The server's models with their roles; no endpoints."""
     found: list[tuple[str, Role]] = [
         (name, "llm") for name in (server.llm, server.professional) if isinstance(name, str)
     ]
@@ -292,7 +293,7 @@ def server_models(server: Server) -> list[tuple[str, Role]]:
 
 
 def endpoints_of(scenario: Scenario) -> list[Endpoint]:
-    """Every endpoint that the arms of a scenario name, once: nothing of it is loaded, checked or pinned here."""
+    """Every endpoint that the arms of a scenario name, once; it is not loaded, checked or pinned."""
     found: dict[Endpoint, None] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         server = cell.scenario.server
@@ -301,17 +302,17 @@ def endpoints_of(scenario: Scenario) -> list[Endpoint]:
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """All weights of a model, in the precision they have."""
+    """Writes all weights of a model in their precision."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, str(path))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """What `save_weights` wrote, into a model of the same shape."""
+    """Reads the file of `save_weights` into a model of the same shape."""
     model.load_state_dict(load_file(str(path)), strict=True)
 
 
 def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) -> None:
-    """Some of a model's parameters, by name."""
+    """Writes some of a model's parameters by name."""
     wanted = {id(weight) for weight in weights}
     named = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) in wanted}
     save_file(named, str(path))
@@ -319,29 +320,29 @@ def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) ->
 
 @torch.no_grad()
 def load_named(model: nn.Module, path: Path) -> None:
-    """What `save_named` wrote, into a model that has parameters of those names and shapes."""
+    """Reads the file of `save_named` into a model that has parameters of those names and shapes."""
     weights = dict(model.named_parameters())
     for name, tensor in load_file(str(path)).items():
         weights[name].copy_(tensor)
 
 
 def one_thread() -> None:
-    """One thread for this process: two per worker on a shared machine run at half the speed of one."""
+    """Sets one thread for this process: two per worker on a shared machine run at half the speed of one."""
     torch.set_num_threads(1)
 
 
 def device() -> torch.device:
-    """A CUDA GPU where there is one."""
+    """A CUDA GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def gpus() -> int:
-    """How many CUDA GPUs this process sees."""
+    """Number of CUDA GPUs that this process sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def gpu_names() -> list[str]:
-    """Of the CUDA GPUs that this process sees."""
+    """Names of the CUDA GPUs that this process sees."""
     return [torch.cuda.get_device_name(number) for number in range(gpus())]
 
 
@@ -349,5 +350,5 @@ _CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors
 
 
 def gpu_memory() -> tuple[float, float]:
-    """Bytes of a GPU that this process has held at most, and those that are free now."""
+    """The most bytes of a GPU that this process has held, and the bytes that are free now."""
     return torch.cuda.max_memory_reserved() + _CUDA_CONTEXT, torch.cuda.mem_get_info()[0]

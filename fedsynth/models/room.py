@@ -1,4 +1,4 @@
-"""Whether what a model is to read fits into it: found out before it is asked, as one text must not end a run."""
+"""Checks before a request that prompts fit into a model, as one text must not end a run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ UNREADABLE = "unreadable to the model"
 def misfits(
     model: Any, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
 ) -> list[str | None]:
-    """Why a model cannot be asked, prompt by prompt; None where it can, or does not tell (an endpoint's may not fit).
+    """The reason why each prompt does not fit; None if it fits, or if the model cannot tell (an endpoint).
 
     Args:
-        model: A `TextModel`; one that tells has a method of this name.
-        prompts: Any number.
-        more: New tokens that are to find room behind each.
-        continuations: What is scored after each; left out: nothing.
+        model: A `TextModel`; one that can tell has a method of this name.
+        prompts: Any number of prompts.
+        more: Number of new tokens that need room after each prompt.
+        continuations: Texts to score after the prompts; left out, none.
     """
     tell = getattr(model, "misfits", None)
     found: list[str | None] = [None] * len(prompts) if tell is None else tell(prompts, more, continuations)

@@ -1,4 +1,4 @@
-"""How a language model's next tokens are drawn: one object for every call."""
+"""Sampling parameters of a language model, one object for every call."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Of one call, for all of its prompts.
+    """Sampling parameters of one call, for all of its prompts.
 
     Attributes:
         temperature: 0 takes the likeliest token each time.
@@ -16,7 +16,7 @@ class SamplingParams:
         one_line: A text ends with its first line that is not blank, which is all that is given back.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If a parameter is out of range.
     """
 
     temperature: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class TokenUsage:
-    """So far, as far as is known."""
+    """Tokens so far, as far as they are known."""
 
     read: int = 0
     written: int = 0

@@ -1,7 +1,7 @@
 """A small causal language model from scratch: its start, its steps, its checkpoints, its held-out loss.
 
-For a server LLM where none can be had, and for the models of the offline demonstration. Optimizers: Muon for the hidden
-matrices (torch.optim.Muon), AdamW for embeddings and gains.
+It serves as the server LLM if no other is available, and as the models of the offline demonstration. Optimizers: Muon
+for the hidden matrices (torch.optim.Muon), AdamW for embeddings and gains.
 """
 
 from __future__ import annotations
@@ -114,16 +114,16 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a run reads; what a checkpoint must share with the run that goes on from it.
+    """The reading of a run; a checkpoint must share it with the run that resumes from it.
 
     Attributes:
         steps: Optimizer steps in all; the rate warms up, stays, and falls linearly over the second half.
         batch_rows: Rows per step.
         row_tokens: Tokens per row.
-        seed: Of the model's start and of the text's order.
-        text: Digest of the text that is read.
+        seed: Seed of the model's start and of the text's order.
+        text: Digest of the text.
         tokenizer: Digest of the tokenizer.
-        shape: Of the model.
+        shape: Shape of the model.
     """
 
     steps: Count
@@ -146,7 +146,7 @@ class Reading:
 
 
 def rows_of(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Iterator[list[int]]:
-    """Rows of `row_tokens` tokens: blocks of token ids, each after a BOS; what does not fit is in the next row."""
+    """Rows of `row_tokens` tokens: blocks of token ids, each after a BOS; the rest of a block is in the next row."""
     row: list[int] = []
     for block in blocks:
         row += [bos, *block]
@@ -156,14 +156,14 @@ def rows_of(blocks: Iterable[Sequence[int]], bos: int, row_tokens: int) -> Itera
 
 
 class Pretraining:
-    """A model in training: it advances step by step, and can be stored and taken up again between two steps.
+    """A model in training: it advances step by step, and can be stored and resumed between two steps.
 
     Args:
-        model: At its start.
+        model: The model at its start.
         rows: Token ids, `reading.row_tokens` each; always the same ones, in the same order.
         reading: The run's settings.
-        device: CPU or CUDA; computes in bfloat16 under autocast where the hardware has it, else in float32.
-        weigh: Token ids (rows, tokens) -> how much each counts in the loss, of the same shape; all alike without it.
+        device: CPU or CUDA; it computes in bfloat16 under autocast if the hardware has it, else in float32.
+        weigh: Token ids (rows, tokens) -> weights in the loss, of the same shape; without it all are equal.
     """
 
     def __init__(
@@ -184,11 +184,11 @@ class Pretraining:
 
     @property
     def seconds(self) -> float:
-        """Time since the start, that of earlier processes included."""
+        """Seconds since the start, those of earlier processes included."""
         return self.earlier + time.monotonic() - self.started
 
     def step(self) -> float:
-        """One optimizer step; returns the loss in nats per token."""
+        """Takes one optimizer step; returns the loss in nats per token."""
         steps = self.reading.steps
         share = min(1.0, (self.done + 1) / WARM_UP_STEPS, max(0.02, 2 * (steps - self.done) / steps))
         for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
@@ -212,7 +212,7 @@ class Pretraining:
         return loss.item()
 
     def store(self, path: Path) -> None:
-        """Weights, optimizer state and place in the text, as one safetensors file; replaced as a whole."""
+        """Writes weights, optimizer state and place in the text to one safetensors file, replaced as a whole."""
         tensors = {f"model/{name}": w.detach().cpu().contiguous() for name, w in self.model.named_parameters()}
         for number, optimizer in enumerate(self.optimizers):
             for index, values in optimizer.state_dict()["state"].items():
@@ -228,12 +228,12 @@ class Pretraining:
         part.replace(path)
 
     def take_up(self, path: Path) -> None:
-        """Goes on where `store` left off; the next steps are those of a run that never stopped.
+        """Resumes where `store` left off; the next steps are those of a run that never stopped.
 
-        To the last bit on the same device with as many threads.
+        They are equal to the last bit on the same device with as many threads.
 
         Raises:
-            BadValue: If the checkpoint is of another run.
+            BadValue: If the checkpoint belongs to another run.
         """
         facts = _metadata(path)
         stored = build(Reading, json.loads(facts["reading"]))
@@ -260,18 +260,18 @@ class Pretraining:
 
 
 def digest_of(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of all that decides which tokens a text has."""
+    """SHA-256 of all properties that decide the tokens of a text."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def save_model(model: Any, tokenizer: Any, out: Path, card_of: Callable[[Path], Mapping[str, Any]]) -> None:
-    """Model (bfloat16), tokenizer and `card.json` as one folder that replaces what was there at once.
+    """Writes model (bfloat16), tokenizer and `card.json` to one folder, which replaces an earlier one at once.
 
     Args:
-        model: Stays as it is.
+        model: The model; it stays as it is.
         tokenizer: Its tokenizer.
         out: The folder.
-        card_of: Makes the card, given the unfinished folder; the hash of the weights is added here.
+        card_of: Makes the card from the unfinished folder; the hash of the weights is added here.
     """
     out = out.resolve()  # so that the working directory and links can be replaced, too
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -297,7 +297,7 @@ def _metadata(path: Path) -> Mapping[str, str]:
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where that is fast; a CPU without its instructions would be slower with it."""
+    """Autocast to bfloat16 if that is fast; a CPU without its instructions would be slower with it."""
     fast = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
@@ -307,9 +307,9 @@ def held_out_loss(model: Any, tokenizer: Any, lines: Sequence[Sequence[int]], ba
     """Mean negative log-likelihood in nats per token of token rows, each after a BOS.
 
     Args:
-        model: In any mode; it is evaluated without dropout and without gradient.
-        tokenizer: Its BOS stands before each row and is not counted.
-        lines: Token ids, the end mark included; cut where the model's context ends.
+        model: A model in any mode; it is evaluated without dropout and without gradient.
+        tokenizer: Its BOS precedes each row and is not counted.
+        lines: Token ids, the end mark included; rows beyond the model's context are cut.
         batch: Rows at once.
     """
     was_training = model.training
@@ -328,5 +328,5 @@ def held_out_loss(model: Any, tokenizer: Any, lines: Sequence[Sequence[int]], ba
 
 
 def mean_loss(losses: Sequence[float]) -> float:
-    """Mean of the last hundred."""
+    """Mean of the last hundred losses."""
     return round(float(np.mean(losses[-100:])), 4)

@@ -1,4 +1,4 @@
-"""A small language model and its tokenizer from a public corpus file: what `fedsynth pretrain --corpus` does."""
+"""A small language model and its tokenizer from a public corpus file, for `fedsynth pretrain --corpus`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from fedsynth.pretraining.public_text import Lines, PublicText, blocks, read
 from fedsynth.pretraining.tokenizer import train_tokenizer
 from fedsynth.typed import BadValue, Positive, in_range
 
-CHECKED_LINES = 2000  # held-out lines that progress looks at; the final figure is over all
+CHECKED_LINES = 2000  # held-out lines in reports of progress; the final figure is over all
 TOKENIZER_LINES = 200_000
 SAMPLED_TOPICS, SAMPLED_TOKENS = 8, 40
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The model that is asked for.
+    """The requested model.
 
     Attributes:
         width: Hidden size, a multiple of 32.
         layers: Number of blocks.
-        vocabulary: Tokens of the tokenizer at most.
+        vocabulary: Most tokens of the tokenizer.
         epochs: Passes over the text.
         steps: Optimizer steps, instead of passes.
         batch_rows: Rows per step.
         row_tokens: Tokens per row.
-        seed: Of everything.
-        tokenizer: Folder of a tokenizer to share; None: a new one from the text.
+        seed: Seed of all random choices.
+        tokenizer: Folder of a tokenizer to share; None for a new one from the text.
     """
 
     width: int = 192
@@ -86,13 +86,13 @@ def pretrain_from_text(
     """Trains tokenizer and model, measures the held-out loss and saves both so that the Auto classes load them.
 
     Args:
-        public: The text. It must be public: no guarantee is given for it.
-        wanted: The model.
-        out: Folder; holds checkpoint and tokenizer while the run lasts.
-        command: For the card: how it was made.
-        resume: Go on from the checkpoint in `out`.
-        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
-        threads: Of the CPU.
+        public: The text. It must be public, as it gets no guarantee.
+        wanted: The requested model.
+        out: The folder; it holds checkpoint and tokenizer during the run.
+        command: The command, for the card.
+        resume: True to resume from the checkpoint in `out`.
+        device: "cpu", "cuda", or "auto": a CUDA GPU if there is one.
+        threads: Threads of the CPU.
         tell: Called with lines of progress.
 
     Returns:
@@ -108,7 +108,7 @@ def pretrain_from_text(
     torch.set_num_threads(threads)
     learn, held = read(public, wanted.seed)
     if wanted.tokenizer is not None:
-        load_tokenizer(wanted.tokenizer)  # what cannot be loaded is said before anything is written
+        load_tokenizer(wanted.tokenizer)  # a failure to load ends the run before it writes anything
     checkpoint = out / CHECKPOINT
     if resume and not checkpoint.is_file():
         raise BadValue(f"there is no checkpoint in {str(out)!r} to resume from: run without --resume")
@@ -134,7 +134,7 @@ def pretrain_from_text(
     if resume:
         trained.take_up(checkpoint)
     else:
-        trained.store(checkpoint)  # so that the folder of a run that ends early is known for what it is
+        trained.store(checkpoint)  # so that the folder of a run that ends early is recognised
     parameters = sum(p.numel() for p in trained.model.parameters())
     tell(
         f"{len(learn.texts):,} texts, {tokens:,} tokens of {len(tokenizer):,}; {parameters:,} parameters; "
@@ -189,7 +189,7 @@ def _tokenizer(wanted: Wanted, learn: Lines, out: Path) -> Any:
         if found.bos_token_id is None or found.pad_token_id is None or newline != [found.eos_token_id]:
             raise BadValue(f"the tokenizer {wanted.tokenizer!r} needs BOS, padding, and the line end as its EOS token")
         return found
-    if (out / "tokenizer.json").is_file():  # of the run that is resumed
+    if (out / "tokenizer.json").is_file():  # from the resumed run
         return AutoTokenizer.from_pretrained(out)
     named = [f"{y}: {t}" if y else f" {t}" for t, y in zip(learn.texts, learn.topics, strict=True)]
     made = train_tokenizer(named[:: max(1, len(named) // TOKENIZER_LINES)], wanted.vocabulary)
@@ -198,7 +198,7 @@ def _tokenizer(wanted: Wanted, learn: Lines, out: Path) -> Any:
 
 
 def _samples(model: Any, tokenizer: Any, learn: Lines, seed: int) -> list[str]:
-    """What it writes after a topic's name, or after nothing: for people to look at."""
+    """Samples after a topic's name, or after nothing, for people to look at."""
     known = sorted(set(learn.topics) - {""})
     chosen = known[:: max(1, len(known) // SAMPLED_TOPICS)][:SAMPLED_TOPICS] if known else []
     prompts = [f"{topic}:" for topic in chosen] or [""] * SAMPLED_TOPICS

@@ -17,22 +17,22 @@ from fedsynth.models.encoding import prompt_rows
 from fedsynth.typed import BadValue
 from fedsynth.world import labelled_notes, load_world, public_notes
 
-# Lines of one topic in a block, and how often: as the blocks of the simulated worlds, so that a model learns to go on
-# after any number of demonstrations, none included.
+# Numbers of lines of one topic in a block, and their frequencies. They are those of the simulated worlds, so that a
+# model learns to continue after any number of demonstrations, none included.
 BLOCK_LINES, BLOCK_SHARES = (1, 2, 3, 5, 7), (0.2, 0.15, 0.15, 0.25, 0.25)
-BARE_SHARE = 0.15  # of the blocks are written without their topic: the model must also know text by itself
-HELD_OUT_SHARE = 0.02  # of the rows, where the file names none
+BARE_SHARE = 0.15  # share of blocks without their topic: the model must also know text by itself
+HELD_OUT_SHARE = 0.02  # share of the rows, if the file names none
 
 
 @dataclass(frozen=True)
 class PublicText:
-    """What is read of a corpus file.
+    """The parts of a corpus file to read.
 
     Attributes:
         source: CSV, JSONL, Parquet, or plain text with one text per line; looked up in FEDSYNTH_DATA, too.
         text: Column of the text.
-        topic: Column of the intent or topic; lines of one topic stand in one few-shot block. None: no blocks.
-        held_out: (column, value) of the rows that are not read but measured on; None: a seeded fiftieth.
+        topic: Column of the intent or topic; lines of one topic form few-shot blocks. None: no blocks.
+        held_out: (column, value) of the held-out rows, which are only measured on; None: a seeded fiftieth.
     """
 
     source: str
@@ -43,7 +43,7 @@ class PublicText:
 
 @dataclass(frozen=True)
 class Lines:
-    """Texts on one line each, and their topics ("" for none)."""
+    """Texts of one line each, and their topics ("" for none)."""
 
     texts: tuple[str, ...]
     topics: tuple[str, ...]
@@ -57,7 +57,7 @@ class Lines:
 
 
 def read(public: PublicText, seed: int) -> tuple[Lines, Lines]:
-    """The lines to learn and the held-out ones, no line among both.
+    """The lines to learn and the held-out ones; no line is in both.
 
     Raises:
         BadValue: If the file or a column is missing, or one of the two parts would be empty.
@@ -95,16 +95,16 @@ def read(public: PublicText, seed: int) -> tuple[Lines, Lines]:
 
 
 def topic_name(topic: str) -> str:
-    """A topic as label lists have it: "ReserveRestaurant" and "Reserve restaurant" are `reserve_restaurant`."""
+    """A topic in the form of label lists: "ReserveRestaurant" and "Reserve restaurant" are `reserve_restaurant`."""
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", topic)
     return "_".join(re.findall(r"[^\W_]+", spaced)).lower()
 
 
 def blocks(lines: Lines, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
-    """Token ids of few-shot blocks for ever; every line stands in one block of each pass.
+    """Token ids of few-shot blocks without end; each pass has every line in one block.
 
-    A block holds lines `topic: text` of one topic, or (a share of them, and all lines without a topic) lines of bare
-    text.
+    A block holds lines `topic: text` of one topic. A share of the blocks, and all lines without a topic, hold the text
+    alone.
     """
     bare = prompt_rows(tokenizer, [f" {t}\n" for t in lines.texts])
     named = prompt_rows(
@@ -133,12 +133,12 @@ def _dealt(rows: Sequence[int], together: bool, rng: Generator) -> Iterator[list
 
 
 def sample(source: str, count: int, seed: int) -> Corpus:
-    """Public texts at random, without answers, for a method or control that reads some.
+    """Random public texts, without answers, for a method or control that reads some.
 
     Args:
-        source: `world:NAME`: notes in public styles; else a file as `PublicText.source`, column `text`.
-        count: At most so many; a file may hold fewer.
-        seed: Of the draw.
+        source: `world:NAME` for notes in public styles; else a file as `PublicText.source`, column `text`.
+        count: Most texts; a file may hold fewer.
+        seed: Seed of the draw.
 
     Raises:
         BadValue: If there is no such world, file or column.
@@ -152,13 +152,13 @@ def sample(source: str, count: int, seed: int) -> Corpus:
 
 
 def labelled(source: str, labels: Sequence[str], count: int, seed: int) -> Corpus:
-    """Public texts at random with their labels, to measure on; none where the source has no labels of these.
+    """Random public texts with their labels, to measure on; none if the source has none of these labels.
 
     Args:
-        source: As of `sample`; of a file the columns `text` and `label`.
+        source: As in `sample`; a file needs the columns `text` and `label`.
         labels: The public list; rows of other labels are left out.
-        count: At most so many.
-        seed: Of the draw.
+        count: Most texts.
+        seed: Seed of the draw.
 
     Raises:
         BadValue: If there is no such world or file.

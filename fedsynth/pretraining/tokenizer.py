@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-# Words with the blank before them, numbers, punctuation, white space: the pieces inside which tokens are merged.
+# Words with the blank before them, numbers, punctuation, white space: tokens are merged within these pieces.
 PIECES = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 
 
@@ -16,9 +16,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, pieces: str = PIECES)
     """Byte-level BPE in which the newline is the end-of-sequence token; adds no special tokens by itself.
 
     Args:
-        texts: What it is trained on.
-        vocab_size: Upper limit: training stops when no pair is left to merge.
-        pieces: Regular expression; tokens never reach over the border of a match.
+        texts: The training texts.
+        vocab_size: Most tokens; training stops when no pair is left to merge.
+        pieces: Regular expression; tokens never cross the border of a match.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""Ledgers read by people: what is in one, whether it is consistent, and an export without secrets."""
+"""Ledgers for people to read: the contents of one, its inconsistencies, and an export without secrets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ANSWERS = "SELECT order_digest, LENGTH(answer) AS bytes, sent, at FROM answers 
 
 
 def ledgers_in(place: Path) -> list[Path]:
-    """The ledgers of a site or a run: a file itself, or all that lie below a folder (or beside it, in FOLDER.private).
+    """The ledgers of a site or a run: a file itself, or all below a folder (or beside it, in FOLDER.private).
 
     Raises:
         LedgerUnusable: If there is none.
@@ -39,11 +39,11 @@ def contents(path: Path) -> dict[str, Any]:
     """A ledger in plain words, without keys and answers; the file is only read.
 
     Returns:
-        `dataset`, `schema`, `reservations`, `grants`, `answers` (order, bytes, sent), the `cap` that it was last opened
-        under (None: none), and what was spent at `delta`: `epsilon` by privacy loss distributions, as if all plans had
-        been fixed in advance (None: something left without a guarantee, or a loss was declared whose plan is not
-        known); `filter`: its `order`, RDP `used` and `room` under the cap, the `epsilon` that this is, and whether the
-        account is `closed` to any further plan (None: not opened yet since there is a filter, or as for `epsilon`).
+        `dataset`, `schema`, `reservations`, `grants`, `answers` (order, bytes, sent), the `cap` at the last opening
+        (None: none), and the spending at `delta`: `epsilon` by privacy loss distributions, as if all plans had been
+        fixed in advance (None: something left without a guarantee, or a loss was declared whose plan is not known);
+        `filter`: its `order`, RDP `used` and `room` under the cap, the `epsilon` that this is, and `closed`, true if
+        the account admits no further plan (None: not opened since filters exist, or as for `epsilon`).
 
     Raises:
         LedgerUnusable: If the file is not a ledger, or cannot be read.
@@ -88,17 +88,17 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def last_cap(path: Path) -> Budget | None:
-    """The lifetime that a ledger was last opened under; None where that is not known."""
+    """The lifetime budget at the last opening of a ledger; None if it is not known."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             found = db.execute("SELECT value FROM meta WHERE name = 'cap'").fetchone()
-    except sqlite3.Error:  # which is told where the ledger is opened
+    except sqlite3.Error:  # opening the ledger reports it
         return None
     return None if found is None else Budget(**json.loads(found[0]))
 
 
 def _half_written(path: Path, problem: sqlite3.Error) -> bool:
-    """Whether a ledger could not be read because that would mean to write: to undo what its journal says."""
+    """True if a ledger could not be read because reading would first undo the change in its journal, which writes."""
     primary = getattr(problem, "sqlite_errorcode", 0) & 0xFF
     return primary in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN) and _journal(path).exists()
 
@@ -108,10 +108,10 @@ def _journal(path: Path) -> Path:
 
 
 def recover(path: Path) -> bool:
-    """Undoes what a killed process had written of a change and not committed, as the next to charge would.
+    """Undoes the uncommitted change of a killed process, as the next charge would.
 
     Returns:
-        Whether there was anything to undo.
+        True if there was anything to undo.
 
     Raises:
         LedgerUnusable: If the file cannot be written, or is no ledger.
@@ -119,7 +119,7 @@ def recover(path: Path) -> bool:
     left = _journal(path).exists()
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as db:
-            db.execute("SELECT COUNT(*) FROM meta")  # who reads first undoes
+            db.execute("SELECT COUNT(*) FROM meta")  # the first read undoes
     except sqlite3.Error as problem:
         raise LedgerUnusable(f"{path} cannot be put right by this user ({problem})") from problem
     return left and not _journal(path).exists()
@@ -141,10 +141,10 @@ def _reserved(row: dict[str, Any]) -> DPPlan:
 
 
 def problems(ledger: dict[str, Any]) -> list[str]:
-    """What is inconsistent in the `contents` of a ledger; nothing where all is well.
+    """The inconsistencies in the `contents` of a ledger; nothing if all is well.
 
-    Each grant drew one round of its reservation, none is without one, what was answered has lost its key, orders are
-    answered once, and plans are what their digests say.
+    Each grant drew one round of its reservation and has one, answered grants have lost their keys, each order has one
+    answer, and plans match their digests.
     """
     return list(_problems(ledger))
 

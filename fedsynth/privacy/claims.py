@@ -1,4 +1,4 @@
-"""Whether what a client says of its privacy can be true: ranges, and epsilon recomputed from the plan that it names."""
+"""The check that a client's privacy statement can be true: ranges, and epsilon recomputed from the stated plan."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from fedsynth.privacy.rdp import bound
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
 CLIENT = "client"  # the unit where a list of scores is protected as a whole
-TOLERANCE = 1e-3  # of epsilon, and of 1 at least: above what grids differ by, below what is printed
-LARGEST = 10**40  # whole number that is told
-_POINTS = 1e5  # of the grid of one step's losses, at most: a check takes seconds at worst, and some 100 MB
+TOLERANCE = 1e-3  # relative to epsilon, and to 1 at least: above the difference of grids, below the printed digits
+LARGEST = 10**40  # whole number that a message repeats
+_POINTS = 1e5  # most points in the grid of one step's losses: a check takes seconds at worst, and some 100 MB
 _MOST_GROUPS, _LARGEST_GROUP = 16, 1000  # of `epsilon_rows`
 
 
 def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | None = None) -> None:
-    """Refuses a statement whose figures cannot be those of a plan. What is junk is named, never repeated.
+    """Refuses a statement whose figures cannot be those of a plan. A message names junk and never repeats it.
 
     A client could still claim the figures of a plan that it did not run: no server can see that.
 
     Args:
-        said: By a client.
-        units: What it may protect.
-        simulated: Whether its noise may be reproducible, and has to be; None: either.
+        said: A client's statement.
+        units: The privacy units that it may protect.
+        simulated: True if its noise must be reproducible, false if it must not be; None allows either.
 
     Raises:
-        ValueError: With the name of the figure, and what it must be.
+        ValueError: If a figure is impossible; the message names it and its allowed values.
     """
     if said.unit not in units:
         raise ValueError(f"unit must be one of {', '.join(units)}")
@@ -57,17 +57,17 @@ def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | 
     sigma = _within("sigma", said.sigma, SMALLEST_SIGMA, MAX_SIGMA)
     rate = _within("sampling_rate", said.sampling_rate, 1 / MAX_RECORDS, 1.0)
     steps = int(_within("steps", said.steps, 1, MAX_STEPS))
-    _within("clip_norm", said.clip_norm, math.ulp(0.0), 2 * CLIP_NORMS[1])  # of a list of scores: twice its norm
+    _within("clip_norm", said.clip_norm, math.ulp(0.0), 2 * CLIP_NORMS[1])  # twice: a list of scores
     _check_rows(said)
     _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
-    if said.unit == CLIENT:  # another list in its place is no further away than an empty one: `clients.score`
+    if said.unit == CLIENT:  # another list is no further away than an empty one: `clients.score`
         _within("epsilon_replace_one", replaced, claimed, math.inf)
     else:
         _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")
 
 
 def _check_rows(said: Statement) -> None:
-    """Reports recompute these figures, and clients leave them out: whatever is there has to make sense, no more."""
+    """Checks figures that clients leave out and reports recompute: those that are there have to make sense, no more."""
     if said.epsilon_rows and (said.unit != "row" or len(said.epsilon_rows) > _MOST_GROUPS):
         raise ValueError(f"epsilon_rows must be of rows, at most {_MOST_GROUPS} figures")
     least = said.epsilon
@@ -83,7 +83,7 @@ def _within(name: str, value: float | None, low: float, high: float) -> float:
 
 
 def _shown(value: float | None) -> str:
-    """A figure in a message. What a site calls a whole number may be larger than any float."""
+    """A figure in a message. A site's whole number may be larger than any float."""
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) or abs(value) < LARGEST else "a larger number"
@@ -96,7 +96,7 @@ def _reaches(
         return
     try:
         true = _above(claimed, rate, sigma, steps, delta, relation)
-    except Exception as problem:  # of the accountant, on figures that nobody has planned with
+    except Exception as problem:  # the accountant fails on figures that no plan has
         raise ValueError(f"{name} of its plan cannot be computed ({type(problem).__name__})") from problem
     if true is not None:
         raise ValueError(
@@ -109,8 +109,8 @@ def _reaches(
 def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, relation: Relation) -> float | None:
     """Epsilon of a plan, or of its first steps, if that lies above the claim; None if the claim can be true.
 
-    The first ten steps, the first hundred and so on: epsilon only grows, so that a claim far below it is refused
-    before losses pile up that would take hours and all memory to add.
+    It tries the first ten steps, the first hundred and so on. Epsilon only grows, so that a claim far below it is
+    refused before the sum of losses would take hours and all memory.
     """
     done = 0
     while done < steps:
@@ -126,15 +126,15 @@ def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, 
 
 
 def _grid(claimed: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
-    """Step of the grid of losses, and how far above the claim rounding on it can bring a true one.
+    """Step of the grid of losses, and the most that rounding on it can add to a true claim.
 
-    Were the sum of all losses a normal variable of variance v, as it nearly is, epsilon would be v / 2 + z sqrt(v) for
-    the z of delta. Rounding adds up to grid^2 / 4 to v for each step; twice what that adds to epsilon is allowed.
+    The sum of all losses is nearly normal. With variance v, epsilon is v / 2 + z sqrt(v) for the z of delta. Rounding
+    adds up to grid^2 / 4 to v for each step; the check allows twice the resulting increase of epsilon.
     """
     z = math.sqrt(2 * math.log(1 / delta))
     deviation = math.sqrt(z**2 + 2 * max(claimed, TOLERANCE)) - z
-    growth = steps / 4 * (1 + z / deviation)  # of epsilon with grid^2
+    growth = steps / 4 * (1 + z / deviation)  # growth of epsilon with grid^2
     wanted = TOLERANCE * max(1.0, claimed)
-    range_ = 1 / sigma**2 + 20 / sigma  # of one step's losses
+    range_ = 1 / sigma**2 + 20 / sigma  # range of one step's losses
     grid = max(min(ROUGH, math.sqrt(wanted / growth)), range_ / _POINTS, 10 * claimed / _POINTS)
     return grid, max(wanted, growth * grid**2)

@@ -23,11 +23,11 @@ _ZEROS = memoryview(bytes(8 * _BLOCK))
 class GrantRandomness:
     """Independent streams of one grant's key, by purpose: ChaCha20 under HMAC-SHA256(key, purpose).
 
-    The noise is as secret as the key: who knows it subtracts it. Sums are rounded to floats afterwards; attacks on
-    the last bits of floating-point noise (Mironov 2012; Holohan and Braghin 2021) are not covered.
+    The noise is as secret as the key: an attacker who knows it subtracts it. Sums are rounded to floats afterwards;
+    attacks on the last bits of floating-point noise (Mironov 2012; Holohan and Braghin 2021) are not covered.
 
     Args:
-        key: 32 bytes, from the ledger's `begin` only. It is not kept here, only what is derived from it.
+        key: 32 bytes, from the ledger's `begin` only. The object keeps derived keys, not the key itself.
     """
 
     __slots__ = ("_masks", "_noise", "_sampling")
@@ -42,8 +42,8 @@ class GrantRandomness:
     def normals(self, count: int) -> NDArray[np.float64]:
         """The next `count` standard normals of the noise stream.
 
-        Each takes 64 bits: one for the sign, 63 for a uniform u strictly inside (0, 1/2], whose inverse normal CDF is
-        the size. So both tails reach 9 deviations, and no value is infinite. (A 53-bit uniform shifted by half
+        Each normal takes 64 bits: one for the sign, 63 for a uniform u strictly inside (0, 1/2], whose inverse normal
+        CDF is the size. So both tails reach 9 deviations, and no value is infinite. (A 53-bit uniform shifted by half
         a step rounds to 1.0 at its upper end, which would be an infinite normal.)
         """
         if count < 0:
@@ -62,7 +62,7 @@ class GrantRandomness:
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         """The next draw: each of `count` units enters on its own with probability `rate`.
 
-        Depends on the key, `count`, `rate` and the number of earlier draws only, never on data.
+        The draw depends on the key, `count`, `rate` and the number of earlier draws only, never on data.
         """
         if count < 0:
             raise ValueError(f"count must be >= 0, got {count}")
@@ -108,19 +108,18 @@ class _KeyStream:
 
 
 def site_key() -> bytes:
-    """A fresh key from the operating system's randomness: what a site uses."""
+    """A fresh key from the operating system's randomness, for real sites."""
     return secrets.token_bytes(KEY_BYTES)
 
 
 def simulated_key(run_seed: int, client: int, counter: int, binding: str) -> bytes:
-    """A key that can be made again, for simulations only: reports must say "simulated: noise reproducible".
+    """A reproducible key, for simulations only: reports must say "simulated: noise reproducible".
 
     Args:
-        run_seed: Of the run.
+        run_seed: Seed of the run.
         client: Partition of the client.
-        counter: Of the grant in the client's ledger.
-        binding: Digest of what the grant binds, so that other data, another plan or order never meets the
-            same noise.
+        counter: Counter of the grant in the client's ledger.
+        binding: Digest of the data, plan and order that the grant binds, so that others never meet the same noise.
     """
     key = b"fedsynth: simulated, noise reproducible"
     for part in (str(run_seed), str(client), str(counter), binding):
@@ -129,9 +128,9 @@ def simulated_key(run_seed: int, client: int, counter: int, binding: str) -> byt
 
 
 def data_mac(key: bytes, corpus: Corpus) -> str:
-    """Keyed MAC (hex HMAC-SHA256) of prompts, answers and units in order: tells whether data changed.
+    """Keyed MAC (hex HMAC-SHA256) of prompts, answers and units in order: it changes if the data change.
 
-    A plain hash would let whoever sees it test guesses of the text.
+    A plain hash would let its readers test guesses of the text.
     """
     mac = hmac.new(key, digestmod=hashlib.sha256)
     columns = [corpus.prompts, corpus.answers]

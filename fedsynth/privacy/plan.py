@@ -1,4 +1,4 @@
-"""What a training under DP-SGD is planned to be, and the epsilon it costs."""
+"""The plan of a training under DP-SGD, and the epsilon that it costs."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _RELATIONS = {
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
 }
 
-FINE = 1e-4  # grid of privacy losses for every figure that is reported; PLD rounds up, so each is an upper bound
+FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
 ROUGH = 1e-2  # while searching for budgets above 20, and for group_epsilon's mixtures, a hundred times slower
 SMALLEST_SIGMA = 0.05  # below, epsilon is in the thousands, and PLD takes minutes to say so
-# What bounds the time and memory of a plan, which a server chooses and a site computes: some seconds, half a gigabyte.
-_LOSSES, _STEP_LOSSES = 3e6, 2e5  # most points of a grid: of all steps together, of one; where it is coarser than FINE
-_USELESS = 0.05  # a grid that coarse says no more than RDP
-_MOST_KINDS = 32  # of steps that are composed by PLD, each some tenths of a second; beyond, RDP too
+# Bounds on the time and memory of a plan, which a server chooses and a site computes: some seconds, half a gigabyte.
+_LOSSES, _STEP_LOSSES = 3e6, 2e5  # most points of a grid, for all steps and for one; beyond, it is coarser than FINE
+_USELESS = 0.05  # a grid this coarse is no better than RDP
+_MOST_KINDS = 32  # kinds of steps that PLD composes, each in some tenths of a second; beyond, RDP too
 
 
 class BudgetTooSmall(ValueError):
-    """No noise that is allowed makes the training fit the budget."""
+    """No allowed noise makes the training fit the budget."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent: (epsilon, delta) under zero-out adjacency, one unit replaced by an empty one.
+    """A limit of spending: (epsilon, delta) under zero-out adjacency, one unit replaced by an empty one.
 
     Raises:
         ValueError: If epsilon is not finite and positive, or delta is not in `MIN_DELTA` .. 1, exclusive.
     """
 
     epsilon: float
-    delta: float = 1e-5  # docs/privacy.md: n^-1.1 of a small n is no delta to print
+    delta: float = 1e-5  # docs/privacy.md: n^-1.1 is too large for a small n
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -67,12 +67,12 @@ class DPPlan:
 
     Attributes:
         records: Declared, public number of units n; the real count changes nothing here.
-        expected_batch: Expected number of units in a Poisson draw; also what the noisy sum is divided by.
+        expected_batch: Expected number of units in a Poisson draw; the noisy sum is divided by it.
         steps: Noisy steps of one round. Empty batches count.
         rounds: Rounds with fresh access to the private data.
         clip_norm: L2 norm C to which a unit's gradient is clipped.
         noise_multiplier: Standard deviation of the noise on the sum, in units of C.
-        delta: At which epsilon is stated.
+        delta: The delta at which epsilon is stated.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -113,12 +113,12 @@ class DPPlan:
 
     @property
     def round_event(self) -> dp_event.DpEvent:
-        """What one round does, in the accountant's words."""
+        """One round in the accountant's terms."""
         return _steps_event(self.sampling_rate, self.noise_multiplier, self.steps)
 
     @property
     def event(self) -> dp_event.DpEvent:
-        """What all rounds do, in the accountant's words."""
+        """All rounds in the accountant's terms."""
         return _steps_event(self.sampling_rate, self.noise_multiplier, self.total_steps)
 
     def to_dict(self) -> dict[str, int | float]:
@@ -159,22 +159,22 @@ def plan(
     """The plan with the least noise that keeps all rounds within the budget.
 
     The noise multiplier is the smallest multiple of 0.001 whose PLD epsilon on the fine grid is at most the
-    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`. It takes seconds, whatever
-    is asked.
+    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`. The search takes
+    seconds for any input.
 
     Args:
-        budget: Of all rounds together.
+        budget: The budget of all rounds together.
         records: Declared number of units.
         expected_batch: Expected number of units per step.
-        steps: Per round.
-        rounds: With access to the private data.
-        clip_norm: Does not change epsilon: the noise is in its units.
-        max_noise_multiplier: Beyond it training learns nothing, and the plan is refused.
+        steps: Steps of one round.
+        rounds: Rounds with access to the private data.
+        clip_norm: L2 norm C; it does not change epsilon, as the noise is in its units.
+        max_noise_multiplier: The most noise; beyond it training learns nothing, and the plan is refused.
 
     Raises:
         BudgetTooSmall: If more noise than `max_noise_multiplier` would be needed.
-        ValueError: If a number is outside its range: also more than `MAX_STEPS` steps of all rounds, or a
-            `max_noise_multiplier` above `MAX_SIGMA`.
+        ValueError: If a number is outside its range, all rounds have more than `MAX_STEPS` steps, or
+            `max_noise_multiplier` is above `MAX_SIGMA`.
     """
     # The noise of this draft is replaced below; building it checks the other numbers first.
     draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta)
@@ -205,8 +205,8 @@ def epsilon(
     """Epsilon at `delta` by privacy loss distributions: an upper bound, `inf` if there is none.
 
     Args:
-        event_or_plan: A plan stands for all its rounds.
-        delta: Inside (0, 1).
+        event_or_plan: A plan, which stands for all its rounds, or an event.
+        delta: The delta, inside (0, 1).
         relation: zero_out: one unit replaced by an empty one, n fixed. replace_one: by any other unit.
         grid: Step at which privacy losses are rounded up.
     """
@@ -222,7 +222,8 @@ def composed_epsilon(
 ) -> float:
     """Epsilon at `delta` of several plans on the same data, fixed in advance, each with all its rounds; 0 for none.
 
-    By privacy loss distributions, on a coarser grid where they would take minutes; beyond, the larger bound by RDP.
+    It uses privacy loss distributions, on a coarser grid where they would take minutes; beyond, the larger bound by
+    RDP.
     """
     _check_delta(delta)
     steps: dict[tuple[float, float], int] = {}
@@ -233,10 +234,10 @@ def composed_epsilon(
 
 
 def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
-    """Epsilon at `delta` for `size` rows of one person, where the plan's unit is the row: an upper bound.
+    """Epsilon at `delta` for `size` rows of one person, if the plan's unit is the row: an upper bound.
 
     Each of the rows is drawn on its own, so a step holds Binomial(size, q) of them and the sum moves by at
-    most that many C. That is a mixture of Gaussians (Choquette-Choo et al., arXiv 2310.15526, corollary 4.7: the
+    most that many C. The result is a mixture of Gaussians (Choquette-Choo et al., arXiv 2310.15526, corollary 4.7: the
     norms of the shifts give the dominating pair), composed over the steps. Scaling epsilon by `size`, or drawing
     the rows together, would be far larger (34 and 57 in place of 18.5 for two rows at epsilon 8, q 0.125).
     Zero-out adjacency: all rows of the person become empty.
@@ -251,21 +252,21 @@ def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a report says of a run's privacy, with the figures that stand beside epsilon.
+    """A report's statement of a run's privacy, with the figures that belong to epsilon.
 
     Attributes:
         guarantee: "none" if anything left without a mechanism; epsilon is None then.
-        epsilon: Of all rounds, zero-out adjacency.
-        delta: Of every epsilon here.
+        epsilon: Epsilon of all rounds, zero-out adjacency.
+        delta: The delta of every epsilon here.
         epsilon_replace_one: The same for a unit replaced by any other one.
-        epsilon_rows: Where the unit is a row: epsilon for 2, 5 and 10 rows of one person. Empty for persons.
-        unit: What is protected: "row", "patient", ...
-        rows_per_unit: At most so many rows of a unit count.
+        epsilon_rows: Epsilon for 2, 5 and 10 rows of one person, if the unit is a row. Empty for persons.
+        unit: The privacy unit: "row", "patient", ...
+        rows_per_unit: The most rows of a unit that count.
         sigma: Noise multiplier.
-        sampling_rate: Of the units, per step.
-        steps: Of all rounds.
-        clip_norm: Of a unit's gradient.
-        simulated: The noise comes from a run seed and is reproducible: a statement about a hypothetical site.
+        sampling_rate: Probability of each unit in each step.
+        steps: Steps of all rounds.
+        clip_norm: L2 norm to which a unit's gradient is clipped.
+        simulated: True if the noise comes from a run seed and is reproducible: a statement about a hypothetical site.
     """
 
     guarantee: Literal["dp", "none"]
@@ -286,7 +287,7 @@ class Statement:
             raise ValueError(f"guarantee {self.guarantee!r} cannot stand beside epsilon {self.epsilon}")
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: row counts become text, and an infinite figure the text "inf"."""
+        """Values for JSON: row counts become text, and an infinite figure the text "inf"."""
         values = asdict(self)
         values["epsilon_rows"] = {str(rows): _finite(figure) for rows, figure in self.epsilon_rows.items()}
         values["epsilon_replace_one"] = _finite(self.epsilon_replace_one)
@@ -318,16 +319,16 @@ def statement(
     rows: Iterable[int] = ROWS_OF_A_PERSON,
     simulated: bool = False,
 ) -> Statement:
-    """The statement of a plan that is run whole; of no plan: no guarantee.
+    """The statement of a plan that runs whole; without a plan, the statement that there is no guarantee.
 
     Args:
-        plan: None for a run in which anything leaves without a mechanism.
-        delta: Only where there is no plan; else the plan's.
-        unit: "row" if rows are declared independent, else the name of what is protected.
-        rows_per_unit: At most so many rows of a unit count.
-        rows: For which numbers of rows of one person epsilon is given too; ignored unless the unit is a row.
+        plan: The plan; None for a run in which anything leaves without a mechanism.
+        delta: The delta if there is no plan; a plan has its own.
+        unit: "row" if rows are declared independent, else the name of the privacy unit.
+        rows_per_unit: The most rows of a unit that count.
+        rows: Numbers of rows of one person for which the statement has epsilon, too; ignored unless the unit is a row.
             The figures take seconds each and are cached.
-        simulated: Whether the noise is reproducible.
+        simulated: True if the noise is reproducible.
     """
     if plan is None:
         return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
@@ -368,7 +369,7 @@ def _composed(pieces: tuple[tuple[float, float, int], ...], delta: float, relati
 
 
 def _largest_loss(sigma: float) -> float:
-    """Of one step, but for outcomes that are eight deviations off."""
+    """The largest loss of one step, except for outcomes that are eight deviations off."""
     return (0.5 + 8 * sigma) / sigma**2
 
 
@@ -389,7 +390,7 @@ def _group(size: int, sampling_rate: float, sigma: float, steps: int, delta: flo
 def _smallest_sigma(
     target: float, delta: float, sampling_rate: float, steps: int, most_thousandths: int
 ) -> float | None:
-    """Smallest sigma in thousandths that meets the target on the fine grid; None if it lies above the most."""
+    """Smallest sigma in thousandths that meets the target on the fine grid; None if it lies above the most allowed."""
 
     def fits(thousandths: int, grid: float) -> bool:
         return _composed(((sampling_rate, thousandths / 1000, steps),), delta, "zero_out", grid) <= target
@@ -415,7 +416,7 @@ def _smallest_sigma(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle, grid) else (middle, high)
     # The coarse bound is above the fine one, so `high` holds on the fine grid, and slightly less noise may too.
-    # Above a target of 20 that is not worth the seconds per figure; there sigma may be 0.001 above the smallest.
+    # Above a target of 20 the search is not worth seconds per figure; there sigma may be 0.001 above the smallest.
     step = 1
     while target <= 20 and high - step >= least and fits(high - step, FINE):
         high, step = high - step, step * 2
@@ -428,7 +429,7 @@ def _smallest_sigma(
 
 
 def _enough(target: float, delta: float, sampling_rate: float, steps: int, least: int, most: int) -> int:
-    """Thousandths from which on RDP meets the target, and PLD hence too; the most where RDP does not."""
+    """Thousandths from which on RDP, and hence PLD, meets the target; the most if RDP never does."""
     low, high = least - 1, most
     while high - low > 1:
         middle = (low + high) // 2
@@ -438,7 +439,7 @@ def _enough(target: float, delta: float, sampling_rate: float, steps: int, least
 
 
 def _noise_beyond(target: float, delta: float, sampling_rate: float, steps: int, most: float) -> str:
-    """For the message of a refusal: the noise that the target would take, by RDP."""
+    """The noise that the target would take, by RDP, for the message of a refusal."""
     sigma = most
     while sigma < 1024 * most:
         sigma *= 1.02

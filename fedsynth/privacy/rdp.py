@@ -1,4 +1,4 @@
-"""Rényi differential privacy of noisy steps: figures that add up, order by order, within microseconds."""
+"""Rényi differential privacy of noisy steps; its figures add up, order by order, within microseconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.rdp import RdpAccountant
 
-# Whole orders alone: their RDP is a finite sum, while the series of others does not always end.
+# Whole orders only: their RDP is a finite sum, while the series of others does not always end.
 ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256, 512)
-_ROUNDING = 1e-13  # per step: more than what is lost to rounding, so that nothing is free
+_ROUNDING = 1e-13  # per step: more than the rounding error, so that no step is free
 
 
 @functools.lru_cache(maxsize=16384)
@@ -23,9 +23,9 @@ def of_step(sampling_rate: float, sigma: float, order: int) -> float:
 
 
 def above_epsilon(order: int, delta: float) -> float:
-    """How far RDP of an order may lie above an epsilon that holds at delta; negative for small delta.
+    """The most that RDP of an order may exceed an epsilon that holds at delta; negative for small delta.
 
-    Canonne, Kamath and Steinke 2020, proposition 12: it holds for each order by itself, whatever the distributions.
+    Canonne, Kamath and Steinke 2020, proposition 12: it holds for each order by itself and for all distributions.
     """
     return math.log(delta * order) / (order - 1) - math.log1p(-1 / order)
 
@@ -33,7 +33,8 @@ def above_epsilon(order: int, delta: float) -> float:
 def bound(pieces: Iterable[tuple[float, float, int]], delta: float) -> float:
     """Epsilon at delta of pieces (sampling rate, sigma, steps) that were fixed in advance: an upper bound.
 
-    Some tenths of it above that of privacy loss distributions, where an order fits; it takes no time and no memory.
+    If an order fits, the bound lies some tenths of epsilon above that of privacy loss distributions. It takes no time
+    and no memory.
     """
     steps = list(pieces)
     return max(

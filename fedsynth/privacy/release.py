@@ -1,4 +1,4 @@
-"""Where text made from private text becomes releasable: the only place that says so."""
+"""The only place where a result made from private text becomes releasable."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ V = TypeVar("V", Corpus, Adapter, Scores)
 
 
 class NotReleasable(RuntimeError):
-    """What was asked to leave carries no guarantee, or not the one it claims."""
+    """A value that was to leave carries no guarantee, or not the one it claims."""
 
 
 @dataclass(frozen=True)
 class DPTrained(Generic[M]):
-    """A model trained under a grant, with the receipt of what ran.
+    """A model trained under a grant, with the receipt of the training.
 
     Attributes:
-        model: Whatever the trainer made.
+        model: The trainer's result.
         plan: The plan that the trainer read.
         grant: The grant that paid for this round.
         steps_run: Noisy steps that ran, empty batches included.
@@ -41,7 +41,7 @@ class DPTrained(Generic[M]):
 
 @dataclass(frozen=True)
 class Trained(Generic[M]):
-    """A model that saw private text without a mechanism, and why."""
+    """A model that saw private text without a mechanism, and the reason."""
 
     model: M
     reason: str
@@ -52,18 +52,18 @@ def release(trained: DPTrained[M], prompts: Sequence[str], answers: Sequence[str
 
     Args:
         trained: The receipt; nothing else is accepted.
-        prompts: Written by `trained.model` from public prompts, or public.
-        answers: One per prompt; the same.
+        prompts: Public prompts, or prompts that `trained.model` wrote from public ones.
+        answers: One answer per prompt, of the same origin.
 
     Raises:
-        NotReleasable: If the receipt is none, or says something else ran than was planned and paid for.
+        NotReleasable: If `trained` is no receipt, or the training was not the planned and paid one.
     """
     _check_receipt(trained)
     return Corpus(tuple(prompts), tuple(answers), Provenance.DP_SYNTHETIC, grants=(trained.grant.id,))
 
 
 def release_adapter(trained: DPTrained[M], adapter: Adapter) -> Adapter:
-    """The weights of a model trained under a grant, now free to leave: the release that its text is made from.
+    """The weights of a model trained under a grant, now free to leave: the release behind its text.
 
     Raises:
         NotReleasable: As `release`.
@@ -73,11 +73,11 @@ def release_adapter(trained: DPTrained[M], adapter: Adapter) -> Adapter:
 
 
 def release_scores(trained: DPTrained[M], values: Sequence[float]) -> Scores:
-    """What a model trained under a grant thinks of the server's texts: post-processing of the training.
+    """Scores of the server's texts by a model trained under a grant: post-processing of the training.
 
     Args:
-        trained: Its receipt; or, for noised scores, that of the Gaussian mechanism that let the vector out.
-        values: One per text, in order; computed with `trained.model` and the server's texts alone.
+        trained: The model's receipt; for noised scores, the receipt of the Gaussian mechanism that released the vector.
+        values: One score per text, in order, computed from `trained.model` and the server's texts alone.
 
     Raises:
         NotReleasable: As `release`.
@@ -96,22 +96,22 @@ def _check_receipt(trained: DPTrained[M]) -> None:
 
 
 def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run: str, reason: str, allowed: bool) -> V:
-    """Text, weights or scores that leave without any guarantee: logged, and charged as a non-private event for ever.
+    """Releases text, weights or scores without any guarantee: it logs and charges them as a non-private event for ever.
 
     Args:
         trained: A model that saw private text without a mechanism.
-        value: Made by it, or its weights. A corpus must be SELF_GENERATED.
-        ledger: Of the data; its lifetime epsilon becomes infinite.
+        value: The model's output, or its weights. A corpus must be SELF_GENERATED.
+        ledger: The ledger of the data; its lifetime epsilon becomes infinite.
         run: The run that asks.
-        reason: Why; shown on every later report.
-        allowed: Whether this is a simulation, or the site's own policy allows it.
+        reason: The reason, shown on every later report.
+        allowed: True in a simulation, or if the site's own policy allows it.
 
     Returns:
         `value`, without any grant.
 
     Raises:
-        NotReleasable: If it is not allowed, `trained` is not a `Trained`, or the corpus calls itself something else;
-            nothing is charged then.
+        NotReleasable: If the release is not allowed, `trained` is not a `Trained`, or the corpus has another
+            provenance; nothing is charged then.
         ValueError: If there is no reason.
     """
     kind = type(value).__name__.lower()

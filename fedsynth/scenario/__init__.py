@@ -1,1 +1,1 @@
-"""One experiment as data: its schema, its TOML, the page of its keys."""
+"""One experiment as data: its schema, its TOML, and the page of its keys."""

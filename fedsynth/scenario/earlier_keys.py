@@ -15,7 +15,7 @@ _DP_TRAINING = {
     "max_tokens": "max_length",
 }
 
-# The place of an old key, and its new name in the same table.
+# An old key's path -> its new name in the same table.
 RENAMED: Mapping[Sequence[str], str] = {
     **{("client", "generator_training", old): new for old, new in _DP_TRAINING.items()},
     **{("client", "scorer_training", old): new for old, new in _DP_TRAINING.items()},
@@ -33,7 +33,7 @@ RENAMED_OPTIONS: Mapping[Sequence[str], str] = {
 }
 OWN_METHODS = "fedsynth.strategies."
 
-# What earlier versions wrote where nobody had set a key that is gone now, and the way out where somebody had.
+# The default that earlier versions wrote for a removed key, and the way out if a user had set another value.
 REMOVED: Mapping[Sequence[str], tuple[object, str]] = {
     ("client", "task_training", "continued_rate"): (1.0, "a task model learns at its learning_rate throughout"),
     ("participation", "speed_tiers"): ([], "participation.dropout stands for slow clients, too"),
@@ -41,18 +41,18 @@ REMOVED: Mapping[Sequence[str], tuple[object, str]] = {
 
 
 class OldName(FutureWarning):
-    """A key stands under its old name."""
+    """A key has its old name."""
 
 
 def with_new_names(tree: Mapping[str, Any], renamed: Mapping[Sequence[str], str]) -> dict[str, Any]:
-    """A table in which keys stand under their new names.
+    """A table in which keys have their new names.
 
     Args:
-        tree: Of a TOML parser; left as it is.
-        renamed: The place of an old key, and its new name.
+        tree: The output of a TOML parser; it stays as it is.
+        renamed: An old key's path -> its new name.
 
     Raises:
-        BadValue: If a key stands there under both names.
+        BadValue: If the table has a key under both names.
     """
     found = dict(tree)
     for path, new in renamed.items():
@@ -74,10 +74,10 @@ def with_new_names(tree: Mapping[str, Any], renamed: Mapping[Sequence[str], str]
 
 
 def without_removed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A scenario's table, or an arm's, without keys that earlier versions wrote and that said nothing.
+    """A scenario's table, or an arm's, without removed keys that have the default of earlier versions.
 
     Raises:
-        BadValue: If one says something.
+        BadValue: If a removed key has another value.
     """
     found = dict(tree)
     for path, (nothing, instead) in REMOVED.items():
@@ -94,11 +94,11 @@ def as_of_now(tree: Mapping[str, Any], method: str = "") -> dict[str, Any]:
     """A scenario's table, or an arm's, with the keys of this version.
 
     Args:
-        tree: Of a TOML parser.
-        method: What the scenario names as `strategy.use`, where the table itself names none.
+        tree: The output of a TOML parser.
+        method: The scenario's `strategy.use`, if the table itself names none.
 
     Raises:
-        BadValue: If a key stands under both of its names, or one that is gone says something.
+        BadValue: If a key has both of its names, or a removed key has a value other than its default.
     """
     method = str(_at(tree, ("strategy", "use")) or method)
     options = RENAMED_OPTIONS if method.startswith(OWN_METHODS) else {}
@@ -106,7 +106,7 @@ def as_of_now(tree: Mapping[str, Any], method: str = "") -> dict[str, Any]:
 
 
 def _at(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
-    """What stands at a path of tables; None if nothing does."""
+    """The value at a path of tables; None if there is none."""
     found: Any = tree
     for name in path:
         found = found.get(name) if isinstance(found, Mapping) else None
@@ -114,7 +114,7 @@ def _at(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
 
 
 def _copied(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The table at a path, which from now on is the tree's own, as are those above it."""
+    """The table at a path, after it and all tables above it became the tree's own copies."""
     for name in path:
         tree[name] = tree = dict(tree[name])
     return tree

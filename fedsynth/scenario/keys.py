@@ -1,4 +1,4 @@
-"""Every key of a scenario, with its default and what it means: read from the dataclasses that check it."""
+"""Every key of a scenario, with its default and meaning, read from the dataclasses that check it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Key:
     """One key.
 
     Attributes:
-        name: Dotted, as in TOML and for `--set`.
-        kind: What it takes.
-        default: As TOML; "-" where it has to be given, "" where left out it means something of its own.
+        name: Dotted name, as in TOML and for `--set`.
+        kind: The values that it takes.
+        default: The default as TOML; "-" for a required key, "" if `meaning` explains a key that is left out.
         meaning: One or two sentences.
     """
 
@@ -33,7 +33,7 @@ class Key:
 
 
 def keys(kind: type = Scenario, table: str = "") -> Iterator[Key]:
-    """Those of a table and of the tables in it, in the order of the code."""
+    """The keys of a table and of the tables in it, in the order of the code."""
     hints, said = typing.get_type_hints(kind), _attributes(kind)
     for field in dataclasses.fields(kind):
         name = f"{table}{field.name}"
@@ -114,7 +114,7 @@ text."""
 
 
 def page() -> str:
-    """`docs/scenario.md`."""
+    """The text of `docs/scenario.md`."""
     lines = [HEAD, "", "| key | takes | default | meaning |", "|---|---|---|---|"]
     cell = "| `{}` | {} | {} | {} |"
     for key in keys():

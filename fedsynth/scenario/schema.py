@@ -20,12 +20,12 @@ Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
 """Ways to clip gradients per example: `fedsynth.dpsgd`."""
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""Of a frozen base; what is trained, norms, sums and noise are float32 in any case."""
+"""Precision of a frozen base; trained weights, norms, sums and noise are float32 in any case."""
 
 
 @dataclass(frozen=True)
 class StrategyChoice:
-    """Which strategy runs: an importable class, and the options of its `Config`."""
+    """The strategy that runs: an importable class, and the options of its `Config`."""
 
     use: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class StrategyChoice:
 
 @dataclass(frozen=True)
 class TestRows:
-    """Which rows of a data file are held out for testing: those whose `column` equals `equals`."""
+    """Test rows of a data file, which are held out: those whose `column` equals `equals`."""
 
     column: str
     equals: str
@@ -45,30 +45,29 @@ class TestRows:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled data set and how it is divided among clients.
+    """A labelled data set and its division among clients.
 
     Attributes:
         source: `world:NAME` (a simulated world), `hf:NAME` (a Hugging Face data set), or a CSV, JSONL or Parquet file
             or a folder written by `datasets.save_to_disk`, looked up beside the scenario, in the working directory,
-            then in the folder that the environment variable FEDSYNTH_DATA names. Splits of a data set stand in a column
-            `split`.
-        clients: How many; each is one hospital or bank.
+            then in the folder that the environment variable FEDSYNTH_DATA names. The column `split` names the split of
+            a data set.
+        clients: Number of clients; each is one hospital or bank.
         labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
         train_per_client: Simulated worlds: private notes per client.
         test_per_client: Simulated worlds: test notes per client, declared public (docs/privacy.md).
         text: Column of the text.
         label: Column of the class name.
-        task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> response, of
-            which there is no list.
+        task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> free response.
         response: `instructions`: column of the response.
-        notes_per_patient: Simulated worlds: a patient has from 1 to so many of the notes, and is the privacy unit where
-            that is more than 1. The notes are the same.
-        planted: Simulated worlds, `instructions`: every private response ends with a secret of its own, for audits.
-        test: Rows held out for testing; without it a seeded fifth of each client's rows.
+        notes_per_patient: Simulated worlds: a patient has from 1 to this many of the notes. Above 1 the patient is the
+            privacy unit. The notes are the same.
+        planted: Simulated worlds, `instructions`: every private response ends with its own secret, for audits.
+        test: Rows held out for testing; left out, a seeded fifth of each client's rows.
         split: `iid`; `dirichlet` or `pathological`: by label; `natural`: by the values of `client_column`, the first
             `clients` of them in sorted order.
         alpha: `dirichlet`: concentration; the smaller, the more the clients differ.
-        classes_per_client: `pathological`: how many classes each client holds.
+        classes_per_client: `pathological`: number of classes that each client holds.
         client_column: Column whose values are the natural clients.
         unit: Column of the person; left out, rows are declared independent.
         limit: At most so many private units per client, drawn after the split.
@@ -80,14 +79,14 @@ class Data:
         duplicates: `refuse` rejects a text that two clients hold, or that is in training and test text. `drop` keeps
             one copy of each text, also within a client, before the source is divided. Texts are compared as in
             `spellings`.
-        spellings: `refuse` rejects a person or a client in several spellings; `merge` makes each of them one. Case,
-            blanks, composed characters and characters without a glyph make no difference. Labels in several spellings
-            are always refused.
+        spellings: `refuse` rejects a person or a client in several spellings; `merge` counts all its spellings as one.
+            Spellings differ in case, blanks, composed characters and characters without a glyph. Labels in several
+            spellings are always refused.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
         pooled: One client that holds all clients' text: a baseline that only a simulator can build.
-        tuned_on: Clients on which settings were tuned; results are reported without them, too. May name more clients
-            than a smaller run has.
+        tuned_on: Clients on which settings were tuned; results are reported without them, too. The list may name more
+            clients than a smaller run has.
     """
 
     source: str
@@ -174,7 +173,7 @@ class Data:
 
     @property
     def unit_name(self) -> str:
-        """What is protected: the column of persons, a world's patients, or the row."""
+        """The privacy unit: the column of persons, a world's patients, or the row."""
         return self.unit or ("patient" if self.notes_per_patient > 1 else "row")
 
     @property
@@ -185,24 +184,24 @@ class Data:
 
 @dataclass(frozen=True)
 class GeneratorTraining:
-    """How a client fine-tunes its generator: LoRA under DP-SGD (settings tuned on simulated data only).
+    """A client's fine-tuning of its generator: LoRA under DP-SGD (settings tuned on simulated data only).
 
     Attributes:
         expected_batch_size: Expected size of a Poisson batch; the sampling rate is this / declared records.
         steps: Noisy steps of a round, all charged; 100,000 in all rounds at most.
-        learning_rate: Of Adam, decayed linearly to a tenth.
+        learning_rate: Adam's learning rate; it decays linearly to a tenth.
         clip_norm: Bound on the norm of one unit's gradient.
         rank: LoRA rank.
         alpha: LoRA scale is alpha / rank.
         max_length: Longest example in tokens, label or instruction and end of text included.
-        max_physical_batch_size: Examples per forward pass; bounds memory, does not change results.
-        loss_on: Instructions: the loss is on the whole `record` (a model that writes instructions needs that), or on
-            the `response` only.
-        rows_per_unit: At most so many rows of a unit count, its first ones; their gradients are clipped together.
-        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` are there to compare with, `ghost` without a guarantee.
-        precision: Of the generator's frozen base. `auto` is float32 under `dp`, where `bfloat16` is refused: in it no
-            clip norm bounds what a text moves. Else `auto` is bfloat16 on CPUs that compute in it where the model is
-            wide enough for that to pay: name one where arms or machines are compared. A scorer is float32.
+        max_physical_batch_size: Examples per forward pass; it bounds memory and does not change results.
+        loss_on: Instructions: loss on the whole `record` (needed if the model will write instructions) or on the
+            `response` only.
+        rows_per_unit: The most rows of a unit that count, its first ones; their gradients are clipped together.
+        clipping: Engine of DP-SGD; Opacus' `hooks` and `ghost` serve for comparison, `ghost` without a guarantee.
+        precision: Precision of the generator's frozen base. `auto` is float32 under `dp`. `dp` refuses `bfloat16`, as
+            no clip norm then bounds the influence of a text. Without `dp`, `auto` is bfloat16 on CPUs that compute in
+            it, if the model is wide enough to gain; name a precision to compare arms or machines. A scorer is float32.
     """
 
     expected_batch_size: Count = 50
@@ -226,15 +225,15 @@ class GeneratorTraining:
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the server trains an adapter on text that is free to use (supervised fine-tuning).
+    """The server's training of an adapter on text that is free to use (supervised fine-tuning).
 
     Attributes:
         epochs: Passes over the text.
         batch: Examples per step.
-        learning_rate: Of AdamW, decayed linearly to a tenth.
+        learning_rate: AdamW's learning rate; it decays linearly to a tenth.
         max_length: Longest example in tokens.
-        max_grad_norm: Longer gradients of a step are shortened to this.
-        rank: LoRA rank, where a new adapter is made.
+        max_grad_norm: Longer gradients of a step are shortened to this norm.
+        rank: LoRA rank of a new adapter.
         alpha: LoRA scale is alpha / rank.
     """
 
@@ -265,11 +264,11 @@ class TaskTraining:
         batch: Examples per step.
         augmented_epochs: Passes over the server's text, unless it is mixed with private text.
         private_epochs: Passes over the private text.
-        learning_rate: Of AdamW while training from the pretrained model.
-        head_rate: The new head learns so many times as fast as the pretrained layers, where all is trained.
-        token_dropout: Chance that a token is hidden during training (where all of the model is trained).
-        weight_decay: Of AdamW.
-        max_grad_norm: Longer gradients of a step are shortened to this: a single bad step can undo a small model.
+        learning_rate: AdamW's learning rate for training from the pretrained model.
+        head_rate: Learning rate of the new head relative to that of the pretrained layers, if `trains` is `all`.
+        token_dropout: Chance that a token is hidden during training, if `trains` is `all`.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: Longer gradients of a step are shortened to this norm: one bad step can undo a small model.
         max_length: Longest text in tokens.
         trains: `all` of the model, or its `head` alone, on the mean of a frozen model's hidden states: for pretrained
             encoders where training all of them would take too long. Or a baseline that nothing is trained of:
@@ -304,27 +303,27 @@ class TaskTraining:
 
 @dataclass(frozen=True)
 class Client:
-    """What a client runs. A site's own policy may be stricter, never looser.
+    """A client's models and training. A site's own policy may be stricter, never looser.
 
     Attributes:
         generator: Causal or seq2seq model: `assets:NAME`, `models:NAME`, a folder, or a Hugging Face name, also
             `org/name@revision`.
-        task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: there the
-            generator itself, with an adapter, is what learns to respond.
-        task_models: Client k has the task model k % n of these n instead: architectures and tokenizers may differ.
+        task_model: Model of any kind that becomes a classifier, named likewise. Instructions need none: the generator
+            itself learns to respond, with an adapter.
+        task_models: Client k has the task model k % n of these n instead; architectures and tokenizers may differ.
         guarantee: `dp`, or `none` for a run without any guarantee (the report says so in words).
-        budget: Epsilon and delta of this run: all rounds, all releases.
+        budget: Epsilon and delta of this run, for all rounds and all releases.
         max_noise_multiplier: A budget that needs more noise than this is refused before any training; 1000 at most.
         generator_training: DP-SGD settings.
         task_training: Task model settings.
         answer_tokens: Instructions: longest response at evaluation.
-        scores: Under `dp`, what protects scores of the server's texts (CrossLM). `model`: a classifier of its own,
-            trained once under DP-SGD, gives those of all rounds. `noise`: the task model gives them, and each round's
-            list is clipped to `score_norm` and gets Gaussian noise; what is protected is the client's data as a whole.
+        scores: Protection of scores of the server's texts under `dp` (CrossLM). `model`: a separate classifier,
+            trained once under DP-SGD, gives the scores of all rounds. `noise`: the task model gives them; each round's
+            list is clipped to `score_norm` and gets Gaussian noise, and the privacy unit is the client's whole data.
         scorer_training: `scores = "model"`: DP-SGD settings; `loss_on` and `precision` have no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
-        stacked: Simulations: the adapters of so many clients train in one pass of the model, each on its own text; left
-            out, of as many as that pays for. Results are the same but for rounding.
+        stacked: Simulations: number of clients whose adapters train in one pass of the model, each on its own text;
+            left out, a number for which stacking pays. Results are the same except for rounding.
     """
 
     generator: str
@@ -361,7 +360,7 @@ class Client:
             raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
 
     def plan(self, records: int, rounds: int = 1) -> DPPlan:
-        """The schedule of a client's DP training: what is charged, what is run, what is reported.
+        """The schedule of a client's DP training; it is charged, run and reported.
 
         Args:
             records: Declared, public number of privacy units.
@@ -374,15 +373,15 @@ class Client:
         return self._plan(self.generator_training, records, rounds)
 
     def score_plan(self, records: int, rounds: int = 1) -> DPPlan:
-        """The schedule of what protects a client's scores in all rounds.
+        """The schedule of the mechanism that protects a client's scores in all rounds.
 
-        `model`: one training; what its model says of texts in later rounds is post-processing. `noise`: one Gaussian
-        mechanism a round on the client's data as a whole. All scores may change with it, from one list within
-        `score_norm` to another, so that the plan's clip norm is twice that: two lists are no further apart.
+        `model`: one training; its model's scores in later rounds are post-processing. `noise`: one Gaussian mechanism
+        a round on the client's data as a whole. Other data may change all scores, from one list within `score_norm` to
+        another. Two such lists are at most twice `score_norm` apart, and that is the plan's clip norm.
 
         Args:
             records: Declared, public number of privacy units.
-            rounds: Of the run.
+            rounds: Rounds of the run.
 
         Raises:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
@@ -407,8 +406,7 @@ class Client:
         )
 
     def of(self, index: int) -> Client:
-        """What the client `index` runs: this, with its own one of `task_models`, and with what `precision = "auto"` is
-        under a guarantee."""
+        """The settings of the client `index`: its own one of `task_models`, float32 for "auto" under a guarantee."""
         own, training = self, self.generator_training
         if self.guarantee == "dp" and training.precision == "auto":
             own = replace(own, generator_training=replace(training, precision="float32"))
@@ -421,11 +419,11 @@ class Endpoint:
 
     Attributes:
         endpoint: Address up to and with the version, as `http://127.0.0.1:8000/v1`.
-        model: Its name there.
-        key_env: Environment variable that holds the key, where one is needed; never the key itself.
-        api: `completions` goes on after a prompt (a base LLM); `chat` puts each prompt as one user message.
+        model: The model's name at the server.
+        key_env: Environment variable that holds the key, if one is needed; never the key itself.
+        api: `completions` continues a prompt (a base LLM); `chat` sends each prompt as one user message.
         timeout: Seconds to wait for an answer.
-        retries: How often a request is repeated that got no answer, 429 or 5xx.
+        retries: Number of times that a request is repeated after no answer, 429 or 5xx.
         concurrency: Requests at once.
     """
 
@@ -442,7 +440,7 @@ class Endpoint:
         if not self.model:
             raise BadValue("model is empty: name the model that the endpoint serves")
         if self.key_env is not None and not self.key_env.isidentifier():
-            # Not repeated: whoever mistakes the field puts the key itself here.
+            # Not repeated: a user who mistakes the field puts the key itself here.
             raise BadValue(
                 "key_env must name an environment variable, as OPENAI_API_KEY; a key is no part of a scenario"
             )
@@ -468,22 +466,22 @@ def host_of(endpoint: str) -> str:
 
 @dataclass(frozen=True)
 class Server:
-    """What the server runs.
+    """The server's models and limits.
 
     Attributes:
         llm: Causal or seq2seq model, named as a client's, or an endpoint.
-        adapter: LoRA of the llm that it starts with: `assets:NAME`, or a folder in PEFT format. Layers that it does not
-            adapt stay as they are; what its configuration says beyond that is used as PEFT does, or refused by name.
-        embedder: Model whose sentence embeddings put like drafts together, named as a client's; left out: the LLM
-            itself, which no endpoint can be.
-        timeout: How long one exchange may take before the run ends with a reason.
-        start_seconds: Simulations: how long SuperLink, Ray and the SuperNodes may take to be there. What has died is
-            noticed at once: this clock is for a machine so busy that nothing gets on.
+        adapter: LoRA that the llm starts with: `assets:NAME`, or a folder in PEFT format. Layers without LoRA weights
+            stay as they are; other keys of its configuration are used as PEFT does, or refused by name.
+        embedder: Model whose sentence embeddings group similar drafts, named as a client's; left out, the LLM itself.
+            An endpoint cannot embed.
+        timeout: Seconds that one exchange may take before the run ends with a reason.
+        start_seconds: Simulations: seconds until SuperLink, Ray and the SuperNodes must be ready. A dead process is
+            noticed at once: this limit is for a machine so busy that nothing proceeds.
         quorum: Share of the asked clients that must answer.
-        professional: The model that judges and responds, KnowledgeSG's; left out: the LLM.
+        professional: KnowledgeSG's model that judges and responds; left out, the LLM.
         public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
-            a .txt with one per line). CrossLM measures the LLM on them; on those with a `label` of the list, also how
-            often it tells the label.
+            a .txt with one per line). CrossLM measures the LLM's perplexity on them, and its label accuracy on those
+            with a `label` of the list.
     """
 
     llm: str | Endpoint
@@ -511,9 +509,9 @@ class Participation:
     """Clients of a simulation that are away or leave. The server's own time limit is `server.timeout`.
 
     Attributes:
-        availability: Chance of a client to be there in a round; who is not is not asked, and spends nothing.
-        dropout: Chance of a client to leave an exchange before its answer arrives. What it spent is spent.
-        seed: Of who is away and who leaves; the run's seed enters, too.
+        availability: Chance that a client is available in a round; other clients are not asked and spend nothing.
+        dropout: Chance that a client leaves an exchange before its answer arrives. Its spending counts.
+        seed: Seed of absences and departures; the run's seed enters, too.
     """
 
     availability: Share = 1.0
@@ -527,7 +525,7 @@ class Participation:
 
     @property
     def loses(self) -> bool:
-        """Whether any client's answer can be missing."""
+        """True if any client's answer can be missing."""
         return self.availability < 1 or self.dropout > 0
 
 
@@ -536,11 +534,11 @@ class Scenario:
     """One experiment.
 
     Attributes:
-        name: Names the run directory.
-        seeds: Public seeds; each is a world of its own.
+        name: Name of the run directory.
+        seeds: Public seeds; each gives a world of its own.
         rounds: Rounds of the strategy.
         arms: Variants: name -> overrides of the other tables.
-        run: The arms that run unless others are asked for; left out: all.
+        run: The arms that run by default; left out, all.
         participation: Clients that are away or leave.
         task: The task card: how the task and its labels are put into words.
     """
@@ -561,7 +559,7 @@ class Scenario:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise BadValue(f"seeds must be distinct whole numbers >= 0, at least one, got {list(self.seeds)}")
         in_range(self)
-        # Before anything is planned: that many steps would take a client minutes and gigabytes to plan for.
+        # Before any planning: a plan of so many steps would take a client minutes and gigabytes.
         for training, rounds in (("generator_training", self.rounds), ("scorer_training", 1)):
             if (steps := getattr(self.client, training).steps) * rounds > MAX_STEPS:
                 times = f"{steps:,} in each of {rounds:,} rounds" if rounds > 1 else f"{steps:,}"
@@ -587,7 +585,7 @@ class Scenario:
 
     @property
     def stack(self) -> int:
-        """How many clients' adapters train in one pass; unless it is named, there are at least eight such stacks."""
+        """Number of clients whose adapters train in one pass; by default there are at least eight such stacks."""
         clients, training = 1 if self.data.pooled else self.data.clients, self.client.generator_training
         if training.clipping != "bookkeeping":
             return 1
@@ -597,7 +595,7 @@ class Scenario:
         return self.client.stacked or max(1, min(pays if pays >= 4 else 1, clients // 8))
 
 
-STACK_TOKENS = 1024  # of a step of a stack: beyond, one pass takes as long as many (docs/results.md)
+STACK_TOKENS = 1024  # tokens in a step of a stack: beyond, one pass takes as long as many (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -609,6 +607,6 @@ class Cell:
     scenario: Scenario
 
     def public_seed(self, purpose: str, *, round: int = 0, client: int = -1) -> int:
-        """A public random stream of its own for each purpose; the arm does not enter, so that arms are paired."""
+        """A separate public seed for each purpose; the arm does not enter, so that arms are paired."""
         text = f"{self.seed}/{round}/{client}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

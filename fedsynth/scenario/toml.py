@@ -17,7 +17,7 @@ from fedsynth.typed import BadValue, build, plain, toml_file
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
-    """A scenario from what a TOML parser returned; every arm is resolved once, so that its keys are checked, too."""
+    """A scenario from a TOML parser's output; every arm is resolved once, so that its keys are checked, too."""
     tree = as_of_now(tree)
     choice = tree.get("strategy")
     method = str(choice.get("use", "")) if isinstance(choice, Mapping) else ""
@@ -44,7 +44,7 @@ def from_toml(text: str, where: str = "scenario") -> Scenario:
     """A scenario from TOML text.
 
     Raises:
-        BadValue: With the place and the reason.
+        BadValue: If the text is not valid; the message names the place and the reason.
     """
     try:
         return from_tree(tomllib.loads(text))
@@ -62,7 +62,8 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
         sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
 
     Raises:
-        BadValue: If there is none, or it is not valid; the message names file, key and the nearest right one.
+        BadValue: If there is no such scenario, or it is not valid; the message names file, key and the nearest valid
+            key.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -100,10 +101,11 @@ TEXTS = (("data", "source"), ("server", "public"))
 
 
 def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Files and folders that stand beside the scenario, in the working directory, or (data) in FEDSYNTH_DATA.
+    """A table with absolute paths of files and folders beside the scenario, in the working directory, or (data) in
+    FEDSYNTH_DATA.
 
-    Flower's processes have working directories of their own, so relative paths would lead elsewhere there. A name that
-    is found nowhere stays as it is: a shipped model, a Hugging Face name, or an error of the check before a run.
+    Flower's processes have other working directories, where relative paths would lead elsewhere. A name that is found
+    nowhere stays as it is: a shipped model, a Hugging Face name, or an error that the check before a run reports.
     """
     found = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
 
@@ -159,7 +161,7 @@ def _tree(scenario: Scenario) -> dict[str, Any]:
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> dict[str, Any]:
-    """`over` on top of `base`, table by table; what belongs to a strategy or split goes where `over` names another."""
+    """`over` on top of `base`, table by table; options of a strategy or split go if `over` names another one."""
     merged = dict(base)
     if key == "data" and "split" in over and over["split"] != base.get("split"):
         merged = {name: value for name, value in merged.items() if name not in ("alpha", "classes_per_client")}
@@ -167,7 +169,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> d
         merged = {}
     moves = "endpoint" in over and over["endpoint"] != base.get("endpoint")
     if key in ("server.llm", "server.professional") and moves:
-        merged = {}  # above all key_env: one server's key is not for another
+        merged = {}  # above all key_env: one server's key must not reach another
     for name, value in over.items():
         old = merged.get(name)
         both = isinstance(value, Mapping) and isinstance(old, Mapping)

@@ -1,1 +1,1 @@
-"""Texts that a model writes: asked for, judged, kept or dropped, and learnt from."""
+"""Texts that a model writes: prompts for them, their judgement and curation, and learning from them."""

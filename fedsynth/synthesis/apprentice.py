@@ -1,4 +1,4 @@
-"""What a server does with a client's adapter: lets it write records, and trains it on."""
+"""The server's use of a client's adapter: it writes records and is trained further."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def write(
     *,
     seed: int,
 ) -> Filtered:
-    """Records that a model writes from the bare header of an instruction; no example is shown to it.
+    """Records that a model writes from the bare header of an instruction, without any example.
 
     Args:
         engine: Asks the model.
-        base: Name of the model that the adapter belongs to.
-        adapter: Its guarantee is that of the records: they are post-processing.
-        count: Records asked for; those that do not end in time or hold no instruction and response are dropped.
-        sampling: Of a record.
-        seed: Public.
+        base: Name of the adapter's base model.
+        adapter: The adapter; the records are post-processing and have its guarantee.
+        count: Number of requested records; those that do not end in time or lack instruction or response are dropped.
+        sampling: Sampling of a record.
+        seed: Public seed.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
@@ -59,14 +59,14 @@ def write(
 
 
 def draw(base: str, source: str, count: int, max_new_tokens: int, *, seed: int) -> Filtered:
-    """Public instructions in the place of written ones; a record of `max_new_tokens` must hold them.
+    """Public instructions in place of written ones; a record of `max_new_tokens` must hold them.
 
     Args:
-        base: Whose tokens are counted.
+        base: Name of the model whose tokenizer counts.
         source: Corpus file or world, as `server.public`.
-        count: Drawn, before any are left out.
-        max_new_tokens: Of a record.
-        seed: Public.
+        count: Number of draws, before any are left out.
+        max_new_tokens: Most tokens of a record.
+        seed: Public seed.
     """
     corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
     fits = [
@@ -82,12 +82,12 @@ def taught(
 
     Args:
         engine: Takes the steps.
-        base: Name of the model that the adapter belongs to.
-        start: What training goes on from.
-        pairs: Free to use. The guarantee of the result is theirs and the start's.
+        base: Name of the adapter's base model.
+        start: The adapter to start from.
+        pairs: Text that is free to use. The guarantee of the result is that of the text and the start.
         settings: Passes, batch, rate, longest example.
         loss_on: The whole record or the response alone.
-        seed: Public; of the order.
+        seed: Public seed of the order.
     """
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
     examples = encode_records(tokenizer, pairs, settings.max_length, kind_of(model.config), loss_on=loss_on)

@@ -1,4 +1,4 @@
-"""What filters left of an arm's drafts and texts, where it is so little that it is to be told."""
+"""Losses of an arm's drafts and texts to filters, if they are so large that a report must name them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 import pandas as pd
 
 FUNNELS = {"drafts": "drafts", "written": "written texts", "self-generated": "records of the clients' own"}
-FEW = 0.1  # of what was asked for: if filters leave less, a figure of the arm says little of its method
+FEW = 0.1  # share of the requested texts: if filters leave less, a figure of the arm says little about its method
 
 
 def begins(step: str, before: int, left: int) -> bool:
-    """Whether a step is the first of a funnel: it has a model's texts, or others than the step before it left."""
+    """True if a step is the first of a funnel: it has a model's texts, or others than those of the step before it."""
     return step in FUNNELS or before != left
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What filters left of an arm's drafts or texts, where that is little, nothing of a client's, or not all labels.
+    """A loss to filters that leaves an arm few drafts or texts, a client without text, or labels without text.
 
     Attributes:
         what: The funnel's first step.
-        asked: Texts that were asked for, of all clients, rounds and seeds.
-        left: Of them, behind the funnel's last step.
-        taken: Of them, by filters; what a step was told to leave out is not among these.
-        reason: Which took most of these, or where there are none, of all; "" if nothing was dropped.
-        most: Texts that it took.
-        clients: That texts were asked for; 0 where the server writes for all.
-        bare: Of them, how many have no text left in some round.
-        narrowed: How many have no text left of some label that they had (the server counts, too).
+        asked: Requested texts of all clients, rounds and seeds.
+        left: Texts left after the funnel's last step.
+        taken: Texts that filters dropped; those that a step was told to leave out do not count.
+        reason: The most frequent reason among these, or, if there are none, among all; "" if nothing was dropped.
+        most: Texts dropped for that reason.
+        clients: Clients for which texts were requested; 0 if the server writes for all.
+        bare: Clients without any text left in some round.
+        narrowed: Clients without any text left of some label that they had (the server counts, too).
     """
 
     what: str
@@ -43,12 +43,12 @@ class Loss:
 
     @property
     def few(self) -> bool:
-        """Whether so little is left that the arm's figures are not its method's."""
+        """True if so little is left that the arm's figures do not show its method."""
         return self.left == 0 or self.asked - self.taken < FEW * self.asked
 
     @property
     def words(self) -> str:
-        """What is told, with the names of numbers in braces."""
+        """The text of the report, with the names of numbers in braces."""
         name, reason = (
             text.replace("{", "{{").replace("}", "}}")
             for text in (FUNNELS.get(self.what, self.what.replace("_", " ")), self.reason)
@@ -65,7 +65,7 @@ class Loss:
 
 
 def losses(frame: pd.DataFrame) -> dict[str, list[Loss]]:
-    """By arm what is to be told of its funnels; arms without a loss are left out.
+    """The losses of each arm's funnels; arms without a loss are left out.
 
     Args:
         frame: Tidy metrics.
@@ -90,15 +90,15 @@ def losses(frame: pd.DataFrame) -> dict[str, list[Loss]]:
 
 
 def _loss(rows: pd.DataFrame, first: str) -> Loss | None:
-    """Of one funnel of an arm."""
+    """The loss of one funnel of an arm."""
     asked = int(rows.loc[(rows["step"] == first) & (rows["what"] == "in"), "value"].sum())
-    # Rows stand in the order of the steps: a client's last one says what is left.
+    # Rows are in the order of the steps: a client's last row has the texts left.
     left = rows[rows["what"] == "kept"].groupby(["seed", "round", "client"], sort=False)["value"].last()
     by_reason = rows[rows["what"] == "dropped"].groupby("reason", sort=False)["value"].sum()
-    taken = by_reason[~by_reason.index.astype(str).str.startswith("beyond")]  # such a step does what it was told to
+    taken = by_reason[~by_reason.index.astype(str).str.startswith("beyond")]  # such a step drops what it was told to
     named = by_reason if taken.empty else taken
     lost = rows[(rows["what"] == "labels_lost") & (rows["value"] > 0)]
-    clients = {client for _, _, client in left.index if client >= 0}  # below is the server
+    clients = {client for _, _, client in left.index if client >= 0}  # the server's number is below 0
     loss = Loss(
         what=first,
         asked=asked,

@@ -1,4 +1,4 @@
-"""Augmentation: what is asked of the server LLM, and how its answers are read."""
+"""Augmentation: the prompts to the server LLM, and the reading of its answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import refuse_private
 
 if TYPE_CHECKING:
-    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
+    from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote LLM does not need
 
 Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
 
@@ -80,7 +80,7 @@ def blocks_prompt(examples: Iterable[tuple[str, str]], *, labels: Sequence[str],
     """The instruction to write one block for each wanted label.
 
     Args:
-        examples: (label, text); none of them asks by the labels' names alone.
+        examples: (label, text) pairs; without any, the prompt names the labels only.
         labels: All labels of the task.
         wanted: The labels to write for.
     """
@@ -95,7 +95,7 @@ RAN_ON = re.compile(r"^[ \t]*Label:[^\n]*\n[ \t]*Text:", re.MULTILINE)  # the ne
 
 
 def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """The (label, text) blocks of an answer, and why the others were dropped."""
+    """The (label, text) blocks of an answer, and the reasons why others were dropped."""
     found: list[tuple[str, str]] = []
     dropped: Counter[str] = Counter()
     for block in re.split(rf"^[ \t]*{DELIMITER}-*[ \t]*$", answer, flags=re.MULTILINE):
@@ -115,13 +115,13 @@ def parse_blocks(answer: str, labels: Sequence[str]) -> tuple[list[tuple[str, st
 
 @dataclass(frozen=True)
 class Augmented:
-    """What the LLM wrote for one site.
+    """The LLM's texts for one site.
 
     Attributes:
-        corpus: The texts and the labels they were asked for; the guarantee is that of the demonstrations.
+        corpus: The texts and their requested labels; the guarantee is that of the demonstrations.
         dropped: Reason -> answers or blocks that gave no text.
-        prompts: How many were put to the LLM.
-        bare: Label -> texts asked for by the label's name alone, because no demonstration of it was left.
+        prompts: Number of prompts to the LLM.
+        bare: Label -> texts requested by the label's name alone, because no demonstration of it was left.
     """
 
     corpus: Corpus
@@ -141,7 +141,7 @@ class _Deck:
         hand: list[int] = []
         while len(hand) < shots:
             if not self.left:
-                # Those in hand go to the bottom: no prompt repeats a text while there is another.
+                # The rows in hand go to the bottom: no prompt repeats a text while there is another.
                 self.left = sorted(self.rng.permutation(len(self.texts)).tolist(), key=lambda row: row not in hand)
             hand.append(self.left.pop())
         return [self.texts[row] for row in hand]
@@ -149,7 +149,7 @@ class _Deck:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The demonstrations of a prompt, how it is made of them, and how its answer is read."""
+    """The demonstrations of a prompt, its writer, and the reader of its answer."""
 
     site: int
     shown: Sequence[tuple[str, str]]
@@ -169,7 +169,7 @@ def augment(
     seed: int,
     task: Task = NO_CARD,
 ) -> dict[int, Augmented]:
-    """More texts like each site's demonstrations, all sites' prompts in one call.
+    """More texts like each site's demonstrations, with all sites' prompts in one call.
 
     Args:
         llm: The server's.
@@ -255,10 +255,10 @@ def lacking(corpus: Corpus, labels: Sequence[str], count: int) -> list[str]:
 def misfit(
     llm: TextModel, corpus: Corpus, *, labels: Sequence[str], mode: Mode, max_new_tokens: int, task: Task = NO_CARD
 ) -> list[str | None]:
-    """Why texts cannot be demonstrations of `augment`, not even alone in a prompt; None for one that can.
+    """The reason why each text cannot be a demonstration of `augment`, even alone in a prompt; None for one that can.
 
     Args:
-        llm: The server's.
+        llm: The server's LLM.
         corpus: Released texts and their class names.
         labels: The public ones.
         mode: Of `augment`.
@@ -353,7 +353,7 @@ def _line_reader(label: str) -> Callable[[str], tuple[list[tuple[str, str]], Cou
 
 
 def _written_after(demonstrations: Corpus | None, examples: Sequence[tuple[str, str]]) -> Corpus:
-    """The LLM's texts under the guarantee of what it had read: nothing is better than the worst of its sources."""
+    """The LLM's texts under the guarantee of its input: nothing is better than the worst of its sources."""
     if demonstrations is None or demonstrations.provenance is Provenance.PUBLIC:
         provenance = Provenance.PUBLIC  # the LLM and the labels' names are public
     elif demonstrations.provenance is Provenance.SELF_GENERATED:
@@ -378,10 +378,10 @@ def _by_label(corpus: Corpus, labels: Sequence[str]) -> dict[str, list[str]]:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Labels stand in prompts and control codes.
+    """Checks labels, which prompts and control codes contain.
 
     Raises:
-        ValueError: If there is none, one stands there twice, or one cannot stand in a line.
+        ValueError: If there is none, one occurs twice, or one cannot be part of a line.
     """
     if not labels or len(set(labels)) < len(labels):
         raise ValueError(f"labels must be distinct, and at least one, got {list(labels)}")
@@ -391,7 +391,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def _in_no_line(label: str) -> str:
-    """Why a label can stand in no line of a prompt; "" for one that can."""
+    """The reason why a label cannot be part of a prompt's line; "" for one that can."""
     if not same(label):
         return "is blank"
     if ":" in label:

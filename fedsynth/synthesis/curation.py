@@ -1,4 +1,4 @@
-"""Which released texts are kept, and why the rest is dropped."""
+"""Curation of released texts: the kept rows, and the reasons for dropping others."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.rouge import nearest, words
 from fedsynth.synthesis.sentences import code_or_markup
 
-EDGES = " -._~/\\*|#"  # what FDKT strips at both ends of a text of one line
+EDGES = " -._~/\\*|#"  # FDKT strips these at both ends of a text of one line
 # Control characters and halves of pairs; tabs, line ends and page ends are white space that people type.
 BROKEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
-# What shows a text in another order than it has (overrides, embeddings, isolates), and tags, which nothing shows. Marks
-# of direction (U+200E, U+200F, U+061C) stand in honest Hebrew and Arabic text.
+# Characters that change the shown order of a text (overrides, embeddings, isolates), and tags, which are invisible.
+# Marks of direction (U+200E, U+200F, U+061C) occur in honest Hebrew and Arabic text.
 DISGUISED = re.compile("[\u202a-\u202e\u2066-\u2069\U000e0000-\U000e007f]")
 TAGGED = ("gbeng", "gbsct", "gbwls")  # flags whose emoji are written with tags: England, Scotland, Wales
 FLAG = re.compile(
@@ -31,12 +31,12 @@ FLAG = re.compile(
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a step of curation kept.
+    """The result of a step of curation.
 
     Attributes:
         corpus: The kept rows, in their order.
-        dropped: Reason -> rows; adds up to the rows that are gone.
-        lost: Labels that stood in the corpus before and have no row left.
+        dropped: Reason -> number of rows; they add up to the dropped rows.
+        lost: Labels of the corpus before the step that have no row left.
     """
 
     corpus: Corpus
@@ -56,7 +56,7 @@ class Stage:
 
 
 def refuse_private(corpus: Corpus) -> None:
-    """Curation and the teacher see released text only: asked at each door, where text comes in or goes to a model.
+    """Refuses private text: curation and augmentation may see released text only, at each entry and before each model.
 
     Raises:
         ValueError: If the corpus is private.
@@ -69,7 +69,7 @@ def refuse_private(corpus: Corpus) -> None:
 
 
 def keep_rows(corpus: Corpus, reasons: Sequence[str | None]) -> Filtered:
-    """The rows whose reason to be dropped is None."""
+    """The rows without a reason to drop them."""
     rows = [i for i, reason in enumerate(reasons) if reason is None]
     kept = corpus.take(rows)
     left = set(kept.answers)
@@ -91,15 +91,15 @@ def well_formed(
 ) -> Filtered:
     """Texts that could be private ones of one of the labels, stripped at both ends (FDKT's invalid filter, and more).
 
-    Whatever people write passes: any script, several lines, headings and times ("Plan: continue", "at 3:45"), lists.
+    Texts that people write pass: any script, several lines, headings and times ("Plan: continue", "at 3:45"), lists.
 
     Args:
         corpus: Texts and their class names.
-        labels: The public ones; other answers are dropped.
-        min_words: As `fedsynth.rouge.words` counts them; a text of signs alone, as an emoji, counts as one. FDKT: 10.
-        max_words: None for no limit.
-        sentences: Drop what looks like code, JSON or markup (`fedsynth.synthesis.sentences`).
-        longest: Characters; None for no limit. No client takes an order with a text of more than `limits.MAX_TEXT`.
+        labels: The public labels; other answers are dropped.
+        min_words: Fewest words (`fedsynth.rouge.words`); a text of signs alone, as an emoji, counts as one. FDKT: 10.
+        max_words: Most words; None for no limit.
+        sentences: True to drop texts that look like code, JSON or markup (`fedsynth.synthesis.sentences`).
+        longest: Most characters; None for no limit. No client accepts a request with a text above `limits.MAX_TEXT`.
 
     Raises:
         ValueError: If the corpus is private.
@@ -128,8 +128,11 @@ def well_formed(
 
 
 def _stripped(text: str) -> str:
-    """Without FDKT's edges; of several lines the first may be the first point of a list, and keeps its dash. A text
-    that is nothing but edges, as "..." or "-", is one of signs, and stays."""
+    """A text without FDKT's edges.
+
+    The first of several lines may be the first point of a list, and keeps its dash. A text of edges only, as "..." or
+    "-", is a text of signs, and stays.
+    """
     bare = text.strip()
     if "\n" in bare:
         return bare
@@ -138,7 +141,7 @@ def _stripped(text: str) -> str:
 
 
 def _broken(text: str) -> str | None:
-    """What of a text no person types, if anything."""
+    """A part of a text that no person types, if there is one."""
     if BROKEN.search(text):
         return "control character"
     if DISGUISED.search(FLAG.sub("", text)):
@@ -147,9 +150,9 @@ def _broken(text: str) -> str | None:
 
 
 def _runs_on(text: str, label: str) -> bool:
-    """Whether a text went on with further examples: each line after its first begins as a prompt's lines do.
+    """True if a text continues with further examples: each line after its first begins like a prompt's line.
 
-    Two such lines at least, and of the label that was asked for: a label with a colon is a heading elsewhere. Behind
+    There must be at least two such lines, with the requested label: a label with a colon is a heading elsewhere. After
     the colon a prompt has a blank, or the line ends: "3:05 worse" under the label 3 is a time.
     """
     more = [line for line in text.split("\n") if line.strip()][1:]
@@ -157,12 +160,12 @@ def _runs_on(text: str, label: str) -> bool:
 
 
 def _count(text: str) -> int:
-    """Words of a text; one of signs alone is no empty text, one of which nobody sees anything is."""
+    """Number of words of a text; a text of signs alone counts as one, a text without visible signs as none."""
     return len(words(text)) or int(bool(same(text)))
 
 
 def deduplicate(corpus: Corpus) -> Filtered:
-    """The first of each text, whatever its case, white space and label."""
+    """The first row of each text, regardless of case, white space and label."""
     seen: dict[str, str] = {}
     reasons: list[str | None] = []
     for text, label in zip(corpus.prompts, corpus.answers, strict=True):
@@ -194,18 +197,18 @@ def balance(corpus: Corpus, *, per_label: int, seed: int) -> Filtered:
 
 
 def clusters(embeddings: NDArray[np.float32], *, size: int, seed: int) -> list[list[int]]:
-    """Rows of like meaning: seeded k-means with ceil(rows / size) clusters, none of them empty (FDKT).
+    """Rows of similar meaning: seeded k-means with ceil(rows / size) clusters, none of them empty (FDKT).
 
-    Above `WHOLE` rows in two levels: a k-means into parts of some hundred rows first, then each part into its share of
-    the clusters. The cost of one level grows with the square of the rows: 100,000 would take days.
+    Above `WHOLE` rows it has two levels: a k-means into parts of some hundred rows first, then each part into its share
+    of the clusters. The cost of one level grows with the square of the rows: 100,000 would take days.
 
     Args:
-        embeddings: Shape (rows, width).
+        embeddings: Embeddings, shape (rows, width).
         size: The average number of rows in a cluster, not a limit. FDKT: 4.
-        seed: Of the first centres.
+        seed: Seed of the first centres.
 
     Returns:
-        Row numbers; each row stands in exactly one cluster. Rows ascend, and so do the clusters' first rows.
+        Row numbers; each row is in exactly one cluster. Rows ascend, and so do the clusters' first rows.
 
     Raises:
         ValueError: If `size` is below 1.
@@ -227,8 +230,8 @@ def clusters(embeddings: NDArray[np.float32], *, size: int, seed: int) -> list[l
     return sorted(groups)
 
 
-WHOLE = 4000  # rows that one k-means takes at most
-PART = 500  # rows of a part of the first level, in the mean
+WHOLE = 4000  # most rows of one k-means
+PART = 500  # mean rows of a part of the first level
 
 
 def _means(
@@ -276,10 +279,10 @@ def well_formed_instructions(
 
     Args:
         corpus: Instructions and responses, "" for none.
-        min_words: Of an instruction, as in `well_formed`; an empty one is always dropped.
-        answered: Drop instructions without a response.
-        sentences: Drop what looks like code, JSON or markup (`fedsynth.synthesis.sentences`).
-        longest: Characters of either, as in `well_formed`.
+        min_words: Fewest words of an instruction, as in `well_formed`; an empty one is always dropped.
+        answered: True to drop instructions without a response.
+        sentences: True to drop texts that look like code, JSON or markup (`fedsynth.synthesis.sentences`).
+        longest: Most characters of either, as in `well_formed`.
 
     Raises:
         ValueError: If the corpus is private.
@@ -304,11 +307,12 @@ COMPARED = 64  # instructions that are compared with all kept ones at once
 
 
 def novel(corpus: Corpus, threshold: float = 0.7) -> Filtered:
-    """Instructions whose ROUGE-L F1 with every one kept before them is below the threshold.
+    """Instructions whose ROUGE-L F1 with every instruction kept before them is below the threshold.
 
     Args:
-        corpus: Instructions; the order decides which of two alike stays.
-        threshold: In (0, 1]; Self-Instruct (arXiv 2212.10560, section 2.2): 0.7. At 1 only the same words are alike.
+        corpus: Instructions; the first of two alike stays.
+        threshold: Number in (0, 1]; Self-Instruct (arXiv 2212.10560, section 2.2): 0.7. At 1 only equal words are
+            alike.
 
     Raises:
         ValueError: If the threshold lies outside its range.
@@ -317,7 +321,7 @@ def novel(corpus: Corpus, threshold: float = 0.7) -> Filtered:
         raise ValueError(f"threshold must lie in (0, 1], got {threshold}")
     kept: list[str] = []
     reasons: list[str | None] = []
-    # In blocks, as each call splits the kept ones into words; the outcome is that of one text after the other.
+    # In blocks, as each call splits the kept ones into words; the result is that of one text after the other.
     for at in range(0, len(corpus), COMPARED):
         block, fresh = corpus.prompts[at : at + COMPARED], list[str]()
         for text, before in zip(block, nearest(block, kept), strict=True):
@@ -329,22 +333,22 @@ def novel(corpus: Corpus, threshold: float = 0.7) -> Filtered:
 
 
 def _regardless_of_labels(corpus: Corpus, reasons: Sequence[str | None]) -> Filtered:
-    """Responses are not of a list: none of them is lost."""
+    """The kept rows without lost labels, as responses come from no list."""
     return replace(keep_rows(corpus, reasons), lost=())
 
 
 def at_most(corpus: Corpus, count: int) -> Filtered:
-    """The first `count` rows; all where there are fewer."""
+    """The first `count` rows; all if there are fewer."""
     beyond = max(0, len(corpus) - count)
     return Filtered(corpus.take(range(len(corpus) - beyond)), {f"beyond {count}": beyond} if beyond else {})
 
 
 def asked_for(kept: Filtered, labels: Sequence[str], missing: Mapping[str, int]) -> Filtered:
-    """What a first step kept of all that was asked for, and not only of what came.
+    """The result of a first step relative to all requested texts, not only to the received ones.
 
     Args:
-        kept: Of what came.
-        labels: That texts were asked for.
+        kept: The result for the received texts.
+        labels: Labels of the requested texts.
         missing: Reason -> texts that never came.
     """
     left = set(kept.corpus.answers)

@@ -1,4 +1,4 @@
-"""What is asked of a professional model, and how its answers are read: whether an instruction is good, a response."""
+"""Prompts to a professional model and the reading of its answers: responses, and verdicts on instructions."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from fedsynth.models.sampling import SamplingParams
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private, well_formed_instructions
 
 if TYPE_CHECKING:
-    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote model does not need
+    from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote model does not need
 
 Judge: TypeAlias = Literal["likelihood", "instruction", "none"]
 
-BEYOND = "beyond the most certain"  # as it was told to
+BEYOND = "beyond the most certain"  # the reason of a step that drops rows as it was told to
 
 # --- Responses ------------------------------------------------------------------------------------------------------
 
 
 def respond(professional: TextModel, instructions: Corpus, max_new_tokens: int) -> Filtered:
-    """The instructions with the professional's greedy responses in place of any that stood there.
+    """The instructions with the professional's greedy responses in place of earlier ones.
 
     Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
     are dropped.
 
     Args:
-        professional: Reads each instruction as the beginning of a record.
-        instructions: Written, or public; never private.
-        max_new_tokens: Of a response.
+        professional: The model; it reads each instruction as the beginning of a record.
+        instructions: Written or public instructions, never private ones.
+        max_new_tokens: Most tokens of a response.
 
     Raises:
         ValueError: If the corpus is private.
@@ -49,7 +49,7 @@ def respond(professional: TextModel, instructions: Corpus, max_new_tokens: int) 
 
 def _responses(professional: TextModel, instructions: Sequence[str], max_new_tokens: int) -> list[str]:
     prompts = [asked(prompt) for prompt in instructions]
-    # Greedy: the seed moves nothing.
+    # Greedy: the seed has no effect.
     return [parse_response(t) for t in professional.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)]
 
 
@@ -60,14 +60,14 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
     """The instructions that a judge finds good; `none` finds all of them good.
 
     Args:
-        professional: The judge.
-        instructions: Written, or public; never private.
-        judge: Which question it is asked.
-        share: `likelihood`: as there.
-        max_new_tokens: `likelihood`: as there.
+        professional: The judging model.
+        instructions: Written or public instructions, never private ones.
+        judge: The kind of judge.
+        share: `likelihood`: see `judged_by_likelihood`.
+        max_new_tokens: `likelihood`: see `judged_by_likelihood`.
 
     Raises:
-        ValueError: If a judge is to read a private corpus, or an argument is out of range.
+        ValueError: If a judge would read a private corpus, or an argument is out of range.
     """
     if judge == "likelihood":
         return judged_by_likelihood(professional, instructions, share, max_new_tokens)
@@ -79,17 +79,17 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
 
 
 def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_new_tokens: int) -> Filtered:
-    """A judge for base LLMs: the share of the instructions of whose response the professional is most certain.
+    """A judge for base LLMs: it keeps the share of instructions whose responses the professional is most certain of.
 
-    Certainty is the mean log-likelihood per token of its own greedy response. It is low where an instruction cannot be
-    understood and where the professional does not know the answer, which is when its response is likely wrong. The
-    likelihood of the instruction itself would prefer the words of public text to those of the clients.
+    Certainty is the mean log-likelihood per token of its own greedy response. It is low if the instruction cannot be
+    understood or the professional does not know the answer, and then its response is likely wrong. The likelihood of
+    the instruction itself would prefer the words of public text to those of the clients.
 
     Args:
-        professional: One that scores.
-        instructions: Written, or public; never private.
-        share: Of the instructions, in (0, 1], rounded up; those without a response never stay.
-        max_new_tokens: Of a response.
+        professional: A model that scores.
+        instructions: Written or public instructions, never private ones.
+        share: Share of the instructions, in (0, 1], rounded up; those without a response never stay.
+        max_new_tokens: Most tokens of a response.
 
     Raises:
         ValueError: If the corpus is private, or the share lies outside its range.
@@ -139,15 +139,15 @@ def judge_prompt(prompt: str) -> str:
 
 
 def parse_verdict(answer: str) -> bool | None:
-    """Whether the last verdict of an answer is to keep; None where there is none."""
+    """True if the last verdict of an answer is to keep; None if there is none."""
     words = [match["word"].lower() for match in NAMED.finditer(answer)]
     return words[-1] == "keep" if words else None
 
 
 def judged_by_instruction(professional: TextModel, instructions: Corpus, max_new_tokens: int = 256) -> Filtered:
-    """The paper's kind of judge: a professional that follows instructions says of each one whether to keep it; greedy.
+    """The paper's kind of judge: a professional that follows instructions gives a verdict on each one, greedily.
 
-    An answer without a verdict drops its instruction, and is counted apart.
+    An answer without a verdict drops its instruction, and is counted separately.
 
     Raises:
         ValueError: If the corpus is private.

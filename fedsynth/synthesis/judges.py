@@ -1,4 +1,4 @@
-"""Which of a cluster's drafts are the best: by the server LLM's answer, or by its likelihoods."""
+"""Selection of the best drafts of a cluster, by the server LLM's answer or by its likelihoods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private
 
 if TYPE_CHECKING:
-    from fedsynth.models.llm import TextModel  # brings torch, which a scripted or remote LLM does not need
+    from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote LLM does not need
 
 Judge: TypeAlias = Literal["instruction", "likelihood"]
 Groups: TypeAlias = Sequence[Sequence[int]]
@@ -46,14 +46,14 @@ def select_prompt(examples: Sequence[tuple[str, str]], *, labels: Sequence[str],
     return SELECT.format(labels=", ".join(labels), texts=texts, domain=domain, keep=keep, lead_in=LEAD_IN)
 
 
-# The list ends where its form ends: in "1, 3 (2 repeats 1)" and in a reason on the next line no number is chosen.
+# The list ends where its form ends: the bracket of "1, 3 (2 repeats 1)" and a reason on the next line choose no number.
 SELECTED = re.compile(
     re.escape(LEAD_IN) + r"[\"'*]*[ \t]*\[?(?P<rows>none|\d+(?:[ \t]*(?:,|;|and|,[ \t]*and)?[ \t]*\d+)*)", re.IGNORECASE
 )
 
 
 def parse_selected(answer: str, size: int) -> list[int] | None:
-    """The kept rows (from 0, in the answer's order, each once), or None where the answer has no such line."""
+    """The kept rows (from 0, in the answer's order, each once), or None if the answer has no such line."""
     match = SELECTED.search(answer)
     if match is None:
         return None
@@ -74,9 +74,9 @@ def judge_by_instruction(
 ) -> dict[int, Filtered]:
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
-    Numbers that are out of range are ignored, those beyond the first `keep` too. An answer that cannot be read drops
-    its whole cluster, as in the paper; `dropped` counts these rows apart. All sites' clusters go in one call. Of a
-    cluster that does not fit into the LLM the longest texts are dropped until it does.
+    Numbers out of range are ignored, and those beyond the first `keep`, too. An unreadable answer drops its whole
+    cluster, as in the paper; `dropped` counts these rows separately. All sites' clusters go in one call. If a cluster
+    does not fit into the LLM, its longest texts are dropped until it does.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
@@ -119,7 +119,7 @@ NEAR = 0.8  # share of common words from which two texts of a cluster count as o
 
 
 def near_identical(one: str, other: str) -> bool:
-    """Whether two texts share nearly all of their words (Jaccard index, case aside)."""
+    """True if two texts share nearly all of their words (Jaccard index, regardless of case)."""
     a, b = set(one.casefold().split()), set(other.casefold().split())
     return len(a & b) >= NEAR * len(a | b)
 
@@ -138,16 +138,15 @@ def judge_by_likelihood(
 ) -> dict[int, Filtered]:
     """A judge for base LLMs: a text must be likelier after its own label's name than after other labels' names.
 
-    Of what is left of a cluster, the `keep` likeliest stay, one of those that say nearly the same.
-    All texts of all sites are scored in one call. A text that does not fit into the LLM after each of the labels that
-    it is compared by is dropped.
+    The `keep` likeliest of the remaining texts of a cluster stay, and only one of near-identical ones. All texts of all
+    sites are scored in one call. A text is dropped if it does not fit into the LLM after each of its compared labels.
 
     Args:
-        llm: One that scores.
-        corpora: By site; released texts.
-        groups: By site; the clusters of its rows.
-        labels: The public ones.
-        keep: Texts of a cluster that stay, at most.
+        llm: An LLM that scores.
+        corpora: Released texts by site.
+        groups: The clusters of rows by site.
+        labels: The public labels.
+        keep: Most texts of a cluster that stay.
         margin: Nats per token by which another label may be likelier.
         rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
         seed: Of that draw.
@@ -174,7 +173,7 @@ def judge_by_likelihood(
     scores: dict[tuple[int, int], dict[str, float]] = {at: {} for at in rows}
     for (at, y, _), score in zip(asked, flat, strict=True):
         scores[at][y] = score
-        if score == -np.inf:  # of an endpoint that refused it
+        if score == -np.inf:  # an endpoint refused the text
             lacking[at] = TOO_LONG
 
     kept: dict[int, Filtered] = {}

@@ -1,4 +1,4 @@
-"""What a server LLM learns from the clients' scores of its texts."""
+"""Tuning of a server LLM by the clients' scores of its texts."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from fedsynth.training.examples import Example, encode_text
 from fedsynth.training.sft import Guard, dpo, perplexity, sft
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
-MEASURED = 200  # labelled texts, at most: each is scored after every label
+MEASURED = 200  # most labelled texts: each is scored after every label
 
 
 @dataclass(frozen=True)
 class Teaching:
-    """How an LLM learns from texts that clients' scores have ranked.
+    """The tuning of an LLM on texts that clients' scores have ranked.
 
     Attributes:
         update: `likelihood`: the best texts become likelier after their labels (weight 1, all others 0). `preference`:
-            the best become likelier than the worst (DPO). `none`: scores filter the texts, and no more.
-        beta: `preference`: how strongly the LLM as it was before the round holds.
-        guard: Weight of what holds general ability (`tuning.Guard`): the LLM may not drift in what it says of the
-            round's texts, best or not, without their labels. No other text is needed for it.
-        tuning: Passes, batch, rate; rank, where the LLM comes without an adapter.
-        measured: Public texts that perplexity is measured on; they are never trained on.
+            the best become likelier than the worst (DPO). `none`: scores only filter the texts.
+        beta: `preference`: strength of the reference, the LLM before the round.
+        guard: Weight of the guard of general ability (`sft.Guard`): the LLM's predictions on the round's texts, best or
+            not, without their labels, may not drift. The guard needs no other text.
+        tuning: Passes, batch, rate; rank, if the LLM comes without an adapter.
+        measured: Number of public texts to measure perplexity on; they are never trained on.
     """
 
     update: Literal["likelihood", "preference", "none"] = "likelihood"
@@ -54,7 +54,7 @@ class Teaching:
 
 @dataclass(frozen=True)
 class Ranked:
-    """The server's texts as clients' scores sort them, label by label.
+    """The server's texts, sorted label by label by the clients' scores.
 
     Attributes:
         best: The best share of each label's texts, in the order of the corpus.
@@ -73,8 +73,8 @@ class Taught:
         adapter: Its guarantee is that of its start and of the texts that scores chose.
         metrics: `llm/loss`, mean of the last pass; `llm/chosen_label_accuracy`, how often the LLM as it was agrees with
             the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. Before
-            and after the round, where there is public text: `general/perplexity_before` and `general/perplexity`; where
-            it has labels: `llm/test_label_accuracy_before` and `llm/test_label_accuracy`.
+            and after the round, if there is public text: `general/perplexity_before` and `general/perplexity`; if it
+            has labels: `llm/test_label_accuracy_before` and `llm/test_label_accuracy`.
     """
 
     adapter: Adapter
@@ -82,13 +82,13 @@ class Taught:
 
 
 def mean_scores(answers: Mapping[int, Scores]) -> Scores:
-    """The mean score of each text over the clients; one client without a guarantee leaves the result without."""
+    """The mean score of each text over the clients; it has no guarantee if one client has none."""
     values = np.array([scores.values for scores in answers.values()])
     return Scores(tuple(values.mean(0).tolist()), united(list(answers.values())))
 
 
 def shuffled(scores: Scores, seed: int) -> Scores:
-    """The same numbers at other texts: an ablation in which they say nothing."""
+    """The same scores on other texts: an ablation in which they carry no information."""
     order = np.random.default_rng(seed).permutation(len(scores.values)).tolist()
     return replace(scores, values=tuple(scores.values[i] for i in order))
 
@@ -97,12 +97,12 @@ def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
     """The best and the worst texts of each label.
 
     Only the order of scores within a label counts, so that clients may send them on any scale, with noise or without.
-    What is chosen derives from the scores: its guarantee is theirs and, from the second round on, the corpus's own.
+    The choice derives from the scores: its guarantee is theirs and, from the second round on, the corpus's own.
 
     Args:
-        corpus: Texts and the labels that they were asked for.
-        scores: One per text.
-        share: Of each label's texts, in (0, 1]; at least one text.
+        corpus: Texts and their requested labels.
+        scores: One score per text.
+        share: Share of each label's texts, in (0, 1]; at least one text.
     """
     values, labels = np.asarray(scores.values), np.asarray(corpus.answers)
     best: list[int] = []
@@ -122,7 +122,7 @@ def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
 
 
 def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) -> Adapter:
-    """What tuning of the LLM starts from: the adapter that it has already, or a new one."""
+    """The adapter that tuning of the LLM starts from: its present one, or a new one."""
     if adapter is not None:
         return public_adapter(adapter, llm)
     return new_adapter(llm, rank=settings.rank, alpha=settings.alpha, seed=seed)
@@ -147,11 +147,11 @@ def taught(
     Args:
         engine: Asks the model, and takes the steps.
         llm: Name of the model.
-        start: What training goes on from.
-        texts: What the clients' scores chose.
+        start: The adapter to start from.
+        texts: The texts that the clients' scores chose.
         written: All texts of the round.
-        teaching: How; its `update` is not `none`.
-        labels: All that there are.
+        teaching: The tuning; its `update` is not `none`.
+        labels: All labels.
         public: Texts to measure perplexity on.
         seed: Public; of the order.
         tests: Public texts with labels, to measure how often the LLM tells them.
@@ -191,8 +191,7 @@ def taught(
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: Task = NO_CARD) -> float:
     """How often the LLM finds a text likelier after its own label than after any other, in 0..1; nan without a text.
 
-    A text that does not fit after each of the labels is read up to where it does; one of which nothing can be read is
-    left out.
+    If a text does not fit after each of the labels, its end is cut until it does; it is left out if nothing fits.
     """
     prompts = list(map(task.code, labels))
     read = [(_readable(llm, prompts, f" {one_line(x)}"), y) for x, y in zip(texts.prompts, texts.answers, strict=True)]
@@ -205,14 +204,14 @@ def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: T
 
 
 def _readable(llm: TextModel, prompts: Sequence[str], text: str) -> str:
-    """As much of the beginning of a text as fits after each of the prompts; "" if nothing does."""
+    """The longest beginning of a text that fits after each of the prompts; "" if nothing does."""
 
     def fits(size: int, prompts: Sequence[str]) -> bool:
         return not any(misfits(llm, prompts, 0, [text[:size]] * len(prompts)))
 
     if fits(len(text), prompts):
         return text
-    longest = [max(prompts, key=len)]  # to try them all for each length would take minutes
+    longest = [max(prompts, key=len)]  # trying all prompts for each length would take minutes
     low, high = 0, len(text)  # `low` characters fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Records that a model writes in the manner of local ones, and which of them are worth learning (FedPIT)."""
+"""Records that a model writes after local examples, and the selection of those worth learning (FedPIT)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fedsynth.synthesis.curation import Filtered, keep_rows, well_formed_instruc
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
 
-OVERLAP = 0.7  # a ROUGE-L F1 above it is too like; paper, section 3
-TRIES = 3  # at a response; paper, section 3
-MIN_WORDS = 3  # of an instruction
-REFUSALS = ("as a ", "as an ", "sorry", "i'm sorry")  # how a chat model begins what is no instruction; the paper's list
+OVERLAP = 0.7  # a ROUGE-L F1 above it is too similar; paper, section 3
+TRIES = 3  # tries at a response; paper, section 3
+MIN_WORDS = 3  # words of an instruction
+REFUSALS = ("as a ", "as an ", "sorry", "i'm sorry")  # a chat model's refusals begin so; the paper's list
 
 
 def generate(
@@ -34,18 +34,18 @@ def generate(
     max_new_tokens: int,
     seed: int,
 ) -> tuple[Corpus, dict[str, int]]:
-    """SynGen: records unlike every local one and unlike one another; and how many were dropped, by reason.
+    """SynGen: records that differ from every local one and from one another; and the numbers dropped, by reason.
 
-    Decoding is greedy: only the demonstrations make two texts differ.
+    Decoding is greedy: texts differ only by their demonstrations.
 
     Args:
-        llm: With the global adapter.
+        llm: The LLM with the global adapter.
         shown: Local records as lines (`lines`): the demonstrations.
         local: All local records, shown or not.
-        candidates: Instructions asked for.
-        shots: Demonstrations in a prompt, at most.
+        candidates: Number of requested instructions.
+        shots: Most demonstrations in a prompt.
         max_new_tokens: Longest instruction, and longest response.
-        seed: Of the demonstrations.
+        seed: Seed of the demonstrations.
     """
     drafts = write_instructions(llm, shown, candidates, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
     formed = well_formed_instructions(drafts.corpus, min_words=MIN_WORDS)
@@ -53,7 +53,7 @@ def generate(
     new = keep_rows(formed.corpus, _alike(prompts, local.prompts, "instruction like a local one"))
     answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
     answered = well_formed_instructions(replace(new.corpus, answers=tuple(answers)), answered=True)
-    # Again with the response: an instruction of its own can carry a response that was copied.
+    # Again with the response: a new instruction can have a copied response.
     whole = texts(answered.corpus)
     unlike = keep_rows(answered.corpus, _alike(whole, texts(local), "record like a local one"))
     single = keep_rows(unlike.corpus, _repeated(texts(unlike.corpus)))
@@ -67,19 +67,19 @@ def generate(
 def write_instructions(
     llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_new_tokens: int, seed: int
 ) -> Filtered:
-    """Instructions, each written after random records; "" for what is none: not ended, or a refusal."""
+    """Instructions, each written after random records; "" for one that did not end, or for a refusal."""
     rng = np.random.default_rng([seed, 0])
     prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
     written = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
     told = [_instruction(text) for text in written]
     drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
-    # An instruction's own words are no marks (`in_line`): this one ran on into the next record.
+    # An instruction's own words are no marks (`in_line`): this text ran on into the next record.
     kept = keep_rows(drafts, ["template marker" if ASK in line else None for line in told])
     return replace(kept, lost=())
 
 
 def _instruction(text: str) -> str:
-    """What stands before the mark of the response, on one line."""
+    """The text before the mark of the response, on one line."""
     told, mark, _ = text.partition(REPLY)
     told = told.strip()
     return told if mark and "\n" not in told and not told.lower().startswith(REFUSALS) else ""
@@ -106,11 +106,11 @@ def select(
     """SynSel: at most `keep` records, those of the lowest IFS = L(y|x) / L(y), in their order.
 
     Args:
-        llm: With the local adapter: the global one would choose its own habits (the paper's footnote).
-        candidates: What `generate` left.
-        keep: The paper's M.
-        by: `random`: the ablation.
-        seed: Of the random choice.
+        llm: The LLM with the local adapter: the global one would prefer its own habits (the paper's footnote).
+        candidates: The records of `generate`.
+        keep: Most records; the paper's M.
+        by: The criterion; `random` is the ablation.
+        seed: Seed of the random choice.
     """
     if by == "random":
         ranked = np.random.default_rng([seed, 2]).permutation(len(candidates))
@@ -120,12 +120,12 @@ def select(
 
 
 def lines(corpus: Corpus) -> list[str]:
-    """Records as they stand in a prompt."""
+    """Records in the form for a prompt."""
     return [record(prompt, answer) for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
 
 
 def texts(corpus: Corpus) -> list[str]:
-    """Records as they are compared: without their marks, which all have in common."""
+    """Records in the form for comparisons: without their common marks."""
     return [f"{prompt} {answer}" for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
 
 

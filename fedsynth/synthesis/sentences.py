@@ -1,4 +1,4 @@
-"""Whether a text looks like code, JSON or markup, where sentences are asked for."""
+"""Detection of code, JSON and markup in place of sentences."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 
 LOOKED_AT = 10_000  # characters of a text
 
-# Both expressions read a text as `_compact` gives it: a run of white space is one character long there. Over a longer
-# one they would take the square of its length, and of blank lines the cube.
+# Both expressions read the result of `_compact`, in which a run of white space has one character. Their time grows with
+# the square of a run's length, and with the cube for blank lines.
 
-# What hardly any sentence, list, address or laboratory value holds: one of these is enough.
+# Signs that hardly any sentence, list, address or laboratory value holds: one of them is enough.
 CERTAIN = re.compile(
     r"""
       ```
@@ -42,7 +42,7 @@ CERTAIN = re.compile(
     """,
     re.MULTILINE | re.VERBOSE,
 )
-# What a sentence may hold once.
+# Signs that a sentence may hold once.
 LIKELY = re.compile(
     r"""
       ^[^\n]*[)\]"'+]\s*;\s*$                                            # a statement; a list's points end in words
@@ -60,10 +60,10 @@ LIKELY = re.compile(
 
 
 def code_or_markup(text: str) -> bool:
-    """Whether a text is code, JSON or markup instead of sentences, as far as its form tells.
+    """True if the form of a text is that of code, JSON or markup instead of sentences.
 
-    The rule is public and made to let sentences through: addresses, laboratory values, comparisons, lists, headings
-    with colons and arrows between words are none of it. It misses fragments without a sign of their own.
+    The rule is public and lets sentences through, with addresses, laboratory values, comparisons, lists, headings with
+    colons and arrows between words. It misses fragments without a typical sign.
     """
     text = text[:LOOKED_AT]
     if text.lstrip()[:1] in ("{", "[") and _is_json(text):
@@ -73,7 +73,7 @@ def code_or_markup(text: str) -> bool:
 
 
 def _compact(text: str) -> str:
-    """Without blank lines and ends of lines that nobody sees; other runs of white space as one blank."""
+    """A text without blank lines and invisible ends of lines; other runs of white space become one blank."""
     lines = (f"{' ' if line[0].isspace() else ''}{' '.join(line.split())}" for line in text.split("\n") if line.strip())
     return "\n".join(lines)
 

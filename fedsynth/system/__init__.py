@@ -1,1 +1,1 @@
-"""The machine around a run: folders that only their owner reads, traffic that stays on the machine."""
+"""The machine around a run: folders that only their owner can read, traffic that stays on the machine."""

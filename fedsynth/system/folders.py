@@ -1,4 +1,4 @@
-"""Folders that only their owner reads."""
+"""Folders that only their owner can read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ OTHERS = 0o077
 
 
 def private_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are missing, for their owner alone (mode 0700): `mkdir` gives the parents
-    that it makes the umask's mode, whatever it is told. Folders that are there stay as they are."""
+    """Makes a folder and its missing parents for their owner alone (mode 0700).
+
+    `mkdir` alone would give new parents the umask's mode. Folders that exist stay as they are.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         with contextlib.suppress(FileExistsError):  # another process was first, and makes it private
@@ -19,10 +21,10 @@ def private_folder(path: Path) -> None:
 
 
 def close(path: Path) -> list[Path]:
-    """Takes the rights of others from a folder and all folders below; those that had any. Links are not followed.
+    """Takes the rights of others from a folder and all folders below; returns the changed ones. It follows no links.
 
     Raises:
-        OSError: If one is somebody else's.
+        OSError: If a folder belongs to another user.
     """
     found = [path, *(folder for folder in sorted(path.rglob("*")) if folder.is_dir() and not folder.is_symlink())]
     opened = [folder for folder in found if folder.stat().st_mode & OTHERS]

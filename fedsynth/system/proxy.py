@@ -1,4 +1,4 @@
-"""What a machine says to itself goes through no proxy, whatever proxies its environment names."""
+"""Traffic within the machine goes past the proxies that its environment names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Mapping
 
 import psutil
 
-# What servers print as their address when they listen everywhere, and other spellings of localhost, are this machine.
+# Names of this machine: spellings of localhost, and the addresses that servers print when they listen everywhere.
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "::", "localhost.", ".localhost")
-# Capitals after small letters, as those who read them decide: small letters come first.
+# Programs that read both prefer the lower-case variable.
 _EXCEPTIONS = ("no_proxy", "NO_PROXY")
-_GRPC = "no_grpc_proxy"  # to gRPC it comes before `no_proxy`
+_GRPC = "no_grpc_proxy"  # gRPC prefers it to `no_proxy`
 UNREADABLE = "a proxy variable of the environment (no_proxy, https_proxy, ...) cannot be used: mend it"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host's name or address always means the machine that says it: `0.0.0.0` and `x.localhost`, too."""
+    """True if a host's name or address always means this machine: `0.0.0.0` and `x.localhost`, too."""
     name = host.lower().removesuffix(".")
     try:
         address = ipaddress.ip_address(name)
@@ -27,18 +27,18 @@ def is_loopback(host: str) -> bool:
 
 
 def past_proxies(environment: Mapping[str, str], *here: str) -> dict[str, str]:
-    """What an environment lacks so that local traffic passes its proxies by: `no_proxy`, completed.
+    """The variables that send local traffic past the proxies of an environment: a completed `no_proxy`.
 
-    What a user wrote there stays, but for entries that httpx stumbles over: with one of these no client of it is made
-    at all. Traffic to every other machine keeps the proxy. `*` says that nothing goes through one, and needs nothing
-    more; gRPC does not know it, and has a variable of its own, which holds all that was written.
+    The user's entries stay, except those that httpx cannot read: one of them keeps httpx from making any client.
+    Traffic to every other machine keeps the proxy. `*` means no proxy at all and needs nothing more. gRPC does not know
+    `*`; it has its own variable, which gets all entries.
 
     Args:
-        environment: Of a program.
-        here: More names of this machine, as the one under which a server's own programs find it.
+        environment: A program's environment.
+        here: More names of this machine, such as the one under which a server's own programs find it.
 
     Returns:
-        The variables to set; none where no proxy is named and every entry can be read.
+        The variables to set; none if no proxy is named and httpx can read every entry.
     """
     written = {
         name: environment.get(name, environment.get(other, ""))
@@ -55,18 +55,18 @@ def past_proxies(environment: Mapping[str, str], *here: str) -> dict[str, str]:
 
 
 def no_proxies(host: str) -> dict[str, None]:
-    """Mounts of an httpx client that talks to one host: past the environment's proxies if it is this machine."""
+    """Mounts of an httpx client for one host: past the environment's proxies if the host is this machine."""
     return {"http://": None, "https://": None, "all://": None} if is_loopback(host) else {}
 
 
 def names_proxy(environment: Mapping[str, str]) -> bool:
-    """Whether an environment names a proxy for some kind of traffic."""
+    """True if an environment names a proxy for some kind of traffic."""
     names = [name.lower() for name, value in environment.items() if value]
     return any(name.endswith("_proxy") and not name.startswith("no_") for name in names)
 
 
 def _addresses() -> list[str]:
-    """This machine's own: its programs find each other under them, too (Ray's node)."""
+    """The name and addresses of this machine; its programs find each other under them, too (Ray's node)."""
     kinds = (socket.AF_INET, socket.AF_INET6)
     found = [each.address for of in psutil.net_if_addrs().values() for each in of if each.family in kinds]
     # An address with a zone, as fe80::1%eth0, is no host of a URL.
@@ -92,8 +92,11 @@ def _entries(written: str) -> list[str]:
 
 
 def _misread(entry: str) -> bool:
-    """Whether httpx takes an entry for the URL of a host, and finds that it is none: networks of IPv6 as fd00::/8,
-    addresses in brackets, names that are not ASCII, and what stands where a port should."""
+    """True if httpx parses an entry as the URL of a host and fails.
+
+    It fails on networks of IPv6 as fd00::/8, addresses in brackets, names that are not ASCII, and a port that is no
+    number.
+    """
     if not entry.isascii():
         return True
     host, _, port = entry.partition(":")

@@ -1,1 +1,1 @@
-"""Models that learn: generators under DP-SGD, adapters on free text, classifiers; and the checks before a charge."""
+"""Training of generators under DP-SGD, adapters on free text and classifiers; the checks before a charge."""

@@ -1,4 +1,4 @@
-"""A task model: train it on labelled text, let it classify. No guarantee is claimed: it stays with its client."""
+"""A task model: its training on labelled text, and classification. It stays with its client, without a guarantee."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from fedsynth.training.examples import readable, unit_rows
 
 
 class Probe(nn.Module):
-    """A task model whose head alone is trained, on the embeddings of a frozen model.
+    """A task model that trains only its head, on the embeddings of a frozen model.
 
     Embeddings are scaled to the length sqrt(width), a fixed map of one text: nothing is fitted to the data, and a
-    coordinate is about 1, as the head's learning rate wants it. The head starts at zero: its loss is convex, so that a
-    random start would only add noise. Its state is the head; the frozen model is not saved with it.
+    coordinate is about 1, as the head's learning rate needs it. The head starts at zero: its loss is convex, so that a
+    random start would only add noise. The saved state is the head without the frozen model.
 
     Args:
-        embedder: Stays as it is.
+        embedder: The frozen model.
         classes: Number of labels.
     """
 
     def __init__(self, embedder: Embedder, classes: int):
         super().__init__()
-        self.embedder = embedder  # no module: not trained, not saved
+        self.embedder = embedder  # not a module: neither trained nor saved
         self.head = nn.Linear(embedder.width, classes, device="cpu")
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -86,14 +86,14 @@ def fit_classifier(
     """Trains a task model in place on labelled text; rows with unknown labels are left out.
 
     Args:
-        model: For sequence classification, `len(labels)` classes; or a `Probe`, for which `head_rate` and
-            `token_dropout` do not apply: its head is all that learns, from embeddings computed once per text.
+        model: A model for sequence classification with `len(labels)` classes, or a `Probe`. `head_rate` and
+            `token_dropout` do not apply to a `Probe`: only its head learns, from embeddings computed once per text.
         tokenizer: Its tokenizer.
         corpus: Texts and class names; a text that the tokenizer cannot read is left out.
         labels: The public label list; a class's number is its place.
         settings: Batch, regularisation, lengths.
         epochs: Passes over the corpus.
-        rate: Learning rate, warmed up over ten steps and decayed linearly to zero.
+        rate: Learning rate; it warms up over ten steps and decays linearly to zero.
         seed: Public seed of order and token dropout.
     """
     number = {label: i for i, label in enumerate(labels)}
@@ -101,7 +101,7 @@ def fit_classifier(
     good = (readable(reader, text) for text in corpus.prompts)
     rows = [i for i, (y, read) in enumerate(zip(corpus.answers, good, strict=True)) if y in number and read]
     if not rows:
-        return  # nothing to learn from is no reason to fail: a client may hold other classes only
+        return  # an empty corpus is no error: a client may hold other classes only
     prompts = [corpus.prompts[i] for i in rows]
     targets = torch.tensor([number[corpus.answers[i]] for i in rows])
     generator = torch.Generator().manual_seed(seed)
@@ -143,10 +143,10 @@ def fit_classifier(
 
 
 def _hider(tokenizer: Any, kind: Kind, share: float, generator: torch.Generator) -> Callable[[Tensor, Tensor], Tensor]:
-    """Token dropout: a share of a text's tokens, drawn anew each time, is replaced by one that says nothing.
+    """Token dropout: it replaces a share of a text's tokens, drawn anew each time, by a neutral token.
 
-    That is the mask token of a model that has one; for T5 padding that is attended to; for a causal model its BOS.
-    What an encoder or T5 puts around a text stays: their heads read it.
+    The neutral token is the mask token of a model that has one, padding that is attended to for T5, and BOS for a
+    causal model. The tokens that an encoder or T5 puts around a text stay: their heads read them.
     """
     stands_for = (tokenizer.pad_token_id,) if kind == "seq2seq" else (tokenizer.bos_token_id, tokenizer.eos_token_id)
     hidden = torch.tensor(next(t for t in (tokenizer.mask_token_id, *stands_for) if t is not None))
@@ -168,8 +168,8 @@ def classify(
     Args:
         model: As `fit_classifier` trains it, or a baseline that has learnt.
         tokenizer: Its tokenizer.
-        texts: Any number.
-        longest: Longer texts are cut after so many tokens.
+        texts: Any number of texts.
+        longest: Most tokens of a text; longer texts are cut.
         batch: Texts at once.
     """
     classes: NDArray[np.int64] = _all_logits(model, tokenizer, texts, longest, batch).argmax(-1).astype(np.int64)
@@ -179,14 +179,14 @@ def classify(
 def confidences(
     model: nn.Module, tokenizer: Any, corpus: Corpus, labels: Sequence[str], longest: int, batch: int = 128
 ) -> list[float]:
-    """The probability, in 0..1, that the task model gives to each text's own label; 0 where that is not in the list.
+    """The probability, in 0..1, that the task model gives to each text's own label; 0 if the label is not in the list.
 
     Args:
-        model: As `fit_classifier` trains it, or a `new_scorer`.
+        model: A task model, as in `fit_classifier`, or a `new_scorer`.
         tokenizer: Its tokenizer.
         corpus: Texts and class names.
         labels: The public label list.
-        longest: Longer texts are cut after so many tokens.
+        longest: Most tokens of a text; longer texts are cut.
         batch: Texts at once.
     """
     number = {label: i for i, label in enumerate(labels)}
@@ -199,7 +199,7 @@ def confidences(
 def _all_logits(
     model: nn.Module, tokenizer: Any, texts: Sequence[str], longest: int, batch: int
 ) -> NDArray[np.float32]:
-    """Shape (texts, classes)."""
+    """The logits of all texts, shape (texts, classes)."""
     if isinstance(model, Probe):
         found: Tensor = model(model.features(texts, longest))
         return found.cpu().numpy()
@@ -214,7 +214,7 @@ def _all_logits(
     return np.concatenate(parts)[np.argsort(order, kind="stable")]
 
 
-# --- Under DP-SGD: a model whose opinions may leave ------------------------------------------------------------------
+# --- Under DP-SGD: a model whose scores may leave --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,12 @@ class LabelledText:
 
 
 def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -> nn.Module:
-    """A classifier of which a LoRA and the new head are trained, before its training.
+    """A classifier before its training; a LoRA and the new head are trainable.
 
     Args:
         name: The pretrained model.
         classes: Number of labels.
-        rank: Of the LoRA.
+        rank: LoRA rank.
         alpha: LoRA scale is alpha / rank.
         seed: Public seed of head and LoRA.
     """
@@ -254,16 +254,16 @@ def label_slots(
     *,
     rows_per_unit: int = 1,
 ) -> list[tuple[LabelledText, ...]]:
-    """One slot per declared record, each a map of one privacy unit to itself: as `encode_slots` for a generator.
+    """One slot per declared record, each a map of one privacy unit to itself, as `encode_slots` for a generator.
 
     Args:
-        tokenizer: Public.
-        corpus: Private; `prompts` are texts, `answers` class names.
+        tokenizer: A public tokenizer.
+        corpus: Private text; `prompts` are texts, `answers` class names.
         labels: The public label list.
         records: Declared number of units.
-        longest: Longer texts are cut after so many tokens.
-        config: Of the classifier.
-        rows_per_unit: At most so many rows of a unit count.
+        longest: Most tokens of a text; longer texts are cut.
+        config: The classifier's configuration.
+        rows_per_unit: The most rows of a unit that count.
     """
     number = {label: i for i, label in enumerate(labels)}
 
@@ -272,7 +272,7 @@ def label_slots(
             return None
         try:
             [tokens] = _token_rows(tokenizer, [corpus.prompts[row]], longest, config)
-        except Exception:  # a record that fails the whole answer would show in the answer
+        except Exception:  # the answer would reveal a record that makes it fail
             return None
         return LabelledText(tuple(tokens), number[corpus.answers[row]]) if tokens else None
 
@@ -296,10 +296,11 @@ def _logits(model: nn.Module, tokens: Tensor, present: Tensor) -> Tensor:
 
 
 def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any) -> list[list[int]]:
-    """Texts as the model is used to them.
+    """Token ids of texts in the form that the model knows.
 
-    A causal model reads them as a generator would write them after a control code: with a leading space, after the BOS.
-    The others read what their tokenizer puts around a text; T5 exactly one EOS, at the end: its head looks for it.
+    A causal model reads a text as a generator would write it after a control code: with a leading space, after the BOS.
+    The others also read the tokens that their tokenizer puts around a text. T5 reads exactly one EOS, at the end, where
+    its head looks for it.
     """
     kind, longest = kind_of(config), longest_of(config, tokenizer, longest) or longest
     if kind == "causal":
@@ -313,8 +314,11 @@ def _token_rows(tokenizer: Any, texts: Sequence[str], longest: int, config: Any)
 
 
 def _batches(lengths: Sequence[int], batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every row once per epoch, in random batches of like length: of eight batches drawn at random, the rows are dealt
-    by length, and the batches shuffled. Without it half of a batch of questions was padding."""
+    """Every row once per epoch, in random batches of similar length.
+
+    It draws the rows of eight batches at random, deals them by length and shuffles the batches. Otherwise half of a
+    batch of questions was padding.
+    """
     width = torch.tensor(lengths)
     for _ in range(epochs):
         for window in torch.randperm(len(lengths), generator=generator).split(8 * batch):

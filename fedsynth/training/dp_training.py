@@ -1,7 +1,7 @@
 """A generator trained on private text under DP-SGD.
 
-DP-SGD is Abadi et al. 2016 (algorithm 1) with Poisson sampling owned by the loop: masks are drawn before text is seen,
-an empty batch is a noise-only step, and the noisy sum is divided by the expected batch, never by the drawn one.
+DP-SGD is Abadi et al. 2016 (algorithm 1). The loop owns the Poisson sampling: it draws masks before it sees text, an
+empty batch is a noise-only step, and the noisy sum is divided by the expected batch, never by the drawn one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Losses: TypeAlias = Callable[[nn.Module, Sequence[Any], int], Tensor]
 
 
 class Randomness(Protocol):
-    """Noise and Poisson draws: a grant's own (fedsynth.privacy.noise), or a public one where nothing is protected."""
+    """Noise and Poisson draws: a grant's own (fedsynth.privacy.noise), or public ones without a guarantee."""
 
     def normals(self, count: int) -> NDArray[np.float64]:
         """`count` standard normals."""
@@ -50,14 +50,16 @@ def next_token_losses(model: nn.Module, examples: Sequence[Example], pad: int) -
 
 
 def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor]:
-    """What the model says of each token before it reads it, (examples, positions, vocabulary) logits, and the tokens
-    that are learnt, (examples, positions), `IGNORED` elsewhere."""
+    """The model's predictions, (examples, positions, vocabulary) logits, and the learnt tokens, (examples, positions).
+
+    Each position predicts its token before the model reads it. Tokens that are not learnt are `IGNORED`.
+    """
     where = next(model.parameters()).device
     if _reads_and_writes(model):
         within: Any = getattr(model, "_module", model)  # Opacus wraps it
         given, present = padded([e.tokens[: e.start] for e in examples], pad)
         wanted = padded([e.tokens[e.start :] or (IGNORED,) for e in examples], IGNORED)[0].to(where)
-        # The decoder reads its start token and then the targets; padding stands behind, where it never looks.
+        # The decoder reads its start token and then the targets; padding comes last, where no earlier token looks.
         before = within.prepare_decoder_input_ids_from_labels(wanted)
         read = {"input_ids": given.to(where), "attention_mask": present.to(where), "decoder_input_ids": before}
         logits = _float(model(**read, use_cache=False).logits)
@@ -65,7 +67,7 @@ def next_tokens(model: nn.Module, examples: Sequence[Example], pad: int) -> tupl
         tokens, present = padded([e.tokens for e in examples], pad)
         targets, _ = padded([(IGNORED,) * e.start + e.tokens[e.start :] for e in examples], IGNORED)
         length = tokens.shape[1]
-        # What comes before all learnt tokens needs no logits: they cost as much as some layers.
+        # Positions before all learnt tokens need no logits, which cost as much as some layers.
         first = max(0, min(min(e.start for e in examples) - 1, length - 2))
         read = {"input_ids": tokens.to(where), "attention_mask": present.to(where)}
         logits = _float(model(**read, logits_to_keep=torch.arange(first, length - 1, device=where)).logits)
@@ -106,7 +108,7 @@ def clipped_sum(
 ) -> list[Tensor]:
     """Sum over units of their examples' summed gradients, each unit's clipped; zeros for no unit.
 
-    The loss of an example is `next_token_losses` unless another one is given.
+    The default loss of an example is `next_token_losses`.
     """
     losses_of: Losses = losses or next_token_losses
     for part in _physical_batches(model, units, max_physical_batch_size):
@@ -118,7 +120,7 @@ def clipped_sum(
 def clipped_sums(
     clip: Stacked, model: nn.Module, units: Sequence[Sequence[Slot]], *, pad: int, max_physical_batch_size: int
 ) -> Tensor:
-    """As `clipped_sum`, of several clients' units at once: (clients, numbers), as `Stacked.weights`."""
+    """`clipped_sum` of several clients' units at once: (clients, numbers), as `Stacked.weights`."""
     whole = [unit for own in units for unit in own]
     client = [number for number, own in enumerate(units) for _ in own]
     for part in _physical_batches(model, whole, max_physical_batch_size):
@@ -128,13 +130,13 @@ def clipped_sums(
 
 
 def _physical_batches(model: nn.Module, units: Sequence[Slot], max_physical_batch_size: int) -> Iterator[list[int]]:
-    """The numbers of the units that are passed together, sorted by length.
+    """The numbers of the units of each pass, sorted by length.
 
     A pass holds `max_physical_batch_size` examples at most, or one larger unit."""
     both = _reads_and_writes(model)
 
     def shape(number: int) -> tuple[int, int]:
-        """Of its longest example: what is read and what is written, or all in one."""
+        """Lengths of its longest example: the read and the written part, or the whole."""
         ends = [(getattr(e, "start", 0) if both else 0, len(e.tokens)) for e in units[number]]
         return max(n - s for s, n in ends), max(s for s, _ in ends)
 
@@ -154,11 +156,11 @@ def _rows(units: Sequence[Slot], numbers: Sequence[int]) -> tuple[list[Any], lis
     return [e for n in numbers for e in units[n]], [n for n in numbers for _ in units[n]]
 
 
-_BLOCK = 2**18  # noise that is made at once
+_BLOCK = 2**18  # normals that are made at once
 
 
 def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
-    """Gaussian noise onto a sum, in place: added in float64, block by block to need no second copy."""
+    """Adds Gaussian noise to a sum in place: in float64, block by block, without a second copy."""
     flat = total.view(-1)
     for at in range(0, len(flat), _BLOCK):
         part = flat[at : at + _BLOCK]
@@ -167,24 +169,24 @@ def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are optimised, in the order of the model."""
+    """The trainable parameters, in the order of the model."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 @dataclass(frozen=True)
 class Training:
-    """What one client learns, and how that is drawn, clipped and noised: made by `private` or `without_guarantee`.
+    """One client's training data, sampling, clipping and noise, made by `private` or `without_guarantee`.
 
     Attributes:
-        slots: One per privacy unit.
-        rate: Chance of each of them in each step.
-        expected_batch_size: Each step's sum is divided by this, whatever was drawn.
+        slots: One slot per privacy unit.
+        rate: Chance of each slot in each step.
+        expected_batch_size: The divisor of each step's sum, for any draw.
         steps: Noisy steps, empty draws included.
-        clip_norm: C; infinite: no clipping.
-        noise_multiplier: Deviation of the noise in units of C.
-        randomness: Of draws and noise.
+        clip_norm: C; infinite clips nothing.
+        noise_multiplier: Standard deviation of the noise in units of C.
+        randomness: The source of draws and noise.
         proximal: Mu of FedProx (arXiv 1812.06127): the loss gains mu / 2 times the squared distance from the start.
-            Its gradient is a function of the weights alone: added to the noisy sum, it costs no privacy.
+            Its gradient depends on the weights alone, so that adding it to the noisy sum costs no privacy.
     """
 
     slots: Sequence[Slot]
@@ -203,7 +205,7 @@ class Training:
 
 
 def private(slots: Sequence[Slot], plan: DPPlan, randomness: Randomness, proximal: float = 0.0) -> Training:
-    """DP-SGD exactly as planned: rate, steps, clip and noise are the plan's, which is what was charged.
+    """DP-SGD exactly as planned: rate, steps, clip and noise are those of the charged plan.
 
     Raises:
         ValueError: If there is not one slot per declared record.
@@ -248,11 +250,11 @@ def train_generator(
     """Trains in place; returns the number of steps that ran.
 
     Args:
-        model: Its trainable weights are trained.
-        training: See there.
+        model: The model; its trainable weights change.
+        training: Data, sampling, clipping and noise.
         settings: Learning rate, micro-batch and engine.
         pad: Token that fills a batch.
-        losses: Of the examples; `next_token_losses` unless a classifier is trained.
+        losses: Losses of the examples; a classifier passes its own in place of `next_token_losses`.
     """
     with clipper(model.train(), training.clip_norm, settings.clipping) as clip:
 
@@ -273,18 +275,18 @@ def train_stacked(
 ) -> int:
     """Trains the adapters of several clients at once, in place; returns the number of steps that ran.
 
-    Each client has its own draws, noise and sums, and its own part of the optimizer's state: what becomes of it is the
-    same in any stack, but for rounding.
+    Each client has its own draws, noise and sums, and its own part of the optimizer's state. Its result is the same in
+    any stack, except for rounding.
 
     Args:
-        model: With LoRA, whose weights stay as they are.
-        factors: By LoRA weight of the model, those of all clients, (clients, *weight.shape); trained in place.
-        trainings: One per client; steps, clip norm and proximal pull are those of all.
-        settings: Of all.
+        model: A model with LoRA; its own weights stay as they are.
+        factors: By LoRA weight of the model, the weights of all clients, (clients, *weight.shape); trained in place.
+        trainings: One per client; all have the same steps, clip norm and proximal pull.
+        settings: The settings of all clients.
         pad: Token that fills a batch.
 
     Raises:
-        ValueError: If the trainings differ in what must be common, or clipping is not `bookkeeping`.
+        ValueError: If the trainings differ in steps, clip norm or proximal pull, or clipping is not `bookkeeping`.
     """
     if len({(t.steps, t.clip_norm, t.proximal) for t in trainings}) != 1 or settings.clipping != "bookkeeping":
         raise ValueError(
@@ -307,13 +309,13 @@ def _descend(
     settings: GeneratorTraining,
     sums_of: Callable[[Sequence[Sequence[Slot]]], list[Tensor]],
 ) -> int:
-    """Steps of Adam on clipped, noised sums; returns how many.
+    """Takes steps of Adam on clipped, noised sums; returns their number.
 
     Args:
-        weights: Of all clients: of one its own, of several one row of numbers each.
+        weights: One client's weights, or one row of numbers for each of several clients.
         trainings: One per client.
         settings: Learning rate.
-        sums_of: What each client drew -> the clipped sums of all, (clients, ...) by weight.
+        sums_of: The draws of each client -> the clipped sums of all, (clients, ...) by weight.
     """
     proximal, steps = trainings[0].proximal, trainings[0].steps
     starts = [w.detach().clone() for w in weights] if proximal else weights
@@ -326,7 +328,7 @@ def _descend(
                 if training.noise_multiplier > 0:
                     add_noise(total[client], training.noise_multiplier * training.clip_norm, training.randomness)
         for weight, start, total in zip(weights, starts, totals, strict=True):
-            given = total.to(weight.dtype)  # after the noise: until then sums of several passes are in float64
+            given = total.to(weight.dtype)  # after the noise: before it, sums of several passes are in float64
             for client, training in enumerate(trainings):
                 given[client].div_(training.expected_batch_size)
             weight.grad = given.view(weight.shape)
@@ -341,7 +343,7 @@ def _descend(
 
 @dataclass
 class PublicRandomness:
-    """Poisson draws from a public seed, for training that claims no guarantee; it has no noise to give."""
+    """Poisson draws from a public seed, for training without a guarantee; it has no noise."""
 
     seed: int
 
@@ -349,7 +351,7 @@ class PublicRandomness:
         self._rng = np.random.default_rng(self.seed)
 
     def normals(self, count: int) -> NDArray[np.float64]:
-        """Never: noise from a public seed protects nothing."""
+        """Always fails: noise from a public seed protects nothing."""
         raise RuntimeError(f"{count} normals asked of a public seed: noise comes from a grant's key only")
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Language models that the server makes itself, from an adapter: how they are loaded, asked and trained."""
+"""Loading, asking and training of the language models that the server makes itself from an adapter."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedsynth.training.sft import Descent, descend
 
 
 class Engine:
-    """In this process, on all of its cores. A forecast passes one that does a sample of what it is asked for."""
+    """The engine in this process, on all of its cores. A forecast passes one that does a sample of the work."""
 
     def load(self, name: str, adapter: Adapter | None = None) -> TextModel:
-        """A model by its name, with an adapter added to its weights.
+        """Loads a model by its name, with an adapter added to its weights.
 
         Raises:
             BadValue: If it cannot be loaded; the message names the way out.
@@ -25,14 +25,14 @@ class Engine:
         return self.asked(LocalLLM.for_server(name, adapter))
 
     def serve(self, model: Any, tokenizer: Any) -> TextModel:
-        """A model that is in memory already."""
+        """Wraps a model that is already in memory."""
         cores = len(os.sched_getaffinity(0)) if torch.device(model.device).type == "cpu" else 1
         return self.asked(LocalLLM(model, tokenizer, batch_size=256, workers=cores))
 
     def asked(self, llm: LocalLLM) -> TextModel:
-        """What a strategy asks in the place of a model: the model itself."""
+        """The model that answers a strategy's prompts: here the given one itself."""
         return llm
 
     def descend(self, asked: Descent) -> float:
-        """The optimizer's steps of `sft` and `dpo`; see `fedsynth.training.sft.descend`."""
+        """Takes the optimizer's steps of `sft` and `dpo`; see `fedsynth.training.sft.descend`."""
         return descend(asked)

@@ -1,4 +1,4 @@
-"""Texts as examples to train on, and privacy units as slots of them."""
+"""Texts as training examples, and privacy units as slots of examples."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Example:
 
     Attributes:
         tokens: Token ids.
-        start: Position of the first token that is learnt; what stands before it (BOS, control code) is given. A seq2seq
-            model reads what is given with its encoder, and its decoder learns the rest.
+        start: Position of the first learnt token; the tokens before it (BOS, control code) are given. A seq2seq model
+            reads the given tokens with its encoder, and its decoder learns the rest.
     """
 
     tokens: tuple[int, ...]
@@ -31,7 +31,7 @@ class Example:
 
 
 class Encoded(Protocol):
-    """An encoded text with whatever its loss needs beside the tokens."""
+    """An encoded text, with further fields that its loss may need."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Encoded(Protocol):
 
 
 Slot: TypeAlias = Sequence[Encoded]
-"""What is learnt of one privacy unit: its examples, clipped together; none for an empty unit."""
+"""The examples of one privacy unit, clipped together; none for an empty unit."""
 
 
 Learns: TypeAlias = Literal["record", "response"]
@@ -59,19 +59,19 @@ def encode_slots(
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
-    A unit is a person where the corpus names persons; its first rows that have a text are used. A row with an unknown
-    label and a text that the tokenizer cannot read are left out, a slot beyond the real count is empty: no record of
-    one unit changes another's slot, or whether there is an answer. Declare at least as many units as there are: of
-    more, only the first `records` are used, and taking one of them away would let the next one in (then the replace-one
-    figure holds).
+    If the corpus names persons, a unit is a person; its first rows with a text are used. A row with an unknown label
+    and a text that the tokenizer cannot read are left out, and a slot beyond the real count is empty: no record of one
+    unit changes another's slot, or whether there is an answer. Declare at least as many units as there are. Otherwise
+    only the first `records` are used, and removing one of them would let the next one in (then the replace-one figure
+    holds).
 
     Args:
-        tokenizer: Public.
-        corpus: Private; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
+        tokenizer: A public tokenizer.
+        corpus: Private text; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
         labels: The public label list; empty for instructions.
-        records: Declared number of units; the plan's, whatever the real count is.
+        records: The plan's declared number of units, for any real count.
         longest: Longest example in tokens.
-        kind: Of the generator.
+        kind: The generator's kind.
         loss_on: Instructions: the whole record after its mark, or the response alone.
         rows_per_unit: At most so many rows of a unit count.
         task: The card, which gives each label's control code.
@@ -90,8 +90,10 @@ def encode_slots(
 
 
 def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list[int]]:
-    """The first rows of each privacy unit that have a text, in as many slots as were declared; none where there is no
-    unit. A row without a text holds its unit's place, and is none of its rows."""
+    """The first rows with a text of each privacy unit, in the declared number of slots; one without a unit is empty.
+
+    A row without a text holds its unit's place, but is not one of its rows.
+    """
     rows: dict[Hashable, list[int]] = {}
     for row, unit in enumerate(corpus.units if corpus.units is not None else range(len(corpus))):
         rows.setdefault(unit, []).extend([row] if corpus.prompts[row] else [])
@@ -102,8 +104,7 @@ def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list
 def encode_records(
     tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, loss_on: Learns = "record"
 ) -> list[Example]:
-    """Instructions and responses of a corpus that is no privacy unit's slot, each as an example; those that the
-    tokenizer cannot read are left out."""
+    """Instructions and responses as examples, without privacy units; texts that cannot be tokenized are left out."""
     each_its_own = replace(corpus, units=None)
     slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, loss_on=loss_on)
     return [example for slot in slots for example in slot]
@@ -121,14 +122,14 @@ def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns, tas
 def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
     try:
         return encode_text(tokenizer, given, text, longest, kind)
-    except Exception:  # a record that fails the whole answer would show in the answer
+    except Exception:  # the answer would reveal a record that makes it fail
         return None
 
 
 def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
-    """A text to learn after what is given (BOS stands before that), and its end; cut where it is too long.
+    """A text to learn, with its end, after the given part and its BOS; a text that is too long is cut.
 
-    The end of text stands at the end alone: line ends of the text and names of control tokens in it are text.
+    The end of text occurs at the end only: line ends of the text and names of control tokens in it are text.
     """
     if kind == "seq2seq":
         [head] = token_rows(tokenizer, [given], kind)
@@ -136,17 +137,17 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
         head = token_ids(tokenizer, given)
         head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
         text = f" {text}"
-    # The end of text is learnt, also where a long text was cut: a generator that never ends writes noise up to the
+    # The end of text is learnt, even if a long text was cut: a generator that never ends writes noise up to the
     # limit, and drafts without an end are not used.
     body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
     return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
 
 
 def readable(tokenizer: Any, text: str) -> bool:
-    """Whether a tokenizer makes tokens of a text: a record that fails the whole answer would show in the answer."""
+    """True if a tokenizer can read a text: the answer would reveal a record that makes it fail."""
     try:
         return bool(token_ids(tokenizer, text))
-    except Exception:  # each tokenizer has its own
+    except Exception:  # each tokenizer raises its own
         return False
 
 

@@ -1,9 +1,10 @@
-"""Whether the step loop trains as a plan says: it is run on public units, and what it draws and adds is tested.
+"""A check that the step loop trains as planned: it runs on public units, and tests examine its draws and sums.
 
-`fedsynth.training.dp_training` itself runs, with the plan's rate, steps, clip norm, noise and divisor, the settings'
-engine and micro-batch. Units have known gradients, all alike and far above C. So an optimizer must be given |drawn| C
-along one direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected batch. Each of
-a dozen tests fails with a chance of 1e-9 where all is right; the key is fixed, so that a verdict is the same each time.
+`fedsynth.training.dp_training` itself runs, with the plan's rate, steps, clip norm, noise and divisor, and the
+settings' engine and micro-batch. Units have known gradients, all alike and far above C. So an optimizer must get
+|drawn| C along one direction, and Gaussian noise of deviation sigma C in every coordinate, divided by the expected
+batch. Each of a dozen tests fails with a chance of 1e-9 if all is right. The key is fixed, so that a verdict is the
+same each time.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.training import dp_training as training
 from fedsynth.training.examples import Example
 
-LEAST = 16  # steps that are watched at least: a shorter training is repeated
-MOST = 256  # steps of one training that are watched at most: of a longer one the rest is only counted
-CHANCE = 1e-9  # of each test to fail where all is right, if keys were drawn: 6 deviations
+LEAST = 16  # fewest watched steps: a shorter training is repeated
+MOST = 256  # most watched steps of one training: the rest of a longer one is only counted
+CHANCE = 1e-9  # of each test to fail if all is right and keys are drawn: 6 deviations
 PUBLIC = b"fedsynth: public, for checks only"  # never a grant's: the same verdict each time
 _WIDTH, _VOCABULARY, _RANK, _DIGITS = 64, 192, 8, 4
-_ROUNDING = 1e-4  # of a clipped gradient in float32, relative; more than it is, and a tenth of the margin below C
+_ROUNDING = 1e-4  # bound on the relative rounding of a clipped gradient in float32: a tenth of the margin below C
 
 
 @dataclass
@@ -48,10 +49,10 @@ class Watched:
 
     Attributes:
         drawn: Units of each step, by number.
-        along: Of each step: what the optimizer was given times the expected batch, along the units' gradient.
-        square: Of each step: squared length of the rest, which is noise.
-        fourth: Of each step: sum of the fourth powers of that rest.
-        again: Of each step but the first: its product with the rest of the step before.
+        along: The optimizer's input in each step, times the expected batch, along the units' gradient.
+        square: Squared length of the rest in each step, which is noise.
+        fourth: Sum of the fourth powers of the rest in each step.
+        again: Product of the rest with that of the step before, for each step except the first.
         each: Squared rests, added up over steps, (numbers,).
         first: The rest of the first step.
     """
@@ -85,17 +86,17 @@ class Watched:
 def differs(
     plan: DPPlan, settings: GeneratorTraining, device: torch.device, *, clients: int = 1, key: bytes = PUBLIC
 ) -> str | None:
-    """The first thing in the step loop that is not as planned, in words; None if all is.
+    """The first deviation of the step loop from the plan, in words; None if there is none.
 
-    Takes one or two milliseconds for each of `MOST` steps, and some hundredths of one for each beyond, which draw
-    nothing. Leaves torch's global random state alone.
+    The check takes one or two milliseconds for each of `MOST` steps, and some hundredths of one for each further step,
+    which draws nothing. It leaves torch's global random state alone.
 
     Args:
-        plan: Whose rate, steps, clip norm, noise and expected batch are tested.
-        settings: Whose engine, micro-batch and rows of a unit are used.
-        device: To train on.
-        clients: More than one: those that train in one pass.
-        key: Public; other ones are for tests of this check.
+        plan: The plan; its rate, steps, clip norm, noise and expected batch are tested.
+        settings: The settings; their engine, micro-batch and rows of a unit are used.
+        device: The device to train on.
+        clients: Number of clients; several train in one pass.
+        key: A public key; other keys are for tests of this check.
     """
     found: list[Watched] = []
     if plan.steps > MOST:
@@ -108,7 +109,7 @@ def differs(
         if {len(each.drawn) for each in watched} | {ran} != {plan.steps}:
             return _of_steps(len(watched[0].drawn), ran, plan)
         found += watched
-    # Some steps under another key tell whether anything comes from elsewhere.
+    # Some steps under another key show whether any draw or noise does not come from the key.
     other, _ = _trained(replace(plan, steps=min(4, plan.steps)), settings, device, clients, key + b"other")
     return next(_differences(found, other, plan), None)
 
@@ -118,7 +119,7 @@ def _of_steps(taken: int, ran: int, plan: DPPlan) -> str:
 
 
 def _enough(plan: DPPlan) -> int:
-    """So many steps that draws of one size would be seen: that binomial ones were all as expected has chance e^-40."""
+    """Enough steps to expose draws of a fixed size: binomial ones all have the expected size with chance e^-40."""
     same = -float(binom.logpmf(plan.expected_batch, plan.records, plan.sampling_rate))
     return max(LEAST, math.ceil(40 / same) if same > 1e-9 else LEAST)
 
@@ -126,7 +127,7 @@ def _enough(plan: DPPlan) -> int:
 def _trained(
     plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int, key: bytes
 ) -> tuple[list[Watched], int]:
-    """Each client's steps, and how many the training says that it took."""
+    """Each client's steps, and the number of steps that the training reports."""
     trainings = _trainings(plan, settings, clients, key)
     model = _Flat(plan.clip_norm).to(device)
     direction = _direction(model)
@@ -152,8 +153,10 @@ def _trained(
 
 
 def _counted(plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int) -> tuple[int, int]:
-    """How many steps a whole training takes, and says that it took. No unit is drawn in them: the loop is to take a
-    step for an empty draw too, and no time goes into models."""
+    """The number of steps that a whole training takes, and the number that it reports.
+
+    It draws no unit: the loop must take a step for an empty draw, too, and the model costs no time.
+    """
     taken = 0
 
     def look(_: Sequence[Tensor]) -> None:
@@ -177,7 +180,7 @@ class _Idle:
 
 
 def _trainings(plan: DPPlan, settings: GeneratorTraining, clients: int, key: bytes) -> list[training.Training]:
-    """As planned, of each client, on units of its own."""
+    """The planned training of each client, on units of its own."""
     rows = min(settings.rows_per_unit, 4)
     keys = [hashlib.sha256(key + client.to_bytes(4, "big")).digest() for client in range(clients)]
     return [
@@ -219,12 +222,12 @@ def _before_steps(look: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Units(Sequence[Any]):
-    """As many units of 1 to `rows` rows as are declared; a unit's tokens are its number, and what is learnt one token.
+    """The declared number of units of 1 to `rows` rows; a unit's tokens are its number, and it learns one token.
 
     Attributes:
-        units: How many.
-        rows: Most rows of one.
-        start: Number of the first.
+        units: Number of units.
+        rows: Most rows of a unit.
+        start: Number of the first unit.
     """
 
     units: int
@@ -243,10 +246,10 @@ class _Units(Sequence[Any]):
 
 
 class _Flat(nn.Module):
-    """A language model that says the same whatever it reads: of a LoRA whose input is constant. It notes what it read.
+    """A language model with the same output for every input: a LoRA on a constant. It notes the units that it read.
 
     Args:
-        size: Of the input's numbers: gradients are more than a hundred times as long.
+        size: Size of the constant's numbers; gradients are more than a hundred times as long.
     """
 
     def __init__(self, size: float) -> None:
@@ -269,7 +272,7 @@ class _Flat(nn.Module):
         return SimpleNamespace(logits=logits)
 
     def drawn(self) -> NDArray[np.int64]:
-        """The numbers of the units that were read since the last call, each once."""
+        """The numbers of the units read since the last call, each once."""
         read, self._read = self._read, []
         if not read:
             return np.zeros(0, np.int64)
@@ -278,7 +281,7 @@ class _Flat(nn.Module):
 
 
 def _direction(model: _Flat) -> NDArray[np.float64]:
-    """Of every unit's gradient, by one plain backward pass; of length 1."""
+    """The direction of every unit's gradient, of length 1, by one plain backward pass."""
     learnt = [w for w in model.parameters() if w.requires_grad]
     ids = torch.zeros(1, _DIGITS + 1, dtype=torch.long, device=model.input.device)
     logits = model(ids, ids, torch.tensor([_DIGITS - 1], device=ids.device)).logits[0, 0]
@@ -289,12 +292,12 @@ def _direction(model: _Flat) -> NDArray[np.float64]:
 
 
 def _differences(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> Iterator[str]:
-    """What is wrong, one line each.
+    """The deviations, one line each.
 
     Args:
         found: Whole trainings.
-        other: First steps of some more, of other keys.
-        plan: Of all of them.
+        other: First steps of further trainings, with other keys.
+        plan: The plan of all trainings.
     """
     yield from _draws(found, other, plan)
     yield from _noise(found, other)
@@ -314,7 +317,7 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
             f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?"
         )
     seen, times = np.unique(np.concatenate([drawn for each in found for drawn in each.drawn]), return_counts=True)
-    if len(seen) < n:  # those who are never drawn are alike, and may be too many to list
+    if len(seen) < n:  # units that are never drawn are alike, and may be too many to list
         times = np.append(times, 0)
     if (by_unit := _two_sided(times, len(sizes), q)).min() < CHANCE / n:
         at = int(by_unit.argmin())
@@ -364,7 +367,7 @@ def _noise(found: Sequence[Watched], other: Sequence[Watched]) -> Iterator[str]:
 
 
 def _sums(found: Sequence[Watched], plan: DPPlan) -> Iterator[str]:
-    """Along the units' gradient each drawn one adds C, and the divisor is the same in every step."""
+    """Along the units' gradient each drawn unit adds C, and the divisor is the same in every step."""
     along = np.concatenate([each.along for each in found])
     drawn = np.array([len(units) for each in found for units in each.drawn], np.float64)
     unit = MARGIN / plan.noise_multiplier  # C in units of the noise
@@ -390,15 +393,15 @@ def _normal(z: float) -> float:
 
 
 def far(squares: Any, count: int) -> Any:
-    """How likely sums of `count` squared standard normals are as far out as that, on either side."""
+    """The chance that a sum of `count` squared standard normals is at least as extreme, on either side."""
     return 2 * np.minimum(chi2.cdf(squares, count), chi2.sf(squares, count))
 
 
 def _chance_of_squares(squares: int, draws: int, n: int, q: float) -> float:
-    """At most so likely are the squared distances of binomial draws from n q as small in sum as that, or as large.
+    """Bound on the chance that squared distances of binomial draws from n q have a sum at least as extreme.
 
-    By Chernoff's bound: E exp(r sum) is that of one draw to the power of draws. Sizes that fewer than one draw in 10^20
-    has are left out (Bernstein's inequality).
+    It is Chernoff's bound: E exp(r sum) is that of one draw to the power of draws. Sizes with a chance below 10^-20 per
+    draw are left out (Bernstein's inequality).
     """
     middle, variance = round(n * q), n * q * (1 - q)
     reach = math.ceil(16 + math.sqrt(16**2 + 2 * 47 * variance))

@@ -1,4 +1,4 @@
-"""What is checked before a charge: that a training would be what its plan says, on random public tokens."""
+"""Checks before a charge that a training would follow its plan, on random public tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedsynth.training.loopcheck import CHANCE, differs, far
 
 
 class SelfCheckFailed(RuntimeError):
-    """The training would not be what the plan says; found on random public tokens, before any charge."""
+    """The training would not follow its plan; found on random public tokens, before any charge."""
 
 
 def self_check(
@@ -42,27 +42,28 @@ def self_check(
 ) -> None:
     """Checks the step loop, and the model's clipped gradients, on random public tokens (docs/privacy.md).
 
-    Each time: the model's gradients are finite, not zero and clipped, and those of an example are the same alone and in
-    a batch (BatchNorm, packing and batch-mean losses are found so). Once in a process for the same code, plan,
-    settings, shapes, device and precision: the loop's draws, noise, divisor and steps are the plan's
-    (`fedsynth.training.loopcheck`), one unit more moves the sum by C at most with few and with most rows that a pass
-    can have, and there is memory for the largest pass (`whole_microbatch`). Leaves the model as it was.
+    Each time it checks that the model's gradients are finite, not zero and clipped, and that an example's gradients
+    are the same alone and in a batch (this finds BatchNorm, packing and batch-mean losses). Once in a process for the
+    same code, plan, settings, shapes, device and precision it checks three more facts. The loop's draws, noise, divisor
+    and steps are the plan's (`fedsynth.training.loopcheck`). One more unit moves the sum by C at most, with few and
+    with most rows that a pass can have. There is memory for the largest pass (`whole_physical_batch`). The model stays
+    as it was.
 
     Args:
-        model: What will be trained.
-        plan: As which it will be trained.
-        settings: With which it will be trained.
+        model: The model to train.
+        plan: The plan of the training.
+        settings: The settings of the training.
         pad: Token that fills a batch.
-        losses: As it will be trained with.
-        example: Makes an example for them from tokens.
+        losses: The losses of the training.
+        example: Makes an example for the losses from tokens.
 
     Raises:
-        SelfCheckFailed: With what is wrong.
+        SelfCheckFailed: If a check fails; the message names it.
     """
     if not trainable(model):
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     shapes, rng = _shapes(model), np.random.default_rng(0)
-    # One as long as any: some models compute all positions otherwise where one text is long (LongRoPE).
+    # One of the longest: some models compute all positions differently if one text is long (LongRoPE).
     lengths = (5, 9, 9, max(14, settings.max_length), 7, 3)
     examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     first = min(settings.rows_per_unit, len(examples) - 1)
@@ -77,7 +78,7 @@ def self_check(
         gap = _norm([t - sum(parts) for t, *parts in zip(together, *alone, strict=True)])
         if gap > 1e-3 * plan.clip_norm:
             raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
-        # Gradients may be shorter than C at the start: what clips is seen where all are cut, too.
+        # Gradients may be shorter than C at the start: the check also clips so low that all are cut.
         tight = min([plan.clip_norm, *(norm / 2 for norm in norms)])
         short, rows = units[-1], _most_rows(plan, settings)
         with clipper(model.train(), tight, settings.clipping) as clip:
@@ -112,17 +113,18 @@ def self_check(
 
 
 def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
-    """As `self_check`, of the engine for several adapters: its loop, every number of rows, and that a client's sum is
-    that of the engine for one, which has passed `self_check`.
+    """`self_check` for the engine for several adapters: its loop, and every number of rows.
+
+    A client's sum must equal that of the engine for one client, which has passed `self_check`.
 
     Args:
-        model: With LoRA in place, as it will be trained.
-        plan: As which it will be trained.
-        settings: With which it will be trained.
+        model: The model to train, with LoRA in place.
+        plan: The plan of the training.
+        settings: The settings of the training.
         pad: Token that fills a batch.
 
     Raises:
-        SelfCheckFailed: With what is wrong.
+        SelfCheckFailed: If a check fails; the message names it.
     """
     shapes, rng = _shapes(model), np.random.default_rng(1)
     units = [(Example(tuple(rng.integers(0, vocabulary_of(model), n).tolist()), 2),) for n in (6, 9, 7, 12, 5, 3)]
@@ -141,7 +143,7 @@ def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, 
         with stacked(model.train(), factors, tight) as both:
 
             def summed(count: int) -> list[Tensor]:
-                """Of units that belong to the two clients by turns: what both sums move by, one moves by at most."""
+                """Sums of units of the two clients in turn: one sum moves by at most as much as both together."""
                 own = [[units[-1]] * (count - count // 2), [units[-1]] * (count // 2)]
                 return [
                     clipped_sums(
@@ -168,11 +170,11 @@ def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]]
     """Checks the mechanism of a list of numbers on public ones: two lists stay within C, the noise is the plan's.
 
     Args:
-        release: What is done to a list of `LISTED` numbers before it leaves.
-        plan: Its clip norm is how far two lists may be apart, its noise that of each number.
+        release: The mechanism, for a list of `LISTED` numbers.
+        plan: Its clip norm bounds the distance of two lists, its noise is that of each number.
 
     Raises:
-        SelfCheckFailed: With what is wrong.
+        SelfCheckFailed: If a check fails; the message names it.
     """
     drawn = np.random.default_rng(0).standard_normal(LISTED) * 1e3 * plan.clip_norm
     one, other = (np.asarray(release((sign * drawn).tolist(), _Silent())) for sign in (1, -1))
@@ -186,11 +188,11 @@ def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]]
         raise SelfCheckFailed(f"the noise has deviation {deviation:.4g} in units of sigma C, planned is 1")
 
 
-LISTED = 2**14  # numbers in such a list: a deviation that is off by 4 % shows
+LISTED = 2**14  # numbers in such a list: an error of 4 % in the deviation shows
 
 
 class _Silent:
-    """No noise, for what is checked without."""
+    """Randomness without noise, for checks that need none."""
 
     def normals(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)
@@ -208,26 +210,26 @@ def whole_physical_batch(
     losses: Losses | None = None,
     example: Callable[[tuple[int, ...]], Encoded] = lambda tokens: Example(tokens, start=2),
 ) -> None:
-    """Passes as many of the longest examples as are ever held at once, and forgets it: whether there is memory for that
-    shows before a charge. Found in the midst of a training, it would be one long text that decides about an answer.
+    """Computes the largest possible pass of the longest examples and discards the result.
 
-    Args:
-        As of `self_check`.
+    So a lack of memory shows before a charge. In the midst of a training, one long text would decide about an answer.
+
+    Args: those of `self_check`.
 
     Raises:
-        SelfCheckFailed: If it cannot be done.
+        SelfCheckFailed: If the pass cannot be computed.
     """
     rng, rows = np.random.default_rng(0), _most_rows(plan, settings)
     tokens = rng.integers(0, vocabulary_of(model), (rows, settings.max_length)).tolist()
     examples = [_learnt_from(example(tuple(row)), 1) for row in tokens]
-    if rows > 1:  # of a model that reads and writes: the longest to read meets the longest to write
+    if rows > 1:  # in a model that reads and writes, the longest to read meets the longest to write
         examples[-1] = _learnt_from(examples[-1], settings.max_length - 1)
     most = settings.rows_per_unit
     packings: list[list[Slot]] = [[examples[at : at + most] for at in range(0, rows, most)]]
     if most > 1:  # most pairs of rows above, most units with a sum of their own here
         packings.append([examples[:2], *([e] for e in examples[2:])])
     try:
-        # What a training holds beside: two moments of Adam, the start of a proximal pull, sums in float64.
+        # The other memory of a training: two moments of Adam, the start of a proximal pull, sums in float64.
         held = [torch.ones_like(weight) for weight in trainable(model) for _ in range(5)]
         for units in packings:
             with clipper(model.train(), plan.clip_norm, settings.clipping) as clip:
@@ -265,9 +267,9 @@ def _check_norm(norm: float, limit: float) -> None:
 
 
 def _check_counts(summed: Callable[[int], Sequence[Tensor]], most: int, clip_norm: float) -> None:
-    """Sums of 1, 2, ... equal units: each moves by that of one unit, whatever kernel so many rows are passed with.
+    """Checks sums of 1, 2, ... equal units: each unit adds that of one unit, with any kernel for so many rows.
 
-    From 64 on, where kernels change at powers of two if at all, only there and at the most.
+    From 64 on it checks powers of two, where kernels may change, the numbers after them, and the largest number.
     """
     one, known = summed(1), {0: summed(0)}
     beyond = {power + more for power in (2**n for n in range(6, most.bit_length())) for more in (0, 1)}
@@ -284,7 +286,7 @@ def _check_counts(summed: Callable[[int], Sequence[Tensor]], most: int, clip_nor
 
 
 def _most_rows(plan: DPPlan, settings: GeneratorTraining) -> int:
-    """As many are passed at once at most."""
+    """The most rows in one pass."""
     return max(settings.rows_per_unit, min(settings.max_physical_batch_size, plan.records * settings.rows_per_unit))
 
 
@@ -297,7 +299,7 @@ def _norm(grads: Sequence[Tensor]) -> float:
 
 
 _REMEMBERED = 256
-_passed: dict[Hashable, None] = {}  # of this process
+_passed: dict[Hashable, None] = {}  # the checks that passed in this process
 
 
 def _once(asked: Hashable, check: Callable[[], None]) -> None:
@@ -311,7 +313,7 @@ def _once(asked: Hashable, check: Callable[[], None]) -> None:
 
 
 def _code() -> tuple[Any, ...]:
-    """The functions by which a training runs, as they are now: whoever replaces one is checked again."""
+    """The functions that a training runs, as they are now: a replaced function is checked again."""
     return tuple(
         part
         for module in (training, randomness, dpsgd, bookkeeping, recording, stacking, opacus_modes)
@@ -326,7 +328,7 @@ def _functions(module: ModuleType, value: Any) -> list[Any]:
 
 
 def _shapes(model: nn.Module) -> tuple[Any, ...]:
-    """What of a model decides by which code it computes: layers, shapes, types, device; no values."""
+    """The properties of a model that decide which code it runs: layers, shapes, types, device; no values."""
     tensors = tuple((name, w.shape, w.dtype, w.device, w.requires_grad) for name, w in model.named_parameters())
     layers = tuple((type(layer).forward, layer.__dict__.get("forward")) for layer in model.modules())
     return (*tensors, *layers)

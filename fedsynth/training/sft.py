@@ -1,4 +1,4 @@
-"""An adapter trained on text that is free to use: public, released, or written by the server's model."""
+"""Training of an adapter on text that is free to use: public, released, or written by the server's model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LossOf: TypeAlias = Callable[[list[int]], Tensor]
 
 @dataclass(frozen=True)
 class Guard:
-    """What holds a model's general ability while it is tuned: it may not drift from what it said of some texts before.
+    """A guard of a model's general ability during tuning: on some texts the model may not drift from its predictions.
 
     Attributes:
-        examples: The texts; as many as examples of the tuning are read in each step.
-        weight: Of the mean KL divergence per token, from the model as it was to the model as it is.
+        examples: The texts; each step reads as many as it reads examples of the tuning.
+        weight: Weight of the mean KL divergence per token, from the model as it was to the model as it is.
     """
 
     examples: Sequence[Example]
@@ -36,16 +36,16 @@ class Guard:
 
 @dataclass(frozen=True)
 class Descent:
-    """What the optimizer's steps are taken for.
+    """The task of the optimizer's steps.
 
     Attributes:
-        model: With an adapter.
-        rows: That batches are drawn from: each once a pass.
-        loss_of: Of a batch.
+        model: A model with an adapter.
+        rows: The rows to draw batches from, each once a pass.
+        loss_of: The loss of a batch.
         settings: Passes, batch, rate.
         pad: Token that fills a batch.
-        seed: Public; of the order.
-        guard: Against forgetting.
+        seed: Public seed of the order.
+        guard: A guard against forgetting.
     """
 
     model: nn.Module
@@ -61,10 +61,10 @@ Descend: TypeAlias = Callable[[Descent], float]
 
 
 def descend(asked: Descent) -> float:
-    """AdamW on what is trainable in a model, in place; the rate falls linearly to a tenth.
+    """AdamW on the trainable weights of a model, in place; the rate falls linearly to a tenth.
 
     Returns:
-        The mean loss of the last pass, without the guard's; nan where there is no row.
+        The mean loss of the last pass, without the guard's; nan if there is no row.
     """
     model, rows, settings, guard = asked.model, asked.rows, asked.settings, asked.guard
     if not rows:
@@ -82,7 +82,7 @@ def descend(asked: Descent) -> float:
         held: list[Example] = []
         if guard is not None and guard.weight > 0 and guard.examples:
             held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
-        # Weights change places for it, and so it comes before anything that a gradient is taken of.
+        # The guard swaps weights, and so it comes before any computation that needs a gradient.
         said = _likelihoods_before(model, held, start, asked.pad) if held else None
         loss = asked.loss_of(batch)
         losses.append(float(loss.detach()))
@@ -107,22 +107,21 @@ def sft(
     guard: Guard | None = None,
     descend: Descend = descend,
 ) -> float:
-    """Supervised fine-tuning of what is trainable in a model, in place.
+    """Supervised fine-tuning of the trainable weights of a model, in place.
 
     Args:
-        model: With an adapter.
-        examples: What is learnt of each is said by its `start`.
+        model: A model with an adapter.
+        examples: The examples; the tokens from `start` on are learnt.
         settings: Passes, batch, rate.
         pad: Token that fills a batch.
-        seed: Public; of the order.
-        weights: One per example, not negative: its loss counts so many times; left out: all count once. An example of
-            weight 0 is not read.
-        guard: Against forgetting.
+        seed: Public seed of the order.
+        weights: One factor >= 0 of the loss per example; left out, all are 1. An example of weight 0 is not read.
+        guard: A guard against forgetting.
         descend: Takes the steps.
 
     Returns:
-        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan where there is nothing to
-        learn from.
+        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan if there is nothing to learn
+        from.
 
     Raises:
         ValueError: If a weight is negative or not finite, or there is not one per example.
@@ -150,20 +149,20 @@ def dpo(
     guard: Guard | None = None,
     descend: Descend = descend,
 ) -> float:
-    """Direct preference optimisation of what is trainable in a model, in place (Rafailov et al. 2023, equation 7).
+    """Direct preference optimisation of the trainable weights of a model, in place (Rafailov et al. 2023, equation 7).
 
     Args:
-        model: With an adapter; as it is now it is the reference.
+        model: A model with an adapter; its state before the call is the reference.
         pairs: Preferred and rejected text, after the same prompt.
         settings: As in `sft`; a batch holds pairs.
-        beta: How strongly the reference holds: POPri 0.01, up to 0.1.
+        beta: Strength of the reference: POPri 0.01, up to 0.1.
         pad: Token that fills a batch.
-        seed: Public; of the order.
-        guard: Against forgetting.
+        seed: Public seed of the order.
+        guard: A guard against forgetting.
         descend: Takes the steps.
 
     Returns:
-        The mean loss of the last pass (ln 2 where no pair is told apart); nan where there is no pair.
+        The mean loss of the last pass (ln 2 if the model cannot tell the pairs apart); nan if there is no pair.
 
     Raises:
         ValueError: If beta is not above 0.
@@ -172,7 +171,7 @@ def dpo(
         raise ValueError(f"beta must be above 0, got {beta}")
 
     def ahead(batch: list[int]) -> Tensor:
-        """By how many nats the preferred texts are likelier than the rejected ones."""
+        """Log-likelihood of the preferred texts less that of the rejected ones, in nats."""
         chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], pad) for side in (0, 1))
         return chosen - rejected
 
@@ -189,7 +188,7 @@ def dpo(
 
 
 def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:
-    """Of all learnt tokens together: exp of their mean negative log-likelihood.
+    """Perplexity: exp of the mean negative log-likelihood of all learnt tokens together.
 
     Raises:
         ValueError: If there is no example.
@@ -218,7 +217,7 @@ def _likelihoods_before(model: nn.Module, examples: Sequence[Example], start: Se
 
 
 def _drift(model: nn.Module, examples: Sequence[Example], before: Tensor, pad: int) -> Tensor:
-    """Mean KL divergence per learnt token from those log-probabilities to the model's as it is."""
+    """Mean KL divergence per learnt token from `before` to the model's log-probabilities."""
     logits, wanted = next_tokens(model, examples, pad)
     learnt = wanted != IGNORED
     return ((before.exp() * (before - logits.log_softmax(-1))).sum(-1) * learnt).sum() / learnt.sum().clamp(min=1)
@@ -226,7 +225,7 @@ def _drift(model: nn.Module, examples: Sequence[Example], before: Tensor, pad: i
 
 @contextmanager
 def _as_it_was(weights: Sequence[nn.Parameter], start: Sequence[Tensor]) -> Iterator[None]:
-    """Trainable weights are few: changing places is cheaper than a frozen copy of the model."""
+    """While open, the trainable weights have the values `start`; the few weights cost less than a copy of the model."""
     now = [w.detach().clone() for w in weights]
     _put(weights, start)
     try:

@@ -1,4 +1,4 @@
-"""A simulated world of short notes: lexicons, the grammar they are written by, and how to judge them."""
+"""A simulated world of short notes: lexicons, the grammar of notes, and their judgement."""
 
 from fedsynth.world.grammar import (
     SiteStyle,

@@ -1,4 +1,4 @@
-"""How notes are written: styles, sites with their own priors, public blocks and private notes."""
+"""The grammar of notes: styles, sites with their own priors, public blocks and private notes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from numpy.typing import NDArray
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.world.lexicon import World
 
-COMMON_RATE = 0.10  # facts replaced by one that is common to all labels
-SLIP_RATE = 0.05  # facts drawn from any register instead of the style's
-LABEL_NOISE = 0.03  # private notes filed under another label
-REGISTER_PRIOR = (0.5, 0.3, 0.2)  # of public styles; sites write in the rarer ones
+COMMON_RATE = 0.10  # share of facts replaced by one that is common to all labels
+SLIP_RATE = 0.05  # share of facts drawn from any register instead of the style's
+LABEL_NOISE = 0.03  # share of private notes filed under another label
+REGISTER_PRIOR = (0.5, 0.3, 0.2)  # probabilities in public styles; sites write in the rarer ones
 SITE_REGISTERS = (2, 2, 2, 1, 2, 2, 1, 2)
 BLOCK_NOTES = (1, 2, 3, 5, 7)
 BLOCK_PRIOR = (0.2, 0.15, 0.15, 0.25, 0.25)
-SINGLE_LABEL_RATE = 0.6  # of public blocks: from these a model learns to stay with style and label
-KNOWN_RATE, RARE_WEIGHT = 0.35, 0.15  # facts frequent in the weak corpus; weight of the others
+SINGLE_LABEL_RATE = 0.6  # share of public blocks: from these a model learns to keep style and label
+KNOWN_RATE, RARE_WEIGHT = 0.35, 0.15  # share of facts that are frequent in the weak corpus; weight of the others
 HELD_OUT = 8  # one in eight marker pairs, and of (opener, closer) pairs, is kept for the private sites
-_SEED = 1729  # of everything that is fixed once per world, such as a site's style
+_SEED = 1729  # seed of everything fixed once per world, such as a site's style
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one author writes.
+    """One author's way of writing.
 
     Attributes:
         main: Marker before the label's own facts.
@@ -41,7 +41,7 @@ class Style:
         joiner: Word between facts.
         register: Column of the register in `World.registers`.
         order: Order of the segments 0 main, 1 history, 2 closing.
-        traits: Whether a note says whom it is about.
+        traits: True if a note describes its person.
     """
 
     main: str
@@ -57,12 +57,12 @@ class Style:
 
 @dataclass(frozen=True)
 class SiteStyle:
-    """One client's own way of writing and own mix of cases.
+    """One client's own way of writing and mix of cases.
 
     Attributes:
-        style: Its marker pair and its first (opener, closer) pair never occur in public text.
-        label_prior: Shape (labels,), sums to 1.
-        fact_prior: Shape (labels, facts), rows sum to 1.
+        style: The style; its marker pair and its first (opener, closer) pair never occur in public text.
+        label_prior: Probabilities of the labels, shape (labels,); they sum to 1.
+        fact_prior: Probabilities of the facts, shape (labels, facts); each row sums to 1.
     """
 
     style: Style
@@ -71,7 +71,7 @@ class SiteStyle:
 
 
 def held_out(first: int, second: int) -> bool:
-    """Whether the pair of positions (main marker, history marker) or (opener, closer) is kept for the sites."""
+    """True if the pair of positions (main marker, history marker) or (opener, closer) is reserved for the sites."""
     return (3 * first + second) % HELD_OUT == 0
 
 
@@ -84,7 +84,7 @@ def public_style(world: World, rng: Generator) -> Style:
 
 @lru_cache(maxsize=512)
 def site(world: World, index: int) -> SiteStyle:
-    """The private site `index` (0 and up); the same at every call.
+    """The private site `index` (0 and up), the same at every call.
 
     Raises:
         ValueError: If index is negative.
@@ -109,10 +109,10 @@ def private_notes(world: World, site_index: int, count: int, seed: int, *, split
 
     Args:
         world: The lexicon.
-        site_index: 0 and up; 0..7 are the demo's.
+        site_index: Number of the site, from 0; 0..7 are the demo's.
         count: Number of notes.
-        seed: Of the notes; the site's style and priors do not depend on it.
-        split: Which half of the texts to draw from.
+        seed: Seed of the notes; the site's style and priors do not depend on it.
+        split: The half of the texts to draw from.
     """
     place = site(world, site_index)
     half = ("train", "test").index(split)
@@ -137,8 +137,8 @@ def public_blocks(world: World, count: int, seed: int, *, weak: bool) -> Iterato
     Args:
         world: The lexicon.
         count: Number of blocks.
-        seed: Of the blocks.
-        weak: Leave most facts rare, as in what a client's model has read; otherwise all are equally frequent.
+        seed: Seed of the blocks.
+        weak: True to leave most facts rare, as in the text for clients' models; otherwise all are equally frequent.
     """
     rng = np.random.default_rng([seed, int(weak)])
     prior = fact_prior(world, rare=RARE_WEIGHT if weak else 1.0)
@@ -155,12 +155,12 @@ def public_blocks(world: World, count: int, seed: int, *, weak: bool) -> Iterato
 
 
 def known_facts(world: World) -> NDArray[np.bool_]:
-    """The facts that stay frequent in weak text, about a third; shape (labels, facts), the same at every call."""
+    """Mask of the facts that stay frequent in weak text, about a third; shape (labels, facts), always the same."""
     return np.random.default_rng([_SEED, 2]).random((len(world.labels), len(world.facts[0]))) < KNOWN_RATE
 
 
 def fact_prior(world: World, *, rare: float) -> NDArray[np.float64]:
-    """Cumulative over the last axis, shape (labels, facts): facts that are not `known_facts` have the weight `rare`."""
+    """Prior, cumulative over the last axis, shape (labels, facts); facts outside `known_facts` weigh `rare`."""
     weights = np.where(known_facts(world), 1.0, rare)
     return np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
 
@@ -170,9 +170,9 @@ def write_note(world: World, style: Style, label: int, fact_prior: NDArray[np.fl
 
     Args:
         world: The lexicon.
-        style: How it is written.
+        style: The style of the note.
         label: Row of the label in `World.labels`.
-        fact_prior: Cumulative over the last axis, shape (labels, facts).
+        fact_prior: Prior, cumulative over the last axis, shape (labels, facts).
         rng: Source of all draws.
     """
     other = _another(label, len(world.labels), rng)

@@ -1,4 +1,4 @@
-"""The words of a small world and what they mean, read from a TOML file."""
+"""The words of a small world and their meanings, read from a TOML file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ WORLDS = ("hospitals", "banks")
 
 @dataclass(frozen=True)
 class Meaning:
-    """What one fact's word says.
+    """The meaning of one fact's word.
 
     Attributes:
         label: Row of the label in `World.labels`; None for the facts that are common to all labels.
         register: Column of the register in `World.registers`.
         lay: The fact's word in the first register.
-        treatment: What is done about the fact, one of `World.treatments`; the same at every site.
+        treatment: The treatment of the fact, one of `World.treatments`; the same at every site.
     """
 
     label: int | None
@@ -39,8 +39,8 @@ class World:
         registers: Names of the registers; column r of every fact is written in register r.
         facts: Words by label, fact and register; every word occurs once in the world.
         common: Words by fact and register that say nothing about the label.
-        unassigned: Where a note is sent whose main facts are all common ones; no label.
-        treatments: Words of which every fact has one.
+        unassigned: The department of a note whose main facts are all common ones; no label.
+        treatments: Words for treatments; every fact has one.
         main_markers: Phrases that announce the label's own facts.
         history_markers: Phrases that announce facts of another label.
         openers: Words that a note begins with, two at a time.
@@ -71,7 +71,7 @@ class World:
         rows: list[tuple[int | None, tuple[str, ...]]]
         rows = [(label, fact) for label, facts in enumerate(self.facts) for fact in facts]
         rows += [(None, fact) for fact in self.common]
-        # Treatments go round the facts, so the 40 facts of a label have 40 of them: the label does not tell which.
+        # Treatments go round the facts, so the 40 facts of a label have 40 of them: the label does not reveal one.
         return {
             word: Meaning(label, register, fact[0], self.treatments[number % len(self.treatments)])
             for number, (label, fact) in enumerate(rows)
@@ -87,7 +87,7 @@ class World:
 
     @cached_property
     def answer_words(self) -> tuple[str, ...]:
-        """The words of answers that are in no note."""
+        """The words that occur in answers only."""
         return (*self.labels, self.unassigned, *self.treatments)
 
 

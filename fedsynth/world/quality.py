@@ -1,4 +1,4 @@
-"""Reading notes back: their facts, how good a set of notes is, and the best accuracy that can be reached."""
+"""Analysis of notes: their facts, the quality of a set of notes, and the best accuracy that can be reached."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedsynth.world.lexicon import World
 
 
 class Reading(NamedTuple):
-    """What a note says, read against a style.
+    """A note's content, read in a style.
 
     Attributes:
-        valid: Whether the whole note follows the style's template.
+        valid: True if the whole note follows the style's template.
         main: Fact words after the main marker, as far as the note could be read.
         history: Fact words after the history marker, likewise.
     """
@@ -27,12 +27,12 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Quality:
-    """How well notes follow a style and a label; rates in [0, 1], 0 where there is nothing to count.
+    """The agreement of notes with a style and a label; rates in [0, 1], 0 if there is nothing to count.
 
     Attributes:
         count: Notes judged, the unfinished ones included.
         valid: Share of the notes that follow the template.
-        label_correct: Share of the valid notes with a telling main fact whose telling main facts all have the label.
+        label_correct: Share of the valid notes with label-specific main facts, in which these all have the label.
         register_match: Share of fact words in the style's register (public text itself reaches about .97).
         distinct: Number of different main facts.
     """
@@ -45,7 +45,7 @@ class Quality:
 
 
 def parse(world: World, style: Style, text: str) -> Reading:
-    """Reads a note written in `style`; at the first word that does not fit, the rest is left unread."""
+    """Reads a note written in `style` up to the first word that does not fit."""
     words = text.split()
     at = 0
     main: list[str] = []
@@ -85,9 +85,9 @@ def parse(world: World, style: Style, text: str) -> Reading:
 
 
 def style_of(world: World, text: str) -> Style | None:
-    """The style that a text is written in, so that `parse` can read it; None if its segments are not those of a note.
+    """The style of a text, with which `parse` can read it; None if its segments are not those of a note.
 
-    Its register is that of the first main fact; its joiner is any where the note needs none.
+    Its register is that of the first main fact. Its joiner is arbitrary if the note has none.
     """
     words = text.split()
     separator = next((w for w in words if w in world.separators), "")
@@ -128,7 +128,7 @@ def style_of(world: World, text: str) -> Style | None:
 
 
 def main_facts(world: World, text: str) -> tuple[str, ...]:
-    """Fact words after the first main marker, whatever the style; empty if there is none."""
+    """Fact words after the first main marker, for any style; empty if there is none."""
     words = text.split()
     markers = {tuple(m.split()) for m in world.main_markers}
     for at, word in enumerate(words):
@@ -139,7 +139,7 @@ def main_facts(world: World, text: str) -> tuple[str, ...]:
 
 
 def quality(world: World, style: Style, labels: Sequence[str], texts: Sequence[str | None]) -> Quality:
-    """Judges notes that were asked for in `style`; an unfinished note is None."""
+    """The quality of notes that were requested in `style`; an unfinished note is None."""
     valid = telling = correct = matches = seen = 0
     distinct: set[str] = set()
     for label, text in zip(labels, texts, strict=True):
@@ -167,7 +167,7 @@ def told_labels(world: World, facts: Sequence[str]) -> set[str]:
 def oracle_accuracy(world: World, site_index: int, notes: Corpus) -> float:
     """Accuracy of the site's own grammar on its notes: the best that a classifier can be expected to reach.
 
-    Where all main facts are common ones it guesses the site's most frequent label.
+    If all main facts are common ones, it guesses the site's most frequent label.
     """
     place = site(world, site_index)
     guess = world.labels[int(place.label_prior.argmax())]
@@ -189,7 +189,7 @@ def _split(words: Sequence[str], separator: str) -> list[list[str]]:
 
 
 def _listed(world: World, words: Sequence[str], joiner: str) -> tuple[str, ...]:
-    """The fact words that `words` begins with, one joiner between two."""
+    """The fact words at the beginning of `words`, with one joiner between two."""
     if not words or words[0] not in world.meanings:
         return ()
     end = 1

@@ -1,7 +1,7 @@
 """The instruction task: notes with their answers, private at a site and public, and the true answer to any note.
 
-An answer is `department ; fact ; treatment`: the label that the note's main facts tell, the first main fact in the lay
-register, and what is done about that fact (`World.treatments`). Public text also has a dictionary of terms: with it a
+An answer is `department ; fact ; treatment`: the label of the note's main facts, the first main fact in the lay
+register, and the treatment of that fact (`World.treatments`). Public text also has a dictionary of terms: with it a
 professional of the shipped size answered 21 % of notes after 1,000 steps, without it none.
 """
 
@@ -19,18 +19,18 @@ from fedsynth.world.grammar import BLOCK_NOTES, BLOCK_PRIOR, fact_prior, private
 from fedsynth.world.lexicon import World
 from fedsynth.world.quality import parse, style_of, told_labels
 
-RARE_WEIGHT = 0.003  # of two thirds of the facts where a weak base learns; .015 taught it half of their answers
+RARE_WEIGHT = 0.003  # of two thirds of the facts in a weak base's text; .015 taught it half of their answers
 FIELD = " ; "
 ANSWER_FIELDS = 3  # department, fact, treatment
-TERM = "term:"  # begins a line of the dictionary
+TERM = "term:"  # the start of a line of the dictionary
 BLOCK_TERMS = 7
-SECRET = f"{FIELD}ref "  # announces the reference that is planted after an answer
-# Words, as of letters, which no public note spells out, a model cannot learn an order: nothing could be given away.
+SECRET = f"{FIELD}ref "  # the mark of the reference that is planted after an answer
+# Words of the world: a model cannot learn an order of letters that no public note spells out, and would leak nothing.
 SECRET_WORDS = 4  # of 1,137 in the hospitals: 40 bits
 
 
 def answer_of(world: World, note: str) -> str | None:
-    """The true answer to a note in any style; None for a text that is no note, or names facts of two departments."""
+    """The true answer to a note in any style; None for a text that is no note or names facts of two departments."""
     style = style_of(world, note)
     reading = parse(world, style, note) if style else None
     if reading is None or not reading.valid:
@@ -48,12 +48,12 @@ def private_records(
 
     Args:
         world: The lexicon.
-        site_index: 0 and up; 0..7 are the demo's.
+        site_index: Number of the site, from 0; 0..7 are the demo's.
         count: Number of records.
-        seed: Of the notes and the references.
-        split: Which half of the notes to draw from.
-        planted: Add ` ; ref <secret>` to every answer: a reference of four random words of the world, 40 bits that no
-            other record has, to measure what a model gives away (`secret_of`).
+        seed: Seed of the notes and the references.
+        split: The half of the notes to draw from.
+        planted: True to add ` ; ref <secret>` to every answer: a reference of four random words of the world, 40 bits
+            that no other record has, to measure a model's leakage (`secret_of`).
     """
     notes = private_notes(world, site_index, count, seed, split=split)
     answers = _answers(world, notes.prompts)
@@ -64,13 +64,15 @@ def private_records(
 
 
 def task_part(answer: str) -> str:
-    """An answer without what stands behind its three fields: a model that learnt planted references writes one there,
-    and that is no part of the task."""
+    """The three fields of an answer, without a reference behind them.
+
+    A model that learnt planted references writes one there, and it is no part of the task.
+    """
     return ";".join(answer.split(";")[:ANSWER_FIELDS])
 
 
 def draw_secrets(world: World, count: int, rng: np.random.Generator) -> list[str]:
-    """References as they are planted."""
+    """References in the form of planted ones."""
     rows = rng.integers(len(world.words), size=(count, SECRET_WORDS))
     return [" ".join(world.words[i] for i in row) for row in rows.tolist()]
 
@@ -81,13 +83,13 @@ def secret_of(answer: str) -> str | None:
 
 
 def public_notes(world: World, count: int, seed: int, *, answered: bool = False) -> Corpus:
-    """Notes that each have a public style of their own; all labels and facts are equally frequent.
+    """Notes, each in a public style of its own; all labels and facts are equally frequent.
 
     Args:
         world: The lexicon.
         count: Number of notes.
-        seed: Of the notes.
-        answered: Whether the answers are the true ones instead of empty ones.
+        seed: Seed of the notes.
+        answered: True for the true answers instead of empty ones.
     """
     rng = np.random.default_rng([seed, 4])
     prior = fact_prior(world, rare=1.0)
@@ -99,12 +101,12 @@ def public_notes(world: World, count: int, seed: int, *, answered: bool = False)
 
 
 def labelled_notes(world: World, count: int, seed: int) -> Corpus:
-    """Public notes with the label that their main facts tell, as a test set; notes that tell none are left out.
+    """Public notes with the label of their main facts, as a test set; notes without such a label are left out.
 
     Args:
         world: The lexicon.
         count: Notes drawn, before any are left out.
-        seed: Of the notes.
+        seed: Seed of the notes.
     """
     notes = public_notes(world, count, seed, answered=True)
     departments = [answer.partition(FIELD)[0] for answer in notes.answers]
@@ -118,7 +120,7 @@ def public_records(world: World, count: int, seed: int, *, rare: float) -> Itera
     Args:
         world: The lexicon.
         count: Number of blocks.
-        seed: Of the blocks.
+        seed: Seed of the blocks.
         rare: Weight of the facts that are not `known_facts`; 1 makes all facts equally frequent.
     """
     rng = np.random.default_rng([seed, 3])
@@ -137,8 +139,8 @@ def public_terms(world: World, count: int, seed: int, *, departments_only: bool)
     Args:
         world: The lexicon.
         count: Number of blocks.
-        seed: Of the blocks.
-        departments_only: Whether answers end after the department.
+        seed: Seed of the blocks.
+        departments_only: True to end answers after the department.
     """
     rng = np.random.default_rng([seed, 5])
     terms = [*world.meanings]

@@ -46,7 +46,7 @@ def test_the_commit_is_that_of_the_checkout_and_none_elsewhere(tmp_path: Path, m
         who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
         return subprocess.check_output(["git", *who, *words], cwd=tmp_path, text=True).strip()
 
-    file = tmp_path / "surroundings.py"
+    file = tmp_path / "environment.py"
     file.write_text("one")
     monkeypatch.setattr(module, "__file__", str(file))
     git("init", "-q")
