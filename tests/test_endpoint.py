@@ -26,6 +26,7 @@ from local import LocalGrid
 from fedsynth.app.fedsynth_sim import server_app
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.federation.run.directory import prepare
+from fedsynth.models.chat import Chat
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM
@@ -173,6 +174,64 @@ def test_chat_puts_each_prompt_as_one_user_message(stand: Stand) -> None:
     messages = sorted((body["messages"] for body in stand.bodies()), key=str)
     assert messages == [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
     assert all("prompt" not in body for body in stand.bodies())
+
+
+def said(text: str, finish: str = "stop") -> Body:
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
+
+
+def test_a_question_goes_out_with_its_system_text_and_comes_back_without_thoughts(stand: Stand) -> None:
+    stand.reply = lambda path, body: (200, said("<think>\nhm\n</think>\n\nParis."))
+    llm = RemoteLLM(stand.url, "small", api="chat", concurrency=1)
+    asked = [Chat("Which?"), Chat("Which?", "Be short."), "Which?"]
+    assert llm.chats
+    answers = llm.complete(asked, SamplingParams.greedy(9), seed=0)
+    assert answers == ["Paris.", "Paris.", "<think>\nhm\n</think>\n\nParis."]
+    user = {"role": "user", "content": "Which?"}
+    assert [body["messages"] for body in stand.bodies()] == [
+        [user],
+        [{"role": "system", "content": "Be short."}, user],
+        [user],
+    ]
+
+
+def test_a_model_that_goes_on_after_text_is_asked_no_question(stand: Stand) -> None:
+    llm = RemoteLLM(stand.url, "small")
+    assert not llm.chats
+    with pytest.raises(BadValue, match=r"the model 'small' at http.* cannot be asked a question: set api = \"chat\""):
+        llm.complete(["a", Chat("a")], SamplingParams.greedy(9), seed=0)
+    assert stand.seen == []
+
+
+def test_one_line_is_asked_for_by_a_stop_and_again_where_that_leaves_no_text(stand: Stand) -> None:
+    texts = {"plain": " one", "blank": "", "unknown": None}  # with the stop
+
+    def reply(path: str, body: Body) -> Reply:
+        if "stop" not in body:
+            return 200, written("\n\n two\nthree")
+        assert body["stop"] == ["\n"]
+        return (400, refused("no stop here")) if body["prompt"] == "unknown" else (200, written(texts[body["prompt"]]))
+
+    stand.reply = reply
+    llm = RemoteLLM(stand.url, "small", concurrency=1)
+    assert complete(llm, *texts, one_line=True) == [" one", " two", " two"]
+    asked = [(body["prompt"], "stop" in body, body["seed"]) for body in stand.bodies()]
+    assert [each[:2] for each in asked] == [
+        ("plain", True),
+        ("blank", True),
+        ("blank", False),
+        ("unknown", True),
+        ("unknown", False),
+    ]
+    assert asked[1][2] == asked[2][2]
+    assert complete(llm, "plain") == ["\n\n two\nthree"]  # not asked for
+
+
+def test_a_thought_that_the_stop_cut_is_thought_to_its_end(stand: Stand) -> None:
+    stand.reply = lambda path, body: (200, said("<think>" if "stop" in body else "<think>\na\n</think>\nYes.\nNo."))
+    llm = RemoteLLM(stand.url, "small", api="chat")
+    assert llm.complete([Chat("q")], SamplingParams.greedy(9, one_line=True), seed=0) == ["Yes."]
+    assert len(stand.seen) == 2
 
 
 def test_equal_prompts_get_seeds_of_their_own_and_each_call_the_same_again(stand: Stand) -> None:

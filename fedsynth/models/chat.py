@@ -64,12 +64,10 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
         form, chat = _form(tokenizer, False), Chat(f"{chat.system}\n\n{chat.user}")
         assert form is not None  # only the system role is left out
     contents = [slot.filled(chat) for slot in form.slots]
-    if not any(name in content for name in form.control.values() for content in contents):
-        text = "".join(own + content for own, content in zip(form.own, [*contents, ""], strict=True))
-        whole = _with_control(tokenizer, text)
-        # A normalizer may still have made a name of what looks like one.
-        if [token for token in whole if token in form.control] == form.marks:
-            return whole
+    text = "".join(own + content for own, content in zip(form.own, [*contents, ""], strict=True))
+    whole = _with_control(tokenizer, text)
+    if [token for token in whole if token in form.control] == form.marks:  # the template's own, and no other
+        return whole
     row = list(form.rows[0])
     for content, own in zip(contents, form.rows[1:], strict=True):
         row += [*form.as_text(tokenizer, content), *own]

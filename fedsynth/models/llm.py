@@ -150,7 +150,7 @@ class LocalLLM:
     # one thread 3.2, with two intra-op threads 2.1-2.6 (CPU 4.1-5.2), two workers 2.0-2.1 (CPU 3.8). Intra-op threads
     # spin where others use the cores: 1,600 prompts of the shipped LLM took 224 s (CPU 104), two workers 39 s (CPU 15).
     # 64 was the best batch (128: 1.0-1.1 times, 256: 1.3-1.5 times the time). The static cache gained 5-15 %, but is
-    # compiled per shape on GPUs; bfloat16 1.2 times, but see `load`. Neither is used.
+    # compiled per shape on GPUs: it is not used.
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 64, workers: int | None = None):
         if batch_size < 1:
