@@ -41,7 +41,7 @@ class DPTrained(Generic[M]):
 
 @dataclass(frozen=True)
 class Trained(Generic[M]):
-    """A model that saw private text without a mechanism, and why."""
+    """A model that saw private text without a mechanism, or that text itself; and why."""
 
     model: M
     reason: str
@@ -100,7 +100,7 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
 
     Args:
         trained: A model that saw private text without a mechanism.
-        value: Made by it, or its weights. A corpus must be SELF_GENERATED.
+        value: Made by it, or its weights. A corpus must be SELF_GENERATED, or DISCLOSED.
         ledger: Of the data; its lifetime epsilon becomes infinite.
         run: The run that asks.
         reason: Why; shown on every later report.
@@ -117,8 +117,11 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
     kind = type(value).__name__.lower()
     if not isinstance(trained, Trained):
         raise NotReleasable(f"only the {kind} of a Trained model is released so, got {type(trained).__name__}")
-    if isinstance(value, Corpus) and value.provenance is not Provenance.SELF_GENERATED:
-        raise NotReleasable(f"text without a guarantee is self-generated, this calls itself {value.provenance.value}")
+    open_ = (Provenance.SELF_GENERATED, Provenance.DISCLOSED)
+    if isinstance(value, Corpus) and value.provenance not in open_:
+        raise NotReleasable(
+            f"text without a guarantee is self-generated or disclosed, this calls itself {value.provenance.value}"
+        )
     if not allowed:
         raise NotReleasable(
             f"run {run!r} asks to release a {kind} without a privacy guarantee ({reason}); only a simulation may, or a "
