@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fedsynth.clients.batched_training import TrainRequest, Trains
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import check, on_base, slots_of
@@ -14,7 +16,7 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.privacy.release import DPTrained, Trained, release, release_without_guarantee
+from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
 from fedsynth.training.dp_training import private, without_guarantee
 
 
@@ -22,8 +24,11 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     """Trains, samples and releases; the charge comes first and may be refused.
 
     Raises:
+        fedsynth.privacy.release.NotReleasable: If true texts are asked of a site, or of a client with a guarantee.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
     """
+    if request.true_texts:
+        return _true_texts(client, request)
     settings, name = client.config.generator_training, client.config.generator
     start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
     if client.config.guarantee == "none":
@@ -58,6 +63,28 @@ def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) 
         trained, written, client.ledger, client.run, trained.reason, allowed=client.rules.without_guarantee
     )
     return Synthesized(corpus, client.statement(None), unfinished)
+
+
+def _true_texts(client: ClientSide, request: Synthesize) -> Synthesized:
+    """Private texts as they are, of each label at most as many as asked. Logged, charged as non-private."""
+    if not client.simulated or client.config.guarantee != "none":
+        raise NotReleasable("true texts are given by simulated clients without a guarantee, and by no others")
+    rng, rows = np.random.default_rng(request.seed), list[int]()
+    for label in client.labels:
+        own = [row for row, answer in enumerate(client.train.answers) if answer == label]
+        fits = [row for row in own if len(client.train.prompts[row]) <= MAX_TEXT]
+        rows += rng.permutation(fits).astype(int).tolist()[: request.per_label]
+    drawn = client.train.take(rows)
+    shown = Corpus(drawn.prompts, drawn.answers, Provenance.DISCLOSED)
+    corpus = release_without_guarantee(
+        Trained(drawn, reason="none: the text itself"),
+        shown,
+        client.ledger,
+        client.run,
+        "the scenario asks for true texts",
+        allowed=client.simulated and client.rules.without_guarantee,
+    )
+    return Synthesized(corpus, client.statement(None), unfinished=0)
 
 
 def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[list[str], list[str], int]:

@@ -22,6 +22,8 @@ class Provenance(StrEnum):
     """Written by the server LLM; its guarantee is that of its demonstrations (`grants`)."""
     SELF_GENERATED = "self_generated"
     """Written from private demonstrations: no guarantee."""
+    DISCLOSED = "disclosed"
+    """Private text as it is, of a simulated client alone, for a bound: no guarantee."""
 
 
 # Unicode's property Default_Ignorable_Code_Point, which Python does not know: joiners, variation selectors, fillers,

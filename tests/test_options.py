@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import tomli_w
+from inprocess import instructions
 
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.earlier_keys import OldName, as_of_now
-from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.schema import Scenario, TaskTraining
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.simulate import check, server_warnings
 from fedsynth.strategies.options import FDKTOptions, few_texts
@@ -134,6 +139,76 @@ def test_what_an_endpoint_can_do_is_taken(method: str, options: str, llm: str) -
     resolved = scenario(method, options, llm)
     kind, config = load_strategy(resolved.strategy)
     kind.check(config, resolved)
+
+
+LOCAL, NAMES = "local:LocalOnly", "label_names:LabelNames"
+
+
+# A method, its options, settings of the task model, and a part of what is said; None: it can run.
+@pytest.mark.parametrize(
+    ("method", "options", "task", "said"),
+    [
+        (LOCAL, "", {"schedule": "synthetic_only"}, "leaves nothing to learn from: LocalOnly asks clients to learn"),
+        (CROSS_LM, "", {"schedule": "synthetic_only"}, "leaves nothing to learn from: CrossLM"),
+        (CROSS_LM, 'feedback = "none"', {"schedule": "synthetic_only"}, None),
+        (FDKT, "", {"schedule": "synthetic_only"}, None),
+        (NAMES, "", {"schedule": "synthetic_only"}, None),
+        (LOCAL, "", {"schedule": "mixed"}, None),
+        (LOCAL, "", {"trains": "majority", "schedule": "synthetic_only"}, None),
+        (LOCAL, "", {"trains": "few_shot"}, None),
+        (LOCAL, "", {"trains": "zero_shot"}, None),
+        (NAMES, "", {"trains": "zero_shot"}, 'trains = "zero_shot" learns from no text that is sent'),
+        (FDKT, "", {"trains": "majority"}, 'say strategy.use = "fedsynth.strategies.local:LocalOnly"'),
+        (CROSS_LM, "", {"trains": "few_shot"}, "clients score texts by how sure they are"),
+        (CROSS_LM, 'feedback = "none"', {"trains": "few_shot"}, "learns from no text that is sent"),
+    ],
+)
+def test_what_leaves_nothing_to_learn_from_is_refused(
+    method: str, options: str, task: dict[str, Any], said: str | None
+) -> None:
+    resolved = scenario(method, options, f'"{tiny.folder()}"')
+    resolved = replace(resolved, client=replace(resolved.client, task_training=TaskTraining(**task)))
+    kind, config = load_strategy(resolved.strategy)
+    if said is None:
+        kind.check(config, resolved)
+        return
+    with pytest.raises(BadValue, match=re.escape(said)):
+        kind.check(config, resolved)
+
+
+def test_a_baseline_is_refused_where_there_are_no_labels(tmp_path: Path) -> None:
+    made = from_toml(instructions(tmp_path, "fedsynth.strategies.local:LocalOnly", guarantee="none"))
+    for trains in ("majority", "few_shot", "zero_shot"):
+        with pytest.raises(BadValue, match=f'trains = "{trains}" tells labels, and instructions have none'):
+            replace(made, client=replace(made.client, task_training=TaskTraining(trains=trains)))
+
+
+FAR = CHAT.replace("127.0.0.1", "llm.example.org")
+TRUE = 'drafts = "true_texts"\ndemonstrations = "all_labels"\njudge = "none"\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "llm", "guarantee", "said"),
+    [
+        (TRUE, CHAT, "none", None),
+        (TRUE, CHAT, "dp", 'say client.guarantee = "none"'),
+        (TRUE, FAR, "none", "goes to no other machine"),
+        (TRUE + 'texts = "drafts"', CHAT, "none", "are demonstrations of the LLM"),
+        (TRUE.replace('"all_labels"', '"none"'), PLAIN, "none", "are demonstrations of the LLM"),
+    ],
+)
+def test_true_texts_stay_on_this_machine_and_are_never_called_private(
+    options: str, llm: str, guarantee: Any, said: str | None
+) -> None:
+    resolved = scenario(FDKT, options, llm)
+    resolved = replace(resolved, client=replace(resolved.client, guarantee=guarantee, budget=Budget(8.0)))
+    kind, config = load_strategy(resolved.strategy)
+    assert kind.only_simulated(config)
+    if said is None:
+        kind.check(config, resolved)
+        return
+    with pytest.raises(BadValue, match=re.escape(said)):
+        kind.check(config, resolved)
 
 
 def test_labels_beyond_the_texts_that_are_written_are_named() -> None:

@@ -281,6 +281,7 @@ def test_a_run_on_sites_is_one_arm_resolved(tmp_path: Path) -> None:
         ({"run": ("fdkt", "local")}, "the arms fdkt, local under the seeds 0 are 2 runs, and each would be charged"),
         ({"seeds": (0, 1)}, "under the seeds 0, 1 are 2 runs"),
         ({"run": ("pooled",)}, "only a simulator can"),
+        ({"run": ("true_texts",)}, "what no site gives: true texts"),
         ({"participation": replace(hospitals().participation, seed=1)}, "participation is of simulated clients"),
     ):
         with pytest.raises(BadValue, match=said):

@@ -301,6 +301,21 @@ def test_an_import_that_fails_leaves_the_rows_that_are_there(tmp_path: Path, mon
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_no_policy_gives_true_texts_to_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, toml = imported(tmp_path, rows()), scenario(guarantee="none")  # a site that allows everything
+    asking = Synthesize(2, 1.0, 1.0, 8, 0)
+    assert asked(site, asking, toml).statement.guarantee == "none"
+
+    def never(*_: Any) -> None:
+        raise AssertionError("private text was read")
+
+    monkeypatch.setattr(Place, "open_rows", never)
+    entries = site.open_ledger().entries()
+    assert asked(site, replace(asking, true_texts=True), toml, 2) == Refused(ErrorCode.NOT_ALLOWED)
+    assert site.open_ledger().entries() == entries
+    assert asked(site, replace(asking, seed=1), toml, 3) == Refused(ErrorCode.FAILED)  # it would have been read
+
+
 # --- What its operator is told, and the server not --------------------------------------------------------------------
 
 

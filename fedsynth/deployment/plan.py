@@ -10,6 +10,7 @@ from typing import Any
 from fedsynth.deployment.invitation import public_labels
 from fedsynth.deployment.registry import RegisteredSite, sites
 from fedsynth.federation.nodes import Deployment
+from fedsynth.federation.strategy import load_strategy
 from fedsynth.scenario.schema import Participation, Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.simulation.flower import DEPLOYMENT
@@ -55,6 +56,9 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     public_labels(resolved.data)
     if resolved.data.pooled:
         raise BadValue(f"arm {cell.arm!r}: data.pooled puts all clients' text in one place, which only a simulator can")
+    kind, options = load_strategy(resolved.strategy)
+    if kind.only_simulated(options):
+        raise BadValue(f"arm {cell.arm!r}: {kind.__name__} with these options asks for what no site gives: true texts")
     if resolved.participation != Participation():
         raise BadValue(
             f"arm {cell.arm!r}: participation is of simulated clients; real ones are away by themselves, "

@@ -47,7 +47,7 @@ class Request(Generic[R]):
 
 @dataclass(frozen=True)
 class Synthesized:
-    """Text that a DP generator wrote."""
+    """Text that a DP generator wrote; or true text of a simulated client."""
 
     corpus: Corpus = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
@@ -64,7 +64,9 @@ class Synthesize(Request[Synthesized]):
         temperature: The sampling temperature.
         top_p: The nucleus of sampling.
         max_new_tokens: Longest sample, in tokens.
-        seed: Public seed; no order of private text depends on it.
+        seed: Public seed; no order of private text depends on it, unless true texts are drawn.
+        true_texts: Train nothing, and give at most `per_label` private texts of each label as they are: a bound that
+            simulated clients without a guarantee give, and no site.
     """
 
     task: ClassVar[str] = "train.synthesize"
@@ -74,6 +76,7 @@ class Synthesize(Request[Synthesized]):
     top_p: float
     max_new_tokens: int
     seed: int
+    true_texts: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsynth.corpus import Corpus, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.availability import Fate, fates
 from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
@@ -296,5 +296,11 @@ class Clients:
         statement = getattr(reply, "statement", None)
         if isinstance(statement, Statement):
             self.run_log.log_statement(client, statement)
-        kinds = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}
-        self.run_log.released |= {kinds[type(p)] for p in derived(reply)}
+        self.run_log.released |= {_kind(part) for part in derived(reply)}
+
+
+def _kind(part: Corpus | Adapter | Scores) -> str:
+    """What a report calls something that left a client."""
+    if isinstance(part, Corpus) and part.provenance is Provenance.DISCLOSED:
+        return "true private text"
+    return {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}[type(part)]

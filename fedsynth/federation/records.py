@@ -28,7 +28,7 @@ class WillNotLeave(RuntimeError):
 def pack_request(request: Request[Any], envelope: Envelope) -> RecordDict:
     """A request for one client. Server text is checked as well: a server has no private text to send."""
     for corpus in _parts(request, Corpus):
-        if corpus.provenance is Provenance.PRIVATE:
+        if corpus.provenance in (Provenance.PRIVATE, Provenance.DISCLOSED):
             raise WillNotLeave(f"{type(request).__name__} holds private text")
     fields: dict[str, Any] = {**plain(envelope), "payload": encode(request)}
     return RecordDict({RECORD: ConfigRecord(fields)})

@@ -138,6 +138,11 @@ class RoundStrategy(Strategy, Generic[S]):
         return cls.spends(config)
 
     @classmethod
+    def only_simulated(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
+        """Whether it asks for what no site gives."""
+        return False
+
+    @classmethod
     def sends_text(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
         """Whether whatever clients are asked to learn brings text."""
         return True

@@ -95,7 +95,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         _within("seed", request.seed, 0, MAX_SEED)
     if isinstance(request, Learn | Score) and request.corpus is not None:
         _check_corpus(request.corpus, labels)
-        if request.corpus.provenance is Provenance.PRIVATE:
+        if request.corpus.provenance in (Provenance.PRIVATE, Provenance.DISCLOSED):
             raise Rejected("a server sent text that is marked private")
     if isinstance(request, Score) and not len(request.corpus):
         raise Rejected("a server sent no text to score")
@@ -178,7 +178,9 @@ def check_reply(
             raise Rejected(f"statement: {problem}") from problem
     if isinstance(reply, Synthesized) and isinstance(request, Synthesize):
         _check_corpus(reply.corpus, labels)
-        if reply.corpus.provenance not in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED):
+        true = reply.corpus.provenance is Provenance.DISCLOSED
+        written = reply.corpus.provenance in (Provenance.DP_SYNTHETIC, Provenance.SELF_GENERATED)
+        if not (true if request.true_texts else written):
             raise Rejected(f"a client sent text that is marked {reply.corpus.provenance.value}")
         _within("number of texts", len(reply.corpus), 0, request.per_label * len(labels))
         most = max(reply.corpus.counts().values(), default=0)

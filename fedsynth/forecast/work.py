@@ -37,6 +37,8 @@ class Facts:
 
 
 def _synthesize(request: Synthesize, of: Facts) -> Work:
+    if request.true_texts:
+        return {}
     sampling = Unit("sample", of.arm, request.max_new_tokens, temperature=request.temperature, top_p=request.top_p)
     return {**_trained(of), sampling: request.per_label * len(of.labels)}
 

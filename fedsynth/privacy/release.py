@@ -41,7 +41,7 @@ class DPTrained(Generic[M]):
 
 @dataclass(frozen=True)
 class Trained(Generic[M]):
-    """A model that saw private text without a mechanism, and the reason."""
+    """A model that saw private text without a mechanism, or that text itself, and the reason."""
 
     model: M
     reason: str
@@ -100,7 +100,7 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
 
     Args:
         trained: A model that saw private text without a mechanism.
-        value: The model's output, or its weights. A corpus must be SELF_GENERATED.
+        value: The model's output, or its weights. A corpus must be SELF_GENERATED, or DISCLOSED.
         ledger: The ledger of the data; its lifetime epsilon becomes infinite.
         run: The run that asks.
         reason: The reason, shown on every later report.
@@ -117,8 +117,11 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
     kind = type(value).__name__.lower()
     if not isinstance(trained, Trained):
         raise NotReleasable(f"only the {kind} of a Trained model is released so, got {type(trained).__name__}")
-    if isinstance(value, Corpus) and value.provenance is not Provenance.SELF_GENERATED:
-        raise NotReleasable(f"text without a guarantee is self-generated, this calls itself {value.provenance.value}")
+    open_ = (Provenance.SELF_GENERATED, Provenance.DISCLOSED)
+    if isinstance(value, Corpus) and value.provenance not in open_:
+        raise NotReleasable(
+            f"text without a guarantee is self-generated or disclosed, this calls itself {value.provenance.value}"
+        )
     if not allowed:
         raise NotReleasable(
             f"run {run!r} asks to release a {kind} without a privacy guarantee ({reason}); only a simulation may, or a "

@@ -356,7 +356,7 @@ def _written_after(demonstrations: Corpus | None, examples: Sequence[tuple[str, 
     """The LLM's texts under the guarantee of its input: nothing is better than the worst of its sources."""
     if demonstrations is None or demonstrations.provenance is Provenance.PUBLIC:
         provenance = Provenance.PUBLIC  # the LLM and the labels' names are public
-    elif demonstrations.provenance is Provenance.SELF_GENERATED:
+    elif demonstrations.provenance in (Provenance.SELF_GENERATED, Provenance.DISCLOSED):
         provenance = Provenance.SELF_GENERATED
     else:
         provenance = Provenance.LLM_WRITTEN
