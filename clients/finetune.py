@@ -34,7 +34,7 @@ def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finet
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before any text is trained on.
     """
     settings, pull = client.config.generator_training, request.proximal or 0.0
     to_train = partial(TrainRequest, client.config.generator, request.start, settings, frozen_a=request.frozen_a)

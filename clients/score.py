@@ -34,7 +34,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If the client has learnt no task model yet, or has no labels.
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before private text is trained
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before private text is trained
             on, or a score of a model that saw it is computed.
     """
     if client.instructs:

@@ -46,6 +46,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
@@ -503,7 +504,7 @@ def client(tmp_path: Path, **client: Any) -> Iterator[ClientSide]:
     settings = replace(SETTINGS, max_length=32, expected_batch_size=64, steps=2)
     names = {"generator": families.folder("llama"), "task_model": families.folder("llama"), **client}
     config = Client(**names, budget=Budget(2.0), generator_training=settings)
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("d", None))
     yield ClientSide(0, config, LABELS, 64, 1, "row", tmp_path, "run", ledger, lambda: site, True)
 
 

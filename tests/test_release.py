@@ -15,6 +15,7 @@ import pytest
 import fedsynth
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import (
@@ -57,7 +58,7 @@ def test_only_a_receipt_is_released() -> None:
 
 
 def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("ward", None))
     trained = Trained("model", "no budget")
     text = Corpus(("p",), ("a",), Provenance.SELF_GENERATED, grants=("stolen",))
     with pytest.raises(NotReleasable, match="without a privacy guarantee"):
@@ -81,7 +82,7 @@ def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: p
 
 
 def test_weights_and_scores_without_guarantee_lose_their_grants(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("ward", None))
     trained = Trained("model", "no budget")
     weights = Adapter({"a": np.ones((1, 2), np.float32)}, 1, 2.0, "base", grants=("stolen",))
     for value in (weights, Scores((0.5,), grants=("stolen",))):

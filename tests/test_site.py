@@ -60,7 +60,8 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
-from fedsynth.privacy.ledger import Binding, BudgetExhausted, Ledger
+from fedsynth.privacy.caps import BudgetExhausted
+from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.toml import from_toml, to_toml

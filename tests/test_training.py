@@ -23,6 +23,7 @@ from fedsynth.dpsgd import bookkeeping, clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.loading import load_classifier, load_generator, load_tokenizer
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
@@ -544,7 +545,7 @@ def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Pa
 
         config = Client(tiny.folder(), tiny.folder(), budget=Budget(2.0), generator_training=SETTINGS)
         work = tmp_path / str(rows)
-        ledger = Ledger(work / "ledger.sqlite", dataset="d", cap=None)
+        ledger = Ledger(work / "ledger.sqlite", Account("d", None))
         return ClientSide(0, config, LABELS, 12, 1, "row", work, "run", ledger, read, True)
 
     one, two = (client(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)

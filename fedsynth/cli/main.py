@@ -19,7 +19,7 @@ from rich.table import Table
 from fedsynth import __version__
 from fedsynth.cli.deployment import server_app, site_app
 from fedsynth.cli.models import model_app
-from fedsynth.privacy.ledger import LOST, LedgerUnusable
+from fedsynth.privacy.ledger_file import LOST, LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load, shipped_scenarios

@@ -14,7 +14,7 @@ from fedsynth.data.tables import load_columns
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.rows import check_rows
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.typed import BadValue
 
 

@@ -10,7 +10,8 @@ from fedsynth.data.rowstore import Imported, Record, RowsUnusable, source_mac
 from fedsynth.data.sources import Gathered, gathered, misread, units_of, warnings
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.ready import Finding, check_account
-from fedsynth.privacy.ledger import Ledger, LedgerUnusable
+from fedsynth.privacy.ledger import Ledger
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.plan import DPPlan, composed_epsilon
 from fedsynth.typed import BadValue
 
@@ -23,7 +24,7 @@ def import_rows(place: Place) -> Iterator[Finding]:
     Raises:
         BadValue: If nothing was imported: the source or a column is missing, persons are written in several ways, or a
             query gives other rows when it is asked again.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account cannot be used, under whose key rows are kept.
+        fedsynth.privacy.ledger_file.LedgerUnusable: If the account cannot be used, under whose key rows are kept.
         OSError: If the rows cannot be written.
     """
     data, seen = place.site.data, _stamp(place)
