@@ -18,8 +18,9 @@ from fedsynth.federation.messages import Adopt, Adopted, Finetune, Finetuned
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter, digest_of, only_b
 from fedsynth.models.adapters import with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.hub import config_of, weights_hash
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
 from fedsynth.training.dp_training import private, train_generator, without_guarantee

@@ -9,8 +9,10 @@ from fedsynth.clients.finetune import on_base, put_to_use, train_without_guarant
 from fedsynth.clients.local_model import keep_facts
 from fedsynth.federation.messages import Learn, Learnt
 from fedsynth.models.adapters import new_adapter, read_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.hub import weights_hash
-from fedsynth.models.loading import device, load_tokenizer, load_weights, save_weights
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.weights import load_weights, save_weights
 from fedsynth.training.classifier import fit_classifier, new_task_model
 
 WEIGHTS = "task_model.safetensors"

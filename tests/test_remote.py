@@ -29,7 +29,7 @@ from fedsynth.federation.run.directory import prepare
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import endpoints_of, models_of
+from fedsynth.models.of_scenario import endpoints_of, models_of
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Endpoint, Scenario, Server
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml

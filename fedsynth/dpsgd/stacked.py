@@ -20,17 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fedsynth.dpsgd.bookkeeping import clip_factors, numbered, square_norms, united
-from fedsynth.dpsgd.recording import (
-    Record,
-    UnknownWeight,
-    check_bounded,
-    check_examples,
-    check_precision,
-    full_precision,
-    patched,
-    plain_lora,
-    positions,
-)
+from fedsynth.dpsgd.precision import check_bounded, check_precision, full_precision
+from fedsynth.dpsgd.recording import Record, UnknownWeight, check_examples, patched, plain_lora, positions
 
 Factors = Mapping[nn.Parameter, Tensor]
 """By LoRA weight of the model: those of all clients, (clients, *weight.shape), float32."""

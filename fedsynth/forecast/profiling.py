@@ -97,7 +97,7 @@ class Probed:
 
 def busy() -> float:
     """Seconds of work of this process: others that use the same cores make it wait, not work. On a GPU the wall's."""
-    from fedsynth.models.loading import gpus  # brings torch
+    from fedsynth.models.devices import gpus  # brings torch
 
     return time.perf_counter() if gpus() else time.process_time()
 
@@ -326,7 +326,7 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
 def _classifying(
     client: Client, labels: Sequence[str], texts: ClientData, unit: Unit
 ) -> tuple[Callable[[int], object], int]:
-    from fedsynth.models.loading import device
+    from fedsynth.models.devices import device
     from fedsynth.privacy.noise import GrantRandomness
     from fedsynth.training.classifier import (
         classify,
@@ -378,7 +378,7 @@ def main() -> None:
     import ray  # noqa: F401 - a worker has it in memory
 
     import fedsynth.clients.app  # noqa: F401 - likewise
-    from fedsynth.models.loading import one_thread
+    from fedsynth.models.devices import one_thread
 
     one_thread()
     imported, begun = time.process_time(), scheduled()

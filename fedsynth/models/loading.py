@@ -1,18 +1,15 @@
-"""Models by role, loaded by their kind; their weights read and written; the device that they work on."""
+"""Models by role, loaded by their kind."""
 
 from __future__ import annotations
 
 import copy
 import json
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,8 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.models.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario.schema import Client, Endpoint, Precision, Scenario, Server
-from fedsynth.scenario.toml import cells
+from fedsynth.scenario.schema import Precision
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; that warning would stand in every log
@@ -263,91 +259,3 @@ def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
             else:
                 weights[key].fill_(0.0 if key.endswith("bias") else 1.0)  # a gain of a norm starts at 1
     return model
-
-
-def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
-    """Every model that the arms of a scenario name, with what it is for, each pair once; no endpoints."""
-    found: dict[tuple[str, Role], None] = {}
-    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        found |= dict.fromkeys([*client_models(cell.scenario.client), *server_models(cell.scenario.server)])
-    return list(found)
-
-
-def client_models(client: Client) -> list[tuple[str, Role]]:
-    """The models that clients run, with what each is for."""
-    task: Role = "embedder" if client.task_training.trains == "head" else "task_model"
-    # Instructions need no task model.
-    return [
-        (client.generator, "generator"),
-        *((name, task) for name in client.task_models or (client.task_model,) if name),
-    ]
-
-
-def server_models(server: Server) -> list[tuple[str, Role]]:
-    """The models that the server runs, with what each is for; no endpoints."""
-    found: list[tuple[str, Role]] = [
-        (name, "llm") for name in (server.llm, server.professional) if isinstance(name, str)
-    ]
-    return found if server.embedder is None else [*found, (server.embedder, "embedder")]
-
-
-def endpoints_of(scenario: Scenario) -> list[Endpoint]:
-    """Every endpoint that the arms of a scenario name, once: nothing of it is loaded, checked or pinned here."""
-    found: dict[Endpoint, None] = {}
-    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        server = cell.scenario.server
-        found |= {model: None for model in (server.llm, server.professional) if isinstance(model, Endpoint)}
-    return list(found)
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """All weights of a model, in the precision they have."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, str(path))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """What `save_weights` wrote, into a model of the same shape."""
-    model.load_state_dict(load_file(str(path)), strict=True)
-
-
-def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) -> None:
-    """Some of a model's parameters, by name."""
-    wanted = {id(weight) for weight in weights}
-    named = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) in wanted}
-    save_file(named, str(path))
-
-
-@torch.no_grad()
-def load_named(model: nn.Module, path: Path) -> None:
-    """What `save_named` wrote, into a model that has parameters of those names and shapes."""
-    weights = dict(model.named_parameters())
-    for name, tensor in load_file(str(path)).items():
-        weights[name].copy_(tensor)
-
-
-def one_thread() -> None:
-    """One thread for this process: two per worker on a shared machine run at half the speed of one."""
-    torch.set_num_threads(1)
-
-
-def device() -> torch.device:
-    """A CUDA GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def gpus() -> int:
-    """How many CUDA GPUs this process sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def gpu_names() -> list[str]:
-    """Of the CUDA GPUs that this process sees."""
-    return [torch.cuda.get_device_name(number) for number in range(gpus())]
-
-
-_CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors
-
-
-def gpu_memory() -> tuple[float, float]:
-    """Bytes of a GPU that this process has held at most, and those that are free now."""
-    return torch.cuda.max_memory_reserved() + _CUDA_CONTEXT, torch.cuda.mem_get_info()[0]

@@ -27,18 +27,11 @@ from fedsynth.federation.run.environment import differences
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
+from fedsynth.models.devices import device, gpu_memory, gpus
 from fedsynth.models.hub import pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import (
-    client_models,
-    device,
-    gpu_memory,
-    gpus,
-    load_generator,
-    load_tokenizer,
-    models_of,
-    server_models,
-)
+from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Cell, Data, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml

@@ -8,8 +8,9 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import merged, read_adapter, with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.encoding import token_ids
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import Tuning

@@ -13,8 +13,9 @@ from fedsynth.corpus import Corpus, Provenance, Scores, united
 from fedsynth.instructions import one_line
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import new_adapter, public_adapter, read_adapter, with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.llm import TextModel
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.room import misfits
 from fedsynth.scenario.schema import Tuning
 from fedsynth.synthesis.augmentation import OPEN_LINE

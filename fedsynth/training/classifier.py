@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from fedsynth.corpus import Corpus
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.batches import longest_of, padded, token_rows
+from fedsynth.models.devices import device
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import token_ids
-from fedsynth.models.loading import Kind, device, kind_of, load_classifier
+from fedsynth.models.loading import Kind, kind_of, load_classifier
 from fedsynth.scenario.schema import TaskTraining
 from fedsynth.training.examples import readable, unit_rows
 

@@ -27,7 +27,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import pin
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import models_of
+from fedsynth.models.of_scenario import models_of
 from fedsynth.scenario.schema import Cell, Endpoint
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import SERVER_PROCESS

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from fedsynth.data import rowstore
+from fedsynth.data.findings import misread, warnings
 from fedsynth.data.rowstore import Imported, Record, RowsUnusable, source_mac
-from fedsynth.data.sources import Gathered, gathered, misread, units_of, warnings
+from fedsynth.data.sources import Gathered, gathered, units_of
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.ready import Finding, check_account
 from fedsynth.privacy.ledger import Ledger
