@@ -136,14 +136,7 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
         known[asked] = encode_slots(
-            load_tokenizer(name),
-            corpus,
-            client.labels,
-            records,
-            settings.max_length,
-            kind_of(config_of(name)),
-            loss_on=settings.loss_on,
-            rows_per_unit=settings.rows_per_unit,
+            load_tokenizer(name), corpus, client.labels, records, settings, kind_of(config_of(name))
         )
     return list(known[asked])
 

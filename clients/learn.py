@@ -29,16 +29,11 @@ def learn(client: ClientSide, request: Learn) -> Learnt:
     settings = client.config.task_training
     tokenizer = load_tokenizer(client.config.task_model)
     model = _new(client, request.seed)
-    rate = settings.learning_rate
     if request.corpus is not None and len(request.corpus) > 0:
         epochs = settings.augmented_epochs
-        fit_classifier(
-            model, tokenizer, request.corpus, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed
-        )
+        fit_classifier(model, tokenizer, request.corpus, client.labels, settings, epochs=epochs, seed=request.seed)
     epochs = settings.private_epochs
-    fit_classifier(
-        model, tokenizer, client.train, client.labels, settings, epochs=epochs, rate=rate, seed=request.seed + 1
-    )
+    fit_classifier(model, tokenizer, client.train, client.labels, settings, epochs=epochs, seed=request.seed + 1)
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
     return Learnt(received=0 if request.corpus is None else len(request.corpus))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Learn, Synthesize
@@ -14,9 +15,9 @@ from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.synthesis.augmentation import augment, bare_misfit, misfit
+from fedsynth.synthesis.augmentation import Demonstrating, augment, bare_misfit, misfit
 from fedsynth.synthesis.curation import Filtered, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
-from fedsynth.synthesis.judges import best_of
+from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,8 @@ class FDKT(RoundStrategy[State]):
             for client, d in drafts.items()
         }
         seed = self.seed("judge")
-        kept = best_of(
-            self.server.llm,
-            drafts,
-            groups,
-            judge=c.judge,
-            labels=self.server.labels,
-            keep=c.keep,
-            rivals=c.judge_rivals,
-            seed=seed,
-        )
+        judge = partial(judge_by_likelihood, rivals=c.judge_rivals) if c.judge == "likelihood" else judge_by_instruction
+        kept = judge(self.server.llm, drafts, groups, labels=self.server.labels, keep=c.keep, seed=seed)
         for client, stage in kept.items():
             self._note(client, [("selected", stage)])
         return {client: stage.corpus for client, stage in kept.items()}
@@ -141,11 +134,13 @@ class FDKT(RoundStrategy[State]):
         written = augment(
             self.server.llm,
             shown,
+            Demonstrating(
+                per_site=c.num_texts,
+                mode=c.demonstrations,
+                shots=c.shots,
+                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+            ),
             labels=self.server.labels,
-            per_site=c.num_texts,
-            mode=c.demonstrations,
-            shots=c.shots,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("augment"),
         )
         corpora: dict[int, Corpus] = {}

@@ -204,7 +204,7 @@ def corpus(*rows: tuple[str, str], units: Sequence[str] | None = None) -> Corpus
 
 
 def slots_of(text: Corpus, records: int, longest: int = 64) -> list[tuple[Example, ...]]:
-    return encode_slots(load_tokenizer(tiny.folder()), text, LABELS, records, longest)
+    return encode_slots(load_tokenizer(tiny.folder()), text, LABELS, records, GeneratorTraining(max_length=longest))
 
 
 ROWS = [("hot", "flu"), ("wet nose", "cold"), ("ache", "flu")]
@@ -804,7 +804,9 @@ TOY = Corpus(
 
 def learnt(seed: int = 0, epochs: int = 12, text: Corpus = TOY, head: int = 0) -> nn.Module:
     model = load_classifier(tiny.folder(), 2, head)
-    fit_classifier(model, load_tokenizer(tiny.folder()), text, LABELS, TASK, epochs=epochs, rate=5e-3, seed=seed)
+    fit_classifier(
+        model, load_tokenizer(tiny.folder()), text, LABELS, replace(TASK, learning_rate=5e-3), epochs=epochs, seed=seed
+    )
     return model
 
 
@@ -862,7 +864,7 @@ def test_training_and_checking_leave_the_global_random_state_alone(monkeypatch: 
         checked(generator)
         fit(generator, examples(12), GrantRandomness(KEY))
         train_generator(generator, without_guarantee(own(examples(12)), SETTINGS, 0), SETTINGS, pad=tiny.PAD)
-        fit_classifier(task, tokenizer, TOY, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
+        fit_classifier(task, tokenizer, TOY, LABELS, replace(TASK, learning_rate=1e-3), epochs=1, seed=0)
         classify(task, tokenizer, TOY.prompts, 16)
 
 
@@ -909,7 +911,7 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
 
 def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:
     long = Corpus(("abcdefghij" * 5,), ("x",), Provenance.PRIVATE)
-    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, 20)
+    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, GeneratorTraining(max_length=20))
     assert len(example.tokens) == 20
     assert example.tokens[-1] == tiny.EOS
     assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " " + ("abcdefghij" * 5)[:15]

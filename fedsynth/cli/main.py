@@ -269,7 +269,7 @@ def pretrain(
         raise BadValue(f"--steps must be at least 1, got {steps}")
     if threads is not None and threads < 1:
         raise BadValue(f"--threads must be at least 1, got {threads}")
-    from fedsynth.pretraining.public_models import Wanted, pretrain_from_text
+    from fedsynth.pretraining.public_models import Hardware, Wanted, pretrain_from_text
     from fedsynth.pretraining.public_text import PublicText
 
     column, equals, value = held_out.partition("=")
@@ -281,8 +281,7 @@ def pretrain(
         out,
         command=" ".join(["fedsynth", *(a for a in sys.argv[1:] if a != "--resume")]),
         resume=resume,
-        device=device,
-        threads=threads or len(os.sched_getaffinity(0)),
+        hardware=Hardware(device, threads or len(os.sched_getaffinity(0))),
         tell=lambda line: print(line, flush=True),
     )
     print(json.dumps(card, indent=2, ensure_ascii=False))

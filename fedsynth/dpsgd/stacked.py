@@ -159,7 +159,7 @@ def _forward(
     check_examples(name, x, record)
     first, second = _weights(parts)
     out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]  # torch types no `apply`
-        layer.base_layer(x), x, factors[first], factors[second], parts[2], (first, second), record
+        layer.base_layer(x), x, (factors[first], factors[second]), parts[2], (first, second), record
     )
     return out
 
@@ -177,13 +177,12 @@ class _Lora(Function):
         ctx: Any,
         base: Tensor,
         x: Tensor,
-        first: Tensor,
-        second: Tensor,
+        factors: tuple[Tensor, Tensor],
         scale: float,
         weights: tuple[nn.Parameter, nn.Parameter],
         record: _Owned,
     ) -> Tensor:
-        a, b = (stack[record.owner].to(x.dtype) for stack in (first, second))
+        a, b = (stack[record.owner].to(x.dtype) for stack in factors)
         inner = torch.bmm(positions(x), a.transpose(1, 2))
         ctx.save_for_backward(x, a, b, inner)
         ctx.scale, ctx.weights, ctx.record = scale, weights, record
@@ -200,4 +199,4 @@ class _Lora(Function):
         if second.requires_grad:
             ctx.record.add(second, torch.bmm(out.transpose(1, 2), inner * ctx.scale))
         below = torch.bmm(back, a).view_as(x) if ctx.needs_input_grad[1] else None
-        return g, below, None, None, None, None, None
+        return g, below, None, None, None, None

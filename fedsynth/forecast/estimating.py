@@ -187,15 +187,15 @@ class SampledEngine(Engine):
 
     def descend(self, asked: Descent) -> float:
         """As `Engine`, in a few steps of all."""
-        rows, settings, guard = asked.rows, asked.settings, asked.guard
+        rows, settings, guard = asked.rows, asked.steps.settings, asked.steps.guard
         if not rows:
             return float("nan")
         steps = settings.epochs * -(-len(rows) // settings.batch)
-        few, take = replace(settings, epochs=1), super().descend
+        few, take = replace(asked.steps, settings=replace(settings, epochs=1)), super().descend
 
         def sample(n: int) -> list[Any]:
             some = [rows[i % len(rows)] for i in range(n * settings.batch)]
-            return [take(replace(asked, rows=some, settings=few))] * n
+            return [take(replace(asked, rows=some, steps=few))] * n
 
         key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():

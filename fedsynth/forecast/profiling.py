@@ -308,7 +308,7 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
         prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
         answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
     )
-    slots = encode_slots(tokenizer, rows, labels, records, settings.max_length, kind, loss_on=settings.loss_on)
+    slots = encode_slots(tokenizer, rows, labels, records, replace(settings, rows_per_unit=1), kind)
     start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
 
     def training() -> Training:
@@ -362,9 +362,7 @@ def _classifying(
         return lambda n: classify(model_of(), tokenizer, _some(texts.test, n).prompts, task.max_length), 128
 
     def fit(n: int) -> None:
-        fit_classifier(
-            model_of(), tokenizer, _some(texts.train, n), labels, task, epochs=1, rate=task.learning_rate, seed=0
-        )
+        fit_classifier(model_of(), tokenizer, _some(texts.train, n), labels, task, epochs=1, seed=0)
 
     return fit, 64 * task.batch
 

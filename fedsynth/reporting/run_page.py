@@ -27,7 +27,7 @@ from fedsynth.reporting.page import (
     Table,
     listed,
 )
-from fedsynth.reporting.statistics import HELD_OUT, Figures
+from fedsynth.reporting.statistics import HELD_OUT, Figures, Where
 
 SHOWN_LABELS = 12  # in a figure
 SHOWN_CLIENTS = 50  # in a table; the others are in the table of figures alone
@@ -67,7 +67,7 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
             [arm, name, _spread(figures, "server", name, arm, None)]
             for arm in arms
             for name in names
-            if figures.row("server", name, "mean", arm=arm) is not None
+            if figures.row("server", name, "mean", Where(arm=arm)) is not None
         ]
         heads = ["arm", "figure", "last round, mean ± deviation over seeds"]
         table_of = Table(heads, rows, words=frozenset({0, 1}))
@@ -103,24 +103,27 @@ def _first_up(metric: str) -> str:
 
 def _spread(figures: Figures, part: str, metric: str, arm: str, digits: int | None = 3) -> Cell:
     """Mean ± deviation over seeds."""
-    mean = figures.number(figures.row(part, metric, "mean", arm=arm), digits)
-    std = figures.number(figures.row(part, metric, "std", arm=arm), digits)
+    mean = figures.number(figures.row(part, metric, "mean", Where(arm=arm)), digits)
+    std = figures.number(figures.row(part, metric, "std", Where(arm=arm)), digits)
     return mean if isinstance(std, str) else (mean, " ± ", std)
 
 
 def _interval(figures: Figures, part: str, metric: str, arm: str, baseline: str = "", *, sign: bool = False) -> Cell:
     ends = [
-        figures.number(figures.row(part, metric, end, arm=arm, baseline=baseline), sign=sign) for end in ("low", "high")
+        figures.number(figures.row(part, metric, end, Where(arm=arm, baseline=baseline)), sign=sign)
+        for end in ("low", "high")
     ]
     return "-" if isinstance(ends[0], str) else ("[", ends[0], ", ", ends[1], "]")
 
 
 def _mark(figures: Figures, part: str, metric: str, arm: str, baseline: str = "") -> Mark | None:
-    row = figures.row(part, metric, "mean", arm=arm, baseline=baseline)
+    row = figures.row(part, metric, "mean", Where(arm=arm, baseline=baseline))
     value = figures.value(row)
     if value is None:
         return None
-    low, high = (figures.value(figures.row(part, metric, end, arm=arm, baseline=baseline)) for end in ("low", "high"))
+    low, high = (
+        figures.value(figures.row(part, metric, end, Where(arm=arm, baseline=baseline))) for end in ("low", "high")
+    )
     return Mark(value, low, high, row)
 
 
@@ -141,7 +144,7 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
             [
                 *row,
                 _guarantee(report, arm),
-                figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3),
+                figures.bound(figures.row("privacy", "epsilon", "largest", Where(arm=arm)), 3),
                 *([_left(figures, arm, lost.get(arm, ()))] if lost else []),
             ]
         )
@@ -178,7 +181,7 @@ def _left(figures: Figures, arm: str, lost: Sequence[Mapping[str, str]]) -> Cell
     for loss in lost:
         parts += ["; "] if parts else []
         for words, number, *_ in Formatter().parse(loss["words"]):
-            row = figures.row("loss", f"{loss['what']}/{number}", "sum", arm=arm)
+            row = figures.row("loss", f"{loss['what']}/{number}", "sum", Where(arm=arm))
             parts += [words, figures.number(row, 0)] if number else [words]
     return _joined(*parts) if parts else "-"
 
@@ -243,13 +246,13 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         return Card(title, facts, open=none)
 
     def at(metric: str, digits: int | None = None) -> Cell:
-        return figures.number(figures.row("privacy", metric, "largest", arm=arm), digits)
+        return figures.number(figures.row("privacy", metric, "largest", Where(arm=arm)), digits)
 
     def bound(metric: str, digits: int) -> Cell:
-        return figures.bound(figures.row("privacy", metric, "largest", arm=arm), digits)
+        return figures.bound(figures.row("privacy", metric, "largest", Where(arm=arm)), digits)
 
     unit, unknown = str(spent.get("unit", "row")), "not recorded"
-    delta_row = figures.row("privacy", "delta", "largest", arm=arm)
+    delta_row = figures.row("privacy", "delta", "largest", Where(arm=arm))
     delta: Cell = "-" if delta_row is None else Number(f"{figures.value(delta_row):g}", delta_row)
     units: Cell = _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
     units = {"row": "row: rows are declared independent", "client": "client: all of its data"}.get(unit, units)
@@ -293,7 +296,7 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
     rows: list[list[Cell]] = []
     for metric in metrics:
         for arm in arms:
-            if figures.row("utility", metric, "mean", arm=arm) is None:
+            if figures.row("utility", metric, "mean", Where(arm=arm)) is None:
                 continue
             row: list[Cell] = [
                 arm,
@@ -309,7 +312,7 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         group = "held-out" if metric.endswith(HELD_OUT) else "all"
         for arm in arms:
             where = {"arm": arm, "baseline": baseline}
-            if (row_of := figures.row("difference", metric, "mean", **where)) is None:
+            if (row_of := figures.row("difference", metric, "mean", Where(**where))) is None:
                 continue
             rows.append(
                 [
@@ -318,8 +321,8 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
                     group,
                     figures.number(row_of, sign=True),
                     _interval(figures, "difference", metric, arm, baseline, sign=True),
-                    figures.number(figures.row("difference", metric, "better", **where), 2),
-                    figures.number(figures.row("difference", metric, "pairs", **where), 0),
+                    figures.number(figures.row("difference", metric, "better", Where(**where)), 2),
+                    figures.number(figures.row("difference", metric, "pairs", Where(**where)), 0),
                 ]
             )
     if rows:
@@ -334,7 +337,7 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         rows = []
         for client in clients[:SHOWN_CLIENTS]:
             name = f"client {client}" + (" (tuned on)" if client in report["run"]["tuned_on"] else "")
-            own = (figures.row("client", metrics[0], "mean", arm=arm, client=client) for arm in shared)
+            own = (figures.row("client", metrics[0], "mean", Where(arm=arm, client=client)) for arm in shared)
             rows.append([name, *map(figures.number, own)])
         caption = f"{_first_up(metrics[0])} client by client, mean over seeds"
         more = len(clients) - SHOWN_CLIENTS
@@ -351,8 +354,8 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
         for arm in arms:
             marks = []
             for number in rounds:
-                row = figures.row("curve", metric, "mean", arm=arm, round=number)
-                std = figures.value(figures.row("curve", metric, "std", arm=arm, round=number))
+                row = figures.row("curve", metric, "mean", Where(arm=arm, round=number))
+                std = figures.value(figures.row("curve", metric, "std", Where(arm=arm, round=number)))
                 if (value := figures.value(row)) is not None:
                     ends = (None, None) if std is None else (value - std, value + std)
                     marks.append(Mark(value, ends[0], ends[1], row, x=float(number)))
@@ -413,13 +416,15 @@ def quality_table(
     """One line per arm that has texts of the kind, and columns that any of them has; nothing where no arm has."""
     there = [c for c in columns if f"{kind}/{c[0]}" in figures.metrics(part)]
     chosen = [
-        a for a in arms if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)
+        a
+        for a in arms
+        if any(figures.row(part, f"{kind}/{key}", "mean", Where(arm=a)) is not None for key, _, _ in there)
     ]
     rows: list[list[Cell]] = []
     for arm in chosen:
         # What is the same for all seeds by construction needs no deviation.
         cells_of = [
-            figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
+            figures.number(figures.row(part, f"{kind}/{key}", "mean", Where(arm=arm)), digits)
             if key in ("compared", "embedded")
             else _spread(figures, part, f"{kind}/{key}", arm, digits)
             for key, _, digits in there
@@ -465,7 +470,7 @@ def _stages(figures: Figures, arm: str) -> dict[str, dict[str, int]]:
     stages: dict[str, dict[str, int]] = {}
     for metric in figures.metrics("yield", arm):
         stage, _, what = metric.partition("/")
-        row = figures.row("yield", metric, "mean", arm=arm)
+        row = figures.row("yield", metric, "mean", Where(arm=arm))
         if row is not None:
             stages.setdefault(stage, {})[what.removeprefix("dropped/")] = row
     return stages
@@ -516,7 +521,7 @@ def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[s
         return None
     series = []
     for arm in arms:
-        rows = [figures.row("text", f"{kind}/label/{label}", "mean", arm=arm) for label in labels]
+        rows = [figures.row("text", f"{kind}/label/{label}", "mean", Where(arm=arm)) for label in labels]
         marks = tuple(None if row is None else Mark(figures.rows[row]["value"], row=row) for row in rows)
         if any(marks):
             series.append(Series(arm, marks))
@@ -555,7 +560,7 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
         for arm in (
             a for a in arms if a not in report["pooled"]
         ):  # there raw text was at hand, at no cost that is counted
-            x = figures.row("cost", sent, "mean", arm=arm)
+            x = figures.row("cost", sent, "mean", Where(arm=arm))
             mark = _mark(figures, "utility", metrics[0], arm)
             if x is not None and mark is not None:
                 series.append(Series(arm, (replace(mark, x=figures.rows[x]["value"], x_row=x),)))

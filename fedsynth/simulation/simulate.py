@@ -36,7 +36,7 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Cell, Data, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.flower import DEPLOYMENT, STATUS
-from fedsynth.simulation.launch import APP, launch
+from fedsynth.simulation.launch import APP, AppRun, launch
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.training.examples import check_room
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
@@ -399,13 +399,15 @@ def _launched(
     on_event: Callable[[dict[str, Any]], None] | None,
 ) -> Result:
     launch(
-        APP,
-        run_config={"scenario-toml": text, "out-dir": str(place)},
-        supernodes=supernodes(asked.data.clients, count),
-        workers=count,
-        gpu_share=gpu_share(count),
-        out=place,
-        logs=private_of(place) / "logs",
+        AppRun(
+            app=APP,
+            run_config={"scenario-toml": text, "out-dir": str(place)},
+            supernodes=supernodes(asked.data.clients, count),
+            workers=count,
+            gpu_share=gpu_share(count),
+            out=place,
+            logs=private_of(place) / "logs",
+        ),
         on_event=on_event,
         port=port,
         start_seconds=asked.server.start_seconds,

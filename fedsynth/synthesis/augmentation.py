@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 import numpy as np
 
@@ -130,6 +130,25 @@ class _Deck:
 
 
 @dataclass(frozen=True)
+class Demonstrating:
+    """How texts are asked for.
+
+    Attributes:
+        per_site: Texts asked for; fewer come back where an answer cannot be read.
+        mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
+            "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
+            "none": one text per prompt, after its label's name alone (an ablation).
+        shots: Demonstrations of a label in a prompt.
+        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
+    """
+
+    per_site: int
+    mode: Mode
+    shots: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
 class _Asked:
     """The demonstrations of a prompt, how it is made of them, and how its answer is read."""
 
@@ -142,12 +161,9 @@ class _Asked:
 def augment(
     llm: TextModel,
     demonstrations: Mapping[int, Corpus],
+    how: Demonstrating,
     *,
     labels: Sequence[str],
-    per_site: int,
-    mode: Mode,
-    shots: int,
-    sampling: SamplingParams,
     seed: int,
 ) -> dict[int, Augmented]:
     """More texts like each site's demonstrations, all sites' prompts in one call.
@@ -155,13 +171,8 @@ def augment(
     Args:
         llm: The server's.
         demonstrations: By site; released texts and their class names.
+        how: They are shown, and texts asked for.
         labels: The public ones. Texts are asked for uniformly, in turn: a site's label counts stay with the site.
-        per_site: Texts asked for; fewer come back where an answer cannot be read.
-        mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
-            "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
-            "none": one text per prompt, after its label's name alone (an ablation).
-        shots: Demonstrations of a label in a prompt.
-        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
         seed: Of the demonstrations' order and of the LLM's sampling.
 
     Raises:
@@ -170,33 +181,33 @@ def augment(
     for corpus in demonstrations.values():
         refuse_private(corpus)
     check_labels(labels)
-    if per_site < 1 or shots < 1:
-        raise ValueError(f"per_site and shots must be at least 1, got {per_site} and {shots}")
-    if mode not in ("per_label", "all_labels", "none"):
-        raise ValueError(f'mode must be "per_label", "all_labels" or "none", got {mode!r}')
-
+    if how.per_site < 1 or how.shots < 1:
+        raise ValueError(f"per_site and shots must be at least 1, got {how.per_site} and {how.shots}")
     asked: list[_Asked] = []
     bare: dict[int, Counter[str]] = {}
     for site, corpus in sorted(demonstrations.items()):
         # A site's prompts depend on its own demonstrations only, not on which other sites answered.
         rng = np.random.default_rng([seed, site])
         decks = {label: _Deck(texts, rng) for label, texts in _by_label(corpus, labels).items() if texts}
-        turns = [labels[i % len(labels)] for i in range(per_site)]
+        turns = [labels[i % len(labels)] for i in range(how.per_site)]
         bare[site] = Counter()
-        if mode != "none":
+        if how.mode != "none":
             bare[site].update(label for label in turns if label not in decks)
-        if mode == "all_labels":
-            asked += [
-                _Asked(site, examples, _block_writer(labels, wanted), _block_reader(labels))
-                for examples, wanted in _blocks(turns, decks, labels, shots)
-            ]
-        else:
-            for label in turns:
-                deck = decks.get(label) if mode == "per_label" else None
-                texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
-                asked.append(_Asked(site, [(label, t) for t in texts], _line_writer(label), _line_reader(label)))
+        match how.mode:
+            case "all_labels":
+                asked += [
+                    _Asked(site, examples, _block_writer(labels, wanted), _block_reader(labels))
+                    for examples, wanted in _blocks(turns, decks, labels, how.shots)
+                ]
+            case "per_label" | "none":
+                for label in turns:
+                    deck = decks.get(label) if how.mode == "per_label" else None
+                    texts = [] if deck is None else deck.draw(min(how.shots, len(deck.texts)))
+                    asked.append(_Asked(site, [(label, t) for t in texts], _line_writer(label), _line_reader(label)))
+            case never:
+                assert_never(never)
 
-    answers = llm.complete(_fitting(llm, asked, sampling.max_new_tokens), sampling, seed=seed)
+    answers = llm.complete(_fitting(llm, asked, how.sampling.max_new_tokens), how.sampling, seed=seed)
 
     written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
     dropped: dict[int, Counter[str]] = {site: Counter() for site in bare}
@@ -207,7 +218,7 @@ def augment(
     counts = Counter(a.site for a in asked)
     return {
         site: Augmented(
-            corpus=_written_after(demonstrations[site] if mode != "none" else None, written[site]),
+            corpus=_written_after(demonstrations[site] if how.mode != "none" else None, written[site]),
             dropped=dict(dropped[site]),
             prompts=counts[site],
             bare=dict(bare[site]),
