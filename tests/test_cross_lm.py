@@ -41,7 +41,8 @@ from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
-from fedsynth.scenario.schema import Client, Endpoint, GeneratorTraining, Scenario, Server, TaskTraining, Tuning
+from fedsynth.scenario.schema import Client, GeneratorTraining, Scenario, TaskTraining, Tuning
+from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM

@@ -29,7 +29,7 @@ from fedsynth.deployment.site.start import _environment
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import config_of
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Endpoint
+from fedsynth.scenario.server import Endpoint
 from fedsynth.simulation.flower import environment
 from fedsynth.system.proxy import is_loopback, past_proxies
 from fedsynth.typed import BadValue

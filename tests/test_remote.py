@@ -31,7 +31,8 @@ from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.of_scenario import endpoints_of, models_of
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Endpoint, Scenario, Server
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.simulate import pinned
 from fedsynth.typed import BadValue

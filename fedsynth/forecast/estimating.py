@@ -21,7 +21,8 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Cell, Endpoint
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.server import Endpoint
 from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Descent
 

@@ -24,7 +24,7 @@ from openai import (
 from fedsynth.instructions import one_line
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Endpoint, host_of
+from fedsynth.scenario.server import Endpoint, host_of
 from fedsynth.system.proxy import UNREADABLE, no_proxies
 from fedsynth.typed import BadValue
 

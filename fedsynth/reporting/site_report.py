@@ -15,9 +15,9 @@ from fedsynth.data.partition import open_sites
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Quote, Quotes, Section, Table
-from fedsynth.reporting.run_page import CLOSENESS, quality_table
 from fedsynth.reporting.run_report import SCHEMA, embedder, read_scenario, save
 from fedsynth.reporting.statistics import Figures, Where
+from fedsynth.reporting.text_section import CLOSENESS, quality_table
 from fedsynth.reporting.texts import PER_CLIENT, Reference, Released, add_distances, kinds_of, released
 from fedsynth.rouge import nearest, rouge_l
 from fedsynth.scenario.schema import Scenario

@@ -12,7 +12,7 @@ import pandas as pd
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import up
-from fedsynth.reporting.page import Number
+from fedsynth.reporting.page import Cell, Number
 from fedsynth.synthesis.attrition import Loss
 
 COLUMNS = ("row", "part", "arm", "baseline", "seed", "round", "client", "metric", "statistic", "value")
@@ -86,6 +86,11 @@ class Figures:
         if row is None or value is None:
             return "-"
         return Number(shown(value, digits, sign=sign), row)
+
+    def spread(self, part: str, metric: str, arm: str, digits: int | None = 3) -> Cell:
+        """Mean ± deviation over seeds."""
+        mean, std = (self.number(self.row(part, metric, name, Where(arm=arm)), digits) for name in ("mean", "std"))
+        return mean if isinstance(std, str) else (mean, " ± ", std)
 
     def bound(self, row: int | None, digits: int) -> Number | str:
         """The same, never below the figure: a bound that is printed must hold."""

@@ -18,8 +18,8 @@ import psutil
 from fedsynth.clients.client_side import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
+from fedsynth.data.loaders import pinned as pinned_data
 from fedsynth.data.partition import divide, label_list, misfits
-from fedsynth.data.tables import pinned as pinned_data
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
