@@ -68,8 +68,8 @@ def ask(llm: ScriptedLLM, demonstrations: dict[int, Corpus], mode: Mode = "per_l
         (lambda: blocks_prompt([("QQ1", "QQ2")], labels=["QQ1", "QQ3"], wanted=["QQ4"]), ["QQ1", "QQ2", "QQ3", "QQ4"]),
         (lambda: blocks_prompt([], labels=["QQ1", "QQ2"], wanted=["QQ3"]), ["QQ1", "QQ2", "QQ3"]),
         (
-            lambda: select_prompt([("QQ1", "QQ2"), ("QQ3", "QQ4")], labels=["QQ5"], keep=99, domain="QQ6"),
-            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "QQ6", "99", "1.", "2.", LEAD_IN],
+            lambda: select_prompt([("QQ1", "QQ2"), ("QQ3", "QQ4")], labels=["QQ5"], keep=99),
+            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "99", "1.", "2.", LEAD_IN],
         ),
     ],
 )
@@ -572,7 +572,7 @@ def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:
     noted: list[Any] = []
     run_log = SimpleNamespace(
-        stage=lambda client, stage: noted.append((client, stage.name, stage.before, stage.dropped))
+        log_stage=lambda client, stage: noted.append((client, stage.name, stage.before, stage.dropped))
     )
     server: Any = SimpleNamespace(llm=ScriptedLLM(context=500), labels=LABELS, run_log=run_log)
     method = FDKT(FDKTOptions(judge="none"), server)

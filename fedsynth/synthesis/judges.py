@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Groups: TypeAlias = Sequence[Sequence[int]]
 
-DOMAIN = "the domain that most of them share"
 ANSWER = 64  # tokens of an answer, at most
 
 LEAD_IN = "The selected texts are:"
@@ -30,7 +29,7 @@ SELECT = """Below is a numbered list of texts with their labels. The labels are:
 {texts}
 
 Choose the texts to keep:
-1. Drop each text that lies outside {domain}, and each text whose label does not fit.
+1. Drop each text that lies outside the domain that most of them share, and each text whose label does not fit.
 2. Of texts that say nearly the same, keep only the most representative one.
 3. Keep at most {keep} texts.
 Answer with one line: "{lead_in}" followed by the numbers of the texts you keep, separated by commas, or by "none".
@@ -43,7 +42,7 @@ def select_prompt(examples: Sequence[tuple[str, str]], *, labels: Sequence[str],
     texts = "\n".join(
         NUMBERED.format(number=i, label=label, text=one_line(text)) for i, (label, text) in enumerate(examples, start=1)
     )
-    return SELECT.format(labels=", ".join(labels), texts=texts, domain=DOMAIN, keep=keep, lead_in=LEAD_IN)
+    return SELECT.format(labels=", ".join(labels), texts=texts, keep=keep, lead_in=LEAD_IN)
 
 
 # The list ends where its form ends: in "1, 3 (2 repeats 1)" and in a reason on the next line no number is chosen.
