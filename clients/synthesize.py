@@ -22,7 +22,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     """Trains, samples and releases; the charge comes first and may be refused.
 
     Raises:
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before any text is trained on.
     """
     settings, name = client.config.generator_training, client.config.generator
     start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
