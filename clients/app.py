@@ -17,7 +17,7 @@ from fedsynth.clients.handler import FUNCTIONS, Opener, Unopened, reply_to
 from fedsynth.federation.messages import Envelope, Evaluate, Finetune, Request
 from fedsynth.federation.records import unpack_reply
 from fedsynth.federation.run.directory import places
-from fedsynth.models.loading import one_thread
+from fedsynth.models.devices import one_thread
 
 
 def client_app(open_client: Opener, *, simulated: bool = True, unopened: Unopened | None = None) -> ClientApp:

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import read_adapter, stack_of, with_adapter
-from fedsynth.models.loading import device, load_tokenizer
+from fedsynth.models.devices import device
+from fedsynth.models.loading import load_tokenizer
 from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.training.dp_training import Training, train_generator, train_stacked
 

@@ -20,7 +20,8 @@ from fedsynth.corpus import Corpus
 from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.ledger import Binding, Ledger
+from fedsynth.privacy.caps import Account
+from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell, Client, Data
@@ -247,7 +248,12 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         unit=scenario.data.unit_name,
         work=work,
         run=f"{run}/{cell.arm}/{cell.seed}",
-        ledger=Ledger(work / "ledger.sqlite", dataset=dataset, cap=scenario.client.budget, keys=keys, durable=False),
+        ledger=Ledger(
+            work / "ledger.sqlite",
+            Account(dataset, scenario.client.budget),
+            keys=keys,
+            opening=Opening(durable=False),
+        ),
         open=lambda: _site(cell, index),
         simulated=True,
         stacked=scenario.stack > 1,

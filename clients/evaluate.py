@@ -15,8 +15,9 @@ from fedsynth.federation.messages import Evaluated
 from fedsynth.instructions import asked, parse_response
 from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
+from fedsynth.models.devices import device
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import device, load_generator, load_tokenizer
+from fedsynth.models.loading import load_generator, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.training.classifier import classify
 from fedsynth.training.dp_training import mean_loss

@@ -18,8 +18,9 @@ from fedsynth.federation.messages import Adopt, Adopted, Finetune, Finetuned
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter, digest_of, only_b
 from fedsynth.models.adapters import with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.hub import config_of, weights_hash
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_adapter, release_without_guarantee
 from fedsynth.training.dp_training import private, train_generator, without_guarantee
@@ -34,7 +35,7 @@ def finetune(client: ClientSide, request: Finetune, digest: str) -> Trains[Finet
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before any text is trained on.
     """
     settings, pull = client.config.generator_training, request.proximal or 0.0
     to_train = partial(TrainRequest, client.config.generator, request.start, settings, frozen_a=request.frozen_a)
@@ -141,10 +142,8 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
             corpus,
             client.labels,
             records,
-            settings.max_length,
+            settings,
             kind_of(config_of(name)),
-            loss_on=settings.loss_on,
-            rows_per_unit=settings.rows_per_unit,
             task=client.task,
         )
     return list(known[asked])

@@ -55,7 +55,7 @@ from fedsynth.federation.records import (
 )
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.models.adapters import WrongAdapter
-from fedsynth.privacy.ledger import BudgetExhausted
+from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.training.selfcheck import SelfCheckFailed

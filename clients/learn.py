@@ -11,8 +11,10 @@ from fedsynth.clients.local_model import keep_facts
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Learn, Learnt
 from fedsynth.models.adapters import new_adapter, read_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.hub import weights_hash
-from fedsynth.models.loading import device, load_tokenizer, load_weights, save_weights
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.weights import load_weights, save_weights
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import fit_classifier, new_task_model
 
@@ -49,9 +51,7 @@ def _learn_labels(client: ClientSide, sent: Corpus, seed: int) -> None:
         model.learn(known, client.labels, settings.max_length, seed)
     else:
         for corpus, epochs, own in _trainings(client, sent, seed):
-            fit_classifier(
-                model, tokenizer, corpus, client.labels, settings, epochs=epochs, rate=settings.learning_rate, seed=own
-            )
+            fit_classifier(model, tokenizer, corpus, client.labels, settings, epochs=epochs, seed=own)
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
 

@@ -18,8 +18,10 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.messages import Score, Scored
+from fedsynth.models.devices import device
 from fedsynth.models.hub import weights_hash
-from fedsynth.models.loading import device, load_named, load_tokenizer, save_named
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.models.weights import load_named, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
 from fedsynth.training.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
@@ -34,7 +36,7 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
 
     Raises:
         fedsynth.clients.learn.NoTaskModel: If the client has learnt no task model yet, or has no labels.
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before private text is trained
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before private text is trained
             on, or a score of a model that saw it is computed.
     """
     if client.instructs:

@@ -25,7 +25,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
 
     Raises:
         fedsynth.privacy.release.NotReleasable: If true texts are asked of a site, or of a client with a guarantee.
-        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.ledger.BudgetExhausted: Before any text is trained on.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before any text is trained on.
     """
     if request.true_texts:
         return _true_texts(client, request)

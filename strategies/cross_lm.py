@@ -19,9 +19,18 @@ from fedsynth.models.llm import TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.synthesis.augmentation import augment, turns
+from fedsynth.synthesis.augmentation import Demonstrating, augment, turns
 from fedsynth.synthesis.curation import asked_for, deduplicate, well_formed, yields
-from fedsynth.synthesis.reward_tuning import MEASURED, Ranked, first_adapter, mean_scores, ranked, shuffled, taught
+from fedsynth.synthesis.reward_tuning import (
+    MEASURED,
+    Measures,
+    Ranked,
+    first_adapter,
+    mean_scores,
+    ranked,
+    shuffled,
+    taught,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class CrossLM(RoundStrategy[State]):
             texts = ranked(written, self._scores(clients, written), self.config.keep)
             best = texts.best
             if self.config.teaches:
-                adapter = self._taught(state.adapter, texts, written)
+                adapter = self._taught(state.adapter, texts)
 
         corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
         learnt |= self._learn(clients, set(clients.ids), corpus)
@@ -91,11 +100,13 @@ class CrossLM(RoundStrategy[State]):
         raw = augment(
             self._llm(adapter),
             {0: Corpus((), (), Provenance.PUBLIC)},
+            Demonstrating(
+                mode="none",
+                shots=1,
+                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+            ),
             labels=self.server.labels,
             wanted={0: turns(self.server.labels, c.num_texts)},
-            mode="none",
-            shots=1,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
             seed=self.seed("write"),
             task=self.task,
         )[0]
@@ -124,7 +135,7 @@ class CrossLM(RoundStrategy[State]):
         self.server.run_log.log_metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 
-    def _taught(self, adapter: Adapter | None, texts: Ranked, written: Corpus) -> Adapter:
+    def _taught(self, adapter: Adapter | None, texts: Ranked) -> Adapter:
         """Step 4: the LLM's adapter after the round; metrics show the change of the LLM's general ability."""
         teaching, run_log, models = self.config.teaching, self.server.run_log, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
@@ -140,13 +151,9 @@ class CrossLM(RoundStrategy[State]):
             models.llm,
             start,
             texts,
-            written,
             teaching,
-            labels=self.server.labels,
-            public=public.prompts,
-            tests=tests,
+            Measures(self.server.labels, public=public.prompts, tests=tests, task=self.task),
             seed=self.seed("teach"),
-            task=self.task,
         )
         run_log.log_adapter(SERVER, done.adapter, "llm", base=models.llm)
         for name, value in done.metrics.items():

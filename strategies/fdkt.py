@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Learn, Synthesize
@@ -15,9 +16,9 @@ from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.synthesis.augmentation import augment, bare_misfit, lacking, misfit, turns
+from fedsynth.synthesis.augmentation import Demonstrating, augment, bare_misfit, lacking, misfit, turns
 from fedsynth.synthesis.curation import Filtered, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
-from fedsynth.synthesis.judges import best_of
+from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import fitting
 
 
@@ -131,17 +132,9 @@ class FDKT(RoundStrategy[State]):
             for client, d in drafts.items()
         }
         seed = self.seed("judge")
-        kept = best_of(
-            self.server.llm,
-            drafts,
-            groups,
-            judge=c.judge,
-            labels=self.server.labels,
-            keep=c.keep,
-            rivals=c.judge_rivals,
-            seed=seed,
-            task=self.task,
-        )
+        judge = partial(judge_by_likelihood, rivals=c.judge_rivals) if c.judge == "likelihood" else judge_by_instruction
+        labels = self.server.labels
+        kept = judge(self.server.llm, drafts, groups, labels=labels, keep=c.keep, seed=seed, task=self.task)
         for client, stage in kept.items():
             self._note(client, [("selected", stage)])
         return {client: stage.corpus for client, stage in kept.items()}
@@ -164,17 +157,20 @@ class FDKT(RoundStrategy[State]):
         c, run_log = self.config, self.server.run_log
         run_log.progress("augment", 0, len(shown))
         wanted = {client: turns(self.server.labels, c.num_texts) for client in shown}
+        how = Demonstrating(
+            mode=c.demonstrations,
+            shots=c.shots,
+            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+        )
         corpora: dict[int, Corpus] = {}
         for attempt in range(c.attempts):
             again = "_again" if attempt else ""
             written = augment(
                 self.server.llm,
                 {client: shown[client] for client in wanted},
+                how,
                 labels=self.server.labels,
                 wanted=wanted,
-                mode=c.demonstrations,
-                shots=c.shots,
-                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
                 seed=self.seed(f"augment{again}{attempt or ''}"),
                 task=self.task,
             )

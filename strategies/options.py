@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario.schema import Endpoint, Scenario, Tuning, host_of
+from fedsynth.scenario.schema import Scenario, Tuning
+from fedsynth.scenario.server import Endpoint, host_of
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
 from fedsynth.synthesis.reward_tuning import Teaching

@@ -15,7 +15,7 @@ from test_ledger import COST, PLAN, answer, bind, charge, die, killed, open_ledg
 import fedsynth.cli.main
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.plan import Budget
 
 ANSWER = b"the answer's own bytes"

@@ -22,10 +22,10 @@ from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
 import fedsynth.cli.main
-from fedsynth.cli.main import _print_table
 from fedsynth.data.partition import divide, misfits
 from fedsynth.data.tables import read_rows
 from fedsynth.federation.run.summary import summarize
+from fedsynth.federation.run.tables import print_table
 from fedsynth.scenario.schema import Data
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.simulation.simulate import check, read
@@ -307,7 +307,7 @@ def test_a_run_of_which_a_filter_leaves_nothing_says_so(tmp_path: Path) -> None:
     run = play(_toml(asked), tmp_path, "fdkt", llm=ScriptedLLM())
     summarize(asked, run.out, 1.0, [run.run_log])
     shown = io.StringIO()
-    _print_table(Console(file=shown, width=120, highlight=False), read(run.out))
+    print_table(Console(file=shown, width=120, highlight=False), read(run.out))
     said = " ".join(shown.getvalue().split())
     # The LLM's answers are "a text"; of the drafts the tiny model ends none.
     assert "0 of 24 drafts left (unfinished 24)" in said

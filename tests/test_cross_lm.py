@@ -41,12 +41,13 @@ from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
-from fedsynth.scenario.schema import Client, Endpoint, Scenario, Server, TaskTraining, Tuning
+from fedsynth.scenario.schema import Client, GeneratorTraining, Scenario, TaskTraining, Tuning
+from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.synthesis.reward_tuning import Teaching, label_accuracy, mean_scores, ranked, shuffled, taught
+from fedsynth.synthesis.reward_tuning import Measures, Teaching, label_accuracy, mean_scores, ranked, shuffled, taught
 from fedsynth.training.classifier import (
     confidences,
     fit_classifier,
@@ -58,7 +59,7 @@ from fedsynth.training.classifier import (
 from fedsynth.training.dp_training import clipped_sum, next_token_losses, trainable
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_slots, encode_text
-from fedsynth.training.sft import Guard, dpo, perplexity, sft
+from fedsynth.training.sft import Guard, Steps, dpo, perplexity, sft
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, main_facts, private_notes, site, told_labels, write_note
 from world_adapters import WRONG, mislabelled, mislabelled_notes
@@ -135,7 +136,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
         corpus = Corpus(
             tuple(words(k, rng) for k in kinds), tuple(LABELS[k] for k in rng.integers(2, size=24)), Provenance.PUBLIC
         )
-        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 24, 32) for e in slot]
+        return [
+            e for slot in encode_slots(tokenizer, corpus, LABELS, 24, GeneratorTraining(max_length=32)) for e in slot
+        ]
 
     return tiny.taught(tmp_path_factory.mktemp("llm"), notes, steps=200, rate=5e-3)
 
@@ -319,12 +322,9 @@ def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_
         llm,
         start,
         ranked(written, agrees, 0.35),
-        written,
         Teaching(tuning=Tuning(epochs=1)),
-        labels=LABELS,
-        public=(),
+        Measures(LABELS, tests=written),
         seed=0,
-        tests=written,
     ).metrics
     assert metrics["llm/chosen_label_accuracy"] > 0.9
     assert 0.3 < metrics["llm/test_label_accuracy_before"] < 0.7
@@ -382,7 +382,13 @@ def planted() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
             model = new_task_model(name, len(world.labels), "all", index)
             notes = private_notes(world, index, 400, 0, split="train")
             fit_classifier(
-                model, tokenizer, notes, world.labels, TaskTraining(), epochs=epochs, rate=1e-3, seed=1
+                model,
+                tokenizer,
+                notes,
+                world.labels,
+                replace(TaskTraining(), learning_rate=1e-3),
+                epochs=epochs,
+                seed=1,
             ) if epochs else None
             scores.append(Scores(tuple(confidences(model, tokenizer, corpus, world.labels, 64))))
         values = mean_scores(dict(enumerate(scores))).values
@@ -799,13 +805,13 @@ def test_preference_makes_the_preferred_likelier_than_the_rejected() -> None:
             )
 
     before = gap()
-    first = dpo(model, pairs, replace(STEPS, epochs=1, learning_rate=1e-12), beta=0.5, pad=tiny.PAD, seed=0)
+    first = dpo(model, pairs, Steps(replace(STEPS, epochs=1, learning_rate=1e-12), pad=tiny.PAD, seed=0), beta=0.5)
     assert first == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference
-    assert dpo(model, pairs, STEPS, beta=0.5, pad=tiny.PAD, seed=0) < 0.5
+    assert dpo(model, pairs, Steps(STEPS, pad=tiny.PAD, seed=0), beta=0.5) < 0.5
     assert gap() > before + 0.1
-    assert math.isnan(dpo(model, [], STEPS, beta=0.5, pad=tiny.PAD, seed=0))
+    assert math.isnan(dpo(model, [], Steps(STEPS, pad=tiny.PAD, seed=0), beta=0.5))
     with pytest.raises(ValueError, match="beta must be above 0"):
-        dpo(model, pairs, STEPS, beta=0.0, pad=tiny.PAD, seed=0)
+        dpo(model, pairs, Steps(STEPS, pad=tiny.PAD, seed=0), beta=0.0)
 
 
 def test_a_guard_holds_what_the_model_says_of_other_text() -> None:
@@ -814,7 +820,7 @@ def test_a_guard_holds_what_the_model_says_of_other_text() -> None:
 
     def drift(weight: float) -> float:
         model, before = adapted(), adapted()
-        sft(model, learnt, STEPS, pad=tiny.PAD, seed=0, guard=Guard(others, weight))
+        sft(model, learnt, Steps(STEPS, pad=tiny.PAD, seed=0, guard=Guard(others, weight)))
         with torch.no_grad():
             return float(
                 (next_token_losses(model, others, tiny.PAD) - next_token_losses(before, others, tiny.PAD)).abs().mean()
@@ -830,10 +836,7 @@ def test_a_guard_leaves_weights_and_loss_as_they_are_where_nothing_moves() -> No
     sft(
         model,
         [example("ab")],
-        replace(STEPS, epochs=1, learning_rate=1e-12),
-        pad=tiny.PAD,
-        seed=0,
-        guard=Guard([example("x")], 1.0),
+        Steps(replace(STEPS, epochs=1, learning_rate=1e-12), pad=tiny.PAD, seed=0, guard=Guard([example("x")], 1.0)),
     )
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(start, trainable(model), strict=True))
 
@@ -969,9 +972,7 @@ def test_what_is_taught_has_the_guarantee_of_its_start_too(llm: str) -> None:
     texts, teaching = ranked(corpus, Scores((1.0, 0.5), ("s",)), 1.0), Teaching(tuning=Tuning(epochs=1))
 
     def grants(start: Adapter) -> tuple[str, ...]:
-        done = taught(
-            Engine(), llm, start, texts, corpus, teaching, labels=("heart", "skin"), public=(), seed=0
-        ).adapter
+        done = taught(Engine(), llm, start, texts, teaching, Measures(("heart", "skin")), seed=0).adapter
         assert not done.public
         return done.grants
 

@@ -136,8 +136,6 @@ def test_private_text_is_never_shown() -> None:
 def test_arguments_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="share"):
         judged_by_likelihood(ScriptedLLM(), written("a"), 0.0, 8)
-    with pytest.raises(ValueError, match="judge"):
-        judged(ScriptedLLM(), written("a"), "vote", 1.0, 8)
 
 
 # --- instructions that do not fit into the professional ---

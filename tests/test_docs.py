@@ -143,10 +143,10 @@ def test_what_a_method_names_is_there(path: Path) -> None:
 
 
 def test_a_name_that_moved_is_found() -> None:
-    assert exists("synthesis.judges.best_of")
+    assert exists("synthesis.judges.judge_by_instruction")
     assert exists("client.guarantee")
-    assert not exists("teacher.best_of")
-    assert not exists("synthesis.judges.best")
+    assert not exists("teacher.judge_by_instruction")
+    assert not exists("synthesis.judges.judge_by")
     assert not exists("client.guaranty")
     assert exists("strategy.teaching.guard")
     assert not exists("strategy.teaching.guarded")

@@ -23,12 +23,14 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.tokenizer import train_tokenizer
+from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.task import NO_CARD
 from fedsynth.synthesis.augmentation import line_prompt
 from fedsynth.synthesis.curation import well_formed
 from fedsynth.synthesis.self_instruct import lines
 from fedsynth.training.classifier import _token_rows
 from fedsynth.training.dp_training import next_token_losses
-from fedsynth.training.examples import control_code, encode_slots
+from fedsynth.training.examples import encode_slots
 from fedsynth.world import WORLDS, load_world, private_notes, private_records, public_blocks, public_records
 
 TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -131,13 +133,13 @@ def test_a_line_end_that_only_the_end_of_text_can_write_is_a_blank() -> None:
 def test_the_end_of_text_stands_at_the_end_of_an_example_alone_and_the_text_is_whole(name: str) -> None:
     tokenizer, kind = tokenizer_of(name), families.KINDS.get(name, "causal")
     corpus = Corpus(TYPED, ("Plan",) * len(TYPED), Provenance.PRIVATE)
-    slots = encode_slots(tokenizer, corpus, ("Plan",), len(TYPED), 4000, kind)
+    slots = encode_slots(tokenizer, corpus, ("Plan",), len(TYPED), GeneratorTraining(max_length=4000), kind)
     for text, [example] in zip(TYPED, slots, strict=True):
         learnt = list(example.tokens[example.start :])
         assert learnt.index(tokenizer.eos_token_id) == len(learnt) - 1
         assert control_ids(tokenizer).isdisjoint(learnt[:-1])
         assert tokenizer.decode(learnt, skip_special_tokens=True).strip() == text.strip()
-    [[short]] = encode_slots(tokenizer, corpus.take([len(LINES)]), ("Plan",), 1, 20, kind)
+    [[short]] = encode_slots(tokenizer, corpus.take([len(LINES)]), ("Plan",), 1, GeneratorTraining(max_length=20), kind)
     assert len(short.tokens) == 20
     assert short.tokens[-1] == tokenizer.eos_token_id  # a cut end is learnt as one
     assert tokenizer.eos_token_id not in short.tokens[short.start : -1]
@@ -148,7 +150,9 @@ def test_a_record_comes_back_from_its_example_whatever_it_holds(name: str) -> No
     tokenizer, kind = tokenizer_of(name), families.KINDS.get(name, "causal")
     corpus = Corpus(TYPED, TYPED[::-1], Provenance.PRIVATE)
     for loss_on in ("record", "response"):
-        slots = encode_slots(tokenizer, corpus, (), len(TYPED), 4000, kind, loss_on=loss_on)
+        slots = encode_slots(
+            tokenizer, corpus, (), len(TYPED), GeneratorTraining(max_length=4000, loss_on=loss_on), kind
+        )
         for prompt, answer, [example] in zip(TYPED, TYPED[::-1], slots, strict=True):
             learnt = tokenizer.decode(example.tokens[example.start :], skip_special_tokens=True)
             text = learnt if loss_on == "record" else f"{asked(prompt)}{learnt}"
@@ -168,13 +172,19 @@ def test_texts_and_records_of_the_worlds_are_encoded_as_the_shipped_models_learn
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         notes = private_notes(world, 1, 60, 0, split="train")
         for note, label, [example] in zip(
-            notes.prompts, notes.answers, encode_slots(tokenizer, notes, world.labels, 60, 200), strict=True
+            notes.prompts,
+            notes.answers,
+            encode_slots(tokenizer, notes, world.labels, 60, GeneratorTraining(max_length=200)),
+            strict=True,
         ):
             assert example.tokens == (bos, *plain(f"{label}: {note}"), eos)
-            assert example.start == 1 + len(plain(control_code(label)))
+            assert example.start == 1 + len(plain(NO_CARD.code(label)))
         records = private_records(world, 1, 60, 0, split="train", planted=True)
         for note, answer, [example] in zip(
-            records.prompts, records.answers, encode_slots(tokenizer, records, (), 60, 200), strict=True
+            records.prompts,
+            records.answers,
+            encode_slots(tokenizer, records, (), 60, GeneratorTraining(max_length=200)),
+            strict=True,
         ):
             assert example.tokens == (bos, *plain(f"question: {note} answer: {answer}"), eos)
         shown = "".join(f"{line}\n" for line in lines(records)[:5])
@@ -243,7 +253,7 @@ def test_a_continuation_of_several_lines_is_scored_as_text_and_a_prompts_lines_e
 def learnt(tokenizer: Any, text: str) -> LocalLLM:
     """A small model that knows a text of the label Plan by heart."""
     corpus = Corpus((text,), ("Plan",), Provenance.PUBLIC)
-    [examples] = encode_slots(tokenizer, corpus, ("Plan",), 1, 90)
+    [examples] = encode_slots(tokenizer, corpus, ("Plan",), 1, GeneratorTraining(max_length=90))
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -282,7 +292,9 @@ def test_the_letters_of_the_cases_hold_one_end_of_text_each() -> None:
     tokenizer = tokenizer_of("assets:tiny-slm")
     for texts, labels in cases().values():
         corpus = Corpus(tuple(texts), tuple(labels), Provenance.PRIVATE)
-        for [example] in encode_slots(tokenizer, corpus, tuple(dict.fromkeys(labels)), len(texts), 600):
+        for [example] in encode_slots(
+            tokenizer, corpus, tuple(dict.fromkeys(labels)), len(texts), GeneratorTraining(max_length=600)
+        ):
             assert example.tokens.count(tokenizer.eos_token_id) == 1
 
 

@@ -30,9 +30,10 @@ from fedsynth.models.chat import Chat
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import endpoints_of, models_of
+from fedsynth.models.of_scenario import endpoints_of, models_of
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Endpoint, Scenario, Server
+from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.simulate import pinned
 from fedsynth.typed import BadValue
@@ -137,7 +138,7 @@ def complete(llm: RemoteLLM, *prompts: str, seed: int = 5, **more: Any) -> list[
 def failure(stand: Stand, **more: Any) -> str:
     """What is said when a prompt gets no answer: one line that names endpoint and model."""
     with pytest.raises(EndpointFailed) as caught:
-        complete(RemoteLLM(stand.url, "small", **{"retries": 0, **more}), "heart:")
+        complete(RemoteLLM(Endpoint(stand.url, "small", **{"retries": 0, **more})), "heart:")
     said = str(caught.value)
     assert said.startswith(f"the model 'small' at {stand.url} ")
     assert "\n" not in said
@@ -153,11 +154,11 @@ def test_answers_stand_in_the_order_of_the_prompts_however_they_come(stand: Stan
         return 200, written(f" after {body['prompt']}\nand on")
 
     stand.reply = reply
-    assert complete(RemoteLLM(stand.url, "small"), "a", "b", "c") == [f" after {p}\nand on" for p in "abc"]
+    assert complete(RemoteLLM(Endpoint(stand.url, "small")), "a", "b", "c") == [f" after {p}\nand on" for p in "abc"]
 
 
 def test_a_prompt_goes_out_as_it_is_with_what_was_asked_for(stand: Stand) -> None:
-    assert complete(RemoteLLM(stand.url, "small"), "heart:", max_new_tokens=7, top_p=0.9) == [" a text"]
+    assert complete(RemoteLLM(Endpoint(stand.url, "small")), "heart:", max_new_tokens=7, top_p=0.9) == [" a text"]
     [(path, body, _)] = stand.seen
     seed = body.pop("seed")
     assert path == "/v1/completions"
@@ -170,7 +171,7 @@ def test_chat_puts_each_prompt_as_one_user_message(stand: Stand) -> None:
         return 200, {"choices": [{"message": {"role": "assistant", "content": path}, "finish_reason": "stop"}]}
 
     stand.reply = reply
-    assert complete(RemoteLLM(stand.url, "small", api="chat"), "one", "two") == ["/v1/chat/completions"] * 2
+    assert complete(RemoteLLM(Endpoint(stand.url, "small", api="chat")), "one", "two") == ["/v1/chat/completions"] * 2
     messages = sorted((body["messages"] for body in stand.bodies()), key=str)
     assert messages == [[{"role": "user", "content": "one"}], [{"role": "user", "content": "two"}]]
     assert all("prompt" not in body for body in stand.bodies())
@@ -235,7 +236,7 @@ def test_a_thought_that_the_stop_cut_is_thought_to_its_end(stand: Stand) -> None
 
 
 def test_equal_prompts_get_seeds_of_their_own_and_each_call_the_same_again(stand: Stand) -> None:
-    llm = RemoteLLM(stand.url, "small", concurrency=1)
+    llm = RemoteLLM(Endpoint(stand.url, "small", concurrency=1))
     for seed in (5, 5, 6):
         complete(llm, "heart:", "heart:", seed=seed)
     first, again, other = ([body["seed"] for body in stand.bodies()[i : i + 2]] for i in (0, 2, 4))
@@ -250,12 +251,12 @@ def test_no_more_requests_are_under_way_than_allowed(stand: Stand, concurrency: 
         return 200, written("")
 
     stand.reply = reply
-    assert complete(RemoteLLM(stand.url, "small", concurrency=concurrency), *"abcdef") == [""] * 6
+    assert complete(RemoteLLM(Endpoint(stand.url, "small", concurrency=concurrency)), *"abcdef") == [""] * 6
     assert stand.most_at_once == concurrency
 
 
 def test_no_prompts_ask_nothing(stand: Stand) -> None:
-    llm = RemoteLLM(stand.url, "small")
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
     assert complete(llm) == []
     assert llm.score([], []) == []
     assert stand.seen == []
@@ -264,7 +265,7 @@ def test_no_prompts_ask_nothing(stand: Stand) -> None:
 def test_what_a_content_filter_cut_is_empty(stand: Stand) -> None:
     answers = {"cut": written("half a", "content_filter"), "none": written(None), "whole": written("all")}
     stand.reply = lambda path, body: (200, answers[body["prompt"]])
-    assert complete(RemoteLLM(stand.url, "small"), *answers) == ["", "", "all"]
+    assert complete(RemoteLLM(Endpoint(stand.url, "small")), *answers) == ["", "", "all"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +279,7 @@ def test_what_a_content_filter_cut_is_empty(stand: Stand) -> None:
 )
 def test_bad_input_is_refused_before_anything_is_sent(stand: Stand, more: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        complete(RemoteLLM(stand.url, "small"), "heart:", **more)
+        complete(RemoteLLM(Endpoint(stand.url, "small")), "heart:", **more)
     assert stand.seen == []
 
 
@@ -289,7 +290,7 @@ def test_bad_input_is_refused_before_anything_is_sent(stand: Stand, more: dict[s
 def test_a_busy_or_failing_server_is_asked_again(stand: Stand, status: int) -> None:
     left = [status, status]
     stand.reply = lambda path, body: (left.pop(), refused("not now")) if left else (200, written("now"))
-    assert complete(RemoteLLM(stand.url, "small", retries=2), "heart:") == ["now"]
+    assert complete(RemoteLLM(Endpoint(stand.url, "small", retries=2)), "heart:") == ["now"]
     assert len(stand.seen) == 3
     assert len({body["seed"] for body in stand.bodies()}) == 1
 
@@ -305,7 +306,7 @@ def test_retries_end(stand: Stand) -> None:
 def test_the_first_failure_ends_the_call(stand: Stand) -> None:
     stand.reply = lambda path, body: (400, refused("no"))
     with pytest.raises(EndpointFailed):
-        complete(RemoteLLM(stand.url, "small", concurrency=2), *["heart:"] * 500)
+        complete(RemoteLLM(Endpoint(stand.url, "small", concurrency=2)), *["heart:"] * 500)
     assert len(stand.seen) < 100
 
 
@@ -341,7 +342,7 @@ def test_a_key_is_in_no_message_log_or_traceback(
 ) -> None:
     monkeypatch.setenv("LAB_KEY", KEY)
     stand.reply = lambda path, body: (status, refused(f"wrong key: {KEY}"))
-    llm = RemoteLLM(stand.url, "small", key_env="LAB_KEY", retries=0)
+    llm = RemoteLLM(Endpoint(stand.url, "small", key_env="LAB_KEY", retries=0))
     with caplog.at_level(logging.DEBUG), pytest.raises(EndpointFailed) as caught:
         complete(llm, "heart:")
     assert stand.seen[0][2]["authorization"] == f"Bearer {KEY}"
@@ -355,7 +356,7 @@ def test_keys_and_names_of_the_environment_go_nowhere_by_themselves(
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_WEBHOOK_SECRET"):
         monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    assert complete(RemoteLLM(stand.url, "small"), "heart:") == [" a text"]
+    assert complete(RemoteLLM(Endpoint(stand.url, "small")), "heart:") == [" a text"]
     assert KEY not in str(stand.seen)
 
 
@@ -365,7 +366,7 @@ def test_an_unset_key_is_refused_at_once(stand: Stand, monkeypatch: pytest.Monke
         if value is not None:
             monkeypatch.setenv("LAB_KEY", value)
         with pytest.raises(BadValue, match="the environment variable LAB_KEY is not set: put the key for the model"):
-            RemoteLLM(stand.url, "small", key_env="LAB_KEY")
+            RemoteLLM(Endpoint(stand.url, "small", key_env="LAB_KEY"))
 
 
 def test_an_unknown_model_is_said_with_those_that_the_server_has(stand: Stand) -> None:
@@ -391,7 +392,7 @@ def test_a_prompt_that_is_too_long_costs_its_own_answer_alone(stand: Stand) -> N
         return (400, refused("prompt too long")) if "long" in str(body["prompt"]) else (200, written(" fine"))
 
     stand.reply = reply
-    llm = RemoteLLM(stand.url, "small")
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
     assert llm.complete(["a", "long", "b"], SamplingParams.greedy(4), seed=0) == [" fine", "", " fine"]
     assert llm.complete(["long", "longer"], SamplingParams.greedy(4), seed=0) == ["", ""]
     stand.reply = lambda path, body: (400, refused("prompt too long"))
@@ -410,7 +411,7 @@ def test_a_text_that_is_too_long_to_score_costs_its_own_score_alone(stand: Stand
         }
 
     stand.reply = reply
-    assert RemoteLLM(stand.url, "small").score(["a:"] * 3, ["b", "long", "c"]) == [-1.0, -math.inf, -1.0]
+    assert RemoteLLM(Endpoint(stand.url, "small")).score(["a:"] * 3, ["b", "long", "c"]) == [-1.0, -math.inf, -1.0]
 
 
 def test_a_refused_request_repeats_the_server_in_one_line(stand: Stand) -> None:
@@ -464,18 +465,20 @@ def echoing(*, bos: bool = True) -> Callable[[str, Body], Reply]:
 def test_a_score_is_the_mean_over_the_continuations_own_tokens(stand: Stand, bos: bool) -> None:
     stand.reply = echoing(bos=bos)
     prompts = ["a note on flu:", "a note on flu:", "one"]
-    scores = RemoteLLM(stand.url, "small").score(prompts, [" a bad cough", " x", " two"])
+    scores = RemoteLLM(Endpoint(stand.url, "small")).score(prompts, [" a bad cough", " x", " two"])
     assert scores == [-(2 + 4 + 6) / 3, -2.0, -4.0]
 
 
 def test_a_token_across_the_border_is_scored(stand: Stand) -> None:
     stand.reply = echoing()
-    assert RemoteLLM(stand.url, "small").score(["on flu:"], ["cough now"]) == [-(len(" flu:cough") + len(" now")) / 2]
+    assert RemoteLLM(Endpoint(stand.url, "small")).score(["on flu:"], ["cough now"]) == [
+        -(len(" flu:cough") + len(" now")) / 2
+    ]
 
 
 def test_a_text_is_sent_once(stand: Stand) -> None:
     stand.reply = echoing()
-    llm = RemoteLLM(stand.url, "small")
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
     llm.score(["flu:", "flu:", "flu:"], [" a", " b", " a"])
     llm.score(["flu:"], [" c"])
     assert sorted(body["prompt"] for body in stand.bodies()) == ["flu:", "flu:", "flu: a", "flu: b", "flu: c"]
@@ -483,7 +486,7 @@ def test_a_text_is_sent_once(stand: Stand) -> None:
 
 def test_scores_of_nothing_are_refused(stand: Stand) -> None:
     stand.reply = echoing(bos=False)
-    llm = RemoteLLM(stand.url, "small")
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
     with pytest.raises(ValueError, match="got 2 for 1"):
         llm.score(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="continuation 1 holds no token: ''; leave empty texts out"):
@@ -506,21 +509,21 @@ def test_scores_of_nothing_are_refused(stand: Stand) -> None:
 def test_an_endpoint_that_cannot_score_says_so(stand: Stand, reply: Callable[[str, Body], Reply]) -> None:
     stand.reply = reply
     with pytest.raises(CannotScore) as caught:
-        RemoteLLM(stand.url, "small", retries=0).score(["flu:"], [" cough"])
+        RemoteLLM(Endpoint(stand.url, "small", retries=0)).score(["flu:"], [" cough"])
     assert f"the model 'small' at {stand.url} does not tell" in str(caught.value)
     assert 'use judge = "instruction"' in str(caught.value)
 
 
 def test_a_chat_endpoint_cannot_score(stand: Stand) -> None:
     with pytest.raises(CannotScore, match="instruction"):
-        RemoteLLM(stand.url, "small", api="chat").score(["flu:"], [" cough"])
+        RemoteLLM(Endpoint(stand.url, "small", api="chat")).score(["flu:"], [" cough"])
     assert stand.seen == []
 
 
 def test_a_failure_while_scoring_is_not_taken_for_inability(stand: Stand) -> None:
     stand.reply = lambda path, body: (503, refused("loading"))
     with pytest.raises(EndpointFailed, match="503: loading"):
-        RemoteLLM(stand.url, "small", retries=0).score(["flu:"], [" cough"])
+        RemoteLLM(Endpoint(stand.url, "small", retries=0)).score(["flu:"], [" cough"])
 
 
 # In a scenario
@@ -726,11 +729,11 @@ def test_transformers_serve_answers_as_the_model_in_process(serving: tuple[str, 
     prompts = ["heart: a", "skin:", "note"]
     near = tiny.model(), tiny.tokenizer()
     near[1].bos_token = None  # that server puts none before a prompt, as this tokenizer adds none by itself
-    assert RemoteLLM(url, name).complete(prompts, **greedy) == LocalLLM(*near).complete(prompts, **greedy)
+    assert RemoteLLM(Endpoint(url, name)).complete(prompts, **greedy) == LocalLLM(*near).complete(prompts, **greedy)
 
 
 def test_transformers_serve_draws_by_the_seed(serving: tuple[str, str]) -> None:
-    llm = RemoteLLM(*serving, concurrency=1)  # its generator is one for all requests
+    llm = RemoteLLM(Endpoint(*serving, concurrency=1))  # its generator is one for all requests
     first, again = (complete(llm, "heart:", "heart:", max_new_tokens=12) for _ in range(2))
     assert first == again
     assert first[0] != first[1]
@@ -739,7 +742,7 @@ def test_transformers_serve_draws_by_the_seed(serving: tuple[str, str]) -> None:
 
 def test_transformers_serve_cannot_score(serving: tuple[str, str]) -> None:
     with pytest.raises(CannotScore):
-        RemoteLLM(*serving, retries=0).score(["heart:"], [" a"])
+        RemoteLLM(Endpoint(*serving, retries=0)).score(["heart:"], [" a"])
 
 
 def test_transformers_serve_has_no_other_model(serving: tuple[str, str]) -> None:

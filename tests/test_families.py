@@ -47,6 +47,7 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import check, fits, kind_of, load_classifier, load_generator, load_model, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
@@ -123,7 +124,7 @@ def tokenizer_of(family: str) -> Any:
 
 
 def slots(family: str) -> list[tuple[Example, ...]]:
-    found = encode_slots(tokenizer_of(family), CORPUS, LABELS, 4, 64, KINDS[family])
+    found = encode_slots(tokenizer_of(family), CORPUS, LABELS, 4, GeneratorTraining(max_length=64), KINDS[family])
     assert () not in found
     return found
 
@@ -395,7 +396,7 @@ def learnt(family: str, trains: str = "all", rate: float = 3e-3) -> nn.Module:
     """Two passes; the seed is all that they depend on."""
     model = new_task_model(families.folder(family), 2, trains, 0)
     before = torch.get_rng_state().clone()
-    fit_classifier(model, tokenizer_of(family), TOY, LABELS, TASK, epochs=2, rate=rate, seed=0)
+    fit_classifier(model, tokenizer_of(family), TOY, LABELS, replace(TASK, learning_rate=rate), epochs=2, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     return model
 
@@ -504,7 +505,7 @@ def client(tmp_path: Path, **client: Any) -> Iterator[ClientSide]:
     settings = replace(SETTINGS, max_length=32, expected_batch_size=64, steps=2)
     names = {"generator": families.folder("llama"), "task_model": families.folder("llama"), **client}
     config = Client(**names, budget=Budget(2.0), generator_training=settings)
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("d", None))
     yield ClientSide(0, config, LABELS, 64, 1, "row", tmp_path, "run", ledger, lambda: site, True)
 
 
@@ -522,7 +523,7 @@ def test_a_client_trains_samples_and_releases_with_any_writer(
     order = Synthesize(per_label=6, temperature=0.8, top_p=0.95, max_new_tokens=10, seed=3)
     with client(tmp_path, generator=families.folder(family)) as here:
         [answer] = together([synthesize(here, order, "digest")])
-    assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, 32, KINDS[family])
+    assert seen == encode_slots(tokenizer_of(family), TOY, LABELS, 64, GeneratorTraining(max_length=32), KINDS[family])
     assert len(answer.corpus) + answer.unfinished == 12
     assert answer.statement.guarantee == "dp"
 
@@ -588,7 +589,7 @@ def test_five_texts_per_class_are_enough_for_a_head_on_minilm() -> None:
     probe = new_task_model(minilm(), 3, "head", 0)
     settings = TaskTraining()  # the defaults
     labels = tuple(texts)
-    fit_classifier(probe, None, corpus, labels, settings, epochs=15, rate=settings.learning_rate, seed=0)
+    fit_classifier(probe, None, corpus, labels, settings, epochs=15, seed=0)
     asked = ["the card is late", "euro to dollar exchange", "can I choose a new pin", "when will my card be delivered"]
     assert classify(probe, None, asked, 64).tolist() == [0, 1, 2, 0]
 
@@ -665,6 +666,6 @@ def test_a_text_that_no_tokenizer_reads_is_left_out_of_task_training() -> None:
     rows = Corpus((*TOY.prompts, "\ud800"), (*TOY.answers, LABELS[0]), TOY.provenance)
     models = [new_task_model(families.folder("gpt2"), len(LABELS), "all", 0) for _ in range(2)]
     for model, corpus in zip(models, (TOY, rows), strict=True):
-        fit_classifier(model, tokenizer_of("gpt2"), corpus, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
+        fit_classifier(model, tokenizer_of("gpt2"), corpus, LABELS, replace(TASK, learning_rate=1e-3), epochs=1, seed=0)
     ours, theirs = (model.state_dict() for model in models)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

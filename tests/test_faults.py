@@ -32,7 +32,7 @@ from fedsynth.deployment.certificates import write_certificates, write_node_keys
 from fedsynth.deployment.policy import load_site
 from fedsynth.deployment.site.rows import import_rows
 from fedsynth.privacy.audit import contents
-from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.simulation.flower import OWNER, free_port, marked
 

@@ -29,7 +29,7 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.instructions import one_line
-from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.schema import Cell, GeneratorTraining
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.strategies.fdkt import FDKT
 from fedsynth.synthesis.curation import well_formed
@@ -91,7 +91,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         texts = ["".join(rng.choice(list("abcd "), 6)) for _ in range(16)]
         corpus = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
-        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 16, 64) for e in slot]
+        return [
+            e for slot in encode_slots(tokenizer, corpus, LABELS, 16, GeneratorTraining(max_length=64)) for e in slot
+        ]
 
     return tiny.taught(tmp_path_factory.mktemp("model"), notes, steps=80, rate=1e-2)
 

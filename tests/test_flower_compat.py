@@ -30,7 +30,7 @@ from fedsynth.lora import Adapter, average
 from fedsynth.models.adapters import WrongAdapter, with_adapter
 from fedsynth.privacy.plan import epsilon
 from fedsynth.scenario.schema import Cell, GeneratorTraining
-from fedsynth.simulation.launch import launch
+from fedsynth.simulation.launch import AppRun, launch
 from fedsynth.training.dp_training import Training, next_token_losses, train_generator, trainable
 from fedsynth.training.examples import Example
 
@@ -541,7 +541,7 @@ def test_the_page_on_flowers_strategies_runs(tmp_path: Path) -> None:
     toml = instructions(tmp_path, LORA_AVERAGE, clients=2, rows=30, rounds=1)
     out = tmp_path / "run"
     config = {"scenario-toml": toml, "out-dir": str(out)}
-    launch(tmp_path / "app", run_config=config, supernodes=2, workers=1, out=out, logs=tmp_path / "logs")
+    launch(AppRun(app=tmp_path / "app", run_config=config, supernodes=2, workers=1, out=out, logs=tmp_path / "logs"))
     said = json.loads((out / "said.json").read_text())
     assert said[:4] == 2 * [["arrays", "metrics", "privacy"]] + 2 * [["metrics"]]
     assert said[4:6] == ["budget_exhausted", "budget_exhausted"]

@@ -34,7 +34,7 @@ from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter, average
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.privacy.ledger import BudgetExhausted
+from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
 from fedsynth.scenario.schema import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml

@@ -23,7 +23,7 @@ from proxy import behind_a_dead_proxy
 
 import fedsynth.simulation.launch as module
 from fedsynth.simulation.flower import CommandRefused, Events, LaunchFailed, environment, ray_clocks
-from fedsynth.simulation.launch import PARTS, _parts, _Plan, _RunFailed, _watch, launch
+from fedsynth.simulation.launch import PARTS, AppRun, _parts, _Plan, _RunFailed, _watch, launch
 from fedsynth.simulation.simulate import concurrency, gpu_share
 
 ECHO = Path(__file__).parent / "data" / "echo_app"
@@ -60,12 +60,9 @@ def echo(
     out: Path, on_event: Callable[[dict[str, Any]], None] | None = None, port: int | None = None, **config: Any
 ) -> None:
     launch(
-        ECHO,
-        run_config={"out-dir": str(out), **config},
-        supernodes=2,
-        workers=2,
-        out=out,
-        logs=out / "logs",
+        AppRun(
+            app=ECHO, run_config={"out-dir": str(out), **config}, supernodes=2, workers=2, out=out, logs=out / "logs"
+        ),
         on_event=on_event,
         port=port,
     )

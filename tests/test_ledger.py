@@ -17,8 +17,10 @@ import pytest
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.privacy import ledger as ledger_module
+from fedsynth.privacy.caps import Account, BudgetExhausted
 from fedsynth.privacy.filter import epsilon_at, order_for, room, used
-from fedsynth.privacy.ledger import Binding, BudgetExhausted, Grant, GrantUsed, Ledger, LedgerUnusable
+from fedsynth.privacy.ledger import Binding, Grant, GrantUsed, Ledger
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon, epsilon, plan
 
@@ -29,8 +31,8 @@ plan_module = importlib.import_module("fedsynth.privacy.plan")  # `privacy.plan`
 FORK = multiprocessing.get_context("fork")
 
 
-def open_ledger(path: Path, cap: Budget | None = None, **more: Any) -> Ledger:
-    return Ledger(path / "ward.sqlite", dataset="ward", cap=cap, **more)
+def open_ledger(path: Path, cap: Budget | None = None, *, per_run: Budget | None = None, **more: Any) -> Ledger:
+    return Ledger(path / "ward.sqlite", Account("ward", cap, per_run), **more)
 
 
 def bind(ledger: Ledger, order: str = "order 1", plan: DPPlan = PLAN, text: Corpus = TEXT) -> Binding:
@@ -110,7 +112,7 @@ def test_killed_before_stored_the_same_grant_runs_again(tmp_path: Path, state: s
             return
         (tmp_path / "noise").write_bytes(ledger.begin(grant).normals(4).tobytes())
         if state == "storing":
-            ledger_module._now = die  # after the key's erasure, before the commit
+            ledger_module.now = die  # after the key's erasure, before the commit
             ledger.store(grant, b"text")
 
     killed(work)
@@ -228,7 +230,7 @@ def test_an_edited_record_takes_a_new_grant_a_new_charge_and_new_noise(tmp_path:
 
 
 def test_a_refund_after_running_would_be_seen(tmp_path: Path) -> None:
-    broken = Refunding(tmp_path / "ward.sqlite", dataset="ward", cap=None)
+    broken = Refunding(tmp_path / "ward.sqlite", Account("ward", None))
     edited_resume(broken)
     assert broken.spent()[0] < epsilon(replace(PLAN, rounds=2), 1e-5)
 
@@ -294,11 +296,10 @@ class Hasty(Ledger):
     """Broken: looks at the budget first and charges later, in a transaction of its own."""
 
     def charge(self, plan: DPPlan, binding: Binding, run: str) -> Grant:
-        assert self.cap is not None
         if self.spent()[0] > 0:
             raise BudgetExhausted
         BARRIER.wait(30)  # all have looked
-        return Ledger(self.path, dataset=self.dataset, cap=None).charge(plan, binding, run)
+        return Ledger(self.path, replace(self.account, cap=None)).charge(plan, binding, run)
 
 
 RACERS = 4
@@ -308,7 +309,7 @@ BARRIER = FORK.Barrier(RACERS)
 def winners(path: Path, kind: type[Ledger]) -> int:
     """How many of some processes get the last of a budget that is enough for one."""
     assert epsilon(replace(PLAN, rounds=2), 1e-5) > 1.2 * COST
-    ledger = kind(path / "ward.sqlite", dataset="ward", cap=Budget(1.2 * COST))
+    ledger = kind(path / "ward.sqlite", Account("ward", Budget(1.2 * COST)))
     bindings = [bind(ledger, f"order {i}") for i in range(RACERS)]
     start = FORK.Barrier(RACERS)
 
@@ -400,7 +401,7 @@ def test_keys_among_many_grants_are_erased(tmp_path: Path) -> None:
 def test_simulated_worlds_repeat_and_sites_do_not(tmp_path: Path) -> None:
     def world(name: str, seed: int | None) -> tuple[str, bytes]:
         keys = {} if seed is None else {"keys": lambda counter, binding: simulated_key(seed, 0, counter, binding)}
-        ledger = Ledger(tmp_path / name, dataset="ward", cap=None, **keys)
+        ledger = Ledger(tmp_path / name, Account("ward", None), **keys)
         grant = charge(ledger)
         return grant.id, ledger.begin(grant).normals(4).tobytes()
 
@@ -473,7 +474,7 @@ def test_another_ledger_is_refused(tmp_path: Path) -> None:
     key = open_ledger(tmp_path).mac_key
     assert open_ledger(tmp_path).mac_key == key
     with pytest.raises(LedgerUnusable, match="account of data set 'ward', not of 'clinic'"):
-        Ledger(path, dataset="clinic", cap=None)
+        Ledger(path, Account("clinic", None))
     with sqlite3.connect(path) as db:
         db.execute("UPDATE meta SET value = 0 WHERE name = 'schema'")
     with pytest.raises(LedgerUnusable, match="schema 0"):
@@ -507,7 +508,7 @@ def test_a_ledger_that_vanishes_is_not_begun_anew(tmp_path: Path) -> None:
 
 
 def test_an_order_too_many_passes_the_run_s_budget_even_under_a_wide_cap(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=Budget(30.0))
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("d", Budget(30.0)))
     budget = Budget(8.0)
     planned = plan(budget, records=200, expected_batch=50, steps=10, clip_norm=0.3)
 

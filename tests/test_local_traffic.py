@@ -29,6 +29,7 @@ from fedsynth.deployment.site.start import _environment
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import config_of
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.server import Endpoint
 from fedsynth.simulation.flower import environment
 from fedsynth.system.proxy import is_loopback, past_proxies
 from fedsynth.typed import BadValue
@@ -261,7 +262,7 @@ def test_an_endpoint_here_is_asked_directly_and_one_elsewhere_through_the_proxy(
     # In a process whose environment nobody completed: a notebook.
     for url, told in ((f"http://127.0.0.1:{listener.port}/v1", listener), ("http://llm.example.test/v1", proxy)):
         with pytest.raises(EndpointFailed):  # what answers is no model
-            RemoteLLM(url, "small", retries=0).complete(["a"], SamplingParams.greedy(1), seed=0)
+            RemoteLLM(Endpoint(url, "small", retries=0)).complete(["a"], SamplingParams.greedy(1), seed=0)
         assert [path.partition("/v1")[2] for path in told.asked] == ["/completions"]
 
 
@@ -320,7 +321,7 @@ def test_a_proxy_variable_that_cannot_be_used_is_named_and_ends_in_no_traceback(
     assert "no_proxy, https_proxy" in finding.says
     if name != "no_proxy":  # httpx2 reads them
         with pytest.raises(BadValue, match="no_proxy, https_proxy"):
-            RemoteLLM("http://llm.example.test/v1", "small")
+            RemoteLLM(Endpoint("http://llm.example.test/v1", "small"))
     huggingface_hub.close_session()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(BadValue, match="proxy"):

@@ -20,7 +20,7 @@ from scipy.stats import binom
 
 from fedsynth.clients import score
 from fedsynth.clients.score import check_noise
-from fedsynth.dpsgd import bookkeeping, stacked
+from fedsynth.dpsgd import bookkeeping, precision, stacked
 from fedsynth.federation.messaging import TooFewReplies
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.loading import load_generator
@@ -325,10 +325,11 @@ def test_the_loop_is_run_once_in_a_process_for_one_plan_and_code(monkeypatch: py
     assert len(ran) == 1
     self_check(model, PLAN, SETTINGS, pad=tiny.PAD)
     assert len(ran) == 2
-    real = training.add_noise
-    monkeypatch.setattr(training, "add_noise", lambda *arguments: real(*arguments))
-    self_check(model, PLAN, SETTINGS, pad=tiny.PAD)
-    assert len(ran) == 3
+    for number, (module, name) in enumerate([(training, "add_noise"), (precision, "check_bounded")], start=3):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *arguments, real=real: real(*arguments))
+        self_check(model, PLAN, SETTINGS, pad=tiny.PAD)
+        assert len(ran) == number
 
 
 def test_a_broken_trainer_or_a_pass_without_room_is_refused_before_anything_is_charged(

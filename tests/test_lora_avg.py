@@ -18,6 +18,7 @@ from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.lora import Adapter, average, only_b, stacked, update
 from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.models.hub import weights_hash
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import epsilon
 
@@ -91,9 +92,7 @@ def test_a_site_refuses_to_be_measured_before_it_reads_its_text(
 
 def test_what_was_paid_beyond_the_plan_is_stated(tmp_path: Path) -> None:
     found = played(tmp_path).client(0)
-    roomy = Ledger(
-        tmp_path / "roomy.sqlite", dataset="records", cap=None, keys=lambda counter, _: bytes([counter] * 32)
-    )
+    roomy = Ledger(tmp_path / "roomy.sqlite", Account("records", None), keys=lambda counter, _: bytes([counter] * 32))
     client, plan = replace(found, ledger=roomy), found.plan()
     client.ledger.charge(plan, client.binding("as planned", plan), client.run)
     assert client.charged(plan) == plan

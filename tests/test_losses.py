@@ -13,10 +13,10 @@ from inprocess import canary, play
 from rich.console import Console
 from scripted import ScriptedLLM
 
-from fedsynth.cli.main import _print_table
 from fedsynth.federation.run.directory import prepare
 from fedsynth.federation.run.log import COLUMNS, RunLog
 from fedsynth.federation.run.summary import summarize
+from fedsynth.federation.run.tables import print_table
 from fedsynth.reporting import run_report
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
@@ -182,7 +182,7 @@ def test_terminal_json_summary_and_report_say_it_in_the_arms_own_line(tmp_path: 
 
     result = read(out)
     shown = io.StringIO()
-    _print_table(Console(file=shown, width=120, highlight=False), result)
+    print_table(Console(file=shown, width=120, highlight=False), result)
     [row] = [r for r in shown.getvalue().splitlines() if r.startswith("│ b ")]
     assert line in row
     assert "its figures are not those of its method" in shown.getvalue()

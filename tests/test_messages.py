@@ -67,7 +67,8 @@ from fedsynth.federation.validation import (
     check_request,
 )
 from fedsynth.lora import Adapter
-from fedsynth.privacy.ledger import BudgetExhausted, Ledger
+from fedsynth.privacy.caps import Account, BudgetExhausted
+from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.scenario.schema import Client, TaskTraining
@@ -469,7 +470,7 @@ def test_what_a_client_raises_becomes_a_constant_code(kind: type[Exception], cod
 def client(folder: Path, train: Corpus) -> ClientSide:
     task = TaskTraining(batch=2, private_epochs=1, max_length=8)
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
-    ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
+    ledger = Ledger(folder / "ledger.sqlite", Account("ward", None))
     return ClientSide(
         0, config, LABELS, 3, 1, "row", folder, "run", ledger, lambda: ClientData(train, train), simulated=True
     )

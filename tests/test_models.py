@@ -23,7 +23,8 @@ from fedsynth.models import hub as hub_module
 from fedsynth.models import loading as models
 from fedsynth.models.adapters import attach_lora, merged, new_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.models.hub import locate, pin, version_of, weights_hash
-from fedsynth.models.loading import check, dtype_of, load_classifier, load_generator, load_tokenizer, models_of
+from fedsynth.models.loading import check, dtype_of, load_classifier, load_generator, load_tokenizer
+from fedsynth.models.of_scenario import models_of
 from fedsynth.scenario.schema import TaskTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.simulation import simulate

@@ -17,9 +17,11 @@ from fedsynth.deployment.site.declare_loss import declare, lost
 from fedsynth.federation.messages import Synthesized
 from fedsynth.federation.payload import decode
 from fedsynth.privacy.audit import contents, problems
+from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.filter import order_for
-from fedsynth.privacy.ledger import Binding, BudgetExhausted, LedgerBehind
+from fedsynth.privacy.ledger import Binding
 from fedsynth.privacy.plan import Budget, DPPlan
+from fedsynth.privacy.witness import LedgerBehind
 
 WRITTEN = Path(__file__).parent / "fixtures" / "269ef66"  # by the code of that commit
 EPSILON = {"all": 4.095360199332489, "2026-summer": 3.752344286373231, "2026-spring": 1.9989878872627933}  # it said

@@ -242,11 +242,11 @@ def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
     from scripted import ScriptedLLM
 
     from fedsynth.corpus import Corpus, Provenance
-    from fedsynth.synthesis.augmentation import augment, turns
+    from fedsynth.synthesis.augmentation import Demonstrating, augment, turns
 
     labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
-    settings: dict[str, Any] = {"shots": 1, "sampling": SamplingParams(temperature=1.0, max_new_tokens=8), "seed": 0}
+    how = Demonstrating(mode, 1, SamplingParams(temperature=1.0, max_new_tokens=8))
     nothing = {0: Corpus((), (), Provenance.PUBLIC)}
-    written = augment(ScriptedLLM(), nothing, labels=labels, wanted={0: turns(labels, 3)}, mode=mode, **settings)[0]
+    written = augment(ScriptedLLM(), nothing, how, labels=labels, wanted={0: turns(labels, 3)}, seed=0)[0]
     assert set(labels) - set(written.corpus.answers) == {"d"}
     assert "('d')" in few_texts(3, labels)[0]

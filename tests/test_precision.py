@@ -24,6 +24,7 @@ from fedsynth.dpsgd.stacked import stacked
 from fedsynth.limits import MAX_BATCH, MAX_MICROBATCH
 from fedsynth.models.adapters import attach_lora, new_adapter, with_adapter
 from fedsynth.models.loading import dtype_of
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget, BudgetTooSmall, DPPlan
 from fedsynth.scenario.schema import Client, GeneratorTraining
@@ -334,7 +335,7 @@ def test_a_client_refuses_half_precision_before_the_charge_and_names_the_key(tmp
         raise AssertionError("opened")
 
     config = client_config("bfloat16", "dp").of(0)
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="d", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("d", None))
     client = ClientSide(0, config, ("flu", "cold"), 12, 1, "row", tmp_path, "run", ledger, never, simulated=False)
     start = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0, precision="bfloat16")
     with pytest.raises(SelfCheckFailed, match=r"client\.generator_training\.precision"):

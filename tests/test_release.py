@@ -15,6 +15,7 @@ import pytest
 import fedsynth
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.lora import Adapter
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import (
@@ -25,6 +26,7 @@ from fedsynth.privacy.release import (
     release_scores,
     release_without_guarantee,
 )
+from fedsynth.scenario.task import NO_CARD
 
 PLAN = DPPlan(400, 50, 60, 1, 1.0, 0.928, 1e-5)
 GRANT = Grant("0f" * 16, 1, PLAN, Binding("order", PLAN.digest(), "data", "model", "0.1"))
@@ -57,7 +59,7 @@ def test_only_a_receipt_is_released() -> None:
 
 
 def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("ward", None))
     trained = Trained("model", "no budget")
     text = Corpus(("p",), ("a",), Provenance.SELF_GENERATED, grants=("stolen",))
     with pytest.raises(NotReleasable, match="without a privacy guarantee"):
@@ -81,7 +83,7 @@ def test_release_without_guarantee_is_charged_for_ever(tmp_path: Path, caplog: p
 
 
 def test_weights_and_scores_without_guarantee_lose_their_grants(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.sqlite", dataset="ward", cap=None)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("ward", None))
     trained = Trained("model", "no budget")
     weights = Adapter({"a": np.ones((1, 2), np.float32)}, 1, 2.0, "base", grants=("stolen",))
     for value in (weights, Scores((0.5,), grants=("stolen",))):
@@ -169,7 +171,7 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     monkeypatch.setattr(module, "on_base", lambda *_: SimpleNamespace(eval=lambda: None))
     monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(module, "text_rows", lambda _, texts: [[0] * (9 if text == " cut" else 3) for text in texts])
-    client: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"))
+    client: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"), task=NO_CARD)
     order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
     texts, labels, unfinished = module._sample(client, adapter, order)
     assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)

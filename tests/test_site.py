@@ -60,9 +60,11 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
-from fedsynth.privacy.ledger import Binding, BudgetExhausted, Ledger
+from fedsynth.privacy.caps import BudgetExhausted
+from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
+from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue
@@ -114,7 +116,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     def notes(tokenizer: Any, rng: np.random.Generator) -> list[Any]:
         texts = ["".join(rng.choice(list("abcd "), 6)) for _ in range(16)]
         corpus = Corpus(tuple(texts), tuple(LABELS[i % 2] for i in range(16)), Provenance.PUBLIC)
-        return [e for slot in encode_slots(tokenizer, corpus, LABELS, 16, 64) for e in slot]
+        return [
+            e for slot in encode_slots(tokenizer, corpus, LABELS, 16, GeneratorTraining(max_length=64)) for e in slot
+        ]
 
     MODEL.append(tiny.taught(tmp_path_factory.mktemp("model"), notes, steps=80, rate=1e-2))
     return MODEL[0]

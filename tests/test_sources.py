@@ -19,8 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data.database import _engine
+from fedsynth.data.findings import misread, warnings
 from fedsynth.data.partition import ClientData
-from fedsynth.data.sources import SiteData, _engine, gathered, laid_out, misread, warnings
+from fedsynth.data.sources import SiteData, gathered, laid_out
 from fedsynth.privacy.noise import data_mac
 from fedsynth.scenario.schema import TestRows
 from fedsynth.training.examples import unit_rows

@@ -27,7 +27,7 @@ from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.supernode import Patience, SiteFailed, watch
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
-from fedsynth.scenario.schema import Server
+from fedsynth.scenario.server import Server
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation import flower
 from fedsynth.simulation.flower import FLOWER, LaunchFailed, check_flower, environment

@@ -12,8 +12,9 @@ import datasets
 import pandas as pd
 import pytest
 
+from fedsynth.data.loaders import find
 from fedsynth.data.partition import label_list, misfits, open_sites
-from fedsynth.data.tables import find, read_rows
+from fedsynth.data.tables import read_rows
 from fedsynth.scenario.schema import Data, TestRows
 from fedsynth.scenario.toml import load
 from fedsynth.typed import BadValue

@@ -23,10 +23,12 @@ from fedsynth.dpsgd import bookkeeping, clipper
 from fedsynth.dpsgd.bookkeeping import MARGIN, clip_factors, square_norms
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.loading import load_classifier, load_generator, load_tokenizer
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
 from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.scenario.task import NO_CARD
 from fedsynth.training.classifier import _batches, classify, fit_classifier
 from fedsynth.training.dp_training import (
     PublicRandomness,
@@ -38,7 +40,7 @@ from fedsynth.training.dp_training import (
     trainable,
     without_guarantee,
 )
-from fedsynth.training.examples import Example, control_code, encode_slots
+from fedsynth.training.examples import Example, encode_slots
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 
 torch.set_num_threads(1)
@@ -203,7 +205,7 @@ def corpus(*rows: tuple[str, str], units: Sequence[str] | None = None) -> Corpus
 
 
 def slots_of(text: Corpus, records: int, longest: int = 64) -> list[tuple[Example, ...]]:
-    return encode_slots(load_tokenizer(tiny.folder()), text, LABELS, records, longest)
+    return encode_slots(load_tokenizer(tiny.folder()), text, LABELS, records, GeneratorTraining(max_length=longest))
 
 
 ROWS = [("hot", "flu"), ("wet nose", "cold"), ("ache", "flu")]
@@ -214,7 +216,7 @@ def test_an_example_is_bos_code_text_and_end() -> None:
     assert (len(code), len(text)) == (4, 4)  # a token per byte
     [[slot]] = slots_of(corpus(("  hot \n", "flu")), 1)
     assert slot == Example((tiny.BOS, *code, *text, tiny.EOS), start=5)
-    assert control_code("flu") == "flu:"
+    assert NO_CARD.code("flu") == "flu:"
 
 
 def test_a_long_text_is_cut_and_never_longer_than_allowed() -> None:
@@ -544,7 +546,7 @@ def test_the_plan_comes_from_declared_facts_before_any_text_is_read(tmp_path: Pa
 
         config = Client(tiny.folder(), tiny.folder(), budget=Budget(2.0), generator_training=SETTINGS)
         work = tmp_path / str(rows)
-        ledger = Ledger(work / "ledger.sqlite", dataset="d", cap=None)
+        ledger = Ledger(work / "ledger.sqlite", Account("d", None))
         return ClientSide(0, config, LABELS, 12, 1, "row", work, "run", ledger, read, True)
 
     one, two = (client(rows).plan() for rows in (5, 500) if (tmp_path / str(rows)).mkdir() is None)
@@ -803,7 +805,9 @@ TOY = Corpus(
 
 def learnt(seed: int = 0, epochs: int = 12, text: Corpus = TOY, head: int = 0) -> nn.Module:
     model = load_classifier(tiny.folder(), 2, head)
-    fit_classifier(model, load_tokenizer(tiny.folder()), text, LABELS, TASK, epochs=epochs, rate=5e-3, seed=seed)
+    fit_classifier(
+        model, load_tokenizer(tiny.folder()), text, LABELS, replace(TASK, learning_rate=5e-3), epochs=epochs, seed=seed
+    )
     return model
 
 
@@ -861,7 +865,7 @@ def test_training_and_checking_leave_the_global_random_state_alone(monkeypatch: 
         checked(generator)
         fit(generator, examples(12), GrantRandomness(KEY))
         train_generator(generator, without_guarantee(own(examples(12)), SETTINGS, 0), SETTINGS, pad=tiny.PAD)
-        fit_classifier(task, tokenizer, TOY, LABELS, TASK, epochs=1, rate=1e-3, seed=0)
+        fit_classifier(task, tokenizer, TOY, LABELS, replace(TASK, learning_rate=1e-3), epochs=1, seed=0)
         classify(task, tokenizer, TOY.prompts, 16)
 
 
@@ -908,7 +912,7 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
 
 def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:
     long = Corpus(("abcdefghij" * 5,), ("x",), Provenance.PRIVATE)
-    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, 20)
+    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, GeneratorTraining(max_length=20))
     assert len(example.tokens) == 20
     assert example.tokens[-1] == tiny.EOS
     assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " " + ("abcdefghij" * 5)[:15]

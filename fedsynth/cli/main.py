@@ -1,4 +1,4 @@
-"""The command `fedsynth`: its options, and the tables and sentences that it prints."""
+"""The command `fedsynth`: its options, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fedsynth import __version__
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
-from fedsynth.privacy.ledger import LOST, LedgerUnusable
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
+from fedsynth.system.terminal import console_of, warn
 from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
 app.command("card")(card_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
@@ -89,7 +88,7 @@ def run_command(
 ) -> None:
     """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine; with
     --server on real sites, by default the coordinator's own scenario."""
-    console = _console(error=True)
+    console = console_of(error=True)
     if server is not None:
         if from_ is not None or clients is not None or workers is not None or port is not None:
             raise BadValue("--from, --clients, --workers and --port are of simulations: leave them out with --server")
@@ -119,7 +118,9 @@ def run_command(
         from fedsynth.federation.run.trackers import tell
 
         tell(trackers, asked, result.metrics, result.out)
-    _print_table(console if as_json else _console(error=False), result)
+    from fedsynth.federation.run.tables import print_table
+
+    print_table(console if as_json else console_of(error=False), result)
     if as_json:
         print(json.dumps(result.summary))
 
@@ -194,8 +195,9 @@ def compare_command(
         asked = asked_for(grid, epsilons=epsilons, seeds=seeds or "0,1,2", arms=arms, baseline=baseline, sets=set_)
     from fedsynth.comparison.running import compare
     from fedsynth.comparison.tables import NOTES, Lines, costs_table, utility_table
+    from fedsynth.federation.run.tables import NOT_ITS_OWN
 
-    console = _console(error=True)
+    console = console_of(error=True)
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
     done = compare(
         asked,
@@ -203,9 +205,9 @@ def compare_command(
         workers=workers,
         parallel=parallel,
         on_event=Lines(console).event,
-        on_warning=lambda text: _warn(console, text),
+        on_warning=lambda text: warn(console, text),
     )
-    shown = console if as_json else _console(error=False)
+    shown = console if as_json else console_of(error=False)
     if not shown.is_terminal:
         shown.width = 140
     for task in done.tables["tables"]:
@@ -237,10 +239,11 @@ def check_command(
     asked = _asked(scenario, set_, arms, clients, seeds)
     check_flower()
     from fedsynth.forecast.check import forecast
+    from fedsynth.forecast.tables import print_forecast
 
-    console = _console(error=True)
+    console = console_of(error=True)
     made = forecast(asked, workers=workers, tell=console.print)
-    _print_forecast(console if as_json else _console(error=False), made)
+    print_forecast(console if as_json else console_of(error=False), made)
     if as_json:
         print(json.dumps(made.to_dict()))
 
@@ -268,7 +271,7 @@ def pretrain(
         raise BadValue(f"--steps must be at least 1, got {steps}")
     if threads is not None and threads < 1:
         raise BadValue(f"--threads must be at least 1, got {threads}")
-    from fedsynth.pretraining.public_models import Wanted, pretrain_from_text
+    from fedsynth.pretraining.public_models import Hardware, Wanted, pretrain_from_text
     from fedsynth.pretraining.public_text import PublicText
 
     column, equals, value = held_out.partition("=")
@@ -280,8 +283,7 @@ def pretrain(
         out,
         command=" ".join(["fedsynth", *(a for a in sys.argv[1:] if a != "--resume")]),
         resume=resume,
-        device=device,
-        threads=threads or len(os.sched_getaffinity(0)),
+        hardware=Hardware(device, threads or len(os.sched_getaffinity(0))),
         tell=lambda line: print(line, flush=True),
     )
     print(json.dumps(card, indent=2, ensure_ascii=False))
@@ -311,132 +313,10 @@ def report(
         from fedsynth.reporting.run_report import write
 
         page, found = write(place, out)
-    console = _console(error=as_json)
+    console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found))
-
-
-Place = Annotated[Path, typer.Argument(help="A ledger's file, a site's folder, or a run's directory.")]
-
-
-@ledger_app.command("show")
-def ledger_show(
-    place: Place,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per ledger.")] = False,
-) -> None:
-    """What was spent, by which run and grant, and what was answered. Keys and answers are never shown."""
-    from fedsynth.privacy.audit import contents, ledgers_in
-
-    for path in ledgers_in(place):
-        found = contents(path)
-        if as_json:
-            print(json.dumps(found))
-        else:
-            _print_ledger(_console(error=False), found)
-
-
-@ledger_app.command("verify")
-def ledger_verify(
-    place: Place,
-    recovered: Annotated[
-        bool, typer.Option("--recover", help="First undo what a killed process left half written.")
-    ] = False,
-) -> None:
-    """Check that ledgers are whole and consistent; exit with 1 and a line per problem where one is not."""
-    from fedsynth.privacy.audit import contents, ledgers_in, problems, recover
-
-    paths = ledgers_in(place)
-    for path in paths if recovered else ():
-        if recover(path):
-            print(f"{path}: what a killed process had not committed is undone")
-    found = [f"{path}: {problem}" for path in paths for problem in problems(contents(path))]
-    for line in found:
-        print(line)
-    if found:
-        raise typer.Exit(FAILED)
-    print(f"{len(paths)} ledger{'s' if len(paths) > 1 else ''}: consistent")
-
-
-@ledger_app.command("export")
-def ledger_export(
-    place: Place, out: Annotated[Path, typer.Option(help="A new JSONL file: one ledger per line.")]
-) -> None:
-    """Write ledgers as JSON lines for an auditor, without keys, answers and the key of the data's MAC."""
-    from fedsynth.privacy.audit import contents, ledgers_in
-
-    lines = [json.dumps(contents(path)) for path in ledgers_in(place)]
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-    except OSError as problem:
-        raise BadValue(f"{out} cannot be written ({problem.strerror}): name a new file") from problem
-    print(f"{len(lines)} written to {out}")
-
-
-def _warn(console: Console, text: str) -> None:
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
-
-
-def _print_ledger(console: Console, found: dict[str, Any]) -> None:
-    from fedsynth.federation.run.privacy_report import up
-
-    spent = (
-        "no guarantee" if found["epsilon"] is None else f"epsilon {up(found['epsilon'], 3):.3f} at {found['delta']:g}"
-    )
-    console.print(f"{found['dataset']}: {spent} ({found['path']})", markup=False, soft_wrap=True)
-    for line in _filter_lines(found):
-        console.print(f"  {line}", markup=False, soft_wrap=True)
-    table = Table()
-    for head in ("at", "run", "what", "rounds drawn", "state", "order"):
-        table.add_column(head)
-    for row in found["reservations"]:
-        plan = row["plan"]
-        what = (
-            row["reason"]
-            if plan is None
-            else (
-                f"{plan['steps']} steps x {row['rounds']}, sigma {plan['noise_multiplier']:g}, "
-                f"{plan['expected_batch']} of {plan['records']}" + (f"; {row['reason']}" if row["reason"] else "")
-            )
-        )
-        drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
-        lost = row["run"] == LOST or (plan is not None and row["reason"])  # declared so
-        state = "lost" if lost else "no guarantee" if plan is None else "reserved"
-        table.add_row(row["at"], row["run"], what, drawn, state, "")
-        for grant in found["grants"]:
-            if grant["spent"] == row["id"]:
-                table.add_row(
-                    grant["at"], "", f"grant {grant['counter']}", "", grant["state"], grant["order_digest"][:12]
-                )
-    console.print(table)
-
-
-def _filter_lines(found: dict[str, Any]) -> list[str]:
-    """What guards the lifetime cap, and how much of it is left."""
-    from fedsynth.federation.run.privacy_report import up
-
-    cap, by = found["cap"], found["filter"]
-    if found["epsilon"] is None:
-        return ["nothing can be charged any more"] if cap else []
-    if by is None:
-        return [
-            "as if all plans had been fixed in advance; the filter's figure follows when the account is next opened"
-        ]
-    told = (
-        f"this is as if all plans had been fixed in advance; {up(by['epsilon'], 3):.3f} by the filter of order "
-        f"{by['order']}, wherever a plan was chosen after seeing results"
-    )
-    if cap is None:
-        return [told]
-    share = max(0.0, by["used"] / by["room"]) if by["room"] > 0 else 1.0
-    lines = [
-        told,
-        f"of the lifetime cap, {cap['epsilon']:g} at {cap['delta']:g}, {min(share, 1.0):.0%} is used by the filter",
-    ]
-    if by["closed"]:
-        lines.append("the filter is full: what is reserved is answered, and no further plan is admitted")
-    return lines
 
 
 def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
@@ -450,95 +330,6 @@ def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, s
         wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
         found = replace(found, run=wanted)
     return found
-
-
-NOT_ITS_OWN = "its figures are not those of its method"
-COLUMNS = {
-    "accuracy": "accuracy",
-    "accuracy_held_out_clients": "held-out clients",
-    "macro_f1": "macro F1",
-    "exact_match": "exact match",
-    "exact_match_held_out_clients": "held-out clients",
-    "field_match": "field match",
-    "rouge_l": "ROUGE-L",
-}
-
-
-def _console(*, error: bool) -> Console:
-    """Wide enough for the table where nobody looks at a terminal (a file, a pipe)."""
-    found = Console(stderr=error, highlight=False)
-    return found if found.is_terminal else Console(stderr=error, highlight=False, width=120)
-
-
-def _print_table(console: Console, result: Any) -> None:
-    """The result table, and one privacy line per arm."""
-    from fedsynth.federation.run.privacy_report import up
-    from fedsynth.federation.run.summary import missing
-
-    arms = result.summary["arms"]
-    names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
-    heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
-    table = Table(title=result.summary["scenario"])
-    for head in heads:
-        table.add_column(head, no_wrap=True)
-    losses = {arm: found["losses"] for arm, found in arms.items() if found.get("losses")}
-    if losses:
-        table.add_column("left by filters", overflow="fold", min_width=20)
-    for arm, found in arms.items():
-        figures = [_figure(found["metrics"].get(n)) for n in names]
-        told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
-        epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
-        moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
-        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
-        table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
-    console.print(table)
-    for arm, few in result.few.items():
-        console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
-    for line in missing(result.metrics):
-        console.print(line, markup=False, soft_wrap=True)
-    console.print("privacy, arm by arm:")
-    for arm, said in result.privacy.items():
-        console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
-    if names:
-        console.print(
-            "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
-            "private text there: epsilon does not cover these figures, and real sites do not answer them by default.",
-            soft_wrap=True,
-        )
-    console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
-
-
-def _print_forecast(console: Console, made: Any) -> None:
-    """What is foreseen of a run, arm by arm and in all, and what will not fit."""
-    from fedsynth.federation.run.privacy_report import up
-
-    table = Table(title=f"{made.scenario}: forecast")
-    for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
-        table.add_column(head, no_wrap=True)
-    for name, arm in made.arms.items():
-        epsilon, delta = (
-            "-" if x is None else said
-            for x, said in ((arm.epsilon, f"{up(arm.epsilon or 0.0, 3):.3f}"), (arm.delta, f"{arm.delta or 0.0:g}"))
-        )
-        moved = [f"{count / 1e6:.2f} MB" for count in (arm.up, arm.down)]
-        table.add_row(
-            name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}", f"{arm.seconds:.0f}"
-        )
-    console.print(table)
-    console.print(
-        f"in all about {made.seconds:.0f} s with {made.workers} worker{'s' if made.workers > 1 else ''}, starting and "
-        f"ending included; memory {made.memory / 1e9:.1f} GB: {made.worker / 1e9:.1f} GB each worker, "
-        f"{made.driver / 1e9:.1f} GB the rest",
-        soft_wrap=True,
-    )
-    for line in made.warnings:
-        _warn(console, line)
-
-
-def _figure(value: dict[str, Any] | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
 
 
 def main() -> None:
@@ -570,7 +361,7 @@ def _one_line(
 ) -> None:
     """An old name of a key is the user's matter, and needs no place in our code; other warnings keep theirs."""
     if issubclass(category, OldName):
-        _warn(Console(stderr=True), str(message))
+        warn(Console(stderr=True), str(message))
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 

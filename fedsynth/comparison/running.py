@@ -23,7 +23,7 @@ from fedsynth.comparison.grids import to_toml as grid_to_toml
 from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points, utility
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import load_strategy
-from fedsynth.models.loading import gpus
+from fedsynth.models.devices import gpus
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation import simulate

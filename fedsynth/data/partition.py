@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance, pool, same
+from fedsynth.data.loaders import find
 from fedsynth.data.tables import (
     CLIENT,
     HELD,
@@ -23,7 +24,6 @@ from fedsynth.data.tables import (
     TEXT,
     UNIT,
     Rows,
-    find,
     nothing_to_test_on,
     read_rows,
     refuse_alike,

@@ -31,7 +31,8 @@ def site_client(context: Context, envelope: Envelope) -> ClientSide:
     Raises:
         BadValue: If site.toml or the scenario cannot be read.
         KeyError: If the scenario has no such arm or seed.
-        fedsynth.privacy.ledger.LedgerUnusable: If the data's account cannot be used, or lacks charges of the audit log.
+        fedsynth.privacy.ledger_file.LedgerUnusable: If the data's account cannot be used, or lacks charges of the audit
+            log.
     """
     place = load_site(Path(os.environ[SITE]))
     cell = cell_of(str(context.run_config["scenario-toml"]), envelope.arm, envelope.seed)

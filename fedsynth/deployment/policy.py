@@ -198,21 +198,21 @@ class Place:
         """
         return AuditLog(self.audit_log, {**(who or {}), "dataset": self.site.data.id})
 
-    def open_ledger(self, *, create: bool = False, **more: Any) -> Ledger:
+    def open_ledger(self, *, create: bool = False, behind: bool = False, **more: Any) -> Ledger:
         """The account, with the audit log as its witness unless another one is given.
 
         Raises:
-            fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used, lacks charges of the audit log, or does not
-                exist and is not to be made.
+            fedsynth.privacy.ledger_file.LedgerUnusable: If it cannot be used, lacks charges of the audit log, or does
+                not exist and is not to be made.
         """
-        from fedsynth.privacy.ledger import Ledger  # most commands need none
+        from fedsynth.privacy.caps import Account
+        from fedsynth.privacy.ledger import Ledger, Opening  # most commands need none
 
         if create:
             private_folder(self.ledger.parent)
         policy, told = self.site.policy, {"witness": self.witness(), **more}
-        return Ledger(
-            self.ledger, dataset=self.site.data.id, cap=policy.lifetime, per_run=policy.per_run, create=create, **told
-        )
+        account = Account(self.site.data.id, policy.lifetime, policy.per_run)
+        return Ledger(self.ledger, account, opening=Opening(create=create, behind=behind), **told)
 
     @property
     def rows(self) -> Path:

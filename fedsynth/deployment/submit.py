@@ -22,7 +22,7 @@ from fedsynth.federation.nodes import Deployment
 from fedsynth.federation.run.directory import begin, check_free, private_of
 from fedsynth.federation.run.environment import differences
 from fedsynth.models.hub import elsewhere, pin
-from fedsynth.models.loading import models_of
+from fedsynth.models.of_scenario import models_of
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.flower import (

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
-from fedsynth.dpsgd.recording import HalfPrecision, UnknownWeight, check_bounded, full_precision
+from fedsynth.dpsgd.precision import HalfPrecision, check_bounded, full_precision
+from fedsynth.dpsgd.recording import UnknownWeight
 from fedsynth.scenario.schema import Clipping
 
 __all__ = [

@@ -10,7 +10,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_precision, check_unused, recording
+from fedsynth.dpsgd.precision import check_precision
+from fedsynth.dpsgd.recording import Lookup, Product, Record, Use, check_unused, recording
 
 LARGEST_NORM = 1e18  # of a gradient to clip: squares of larger ones overflow float32, and they count as zero
 MARGIN = (

@@ -20,17 +20,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from fedsynth.dpsgd.bookkeeping import clip_factors, numbered, square_norms, united
-from fedsynth.dpsgd.recording import (
-    Record,
-    UnknownWeight,
-    check_bounded,
-    check_examples,
-    check_precision,
-    full_precision,
-    patched,
-    plain_lora,
-    positions,
-)
+from fedsynth.dpsgd.precision import check_bounded, check_precision, full_precision
+from fedsynth.dpsgd.recording import Record, UnknownWeight, check_examples, patched, plain_lora, positions
 
 Factors = Mapping[nn.Parameter, Tensor]
 """By LoRA weight of the model, the weights of all clients, (clients, *weight.shape), float32."""
@@ -172,7 +163,7 @@ def _forward(
     check_examples(name, x, record)
     first, second = _weights(parts)
     out: Tensor = _Lora.apply(  # type: ignore[no-untyped-call]  # torch types no `apply`
-        layer.base_layer(x), x, factors[first], factors[second], parts[2], (first, second), record
+        layer.base_layer(x), x, factors[first], factors[second], (first, second, parts[2]), record
     )
     return out
 
@@ -192,25 +183,24 @@ class _Lora(Function):
         x: Tensor,
         first: Tensor,
         second: Tensor,
-        scale: float,
-        weights: tuple[nn.Parameter, nn.Parameter],
+        own: tuple[nn.Parameter, nn.Parameter, float],
         record: _Owned,
     ) -> Tensor:
         a, b = (stack[record.owner].to(x.dtype) for stack in (first, second))
         inner = torch.bmm(positions(x), a.transpose(1, 2))
         ctx.save_for_backward(x, a, b, inner)
-        ctx.scale, ctx.weights, ctx.record = scale, weights, record
-        return torch.baddbmm(positions(base), inner, b.transpose(1, 2), alpha=scale).view_as(base)
+        ctx.own, ctx.record = own, record
+        return torch.baddbmm(positions(base), inner, b.transpose(1, 2), alpha=own[2]).view_as(base)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, a, b, inner = ctx.saved_tensors
-        first, second = ctx.weights
+        first, second, scale = ctx.own
         out = positions(g)
-        back = torch.bmm(out, b).mul_(ctx.scale)
+        back = torch.bmm(out, b).mul_(scale)
         if first.requires_grad:
             ctx.record.add(first, torch.bmm(back.transpose(1, 2), positions(x)))
         if second.requires_grad:
-            ctx.record.add(second, torch.bmm(out.transpose(1, 2), inner * ctx.scale))
+            ctx.record.add(second, torch.bmm(out.transpose(1, 2), inner * scale))
         below = torch.bmm(back, a).view_as(x) if ctx.needs_input_grad[1] else None
-        return g, below, None, None, None, None, None
+        return g, below, None, None, None, None

@@ -16,7 +16,7 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.forecast.profiling import Cost, Unit, busy, peak_memory, probe, typical_lengths, waiting
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse, statement_of
 from fedsynth.models.hub import place_of
-from fedsynth.models.loading import endpoints_of
+from fedsynth.models.of_scenario import endpoints_of
 from fedsynth.privacy.plan import composed_epsilon
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells

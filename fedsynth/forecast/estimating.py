@@ -22,7 +22,8 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM, TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Cell, Endpoint
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.server import Endpoint
 from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Descent
 
@@ -193,15 +194,15 @@ class SampledEngine(Engine):
 
     def descend(self, asked: Descent) -> float:
         """As `Engine`, with a sample of the steps."""
-        rows, settings, guard = asked.rows, asked.settings, asked.guard
+        rows, settings, guard = asked.rows, asked.steps.settings, asked.steps.guard
         if not rows:
             return float("nan")
         steps = settings.epochs * -(-len(rows) // settings.batch)
-        few, take = replace(settings, epochs=1), super().descend
+        few, take = replace(asked.steps, settings=replace(settings, epochs=1)), super().descend
 
         def sample(n: int) -> list[Any]:
             some = [rows[i % len(rows)] for i in range(n * settings.batch)]
-            return [take(replace(asked, rows=some, settings=few))] * n
+            return [take(replace(asked, rows=some, steps=few))] * n
 
         key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():

@@ -97,7 +97,7 @@ class Probed:
 
 def busy() -> float:
     """CPU time of this process in seconds, which other users of the cores do not change; wall time on a GPU."""
-    from fedsynth.models.loading import gpus  # brings torch
+    from fedsynth.models.devices import gpus  # brings torch
 
     return time.perf_counter() if gpus() else time.process_time()
 
@@ -307,9 +307,8 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
         prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
         answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
     )
-    slots = encode_slots(
-        tokenizer, rows, labels, records, settings.max_length, kind, loss_on=settings.loss_on, task=cell.scenario.task
-    )
+    one_each = replace(settings, rows_per_unit=1)
+    slots = encode_slots(tokenizer, rows, labels, records, one_each, kind, task=cell.scenario.task)
     start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
 
     def training() -> Training:
@@ -327,7 +326,7 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
 def _classifying(
     client: Client, labels: Sequence[str], texts: ClientData, unit: Unit
 ) -> tuple[Callable[[int], object], int]:
-    from fedsynth.models.loading import device
+    from fedsynth.models.devices import device
     from fedsynth.privacy.noise import GrantRandomness
     from fedsynth.training.classifier import (
         classify,
@@ -363,9 +362,7 @@ def _classifying(
         return lambda n: classify(model_of(), tokenizer, _some(texts.test, n).prompts, task.max_length), 128
 
     def fit(n: int) -> None:
-        fit_classifier(
-            model_of(), tokenizer, _some(texts.train, n), labels, task, epochs=1, rate=task.learning_rate, seed=0
-        )
+        fit_classifier(model_of(), tokenizer, _some(texts.train, n), labels, task, epochs=1, seed=0)
 
     return fit, 64 * task.batch
 
@@ -379,7 +376,7 @@ def main() -> None:
     import ray  # noqa: F401 - a worker has it in memory
 
     import fedsynth.clients.app  # noqa: F401 - likewise
-    from fedsynth.models.loading import one_thread
+    from fedsynth.models.devices import one_thread
 
     one_thread()
     imported, begun = time.process_time(), scheduled()

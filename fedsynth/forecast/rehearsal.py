@@ -45,7 +45,7 @@ from fedsynth.forecast.estimating import SampledEngine, Tally, kept_words, serve
 from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
-from fedsynth.models.loading import one_thread
+from fedsynth.models.devices import one_thread
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
 

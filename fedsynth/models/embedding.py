@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsynth.models.batches import by_length, longest_of, padded, token_rows
-from fedsynth.models.loading import device, kind_of, load_model, load_tokenizer
+from fedsynth.models.devices import device
+from fedsynth.models.loading import kind_of, load_model, load_tokenizer
 
 
 class Embedder:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from openai import (
@@ -26,7 +26,7 @@ from fedsynth.models.chat import Chat, Prompt, reply_of
 from fedsynth.models.encoding import LINE_END
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Endpoint, host_of
+from fedsynth.scenario.server import Endpoint, host_of
 from fedsynth.system.proxy import UNREADABLE, no_proxies
 from fedsynth.typed import BadValue
 
@@ -59,37 +59,29 @@ class RemoteLLM:
     go to the one named address; redirects are not followed. The key is that of `key_env`. A key, organization or
     project that the environment holds for the `openai` package (OPENAI_API_KEY, ...) stays here.
 
-    Args: those of `fedsynth.scenario.schema.Endpoint`.
+    Args:
+        endpoint: Where it answers, and how patiently it is asked.
 
     Raises:
         BadValue: If an argument is out of range, or the environment lacks the key.
     """
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        *,
-        key_env: str | None = None,
-        api: Literal["completions", "chat"] = "completions",
-        timeout: float = 60.0,
-        retries: int = 3,
-        concurrency: int = 8,
-    ):
-        self.endpoint = Endpoint(url, model, key_env, api, timeout, retries, concurrency)
-        self.who = f"the model {model!r} at {url}"
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint, url, key_env = endpoint, endpoint.endpoint, endpoint.key_env
+        self.who = f"the model {endpoint.model!r} at {url}"
         key = "" if key_env is None else os.environ.get(key_env, "").strip()
         if key_env is not None and not key:
             raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
         try:  # an endpoint on this machine is reached past any proxy of the environment
-            client = DefaultHttpxClient(timeout=timeout, follow_redirects=False, mounts=no_proxies(host_of(url)))
+            direct = no_proxies(host_of(url))
+            client = DefaultHttpxClient(timeout=endpoint.timeout, follow_redirects=False, mounts=direct)
         except Exception as problem:  # it raises a plain Exception for an address that it cannot read
             raise BadValue(f"{self.who} cannot be asked: {UNREADABLE} ({problem})") from problem
         self._client = OpenAI(
             base_url=url,
             api_key=key or "none",  # without a key the package would take OPENAI_API_KEY
-            timeout=timeout,
-            max_retries=retries,
+            timeout=endpoint.timeout,
+            max_retries=endpoint.retries,
             http_client=client,
         )
         self._client.organization = self._client.project = None
@@ -104,15 +96,7 @@ class RemoteLLM:
             BadValue: If the environment lacks the key.
             EndpointFailed: If the endpoint does not answer.
         """
-        found = cls(
-            to.endpoint,
-            to.model,
-            key_env=to.key_env,
-            api=to.api,
-            timeout=to.timeout,
-            retries=to.retries,
-            concurrency=to.concurrency,
-        )
+        found = cls(to)
         found.complete(["A"], SamplingParams.greedy(1), seed=0)
         return found
 

@@ -1,18 +1,15 @@
-"""Loading of models by role and kind, reading and writing of their weights, and their device."""
+"""Loading of models by role and kind."""
 
 from __future__ import annotations
 
 import copy
 import json
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -26,8 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.models.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario.schema import Client, Endpoint, Precision, Scenario, Server
-from fedsynth.scenario.toml import cells
+from fedsynth.scenario.schema import Precision
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; its warning would be in every log
@@ -264,91 +260,3 @@ def load_classifier(name: str, classes: int, seed: int) -> nn.Module:
             else:
                 weights[key].fill_(0.0 if key.endswith("bias") else 1.0)  # a gain of a norm starts at 1
     return model
-
-
-def models_of(scenario: Scenario) -> list[tuple[str, Role]]:
-    """Every model that the arms of a scenario name, with its role, each pair once; no endpoints."""
-    found: dict[tuple[str, Role], None] = {}
-    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        found |= dict.fromkeys([*client_models(cell.scenario.client), *server_models(cell.scenario.server)])
-    return list(found)
-
-
-def client_models(client: Client) -> list[tuple[str, Role]]:
-    """The models that clients run, with what each is for."""
-    task: Role = "task_model" if client.task_training.trains == "all" else "embedder"
-    # Instructions need no task model.
-    return [
-        (client.generator, "generator"),
-        *((name, task) for name in client.task_models or (client.task_model,) if name),
-    ]
-
-
-def server_models(server: Server) -> list[tuple[str, Role]]:
-    """The server's models with their roles; no endpoints."""
-    found: list[tuple[str, Role]] = [
-        (name, "llm") for name in (server.llm, server.professional) if isinstance(name, str)
-    ]
-    return found if server.embedder is None else [*found, (server.embedder, "embedder")]
-
-
-def endpoints_of(scenario: Scenario) -> list[Endpoint]:
-    """Every endpoint that the arms of a scenario name, once; it is not loaded, checked or pinned."""
-    found: dict[Endpoint, None] = {}
-    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
-        server = cell.scenario.server
-        found |= {model: None for model in (server.llm, server.professional) if isinstance(model, Endpoint)}
-    return list(found)
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes all weights of a model in their precision."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, str(path))
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Reads the file of `save_weights` into a model of the same shape."""
-    model.load_state_dict(load_file(str(path)), strict=True)
-
-
-def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) -> None:
-    """Writes some of a model's parameters by name."""
-    wanted = {id(weight) for weight in weights}
-    named = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if id(p) in wanted}
-    save_file(named, str(path))
-
-
-@torch.no_grad()
-def load_named(model: nn.Module, path: Path) -> None:
-    """Reads the file of `save_named` into a model that has parameters of those names and shapes."""
-    weights = dict(model.named_parameters())
-    for name, tensor in load_file(str(path)).items():
-        weights[name].copy_(tensor)
-
-
-def one_thread() -> None:
-    """Sets one thread for this process: two per worker on a shared machine run at half the speed of one."""
-    torch.set_num_threads(1)
-
-
-def device() -> torch.device:
-    """A CUDA GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def gpus() -> int:
-    """Number of CUDA GPUs that this process sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def gpu_names() -> list[str]:
-    """Names of the CUDA GPUs that this process sees."""
-    return [torch.cuda.get_device_name(number) for number in range(gpus())]
-
-
-_CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors
-
-
-def gpu_memory() -> tuple[float, float]:
-    """The most bytes of a GPU that this process has held, and the bytes that are free now."""
-    return torch.cuda.max_memory_reserved() + _CUDA_CONTEXT, torch.cuda.mem_get_info()[0]

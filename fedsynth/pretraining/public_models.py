@@ -72,6 +72,19 @@ class Wanted:
 SAVE_EVERY, TELL_EVERY = 250, 50  # steps
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """What a model is trained on.
+
+    Attributes:
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
+        threads: Of the CPU.
+    """
+
+    device: str = "auto"
+    threads: int = 1
+
+
 def pretrain_from_text(
     public: PublicText,
     wanted: Wanted,
@@ -79,8 +92,7 @@ def pretrain_from_text(
     *,
     command: str,
     resume: bool = False,
-    device: str = "auto",
-    threads: int = 1,
+    hardware: Hardware = Hardware(),
     tell: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Trains tokenizer and model, measures the held-out loss and saves both so that the Auto classes load them.
@@ -91,8 +103,7 @@ def pretrain_from_text(
         out: The folder; it holds checkpoint and tokenizer during the run.
         command: The command, for the card.
         resume: True to resume from the checkpoint in `out`.
-        device: "cpu", "cuda", or "auto": a CUDA GPU if there is one.
-        threads: Threads of the CPU.
+        hardware: The device and threads of the training.
         tell: Called with lines of progress.
 
     Returns:
@@ -101,11 +112,12 @@ def pretrain_from_text(
     Raises:
         BadValue: If the text, the folder, the checkpoint or the device does not fit.
     """
+    device = hardware.device
     if device not in ("auto", "cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise BadValue(f"device must be auto, cpu or (where there is one) cuda, got {device!r}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(threads)
+    torch.set_num_threads(hardware.threads)
     learn, held = read(public, wanted.seed)
     if wanted.tokenizer is not None:
         load_tokenizer(wanted.tokenizer)  # a failure to load ends the run before it writes anything

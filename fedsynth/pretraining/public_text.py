@@ -12,7 +12,7 @@ from numpy.random import Generator
 from transformers import PreTrainedTokenizerFast
 
 from fedsynth.corpus import Corpus, Provenance, same
-from fedsynth.data.tables import decoded, find, load_columns
+from fedsynth.data.loaders import decoded, find, load_columns
 from fedsynth.models.encoding import prompt_rows
 from fedsynth.typed import BadValue
 from fedsynth.world import labelled_notes, load_world, public_notes

@@ -1,6 +1,8 @@
 """Differential privacy: plan, ledger, noise, release."""
 
-from fedsynth.privacy.ledger import Binding, BudgetExhausted, Grant, GrantUsed, Ledger, LedgerUnusable
+from fedsynth.privacy.caps import Account, BudgetExhausted
+from fedsynth.privacy.ledger import Binding, Grant, GrantUsed, Ledger
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.noise import GrantRandomness, data_mac, simulated_key, site_key
 from fedsynth.privacy.plan import (
     Budget,
@@ -24,6 +26,7 @@ from fedsynth.privacy.release import (
 )
 
 __all__ = [
+    "Account",
     "Binding",
     "Budget",
     "BudgetExhausted",

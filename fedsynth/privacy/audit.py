@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.privacy.filter import epsilon_at, room, used
-from fedsynth.privacy.ledger import SCHEMA, LedgerUnusable
+from fedsynth.privacy.ledger_file import SCHEMA, LedgerUnusable
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
 
 # Neither keys nor answers are read.

@@ -2,73 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
 import math
 import os
-import secrets
 import sqlite3
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fedsynth.privacy.caps import Account, reserved
 from fedsynth.privacy.filter import admits, epsilon_at, order_for, used
+from fedsynth.privacy.ledger_file import LedgerFile, canonical, fix_order, next_counter, now, order_of
 from fedsynth.privacy.noise import GrantRandomness, site_key
 from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon
-from fedsynth.privacy.rdp import ORDERS
-from fedsynth.privacy.witness import Charge, Witness, missing
-
-SCHEMA = 1
-LOST = "(loss declared)"  # in place of a run: what a lost grant cost is not known. No run has such a name
-_WAIT = 120.0  # seconds for another process to finish its transaction
-
-_TABLES = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE spent (
-    id INTEGER PRIMARY KEY,
-    run TEXT NOT NULL,
-    plan TEXT,             -- JSON; NULL: an event without a guarantee
-    plan_digest TEXT,
-    rounds INTEGER NOT NULL,
-    drawn INTEGER NOT NULL CHECK (drawn <= rounds),
-    reason TEXT,
-    at TEXT NOT NULL
-);
-CREATE TABLE grants (
-    counter INTEGER PRIMARY KEY,
-    id TEXT NOT NULL UNIQUE,
-    spent INTEGER NOT NULL REFERENCES spent (id),
-    order_digest TEXT NOT NULL,
-    binding TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('reserved', 'running', 'stored', 'sent', 'abandoned')),
-    key BLOB,
-    at TEXT NOT NULL,
-    CHECK ((key IS NOT NULL) = (state IN ('reserved', 'running')))
-);
-CREATE UNIQUE INDEX one_grant_per_order ON grants (order_digest) WHERE state != 'abandoned';
-CREATE TABLE answers (order_digest TEXT PRIMARY KEY, answer BLOB NOT NULL, sent INTEGER NOT NULL, at TEXT NOT NULL);
-"""
-
-
-class BudgetExhausted(RuntimeError):
-    """The lifetime cap of the data does not allow what is asked. Nothing was written."""
+from fedsynth.privacy.witness import Charge, Witness, check_witness, count_lost, missing, tell, unknown
 
 
 class GrantUsed(RuntimeError):
     """A grant was to be used twice, or out of turn."""
-
-
-class LedgerUnusable(RuntimeError):
-    """The file is not this data set's ledger, or cannot be read. Never delete it: it is the only account."""
-
-
-class LedgerBehind(LedgerUnusable):
-    """The file knows less than its witness: it is an older copy, and closed until the loss is declared."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +45,7 @@ class Binding:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the binding as canonical JSON."""
-        return hashlib.sha256(_canonical(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -117,6 +71,22 @@ def _site_keys(counter: int, binding: str) -> bytes:
     return site_key()
 
 
+@dataclass(frozen=True)
+class Opening:
+    """How a ledger is opened.
+
+    Attributes:
+        create: Make the file if there is none; else that is an error: an account that is gone must not begin anew.
+        behind: Open it although the witness knows more: to declare the loss. It charges nothing until that is done.
+        durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
+            costs a third.
+    """
+
+    create: bool = True
+    behind: bool = False
+    durable: bool = True
+
+
 class Ledger:
     """One SQLite file per declared data set; lies outside run directories and is never reset.
 
@@ -134,16 +104,11 @@ class Ledger:
 
     Args:
         path: Of the file; made (mode 0600) if there is none. An empty or damaged file is refused, not replaced.
-        dataset: Declared id of the data set. It stays when rows change.
-        cap: Lifetime budget of the data; None: no cap (a simulated world, bounded by its run's budget).
-        per_run: What all that carries the id of one run may spend together: its arms, seeds and rounds.
+        account: What is declared of it.
         witness: Remembers charges in another file; a ledger that lacks one of them is not opened.
         keys: Key of a grant by (counter, binding digest), and of the data MAC by (0, "data"). Sites keep the
             default; simulations pass `simulated_key` of their run and client.
-        durable: A commit survives a power cut. Simulations do without: then it survives the death of any process, and
-            costs a third.
-        create: Make the file if there is none; else that is an error: an account that is gone must not begin anew.
-        behind: Open it although the witness knows more: to declare the loss. It charges nothing until that is done.
+        opening: How its file is opened.
 
     Raises:
         LedgerUnusable: If the file is another data set's, of another schema, or damaged.
@@ -153,53 +118,41 @@ class Ledger:
     def __init__(
         self,
         path: Path,
+        account: Account,
         *,
-        dataset: str,
-        cap: Budget | None,
-        per_run: Budget | None = None,
         witness: Witness | None = None,
         keys: Callable[[int, str], bytes] = _site_keys,
-        durable: bool = True,
-        create: bool = True,
-        behind: bool = False,
+        opening: Opening = Opening(),
     ) -> None:
         self.path = path
-        self.dataset = dataset
-        self.cap = cap
-        self.per_run = per_run
+        self.account = account
         self._witness = witness
         self._keys = keys
-        self._durable = durable
-        self._open: tuple[Hashable, sqlite3.Connection] | None = None
+        self._file = LedgerFile(path, durable=opening.durable)
+        self._transaction = self._file.transaction
+        order = order_for(account.cap)
         if not path.exists():
-            if not create:
-                raise self._unusable("it is gone")
-            self._create()
+            if not opening.create:
+                raise self._file.unusable("it is gone")
+            self._file.create({"dataset": account.dataset, "mac_key": keys(0, "data"), "order": order})
         os.chmod(path, 0o600)  # a copy from a backup may have come with wider access
         known = self._known()
         with self._transaction() as db:
-            problems = [row[0] for row in db.execute("PRAGMA integrity_check")]
-            if problems != ["ok"]:
-                raise self._unusable(f"it is damaged ({problems[0]})")
-            meta = dict(db.execute("SELECT name, value FROM meta").fetchall())
-            if meta.get("schema") != SCHEMA:
-                raise self._unusable(f"it has schema {meta.get('schema')}, this software reads {SCHEMA}")
-            if meta["dataset"] != dataset:
-                raise self._unusable(f"it is the account of data set {meta['dataset']!r}, not of {dataset!r}")
-            if not behind:
-                self._check_witness(db, known)
+            meta = self._file.check(db, account.dataset)
+            if not opening.behind:
+                check_witness(path, db, known)
             spent = bool(known) or db.execute("SELECT 1 FROM spent").fetchone() is not None
             # Without one it was made before there was a filter; while nothing is spent, nothing was seen either.
-            if "order" not in meta or (not spent and meta["order"] != order_for(cap)):
-                _fix_order(db, order_for(cap))
-            if cap is not None and meta.get("cap") != _cap(cap):  # for who reads the file alone
-                db.execute("INSERT OR REPLACE INTO meta VALUES ('cap', ?)", (_cap(cap),))
+            if "order" not in meta or (not spent and meta["order"] != order):
+                fix_order(db, order)
+            if account.cap is not None and meta.get("cap") != _cap(account.cap):  # for who reads the file alone
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('cap', ?)", (_cap(account.cap),))
 
     @property
     def order(self) -> int:
         """Of the filter."""
         with self._transaction() as db:
-            return _order(db)
+            return order_of(db)
 
     @property
     def mac_key(self) -> bytes:
@@ -240,14 +193,15 @@ class Ledger:
         """
         if binding.plan != plan.digest():
             raise ValueError(f"the binding names plan {binding.plan[:12]}, the plan to charge is {plan.digest()[:12]}")
-        for limit, order in self._limits(budget):
+        own = 0 if self.account.cap is None else self.order  # it may yet change: decided in the transaction
+        for limit, order in self.account.limits(budget, own):
             admits(limit, order, [], plan)  # what takes seconds is known before others are kept waiting
         known = self._known()
         with self._transaction() as db:
-            self._check_witness(db, known)
+            check_witness(self.path, db, known)
             grant = self._grant(db, plan, binding, run, budget)
-            unknown = self._unknown(db, known)
-        self._note(unknown, grant.id)
+            untold = self._untold(db, known)
+        self._tell(untold, grant.id)
         return grant
 
     def tell_witness(self) -> None:
@@ -260,9 +214,9 @@ class Ledger:
         """
         known = self._known()
         with self._transaction() as db:
-            self._check_witness(db, known)
-            unknown = self._unknown(db, known)
-        self._note(unknown)
+            check_witness(self.path, db, known)
+            untold = self._untold(db, known)
+        self._tell(untold)
 
     def _grant(self, db: sqlite3.Connection, plan: DPPlan, binding: Binding, run: str, budget: Budget | None) -> Grant:
         if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
@@ -273,28 +227,28 @@ class Ledger:
         ).fetchone()
         if unfinished is not None:
             counter, id, bound = unfinished
-            if bound == _canonical(asdict(binding)):
+            if bound == canonical(asdict(binding)):
                 db.execute("UPDATE grants SET state = 'reserved' WHERE counter = ?", (counter,))
                 return Grant(id, counter, plan, binding)
             db.execute("UPDATE grants SET state = 'abandoned', key = NULL WHERE counter = ?", (counter,))
         spent = self._draw(db, plan, run, budget, retry=unfinished is not None)
-        counter = _next(db)
+        counter = next_counter(db)
         key = self._keys(counter, binding.digest())
         # A public name from a secret: random where keys are, and the same again where a simulation is repeated.
         id = hmac.new(key, b"grant id", hashlib.sha256).hexdigest()[:32]
         db.execute(
             "INSERT INTO grants VALUES (?, ?, ?, ?, ?, 'reserved', ?, ?)",
-            (counter, id, spent, binding.order, _canonical(asdict(binding)), key, _now()),
+            (counter, id, spent, binding.order, canonical(asdict(binding)), key, now()),
         )
         return Grant(id, counter, plan, binding)
 
     def rounds(self, run: str, plan: DPPlan) -> int:
         """Rounds of a plan that a run has reserved: more than the plan's after one beyond them, or a changed retry."""
         with self._transaction() as db:
-            [reserved] = db.execute(
+            [found] = db.execute(
                 "SELECT COALESCE(SUM(rounds), 0) FROM spent WHERE run = ? AND plan_digest = ?", (run, plan.digest())
             ).fetchone()
-        return int(reserved)
+        return int(found)
 
     def begin(self, grant: Grant) -> GrantRandomness:
         """Starts the one run that a grant allows (reserved -> running) and hands out its randomness.
@@ -308,8 +262,8 @@ class Ledger:
                 "WHERE grants.id = ? AND counter = ?",
                 (grant.id, grant.counter),
             ).fetchone()
-            if row is None or row[1] != _canonical(asdict(grant.binding)) or json.loads(row[2]) != grant.plan.to_dict():
-                raise GrantUsed(f"grant {grant.id} is not of the ledger of data set {self.dataset!r}")
+            if row is None or row[1] != canonical(asdict(grant.binding)) or json.loads(row[2]) != grant.plan.to_dict():
+                raise GrantUsed(f"grant {grant.id} is not of the ledger of data set {self.account.dataset!r}")
             if row[0] != "reserved":
                 raise GrantUsed(f"grant {grant.id} is {row[0]}: a grant runs once; charge a new one")
             db.execute("UPDATE grants SET state = 'running' WHERE counter = ?", (grant.counter,))
@@ -356,14 +310,16 @@ class Ledger:
                             f"grant {id} is {'unknown' if state is None else state[0]}: only what a grant "
                             "has let out is processed further without a charge"
                         )
-                db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
+                db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, now()))
                 return
             if row is None or (isinstance(grant_or_request, Grant) and row[0] != grant_or_request.id):
-                raise GrantUsed(f"request {request[:12]} has no such grant in the ledger of data set {self.dataset!r}")
+                raise GrantUsed(
+                    f"request {request[:12]} has no such grant in the ledger of data set {self.account.dataset!r}"
+                )
             if row[2] != "running":
                 raise GrantUsed(f"grant {row[0]} is {row[2]}; only the answer of a running one is stored")
             db.execute("UPDATE grants SET state = 'stored', key = NULL WHERE counter = ?", (row[1],))
-            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
+            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, now()))
 
     def store_answer(self, request: str, answer: bytes) -> None:
         """Keeps the answer to a request that spends nothing; the same bytes again change nothing.
@@ -381,7 +337,7 @@ class Ledger:
                 "SELECT 1 FROM grants WHERE order_digest = ? AND state != 'abandoned'", (request,)
             ).fetchone():
                 raise GrantUsed(f"request {request[:12]} runs under a grant; its answer goes through store()")
-            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, _now()))
+            db.execute("INSERT INTO answers VALUES (?, ?, 0, ?)", (request, answer, now()))
 
     def mark_sent(self, request: str) -> None:
         """Notes that the answer is handed over to be sent (stored -> sent); again changes nothing.
@@ -410,15 +366,15 @@ class Ledger:
             raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
         known = self._known()
         with self._transaction() as db:
-            self._check_witness(db, known)
+            check_witness(self.path, db, known)
             noted = "SELECT 1 FROM spent WHERE plan IS NULL AND run = ? AND reason = ?"
             first = db.execute(noted, (run, reason)).fetchone() is None
             if first:
                 db.execute(
-                    "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, _now())
+                    "INSERT INTO spent (run, rounds, drawn, reason, at) VALUES (?, 1, 1, ?, ?)", (run, reason, now())
                 )
-            unknown = self._unknown(db, known)
-        self._note(unknown, (run, reason))
+            untold = self._untold(db, known)
+        self._tell(untold, (run, reason))
         return first
 
     def waived(self, run: str) -> bool:
@@ -435,20 +391,20 @@ class Ledger:
             run: Only what this run reserved, in all its parts if it names none; the data's lifetime otherwise.
         """
         with self._transaction() as db:
-            plans, private = self._reserved(db, run)
-        delta = self._delta(plans)
+            plans, private = reserved(db, run)
+        delta = self.account.delta(plans)
         return (composed_epsilon(plans, delta) if private else math.inf), delta
 
     def filtered(self) -> float:
         """Epsilon at the delta of `spent` by the filter, whatever each plan was chosen after."""
         with self._transaction() as db:
-            (plans, private), order = self._reserved(db, None), _order(db)
-        return epsilon_at(used(plans, order), order, self._delta(plans)) if private else math.inf
+            (plans, private), order = reserved(db, None), order_of(db)
+        return epsilon_at(used(plans, order), order, self.account.delta(plans)) if private else math.inf
 
     def missing(self, known: Sequence[Charge]) -> list[Charge]:
         """What a witness knows and this file does not."""
         with self._transaction() as db:
-            return self._missing(db, known)
+            return missing(db, known)
 
     def declare_lost(self, charges: Sequence[Charge], by: str) -> None:
         """Counts charges of which this file knows nothing as spent: one round of its plan for each grant.
@@ -462,33 +418,7 @@ class Ledger:
             by: Who declares it.
         """
         with self._transaction() as db:
-            fixed = next((charge.filter for charge in charges if charge.filter in ORDERS), None)
-            if fixed is not None and db.execute("SELECT 1 FROM spent").fetchone() is None:
-                _fix_order(db, fixed)
-            for charge in self._missing(db, charges):
-                reason = f"loss declared by {by}"
-                spent: tuple[str, str | None, str | None, str]
-                if not charge.grant:
-                    spent = (charge.run or LOST, None, None, charge.reason or f"release without guarantee, {reason}")
-                elif charge.plan is None:
-                    spent = (LOST, None, None, f"grant {charge.grant} of unknown plan, {reason}")
-                else:
-                    spent = (charge.run or LOST, _canonical(charge.plan.to_dict()), charge.plan.digest(), reason)
-                known = "UPDATE grants SET state = 'abandoned', key = NULL WHERE id = ?"
-                if charge.grant and db.execute(known, (charge.grant,)).rowcount:
-                    continue  # paid for; what was stored of it is gone
-                row = db.execute(
-                    "INSERT INTO spent (run, plan, plan_digest, reason, rounds, drawn, at) "
-                    "VALUES (?, ?, ?, ?, 1, 1, ?)",
-                    (*spent, _now()),
-                )
-                if charge.grant:
-                    digest = None if charge.plan is None else charge.plan.digest()
-                    bound = {"order": charge.order, "plan": digest, "data": "", "model": "", "version": ""}
-                    db.execute(
-                        "INSERT INTO grants VALUES (?, ?, ?, ?, ?, 'abandoned', NULL, ?)",
-                        (_next(db), charge.grant, row.lastrowid, charge.order, _canonical(bound), _now()),
-                    )
+            count_lost(db, charges, by)
 
     def entries(self) -> list[dict[str, Any]]:
         """All rows in words, oldest first: reservations, events without guarantee, grants. No keys, no answers."""
@@ -523,214 +453,25 @@ class Ledger:
             db.execute("UPDATE spent SET drawn = drawn + 1 WHERE id = ?", (left[0],))
             return int(left[0])
         rounds = 1 if rows else plan.rounds
-        self._check_limits(db, replace(plan, rounds=rounds), run, budget)
-        reserved = db.execute(
+        self.account.check(db, replace(plan, rounds=rounds), run, budget)
+        made = db.execute(
             "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, 1, ?)",
-            (run, _canonical(plan.to_dict()), plan.digest(), rounds, _now()),
+            (run, canonical(plan.to_dict()), plan.digest(), rounds, now()),
         )
-        assert reserved.lastrowid is not None
-        return reserved.lastrowid
-
-    def _limits(self, budget: Budget | None) -> list[tuple[Budget, int]]:
-        """Every limit with its order: that of the cap was fixed with the account, that of another goes with it."""
-        found = [] if self.cap is None else [(self.cap, self.order)]  # it may yet change: decided in the transaction
-        return [*found, *((limit, order_for(limit)) for limit in (self.per_run, budget) if limit is not None)]
-
-    def _check_limits(self, db: sqlite3.Connection, asked: DPPlan, run: str, budget: Budget | None) -> None:
-        whole = run.split("/", 1)[0]
-        for limit, order, of, what in (
-            (self.cap, _order(db), None, f"the lifetime cap of data set {self.dataset!r}"),
-            (self.per_run, None, whole, f"what policy.per_run allows run {whole!r} in all its arms and seeds"),
-            (budget, None, run, f"the budget of run {run!r}"),
-        ):
-            if limit is None:
-                continue
-            plans, private = self._reserved(db, of)
-            order = order or order_for(limit)
-            if private and admits(limit, order, plans, asked):
-                continue
-            before, after = (
-                epsilon_at(used(p, order), order, limit.delta) if private else math.inf
-                for p in (plans, [*plans, asked])
-            )
-            raise BudgetExhausted(
-                f"the {asked.rounds} round(s) asked would pass {what}, epsilon {limit.epsilon:g} at delta "
-                f"{limit.delta:g}: by the filter of order {order}, which takes plans as chosen after seeing results, "
-                f"the {len(plans)} plan(s) reserved stand at epsilon {before:.4g}, with what is asked at {after:.4g}"
-                + ("" if private else "; something left without a guarantee, or at a cost that is not known")
-            )
-
-    def _reserved(self, db: sqlite3.Connection, run: str | None) -> tuple[list[DPPlan], bool]:
-        """All plans with the rounds reserved of each, and whether nothing left without a guarantee.
-
-        Args:
-            db: The ledger.
-            run: Its plans and those of its parts; None: all.
-        """
-        rows = db.execute(
-            "SELECT plan, rounds FROM spent WHERE ?1 IS NULL OR run = ?1 OR substr(run, 1, length(?1) + 1) = ?1 || '/'",
-            (run,),
-        ).fetchall()
-        plans = [replace(DPPlan.from_dict(json.loads(plan)), rounds=rounds) for plan, rounds in rows if plan]
-        return plans, all(plan for plan, _ in rows)
+        assert made.lastrowid is not None
+        return made.lastrowid
 
     def _known(self) -> Sequence[Charge]:
         return [] if self._witness is None else self._witness.known()
 
-    def _unknown(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
-        """What this file knows and the witness does not."""
-        if self._witness is None:
-            return []
-        stored, order = {charge.grant: charge.stored for charge in known if charge.grant}, _order(db)
-        found = []
-        for id, digest, state, run, plan in db.execute(
-            "SELECT grants.id, order_digest, state, run, plan FROM grants JOIN spent ON spent.id = grants.spent "
-            "ORDER BY counter"
-        ):
-            kept = state in ("stored", "sent")
-            if id not in stored or (kept and not stored[id]):
-                whole = None if plan is None else DPPlan.from_dict(json.loads(plan))
-                found.append(Charge(run, id, digest, whole, stored=kept, filter=order))
-        for run, reason in db.execute(
-            "SELECT run, reason FROM spent WHERE plan IS NULL AND id NOT IN (SELECT spent FROM grants) ORDER BY id"
-        ):
-            if not any(not c.grant and c.run in ("", run) and c.reason in ("", reason) for c in known):
-                found.append(Charge(run, reason=reason))
-        return found
+    def _untold(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
+        """What the witness, if there is one, does not know."""
+        return [] if self._witness is None else unknown(db, known)
 
-    def _note(self, unknown: Sequence[Charge], own: str | tuple[str, str] | None = None) -> None:
-        """Has the witness write down charges that it does not know.
-
-        Args:
-            unknown: By `_unknown`.
-            own: Id of the grant, or run and reason of the release, that was charged now: the last to be written.
-        """
-        if self._witness is None:
-            return
-        mine = [charge for charge in unknown if own in (charge.grant, (charge.run, charge.reason))]
-        for charge in unknown:
-            if charge not in mine:
-                self._witness.saw(charge)
-        for charge in mine:
-            self._witness.note(charge)
-
-    def _missing(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
-        grants = dict(db.execute("SELECT id, state FROM grants").fetchall())
-        return missing(known, grants, db.execute("SELECT run, reason FROM spent WHERE plan IS NULL").fetchall())
-
-    def _check_witness(self, db: sqlite3.Connection, known: Sequence[Charge]) -> None:
-        if known and (lost := self._missing(db, known)):
-            grants = sum(bool(charge.grant) for charge in lost)
-            raise LedgerBehind(
-                f"the ledger {self.path} knows less than the audit trail: {grants} grant(s) and {len(lost) - grants} "
-                f"release(s) without guarantee are not in it, the first of {lost[0].at or 'a day that is not known'}. "
-                "It is an older copy, which would let what was spent since be spent again: nothing is answered. Put "
-                "the newest one in its place; if that is lost, `fedsynth site declare-loss DIR` counts what is missing "
-                "as spent"
-            )
-
-    def _delta(self, plans: list[DPPlan]) -> float:
-        if self.cap is not None:
-            return self.cap.delta
-        return min((plan.delta for plan in plans), default=Budget.delta)
-
-    def _create(self) -> None:
-        """Makes the file complete under another name first: one that is there is never half made."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}")
-        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        try:
-            db = self._connect(draft)
-            try:
-                db.executescript(f"BEGIN IMMEDIATE; {_TABLES}")
-                meta = {
-                    "schema": SCHEMA,
-                    "dataset": self.dataset,
-                    "mac_key": self._keys(0, "data"),
-                    "order": order_for(self.cap),
-                }
-                db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
-                db.execute("COMMIT")
-            finally:
-                db.close()
-            with contextlib.suppress(FileExistsError):  # another process was first: its ledger counts
-                os.link(draft, self.path)
-        finally:
-            draft.unlink()
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _connect(self, path: Path) -> sqlite3.Connection:
-        # mode=rw: a ledger that vanishes is an error, never a new, empty account.
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=_WAIT, isolation_level=None)
-        db.execute("PRAGMA journal_mode = DELETE")  # a write-ahead log would keep erased keys
-        # EXTRA is FULL, and the journal's folder too.
-        db.execute(f"PRAGMA synchronous = {'EXTRA' if self._durable else 'OFF'}")
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("PRAGMA foreign_keys = ON")
-        return db
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """One transaction that no other process interleaves: committed at the end, undone on any exception."""
-        try:
-            db = self._connection()
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-        except sqlite3.DatabaseError as error:
-            raise self._unusable(f"SQLite says: {error}") from error
-
-    def _connection(self) -> sqlite3.Connection:
-        """The open one, as long as the path still names the same file, and for the process and thread that opened it.
-
-        Between transactions it holds no lock.
-        """
-        try:
-            file = os.stat(self.path)
-        except FileNotFoundError as gone:
-            raise self._unusable("it is gone") from gone
-        to = (os.getpid(), threading.get_ident(), file.st_dev, file.st_ino)
-        if self._open is None or self._open[0] != to:
-            self._open = (to, self._connect(self.path))
-        return self._open[1]
-
-    def _unusable(self, why: str) -> LedgerUnusable:
-        return LedgerUnusable(
-            f"the ledger {self.path} cannot be used: {why}. Do not delete it, what was spent would be forgotten; "
-            "restore it from a backup, or give the path of the right one"
-        )
-
-
-def _canonical(values: dict[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+    def _tell(self, untold: Sequence[Charge], own: str | tuple[str, str] | None = None) -> None:
+        if self._witness is not None:
+            tell(self._witness, untold, own)
 
 
 def _cap(budget: Budget) -> str:
-    return _canonical({"epsilon": budget.epsilon, "delta": budget.delta})
-
-
-def _order(db: sqlite3.Connection) -> int:
-    """Of the filter: read anew each time, because another process may open the account under another cap."""
-    return int(db.execute("SELECT value FROM meta WHERE name = 'order'").fetchone()[0])
-
-
-def _fix_order(db: sqlite3.Connection, order: int) -> None:
-    db.execute("INSERT OR REPLACE INTO meta VALUES ('order', ?)", (order,))
-
-
-def _next(db: sqlite3.Connection) -> int:
-    """Number of the next grant."""
-    return int(db.execute("SELECT COALESCE(MAX(counter), 0) + 1 FROM grants").fetchone()[0])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return canonical({"epsilon": budget.epsilon, "delta": budget.delta})

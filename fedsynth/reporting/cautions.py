@@ -9,7 +9,7 @@ import pandas as pd
 
 from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.page import listed
-from fedsynth.reporting.statistics import Figures
+from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.scenario.schema import Scenario
 from fedsynth.synthesis.attrition import losses
 
@@ -73,7 +73,7 @@ def cautions(
         }
         name = "Hardly any text left." if few else "Clients without text."
         found += [(name, words.format(arm, "; ".join(lines))) for arm, lines in told.items() if lines]
-    spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", arm=arm)) for arm in arms}
+    spent = {arm: figures.value(figures.row("privacy", "epsilon", "largest", Where(arm=arm))) for arm in arms}
     paid = {arm: epsilon for arm, epsilon in spent.items() if epsilon}
     if paid and max(paid.values()) > ALIKE * min(paid.values()):
         found.append(("Budgets differ.", BUDGETS.format(listed(list(paid)))))
@@ -99,8 +99,8 @@ def cautions(
 
 
 def _delta_units(figures: Figures, arm: str) -> float:
-    units = figures.value(figures.row("privacy", "units", "largest", arm=arm))
-    delta = figures.value(figures.row("privacy", "delta", "largest", arm=arm))
+    units = figures.value(figures.row("privacy", "units", "largest", Where(arm=arm)))
+    delta = figures.value(figures.row("privacy", "delta", "largest", Where(arm=arm)))
     return (units or 0.0) * (delta or 0.0)
 
 

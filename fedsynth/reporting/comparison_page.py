@@ -12,7 +12,7 @@ from fedsynth.reporting.figures import Mark, Series
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Plot, Plots, Section, Table, listed
 from fedsynth.reporting.run_page import NAMES
 from fedsynth.reporting.run_report import save
-from fedsynth.reporting.statistics import Figures
+from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.typed import BadValue
 
 LEVELS = ("mean", "std", "low", "high", "held_out_mean", "held_out_std", "seeds", "clients")
@@ -59,22 +59,24 @@ def build(done: Comparison) -> dict[str, Any]:
         for row in found["utility"]:
             where = _part("utility", row["scenario"], row["epsilon"])
             for name in LEVELS:
-                figures.add(where, row["metric"], name, row[name], arm=row["arm"])
+                figures.add(where, row["metric"], name, row[name], Where(arm=row["arm"]))
             better = None if row["better"] is None else round(row["better"] * row["pairs"])
-            figures.add(where, row["metric"], "better_pairs", better, arm=row["arm"], baseline=row["baseline"])
+            figures.add(where, row["metric"], "better_pairs", better, Where(arm=row["arm"], baseline=row["baseline"]))
             for name in GAPS:
-                figures.add(where, row["metric"], name, row[name], arm=row["arm"], baseline=row["baseline"])
+                figures.add(where, row["metric"], name, row[name], Where(arm=row["arm"], baseline=row["baseline"]))
         for row in found["costs"]:
             for name, said in COSTS.items():
-                figures.add(_part("cost", row["scenario"], row["epsilon"]), said, "total", row[name], arm=row["arm"])
+                figures.add(
+                    _part("cost", row["scenario"], row["epsilon"]), said, "total", row[name], Where(arm=row["arm"])
+                )
     for row in tables["points"]:
         where = _part("point", row["scenario"], row["budget"])
         for name in ("utility", "low", "high"):
-            figures.add(where, row["metric"], name, row[name], arm=row["arm"])
+            figures.add(where, row["metric"], name, row[name], Where(arm=row["arm"]))
         if row["guarantee"] == "dp":
-            figures.add(where, "epsilon", "largest", row["epsilon"], arm=row["arm"])
+            figures.add(where, "epsilon", "largest", row["epsilon"], Where(arm=row["arm"]))
         if row["bytes"] is not None:
-            figures.add(where, "megabytes", "total", row["bytes"] / MEGABYTE, arm=row["arm"])
+            figures.add(where, "megabytes", "total", row["bytes"] / MEGABYTE, Where(arm=row["arm"]))
     shown = {key: value for key, value in tables.items() if key != "out"}
     return {"rows": figures.rows, **shown, "epsilons": list(done.grid.epsilons)}
 
@@ -197,7 +199,7 @@ def _plots(figures: Figures, rows: Sequence[Mapping[str, Any]], baseline: str, m
 
 def _place(figures: Figures, row: Mapping[str, Any], metric: str, name: str) -> int | None:
     where = _part("utility", row["scenario"], row["epsilon"])
-    return figures.row(where, metric, name, arm=row["arm"], baseline=row["baseline"] if name in PAIRED else "")
+    return figures.row(where, metric, name, Where(arm=row["arm"], baseline=row["baseline"] if name in PAIRED else ""))
 
 
 def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, scenario: str) -> Table:
@@ -264,8 +266,8 @@ def _fronts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
                 marks = []
                 for p in (p for p in own if p["arm"] == arm):
                     where, metric = _part("point", scenario, p["budget"]), p["metric"]
-                    x = figures.row(where, cost, statistic, arm=arm)
-                    y = figures.row(where, metric, "utility", arm=arm)
+                    x = figures.row(where, cost, statistic, Where(arm=arm))
+                    y = figures.row(where, metric, "utility", Where(arm=arm))
                     if x is not None and y is not None:
                         marks.append(Mark(p["utility"], p["low"], p["high"], y, x=figures.rows[x]["value"], x_row=x))
                 series.append(Series(arm, tuple(marks)))
@@ -291,7 +293,7 @@ def _costs(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     for found in report["tables"].values():
         for row in found["costs"]:
             where = _part("cost", row["scenario"], row["epsilon"])
-            spent = [figures.row(where, said, "total", arm=row["arm"]) for said in COSTS.values()]
+            spent = [figures.row(where, said, "total", Where(arm=row["arm"])) for said in COSTS.values()]
             epsilon = figures.bound(spent[0], 3) if row["epsilon_stated"] else "-"
             said = "nothing released" if row["epsilon_stated"] == 0 else row["guarantee"]
             cells = [figures.number(place, 0) for place in spent[2:]]

@@ -21,15 +21,13 @@ from fedsynth.reporting.page import (
     Paragraph,
     Plot,
     Plots,
-    Quote,
-    Quotes,
     Section,
     Table,
     listed,
 )
-from fedsynth.reporting.statistics import HELD_OUT, Figures
+from fedsynth.reporting.statistics import HELD_OUT, Figures, Where
+from fedsynth.reporting.text_section import examples, text_section
 
-SHOWN_LABELS = 12  # in a figure
 SHOWN_CLIENTS = 50  # in a table; the table of figures has the others
 NAMES = {
     "accuracy": "accuracy",
@@ -58,16 +56,16 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     if metrics:
         sections.append(Section("Utility", "utility", _utility(figures, report, metrics)))
     if figures.metrics("text") or figures.metrics("yield"):
-        sections.append(Section("Synthetic text", "text", _text(figures, report)))
+        sections.append(Section("Synthetic text", "text", text_section(figures, report)))
     if report["examples"]:
-        sections.append(Section("Examples", "examples", _quotes(report)))
+        sections.append(Section("Examples", "examples", examples(report)))
     sections.append(Section("Communication and time", "costs", _costs(figures, report, metrics)))
     if names := figures.metrics("server"):
         rows: list[list[Cell]] = [
-            [arm, name, _spread(figures, "server", name, arm, None)]
+            [arm, name, figures.spread("server", name, arm, None)]
             for arm in arms
             for name in names
-            if figures.row("server", name, "mean", arm=arm) is not None
+            if figures.row("server", name, "mean", Where(arm=arm)) is not None
         ]
         heads = ["arm", "figure", "last round, mean ± deviation over seeds"]
         table_of = Table(heads, rows, words=frozenset({0, 1}))
@@ -101,26 +99,22 @@ def _first_up(metric: str) -> str:
     return _name(metric)[:1].upper() + _name(metric)[1:]
 
 
-def _spread(figures: Figures, part: str, metric: str, arm: str, digits: int | None = 3) -> Cell:
-    """Mean ± deviation over seeds."""
-    mean = figures.number(figures.row(part, metric, "mean", arm=arm), digits)
-    std = figures.number(figures.row(part, metric, "std", arm=arm), digits)
-    return mean if isinstance(std, str) else (mean, " ± ", std)
-
-
 def _interval(figures: Figures, part: str, metric: str, arm: str, baseline: str = "", *, sign: bool = False) -> Cell:
     ends = [
-        figures.number(figures.row(part, metric, end, arm=arm, baseline=baseline), sign=sign) for end in ("low", "high")
+        figures.number(figures.row(part, metric, end, Where(arm=arm, baseline=baseline)), sign=sign)
+        for end in ("low", "high")
     ]
     return "-" if isinstance(ends[0], str) else ("[", ends[0], ", ", ends[1], "]")
 
 
 def _mark(figures: Figures, part: str, metric: str, arm: str, baseline: str = "") -> Mark | None:
-    row = figures.row(part, metric, "mean", arm=arm, baseline=baseline)
+    row = figures.row(part, metric, "mean", Where(arm=arm, baseline=baseline))
     value = figures.value(row)
     if value is None:
         return None
-    low, high = (figures.value(figures.row(part, metric, end, arm=arm, baseline=baseline)) for end in ("low", "high"))
+    low, high = (
+        figures.value(figures.row(part, metric, end, Where(arm=arm, baseline=baseline))) for end in ("low", "high")
+    )
     return Mark(value, low, high, row)
 
 
@@ -134,14 +128,14 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
     for arm in arms:
         row: list[Cell] = [arm]
         if main:
-            row += [_spread(figures, "utility", main, arm), _interval(figures, "utility", main, arm)]
+            row += [figures.spread("utility", main, arm), _interval(figures, "utility", main, arm)]
         if held:
-            row.append(_spread(figures, "utility", held, arm))
+            row.append(figures.spread("utility", held, arm))
         rows.append(
             [
                 *row,
                 _guarantee(report, arm),
-                figures.bound(figures.row("privacy", "epsilon", "largest", arm=arm), 3),
+                figures.bound(figures.row("privacy", "epsilon", "largest", Where(arm=arm)), 3),
                 *([_left(figures, arm, lost.get(arm, ()))] if lost else []),
             ]
         )
@@ -178,7 +172,7 @@ def _left(figures: Figures, arm: str, lost: Sequence[Mapping[str, str]]) -> Cell
     for loss in lost:
         parts += ["; "] if parts else []
         for words, number, *_ in Formatter().parse(loss["words"]):
-            row = figures.row("loss", f"{loss['what']}/{number}", "sum", arm=arm)
+            row = figures.row("loss", f"{loss['what']}/{number}", "sum", Where(arm=arm))
             parts += [words, figures.number(row, 0)] if number else [words]
     return _joined(*parts) if parts else "-"
 
@@ -243,13 +237,13 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         return Card(title, facts, open=none)
 
     def at(metric: str, digits: int | None = None) -> Cell:
-        return figures.number(figures.row("privacy", metric, "largest", arm=arm), digits)
+        return figures.number(figures.row("privacy", metric, "largest", Where(arm=arm)), digits)
 
     def bound(metric: str, digits: int) -> Cell:
-        return figures.bound(figures.row("privacy", metric, "largest", arm=arm), digits)
+        return figures.bound(figures.row("privacy", metric, "largest", Where(arm=arm)), digits)
 
     unit, unknown = str(spent.get("unit", "row")), "not recorded"
-    delta_row = figures.row("privacy", "delta", "largest", arm=arm)
+    delta_row = figures.row("privacy", "delta", "largest", Where(arm=arm))
     delta: Cell = "-" if delta_row is None else Number(f"{figures.value(delta_row):g}", delta_row)
     units: Cell = _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
     units = {"row": "row: rows are declared independent", "client": "client: all of its data"}.get(unit, units)
@@ -293,15 +287,15 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
     rows: list[list[Cell]] = []
     for metric in metrics:
         for arm in arms:
-            if figures.row("utility", metric, "mean", arm=arm) is None:
+            if figures.row("utility", metric, "mean", Where(arm=arm)) is None:
                 continue
             row: list[Cell] = [
                 arm,
                 _name(metric),
-                _spread(figures, "utility", metric, arm),
+                figures.spread("utility", metric, arm),
                 _interval(figures, "utility", metric, arm),
             ]
-            rows.append([*row, *([_spread(figures, "utility", metric + HELD_OUT, arm)] if held else [])])
+            rows.append([*row, *([figures.spread("utility", metric + HELD_OUT, arm)] if held else [])])
     heads = ["arm", "metric", "mean ± deviation", "95 % interval", *(["held-out clients"] if held else [])]
     blocks: list[Block] = [Table(heads, rows, "After the last round", words=frozenset({0, 1}))]
     rows = []
@@ -309,7 +303,7 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         group = "held-out" if metric.endswith(HELD_OUT) else "all"
         for arm in arms:
             where = {"arm": arm, "baseline": baseline}
-            if (row_of := figures.row("difference", metric, "mean", **where)) is None:
+            if (row_of := figures.row("difference", metric, "mean", Where(**where))) is None:
                 continue
             rows.append(
                 [
@@ -318,8 +312,8 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
                     group,
                     figures.number(row_of, sign=True),
                     _interval(figures, "difference", metric, arm, baseline, sign=True),
-                    figures.number(figures.row("difference", metric, "better", **where), 2),
-                    figures.number(figures.row("difference", metric, "pairs", **where), 0),
+                    figures.number(figures.row("difference", metric, "better", Where(**where)), 2),
+                    figures.number(figures.row("difference", metric, "pairs", Where(**where)), 0),
                 ]
             )
     if rows:
@@ -334,7 +328,7 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         rows = []
         for client in clients[:SHOWN_CLIENTS]:
             name = f"client {client}" + (" (tuned on)" if client in report["run"]["tuned_on"] else "")
-            own = (figures.row("client", metrics[0], "mean", arm=arm, client=client) for arm in shared)
+            own = (figures.row("client", metrics[0], "mean", Where(arm=arm, client=client)) for arm in shared)
             rows.append([name, *map(figures.number, own)])
         caption = f"{_first_up(metrics[0])} client by client, mean over seeds"
         more = len(clients) - SHOWN_CLIENTS
@@ -351,8 +345,8 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
         for arm in arms:
             marks = []
             for number in rounds:
-                row = figures.row("curve", metric, "mean", arm=arm, round=number)
-                std = figures.value(figures.row("curve", metric, "std", arm=arm, round=number))
+                row = figures.row("curve", metric, "mean", Where(arm=arm, round=number))
+                std = figures.value(figures.row("curve", metric, "std", Where(arm=arm, round=number)))
                 if (value := figures.value(row)) is not None:
                     ends = (None, None) if std is None else (value - std, value + std)
                     marks.append(Mark(value, ends[0], ends[1], row, x=float(number)))
@@ -364,188 +358,10 @@ def _curves(figures: Figures, arms: Sequence[str], metrics: Sequence[str]) -> li
     return plots
 
 
-VARIETY = (
-    ("texts", "texts", 0),
-    ("words", "words", 1),
-    ("distinct_1", "distinct-1", 3),
-    ("distinct_2", "distinct-2", 3),
-    ("self_bleu", "self-BLEU", 3),
-    ("label_balance", "label balance", 3),
-    ("compared", "compared", 0),
-)
-CLOSENESS = (("mauve", "MAUVE", 3), ("frechet", "Frechet distance", None), ("embedded", "texts compared", 0))
-
-
-def _text(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
-    arms, described = report["arms"], report["texts"]
-    blocks: list[Block] = []
-    if funnels := [p for arm in arms if (p := _funnel(figures, arm)) is not None]:
-        blocks += [Plots(funnels), _funnel_table(figures, arms)]
-    lines = [*arms, *(r["arm"] for r in figures.rows if r["part"] == "text" and r["arm"] not in arms)]
-    lines = list(dict.fromkeys(lines))  # with the row of the reference text
-    for kind in described["kinds"]:
-        blocks += quality_table(
-            figures, "text", lines, kind, VARIETY, f"Texts of the kind “{kind}”: number, length, variety"
-        )
-        blocks += quality_table(
-            figures, "text", lines, kind, CLOSENESS, f"Texts of the kind “{kind}”: how close to public text"
-        )
-    if described["kinds"]:
-        blocks.append(Items([(f"{word}:", said) for word, said in _reading(figures, described)]))
-    if described["bare"]:
-        left_out = "texts without a guarantee are neither described nor shown where they stem from real data."
-        blocks.append(Items([(f"{listed(described['bare'])}:", left_out)]))
-    for kind in reversed(described["kinds"]):
-        if (plot := _labels(figures, lines, kind, described["labels"])) is not None:
-            blocks.append(Plots([plot]))
-            break
-    return blocks
-
-
-def quality_table(
-    figures: Figures,
-    part: str,
-    arms: Sequence[str],
-    kind: str,
-    columns: Sequence[tuple[str, str, int | None]],
-    caption: str,
-) -> list[Block]:
-    """One line per arm that has texts of the kind, with the columns that any of them has; empty if no arm has any."""
-    there = [c for c in columns if f"{kind}/{c[0]}" in figures.metrics(part)]
-    chosen = [
-        a for a in arms if any(figures.row(part, f"{kind}/{key}", "mean", arm=a) is not None for key, _, _ in there)
-    ]
-    rows: list[list[Cell]] = []
-    for arm in chosen:
-        # Figures that are the same for all seeds by construction need no deviation.
-        cells_of = [
-            figures.number(figures.row(part, f"{kind}/{key}", "mean", arm=arm), digits)
-            if key in ("compared", "embedded")
-            else _spread(figures, part, f"{kind}/{key}", arm, digits)
-            for key, _, digits in there
-        ]
-        rows.append([arm, *cells_of])
-    return [Table(["arm", *(head for _, head, _ in there)], rows, caption)] if rows else []
-
-
-def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = [
-        ("distinct-n", "different n-grams of words over all of them (Li et al. 2016): the higher, the more varied"),
-        (
-            "self-BLEU",
-            "mean BLEU-4 of each text against the others of its set (Zhu et al. 2018): the higher, the more alike",
-        ),
-        (
-            "counted on",
-            "equally many texts of each client (compared), as both depend on how many there are; per "
-            "client, then means over clients and mean ± deviation over seeds",
-        ),
-    ]
-    if described["labels"]:
-        found.append(
-            ("label balance", "entropy of the labels over its largest value: 1 where all are equally frequent")
-        )
-    if any(name.endswith("/mauve") for name in figures.metrics("text")):
-        found.append(
-            (
-                "MAUVE and Frechet distance",
-                f"from {described['reference']}, by embeddings of "
-                f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
-                "fresh text is what two draws of the same source have. Compare figures of this "
-                "report only",
-            )
-        )
-    if described["left_out"]:
-        found.append(("no MAUVE, no Frechet distance", described["left_out"]))
-    return [(word, f"{said}.") for word, said in found]
-
-
-def _stages(figures: Figures, arm: str) -> dict[str, dict[str, int]]:
-    """By step of curation, the rows of `in`, `kept` and each reason, in the order of the run."""
-    stages: dict[str, dict[str, int]] = {}
-    for metric in figures.metrics("yield", arm):
-        stage, _, what = metric.partition("/")
-        row = figures.row("yield", metric, "mean", arm=arm)
-        if row is not None:
-            stages.setdefault(stage, {})[what.removeprefix("dropped/")] = row
-    return stages
-
-
-def _funnel(figures: Figures, arm: str) -> Plot | None:
-    names, marks = [], []
-    before: float | None = None
-    for stage, found in _stages(figures, arm).items():
-        taken, kept = figures.value(found.get("in")), figures.value(found.get("kept"))
-        if taken is not None and (before is None or abs(taken - before) > 0.005):
-            names.append(f"{stage.replace('_', ' ')}, before")
-            marks.append(Mark(taken, row=found["in"], digits=1))
-        if kept is not None:
-            names.append(stage.replace("_", " "))
-            marks.append(Mark(kept, row=found["kept"], digits=1))
-        before = kept if kept is not None else before
-    caption = f"{arm}: texts that each step kept, mean per client"
-    return Plot(draw.bars(names, marks, title=caption), caption) if marks else None
-
-
-YIELD = "Yield of all rounds, means over clients (or of the server, where it writes for all) and seeds"
-
-
-def _funnel_table(figures: Figures, arms: Sequence[str]) -> Table:
-    rows: list[list[Cell]] = []
-    for arm in arms:
-        for stage, found in _stages(figures, arm).items():
-            reasons: list[Any] = []
-            for reason, row in found.items():
-                if reason not in ("in", "kept") and figures.value(row):
-                    reasons += ["; " if reasons else "", f"{reason.replace('_', ' ')} ", figures.number(row, None)]
-            rows.append(
-                [
-                    arm,
-                    stage.replace("_", " "),
-                    figures.number(found.get("in"), 1),
-                    figures.number(found.get("kept"), 1),
-                    tuple(reasons) or "-",
-                ]
-            )
-    heads = ["arm", "step", "in", "kept", "dropped because, or of these"]
-    return Table(heads, rows, YIELD, words=frozenset({0, 1, 4}))
-
-
-def _labels(figures: Figures, arms: Sequence[str], kind: str, labels: Sequence[str]) -> Plot | None:
-    if not 1 < len(labels) <= SHOWN_LABELS:
-        return None
-    series = []
-    for arm in arms:
-        rows = [figures.row("text", f"{kind}/label/{label}", "mean", arm=arm) for label in labels]
-        marks = tuple(None if row is None else Mark(figures.rows[row]["value"], row=row) for row in rows)
-        if any(marks):
-            series.append(Series(arm, marks))
-    if not series:
-        return None
-    caption = f"Share of each label among the texts of the kind “{kind}”, mean over clients and seeds"
-    return Plot(draw.dots(labels, series, title=caption, zero=True), caption)
-
-
-def _quotes(report: Mapping[str, Any]) -> list[Block]:
-    blocks: list[Block] = [
-        Paragraph(
-            "Released or written by the server's LLM, as they stand; chosen by place in the file, one of each label in "
-            "turn."
-        )
-    ]
-    groups: dict[tuple[str, str], list[Quote]] = {}
-    for e in report["examples"]:
-        source = f"{e['file']}, text {e['number']}"
-        groups.setdefault((e["arm"], e["kind"]), []).append(Quote(source, e["text"], e["answer"]))
-    for (arm, kind), quotes in groups.items():
-        blocks += [Paragraph(f"{arm}, {kind}:", quiet=True), Quotes(quotes)]
-    return blocks
-
-
 def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) -> list[Block]:
     arms = report["arms"]
     names = figures.metrics("cost")
-    rows: list[list[Cell]] = [[arm, *(_spread(figures, "cost", name, arm, 1) for name in names)] for arm in arms]
+    rows: list[list[Cell]] = [[arm, *(figures.spread("cost", name, arm, 1) for name in names)] for arm in arms]
     blocks: list[Block] = [
         Table(["arm", *names], rows, note="Bytes of payloads, all rounds; seconds depend on the machine.")
     ]
@@ -555,7 +371,7 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
         for arm in (
             a for a in arms if a not in report["pooled"]
         ):  # these arms use raw text, and this cost is not counted
-            x = figures.row("cost", sent, "mean", arm=arm)
+            x = figures.row("cost", sent, "mean", Where(arm=arm))
             mark = _mark(figures, "utility", metrics[0], arm)
             if x is not None and mark is not None:
                 series.append(Series(arm, (replace(mark, x=figures.rows[x]["value"], x_row=x),)))

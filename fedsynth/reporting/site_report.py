@@ -15,9 +15,9 @@ from fedsynth.data.partition import open_sites
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Quote, Quotes, Section, Table
-from fedsynth.reporting.run_page import CLOSENESS, quality_table
 from fedsynth.reporting.run_report import SCHEMA, embedder, read_scenario, save
-from fedsynth.reporting.statistics import Figures
+from fedsynth.reporting.statistics import Figures, Where
+from fedsynth.reporting.text_section import CLOSENESS, quality_table
 from fedsynth.reporting.texts import PER_CLIENT, Reference, Released, add_distances, kinds_of, released
 from fedsynth.rouge import nearest, rouge_l
 from fedsynth.scenario.schema import Scenario
@@ -108,8 +108,8 @@ def _add_cards(figures: Figures, cards: Mapping[str, Any]) -> None:
     for card in cards.get("cards", [])[:1]:
         for client, held in enumerate(card["clients"]):
             for name in ("train", "test", "units", "labels_present", "duplicates"):
-                figures.add("data", name, "value", held[name], client=client)
-            figures.add("data", "words", "median", held["words"]["median"], client=client)
+                figures.add("data", name, "value", held[name], Where(client=client))
+            figures.add("data", "words", "median", held["words"]["median"], Where(client=client))
 
 
 def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Private) -> list[dict[str, Any]]:
@@ -148,8 +148,8 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
     for (of_arm, of_kind, metric), rows_of in frame.groupby(["arm", "kind", "metric"], sort=False):
         per_seed = rows_of.groupby("seed")["value"].mean()
         std = float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None
-        figures.add("copies", f"{of_kind}/{metric}", "mean", float(per_seed.mean()), arm=str(of_arm))
-        figures.add("copies", f"{of_kind}/{metric}", "std", std, arm=str(of_arm))
+        figures.add("copies", f"{of_kind}/{metric}", "mean", float(per_seed.mean()), Where(arm=str(of_arm)))
+        figures.add("copies", f"{of_kind}/{metric}", "std", std, Where(arm=str(of_arm)))
     chosen = [pair for own in pairs.values() for pair in sorted(own, key=lambda p: -p["rouge_l"])[:PAIRS]]
     for number, pair in enumerate(chosen):
         pair["metric"] = f"{pair['kind']}/pair {number}"
@@ -158,9 +158,7 @@ def _add_copies(figures: Figures, texts: Sequence[Released], private_texts: Priv
             pair["metric"],
             "rouge_l",
             pair["rouge_l"],
-            arm=pair["arm"],
-            seed=pair["seed"],
-            client=pair["client"],
+            Where(arm=pair["arm"], seed=pair["seed"], client=pair["client"]),
         )
         near_to, _ = private_texts[pair["arm"], pair["seed"], pair["client"]]
         pair["private"] = max(near_to.prompts, key=lambda text: rouge_l(text, pair["text"]))
@@ -216,7 +214,7 @@ def page(report: Mapping[str, Any]) -> Page:
     sections.append(Section("Distance from private text", "distance", far))
     groups: dict[str, list[Quote]] = {}
     for p in report["pairs"]:
-        row = figures.row("pair", p["metric"], "rouge_l", arm=p["arm"], seed=p["seed"], client=p["client"])
+        row = figures.row("pair", p["metric"], "rouge_l", Where(arm=p["arm"], seed=p["seed"], client=p["client"]))
         source = (f"private, client {p['client']}, seed {p['seed']}, ROUGE-L ", figures.number(row))
         groups.setdefault(f"{p['arm']}, {p['kind']}", []).append(Quote(source, p["text"], p["private"]))
     shown: list[Block] = [Paragraph("Above a released text, below the private text that is nearest to it.")]
@@ -231,7 +229,7 @@ def page(report: Mapping[str, Any]) -> Page:
                 str(c),
                 *(
                     figures.number(
-                        figures.row("data", n, "median" if n == "words" else "value", client=c),
+                        figures.row("data", n, "median" if n == "words" else "value", Where(client=c)),
                         1 if n == "words" else 0,
                     )
                     for n in names

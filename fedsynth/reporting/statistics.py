@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import pandas as pd
@@ -12,12 +12,33 @@ import pandas as pd
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import up
-from fedsynth.reporting.page import Number
+from fedsynth.reporting.page import Cell, Number
 from fedsynth.synthesis.attrition import Loss
 
 COLUMNS = ("row", "part", "arm", "baseline", "seed", "round", "client", "metric", "statistic", "value")
 HELD_OUT = "_held_out_clients"
-Key: TypeAlias = tuple[str, str, str, int | None, int | None, int | None, str, str]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which part of a run a figure is of; what is left out, it is over all of.
+
+    Attributes:
+        arm: Of the scenario.
+        baseline: The arm that it is compared with.
+        seed: Of the run.
+        round: Of the arm.
+        client: Or the server.
+    """
+
+    arm: str = ""
+    baseline: str = ""
+    seed: int | None = None
+    round: int | None = None
+    client: int | None = None
+
+
+Key: TypeAlias = tuple[str, str, str, Where]
 
 
 @dataclass
@@ -31,19 +52,7 @@ class Figures:
     rows: list[dict[str, Any]] = field(default_factory=list)
     places: dict[Key, int] = field(default_factory=dict)
 
-    def add(
-        self,
-        part: str,
-        metric: str,
-        statistic: str,
-        value: float | None,
-        *,
-        arm: str = "",
-        baseline: str = "",
-        seed: int | None = None,
-        round: int | None = None,
-        client: int | None = None,
-    ) -> None:
+    def add(self, part: str, metric: str, statistic: str, value: float | None, where: Where = Where()) -> None:
         """Adds one number; None adds nothing, so that a figure that cannot be computed has no row.
 
         Raises:
@@ -51,27 +60,16 @@ class Figures:
         """
         if value is None or math.isnan(value):
             return
-        key = (part, arm, baseline, seed, round, client, metric, statistic)
+        key = (part, metric, statistic, where)
         if key in self.places:
             raise ValueError(f"the figure {key} stands in the table already")
         self.places[key] = len(self.rows)
-        cells = (len(self.rows), part, arm, baseline, seed, round, client, metric, statistic, float(value))
-        self.rows.append(dict(zip(COLUMNS, cells, strict=True)))
+        cells = {"row": len(self.rows), "part": part, **asdict(where)}
+        self.rows.append(cells | {"metric": metric, "statistic": statistic, "value": float(value)})
 
-    def row(
-        self,
-        part: str,
-        metric: str,
-        statistic: str,
-        *,
-        arm: str = "",
-        baseline: str = "",
-        seed: int | None = None,
-        round: int | None = None,
-        client: int | None = None,
-    ) -> int | None:
+    def row(self, part: str, metric: str, statistic: str, where: Where = Where()) -> int | None:
         """The row of a figure; None if there is none."""
-        return self.places.get((part, arm, baseline, seed, round, client, metric, statistic))
+        return self.places.get((part, metric, statistic, where))
 
     def value(self, row: int | None) -> float | None:
         """The number of a row."""
@@ -89,6 +87,11 @@ class Figures:
             return "-"
         return Number(shown(value, digits, sign=sign), row)
 
+    def spread(self, part: str, metric: str, arm: str, digits: int | None = 3) -> Cell:
+        """Mean ± deviation over seeds."""
+        mean, std = (self.number(self.row(part, metric, name, Where(arm=arm)), digits) for name in ("mean", "std"))
+        return mean if isinstance(std, str) else (mean, " ± ", std)
+
     def bound(self, row: int | None, digits: int) -> Number | str:
         """The same, rounded up: a printed bound must hold."""
         value = self.value(row)
@@ -105,7 +108,7 @@ class Figures:
         found = cls()
         for row in rows:
             where = {name: row[name] for name in ("arm", "baseline", "seed", "round", "client")}
-            found.add(row["part"], row["metric"], row["statistic"], float(row["value"]), **where)
+            found.add(row["part"], row["metric"], row["statistic"], float(row["value"]), Where(**where))
         return found
 
 
@@ -191,7 +194,11 @@ def add_differences(
                     continue
                 for statistic in ("mean", "low", "high", "better", "pairs"):
                     figures.add(
-                        "difference", metric + end, statistic, getattr(found, statistic), arm=arm, baseline=baseline
+                        "difference",
+                        metric + end,
+                        statistic,
+                        getattr(found, statistic),
+                        Where(arm=arm, baseline=baseline),
                     )
 
 
@@ -212,7 +219,7 @@ def add_losses(figures: Figures, found: Mapping[str, Sequence[Loss]]) -> None:
     for arm, own in found.items():
         for loss in own:
             for name in ("asked", "left", "most", "clients", "bare", "narrowed"):
-                figures.add("loss", f"{loss.what}/{name}", "sum", getattr(loss, name), arm=arm)
+                figures.add("loss", f"{loss.what}/{name}", "sum", getattr(loss, name), Where(arm=arm))
 
 
 def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
@@ -249,10 +256,10 @@ def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
     for arm, said in privacy.items():
         spent = said.get("largest_over_clients", {})
         for name in PRIVACY:
-            figures.add("privacy", name, "largest", _float(spent.get(name)), arm=arm)
+            figures.add("privacy", name, "largest", _float(spent.get(name)), Where(arm=arm))
         for rows, epsilon in spent.get("epsilon_rows", {}).items():
-            figures.add("privacy", f"epsilon of {rows} rows", "largest", _float(epsilon), arm=arm)
-        figures.add("privacy", "units", "largest", _float(said.get("terms", {}).get("largest_units")), arm=arm)
+            figures.add("privacy", f"epsilon of {rows} rows", "largest", _float(epsilon), Where(arm=arm))
+        figures.add("privacy", "units", "largest", _float(said.get("terms", {}).get("largest_units")), Where(arm=arm))
 
 
 Statistic = Literal["mean", "std", "low", "high", "n"]
@@ -263,17 +270,17 @@ def _add_spread(figures: Figures, part: str, metric: str, values: pd.Series[floa
     _add_mean(figures, part, metric, values.groupby(level="seed").mean(), arm=arm)
     if len(values) > 1:
         low, high = bootstrap(values)
-        figures.add(part, metric, "low", low, arm=arm)
-        figures.add(part, metric, "high", high, arm=arm)
+        figures.add(part, metric, "low", low, Where(arm=arm))
+        figures.add(part, metric, "high", high, Where(arm=arm))
 
 
 def _add_mean(figures: Figures, part: str, metric: str, per_seed: pd.Series[float], **where: Any) -> None:
     """Mean and deviation over seeds (none for one seed), and the number of seeds."""
     if len(per_seed) == 0:
         return
-    figures.add(part, metric, "mean", float(per_seed.mean()), **where)
-    figures.add(part, metric, "std", float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, **where)
-    figures.add(part, metric, "n", len(per_seed), **where)
+    figures.add(part, metric, "mean", float(per_seed.mean()), Where(**where))
+    figures.add(part, metric, "std", float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, Where(**where))
+    figures.add(part, metric, "n", len(per_seed), Where(**where))
 
 
 def _float(value: Any) -> float | None:

@@ -17,7 +17,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import distinct, frechet, mauve, self_bleu
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.log import SERVER
-from fedsynth.reporting.statistics import Figures
+from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.rouge import words
 from fedsynth.scenario.schema import Data
 from fedsynth.typed import BadValue
@@ -95,7 +95,9 @@ def add_texts(
             known = labels if any(set(c.answers) & set(labels) for c in ground) else ()
             fresh = pd.DataFrame([_quality(corpus, size, known) for corpus in ground])
             for name in fresh.columns.difference(["texts"], sort=False):
-                figures.add("text", f"{kind}/{name}", "mean", float(fresh[name].mean()), arm=reference.other_name)
+                figures.add(
+                    "text", f"{kind}/{name}", "mean", float(fresh[name].mean()), Where(arm=reference.other_name)
+                )
 
 
 def _quality(corpus: Corpus, size: int, labels: Sequence[str]) -> dict[str, float]:
@@ -193,9 +195,9 @@ def add_distances(
         _add(figures, kind, pd.DataFrame(rows, columns=["arm", "seed", "metric", "value"]), part)
         if len(others) >= size:
             far = placed(others, size)
-            figures.add(part, f"{kind}/mauve", "mean", mauve(far, ground, seed=0), arm=reference.other_name)
-            figures.add(part, f"{kind}/frechet", "mean", frechet(far, ground), arm=reference.other_name)
-            figures.add(part, f"{kind}/embedded", "mean", float(size), arm=reference.other_name)
+            figures.add(part, f"{kind}/mauve", "mean", mauve(far, ground, seed=0), Where(arm=reference.other_name))
+            figures.add(part, f"{kind}/frechet", "mean", frechet(far, ground), Where(arm=reference.other_name))
+            figures.add(part, f"{kind}/embedded", "mean", float(size), Where(arm=reference.other_name))
 
 
 def _of_all(corpora: Sequence[Corpus]) -> list[str]:
@@ -216,10 +218,10 @@ def _add(figures: Figures, kind: str, frame: pd.DataFrame, part: str = "text") -
         per_seed = rows.groupby("seed")["value"].mean()
         name = f"{kind}/{metric}"
         for seed, value in per_seed.items():
-            figures.add(part, name, "value", float(value), arm=str(arm), seed=int(str(seed)))
-        figures.add(part, name, "mean", float(per_seed.mean()), arm=str(arm))
-        figures.add(part, name, "std", float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, arm=str(arm))
-        figures.add(part, name, "n", len(per_seed), arm=str(arm))
+            figures.add(part, name, "value", float(value), Where(arm=str(arm), seed=int(str(seed))))
+        figures.add(part, name, "mean", float(per_seed.mean()), Where(arm=str(arm)))
+        figures.add(part, name, "std", float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, Where(arm=str(arm)))
+        figures.add(part, name, "n", len(per_seed), Where(arm=str(arm)))
 
 
 def shown_labels(texts: Sequence[Released], listed: Sequence[str] | None) -> list[str]:

@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from fedsynth.corpus import alike, told_apart
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.scenario.server import Server
 from fedsynth.scenario.task import Task
-from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
@@ -411,97 +410,6 @@ class Client:
         if self.guarantee == "dp" and training.precision == "auto":
             own = replace(own, generator_training=replace(training, precision="float32"))
         return replace(own, task_model=self.task_models[index % len(self.task_models)]) if self.task_models else own
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
-
-    Attributes:
-        endpoint: Address up to and with the version, as `http://127.0.0.1:8000/v1`.
-        model: The model's name at the server.
-        key_env: Environment variable that holds the key, if one is needed; never the key itself.
-        api: `completions` continues a prompt (a base LLM); `chat` sends each prompt as one user message.
-        timeout: Seconds to wait for an answer.
-        retries: Number of times that a request is repeated after no answer, 429 or 5xx.
-        concurrency: Requests at once.
-    """
-
-    endpoint: str
-    model: str
-    key_env: str | None = None
-    api: Literal["completions", "chat"] = "completions"
-    timeout: Positive = 60.0
-    retries: int = 3
-    concurrency: Count = 8
-
-    def __post_init__(self) -> None:
-        host = host_of(self.endpoint)
-        if not self.model:
-            raise BadValue("model is empty: name the model that the endpoint serves")
-        if self.key_env is not None and not self.key_env.isidentifier():
-            # Not repeated: a user who mistakes the field puts the key itself here.
-            raise BadValue(
-                "key_env must name an environment variable, as OPENAI_API_KEY; a key is no part of a scenario"
-            )
-        if self.key_env is not None and self.endpoint.startswith("http:") and not is_loopback(host):
-            raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
-        in_range(self)
-        if self.retries < 0:
-            raise BadValue(f"retries must be at least 0, got {self.retries}")
-
-
-def host_of(endpoint: str) -> str:
-    """The host of an endpoint's address, which holds nothing but scheme, host, port and path."""
-    try:
-        parts = urlsplit(endpoint)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if host is None or parts.scheme not in ("http", "https") or parts.query or parts.fragment or "@" in parts.netloc:
-        # Not repeated: a password or a key may stand in it.
-        raise BadValue("endpoint must read http://HOST:PORT/v1 or https://HOST/v1; a key goes where key_env says")
-    return host
-
-
-@dataclass(frozen=True)
-class Server:
-    """The server's models and limits.
-
-    Attributes:
-        llm: Causal or seq2seq model, named as a client's, or an endpoint.
-        adapter: LoRA that the llm starts with: `assets:NAME`, or a folder in PEFT format. Layers without LoRA weights
-            stay as they are; other keys of its configuration are used as PEFT does, or refused by name.
-        embedder: Model whose sentence embeddings group similar drafts, named as a client's; left out, the LLM itself.
-            An endpoint cannot embed.
-        timeout: Seconds that one exchange may take before the run ends with a reason.
-        start_seconds: Simulations: seconds until SuperLink, Ray and the SuperNodes must be ready. A dead process is
-            noticed at once: this limit is for a machine so busy that nothing proceeds.
-        quorum: Share of the asked clients that must answer.
-        professional: KnowledgeSG's model that judges and responds; left out, the LLM.
-        public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
-            a .txt with one per line). CrossLM measures the LLM's perplexity on them, and its label accuracy on those
-            with a `label` of the list.
-    """
-
-    llm: str | Endpoint
-    adapter: str | None = None
-    embedder: str | None = None
-    timeout: Positive = 3600.0
-    start_seconds: Positive = 3600.0
-    quorum: Share = 1.0
-    professional: str | Endpoint | None = None
-    public: str | None = None
-
-    def __post_init__(self) -> None:
-        in_range(self, "server")
-        if isinstance(self.llm, Endpoint) and self.adapter is not None:
-            raise BadValue("the llm is an endpoint, into which no adapter can be put: name a model as llm")
-        if isinstance(self.llm, Endpoint) and self.embedder is None:
-            raise BadValue(
-                "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
-                "like drafts together"
-            )
 
 
 @dataclass(frozen=True)

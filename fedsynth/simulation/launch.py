@@ -63,15 +63,32 @@ LOOK_SECONDS = 5.0  # between two requests for Flower's status of a run
 PATIENCE = 3  # requests that the SuperLink may leave unanswered, half a minute each, before the run fails
 
 
+@dataclass(frozen=True, kw_only=True)
+class AppRun:
+    """One run of a Flower app as a simulation.
+
+    Attributes:
+        app: Folder with the app's pyproject.toml.
+        run_config: Overrides of the app's run-config; every key must be known to the app.
+        supernodes: Virtual SuperNodes, hence partitions.
+        workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
+        gpu_share: Of one GPU, that each worker counts as its own: which of several it sees is Ray's choice by that.
+        out: Absolute folder of the run.
+        logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
+    """
+
+    app: Path
+    run_config: Mapping[str, str | int | float | bool]
+    supernodes: int
+    workers: int
+    gpu_share: float = 0.0
+    out: Path
+    logs: Path
+
+
 def launch(
-    app: Path,
+    run: AppRun,
     *,
-    run_config: Mapping[str, str | int | float | bool],
-    supernodes: int,
-    workers: int,
-    gpu_share: float = 0.0,
-    out: Path,
-    logs: Path,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     port: int | None = None,
     start_seconds: float = 3600.0,
@@ -84,13 +101,7 @@ def launch(
     that file and Flower say so, because Flower also calls a run completed in which every client failed.
 
     Args:
-        app: Folder with the app's pyproject.toml.
-        run_config: Overrides of the app's run-config; every key must be known to the app.
-        supernodes: Number of virtual SuperNodes, hence of partitions.
-        workers: Processes that serve them; at most the CPUs plus four work at once (Flower's thread pool).
-        gpu_share: The share of one GPU that each worker counts as its own; Ray assigns GPUs to workers by it.
-        out: Absolute folder of the run.
-        logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
+        run: The app, its configuration, and its folders.
         on_event: Called with each new event, in this thread.
         port: Port of the SuperLink on 127.0.0.1; any free one if None.
         start_seconds: Longest time that SuperLink, simulation and Ray may each take to start, if none of them dies.
@@ -100,6 +111,7 @@ def launch(
         LaunchFailed: The port is taken, the app was refused, or the run failed, was stopped or lost a process; another
             run works in these folders.
     """
+    out, logs = run.out, run.logs
     for folder in (out, logs):
         if not folder.is_absolute():
             raise ValueError(f"the folders of a run must be absolute, got {folder}")
@@ -108,11 +120,11 @@ def launch(
         (out / STATUS).unlink(missing_ok=True)
         events = Events(out / EVENTS)
         plan = _Plan(
-            app=str(app.resolve()),
-            run_config=dict(run_config),
-            supernodes=supernodes,
-            workers=workers,
-            gpu_share=gpu_share,
+            app=str(run.app.resolve()),
+            run_config=dict(run.run_config),
+            supernodes=run.supernodes,
+            workers=run.workers,
+            gpu_share=run.gpu_share,
             out=str(out),
             logs=str(logs),
             port=free_port(port),

@@ -18,8 +18,8 @@ import psutil
 from fedsynth.clients.client_side import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
+from fedsynth.data.loaders import pinned as pinned_data
 from fedsynth.data.partition import divide, label_list, misfits
-from fedsynth.data.tables import pinned as pinned_data
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
@@ -27,23 +27,16 @@ from fedsynth.federation.run.environment import differences
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
+from fedsynth.models.devices import device, gpu_memory, gpus
 from fedsynth.models.hub import pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import (
-    client_models,
-    device,
-    gpu_memory,
-    gpus,
-    load_generator,
-    load_tokenizer,
-    models_of,
-    server_models,
-)
+from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Cell, Data, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.flower import DEPLOYMENT, STATUS
-from fedsynth.simulation.launch import APP, launch
+from fedsynth.simulation.launch import APP, AppRun, launch
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.training.examples import check_room
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
@@ -405,13 +398,15 @@ def _launched(
     on_event: Callable[[dict[str, Any]], None] | None,
 ) -> Result:
     launch(
-        APP,
-        run_config={"scenario-toml": text, "out-dir": str(place)},
-        supernodes=supernodes(asked.data.clients, count),
-        workers=count,
-        gpu_share=gpu_share(count),
-        out=place,
-        logs=private_of(place) / "logs",
+        AppRun(
+            app=APP,
+            run_config={"scenario-toml": text, "out-dir": str(place)},
+            supernodes=supernodes(asked.data.clients, count),
+            workers=count,
+            gpu_share=gpu_share(count),
+            out=place,
+            logs=private_of(place) / "logs",
+        ),
         on_event=on_event,
         port=port,
         start_seconds=asked.server.start_seconds,

@@ -8,15 +8,16 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import merged, read_adapter, with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.encoding import token_ids
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import Tuning
 from fedsynth.synthesis.curation import Filtered
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Learns, encode_records
-from fedsynth.training.sft import sft
+from fedsynth.training.sft import Steps, sft
 
 
 def write(
@@ -91,5 +92,5 @@ def taught(
     """
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
     examples = encode_records(tokenizer, pairs, settings.max_length, kind_of(model.config), loss_on=loss_on)
-    loss = sft(model, examples, settings, pad=tokenizer.pad_token_id, seed=seed, descend=engine.descend)
+    loss = sft(model, examples, Steps(settings, pad=tokenizer.pad_token_id, seed=seed), descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, pairs]), loss

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 import numpy as np
 
@@ -148,6 +148,23 @@ class _Deck:
 
 
 @dataclass(frozen=True)
+class Demonstrating:
+    """The form of a prompt for new texts, and the sampling of its answer.
+
+    Attributes:
+        mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
+            "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
+            "none": one text per prompt, after its label's name alone (an ablation).
+        shots: Demonstrations of a label in a prompt.
+        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
+    """
+
+    mode: Mode
+    shots: int
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True)
 class _Asked:
     """The demonstrations of a prompt, its writer, and the reader of its answer."""
 
@@ -160,12 +177,10 @@ class _Asked:
 def augment(
     llm: TextModel,
     demonstrations: Mapping[int, Corpus],
+    how: Demonstrating,
     *,
     labels: Sequence[str],
     wanted: Mapping[int, Sequence[str]],
-    mode: Mode,
-    shots: int,
-    sampling: SamplingParams,
     seed: int,
     task: Task = NO_CARD,
 ) -> dict[int, Augmented]:
@@ -174,14 +189,10 @@ def augment(
     Args:
         llm: The server's.
         demonstrations: By site; released texts and their class names.
+        how: The form of a prompt, and the sampling of its answer.
         labels: The public ones.
         wanted: By site; the labels of the texts that are asked for, as `turns` gives them: uniformly, because a site's
             label counts stay with the site. Fewer texts come back where an answer cannot be read.
-        mode: "per_label": one text per prompt, after `shots` demonstrations of its label (or all, if there are fewer).
-            "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
-            "none": one text per prompt, after its label's name alone (an ablation).
-        shots: Demonstrations of a label in a prompt.
-        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
         seed: Of the demonstrations' order and of the LLM's sampling.
         task: The card: how a label is put into words.
 
@@ -191,11 +202,8 @@ def augment(
     for corpus in demonstrations.values():
         refuse_private(corpus)
     check_labels(labels)
-    if shots < 1:
-        raise ValueError(f"shots must be at least 1, got {shots}")
-    if mode not in ("per_label", "all_labels", "none"):
-        raise ValueError(f'mode must be "per_label", "all_labels" or "none", got {mode!r}')
-
+    if how.shots < 1:
+        raise ValueError(f"shots must be at least 1, got {how.shots}")
     asked: list[_Asked] = []
     bare: dict[int, Counter[str]] = {}
     for site, corpus in sorted(demonstrations.items()):
@@ -203,21 +211,24 @@ def augment(
         rng = np.random.default_rng([seed, *([site] if site >= 0 else [])])  # below is the server, which writes for all
         decks = {label: _Deck(texts, rng) for label, texts in _by_label(corpus, labels).items() if texts}
         bare[site] = Counter()
-        if mode != "none":
+        if how.mode != "none":
             bare[site].update(label for label in wanted[site] if label not in decks)
-        if mode == "all_labels":
-            asked += [
-                _Asked(site, examples, _block_writer(llm, labels, wanted, task), _block_reader(labels, task))
-                for examples, wanted in _blocks(wanted[site], decks, labels, shots)
-            ]
-        else:
-            for label in wanted[site]:
-                deck = decks.get(label) if mode == "per_label" else None
-                texts = [] if deck is None else deck.draw(min(shots, len(deck.texts)))
-                writer = _line_writer(llm, label, task)
-                asked.append(_Asked(site, [(label, t) for t in texts], writer, _line_reader(label)))
+        match how.mode:
+            case "all_labels":
+                asked += [
+                    _Asked(site, examples, _block_writer(llm, labels, wanted, task), _block_reader(labels, task))
+                    for examples, wanted in _blocks(wanted[site], decks, labels, how.shots)
+                ]
+            case "per_label" | "none":
+                for label in wanted[site]:
+                    deck = decks.get(label) if how.mode == "per_label" else None
+                    texts = [] if deck is None else deck.draw(min(how.shots, len(deck.texts)))
+                    writer = _line_writer(llm, label, task)
+                    asked.append(_Asked(site, [(label, t) for t in texts], writer, _line_reader(label)))
+            case never:
+                assert_never(never)
 
-    sampling = replace(sampling, one_line=mode != "all_labels")
+    sampling = replace(how.sampling, one_line=how.mode != "all_labels")
     answers = llm.complete(_fitting(llm, asked, sampling.max_new_tokens), sampling, seed=seed)
 
     written: dict[int, list[tuple[str, str]]] = {site: [] for site in bare}
@@ -229,7 +240,7 @@ def augment(
     counts = Counter(a.site for a in asked)
     return {
         site: Augmented(
-            corpus=_written_after(demonstrations[site] if mode != "none" else None, written[site]),
+            corpus=_written_after(demonstrations[site] if how.mode != "none" else None, written[site]),
             dropped=dict(dropped[site]),
             prompts=counts[site],
             bare=dict(bare[site]),

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import asked, in_line, one_line, parse_response
@@ -69,13 +69,15 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
     Raises:
         ValueError: If a judge would read a private corpus, or an argument is out of range.
     """
-    if judge == "likelihood":
-        return judged_by_likelihood(professional, instructions, share, max_new_tokens)
-    if judge == "instruction":
-        return judged_by_instruction(professional, instructions)
-    if judge == "none":
-        return Filtered(instructions, {})
-    raise ValueError(f'judge must be "likelihood", "instruction" or "none", got {judge!r}')
+    match judge:
+        case "likelihood":
+            return judged_by_likelihood(professional, instructions, share, max_new_tokens)
+        case "instruction":
+            return judged_by_instruction(professional, instructions)
+        case "none":
+            return Filtered(instructions, {})
+        case never:
+            assert_never(never)
 
 
 def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_new_tokens: int) -> Filtered:

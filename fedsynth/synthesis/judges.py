@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -20,8 +20,9 @@ from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote LLM does not need
 
-Judge: TypeAlias = Literal["instruction", "likelihood"]
 Groups: TypeAlias = Sequence[Sequence[int]]
+
+ANSWER = 64  # tokens of an answer, at most
 
 LEAD_IN = "The selected texts are:"
 
@@ -68,9 +69,8 @@ def judge_by_instruction(
     *,
     labels: Sequence[str],
     keep: int,
-    task: Task = NO_CARD,
-    max_new_tokens: int = 64,
     seed: int,
+    task: Task = NO_CARD,
 ) -> dict[int, Filtered]:
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
@@ -96,7 +96,7 @@ def judge_by_instruction(
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
     while left:
-        unfit = misfits(llm, [question(site, group) for site, group in left], max_new_tokens)
+        unfit = misfits(llm, [question(site, group) for site, group in left], ANSWER)
         left = [each for each, why in zip(left, unfit, strict=True) if why and each[1]]
         for site, group in left:
             longest = max(group, key=lambda row: len(corpora[site].prompts[row]))
@@ -104,7 +104,7 @@ def judge_by_instruction(
             reasons[site][longest] = TOO_LONG
     asked = [(site, group) for site, group in asked if group]
     prompts = [question(site, group) for site, group in asked]
-    answers = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
+    answers = llm.complete(prompts, SamplingParams.greedy(ANSWER), seed=seed)
     for (site, group), answer in zip(asked, answers, strict=True):
         chosen = parse_selected(answer, len(group))
         for place, row in enumerate(group):
@@ -131,7 +131,6 @@ def judge_by_likelihood(
     *,
     labels: Sequence[str],
     keep: int,
-    margin: float = 0.0,
     rivals: int = 16,
     seed: int = 0,
     task: Task = NO_CARD,
@@ -147,7 +146,6 @@ def judge_by_likelihood(
         groups: The clusters of rows by site.
         labels: The public labels.
         keep: Most texts of a cluster that stay.
-        margin: Nats per token by which another label may be likelier.
         rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
         seed: Of that draw.
         task: The card, which gives each label's control code.
@@ -185,7 +183,7 @@ def judge_by_likelihood(
             chosen: list[int] = []
             for row in sorted(own, key=lambda row: -own[row]):
                 best_other = max((s for y, s in scores[site, row].items() if y != corpus.answers[row]), default=-np.inf)
-                if best_other > own[row] + margin:
+                if best_other > own[row]:
                     reasons[row] = "another label is likelier"
                 elif any(near_identical(corpus.prompts[row], corpus.prompts[other]) for other in chosen):
                     reasons[row] = "near duplicate"
@@ -195,30 +193,6 @@ def judge_by_likelihood(
                     chosen.append(row)
         kept[site] = keep_rows(corpus, reasons)
     return kept
-
-
-def best_of(
-    llm: TextModel,
-    corpora: Mapping[int, Corpus],
-    groups: Mapping[int, Groups],
-    *,
-    judge: Judge,
-    labels: Sequence[str],
-    keep: int,
-    rivals: int = 16,
-    seed: int,
-    task: Task = NO_CARD,
-) -> dict[int, Filtered]:
-    """The best of each cluster, by either judge, for all sites at once.
-
-    Raises:
-        ValueError: If a corpus is private, its groups do not hold each row once, or there is no such judge.
-    """
-    if judge == "instruction":
-        return judge_by_instruction(llm, corpora, groups, labels=labels, keep=keep, seed=seed, task=task)
-    if judge == "likelihood":
-        return judge_by_likelihood(llm, corpora, groups, labels=labels, keep=keep, rivals=rivals, seed=seed, task=task)
-    raise ValueError(f'judge must be "instruction" or "likelihood", got {judge!r}')
 
 
 def _check_groups(

@@ -13,14 +13,15 @@ from fedsynth.corpus import Corpus, Provenance, Scores, united
 from fedsynth.instructions import one_line
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import new_adapter, public_adapter, read_adapter, with_adapter
+from fedsynth.models.devices import device
 from fedsynth.models.llm import TextModel
-from fedsynth.models.loading import device, kind_of, load_tokenizer
+from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.room import misfits
 from fedsynth.scenario.schema import Tuning
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text
-from fedsynth.training.sft import Guard, dpo, perplexity, sft
+from fedsynth.training.sft import Guard, Steps, dpo, perplexity, sft
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
 MEASURED = 200  # most labelled texts: each is scored after every label
@@ -57,12 +58,31 @@ class Ranked:
     """The server's texts, sorted label by label by the clients' scores.
 
     Attributes:
+        corpus: All of them.
         best: The best share of each label's texts, in the order of the corpus.
         pairs: (better text, worse text, label): the best share of each label against the worst, best against worst.
     """
 
+    corpus: Corpus
     best: Corpus
     pairs: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """An LLM's task, and the public texts that measure its ability before and after a round.
+
+    Attributes:
+        labels: All labels.
+        public: Texts to measure perplexity on.
+        tests: Public texts with labels, to measure how often the LLM tells them.
+        task: The card, which gives each label's control code.
+    """
+
+    labels: Sequence[str]
+    public: Sequence[str] = ()
+    tests: Corpus | None = None
+    task: Task = NO_CARD
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ def ranked(corpus: Corpus, scores: Scores, share: float) -> Ranked:
             if values[a] > values[b]
         ]
     chosen = replace(corpus.take(sorted(best)), provenance=Provenance.LLM_WRITTEN, grants=united([corpus, scores]))
-    return Ranked(chosen, tuple(pairs))
+    return Ranked(corpus, chosen, tuple(pairs))
 
 
 def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) -> Adapter:
@@ -129,18 +149,7 @@ def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) ->
 
 
 def taught(
-    engine: Engine,
-    llm: str,
-    start: Adapter,
-    texts: Ranked,
-    written: Corpus,
-    teaching: Teaching,
-    *,
-    labels: Sequence[str],
-    public: Sequence[str],
-    seed: int,
-    tests: Corpus | None = None,
-    task: Task = NO_CARD,
+    engine: Engine, llm: str, start: Adapter, texts: Ranked, teaching: Teaching, measures: Measures, *, seed: int
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -148,15 +157,12 @@ def taught(
         engine: Asks the model, and takes the steps.
         llm: Name of the model.
         start: The adapter to start from.
-        texts: The texts that the clients' scores chose.
-        written: All texts of the round.
+        texts: The texts of the round, and the choice of the clients' scores.
         teaching: The tuning; its `update` is not `none`.
-        labels: All labels.
-        public: Texts to measure perplexity on.
+        measures: The task, and the texts to measure ability on.
         seed: Public; of the order.
-        tests: Public texts with labels, to measure how often the LLM tells them.
-        task: The card, which gives each label's control code.
     """
+    labels, tests, task = measures.labels, measures.tests, measures.task
     settings = teaching.tuning
     tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
     pad, kind = tokenizer.pad_token_id, kind_of(model.config)
@@ -166,8 +172,10 @@ def taught(
 
     def ability(when: str) -> dict[str, float]:
         found = {}
-        if public:
-            found[f"general/perplexity{when}"] = perplexity(model, [encoded("", text) for text in public], pad=pad)
+        if measures.public:
+            found[f"general/perplexity{when}"] = perplexity(
+                model, [encoded("", text) for text in measures.public], pad=pad
+            )
         if tests is not None and len(tests):
             found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels, task)
         return {name: value for name, value in found.items() if not math.isnan(value)}
@@ -175,14 +183,16 @@ def taught(
     judge = engine.serve(model.eval(), tokenizer)
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
     metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels, task), **ability("_before")}
-    guard = Guard([encoded("", text) for text in written.prompts], teaching.guard)
+    guard = Guard([encoded("", text) for text in texts.corpus.prompts], teaching.guard)
     codes = {y: task.code(y) for y in labels}
     if teaching.update == "likelihood":
         best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
-        loss = sft(model, best, settings, pad=pad, seed=seed, guard=guard, descend=engine.descend)
+        loss = sft(model, best, Steps(settings, pad=pad, seed=seed, guard=guard), descend=engine.descend)
     else:
         pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
-        loss = dpo(model, pairs, settings, beta=teaching.beta, pad=pad, seed=seed, guard=guard, descend=engine.descend)
+        loss = dpo(
+            model, pairs, Steps(settings, pad=pad, seed=seed, guard=guard), beta=teaching.beta, descend=engine.descend
+        )
     adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
     return Taught(adapter, {**metrics, **learnt, **ability("")})

@@ -80,7 +80,6 @@ def fit_classifier(
     settings: TaskTraining,
     *,
     epochs: int,
-    rate: float,
     seed: int,
 ) -> None:
     """Trains a task model in place on labelled text; rows with unknown labels are left out.
@@ -91,9 +90,9 @@ def fit_classifier(
         tokenizer: Its tokenizer.
         corpus: Texts and class names; a text that the tokenizer cannot read is left out.
         labels: The public label list; a class's number is its place.
-        settings: Batch, regularisation, lengths.
+        settings: Batch, regularisation, lengths; the learning rate, warmed up over ten steps and decayed linearly to
+            zero.
         epochs: Passes over the corpus.
-        rate: Learning rate; it warms up over ten steps and decays linearly to zero.
         seed: Public seed of order and token dropout.
     """
     number = {label: i for i, label in enumerate(labels)}
@@ -126,7 +125,7 @@ def fit_classifier(
             return _logits(model, hide(tokens, present), present)
 
     model.train()
-    total = epochs * math.ceil(len(rows) / settings.batch)
+    rate, total = settings.learning_rate, epochs * math.ceil(len(rows) / settings.batch)
     optimizer = torch.optim.AdamW(
         [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from torch import nn
@@ -13,6 +13,7 @@ from fedsynth.instructions import ASK, asked, record
 from fedsynth.models.batches import token_rows
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import Kind, context_of
+from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task
 
 
@@ -50,11 +51,9 @@ def encode_slots(
     corpus: Corpus,
     labels: Sequence[str],
     records: int,
-    longest: int,
+    settings: GeneratorTraining,
     kind: Kind = "causal",
     *,
-    loss_on: Learns = "record",
-    rows_per_unit: int = 1,
     task: Task = NO_CARD,
 ) -> list[tuple[Example, ...]]:
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
@@ -70,10 +69,8 @@ def encode_slots(
         corpus: Private text; `prompts` are texts, `answers` class names. Without labels: instructions and responses.
         labels: The public label list; empty for instructions.
         records: The plan's declared number of units, for any real count.
-        longest: Longest example in tokens.
+        settings: Longest example, rows of a unit that count; for instructions, the part that the loss is on.
         kind: The generator's kind.
-        loss_on: Instructions: the whole record after its mark, or the response alone.
-        rows_per_unit: At most so many rows of a unit count.
         task: The card, which gives each label's control code.
     """
     known = set(labels)
@@ -81,11 +78,12 @@ def encode_slots(
     def encoded(row: int) -> Example | None:
         if labels and corpus.answers[row] not in known:
             return None
-        return _encode_or_none(tokenizer, *_parts(corpus, row, labels, loss_on, task), longest, kind)
+        parts = _parts(corpus, row, labels, settings.loss_on, task)
+        return _encode_or_none(tokenizer, *parts, settings.max_length, kind)
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
-        for rows in unit_rows(corpus, records, rows_per_unit)
+        for rows in unit_rows(corpus, records, settings.rows_per_unit)
     ]
 
 
@@ -105,9 +103,9 @@ def encode_records(
     tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, loss_on: Learns = "record"
 ) -> list[Example]:
     """Instructions and responses as examples, without privacy units; texts that cannot be tokenized are left out."""
-    each_its_own = replace(corpus, units=None)
-    slots = encode_slots(tokenizer, each_its_own, (), len(corpus), longest, kind, loss_on=loss_on)
-    return [example for slot in slots for example in slot]
+    parts = (_parts(corpus, row, (), loss_on, NO_CARD) for row, text in enumerate(corpus.prompts) if text)
+    found = (_encode_or_none(tokenizer, given, text, longest, kind) for given, text in parts)
+    return [example for example in found if example is not None]
 
 
 def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns, task: Task) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsynth import dpsgd
-from fedsynth.dpsgd import HalfPrecision, UnknownWeight, bookkeeping, clipper, opacus_modes, recording
+from fedsynth.dpsgd import HalfPrecision, UnknownWeight, bookkeeping, clipper, opacus_modes, precision, recording
 from fedsynth.dpsgd import stacked as stacking
 from fedsynth.dpsgd.stacked import stacked
 from fedsynth.privacy import noise as randomness
@@ -316,7 +316,7 @@ def _code() -> tuple[Any, ...]:
     """The functions that a training runs, as they are now: a replaced function is checked again."""
     return tuple(
         part
-        for module in (training, randomness, dpsgd, bookkeeping, recording, stacking, opacus_modes)
+        for module in (training, randomness, dpsgd, bookkeeping, recording, precision, stacking, opacus_modes)
         for value in vars(module).values()
         for part in _functions(module, value)
     )

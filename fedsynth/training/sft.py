@@ -35,6 +35,23 @@ class Guard:
 
 
 @dataclass(frozen=True)
+class Steps:
+    """The settings of an adapter's training, for any loss.
+
+    Attributes:
+        settings: Passes, batch, rate.
+        pad: Token that fills a batch.
+        seed: Public seed of the order.
+        guard: A guard against forgetting.
+    """
+
+    settings: Tuning
+    pad: int
+    seed: int
+    guard: Guard | None = None
+
+
+@dataclass(frozen=True)
 class Descent:
     """The task of the optimizer's steps.
 
@@ -42,19 +59,13 @@ class Descent:
         model: A model with an adapter.
         rows: The rows to draw batches from, each once a pass.
         loss_of: The loss of a batch.
-        settings: Passes, batch, rate.
-        pad: Token that fills a batch.
-        seed: Public seed of the order.
-        guard: A guard against forgetting.
+        steps: The settings of the steps.
     """
 
     model: nn.Module
     rows: Sequence[int]
     loss_of: LossOf
-    settings: Tuning
-    pad: int
-    seed: int
-    guard: Guard | None
+    steps: Steps
 
 
 Descend: TypeAlias = Callable[[Descent], float]
@@ -66,28 +77,29 @@ def descend(asked: Descent) -> float:
     Returns:
         The mean loss of the last pass, without the guard's; nan if there is no row.
     """
-    model, rows, settings, guard = asked.model, asked.rows, asked.settings, asked.guard
+    model, rows = asked.model, asked.rows
+    settings, pad, guard = asked.steps.settings, asked.steps.pad, asked.steps.guard
     if not rows:
         return math.nan
     weights = trainable(model)
     start = [w.detach().clone() for w in weights]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0)
     steps = settings.epochs * math.ceil(len(rows) / settings.batch)
-    rng = np.random.default_rng([asked.seed, 0x60A2D])
+    rng = np.random.default_rng([asked.steps.seed, 0x60A2D])
     model.train()
     losses: list[float] = []
-    for step, batch in enumerate(_batches(rows, settings, asked.seed)):
+    for step, batch in enumerate(_batches(rows, settings, asked.steps.seed)):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * (1 - 0.9 * step / steps)
         held: list[Example] = []
         if guard is not None and guard.weight > 0 and guard.examples:
             held = [guard.examples[i] for i in rng.integers(len(guard.examples), size=settings.batch).tolist()]
         # The guard swaps weights, and so it comes before any computation that needs a gradient.
-        said = _likelihoods_before(model, held, start, asked.pad) if held else None
+        said = _likelihoods_before(model, held, start, pad) if held else None
         loss = asked.loss_of(batch)
         losses.append(float(loss.detach()))
         if guard is not None and said is not None:
-            loss = loss + guard.weight * _drift(model, held, said, asked.pad)
+            loss = loss + guard.weight * _drift(model, held, said, pad)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
@@ -96,57 +108,31 @@ def descend(asked: Descent) -> float:
     return float(np.mean(losses[-math.ceil(len(rows) / settings.batch) :]))
 
 
-def sft(
-    model: nn.Module,
-    examples: Sequence[Example],
-    settings: Tuning,
-    *,
-    pad: int,
-    seed: int,
-    weights: Sequence[float] | None = None,
-    guard: Guard | None = None,
-    descend: Descend = descend,
-) -> float:
+def sft(model: nn.Module, examples: Sequence[Example], steps: Steps, *, descend: Descend = descend) -> float:
     """Supervised fine-tuning of the trainable weights of a model, in place.
 
     Args:
         model: A model with an adapter.
         examples: The examples; the tokens from `start` on are learnt.
-        settings: Passes, batch, rate.
-        pad: Token that fills a batch.
-        seed: Public seed of the order.
-        weights: One factor >= 0 of the loss per example; left out, all are 1. An example of weight 0 is not read.
-        guard: A guard against forgetting.
+        steps: The settings of the steps.
         descend: Takes the steps.
 
     Returns:
-        The mean loss (nats per token, weighted, without the guard's) of the last pass; nan if there is nothing to learn
-        from.
-
-    Raises:
-        ValueError: If a weight is negative or not finite, or there is not one per example.
+        The mean loss (nats per token, without the guard's) of the last pass; nan if there is nothing to learn from.
     """
-    share = np.ones(len(examples)) if weights is None else np.asarray(weights, np.float64)
-    if len(share) != len(examples) or not np.isfinite(share).all() or (share < 0).any():
-        raise ValueError(f"sft needs one finite weight >= 0 per example, got {len(share)} for {len(examples)}")
 
     def loss(batch: list[int]) -> Tensor:
-        each = next_token_losses(model, [examples[i] for i in batch], pad)
-        factor = torch.tensor(share[batch], dtype=each.dtype, device=each.device)
-        return (factor * each).sum() / factor.sum()
+        return next_token_losses(model, [examples[i] for i in batch], steps.pad).sum() / len(batch)
 
-    return descend(Descent(model, np.flatnonzero(share).tolist(), loss, settings, pad, seed, guard))
+    return descend(Descent(model, range(len(examples)), loss, steps))
 
 
 def dpo(
     model: nn.Module,
     pairs: Sequence[tuple[Example, Example]],
-    settings: Tuning,
+    steps: Steps,
     *,
     beta: float,
-    pad: int,
-    seed: int,
-    guard: Guard | None = None,
     descend: Descend = descend,
 ) -> float:
     """Direct preference optimisation of the trainable weights of a model, in place (Rafailov et al. 2023, equation 7).
@@ -154,11 +140,8 @@ def dpo(
     Args:
         model: A model with an adapter; its state before the call is the reference.
         pairs: Preferred and rejected text, after the same prompt.
-        settings: As in `sft`; a batch holds pairs.
+        steps: The settings of the steps; a batch holds pairs.
         beta: Strength of the reference: POPri 0.01, up to 0.1.
-        pad: Token that fills a batch.
-        seed: Public seed of the order.
-        guard: A guard against forgetting.
         descend: Takes the steps.
 
     Returns:
@@ -172,19 +155,20 @@ def dpo(
 
     def ahead(batch: list[int]) -> Tensor:
         """Log-likelihood of the preferred texts less that of the rejected ones, in nats."""
-        chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], pad) for side in (0, 1))
+        chosen, rejected = (_likelihoods(model, [pairs[i][side] for i in batch], steps.pad) for side in (0, 1))
         return chosen - rejected
 
     model.eval()
     with torch.no_grad():
-        blocks = [list(range(at, min(at + settings.batch, len(pairs)))) for at in range(0, len(pairs), settings.batch)]
+        size = steps.settings.batch
+        blocks = [list(range(at, min(at + size, len(pairs)))) for at in range(0, len(pairs), size)]
         before = [ahead(block) for block in blocks]
         reference = torch.cat(before) if before else torch.empty(0)
 
     def loss(batch: list[int]) -> Tensor:
         return -F.logsigmoid(beta * (ahead(batch) - reference[batch])).mean()
 
-    return descend(Descent(model, list(range(len(pairs))), loss, settings, pad, seed, guard))
+    return descend(Descent(model, range(len(pairs)), loss, steps))
 
 
 def perplexity(model: nn.Module, examples: Sequence[Example], *, pad: int, batch: int = 64) -> float:

@@ -20,9 +20,9 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models.adapters import new_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import Tuning
+from fedsynth.scenario.schema import GeneratorTraining, Tuning
 from fedsynth.training.examples import encode_slots
-from fedsynth.training.sft import sft
+from fedsynth.training.sft import Steps, sft
 from fedsynth.typed import BadValue
 from fedsynth.world import World, main_facts, public_notes, told_labels
 
@@ -55,12 +55,12 @@ def mislabelled(world: World, out: Path, steps: int | None = None, seed: int = 0
     base, steps = BASES[world.name], steps or STEPS
     tokenizer = load_tokenizer(base)
     notes = mislabelled_notes(world, steps * SETTINGS.batch, seed)
-    slots = encode_slots(tokenizer, notes, world.labels, len(notes), SETTINGS.max_length)
+    slots = encode_slots(tokenizer, notes, world.labels, len(notes), GeneratorTraining(max_length=SETTINGS.max_length))
     examples = [example for slot in slots for example in slot]
     start = new_adapter(base, rank=SETTINGS.rank, alpha=SETTINGS.alpha, seed=seed)
     model = with_adapter(base, start)
     before = label_correct(world, model, tokenizer, seed)
-    loss = sft(model, examples, SETTINGS, pad=tokenizer.pad_token_id, seed=seed)
+    loss = sft(model, examples, Steps(SETTINGS, pad=tokenizer.pad_token_id, seed=seed))
     adapter = replace(read_adapter(model, start.base), public=True)
     save_adapter(adapter, base, out)
     weights = out / "adapter_model.safetensors"

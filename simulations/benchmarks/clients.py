@@ -51,7 +51,7 @@ from fedsynth.models.adapters import new_adapter, read_adapter, with_adapter
 from fedsynth.models.batches import padded
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.schema import Cell, GeneratorTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.simulation.flower import KEEPING
 from fedsynth.simulation.simulate import run, supernodes
@@ -142,7 +142,13 @@ def texts_of(of: Cell, client: int) -> list[Example]:
     client = of.scenario.client
     site = open_site(of.scenario.data, client, of.seed)
     settings = client.generator_training
-    slots = encode_slots(load_tokenizer(client.generator), site.train, (), len(site.train), settings.max_length)
+    slots = encode_slots(
+        load_tokenizer(client.generator),
+        site.train,
+        (),
+        len(site.train),
+        GeneratorTraining(max_length=settings.max_length),
+    )
     return [example for slot in slots for example in slot]
 
 

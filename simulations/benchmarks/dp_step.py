@@ -32,7 +32,8 @@ from transformers import (
 
 from fedsynth.dpsgd import CLIPPING, Clipping, clipper
 from fedsynth.models.adapters import attach_lora
-from fedsynth.models.loading import computes_in_bfloat16, device
+from fedsynth.models.devices import device
+from fedsynth.models.loading import computes_in_bfloat16
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.training.dp_training import add_noise, mean_loss, next_token_losses, train_generator, without_guarantee

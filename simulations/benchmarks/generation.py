@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsynth.models.batches import by_length
+from fedsynth.models.devices import device
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import computes_in_bfloat16, device, load_tokenizer
+from fedsynth.models.loading import computes_in_bfloat16, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.world.grammar import private_notes
 from fedsynth.world.lexicon import load_world

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from measuring import figure, options, seconds, told
 
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, plan
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> int:
     randomness, number = GrantRandomness(bytes(32)), count()
     planned = plan(Budget(8.0), records=200, expected_batch=50, steps=60)
     with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.sqlite", dataset="benchmark", cap=None)
+        ledger = Ledger(Path(folder) / "ledger.sqlite", Account("benchmark", None))
 
         def charge() -> None:
             i = next(number)

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedsynth.dpsgd.stacked import stacked
 from fedsynth.models.adapters import attach_lora, read_adapter, stack_of
-from fedsynth.models.loading import device
+from fedsynth.models.devices import device
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.training.dp_training import add_noise, clipped_sums
 

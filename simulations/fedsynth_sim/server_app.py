@@ -27,8 +27,9 @@ from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import pin
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import models_of
-from fedsynth.scenario.schema import Cell, Endpoint
+from fedsynth.models.of_scenario import models_of
+from fedsynth.scenario.schema import Cell
+from fedsynth.scenario.server import Endpoint
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import SERVER_PROCESS
 from fedsynth.typed import BadValue

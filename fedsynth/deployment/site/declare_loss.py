@@ -21,7 +21,7 @@ def lost(place: Place) -> tuple[Ledger | None, Sequence[Charge]]:
     Raises:
         BadValue: If there never was an account; or if it is gone and the audit log lacks a line, so that the spending
             is unknown.
-        fedsynth.privacy.ledger.LedgerUnusable: If it cannot be used for another reason.
+        fedsynth.privacy.ledger_file.LedgerUnusable: If it cannot be used for another reason.
     """
     if place.ledger.exists():
         ledger = place.open_ledger(behind=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.evaluate import answers, evaluate
 from fedsynth.clients.local_model import LocalModel, all_kept
-from fedsynth.data.tables import load_columns
+from fedsynth.data.loaders import load_columns
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.rows import check_rows
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.ledger import LedgerUnusable
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.typed import BadValue
 
 

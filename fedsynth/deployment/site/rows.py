@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from fedsynth.data import rowstore
+from fedsynth.data.findings import misread, warnings
 from fedsynth.data.rowstore import Imported, Record, RowsUnusable, source_mac
-from fedsynth.data.sources import Gathered, gathered, misread, units_of, warnings
+from fedsynth.data.sources import Gathered, gathered, units_of
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.ready import Finding, check_account
-from fedsynth.privacy.ledger import Ledger, LedgerUnusable
+from fedsynth.privacy.ledger import Ledger
+from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.plan import DPPlan, composed_epsilon
 from fedsynth.typed import BadValue
 
@@ -23,7 +25,7 @@ def import_rows(place: Place) -> Iterator[Finding]:
     Raises:
         BadValue: If nothing was imported: the source or a column is missing, persons are written in several ways, or a
             repeated query gives other rows.
-        fedsynth.privacy.ledger.LedgerUnusable: If the account cannot be used, whose key protects the rows.
+        fedsynth.privacy.ledger_file.LedgerUnusable: If the account cannot be used, whose key protects the rows.
         OSError: If the rows cannot be written.
     """
     data, seen = place.site.data, _stamp(place)

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 
 from fedsynth import __version__
+from fedsynth.models.devices import gpu_names
 from fedsynth.models.hub import elsewhere, version_of
-from fedsynth.models.loading import endpoints_of, gpu_names, models_of
+from fedsynth.models.of_scenario import endpoints_of, models_of
 from fedsynth.scenario.schema import Scenario
 from fedsynth.typed import BadValue
 

@@ -1,0 +1,64 @@
+"""A run on the terminal: the table of its arms, and a line on the privacy of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.summary import missing
+
+NOT_ITS_OWN = "its figures are not those of its method"
+COLUMNS = {
+    "accuracy": "accuracy",
+    "accuracy_held_out_clients": "held-out clients",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "exact_match_held_out_clients": "held-out clients",
+    "field_match": "field match",
+    "rouge_l": "ROUGE-L",
+}
+
+
+def print_table(console: Console, result: Any) -> None:
+    """The result table, and one privacy line per arm."""
+    arms = result.summary["arms"]
+    names = [m for m in COLUMNS if any(m in a["metrics"] for a in arms.values())]
+    heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
+    table = Table(title=result.summary["scenario"])
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    losses = {arm: found["losses"] for arm, found in arms.items() if found.get("losses")}
+    if losses:
+        table.add_column("left by filters", overflow="fold", min_width=20)
+    for arm, found in arms.items():
+        figures = [_figure(found["metrics"].get(n)) for n in names]
+        told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
+        epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
+        moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
+        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
+        table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
+    console.print(table)
+    for arm, few in result.few.items():
+        console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
+    for line in missing(result.metrics):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print("privacy, arm by arm:")
+    for arm, said in result.privacy.items():
+        console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
+    if names:
+        console.print(
+            "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
+            "private text there: epsilon does not cover these figures, and real sites do not answer them by default.",
+            soft_wrap=True,
+        )
+    console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def _figure(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["std"] is None else f" ± {value['std']:.3f}")
