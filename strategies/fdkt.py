@@ -17,7 +17,16 @@ from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, augment, bare_misfit, lacking, misfit, turns
-from fedsynth.synthesis.curation import Filtered, asked_for, clusters, deduplicate, keep_rows, well_formed, yields
+from fedsynth.synthesis.curation import (
+    Steps,
+    asked_for,
+    clusters,
+    deduplicate,
+    keep_rows,
+    summed,
+    well_formed,
+    yields,
+)
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import fitting
 
@@ -100,7 +109,9 @@ class FDKT(RoundStrategy[State]):
             if c.drafts == "generator":  # true text stays out of the run's directory
                 run_log.log_corpus(client, "drafts", reply.corpus)
             missing = {"unfinished": reply.unfinished}
-            drafts[client] = self._curate(client, "drafts", reply.corpus, self.server.labels, missing)
+            steps = self._curate("drafts", reply.corpus, self.server.labels, missing, _nothing())
+            self._note(client, steps)
+            drafts[client] = steps[-1][1].corpus
         return drafts
 
     def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
@@ -162,38 +173,40 @@ class FDKT(RoundStrategy[State]):
             shots=c.shots,
             sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
         )
-        corpora: dict[int, Corpus] = {}
+        corpora = dict.fromkeys(shown, _nothing())
+        steps: dict[int, list[Steps]] = {client: [] for client in shown}
+        bare = dict.fromkeys(shown, 0)
         for attempt in range(c.attempts):
-            again = "_again" if attempt else ""
             written = augment(
                 self.server.llm,
                 {client: shown[client] for client in wanted},
                 how,
                 labels=self.server.labels,
                 wanted=wanted,
-                seed=self.seed(f"augment{again}{attempt or ''}"),
+                seed=self.seed(f"augment_again_{attempt}" if attempt else "augment"),
                 task=self.task,
             )
             for client, reply in written.items():
-                run_log.log_metric(client, f"yield/written{again}/without_demonstrations", sum(reply.bare.values()))
-                asked, came = len(wanted[client]), len(reply.corpus) + sum(reply.dropped.values())
-                missing = {**reply.dropped, "not written": max(0, asked - came)}
-                found = self._curate(
-                    client, f"written{again}", reply.corpus, list(dict.fromkeys(wanted[client])), missing
-                )
-                corpora[client] = deduplicate(pool([corpora[client], found])).corpus if attempt else found
+                asked, came = wanted[client], len(reply.corpus) + sum(reply.dropped.values())
+                missing = {**reply.dropped, "not written": max(0, len(asked) - came)}
+                found = self._curate("written", reply.corpus, list(dict.fromkeys(asked)), missing, corpora[client])
+                corpora[client] = pool([corpora[client], found[-1][1].corpus]) if attempt else found[-1][1].corpus
+                steps[client].append(found)
+                bare[client] += sum(reply.bare.values())
             left = {client: lacking(corpus, self.server.labels, c.num_texts) for client, corpus in corpora.items()}
             wanted = {client: labels for client, labels in left.items() if labels}
             if not wanted:
                 break
         for client, corpus in corpora.items():
+            run_log.log_metric(client, "yield/written/without_demonstrations", bare[client])
+            self._note(client, summed(steps[client]))
             run_log.log_corpus(client, "written", corpus)
         return corpora
 
     def _curate(
-        self, client: int, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int]
-    ) -> Corpus:
-        """The well-formed texts, each once, that fit their labels; logs them beside the number that was asked for."""
+        self, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int], before: Corpus
+    ) -> Steps:
+        """The well-formed texts, each once, that fit their labels, beside the number that was asked for."""
         formed = well_formed(
             corpus,
             labels=self.server.labels,
@@ -201,14 +214,13 @@ class FDKT(RoundStrategy[State]):
             sentences=self.config.sentences,
             longest=MAX_TEXT,
         )
-        unique = deduplicate(formed.corpus)
+        unique = deduplicate(formed.corpus, before)
         steps = [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)]
         if self.config.label_check == "embedder":
             steps.append((f"{name}_fitting", fitting(unique.corpus, self.server.labels, self.task, self.server.embed)))
-        self._note(client, steps)
-        return steps[-1][1].corpus
+        return steps
 
-    def _note(self, client: int, steps: list[tuple[str, Filtered]]) -> None:
+    def _note(self, client: int, steps: Steps) -> None:
         for stage in yields(steps):
             self.server.run_log.log_stage(client, stage)
 

@@ -23,6 +23,7 @@ from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.task import NO_CARD, LabelCard, Task, Templates
 from fedsynth.synthesis.augmentation import augment, lacking, parse_line, text_prompt, turns
+from fedsynth.synthesis.curation import Filtered, deduplicate, summed
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import fitting
 from fedsynth.training.examples import encode_slots
@@ -206,3 +207,19 @@ def test_a_first_card_of_a_file_is_read_back_as_one(tmp_path: Path) -> None:
     card = build(Task, tomllib.loads(found.stdout)["task"], "task")
     assert card.labels == {"lost_card": LabelCard("lost card"), 'the "PIN"': LabelCard('the "PIN"')}
     assert card.code("lost_card") == "lost card:"
+
+
+def test_attempts_are_one_funnel_and_a_text_that_is_kept_already_is_a_duplicate() -> None:
+    first = Corpus(("x", "y"), ("a", "b"), Provenance.PUBLIC)
+    again = deduplicate(Corpus(("X ", "z"), ("a", "c"), Provenance.PUBLIC), first)
+    assert again.corpus.prompts == ("z",)
+    assert again.dropped == {"duplicate": 1}
+    steps = [
+        [("written", Filtered(first, {"too short": 2}, ("c", "d")))],
+        [("written", Filtered(again.corpus, {"too short": 1, "duplicate": 1}, ("d",)))],
+    ]
+    [(name, found)] = summed(steps)
+    assert name == "written"
+    assert found.corpus.prompts == ("x", "y", "z")
+    assert found.dropped == {"too short": 3, "duplicate": 1}
+    assert found.lost == ("d",)  # c came with the second attempt

@@ -7,13 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
-from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.corpus import Corpus, Provenance, pool, same
 from fedsynth.rouge import nearest, words
 from fedsynth.synthesis.sentences import code_or_markup
 
@@ -42,6 +43,10 @@ class Filtered:
     corpus: Corpus
     dropped: Mapping[str, int]
     lost: tuple[str, ...] = ()
+
+
+Steps: TypeAlias = list[tuple[str, Filtered]]
+"""The steps of a funnel by name, in order."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +169,14 @@ def _count(text: str) -> int:
     return len(words(text)) or int(bool(same(text)))
 
 
-def deduplicate(corpus: Corpus) -> Filtered:
-    """The first row of each text, regardless of case, white space and label."""
-    seen: dict[str, str] = {}
+def deduplicate(corpus: Corpus, before: Corpus | None = None) -> Filtered:
+    """The first row of each text, regardless of case, white space and label.
+
+    Args:
+        corpus: The texts.
+        before: Texts that are kept already; their duplicates are dropped, too.
+    """
+    seen = {} if before is None else {same(t): y for t, y in zip(before.prompts, before.answers, strict=True)}
     reasons: list[str | None] = []
     for text, label in zip(corpus.prompts, corpus.answers, strict=True):
         key = same(text)
@@ -355,6 +365,22 @@ def asked_for(kept: Filtered, labels: Sequence[str], missing: Mapping[str, int])
     lost = tuple(label for label in labels if label not in left)
     dropped = Counter({reason: count for reason, count in missing.items() if count}) + Counter(kept.dropped)
     return replace(kept, dropped=dict(dropped), lost=lost)
+
+
+def summed(attempts: Sequence[Steps]) -> Steps:
+    """The same steps of several attempts as one funnel; a label is lost if no attempt kept a text of it.
+
+    Args:
+        attempts: One at least; each with the same steps.
+    """
+    found: Steps = []
+    for of_step in zip(*attempts, strict=True):
+        kept = pool([filtered.corpus for _, filtered in of_step])
+        dropped = sum((Counter(filtered.dropped) for _, filtered in of_step), Counter[str]())
+        lost = dict.fromkeys(label for _, filtered in of_step for label in filtered.lost)
+        left = tuple(label for label in lost if label not in set(kept.answers))
+        found.append((of_step[0][0], Filtered(kept, dict(dropped), left)))
+    return found
 
 
 def yields(stages: Iterable[tuple[str, Filtered]]) -> list[Stage]:
