@@ -74,11 +74,11 @@ SAVE_EVERY, TELL_EVERY = 250, 50  # steps
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a model is trained on.
+    """The hardware of a training.
 
     Attributes:
-        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
-        threads: Of the CPU.
+        device: "cpu", "cuda", or "auto": a CUDA GPU if there is one.
+        threads: Threads of the CPU.
     """
 
     device: str = "auto"

@@ -102,11 +102,11 @@ def check_witness(path: Path, db: sqlite3.Connection, known: Sequence[Charge]) -
 
 
 def unknown(db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
-    """What a ledger knows and its witness does not.
+    """The charges that a ledger knows and its witness lacks.
 
     Args:
         db: The ledger.
-        known: By the witness.
+        known: The witness's charges.
     """
     stored, order = {charge.grant: charge.stored for charge in known if charge.grant}, order_of(db)
     found = []
@@ -130,8 +130,8 @@ def tell(witness: Witness, unknown: Sequence[Charge], own: str | tuple[str, str]
     """Has the witness write down charges that it does not know.
 
     Args:
-        witness: Who is told.
-        unknown: What it does not know.
+        witness: The witness.
+        unknown: The charges that it lacks.
         own: Id of the grant, or run and reason of the release, that was charged now: the last to be written.
     """
     mine = [charge for charge in unknown if own in (charge.grant, (charge.run, charge.reason))]

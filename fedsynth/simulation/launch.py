@@ -70,9 +70,9 @@ class AppRun:
     Attributes:
         app: Folder with the app's pyproject.toml.
         run_config: Overrides of the app's run-config; every key must be known to the app.
-        supernodes: Virtual SuperNodes, hence partitions.
-        workers: Processes that serve them; more than the CPUs plus four never work at once (Flower's thread pool).
-        gpu_share: Of one GPU, that each worker counts as its own: which of several it sees is Ray's choice by that.
+        supernodes: Number of virtual SuperNodes, hence of partitions.
+        workers: Processes that serve them; at most the CPUs plus four work at once (Flower's thread pool).
+        gpu_share: The share of one GPU that each worker counts as its own; Ray assigns GPUs to workers by it.
         out: Absolute folder of the run.
         logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
     """
