@@ -2,6 +2,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,8 +73,8 @@ def ask(llm: ScriptedLLM, demonstrations: dict[int, Corpus], mode: Mode = "per_l
         (lambda: blocks_prompt([("QQ1", "QQ2")], labels=["QQ1", "QQ3"], wanted=["QQ4"]), ["QQ1", "QQ2", "QQ3", "QQ4"]),
         (lambda: blocks_prompt([], labels=["QQ1", "QQ2"], wanted=["QQ3"]), ["QQ1", "QQ2", "QQ3"]),
         (
-            lambda: select_prompt([("QQ1", "QQ2"), ("QQ3", "QQ4")], labels=["QQ5"], keep=99),
-            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "99", "1.", "2.", LEAD_IN],
+            lambda: select_prompt([("QQ1", "QQ2"), ("QQ3", "QQ4")], labels=["QQ5"], keep=99, domain="QQ6"),
+            ["QQ1", "QQ2", "QQ3", "QQ4", "QQ5", "QQ6", "99", "1.", "2.", LEAD_IN],
         ),
     ],
 )
@@ -225,7 +226,7 @@ def test_all_sites_go_in_one_call_and_get_their_own_answers() -> None:
     assert [len(prompts) for prompts in llm.completed] == [12]
     assert {site: set(a.corpus.prompts) for site, a in result.items()} == {1: {"from site1"}, 3: {"from site3"}}
     assert {site: a.corpus.grants for site, a in result.items()} == {1: ("g1",), 3: ("g3",)}
-    assert llm.settings == [(SAMPLING, 1)]
+    assert llm.settings == [(replace(SAMPLING, one_line=True), 1)]
 
 
 def test_a_sites_prompts_depend_on_the_seed_and_not_on_other_sites() -> None:
@@ -571,14 +572,13 @@ def test_a_text_that_an_endpoint_refused_is_dropped() -> None:
 
 def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
     over = "x " * (MAX_TEXT // 2) + "x"
-    noted: list[Any] = []
-    run_log = SimpleNamespace(log_stage=lambda client, stage: noted.append((stage.name, stage.dropped)))
-    server: Any = SimpleNamespace(labels=LABELS, run_log=run_log)
+    server: Any = SimpleNamespace(labels=LABELS)
     method = FDKT(FDKTOptions(min_words=1), server)
-    kept = method._curate(0, "written", corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")]), LABELS, {})
-    assert kept.prompts == ("hot", "dry")
-    assert noted[0][1]["too long"] == 1
-    check_request(Learn(1, kept), LABELS)
+    written = corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")])
+    (_, formed), (_, unique) = method._curate("written", written, LABELS, {}, corpus([]))
+    assert unique.corpus.prompts == ("hot", "dry")
+    assert formed.dropped["too long"] == 1
+    check_request(Learn(1, unique.corpus), LABELS)
 
 
 def test_fdkt_counts_the_drafts_that_do_not_fit() -> None:

@@ -26,12 +26,12 @@ from fedsynth.forecast.profiling import Unit
 from fedsynth.forecast.work import WORK, Facts
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.scenario.schema import SHOTS, Client, TaskTraining
-from fedsynth.scenario.task import in_words, wordings
-from fedsynth.scenario.toml import cells, load
+from fedsynth.scenario.task import LabelCard, Task, parted
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import classify
 
@@ -111,12 +111,10 @@ def test_at_most_five_texts_of_a_label_are_drawn_and_a_seed_says_which() -> None
 
 
 def test_a_label_is_put_into_words() -> None:
-    assert in_words("activate_my_card") == "activate my card"
-    assert in_words("top-up__failed") == "top up failed"
-    assert in_words("Heart") == "Heart"
-    assert in_words("_") == "_"
-    [cell, *_] = cells(load("hospitals"))
-    assert wordings(cell.scenario, ["a_b", "c"]) == {"a_b": "a b", "c": "c"}
+    assert parted("activate_my_card") == "activate my card"
+    assert parted("top-up__failed") == "top up failed"
+    assert parted("Heart") == "Heart"
+    assert parted("_") == "_"
 
 
 # ---- At a client -----------------------------------------------------------------------------------------------------
@@ -134,9 +132,9 @@ def client(folder: Path, task: TaskTraining, train: Corpus | None = PRIVATE, *, 
         return ClientData(train, corpus(("1 0", "flu"), ("0 1", "cold"), ("9 10", "burn")))
 
     config = Client(tiny.folder(), tiny.folder(), guarantee="none", task_training=task)
-    ledger = Ledger(folder / "ledger.sqlite", dataset="ward", cap=None)
-    words = {"flu": "1 0", "cold": "0 1", "burn": "0.6 0.8"}
-    return ClientSide(0, config, LABELS, 3, 1, "row", folder, "run", ledger, opened, simulated, wordings=words)
+    ledger = Ledger(folder / "ledger.sqlite", Account("ward", None))
+    words = Task(labels={y: LabelCard(x) for y, x in (("flu", "1 0"), ("cold", "0 1"), ("burn", "0.6 0.8"))})
+    return ClientSide(0, config, LABELS, 3, 1, "row", folder, "run", ledger, opened, simulated, task=words)
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,7 @@ def said(text: str, finish: str = "stop") -> Body:
 
 def test_a_question_goes_out_with_its_system_text_and_comes_back_without_thoughts(stand: Stand) -> None:
     stand.reply = lambda path, body: (200, said("<think>\nhm\n</think>\n\nParis."))
-    llm = RemoteLLM(stand.url, "small", api="chat", concurrency=1)
+    llm = RemoteLLM(Endpoint(stand.url, "small", api="chat", concurrency=1))
     asked = [Chat("Which?"), Chat("Which?", "Be short."), "Which?"]
     assert llm.chats
     answers = llm.complete(asked, SamplingParams.greedy(9), seed=0)
@@ -197,7 +197,7 @@ def test_a_question_goes_out_with_its_system_text_and_comes_back_without_thought
 
 
 def test_a_model_that_goes_on_after_text_is_asked_no_question(stand: Stand) -> None:
-    llm = RemoteLLM(stand.url, "small")
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
     assert not llm.chats
     with pytest.raises(BadValue, match=r"the model 'small' at http.* cannot be asked a question: set api = \"chat\""):
         llm.complete(["a", Chat("a")], SamplingParams.greedy(9), seed=0)
@@ -214,7 +214,7 @@ def test_one_line_is_asked_for_by_a_stop_and_again_where_that_leaves_no_text(sta
         return (400, refused("no stop here")) if body["prompt"] == "unknown" else (200, written(texts[body["prompt"]]))
 
     stand.reply = reply
-    llm = RemoteLLM(stand.url, "small", concurrency=1)
+    llm = RemoteLLM(Endpoint(stand.url, "small", concurrency=1))
     assert complete(llm, *texts, one_line=True) == [" one", " two", " two"]
     asked = [(body["prompt"], "stop" in body, body["seed"]) for body in stand.bodies()]
     assert [each[:2] for each in asked] == [
@@ -230,7 +230,7 @@ def test_one_line_is_asked_for_by_a_stop_and_again_where_that_leaves_no_text(sta
 
 def test_a_thought_that_the_stop_cut_is_thought_to_its_end(stand: Stand) -> None:
     stand.reply = lambda path, body: (200, said("<think>" if "stop" in body else "<think>\na\n</think>\nYes.\nNo."))
-    llm = RemoteLLM(stand.url, "small", api="chat")
+    llm = RemoteLLM(Endpoint(stand.url, "small", api="chat"))
     assert llm.complete([Chat("q")], SamplingParams.greedy(9, one_line=True), seed=0) == ["Yes."]
     assert len(stand.seen) == 2
 

@@ -52,6 +52,7 @@ from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
 from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.scenario.task import LabelCard, Task
 from fedsynth.training.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
 from fedsynth.training.dp_training import Training, clipped_sum, private, train_generator, trainable
 from fedsynth.training.examples import Example, check_room, encode_slots
@@ -542,7 +543,8 @@ def test_a_client_keeps_what_it_learnt_and_is_measured_with_it(trains: Any, tmp_
 def test_a_client_keeps_a_baseline_and_is_measured_with_it(trains: Any, right: float, tmp_path: Path) -> None:
     training = replace(TASK, trains=trains)
     with client(tmp_path, task_model=families.folder("bert"), task_training=training) as here:
-        here = replace(here, wordings={LABELS[0]: TOY.prompts[0], LABELS[1]: TOY.prompts[0]})
+        same = {LABELS[0]: LabelCard("a note. Short."), LABELS[1]: LabelCard("a note", "Short.")}  # one text in words
+        here = replace(here, task=Task(labels=same))
         learn(here, Learn(seed=0, corpus=None))
         # Of two labels, each on half of the texts: equally near ones, and equally common ones, get the first.
         assert evaluate(here).metrics["accuracy"] == right

@@ -317,7 +317,7 @@ def test_a_run_writes_down_which_models_it_read(hub: str) -> None:
 
 def test_a_run_sends_pinned_names_only(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[str] = []
-    monkeypatch.setattr(simulate, "launch", lambda app, run_config, **more: sent.append(run_config["scenario-toml"]))
+    monkeypatch.setattr(simulate, "launch", lambda run, *_, **more: sent.append(run.run_config["scenario-toml"]))
     monkeypatch.setattr(simulate, "read", lambda place: None)
     monkeypatch.setattr(simulate, "check", lambda scenario: [])
     toml = f"""

@@ -88,7 +88,7 @@ def test_a_run_goes_on_behind_answers_that_cannot_be_read(tmp_path: Path, monkey
     toml = instructions(tmp_path, AVERAGE, clients=4, rows=60) + "server.quorum = 0.25\n"
     whole = play(toml, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "adapter", dies)  # after the first exchange
+        patch.setattr(RunLog, "log_adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
             play(toml, tmp_path / "died")
     [record] = (tmp_path / "died").rglob("exchange-1.zip")
@@ -110,7 +110,7 @@ def dies(self: Any, *_: Any, **__: Any) -> None:
 def test_other_requests_than_the_kept_ones_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toml = instructions(tmp_path, AVERAGE, clients=2, rows=20)
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "adapter", dies)  # after the first exchange
+        patch.setattr(RunLog, "log_adapter", dies)  # after the first exchange
         with pytest.raises(KeyboardInterrupt):
             play(toml, tmp_path)
     monkeypatch.setattr(Clients, "_digest", lambda *_: "0")

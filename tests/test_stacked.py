@@ -448,9 +448,9 @@ def test_who_trained_together_is_written_down_together(tmp_path: Path, monkeypat
 
 def one_message(played: Played, clients: Sequence[tuple[int, int]]) -> list[Any]:
     """A message with an order for each (client, stack)."""
-    order = played.orders(Finetune)[0]
+    order = played.requests(Finetune)[0]
     contents = [pack_request(order, Envelope("simulated", "main", 0, 90 + n, *at)) for n, at in enumerate(clients)]
-    reply = app.answer(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
+    reply = app.reply_to(Finetune, joined(contents), played.grid.contexts[1000], app.simulation)
     return [unpack_reply(part, Finetuned) for part in parted(reply)]
 
 
@@ -468,9 +468,9 @@ def test_a_site_answers_one_order_a_message_and_is_checked_each_time(
     opened, checks = app.simulated_client, []
     monkeypatch.setattr(app, "simulated_client", lambda *a: replace(opened(*a), simulated=False))
     monkeypatch.setattr("fedsynth.clients.finetune.self_check", lambda *_, **__: checks.append(1))
-    assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [ErrorCode.BAD_ORDER] * 2
+    assert [said.code for said in one_message(run, [(0, 0), (1, 0)])] == [ErrorCode.BAD_REQUEST] * 2
     client = replace(run.client(0), simulated=False)
-    start = run.orders(Finetune)[0].start
+    start = run.requests(Finetune)[0].start
     for _ in range(2):
         check(client, start, client.plan())
     assert len(checks) == 2
@@ -498,7 +498,7 @@ def test_a_client_that_kills_its_worker_takes_no_other_with_it(tmp_path: Path) -
 def test_a_message_is_cut_between_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsynth.federation.delivery.sending.LARGEST_MESSAGE", 1)
     run = play(in_stacks(instructions(tmp_path, AVERAGE, clients=5, rows=60), 2), tmp_path, nodes=1)
-    clients = [[p["fedsynth"]["client"] for p in parted(m.content)] for m in run.grid.orders_of(Finetune.task)]
+    clients = [[p["fedsynth"]["client"] for p in parted(m.content)] for m in run.grid.requests_of(Finetune.task)]
     assert clients == [[0, 1], [2, 3], [4]]
 
 

@@ -21,8 +21,9 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models.chat import Chat
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, LabelCard, Task, Templates
-from fedsynth.synthesis.augmentation import augment, lacking, parse_line, text_prompt, turns
+from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, parse_line, text_prompt, turns
 from fedsynth.synthesis.curation import Filtered, deduplicate, summed
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import fitting
@@ -41,6 +42,7 @@ BANK = Task(
 )
 LABELS = ("lost_card", "pin", "topUp_failed")
 DRAFTS = Corpus(("my card is gone", "no idea of my code"), ("lost_card", "pin"), Provenance.DP_SYNTHETIC, grants=("g",))
+LONG = GeneratorTraining(max_length=200)
 ONE = SamplingParams(temperature=0.0, max_new_tokens=8)
 
 
@@ -127,9 +129,8 @@ def test_an_llm_that_converses_is_asked_and_a_base_llm_goes_on_after_codes() -> 
 @pytest.mark.parametrize("llm", [conversing(lambda _: "Where is my card?"), ScriptedLLM(lambda _: "Where is my card?")])
 @pytest.mark.parametrize("mode", ["per_label", "none"])
 def test_texts_come_back_under_their_labels_whatever_the_words_were(llm: ScriptedLLM, mode: Any) -> None:
-    found = augment(
-        llm, {0: DRAFTS}, labels=LABELS, wanted={0: LABELS}, mode=mode, shots=1, sampling=ONE, seed=0, task=BANK
-    )[0]
+    how = Demonstrating(mode, 1, ONE)
+    found = augment(llm, {0: DRAFTS}, how, labels=LABELS, wanted={0: LABELS}, seed=0, task=BANK)[0]
     assert found.corpus.answers == LABELS
     assert set(found.corpus.prompts) == {"Where is my card?"}
     assert found.corpus.provenance is (Provenance.LLM_WRITTEN if mode == "per_label" else Provenance.PUBLIC)
@@ -137,9 +138,8 @@ def test_texts_come_back_under_their_labels_whatever_the_words_were(llm: Scripte
 
 def test_blocks_name_labels_by_their_wordings_and_are_read_back_as_labels() -> None:
     llm = conversing(lambda _: "-----\nLabel: a lost card\nText: gone\n-----\nLabel: lost_card\nText: gone, too\n")
-    found = augment(
-        llm, {0: DRAFTS}, labels=LABELS, wanted={0: LABELS}, mode="all_labels", shots=1, sampling=ONE, seed=0, task=BANK
-    )[0]
+    how = Demonstrating("all_labels", 1, ONE)
+    found = augment(llm, {0: DRAFTS}, how, labels=LABELS, wanted={0: LABELS}, seed=0, task=BANK)[0]
     assert found.corpus.answers == ("lost_card",) * found.prompts
     assert found.dropped == {"mistyped label": found.prompts}  # the identifier was never shown
     assert all("Label: a forgotten PIN" in p.user or "forgotten" in p.user for p in llm.completed[0])
@@ -161,13 +161,13 @@ def test_judges_read_wordings_too() -> None:
 def test_a_generator_learns_texts_after_their_codes() -> None:
     tokenizer = load_tokenizer(tiny.folder())
     private = Corpus(("gone", "code"), ("lost_card", "pin"), Provenance.PRIVATE)
-    [[first], [second]] = encode_slots(tokenizer, private, LABELS, 2, 200, task=BANK)
+    [[first], [second]] = encode_slots(tokenizer, private, LABELS, 2, LONG, task=BANK)
     for example, label in ((first, "lost_card"), (second, "pin")):
         given = tokenizer.decode(example.tokens[1 : example.start])
         assert (
             given.split() == tokenizer.decode(tokenizer(BANK.code(label), add_special_tokens=False).input_ids).split()
         )
-    [[plain], _] = encode_slots(tokenizer, private, LABELS, 2, 200)
+    [[plain], _] = encode_slots(tokenizer, private, LABELS, 2, LONG)
     assert plain.tokens != first.tokens
 
 

@@ -1,4 +1,4 @@
-"""A coordinator's folder: its server's settings, the CA that sites trust, and commands to its SuperLink."""
+"""A coordinator's folder: server.toml (address, wait_seconds), the CA that sites trust, the way to its SuperLink."""
 
 from __future__ import annotations
 

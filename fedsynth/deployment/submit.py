@@ -1,4 +1,4 @@
-"""A run on real sites: submitted to a coordinator's SuperLink, watched, and ended."""
+"""A run on real sites: it waits until they are connected (wait_seconds), is submitted, watched, and ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exchanges with the clients of a cell: a request to each, checked replies back."""
+"""Exchanges with the clients of a cell: a request to each, checked replies back until server.timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedsynth check`: a planned run's privacy, bytes, memory and time, with warnings of what will not fit."""
+"""The forecast of a run: privacy, bytes, memory and time, its JSON, and warnings of what will not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A forecast on the terminal."""
+"""The output of `fedsynth check`: the forecast's table, its totals and its warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a model that converses: one turn in the form of its chat template, and the answer without thoughts."""
+"""A question in the form of a model's chat template, as tokens, and its answer without thoughts."""
 
 from __future__ import annotations
 

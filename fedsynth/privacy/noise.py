@@ -1,4 +1,4 @@
-"""The secret randomness of one grant: Gaussian noise, Poisson draws, and the keyed MAC of the data."""
+"""The secret randomness of one grant: DP-SGD's Gaussian noise, Poisson draws, and the keyed MAC of the data."""
 
 from __future__ import annotations
 

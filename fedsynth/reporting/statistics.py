@@ -1,4 +1,4 @@
-"""Every number of a report as one row of a table: means, intervals, differences, funnels, costs, privacy."""
+"""The table of figures of a report, a row for each number, and the figures of metrics, costs and privacy."""
 
 from __future__ import annotations
 

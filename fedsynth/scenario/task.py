@@ -1,4 +1,4 @@
-"""The task card: how a task and its labels are put into words; public, because a scenario declares it."""
+"""The task card: labels in words, and the templates of the question that an LLM is asked for a text."""
 
 from __future__ import annotations
 

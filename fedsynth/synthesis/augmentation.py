@@ -1,4 +1,4 @@
-"""Augmentation: the prompts to the server LLM, and the reading of its answers."""
+"""Augmentation: demonstrations drawn into prompts (the question's words: scenario/task.py), and answers read."""
 
 from __future__ import annotations
 

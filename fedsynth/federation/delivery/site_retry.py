@@ -1,4 +1,4 @@
-"""Sites are asked again if they are not connected, cannot be reached, were restarted, or wait for approval."""
+"""Sites that are asked again, and how soon: not connected, restarted, awaiting approval (the limit: messaging.py)."""
 
 from __future__ import annotations
 
