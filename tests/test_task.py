@@ -96,6 +96,9 @@ def test_the_question_without_demonstrations_is_the_question_with_them_less_the_
         ({"templates": {"generator": "{texts} {label}:"}}, r"has the unknown slot \{texts\}"),
         ({"templates": {"generator": "text:"}}, "lacks the label"),
         ({"templates": {"generator": "{label"}}, "write {{ and }} for braces"),
+        ({"templates": {"generator": "{label:>1000000000}"}}, r"the slot \{label\} takes no format"),
+        ({"templates": {"generator": "{label!r}"}}, r"the slot \{label\} takes no format"),
+        ({"templates": {"generator": "{label.__class__}"}}, r"has the unknown slot \{label.__class__\}"),
         ({"templates": {"writer": "{examples}{wording}" + "x" * 4000}}, "4000 at most"),
     ],
 )

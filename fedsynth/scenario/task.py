@@ -68,9 +68,13 @@ class Templates:
             if len(template) > MAX_WORDS:
                 raise BadValue(f"task.templates.{name} has {len(template)} characters: {MAX_WORDS} at most")
             try:
-                slots = {slot for _, slot, _, _ in Formatter().parse(template) if slot is not None}
+                found = [each[1:] for each in Formatter().parse(template) if each[1] is not None]
             except ValueError as problem:
                 raise BadValue(f"task.templates.{name}: {problem}; write {{{{ and }}}} for braces") from problem
+            if formatted := [slot for slot, form, turned in found if form or turned]:
+                # A width of a billion would fill a site's memory.
+                raise BadValue(f"task.templates.{name}: the slot {{{formatted[0]}}} takes no format")
+            slots = {slot for slot, _, _ in found}
             if unknown := sorted(slots - allowed):
                 raise BadValue(
                     f"task.templates.{name} has the unknown slot {{{unknown[0]}}}: it may have "
