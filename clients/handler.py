@@ -174,7 +174,7 @@ def _reply(
                 reply = FUNCTIONS[kind](client, request, digest)
                 if isinstance(reply, Generator):
                     reply = yield from reply
-                stored = seal(reply, allowed=client.rules.outputs, waived=client.waived)
+                stored = seal(reply, allowed=client.rules.outputs, waived=client.waived, disclosed=client.simulated)
                 # Clients of one pass store their replies only when all are ready: a killed process then rarely leaves
                 # some of them, and the same clients are retrained together, to the same weights.
                 yield Barrier()

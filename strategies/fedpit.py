@@ -94,7 +94,7 @@ class FedPIT(RoundStrategy[State]):
         if context is not None and needed > context:
             raise BadValue(
                 f"strategy.shots = {config.shots} records of {longest} tokens and what is written need {needed} "
-                f"tokens, the client's model reads {context}: use fewer shots, or smaller max_tokens"
+                f"tokens, the client's model reads {context}: use fewer shots, or a smaller max_new_tokens"
             )
 
     def initial(self) -> State:

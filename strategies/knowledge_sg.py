@@ -19,9 +19,9 @@ from fedsynth.models.adapters import new_adapter
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
-from fedsynth.synthesis.apprentice import draw, taught, write
 from fedsynth.synthesis.curation import at_most, novel, well_formed_instructions, yields
 from fedsynth.synthesis.distillation import judged, respond
+from fedsynth.synthesis.student import draw, taught, write
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from fedsynth.clients.fitting import Fitting
 from fedsynth.federation.cached_llm import CachedLLM
-from fedsynth.forecast.estimating import Elsewhere, SampledLLM, Tally
+from fedsynth.forecast.estimating import EndpointStub, SampledLLM, Tally
 from fedsynth.models.chat import Chat, render, reply_of, turn_end
 from fedsynth.models.llm import LOGITS, LocalLLM
 from fedsynth.models.room import misfits
@@ -410,7 +410,7 @@ def test_a_forecast_asks_a_sample_of_questions_in_their_form() -> None:
     assert sampled.chats
     assert len(sampled.complete(CHATS, SamplingParams.greedy(5), seed=0)) == len(CHATS)
     assert tally.read == sum(len(render(chat, llm.tokenizer)) for chat in CHATS)
-    away = Elsewhere(("x",), Tally(frozenset()), chats=True)
+    away = EndpointStub(("x",), Tally(frozenset()), chats=True)
     [line] = away.complete([Chat("a", "b")], SamplingParams(temperature=0, max_new_tokens=8, one_line=True), seed=0)
     assert line
     assert "\n" not in line

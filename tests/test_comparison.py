@@ -92,11 +92,11 @@ class Stand:
         if out.name in self.failing:
             (out / "status.json").write_text(json.dumps({"status": "failed", "reason": "no more clients"}))
             raise LaunchFailed("no more clients")
-        journals = []
+        run_logs = []
         for cell in cells(scenario):
             place = out.parent / "cells" / out.name / cell.arm / str(cell.seed)
-            journals.append(inprocess.play(to_toml(scenario), place, cell.arm, seed=cell.seed).run_log)
-        summarize(scenario, out, 1.0, journals)
+            run_logs.append(inprocess.play(to_toml(scenario), place, cell.arm, seed=cell.seed).run_log)
+        summarize(scenario, out, 1.0, run_logs)
         (out / "status.json").write_text(json.dumps({"status": "completed"}))
         return simulate.read(out)
 

@@ -369,6 +369,26 @@ def test_true_texts_are_a_bound_without_any_guarantee(toml: str, tmp_path: Path)
     assert [path.name for path in made.out.rglob("*written*")] != []
 
 
+@pytest.mark.parametrize(("arm", "stored"), [("true_texts", []), ("no_dp", ["exchange-1.zip"])])
+def test_a_run_that_dies_leaves_no_true_text_in_the_directory_that_people_share(
+    toml: str, tmp_path: Path, arm: str, stored: list[str]
+) -> None:
+    made = world(toml, arm, tmp_path)
+
+    def dies(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    made.llm.answer = dies
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    assert [path.name for path in made.out.rglob("exchange-1.zip")] == stored
+    if arm == "true_texts":
+        [client] = [m for m in made.grid.replies if "fedsynth" in m.content][:1]
+        text = decode(client.content["fedsynth"]["payload"], Synthesized).corpus.prompts[0].encode()
+        assert text in client.content["fedsynth"]["payload"]  # it would be found
+        assert not any(text in path.read_bytes() for path in made.out.rglob("*") if path.is_file())
+
+
 def test_a_client_that_raises_ends_the_run_with_a_code_and_no_private_word(
     toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

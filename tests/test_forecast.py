@@ -33,7 +33,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.schema import Cell, Tuning
 from fedsynth.scenario.toml import from_toml, to_toml
-from fedsynth.synthesis.apprentice import taught, write
+from fedsynth.synthesis.student import taught, write
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"
 FEDPIT = "fedsynth.strategies.fedpit:FedPIT"

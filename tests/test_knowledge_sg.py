@@ -38,7 +38,7 @@ from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
 from fedsynth.scenario.schema import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml
-from fedsynth.synthesis.apprentice import taught, write
+from fedsynth.synthesis.student import taught, write
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_records
 from fedsynth.typed import BadValue

@@ -44,8 +44,8 @@ def step(name: str, before: int, after: int, lost: tuple[str, ...] = (), **dropp
     return Stage(name, before, after, {reason.replace("_", " "): count for reason, count in dropped.items()}, lost)
 
 
-def told(*journals: RunLog) -> dict[str, list[str]]:
-    frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
+def told(*run_logs: RunLog) -> dict[str, list[str]]:
+    frame = pd.DataFrame([row for j in run_logs for row in j.rows], columns=list(COLUMNS))
     return {arm: [str(loss) for loss in own] for arm, own in losses(frame).items()}
 
 
@@ -145,15 +145,15 @@ def ended(place: Path) -> Path:
     """A run's directory, as a run writes it: of the arm b nothing was left."""
     asked = scenario()
     prepare(asked, place)
-    journals = []
+    run_logs = []
     for number, cell in enumerate(cells(asked)):
         made = RunLog(cell, place, place / "events.jsonl", round=1)
         for client in (0, 1):
             fdkt(made, client, *((12, 0, 0) if number else (0, 12, 8)))
             made.log_metric(client, "accuracy", 0.5)
         made.close()
-        journals.append(made)
-    summarize(asked, place, 3.0, journals)
+        run_logs.append(made)
+    summarize(asked, place, 3.0, run_logs)
     return place
 
 

@@ -84,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def make(out: Path, scenario: Scenario) -> Path:
     """A run's directory as a run writes it, with figures that are known."""
     prepare(scenario, out)
-    journals = []
+    run_logs = []
     for cell in cells(scenario):
         run_log = RunLog(cell, out, out / "events.jsonl")
         for number in (1, 2):
@@ -107,8 +107,8 @@ def make(out: Path, scenario: Scenario) -> Path:
             run_log.statements = {0: Statement("none", None, 1e-5)}
         run_log.released = set() if cell.arm == "local" else {"synthetic text with labels"}
         run_log.close()
-        journals.append(run_log)
-    summarize(scenario, out, 12.0, journals)
+        run_logs.append(run_log)
+    summarize(scenario, out, 12.0, run_logs)
     return out
 
 

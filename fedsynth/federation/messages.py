@@ -44,6 +44,11 @@ class Request(Generic[R]):
     task: ClassVar[str]
     reply: ClassVar[type[Any]]
 
+    @property
+    def discloses(self) -> bool:
+        """True if the reply holds private text as it is; simulated clients alone give one."""
+        return False
+
 
 @dataclass(frozen=True)
 class Synthesized:
@@ -77,6 +82,11 @@ class Synthesize(Request[Synthesized]):
     max_new_tokens: int
     seed: int
     true_texts: bool = False
+
+    @property
+    def discloses(self) -> bool:
+        """True for `true_texts`."""
+        return self.true_texts
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,9 @@ class Clients:
     def _arrived(self, requests: Mapping[int, Request[R]], asked: Sequence[int]) -> Iterator[tuple[int, Heard]]:
         """Replies as they come; a resumed run takes them from the exchange's record if that is whole."""
         self._collect_late()
-        record = self.run_log.checkpoint.exchange(self.exchange)
+        # Private text as it is stays out of the run's directory, which people share: a resumed run asks for it again.
+        discloses = any(request.discloses for request in requests.values())
+        record = ExchangeRecord(None) if discloses else self.run_log.checkpoint.exchange(self.exchange)
         found = record.kept(lambda: self._digest(requests, asked))
         for client, heard, down in (
             self._asked(requests, asked, record) if found is None else self._recalled(requests, found)

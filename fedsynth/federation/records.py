@@ -82,13 +82,14 @@ def _number(content: RecordDict, key: str) -> int:
     return number if isinstance(number, int) else -1
 
 
-def seal(reply: object, *, allowed: Collection[Output], waived: bool) -> bytes:
+def seal(reply: object, *, allowed: Collection[Output], waived: bool, disclosed: bool = False) -> bytes:
     """A reply as bytes, if each of its fields may leave.
 
     Args:
         reply: One of the reply classes of `fedsynth.federation.messages`.
         allowed: Kinds of outputs that may leave: all in a simulation, those of its policy at a site.
         waived: True if a release without guarantee was logged in this run's ledger.
+        disclosed: True for a simulated client, which alone gives private text as it is.
 
     Raises:
         WillNotLeave: With the field and the rule.
@@ -108,6 +109,8 @@ def seal(reply: object, *, allowed: Collection[Output], waived: bool) -> bytes:
         for part in derived(value):
             if KINDS[type(part)] not in allowed:
                 raise WillNotLeave(f"{name}.{field.name}: this site lets out no {KINDS[type(part)]}")
+            if isinstance(part, Corpus) and part.provenance is Provenance.DISCLOSED and not disclosed:
+                raise WillNotLeave(f"{name}.{field.name} is private text as it is: simulated clients alone give that")
             _check_part(part, f"{name}.{field.name}", waived)
     for statement in _parts(reply, Statement):
         if statement.guarantee == "dp" and any(not part.grants for part in derived(reply)):

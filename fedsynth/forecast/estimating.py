@@ -106,10 +106,10 @@ class SampledLLM:
             lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
-            request, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
+            order, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
 
             def sample(n: int) -> list[Any]:
-                rows = [int(request[i * len(request) // n]) for i in range(n)]
+                rows = [int(order[i * len(order) // n]) for i in range(n)]
                 return self.llm.complete([prompts[row] for row in rows], sampling, seed=seed)
 
             key = ("complete", _size(self.llm.model), sampling, _magnitude(lengths))
@@ -130,11 +130,11 @@ class SampledLLM:
             groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
             if not groups:
                 return []
-            request = np.argsort([lengths[group[0]] for group in groups], kind="stable")
+            order = np.argsort([lengths[group[0]] for group in groups], kind="stable")
             lanes, size = self._lanes(len(prompts)), len(prompts) / len(groups)
 
             def sample(n: int) -> list[Any]:
-                chosen = [groups[int(request[i * len(request) // n])] for i in range(n)]
+                chosen = [groups[int(order[i * len(order) // n])] for i in range(n)]
                 rows = [row for group in chosen for row in group]
                 found = iter(self.llm.score([prompts[r] for r in rows], [continuations[r] for r in rows]))
                 return [[next(found) for _ in group] for group in chosen]
@@ -237,7 +237,7 @@ def varied(text: str, pool: Sequence[str], kept: frozenset[str], rng: np.random.
 
 
 @dataclass
-class Elsewhere:
+class EndpointStub:
     """A stand-in for a model behind an endpoint, which is not called, as that costs time and money. Its texts have the
     full length, and every parser here finds something in them."""
 
@@ -283,7 +283,7 @@ def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[
 
     def loaded(model: str | Endpoint, adapter: str | None = None) -> TextModel:
         if isinstance(model, Endpoint):
-            return Elsewhere(labels, tally, model.api == "chat")
+            return EndpointStub(labels, tally, model.api == "chat")
         if (model, adapter) not in models:
             lora = None if adapter is None else public_adapter(adapter, model)
             models[model, adapter] = LocalLLM.for_server(model, lora)

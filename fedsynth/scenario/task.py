@@ -68,13 +68,15 @@ class Templates:
             if len(template) > MAX_WORDS:
                 raise BadValue(f"task.templates.{name} has {len(template)} characters: {MAX_WORDS} at most")
             try:
-                found = [each[1:] for each in Formatter().parse(template) if each[1] is not None]
+                parts = [
+                    (slot, form, turned) for _, slot, form, turned in Formatter().parse(template) if slot is not None
+                ]
             except ValueError as problem:
                 raise BadValue(f"task.templates.{name}: {problem}; write {{{{ and }}}} for braces") from problem
-            if formatted := [slot for slot, form, turned in found if form or turned]:
+            if formatted := [slot for slot, form, turned in parts if form or turned]:
                 # A width of a billion would fill a site's memory.
                 raise BadValue(f"task.templates.{name}: the slot {{{formatted[0]}}} takes no format")
-            slots = {slot for slot, _, _ in found}
+            slots = {str(slot) for slot, _, _ in parts}
             if unknown := sorted(slots - allowed):
                 raise BadValue(
                     f"task.templates.{name} has the unknown slot {{{unknown[0]}}}: it may have "

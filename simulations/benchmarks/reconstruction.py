@@ -29,7 +29,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
 from fedsynth.scenario.schema import Scenario, Tuning
 from fedsynth.scenario.toml import load
-from fedsynth.synthesis.apprentice import taught
+from fedsynth.synthesis.student import taught
 from fedsynth.training.engine import Engine
 from fedsynth.world import secret_of
 

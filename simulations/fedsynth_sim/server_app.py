@@ -83,15 +83,15 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
     elif (out / "scenario.toml").read_text(encoding="utf-8") != toml:  # the same scenario: a run is resumed
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
-    journals: list[RunLog] = []
+    run_logs: list[RunLog] = []
     for number, cell in enumerate(planned):
         append_event(
             out / "events.jsonl",
             {"event": "cell", "arm": cell.arm, "seed": cell.seed, "number": number, "cells": len(planned)},
         )
-        journals.append(_one_cell(grid, cell, out, deployed))
-        write_metrics(out, journals)
-    summarize(scenario, out, time.monotonic() - started, journals)
+        run_logs.append(_one_cell(grid, cell, out, deployed))
+        write_metrics(out, run_logs)
+    summarize(scenario, out, time.monotonic() - started, run_logs)
 
 
 def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> RunLog:

@@ -38,10 +38,12 @@ class ExchangeRecord:
     """The replies of one exchange, stored as they come; the file is whole after `close`.
 
     Args:
-        path: The file; nothing is stored if its folder does not exist.
+        path: The file; nothing is stored for None, or if its folder does not exist.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
+        self._stored = path is not None and path.parent.is_dir()
+        path = path or Path("nowhere")
         self._path, self._part, self._asked = path, path.with_suffix(".coming"), path.with_suffix(".asked")
         self._archive: zipfile.ZipFile | None = None
         self._facts: dict[str, dict[str, Any]] = {}
@@ -55,7 +57,7 @@ class ExchangeRecord:
         Raises:
             BadValue: If the exchange began with other requests: the code, or its inputs, have changed since.
         """
-        if not self._asked.is_file():
+        if not self._stored or not self._asked.is_file():
             return None
         if self._asked.read_text() != asked():
             raise BadValue(
@@ -72,7 +74,7 @@ class ExchangeRecord:
 
     def begin(self, asked: str) -> None:
         """Stores the digest of the requests that were sent."""
-        if self._path.parent.is_dir():
+        if self._stored:
             write_whole(self._asked, asked.encode())
 
     def keep(self, client: int, heard: Heard, down: int) -> None:
@@ -83,7 +85,7 @@ class ExchangeRecord:
             heard: Its outcome.
             down: Size of its request in bytes.
         """
-        if not self._path.parent.is_dir():
+        if not self._stored:
             return
         if self._archive is None:
             self._archive = zipfile.ZipFile(self._part, "w", zipfile.ZIP_STORED)

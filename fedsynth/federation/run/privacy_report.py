@@ -12,10 +12,10 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 
 
-def guarantee_of(journals: Sequence[RunLog]) -> str:
+def guarantee_of(run_logs: Sequence[RunLog]) -> str:
     """ "none" if one client of one seed released anything without a mechanism, or the simulator pooled raw text."""
-    pooled = any(j.cell.scenario.data.pooled for j in journals)
-    open_ = any(s.guarantee == "none" for j in journals for s in j.statements.values())
+    pooled = any(j.cell.scenario.data.pooled for j in run_logs)
+    open_ = any(s.guarantee == "none" for j in run_logs for s in j.statements.values())
     return "none" if pooled or open_ else "dp"
 
 
@@ -37,14 +37,14 @@ PUBLIC = (
 )
 
 
-def privacy_report(journals: Sequence[RunLog]) -> dict[str, Any]:
+def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
-    guarantee = guarantee_of(journals)
-    measured = [MEASURED] if any("/" not in row[4] for j in journals for row in j.rows) else []
-    worked = [WORKED] if journals[0].simulated else []
-    head = {"guarantee": guarantee, "line": privacy_line(journals), "not_covered": [*measured, *worked, *NOT_COVERED],
-            "terms": _terms(journals)}  # fmt: skip
-    spent = _spent(journals)
+    guarantee = guarantee_of(run_logs)
+    measured = [MEASURED] if any("/" not in row[4] for j in run_logs for row in j.rows) else []
+    worked = [WORKED] if run_logs[0].simulated else []
+    head = {"guarantee": guarantee, "line": privacy_line(run_logs), "not_covered": [*measured, *worked, *NOT_COVERED],
+            "terms": _terms(run_logs)}  # fmt: skip
+    spent = _spent(run_logs)
     if guarantee == "none" or not spent:
         return head
     worst = max(spent, key=lambda s: s.epsilon or 0.0)
@@ -60,18 +60,18 @@ def privacy_report(journals: Sequence[RunLog]) -> dict[str, Any]:
     return {**head, "largest_over_clients": figures}
 
 
-def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
+def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     """The terms of an arm's figures, in words, and the largest number of units of a client."""
-    client, seen = journals[0].cell.scenario.client, sorted({kind for j in journals for kind in j.released})
+    client, seen = run_logs[0].cell.scenario.client, sorted({kind for j in run_logs for kind in j.released})
     terms: dict[str, Any] = {
         "adversary": "an honest-but-curious server that runs the published bundle",
         "sees": seen,
         "public": list(PUBLIC),
-        "assumptions": _assumptions(journals).removeprefix("; "),
-        "silent": sorted({(j.cell.seed, client) for j in journals for client, _ in j.silent}),
+        "assumptions": _assumptions(run_logs).removeprefix("; "),
+        "silent": sorted({(j.cell.seed, client) for j in run_logs for client, _ in j.silent}),
     }
-    spent = _spent(journals)
-    if guarantee_of(journals) == "none" or not spent:
+    spent = _spent(run_logs)
+    if guarantee_of(run_logs) == "none" or not spent:
         return terms
     listed = seen == ["scores"] and client.scores == "noise"
     training = client.scorer_training if "scores" in seen else client.generator_training
@@ -92,8 +92,8 @@ def _terms(journals: Sequence[RunLog]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _spent(journals: Sequence[RunLog]) -> list[Statement]:
-    return [s for j in journals for s in j.statements.values() if s.epsilon is not None]
+def _spent(run_logs: Sequence[RunLog]) -> list[Statement]:
+    return [s for j in run_logs for s in j.statements.values() if s.epsilon is not None]
 
 
 def up(value: float, digits: int) -> float:
@@ -115,14 +115,14 @@ def _plan_of(said: Statement) -> DPPlan:
     )
 
 
-def privacy_line(journals: Sequence[RunLog]) -> str:
+def privacy_line(run_logs: Sequence[RunLog]) -> str:
     """One sentence per arm: adversary, what it sees, the bound and what it covers."""
-    if any(j.cell.scenario.data.pooled for j in journals):
+    if any(j.cell.scenario.data.pooled for j in run_logs):
         return "no guarantee: the simulator pools raw private text, which no real server could see"
-    seen = " and ".join(sorted({kind for j in journals for kind in j.released}))
-    if guarantee_of(journals) == "none":
+    seen = " and ".join(sorted({kind for j in run_logs for kind in j.released}))
+    if guarantee_of(run_logs) == "none":
         return f"no differential privacy guarantee: {seen} left clients without a mechanism; no epsilon holds for them"
-    spent = _spent(journals)
+    spent = _spent(run_logs)
     if not spent:
         return "nothing derived from private text leaves a client (test figures aside), so there is nothing to spend"
     epsilon, delta = up(max(s.epsilon or 0.0 for s in spent), 3), max(s.delta for s in spent)
@@ -131,22 +131,22 @@ def privacy_line(journals: Sequence[RunLog]) -> str:
     return (
         f"an honest-but-curious server sees {seen}: ({epsilon:.3f}, {delta:g})-DP per {unit}, all rounds, zero-out "
         f"({replaced:.2f} if replaced by another {unit}); largest over "
-        + ("clients and seeds, each a world of its own" if journals[0].simulated else "sites, in this run alone")
+        + ("clients and seeds, each a world of its own" if run_logs[0].simulated else "sites, in this run alone")
         + ("; simulated: noise reproducible" if any(s.simulated for s in spent) else "")
-        + _assumptions(journals)
+        + _assumptions(run_logs)
     )
 
 
-def _assumptions(journals: Sequence[RunLog]) -> str:
+def _assumptions(run_logs: Sequence[RunLog]) -> str:
     """The facts that a simulator reads from private rows and a site would declare, and the silent clients."""
-    data = journals[0].cell.scenario.data
-    silent = len({(j.cell.seed, client) for j in journals for client, _ in j.silent})
+    data = run_logs[0].cell.scenario.data
+    silent = len({(j.cell.seed, client) for j in run_logs for client, _ in j.silent})
     missing = (
         f"; {silent} clients gave no usable reply: what they may have spent is not in these figures" if silent else ""
     )
     listed = data.labels == "all" and data.task == "classification"
     taken = (
-        [] if data.world or not journals[0].simulated else (["label list"] if listed else []) + ["number of records"]
+        [] if data.world or not run_logs[0].simulated else (["label list"] if listed else []) + ["number of records"]
     )
     dropped = "; duplicates dropped across clients by the simulator, no site could" if data.duplicates == "drop" else ""
     return (

@@ -16,19 +16,19 @@ from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import plain
 
 
-def write_metrics(out: Path, journals: Sequence[RunLog]) -> pd.DataFrame:
+def write_metrics(out: Path, run_logs: Sequence[RunLog]) -> pd.DataFrame:
     """The tidy metrics of all cells so far, one row per (arm, seed, round, client, metric)."""
-    frame = pd.DataFrame([row for j in journals for row in j.rows], columns=list(COLUMNS))
+    frame = pd.DataFrame([row for j in run_logs for row in j.rows], columns=list(COLUMNS))
     part = out / "metrics.parquet.part"
     frame.to_parquet(part, index=False)
     part.replace(out / "metrics.parquet")
     return frame
 
 
-def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[RunLog]) -> dict[str, Any]:
+def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[RunLog]) -> dict[str, Any]:
     """Writes metrics.parquet, privacy.json and summary.json; returns the summary that `--json` prints."""
-    frame = write_metrics(out, journals)
-    arms = list(dict.fromkeys(j.cell.arm for j in journals))
+    frame = write_metrics(out, run_logs)
+    arms = list(dict.fromkeys(j.cell.arm for j in run_logs))
     tuned_on, lost = set(scenario.data.tuned_on), losses(frame)
     summary = {
         "scenario": scenario.name,
@@ -36,13 +36,13 @@ def summarize(scenario: Scenario, out: Path, seconds: float, journals: Sequence[
         "seconds": round(seconds, 1),
         "arms": {
             arm: {
-                **_arm(frame, arm, [j for j in journals if j.cell.arm == arm], tuned_on),
+                **_arm(frame, arm, [j for j in run_logs if j.cell.arm == arm], tuned_on),
                 "losses": [{**plain(loss), "few": loss.few, "line": str(loss)} for loss in lost.get(arm, ())],
             }
             for arm in arms
         },
     }
-    privacy = {arm: privacy_report([j for j in journals if j.cell.arm == arm]) for arm in arms}
+    privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
@@ -70,7 +70,7 @@ def missing(frame: pd.DataFrame) -> list[str]:
     return lines
 
 
-def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[RunLog], tuned_on: set[int]) -> dict[str, Any]:
+def _arm(frame: pd.DataFrame, arm: str, run_logs: Sequence[RunLog], tuned_on: set[int]) -> dict[str, Any]:
     own = frame[(frame["arm"] == arm) & (frame["client"] != SERVER)]
     last = own[own["round"] == own["round"].max()]
     metrics = {}
@@ -82,9 +82,9 @@ def _arm(frame: pd.DataFrame, arm: str, journals: Sequence[RunLog], tuned_on: se
         held = rows[~rows["client"].isin(tuned_on)]
         if tuned_on and not name.startswith("yield/") and len(held):
             metrics[f"{name}_held_out_clients"] = _over_seeds(held)
-    epsilons = [s.epsilon for j in journals for s in j.statements.values()]
-    statements = [s for j in journals for s in j.statements.values()]
-    guarantee = guarantee_of(journals)
+    epsilons = [s.epsilon for j in run_logs for s in j.statements.values()]
+    statements = [s for j in run_logs for s in j.statements.values()]
+    guarantee = guarantee_of(run_logs)
     moved = own[own["metric"].str.startswith("bytes/")].groupby("metric")["value"].sum()
     return {
         "metrics": metrics,

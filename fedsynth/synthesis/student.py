@@ -1,4 +1,4 @@
-"""The server's use of a client's adapter: it writes records and is trained further."""
+"""The student of distillation: a client's adapter at the server writes records and is trained further."""
 
 from __future__ import annotations
 
