@@ -1,4 +1,4 @@
-"""The server of an experiment: its models, or the endpoints that serve them."""
+"""The server of an experiment: its models and endpoints, its timeouts and its quorum."""
 
 from __future__ import annotations
 
