@@ -24,7 +24,7 @@ def ledger_show(
     place: Place,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per ledger.")] = False,
 ) -> None:
-    """What was spent, by which run and grant, and what was answered. Keys and answers are never shown."""
+    """Charges by run and grant, and the requests that were answered. Keys and answers are never shown."""
     from fedsynth.privacy.audit import contents, ledgers_in
 
     for path in ledgers_in(place):
@@ -108,7 +108,7 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
 
 
 def _filter_lines(found: dict[str, Any]) -> list[str]:
-    """What guards the lifetime cap, and how much of it is left."""
+    """The filter that guards the lifetime cap, and the rest of the cap."""
     from fedsynth.federation.run.privacy_report import up
 
     cap, by = found["cap"], found["filter"]

@@ -56,7 +56,7 @@ def fetched(query: str, env: str, folder: Path) -> tuple[list[str], Sequence[Seq
     """Names of columns, and rows with cells as the driver gives them.
 
     Args:
-        query: What is asked.
+        query: The SELECT.
         env: Environment variable that holds the database's URL.
         folder: Where the path of an SQLite file begins.
 
@@ -168,7 +168,7 @@ def _why_unreachable(cause: BaseException) -> str:
 
 
 def _why_failed(cause: BaseException) -> str:
-    """What is wrong with the statement; of an error about a value, which may be a row's, only its name."""
+    """The fault of a statement. An error about a value gives its name alone, because the value may be a row's."""
     state = getattr(cause, "sqlstate", None) or ""
     # Of PostgreSQL, a transaction that only reads (25) or a wrong statement (42); of SQLite, what it says itself.
     if state[:2] in ("25", "42") or hasattr(cause, "sqlite_errorname"):

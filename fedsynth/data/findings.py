@@ -16,7 +16,7 @@ MANY = 20  # rows: who has more of them, and ten times as many as half of all pe
 
 def misread(data: SiteData, found: Gathered) -> str:
     """Why rows must not be used as they are: persons of several spellings, unless `data.spellings` merges them; ""
-    if they may be. What nobody sees of a spelling is escaped."""
+    if they may be. Invisible characters of a spelling are escaped."""
     if not found.spelt or data.spellings == "merge":
         return ""
     named = ", ".join(" and ".join(map(ascii, group)) for group in found.spelt[:NAMED])
@@ -28,7 +28,7 @@ def misread(data: SiteData, found: Gathered) -> str:
 
 
 def warnings(data: SiteData, found: Gathered) -> list[str]:
-    """What does not fit but can be used, a line each, for the eyes of the site alone: it names labels and counts."""
+    """Rows that do not fit and can be used, a line each, for the site alone: the lines name labels and counts."""
     name, site = data.origin, laid_out(found.records, data)
     answer = data.columns.answer
     said = [f"{name}: {note}" for note in found.notes]

@@ -71,7 +71,7 @@ class LeftOut:
     Attributes:
         incomplete: Without text or label.
         duplicates: Dropped for `data.duplicates = "drop"`.
-        not_dealt: Of natural clients beyond those asked, or of classes that no client drew.
+        not_dealt: Rows of natural clients that were not asked for, or of classes that no client drew.
         over_limit: Rows beyond `data.limit`, `data.per_label` and `data.test_limit`.
     """
 

@@ -140,7 +140,7 @@ class SiteData:
 
     @property
     def unit_name(self) -> str:
-        """What is protected: the column of persons, or the row."""
+        """The privacy unit: the column of persons, or the row."""
         return self.person or "row"
 
     @property
@@ -160,7 +160,7 @@ class Gathered:
         counted: How rows are counted: "line" or "row".
         damaged: Number and reason of each row that cannot be read, and is an empty one in its place.
         incomplete: Number and reason of each row that lacks a text, an answer or a person; likewise.
-        notes: What else to look at.
+        notes: Further lines for the operator.
         spelt: Persons that are written in several ways, each with its spellings.
         splits: Values of the test column.
     """
@@ -179,7 +179,7 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
     """All rows of a source. A row that cannot be read is an empty one: it stops nothing, and changes no other.
 
     Args:
-        data: What is read.
+        data: The source.
         folder: That of site.toml: where a path begins.
 
     Raises:

@@ -302,7 +302,7 @@ class Clients:
 
 
 def _kind(part: Corpus | Adapter | Scores) -> str:
-    """What a report calls something that left a client."""
+    """A report's name for something that left a client."""
     if isinstance(part, Corpus) and part.provenance is Provenance.DISCLOSED:
         return "true private text"
     return {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}[type(part)]

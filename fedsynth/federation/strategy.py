@@ -139,12 +139,12 @@ class RoundStrategy(Strategy, Generic[S]):
 
     @classmethod
     def only_simulated(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
-        """Whether it asks for what no site gives."""
+        """True if the method asks for something that no site gives."""
         return False
 
     @classmethod
     def sends_text(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options
-        """Whether whatever clients are asked to learn brings text."""
+        """True if every request to learn brings text."""
         return True
 
     def __init__(self, config: Any, server: ServerSide) -> None:

@@ -11,7 +11,7 @@ from fedsynth.system.terminal import warn
 
 
 def print_forecast(console: Console, made: Forecast) -> None:
-    """What is foreseen of a run, arm by arm and in all, and what will not fit."""
+    """Prints the forecast of a run, arm by arm and in all, and its warnings."""
     table = Table(title=f"{made.scenario}: forecast")
     for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
         table.add_column(head, no_wrap=True)

@@ -32,7 +32,7 @@ SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 def converses(tokenizer: Any) -> bool:
-    """Whether it has a chat template."""
+    """True if the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -75,7 +75,7 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
 
 
 def begins_in_thought(chat: Chat, tokenizer: Any) -> bool:
-    """Whether the template opens the model's thought itself, so that only its end will be written."""
+    """True if the template itself opens the model's thought, so that the model writes only its end."""
     form = _form(tokenizer, bool(chat.system)) or _form(tokenizer, False)
     return form is not None and form.own[-1].rstrip().endswith(OPEN)
 
@@ -99,10 +99,10 @@ _THOUGHT = re.compile(f"{OPEN}.*?{CLOSE}\\s*", re.DOTALL)
 
 
 def reply_of(prompt: Prompt, written: str, *, one_line: bool, in_thought: bool = False) -> str:
-    """What a model says to a prompt, of all that it wrote.
+    """A model's answer to a prompt, cut from all that it wrote.
 
-    A question gets the answer without the thoughts before it, and none where they do not end. Of `one_line` the first
-    line that is not blank remains.
+    A question gets the answer without the thoughts before it, and none where they do not end. With
+    `one_line` the first line that is not blank remains.
     """
     text = written
     if isinstance(prompt, Chat):
@@ -113,7 +113,7 @@ def reply_of(prompt: Prompt, written: str, *, one_line: bool, in_thought: bool =
 
 
 def holds_line(text: str) -> bool:
-    """Whether a line that is not blank has ended."""
+    """True if a line that is not blank has ended."""
     return LINE_END in text.lstrip()
 
 

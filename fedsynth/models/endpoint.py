@@ -102,7 +102,7 @@ class RemoteLLM:
 
     @property
     def chats(self) -> bool:
-        """Whether it answers questions: with `api = "chat"`."""
+        """True if the endpoint answers questions: with `api = "chat"`."""
         return self.endpoint.api == "chat"
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:

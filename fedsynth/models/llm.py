@@ -56,7 +56,7 @@ class TextModel(Protocol):
 
     @property
     def chats(self) -> bool:
-        """Whether it answers a `Chat`."""
+        """True if the model answers a `Chat`."""
         ...
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
@@ -115,7 +115,7 @@ class FirstLine(StoppingCriteria):
 
     Args:
         count: Rows.
-        may_end: Whether a token holds a line end: only after such a one is a row looked at.
+        may_end: True for a token that holds a line end: only after such a token is a row read.
         has_line: Row number and all of its tokens -> whether a line is whole.
     """
 
@@ -123,7 +123,7 @@ class FirstLine(StoppingCriteria):
         self.done, self.may_end, self.has_line = [False] * count, may_end, has_line
 
     def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Whether each row is done."""
+        """True for each row that is done."""
         for row, token in enumerate(input_ids[:, -1].tolist()):
             if not self.done[row] and self.may_end(token):
                 self.done[row] = self.has_line(row, input_ids[row].tolist())
@@ -139,7 +139,7 @@ class LocalLLM:
     Args:
         model: In evaluation mode, with or without an adapter. Its generation config is replaced: what is asked for in a
             call is all that shapes the sampled distribution (some published configs bring a repetition penalty).
-        tokenizer: Of a causal LM: its BOS is put before every prompt, once. Of a seq2seq LM: what it puts around a text
+        tokenizer: A causal LM's BOS precedes every prompt, once. What a seq2seq LM's tokenizer puts around a text
             (the EOS of T5) stands around every prompt. Its EOS, the model's, and what ends a turn in its chat template
             end a text.
         batch_size: Sequences at once.
@@ -200,7 +200,7 @@ class LocalLLM:
                 as the layer.
             batch_size: Sequences at once.
             workers: Threads.
-            device: Of torch. On a GPU the model is as precise as it was saved.
+            device: The torch device. On a GPU the model is as precise as it was saved.
             precision: On a CPU. `auto` is bfloat16 where that pays (`loading.dtype_of`). There the rounding of a padded
                 batch is coarse enough for a prompt's neighbours to change its text.
 
@@ -223,7 +223,7 @@ class LocalLLM:
 
     @property
     def chats(self) -> bool:
-        """Whether its tokenizer has a chat template."""
+        """True if its tokenizer has a chat template."""
         return converses(self.tokenizer)
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
@@ -279,7 +279,7 @@ class LocalLLM:
         return [reply(place, text, one_line=sampling.one_line) for place, text in enumerate(written)]
 
     def _text(self, prompt: Prompt, new: Sequence[int]) -> str:
-        """What new tokens say before the first that ends a text. An answer keeps the marks of its thoughts."""
+        """The text of new tokens before the first that ends it. An answer keeps the marks of its thoughts."""
         end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
         row = list(new[:end])
         if isinstance(prompt, Chat):

@@ -19,12 +19,12 @@ class BudgetExhausted(RuntimeError):
 
 @dataclass(frozen=True)
 class Account:
-    """What is declared of the account of one data set.
+    """The declared facts of one data set's account.
 
     Attributes:
         dataset: Declared id of the data set. It stays when rows change.
         cap: Lifetime budget of the data; None: no cap (a simulated world, bounded by its run's budget).
-        per_run: What all that carries the id of one run may spend together: its arms, seeds and rounds.
+        per_run: The budget that all arms, seeds and rounds with one run's id share.
     """
 
     dataset: str
@@ -35,14 +35,14 @@ class Account:
         """Every limit with its order: that of the cap was fixed with the account, that of another goes with it.
 
         Args:
-            budget: Of the part of a run that asks.
-            order: Of the account's filter.
+            budget: The budget of the part of a run that asks.
+            order: Rényi order of the account's filter.
         """
         found = [] if self.cap is None else [(self.cap, order)]
         return [*found, *((limit, order_for(limit)) for limit in (self.per_run, budget) if limit is not None)]
 
     def check(self, db: sqlite3.Connection, asked: DPPlan, run: str, budget: Budget | None) -> None:
-        """Whether every limit holds with one more plan.
+        """Checks that every limit holds with one more plan.
 
         Raises:
             BudgetExhausted: If one would be passed.

@@ -27,14 +27,14 @@ class GrantUsed(RuntimeError):
 
 @dataclass(frozen=True)
 class Binding:
-    """What a grant is good for: if any of it changes, it is another grant.
+    """The facts that a grant holds for: if one of them changes, it is another grant.
 
     Attributes:
         order: Digest of the request; the ledgers on disk call it so.
         plan: `DPPlan.digest()`.
         data: Keyed MAC of the data (`data_mac` with the ledger's `mac_key`).
         model: Hash of the model's weights.
-        version: Of the software.
+        version: The software's version.
     """
 
     order: str
@@ -56,7 +56,7 @@ class Grant:
         id: Public; texts and adapters carry it.
         counter: Number of the grant in its ledger, from 1.
         plan: The whole plan; the grant is for one of its rounds.
-        binding: What it is good for.
+        binding: The facts that it holds for.
     """
 
     id: str
@@ -91,20 +91,20 @@ class Ledger:
     """One SQLite file per declared data set; lies outside run directories and is never reset.
 
     States of a grant: reserved -> running -> stored -> sent; abandoned where the request came again with something
-    bound changed. What was charged is never given back. Every change is one committed transaction. The caller
+    bound changed. A charge is never given back. Every change is one committed transaction. The caller
     serialises requests per site with a file lock, so a grant found running while charging means a crash.
 
-    What is asked next may depend on what was released before, so a Rényi filter (`fedsynth.privacy.filter`) guards the
+    A next request may depend on earlier releases, so a Rényi filter (`fedsynth.privacy.filter`) guards the
     cap. Its order follows from the cap as long as nothing is spent; with the first charge it is fixed, and stays when
     the cap is changed.
 
     With a witness, what was charged is written down there too: after the commit, before the grant is handed out. So a
-    crash between the two leaves a grant that never ran, and what ran is known in two places. What others charged on
-    the same file, each with a witness of its own, is written down with it, and by `tell_witness`.
+    crash between the two leaves a grant that never ran, and what ran is known in two places. Charges of others on
+    the same file, each with a witness of its own, are written down with it, and by `tell_witness`.
 
     Args:
-        path: Of the file; made (mode 0600) if there is none. An empty or damaged file is refused, not replaced.
-        account: What is declared of it.
+        path: The file; made (mode 0600) if there is none. An empty or damaged file is refused, not replaced.
+        account: Its declared facts.
         witness: Remembers charges in another file; a ledger that lacks one of them is not opened.
         keys: Key of a grant by (counter, binding digest), and of the data MAC by (0, "data"). Sites keep the
             default; simulations pass `simulated_key` of their run and client.
@@ -150,7 +150,7 @@ class Ledger:
 
     @property
     def order(self) -> int:
-        """Of the filter."""
+        """Rényi order of the filter."""
         with self._transaction() as db:
             return order_of(db)
 
@@ -167,7 +167,7 @@ class Ledger:
         return None if row is None else bytes(row[0])
 
     def sent(self, request: str) -> bool:
-        """Whether the answer to a request was handed over to be sent."""
+        """True if the answer to a request was handed over to be sent."""
         with self._transaction() as db:
             row = db.execute("SELECT sent FROM answers WHERE order_digest = ?", (request,)).fetchone()
         return row is not None and bool(row[0])
@@ -180,10 +180,10 @@ class Ledger:
         the same request and binding (a crash before "stored") is handed out again, and costs nothing.
 
         Args:
-            plan: Of the run.
-            binding: What the grant holds for.
+            plan: The run's plan.
+            binding: The facts that the grant holds for.
             run: Public id of the run; what follows a slash names a part of it (arm, seed).
-            budget: Of that part, which a request too many would pass even where the lifetime cap would not be.
+            budget: That part's budget; a request too many would pass it even where it leaves the lifetime cap intact.
 
         Raises:
             BudgetExhausted: If the lifetime cap, `per_run` or the budget would be passed; nothing is written then.
@@ -289,7 +289,7 @@ class Ledger:
         """Keeps the answer before it is sent (running -> stored) and erases the grant's key with it.
 
         Args:
-            grant_or_request: What the answer is for.
+            grant_or_request: The grant or request that the answer is for.
             answer: As it will be sent.
             derived_from: Ids of grants. A request that was charged nothing has its answer kept only if all of these are
                 settled, and there is one: then it is post-processing of what they let out.
@@ -356,7 +356,7 @@ class Ledger:
         Noted once for a run and a reason: a repeated request adds nothing to it.
 
         Returns:
-            Whether this is the first of its run and reason.
+            True for the first of its run and reason.
 
         Raises:
             LedgerBehind: If the witness knows more than the file.
@@ -378,7 +378,7 @@ class Ledger:
         return first
 
     def waived(self, run: str) -> bool:
-        """Whether a release without guarantee was noted in a run."""
+        """True if a release without guarantee was noted in a run."""
         with self._transaction() as db:
             return db.execute("SELECT 1 FROM spent WHERE plan IS NULL AND run = ?", (run,)).fetchone() is not None
 
@@ -402,7 +402,7 @@ class Ledger:
         return epsilon_at(used(plans, order), order, self.account.delta(plans)) if private else math.inf
 
     def missing(self, known: Sequence[Charge]) -> list[Charge]:
-        """What a witness knows and this file does not."""
+        """Charges that a witness knows and this file does not."""
         with self._transaction() as db:
             return missing(db, known)
 
@@ -410,12 +410,12 @@ class Ledger:
         """Counts charges of which this file knows nothing as spent: one round of its plan for each grant.
 
         A grant of unknown plan takes the whole cap, now and at any later cap: epsilon is infinite. None of them runs
-        again. What is known already changes nothing. A file of which nothing was spent takes over the order of the
+        again. Known charges change nothing. A file of which nothing was spent takes over the order of the
         filter under which they were charged, where the witness knows it: no other one was fixed before them.
 
         Args:
             charges: From `missing`.
-            by: Who declares it.
+            by: The person who declares it.
         """
         with self._transaction() as db:
             count_lost(db, charges, by)
@@ -465,7 +465,7 @@ class Ledger:
         return [] if self._witness is None else self._witness.known()
 
     def _untold(self, db: sqlite3.Connection, known: Sequence[Charge]) -> list[Charge]:
-        """What the witness, if there is one, does not know."""
+        """Charges that the witness, if there is one, does not know."""
         return [] if self._witness is None else unknown(db, known)
 
     def _tell(self, untold: Sequence[Charge], own: str | tuple[str, str] | None = None) -> None:

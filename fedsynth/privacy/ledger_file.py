@@ -53,7 +53,7 @@ class LedgerFile:
     """The file at a path, opened anew in each process and thread. It is never reset.
 
     Args:
-        path: Of the file.
+        path: The file.
         durable: A commit survives a power cut; else the death of any process, and costs a third.
     """
 
@@ -63,7 +63,7 @@ class LedgerFile:
         self._open: tuple[Hashable, sqlite3.Connection] | None = None
 
     def check(self, db: sqlite3.Connection, dataset: str) -> dict[str, Any]:
-        """Whether the file is whole, of this schema, and the account of this data set.
+        """Checks that the file is whole, of this schema, and the account of this data set.
 
         Returns:
             The table `meta`.
@@ -162,7 +162,7 @@ def canonical(values: Mapping[str, Any]) -> str:
 
 
 def order_of(db: sqlite3.Connection) -> int:
-    """Of the filter: read anew each time, because another process may open the account under another cap."""
+    """Rényi order of the filter, read anew each time: another process may open the account under another cap."""
     return int(db.execute("SELECT value FROM meta WHERE name = 'order'").fetchone()[0])
 
 

@@ -85,7 +85,7 @@ def _lacks(charge: Charge, grants: Mapping[str, str], waived: Collection[tuple[s
 
 
 def check_witness(path: Path, db: sqlite3.Connection, known: Sequence[Charge]) -> None:
-    """Whether a ledger knows all that its witness knows.
+    """Checks that a ledger knows all that its witness knows.
 
     Raises:
         LedgerBehind: If it does not.

@@ -24,10 +24,10 @@ class Where:
     """Which part of a run a figure is of; what is left out, it is over all of.
 
     Attributes:
-        arm: Of the scenario.
+        arm: The arm.
         baseline: The arm that it is compared with.
-        seed: Of the run.
-        round: Of the arm.
+        seed: The run's seed.
+        round: The arm's round.
         client: Or the server.
     """
 

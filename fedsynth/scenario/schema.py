@@ -296,7 +296,7 @@ class TaskTraining:
 
     @property
     def baseline(self) -> bool:
-        """Whether the task model is one that nothing is trained of."""
+        """True if nothing of the task model is trained."""
         return self.trains not in ("all", "head")
 
 

@@ -49,7 +49,7 @@ class Templates:
     Attributes:
         generator: The control code before a text: what a client's generator learns a text after, and a base LLM reads.
             Left out: `{noun} about {wording}:`, and `{wording}:` where the card has no noun.
-        writer: What an LLM that converses is asked, to write one text of a label. `{examples}` is empty where nothing
+        writer: The question to an LLM that converses, for one text of a label. `{examples}` is empty where nothing
             is demonstrated, so that arms with and without demonstrations ask the same.
         examples: The block of demonstrations in it; `{texts}` has one on each line.
     """
@@ -94,7 +94,7 @@ class Task:
 
     Attributes:
         domain: A sentence about the domain, as "Customers of a bank write to its chat support."
-        noun: What one text is, with its article, as "a message of a bank's customer".
+        noun: A name for one text, with its article, as "a message of a bank's customer".
         style: Sentences that say how texts are written, as "The customer writes in the first person."
         system: System prompt of an LLM that converses; "" for none.
         labels: Label -> how it is put into words; a label that is not listed is put into words by its name.
@@ -156,10 +156,10 @@ class Task:
         return f"{self.labels[label].wording if label in self.labels else label}:"
 
     def question(self, label: str, shown: Sequence[str] = ()) -> str:
-        """What an LLM that converses is asked, to write one text of a label.
+        """The question to an LLM that converses, for one text of a label.
 
         Args:
-            label: Of the public list.
+            label: One of the public list.
             shown: Demonstrations, each of one line; none for the arm without.
         """
         block = self._filled(self.templates.examples, label, texts="\n".join(shown)) if shown else ""

@@ -156,7 +156,7 @@ class Demonstrating:
             "all_labels" (the paper's): one text per label and prompt, after `shots` of each label.
             "none": one text per prompt, after its label's name alone (an ablation).
         shots: Demonstrations of a label in a prompt.
-        sampling: Of one answer; FDKT: temperature 0.8, top-p 0.9.
+        sampling: Sampling of one answer; FDKT: temperature 0.8, top-p 0.9.
     """
 
     mode: Mode
@@ -193,7 +193,7 @@ def augment(
         labels: The public ones.
         wanted: By site; the labels of the texts that are asked for, as `turns` gives them: uniformly, because a site's
             label counts stay with the site. Fewer texts come back where an answer cannot be read.
-        seed: Of the demonstrations' order and of the LLM's sampling.
+        seed: Seed of the demonstrations' order and of the LLM's sampling.
         task: The card: how a label is put into words.
 
     Raises:
@@ -272,9 +272,9 @@ def misfit(
         llm: The server's LLM.
         corpus: Released texts and their class names.
         labels: The public ones.
-        mode: Of `augment`.
-        max_new_tokens: Of `augment`.
-        task: Of `augment`.
+        mode: As for `augment`.
+        max_new_tokens: As for `augment`.
+        task: As for `augment`.
     """
     pairs = zip(corpus.answers, corpus.prompts, strict=True)
     if mode == "all_labels":

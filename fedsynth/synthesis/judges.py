@@ -147,7 +147,7 @@ def judge_by_likelihood(
         labels: The public labels.
         keep: Most texts of a cluster that stay.
         rivals: Other labels that a text's own is compared with, drawn for each text; all where there are no more.
-        seed: Of that draw.
+        seed: Seed of that draw.
         task: The card, which gives each label's control code.
 
     Raises:

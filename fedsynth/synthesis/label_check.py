@@ -1,4 +1,4 @@
-"""Whether a text fits the label that it was asked for: by a sentence embedder and the labels in words."""
+"""The check that a text fits the label it was asked for, by a sentence embedder and the labels in words."""
 
 from __future__ import annotations
 

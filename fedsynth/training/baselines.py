@@ -56,7 +56,7 @@ class Nearest(nn.Module):
         self.register_buffer("there", torch.zeros(classes, shots, dtype=torch.bool))
 
     def learn(self, corpus: Corpus, labels: Sequence[str], longest: int, seed: int | Sequence[int]) -> None:
-        """Draws texts of each label and keeps their embeddings. What the tokenizer cannot read is left out.
+        """Draws texts of each label and keeps their embeddings. Texts that the tokenizer cannot read are left out.
 
         Args:
             corpus: Texts and class names; one may be missing.

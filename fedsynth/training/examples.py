@@ -109,7 +109,7 @@ def encode_records(
 
 
 def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns, task: Task) -> tuple[str, str]:
-    """What is given of a row, and what is learnt."""
+    """The given part of a row, and the part that is learnt."""
     if labels:
         return task.code(corpus.answers[row]), corpus.prompts[row].strip()
     whole = record(corpus.prompts[row], corpus.answers[row])
@@ -150,7 +150,7 @@ def readable(tokenizer: Any, text: str) -> bool:
 
 
 def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int, task: Task = NO_CARD) -> None:
-    """Whether examples and samples of `longest` tokens fit: found out before a charge, not after it.
+    """Checks before a charge that examples and samples of `longest` tokens fit.
 
     Raises:
         ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
