@@ -220,8 +220,10 @@ def _check(request: Request[Any], client: ClientSide) -> None:
         raise rules.objection
     if request.task not in rules.requests:
         raise NotAllowed(f"the request {request.task} is none of those that this site answers: policy.requests")
-    if isinstance(request, Synthesize) and request.true_texts and not client.simulated:
-        raise NotAllowed("true texts are asked for, which no policy lets out: simulated clients alone give them")
+    if request.discloses and not client.simulated:
+        raise NotAllowed(
+            "private text as it is, which no policy lets out, is asked for: simulated clients alone give it"
+        )
     if kinds := outputs(request) - rules.outputs:
         raise NotAllowed(f"{request.task} asks for {' and '.join(sorted(kinds))}: not among policy.outputs")
     releases = any(field.name == "statement" for field in fields(request.reply))
