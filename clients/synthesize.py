@@ -24,13 +24,16 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     """Trains, samples and releases; the charge comes first and may be refused.
 
     Raises:
+        fedsynth.models.adapters.WrongAdapter: If the adapter that was sent is not of this client's model.
         fedsynth.privacy.release.NotReleasable: If true texts are asked of a site, or of a client with a guarantee.
         fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before any text is trained on.
     """
     if request.true_texts:
         return _true_texts(client, request)
     settings, name = client.config.generator_training, client.config.generator
-    start = new_adapter(name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision)
+    start = request.start or new_adapter(
+        name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision
+    )
     if client.config.guarantee == "none":
         return (yield from _without_guarantee(client, request, start))
     plan = client.plan()
@@ -52,6 +55,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
 def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) -> Trains[Synthesized]:
     """The same schedule without clip and noise. Logged, charged as non-private, refused outside simulations."""
     settings = client.config.generator_training
+    check(client, start)
     slots = slots_of(client, client.train, client.records)
     found = yield TrainRequest(
         client.config.generator, start, settings, without_guarantee(slots, settings, request.seed)

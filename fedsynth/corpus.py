@@ -206,7 +206,7 @@ class Scores:
 
 
 def pool(corpora: Sequence[Corpus]) -> Corpus:
-    """All examples of corpora of one provenance, in order; grants are united.
+    """All examples of corpora of one provenance, in order; grants are united. Public text may stand beside released.
 
     >>> first = Corpus(("a bill",), ("billing",), Provenance.DP_SYNTHETIC, grants=("one",))
     >>> second = Corpus(("a parcel",), ("delivery",), Provenance.DP_SYNTHETIC, grants=("two",))
@@ -216,11 +216,13 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
     ('one', 'two')
 
     Raises:
-        ValueError: If there is no corpus, or their provenances differ.
+        ValueError: If there is no corpus, their provenances beside public differ, or private text meets public text.
     """
     if not corpora:
         raise ValueError("pool needs at least one corpus")
     kinds = {c.provenance for c in corpora}
+    if len(kinds) == 2 and Provenance.PRIVATE not in kinds:
+        kinds -= {Provenance.PUBLIC}
     if len(kinds) > 1:
         raise ValueError(f"only corpora of one provenance can be pooled, got {sorted(k.value for k in kinds)}")
     units = None
@@ -230,7 +232,7 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
     return Corpus(
         prompts=tuple(p for c in corpora for p in c.prompts),
         answers=tuple(a for c in corpora for a in c.answers),
-        provenance=corpora[0].provenance,
+        provenance=kinds.pop(),
         grants=united(corpora),
         units=units,
     )

@@ -9,26 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from fedsynth.corpus import Corpus, Provenance, pool
+from fedsynth.corpus import Corpus, pool
 from fedsynth.federation.messages import Learn, Synthesize
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
-from fedsynth.limits import MAX_TEXT
+from fedsynth.lora import Adapter
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies.options import FDKTOptions
-from fedsynth.synthesis.augmentation import Demonstrating, augment, bare_misfit, lacking, misfit, turns
-from fedsynth.synthesis.curation import (
-    Steps,
-    asked_for,
-    clusters,
-    deduplicate,
-    keep_rows,
-    summed,
-    well_formed,
-    yields,
-)
+from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit, misfit
+from fedsynth.synthesis.curation import Filtered, Steps, clusters, keep_rows, yields
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import fitting
+from fedsynth.synthesis.student import warm_start
+from fedsynth.synthesis.writing import NOTHING, Curation, write
+from fedsynth.synthesis.yields import check_yield
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,12 @@ class FDKT(RoundStrategy[State]):
 
     config_class = FDKTOptions
     config: FDKTOptions
+    warm_starts = True
 
     @classmethod
     def spends(cls, config: FDKTOptions) -> bool:
         """True unless no client is asked for drafts."""
-        return config.demonstrations != "none"
+        return config.asks
 
     @classmethod
     def only_simulated(cls, config: FDKTOptions) -> bool:
@@ -66,17 +61,18 @@ class FDKT(RoundStrategy[State]):
                 f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do "
                 f"not fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
             )
-        if self.config.judge == "likelihood" and self.config.texts == "llm" and self.config.demonstrations != "none":
+        if c.judge == "likelihood" and c.texts == "llm" and c.asks:
             self.server.llm.score(["a"], [" text"])
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
         """One round, in the order of the paper: synthesize, select, augment, learn."""
-        if self.config.demonstrations == "none":
+        public = self._public_texts()
+        if not self.config.asks:
             corpora = self._augmented({}, clients.ids)
         else:
             # Clients spend privacy here; all that follows is post-processing.
-            drafts = self._drafts(clients)
+            drafts = self._drafts(clients, self._start(public))
             asked = self.config.drafts_from or clients.ids
             learners = [client for client in clients.ids if client in drafts or client not in asked]
             if self.config.texts == "drafts":
@@ -84,13 +80,53 @@ class FDKT(RoundStrategy[State]):
             else:
                 # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
                 corpora = self._augmented(self._best(self._readable(drafts)), learners)
+            if self.config.zero_shot:
+                corpora = {client: pool([public, corpus]) for client, corpus in corpora.items()}
 
         # The task models stay with their clients.
         seeds = {client: self.server.cell.public_seed("learn", client=client) for client in corpora}
         clients.ask_each({client: Learn(seeds[client], corpus) for client, corpus in corpora.items()})
         return replace(state, round=state.round + 1, corpora=corpora)
 
-    def _drafts(self, clients: Clients) -> dict[int, Corpus]:
+    def _public_texts(self) -> Corpus:
+        """The LLM's zero-shot texts, where they start generators, stand beside drafts, or rehearse the prompts: before
+        any client spends, a floor on the yield stops a run whose LLM does not write as it is asked."""
+        c, training = self.config, self.server.cell.scenario.client.generator_training
+        used = c.zero_shot or training.warm_start is not None
+        if not c.asks or not (used or (c.yield_floor and c.augments)):
+            return NOTHING
+        self.server.run_log.progress("zero_shot", 0, 1)
+        how = replace(self._how, mode="none")
+        found = write(
+            self.server.llm,
+            {SERVER: NOTHING},
+            how,
+            self._curation,
+            num_texts=c.num_texts if used else len(self.server.labels),
+            seeds=self._seeds("augment", c.attempts if used else 1),
+            task=self.task,
+            name="zero_shot",
+        )[SERVER]
+        self._log(SERVER, found.steps)
+        check_yield("the server LLM's zero-shot texts", {SERVER: found.steps}, c.yield_floor)
+        self.server.run_log.log_corpus(SERVER, "zero_shot", found.corpus)
+        return found.corpus
+
+    def _start(self, public: Corpus) -> Adapter | None:
+        """The adapter that all clients' generators start from, or None for a new one each."""
+        client = self.server.cell.scenario.client
+        if client.generator_training.warm_start is None:
+            return None
+        self.server.run_log.progress("warm_start", 0, 1)
+        fresh = self.server.new_adapter(self.server.cell.public_seed("adapter"))
+        engine, seed = self.server.engine, self.seed("warm_start")
+        start, loss = warm_start(
+            engine, client.generator, fresh, public, client.generator_training, self.task, seed=seed
+        )
+        self.server.run_log.log_metric(SERVER, "loss/warm_start", loss)
+        return start
+
+    def _drafts(self, clients: Clients, start: Adapter | None) -> dict[int, Corpus]:
         """Steps 1 to 4: the text of each client's DP generator, without malformed texts and duplicates."""
         c, run_log = self.config, self.server.run_log
         requests = {
@@ -101,18 +137,18 @@ class FDKT(RoundStrategy[State]):
                 max_new_tokens=c.draft_tokens,
                 seed=self.seed("synthesize", client),
                 true_texts=c.drafts == "true_texts",
+                start=start,
             )
             for client in c.drafts_from or clients.ids
         }
-        drafts: dict[int, Corpus] = {}
+        steps: dict[int, Steps] = {}
         for client, reply in clients.ask_each(requests).items():
             if c.drafts == "generator":  # true text stays out of the run's directory
                 run_log.log_corpus(client, "drafts", reply.corpus)
-            missing = {"unfinished": reply.unfinished}
-            steps = self._curate("drafts", reply.corpus, self.server.labels, missing, _nothing())
-            self._note(client, steps)
-            drafts[client] = steps[-1][1].corpus
-        return drafts
+            steps[client] = self._curation.steps("drafts", reply.corpus, {"unfinished": reply.unfinished})
+            self._log(client, steps[client])
+        check_yield("the clients' drafts", steps, c.yield_floor)
+        return {client: found[-1][1].corpus for client, found in steps.items()}
 
     def _readable(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
         """The drafts that fit into the LLM's context; the others are dropped and do not stop the run."""
@@ -128,7 +164,7 @@ class FDKT(RoundStrategy[State]):
             )
             kept = keep_rows(corpus, why)
             if kept.dropped:
-                self._note(client, [("readable", kept)])
+                self._log(client, [("readable", kept)])
             found[client] = kept.corpus
         return found
 
@@ -147,83 +183,61 @@ class FDKT(RoundStrategy[State]):
         labels = self.server.labels
         kept = judge(self.server.llm, drafts, groups, labels=labels, keep=c.keep, seed=seed, task=self.task)
         for client, stage in kept.items():
-            self._note(client, [("selected", stage)])
+            self._log(client, [("selected", stage)])
         return {client: stage.corpus for client, stage in kept.items()}
 
     def _shared(self, drafts: Mapping[int, Corpus], learners: Sequence[int]) -> dict[int, Corpus]:
         """One-to-many: everybody's drafts for everybody. Else each client has its own; none, where none were asked."""
         if self.config.one_to_many and drafts:
             return dict.fromkeys(learners, pool(list(drafts.values())))
-        return {client: drafts.get(client, _nothing()) for client in learners}
+        return {client: drafts.get(client, NOTHING) for client in learners}
 
     def _augmented(self, best: Mapping[int, Corpus], learners: Sequence[int]) -> dict[int, Corpus]:
         """The LLM's texts for each client. One-to-many: it writes once, for all, after everybody's drafts."""
         if not self.config.one_to_many:
             return self._augment(self._shared(best, learners))
-        shown = pool(list(best.values())) if best else _nothing()
+        shown = pool(list(best.values())) if best else NOTHING
         return dict.fromkeys(learners, self._augment({SERVER: shown})[SERVER])
 
     def _augment(self, shown: Mapping[int, Corpus]) -> dict[int, Corpus]:
-        """Step 7: more text like the demonstrations; all clients' prompts in one batch, again for what filters took."""
+        """Step 7: more text like the demonstrations."""
         c, run_log = self.config, self.server.run_log
         run_log.progress("augment", 0, len(shown))
-        wanted = {client: turns(self.server.labels, c.num_texts) for client in shown}
-        how = Demonstrating(
-            mode=c.demonstrations,
-            shots=c.shots,
-            sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+        # Beside zero-shot texts those of a label without a demonstration must be others.
+        seeds = self._seeds("augment_shown" if c.zero_shot and c.asks else "augment", c.attempts)
+        found = write(
+            self.server.llm,
+            shown,
+            self._how,
+            self._curation,
+            num_texts=c.num_texts,
+            seeds=seeds,
+            task=self.task,
         )
-        corpora = dict.fromkeys(shown, _nothing())
-        steps: dict[int, list[Steps]] = {client: [] for client in shown}
-        bare = dict.fromkeys(shown, 0)
-        for attempt in range(c.attempts):
-            written = augment(
-                self.server.llm,
-                {client: shown[client] for client in wanted},
-                how,
-                labels=self.server.labels,
-                wanted=wanted,
-                seed=self.seed(f"augment_again_{attempt}" if attempt else "augment"),
-                task=self.task,
-            )
-            for client, reply in written.items():
-                asked, came = wanted[client], len(reply.corpus) + sum(reply.dropped.values())
-                missing = {**reply.dropped, "not written": max(0, len(asked) - came)}
-                found = self._curate("written", reply.corpus, list(dict.fromkeys(asked)), missing, corpora[client])
-                corpora[client] = pool([corpora[client], found[-1][1].corpus]) if attempt else found[-1][1].corpus
-                steps[client].append(found)
-                bare[client] += sum(reply.bare.values())
-            left = {client: lacking(corpus, self.server.labels, c.num_texts) for client, corpus in corpora.items()}
-            wanted = {client: labels for client, labels in left.items() if labels}
-            if not wanted:
-                break
-        for client, corpus in corpora.items():
-            run_log.log_metric(client, "yield/written/without_demonstrations", bare[client])
-            self._note(client, summed(steps[client]))
-            run_log.log_corpus(client, "written", corpus)
-        return corpora
+        for client, written in found.items():
+            run_log.log_metric(client, "yield/written/without_demonstrations", written.bare)
+            self._log(client, written.steps)
+            run_log.log_corpus(client, "written", written.corpus)
+        return {client: written.corpus for client, written in found.items()}
 
-    def _curate(
-        self, name: str, corpus: Corpus, labels: Sequence[str], missing: Mapping[str, int], before: Corpus
-    ) -> Steps:
-        """The well-formed texts, each once, that fit their labels, beside the number that was asked for."""
-        formed = well_formed(
-            corpus,
-            labels=self.server.labels,
-            min_words=self.config.min_words,
-            sentences=self.config.sentences,
-            longest=MAX_TEXT,
-        )
-        unique = deduplicate(formed.corpus, before)
-        steps = [(name, asked_for(formed, labels, missing)), (f"{name}_unique", unique)]
-        if self.config.label_check == "embedder":
-            steps.append((f"{name}_fitting", fitting(unique.corpus, self.server.labels, self.task, self.server.embed)))
-        return steps
+    @property
+    def _how(self) -> Demonstrating:
+        c = self.config
+        sampling = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens)
+        return Demonstrating(mode=c.demonstrations, shots=c.shots, sampling=sampling)
 
-    def _note(self, client: int, steps: Steps) -> None:
+    @property
+    def _curation(self) -> Curation:
+        c, server = self.config, self.server
+
+        def fits(corpus: Corpus) -> Filtered:
+            return fitting(corpus, server.labels, self.task, server.embed)
+
+        return Curation(server.labels, c.min_words, c.sentences, fits if c.label_check == "embedder" else None)
+
+    def _seeds(self, purpose: str, attempts: int) -> list[int]:
+        return [self.seed(f"{purpose}_again_{attempt}" if attempt else purpose) for attempt in range(attempts)]
+
+    def _log(self, client: int, steps: Steps) -> None:
         for stage in yields(steps):
             self.server.run_log.log_stage(client, stage)
-
-
-def _nothing() -> Corpus:
-    return Corpus((), (), Provenance.PUBLIC)

@@ -15,7 +15,7 @@ from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
 from fedsynth.synthesis.reward_tuning import Teaching
 from fedsynth.system.proxy import is_loopback
-from fedsynth.typed import BadValue, Count, Positive, Share, in_range
+from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ class FDKTOptions:
         label_check: `embedder`: drafts and written texts that lie nearer to another label's words are dropped, by
             `server.embedder` and the task card. `none`: no check.
         attempts: How often the LLM is asked, at most, for the texts that labels still lack after the filters.
+        zero_shot: Clients also learn `num_texts` of the LLM's texts without demonstrations, beside the drafts or what
+            the LLM wrote after drafts.
+        yield_floor: Least share of texts that must pass the filters: of the LLM's zero-shot texts before clients are
+            asked, and of all clients' drafts before the LLM reads them. Below it the run stops. 0: no floor.
         drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
             spends nothing; with `one_to_many` it gains from the drafts of the others.
     """
@@ -74,6 +78,8 @@ class FDKTOptions:
     one_to_many: bool = False
     label_check: Literal["none", "embedder"] = "none"
     attempts: Annotated[Count, most(20)] = 1
+    zero_shot: bool = False
+    yield_floor: Annotated[float, Range("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
     drafts_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -84,10 +90,14 @@ class FDKTOptions:
         if self.drafts == "true_texts":
             _check_true_texts(self, scenario)
         clients = 1 if scenario.data.pooled else scenario.data.clients
+        if self.zero_shot and not self.asks:
+            raise BadValue(
+                'strategy.zero_shot stands beside drafts: with strategy.demonstrations = "none" all texts are such'
+            )
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
-        judges = self.judge != "none" and self.demonstrations != "none"
-        if self.augments and judges and _chats(scenario.server.llm) and self.judge == "likelihood":
+        judges = self.judge != "none" and self.texts == "llm" and self.asks
+        if judges and _chats(scenario.server.llm) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
@@ -95,9 +105,14 @@ class FDKTOptions:
         return few_texts(self.num_texts, labels) if self.augments else []
 
     @property
+    def asks(self) -> bool:
+        """True if clients are asked for drafts."""
+        return self.demonstrations != "none"
+
+    @property
     def augments(self) -> bool:
         """True if the LLM writes texts."""
-        return self.texts == "llm" or self.demonstrations == "none"
+        return self.texts == "llm" or not self.asks or self.zero_shot
 
 
 def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:

@@ -68,6 +68,17 @@ def test_pool_refuses_mixed_provenance_and_nothing() -> None:
         pool([])
 
 
+def test_public_text_beside_released_text_takes_its_provenance_and_guarantee() -> None:
+    public = Corpus(("a",), ("x",), PUBLIC)
+    drafts = Corpus(("b",), ("y",), Provenance.DP_SYNTHETIC, grants=("g",))
+    bare = Corpus(("b",), ("y",), Provenance.SELF_GENERATED)
+    for pair in ([public, drafts], [drafts, public]):
+        assert (pool(pair).provenance, pool(pair).grants) == (Provenance.DP_SYNTHETIC, ("g",))
+    assert (pool([public, bare]).provenance, pool([public, bare]).grants) == (Provenance.SELF_GENERATED, ())
+    with pytest.raises(ValueError, match="one provenance"):
+        pool([public, drafts, bare])
+
+
 def test_persons_of_two_sites_stay_two_units_in_a_pool() -> None:
     site = Corpus(("a", "b"), ("x", "y"), Provenance.PRIVATE, units=("patient 1", "patient 2"))
     units = pool([site, site]).units

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from scripted import ScriptedLLM
 
 import fedsynth.clients.client_side
 from fedsynth.clients.app import client_app, simulation
+from fedsynth.clients.batched_training import together
 from fedsynth.clients.client_side import ClientSide, cell_of
+from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
@@ -28,13 +30,26 @@ from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
+from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.instructions import one_line
-from fedsynth.scenario.schema import Cell, GeneratorTraining
+from fedsynth.lora import Adapter
+from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
+from fedsynth.models.encoding import token_ids
+from fedsynth.models.loading import load_tokenizer
+from fedsynth.scenario.schema import Cell, Client, GeneratorTraining, WarmStart
+from fedsynth.scenario.task import NO_CARD
 from fedsynth.scenario.toml import cells, from_toml, to_toml
+from fedsynth.simulation.simulate import check
 from fedsynth.strategies.fdkt import FDKT
+from fedsynth.strategies.knowledge_sg import KnowledgeSG, KnowledgeSGOptions
 from fedsynth.synthesis.curation import well_formed
-from fedsynth.training.examples import encode_slots
+from fedsynth.synthesis.student import warm_start
+from fedsynth.training.dp_training import mean_loss
+from fedsynth.training.engine import Engine
+from fedsynth.training.examples import Example, encode_slots
+from fedsynth.typed import BadValue
 
+SCENARIOS = Path(__file__).parent.parent / "simulations" / "scenarios"
 LABELS = ("heart", "skin")
 CLIENTS, ROWS = 3, 12
 
@@ -549,3 +564,185 @@ def test_cells_pair_arms_by_public_seed(toml: str) -> None:
     by_arm = {c.arm: c for c in cells(from_toml(toml))}
     assert by_arm["local"].public_seed("learn", client=2) == by_arm["fdkt"].public_seed("learn", client=2)
     assert by_arm["fdkt"].public_seed("learn", client=1) != by_arm["fdkt"].public_seed("learn", client=2)
+
+
+# ---- Public text comes first: warm starts, zero-shot texts, the gate on yields ----
+
+WARM = "learning_rate = 1e-3, warm_start = { epochs = 2, batch = 4, learning_rate = 1e-2 }"
+
+
+def warm(toml: str, more: str = "") -> str:
+    return toml.replace("learning_rate = 1e-3", WARM, 1).replace("shots = 2", f"shots = 2\n{more}")
+
+
+def requests(made: World, kind: type[Any]) -> dict[int, Any]:
+    sent = [m.content for m in made.sent() if m.metadata.message_type == kind.task]
+    found = [unpack_request(part, kind) for content in sent for part in parted(content)]
+    return {envelope.client: request for request, envelope, _ in found}
+
+
+def spent(made: World, client: int = 0) -> float:
+    side = fedsynth.clients.client_side.simulated_client(made.cell, client, private_of(made.out), "simulated")
+    return side.ledger.spent()[0]
+
+
+def numbered() -> ScriptedLLM:
+    """Each answer is another text: duplicates would be dropped."""
+    count = iter(range(10_000))
+    return ScriptedLLM(answer=lambda prompt: f" abcd dcba {next(count)}")
+
+
+def test_all_clients_start_from_what_the_llm_wrote_without_demonstrations(toml: str, tmp_path: Path) -> None:
+    made = world(warm(toml), "fdkt", tmp_path)
+    made.llm = numbered()
+    made.run()
+    starts = [request.start for request in requests(made, Synthesize).values()]
+    assert len(starts) == CLIENTS
+    first = starts[0]
+    assert all(np.array_equal(a, s.arrays[n]) for s in starts for n, a in first.arrays.items())
+    assert all(s.grants == () for s in starts)
+    assert any(np.abs(a).max() > 1e-3 for n, a in first.arrays.items() if "lora_B" in n)  # it was trained
+    # The prompts that come before any client's work hold the label alone; those after drafts show some.
+    assert made.llm.completed[0] == [f"{LABELS[i % 2]}:" for i in range(8)]
+    assert any("\n" in prompt for prompt in made.llm.completed[-1])
+    kinds = [m.metadata.message_type for m in made.sent()]
+    assert Synthesize.task in kinds
+
+
+def test_it_costs_no_privacy_and_changes_the_drafts(toml: str, tmp_path: Path) -> None:
+    cold, started = world(toml, "fdkt", tmp_path / "cold"), world(warm(toml), "fdkt", tmp_path / "warm")
+    started.llm = numbered()
+    cold.run()
+    started.run()
+    assert spent(cold) == spent(started) > 0
+    assert [s.epsilon for s in cold.run_log.statements.values()] == [
+        s.epsilon for s in started.run_log.statements.values()
+    ]
+    drafts = [next((m.out / "corpora").rglob("drafts-round1-client0.parquet")).read_bytes() for m in (cold, started)]
+    assert drafts[0] != drafts[1]
+
+
+def test_the_adapter_learns_the_texts_and_private_text_is_refused(model: str) -> None:
+    settings = GeneratorTraining(max_length=48, warm_start=WarmStart(epochs=40, batch=4, learning_rate=1e-2))
+    texts = Corpus(("abba cddc", "dada bcbc") * 4, LABELS * 4, Provenance.PUBLIC)
+    fresh = new_adapter(model, rank=8, alpha=16.0, seed=1)
+    found, loss = warm_start(Engine(), model, fresh, texts, settings, NO_CARD, seed=3)
+    tokenizer = load_tokenizer(model)
+
+    def loss_of(adapter: Adapter) -> float:
+        """By hand: the code, then the text and its end."""
+        head = token_ids(tokenizer, "heart:")
+        head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
+        body = token_ids(tokenizer, " abba cddc")
+        example = Example((*head, *body, tokenizer.eos_token_id), len(head))
+        return mean_loss(with_adapter(model, adapter).eval(), [example], pad=tokenizer.pad_token_id, batch=1)
+
+    assert loss_of(found) < 0.5 * loss_of(fresh)
+    assert loss < loss_of(fresh)
+    with pytest.raises(ValueError, match="private"):
+        warm_start(Engine(), model, fresh, replace(texts, provenance=Provenance.PRIVATE), settings, NO_CARD, seed=3)
+
+
+def test_released_texts_leave_their_grants_on_the_adapter(model: str) -> None:
+    texts = Corpus(("abba cddc",), ("heart",), Provenance.DP_SYNTHETIC, grants=("g1",))
+    settings = GeneratorTraining(max_length=48, warm_start=WarmStart(epochs=1))
+    fresh = new_adapter(model, rank=8, alpha=16.0, seed=1)
+    assert warm_start(Engine(), model, fresh, texts, settings, NO_CARD, seed=3)[0].grants == ("g1",)
+
+
+def test_a_start_of_another_model_is_refused_before_the_charge(toml: str, tmp_path: Path, model: str) -> None:
+    made = world(toml, "fdkt", tmp_path)
+    side = fedsynth.clients.client_side.simulated_client(made.cell, 0, private_of(made.out), "simulated")
+    other = replace(new_adapter(model, rank=8, alpha=16.0, seed=1), base="another")
+    for arm_side in (side, _without_guarantee(toml, tmp_path)):
+        [problem] = _fails([synthesize(arm_side, Synthesize(2, 1.0, 1.0, 8, 1, start=other), "digest")])
+        assert isinstance(problem, WrongAdapter)
+        assert arm_side.ledger.spent()[0] == 0
+        assert not arm_side.ledger.entries()
+
+
+def _without_guarantee(toml: str, tmp_path: Path) -> Any:
+    made = world(toml, "no_dp", tmp_path / "bare")
+    return fedsynth.clients.client_side.simulated_client(made.cell, 0, private_of(made.out), "simulated")
+
+
+def _fails(functions: list[Any]) -> list[Exception]:
+    try:
+        together(functions)
+    except WrongAdapter as problem:
+        return [problem]
+    return []
+
+
+def test_a_client_refuses_a_start_with_numbers_that_are_none(model: str) -> None:
+    start = new_adapter(model, rank=8, alpha=16.0, seed=1)
+    check_request(Synthesize(2, 1.0, 1.0, 8, 1, start=start), LABELS)
+    name = next(iter(start.arrays))
+    broken = replace(start, arrays={**start.arrays, name: np.full_like(start.arrays[name], np.nan)})
+    with pytest.raises(Rejected):
+        check_request(Synthesize(2, 1.0, 1.0, 8, 1, start=broken), LABELS)
+
+
+def test_zero_shot_texts_stand_beside_drafts_or_written_texts(toml: str, tmp_path: Path) -> None:
+    for arm, written in (("fdkt", True), ("dp_only", False)):
+        made = world(warm(toml, "zero_shot = true"), arm, tmp_path / arm)
+        made.llm = numbered()
+        made.run()
+        public = next((made.out / "corpora").rglob("zero_shot-round1-client*.parquet"))
+        assert public.exists()
+        learnt = requests(made, Learn)[1].corpus
+        texts = list(learnt.prompts)
+        assert texts[:8] == [f"abcd dcba {i}" for i in range(8)]  # the first that the LLM wrote, for everybody
+        drafts = {t for r in made.replies(Synthesized) for t in r.corpus.prompts}
+        rest = set(texts[8:])
+        assert rest
+        assert (rest <= {f"abcd dcba {i}" for i in range(8, 99)}) if written else rest <= drafts
+        assert set(learnt.grants)  # the whole has the guarantee of its DP part
+
+
+def test_a_floor_stops_a_run_whose_llm_does_not_write_before_anybody_spends(toml: str, tmp_path: Path) -> None:
+    made = world(toml.replace("shots = 2", "shots = 2\nyield_floor = 0.6"), "fdkt", tmp_path)
+    made.llm = ScriptedLLM(answer=lambda prompt: "" if "skin" in prompt else " a text")
+    with pytest.raises(ValueError, match=r"zero-shot texts: 1 of 2 \(0.50\) passed the filters, of 1 labels.*0.6"):
+        made.run()
+    assert not requests(made, Synthesize)
+    assert spent(made) == 0
+
+
+def test_a_floor_stops_a_run_of_bad_drafts_before_the_llm_reads_them(toml: str, tmp_path: Path) -> None:
+    poor = toml.replace("shots = 2", "shots = 2\nyield_floor = 0.99").replace("min_words = 1", "min_words = 2")
+    made = world(poor, "fdkt", tmp_path)
+    made.llm = numbered()
+    with pytest.raises(ValueError, match=r"the clients' drafts: \d+ of 36 .*most were dropped as '"):
+        made.run()
+    assert len(made.llm.completed) == 1  # the rehearsal of the prompts
+    assert spent(made) > 0
+    assert [r for r in made.run_log.rows if r[4] == "yield/drafts/in"]  # the funnel is on record
+
+    going = world(poor.replace("0.99", "0.0"), "fdkt", tmp_path / "on")
+    going.llm = numbered()
+    going.run()
+    assert len(going.llm.completed) == 1  # without a floor nothing is rehearsed: these are the texts
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("[client]", "[client]\nscorer_training = { warm_start = {} }"), "a scorer writes no text"),
+        (("shots = 2", 'shots = 2\ndemonstrations = "none"\nzero_shot = true'), "stands beside drafts"),
+        (("shots = 2", "shots = 2\nyield_floor = 1.5"), "yield_floor must lie in"),
+        (("learning_rate = 1e-3", "learning_rate = 1e-3, warm_start = { epochs = 0 }"), "epochs"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(toml: str, change: tuple[str, str], said: str) -> None:
+    text = toml.replace(*change, 1).replace('llm = "scripted"', 'llm = "assets:tiny-llm"')
+    with pytest.raises(BadValue, match=said):
+        check(from_toml(text.split("[arms.no_demonstrations]")[0]))
+
+
+def test_a_method_that_sends_no_start_refuses_the_key() -> None:
+    scenario = from_toml((SCENARIOS / "hospitals-knowledgesg.toml").read_text())
+    training = replace(scenario.client.generator_training, warm_start=WarmStart())
+    client: Client = replace(scenario.client, generator_training=training)
+    with pytest.raises(BadValue, match="KnowledgeSG sends no such start"):
+        KnowledgeSG.check(KnowledgeSGOptions(), replace(scenario, client=client))

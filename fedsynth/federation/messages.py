@@ -72,6 +72,7 @@ class Synthesize(Request[Synthesized]):
         seed: Public seed; no order of private text depends on it, unless true texts are drawn.
         true_texts: Train nothing, and give at most `per_label` private texts of each label as they are: a bound that
             simulated clients without a guarantee give, and no site.
+        start: The adapter to train from, made of public or released text; None for a new one.
     """
 
     task: ClassVar[str] = "train.synthesize"
@@ -82,6 +83,7 @@ class Synthesize(Request[Synthesized]):
     max_new_tokens: int
     seed: int
     true_texts: bool = False
+    start: Adapter | None = None
 
     @property
     def discloses(self) -> bool:

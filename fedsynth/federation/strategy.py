@@ -78,6 +78,8 @@ class RoundStrategy(Strategy, Generic[S]):
 
     config_class: ClassVar[type[Any]]
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    warm_starts: ClassVar[bool] = False
+    """True if the method sends the start that `client.generator_training.warm_start` describes."""
 
     @classmethod
     def check(cls, config: Any, scenario: Scenario) -> None:
@@ -103,6 +105,8 @@ class RoundStrategy(Strategy, Generic[S]):
                 'move a sum by more than clip_norm, as others are drawn; say "float32", or "auto", which '
                 'is float32 under client.guarantee = "dp"'
             )
+        if client.generator_training.warm_start is not None and cls.trains_generator(config) and not cls.warm_starts:
+            raise BadValue(f"client.generator_training.warm_start: {cls.__name__} sends no such start; leave it out")
         task = client.task_training
         if task.baseline and cls.sends_text(config):
             raise BadValue(

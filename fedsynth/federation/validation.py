@@ -99,7 +99,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
             raise Rejected("a server sent text that is marked private")
     if isinstance(request, Score) and not len(request.corpus):
         raise Rejected("a server sent no text to score")
-    if isinstance(request, Finetune | SelfTrain):
+    if isinstance(request, Synthesize | Finetune | SelfTrain) and request.start is not None:
         _check_factors("start", request.start)
     if isinstance(request, Finetune) and request.proximal is not None:
         _within("proximal", request.proximal, 0.0, MAX_PROXIMAL)

@@ -182,6 +182,29 @@ class Data:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """The server's training of the adapter that clients' generators start from, on its LLM's public zero-shot texts.
+
+    It costs no privacy: the adapter is made before private text is opened, from the task card alone. More steps give
+    drafts that fit their labels, and draw them away from private text.
+
+    Attributes:
+        epochs: Passes over the texts; the method says how many texts there are (FDKT: `strategy.num_texts`).
+        batch: Texts per step.
+        learning_rate: AdamW's learning rate; it decays linearly to a tenth.
+        max_grad_norm: Longer gradients of a step are shortened to this norm.
+    """
+
+    epochs: Count = 2
+    batch: Count = 8
+    learning_rate: Positive = 2e-3
+    max_grad_norm: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        in_range(self)
+
+
+@dataclass(frozen=True)
 class GeneratorTraining:
     """A client's fine-tuning of its generator: LoRA under DP-SGD (settings tuned on simulated data only).
 
@@ -201,6 +224,8 @@ class GeneratorTraining:
         precision: Precision of the generator's frozen base. `auto` is float32 under `dp`. `dp` refuses `bfloat16`, as
             no clip norm then bounds the influence of a text. Without `dp`, `auto` is bfloat16 on CPUs that compute in
             it, if the model is wide enough to gain; name a precision to compare arms or machines. A scorer is float32.
+        warm_start: Clients' generators start from an adapter that the server trained on its LLM's zero-shot texts; left
+            out, from the model as it is. Plan and epsilon are the same.
     """
 
     expected_batch_size: Count = 50
@@ -215,6 +240,7 @@ class GeneratorTraining:
     rows_per_unit: Count = 1
     clipping: Clipping = "bookkeeping"
     precision: Precision = "auto"
+    warm_start: WarmStart | None = None
 
     def __post_init__(self) -> None:
         in_range(self)
@@ -353,6 +379,8 @@ class Client:
                 'clipping = "ghost" is Opacus\' own, to compare its time with: a record that is not finite '
                 'spoils its sum, so that no guarantee holds; say "bookkeeping" or "hooks"'
             )
+        if self.scorer_training.warm_start is not None:
+            raise BadValue("client.scorer_training.warm_start: a scorer writes no text; leave it out")
         if self.max_noise_multiplier > MAX_SIGMA:
             raise BadValue(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {self.max_noise_multiplier:g}")
         if self.budget is not None and self.budget.delta > Budget.delta:

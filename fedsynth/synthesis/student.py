@@ -1,8 +1,9 @@
-"""The student of distillation: a client's adapter at the server writes records and is trained further."""
+"""The clients' model at the server: warmed up for their training, or as the student that writes and is taught."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.instructions import ASK, asked, parse_record
@@ -13,10 +14,11 @@ from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
-from fedsynth.scenario.schema import Tuning
-from fedsynth.synthesis.curation import Filtered
+from fedsynth.scenario.schema import GeneratorTraining, Tuning, WarmStart
+from fedsynth.scenario.task import Task
+from fedsynth.synthesis.curation import Filtered, refuse_private
 from fedsynth.training.engine import Engine
-from fedsynth.training.examples import Learns, encode_records
+from fedsynth.training.examples import Learns, encode_records, encode_slots
 from fedsynth.training.sft import Steps, sft
 
 
@@ -94,3 +96,31 @@ def taught(
     examples = encode_records(tokenizer, pairs, settings.max_length, kind_of(model.config), loss_on=loss_on)
     loss = sft(model, examples, Steps(settings, pad=tokenizer.pad_token_id, seed=seed), descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, pairs]), loss
+
+
+def warm_start(
+    engine: Engine, base: str, start: Adapter, texts: Corpus, settings: GeneratorTraining, task: Task, *, seed: int
+) -> tuple[Adapter, float]:
+    """An adapter for clients' generators to start from, and its mean loss (nats per token) in the last pass.
+
+    Args:
+        engine: Takes the steps.
+        base: Name of the clients' generator.
+        start: A new adapter.
+        texts: Public or released texts and their labels. The guarantee of the result is theirs.
+        settings: The clients' training; its `warm_start` gives passes, batch and rate, its `max_length` cuts texts.
+        task: The card, which gives each label's control code.
+        seed: Public seed of the order.
+
+    Raises:
+        ValueError: If the texts are private.
+    """
+    refuse_private(texts)
+    how = settings.warm_start or WarmStart()
+    tuning = Tuning(how.epochs, how.batch, how.learning_rate, settings.max_length, how.max_grad_norm)
+    tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
+    labels, alone = tuple(dict.fromkeys(texts.answers)), replace(settings, rows_per_unit=1)
+    slots = encode_slots(tokenizer, texts, labels, len(texts), alone, kind_of(model.config), task=task)
+    steps = Steps(tuning, pad=tokenizer.pad_token_id, seed=seed)
+    loss = sft(model, [example for slot in slots for example in slot], steps, descend=engine.descend)
+    return made_of(read_adapter(model, start.base), [start, texts]), loss
