@@ -44,6 +44,9 @@ class WrongData(RuntimeError):
     """The scenario's task or unit does not fit the site's data."""
 
 
+SHARED = "shared"  # in a simulation's private directory
+
+
 @dataclass(frozen=True)
 class Rules:
     """The requests that a client accepts, and the outputs that may leave it.
@@ -90,6 +93,7 @@ class ClientSide:
         audit_log: The site's audit log; None in a simulation.
         world: The simulated world of the client's text; None for text of people.
         task: The scenario's card, which gives each label's control code.
+        shared: Simulations: a private folder of trainings that other arms would repeat byte for byte; None at a site.
     """
 
     index: int
@@ -110,6 +114,7 @@ class ClientSide:
     audit_log: AuditLog | None = None
     world: str | None = None
     task: Task = NO_CARD
+    shared: Path | None = None
 
     @property
     def rules(self) -> Rules:
@@ -259,6 +264,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         stacked=scenario.stack > 1,
         world=scenario.data.world,
         task=scenario.task,
+        shared=private / SHARED,
     )
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 
 from fedsynth.clients.batched_training import TrainRequest, Trains
@@ -9,6 +13,8 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import check, on_base, slots_of
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Synthesize, Synthesized
+from fedsynth.federation.payload import decode, encode
+from fedsynth.federation.run.whole_files import write_whole
 from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import new_adapter
@@ -16,7 +22,9 @@ from fedsynth.models.encoding import text_rows
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.privacy.ledger import Grant
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+from fedsynth.system.folders import private_folder
 from fedsynth.training.dp_training import private, without_guarantee
 
 
@@ -43,13 +51,43 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
-    slots = slots_of(client, client.train, plan.records)
-    trained = yield TrainRequest(name, start, settings, private(slots, plan, randomness))
-    receipt = DPTrained(trained.adapter, plan, grant, trained.steps)
+    place = _shared(client, grant, digest)
+    if place is not None and place.is_file():
+        kept = decode(place.read_bytes(), _Kept, trusted=True)
+    else:
+        slots = slots_of(client, client.train, plan.records)
+        trained = yield TrainRequest(name, start, settings, private(slots, plan, randomness))
+        # Nothing below reads private text: sampling and all that follows is post-processing of the adapter.
+        kept = _Kept(trained.adapter, trained.steps, *_sample(client, trained.adapter, request))
+        if place is not None:
+            private_folder(place.parent)
+            write_whole(place, encode(kept, trusted=True))
+    receipt = DPTrained(kept.adapter, plan, grant, kept.steps)
+    corpus = release(receipt, kept.texts, kept.labels)
+    return Synthesized(corpus, client.statement(plan, settings.rows_per_unit), kept.unfinished)
 
-    # Nothing below reads private text: sampling and all that follows is post-processing of `receipt.model`.
-    texts, labels, unfinished = _sample(client, receipt.model, request)
-    return Synthesized(release(receipt, texts, labels), client.statement(plan, settings.rows_per_unit), unfinished)
+
+@dataclass(frozen=True)
+class _Kept:
+    """A training and its samples, for other arms of a simulation."""
+
+    adapter: Adapter
+    steps: int
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    unfinished: int
+
+
+def _shared(client: ClientSide, grant: Grant, digest: str) -> Path | None:
+    """The file of a simulation's arms that ask the same of the same client, by its grant and request; None elsewhere.
+
+    Arms are hypothetical worlds. A grant's name in a simulation tells seed, client, data, plan, model, settings and
+    request, and so the noise: equal names would train to the same bytes. Each arm's ledger has its own charge. Clients
+    that train in one pass round otherwise than alone, and share nothing.
+    """
+    if client.shared is None or client.stacked:
+        return None
+    return client.shared / hashlib.sha256(f"{grant.id}/{digest}".encode()).hexdigest()
 
 
 def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) -> Trains[Synthesized]:
@@ -62,7 +100,7 @@ def _without_guarantee(client: ClientSide, request: Synthesize, start: Adapter) 
     )
     trained = Trained(found.adapter, reason="the scenario asks for no guarantee")
     texts, labels, unfinished = _sample(client, trained.model, request)
-    written = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
+    written = Corpus(texts, labels, Provenance.SELF_GENERATED)
     corpus = release_without_guarantee(
         trained, written, client.ledger, client.run, trained.reason, allowed=client.rules.without_guarantee
     )
@@ -91,7 +129,7 @@ def _true_texts(client: ClientSide, request: Synthesize) -> Synthesized:
     return Synthesized(corpus, client.statement(None), unfinished=0)
 
 
-def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[list[str], list[str], int]:
+def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """The same number of samples for every label of the public list, present at this client or not."""
     codes = [label for label in client.labels for _ in range(request.per_label)]
     tokenizer = load_tokenizer(client.config.generator)
@@ -108,4 +146,4 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
     ]
     kept = [i for i, done in enumerate(finished) if done]
-    return [texts[i].strip() for i in kept], [codes[i] for i in kept], len(codes) - len(kept)
+    return tuple(texts[i].strip() for i in kept), tuple(codes[i] for i in kept), len(codes) - len(kept)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from flwr.app import ArrayRecord, Error, Message
@@ -746,3 +748,38 @@ def test_a_method_that_sends_no_start_refuses_the_key() -> None:
     client: Client = replace(scenario.client, generator_training=training)
     with pytest.raises(BadValue, match="KnowledgeSG sends no such start"):
         KnowledgeSG.check(KnowledgeSGOptions(), replace(scenario, client=client))
+
+
+def test_arms_that_ask_the_same_of_a_client_share_one_training(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedsynth.clients.batched_training as module
+
+    fits: list[int] = []
+    real = module.train_generator
+    monkeypatch.setattr(module, "train_generator", lambda *a, **k: fits.append(1) or real(*a, **k))
+
+    def drafts(arm: str, text: str = toml) -> tuple[int, list[bytes], World]:
+        before, made = len(fits), world(text, arm, tmp_path)
+        made.run()
+        folder = made.out / "corpora" / arm
+        files = sorted(folder.rglob("drafts-*.parquet"))
+        return len(fits) - before, [pq.read_table(file).to_pylist() for file in files], made
+
+    alone, written, first = drafts("fdkt")
+    again, same, second = drafts("dp_only")
+    assert (alone, again) == (CLIENTS, 0)
+    assert written == same
+    assert len(written) == CLIENTS
+    assert spent(first) == spent(second) > 0  # each arm's ledger has its own charge
+    assert {stored.name for stored in private_of(first.out).iterdir()} >= {"shared"}
+    shutil.rmtree(private_of(first.out) / "shared")  # as if a kill had come before they were stored
+    shutil.rmtree(private_of(first.out) / "no_filter", ignore_errors=True)
+    anew, equal, _ = drafts("no_filter")
+    assert (anew, equal) == (CLIENTS, written)
+    spends_less = toml.replace(
+        "[arms.no_demonstrations]", "[arms.less]\nclient.budget.epsilon = 2.0\n[arms.no_demonstrations]"
+    )
+    trained, other, _ = drafts("less", spends_less)
+    assert trained == CLIENTS
+    assert other != written

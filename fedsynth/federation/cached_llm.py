@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ class CachedLLM:
         llm: The model to ask.
         name: The model's name within the cell; part of the key of a stored reply.
         run_log: Stores the replies, and counts the tokens read and written if the model reports them.
+        memory: Replies to all cells of this process, by question; arms ask the same of it once. None to ask again.
     """
 
-    def __init__(self, llm: TextModel, name: str, run_log: RunLog) -> None:
-        self.llm, self.name, self.run_log = llm, name, run_log
+    def __init__(self, llm: TextModel, name: str, run_log: RunLog, memory: dict[str, Any] | None = None) -> None:
+        self.llm, self.name, self.run_log, self.memory = llm, name, run_log, memory
 
     @property
     def chats(self) -> bool:
@@ -58,7 +60,16 @@ class CachedLLM:
             reply = ask()
             return [reply, [now - then for now, then in zip(self._used(), before, strict=True)]]
 
-        reply, (read, written) = self.run_log.checkpoint.recalled([self.name, *question], counted)
+        def remembered() -> list[Any]:
+            if self.memory is None:
+                return counted()
+            asked = json.dumps(question, sort_keys=True)
+            if asked not in self.memory:
+                self.memory[asked] = counted()
+            kept: list[Any] = self.memory[asked]
+            return kept
+
+        reply, (read, written) = self.run_log.checkpoint.recalled([self.name, *question], remembered)
         for kind, tokens in (("read", read), ("written", written)):
             if tokens:
                 self.run_log.count(f"llm/tokens_{kind}", SERVER, tokens)

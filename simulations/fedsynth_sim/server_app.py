@@ -9,6 +9,7 @@ import time
 import traceback
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -114,7 +115,8 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
     llm = _llm(models.llm, models.adapter)
     professional = llm if models.professional is None else _llm(models.professional)
     embed = _embedder(models.embedder, llm).embed
-    asked, asked_too = CachedLLM(llm, "llm", run_log), CachedLLM(professional, "professional", run_log)
+    asked = CachedLLM(llm, "llm", run_log, _memory(llm))
+    asked_too = CachedLLM(professional, "professional", run_log, _memory(professional))
     measures = deployed is None or deployed.measured
     server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
@@ -132,6 +134,12 @@ def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | Remote
         return RemoteLLM.connect(model)
     lora = None if adapter is None else public_adapter(adapter, model)
     return LocalLLM.for_server(model, lora)
+
+
+@cache
+def _memory(llm: LocalLLM | RemoteLLM) -> dict[str, Any] | None:
+    """The replies of a model of this process so far: it repeats them byte for byte, which no endpoint promises."""
+    return {} if isinstance(llm, LocalLLM) else None
 
 
 @cache
