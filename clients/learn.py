@@ -16,7 +16,7 @@ from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.weights import load_weights, save_weights
 from fedsynth.training.baselines import Majority, Nearest
-from fedsynth.training.classifier import fit_classifier, new_task_model
+from fedsynth.training.classifier import confidences, fit_classifier, new_task_model
 
 WEIGHTS = "task_model.safetensors"
 
@@ -50,8 +50,9 @@ def _learn_labels(client: ClientSide, sent: Corpus, seed: int) -> None:
         known = _wordings(client) if settings.trains == "zero_shot" else client.train
         model.learn(known, client.labels, settings.max_length, seed)
     else:
+        weights = _agreement(client, sent, seed) if settings.weights == "agreement" and len(sent) else None
         for corpus, epochs, own in _trainings(client, sent, seed):
-            fit_classifier(model, tokenizer, corpus, client.labels, settings, epochs=epochs, seed=own)
+            fit_classifier(model, tokenizer, corpus, client.labels, settings, epochs=epochs, seed=own, weights=weights)
     save_weights(model, client.work / WEIGHTS)
     keep_facts(client)
 
@@ -65,6 +66,18 @@ def _trainings(client: ClientSide, sent: Corpus, seed: int) -> Iterator[tuple[Co
         yield client.train, task.private_epochs, seed + 1
     if task.schedule == "mixed":
         yield _beside(client.train, sent), task.private_epochs, seed + 1
+
+
+def _agreement(client: ClientSide, sent: Corpus, seed: int) -> list[float]:
+    """1 for each private text; for each text of the server the probability of its label, by a model of the private text
+    alone. It learnt that without noise, so that the weights stay here: no count and no request follows from them."""
+    settings, tokenizer = client.config.task_training, load_tokenizer(client.config.task_model)
+    model = _new(client, seed)
+    fit_classifier(
+        model, tokenizer, client.train, client.labels, settings, epochs=settings.private_epochs, seed=seed + 1
+    )
+    found = confidences(model, tokenizer, sent, client.labels, settings.max_length)
+    return [*[1.0] * len(client.train), *found]
 
 
 def _wordings(client: ClientSide) -> Corpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from fedsynth.scenario.schema import SHOTS, Client, TaskTraining
 from fedsynth.scenario.task import LabelCard, Task, parted
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import classify
+from fedsynth.typed import BadValue
 
 LABELS = ("flu", "cold", "burn")
 
@@ -176,9 +178,9 @@ def test_synthetic_text_alone_without_any_is_refused_before_work(tmp_path: Path)
     assert not (tmp_path / WEIGHTS).exists()
 
 
-def head(folder: Path, schedule: Any) -> dict[str, list[Any]]:
+def head(folder: Path, schedule: Any, **more: Any) -> dict[str, list[Any]]:
     task = TaskTraining(
-        batch=2, trains="head", schedule=schedule, private_epochs=1, augmented_epochs=1, learning_rate=0.5
+        batch=2, trains="head", schedule=schedule, private_epochs=1, augmented_epochs=1, learning_rate=0.5, **more
     )
     own, sent = corpus(("1 0", "flu")), corpus(("0 1", "cold"), provenance=Provenance.PUBLIC)
     learn(client(folder, task, own), Learn(7, sent))
@@ -196,6 +198,28 @@ def test_a_mixed_step_on_two_texts_by_hand(tmp_path: Path) -> None:
     ]
     # Bias: flu (-2/3 + 1/3) / 2, cold the same, burn (1/3 + 1/3) / 2.
     assert found["head.bias"] == pytest.approx([step, step, -step], rel=1e-4)
+
+
+def test_a_text_weighs_as_much_as_a_model_of_private_text_agrees_by_hand(tmp_path: Path) -> None:
+    # The model of private text alone takes one step: bias (.05, -.05, -.05). Text 2 shares no coordinate with text 1:
+    # its label 2 has the probability exp(-.05) / (exp(.05) + 2 exp(-.05)) = .322. The gradient of cold's bias is then
+    # (1/3 - .322 * 2/3) / 2 > 0: it falls, where it rises with equal weights.
+    step = 0.05
+    assert head(tmp_path, "mixed", weights="agreement")["head.bias"] == pytest.approx([step, -step, -step], rel=1e-4)
+    weights = at_client._agreement(
+        client(
+            tmp_path, TaskTraining(batch=2, trains="head", private_epochs=1, learning_rate=0.5), corpus(("1 0", "flu"))
+        ),
+        corpus(("0 1", "cold"), provenance=Provenance.PUBLIC),
+        7,
+    )
+    assert weights == [1.0, pytest.approx(1 / (2 + math.exp(0.1)), rel=1e-4)]
+
+
+@pytest.mark.parametrize("task", [{"schedule": "sequential"}, {"schedule": "mixed", "trains": "zero_shot"}])
+def test_weights_belong_to_a_model_that_learns_both_at_once(task: dict[str, Any]) -> None:
+    with pytest.raises(BadValue, match="belongs to schedule"):
+        TaskTraining(weights="agreement", **task)
 
 
 def test_one_after_the_other_is_not_mixed(tmp_path: Path) -> None:
@@ -254,6 +278,7 @@ def test_true_texts_are_given_by_simulated_clients_without_a_guarantee_alone(
     [
         ({}, "fit", 2 * 6 + 3 * 15),
         ({"schedule": "mixed"}, "fit", (2 + 3) * 15),
+        ({"schedule": "mixed", "weights": "agreement"}, "fit", (2 + 3) * 15 + 3 * 15),
         ({"schedule": "synthetic_only"}, "fit", 2 * 6),
         ({"trains": "head"}, "read", 2 + 3),
         ({"trains": "head", "schedule": "mixed"}, "read", 2 + 3),

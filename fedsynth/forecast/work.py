@@ -83,7 +83,8 @@ def _learn(request: Learn, of: Facts) -> Work:
     if task.trains == "head":  # each text is embedded once; the head is little work
         return {Unit("read", of.arm): received + private}
     passes = task.private_epochs if task.schedule == "mixed" else task.augmented_epochs
-    return {Unit("fit", of.arm): received * passes + private * task.private_epochs}
+    alone = private * task.private_epochs if task.weights == "agreement" else 0
+    return {Unit("fit", of.arm): received * passes + private * task.private_epochs + alone}
 
 
 def _evaluate(request: Evaluate, of: Facts) -> Work:

@@ -299,6 +299,8 @@ class TaskTraining:
             encoders where training all of them would take too long. Or a baseline that nothing is trained of:
             `majority` is the client's commonest private label; `few_shot` the label of the nearest of at most five
             private texts of each label; `zero_shot` the label whose wording is nearest; by cosine of those states.
+        weights: `mixed`: weight of each text of the server in the loss. `equal`: as a private text. `agreement`: the
+            probability of its label by a model of the client's private text alone. Weights stay at the client.
     """
 
     schedule: Literal["mixed", "sequential", "synthetic_only"] = "sequential"
@@ -312,11 +314,14 @@ class TaskTraining:
     max_grad_norm: Positive = 1.0
     max_length: Count = 64
     trains: Literal["all", "head", "majority", "few_shot", "zero_shot"] = "all"
+    weights: Literal["equal", "agreement"] = "equal"
 
     def __post_init__(self) -> None:
         in_range(self, "client.task_training")
         if not 0 <= self.token_dropout < 1:
             raise BadValue(f"token_dropout must lie in [0, 1), got {self.token_dropout}")
+        if self.weights != "equal" and (self.schedule != "mixed" or self.baseline):
+            raise BadValue(f'task_training.weights = "{self.weights}" belongs to schedule = "mixed" of a trained model')
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
             raise BadValue(f"weight_decay must be finite and not negative, got {self.weight_decay}")
 
@@ -510,6 +515,8 @@ class Scenario:
             )
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
+        if self.data.task == "instructions" and self.client.task_training.weights != "equal":
+            raise BadValue('client.task_training.weights = "agreement" is about labels, and instructions have none')
         if self.data.task == "instructions" and self.client.task_training.baseline:
             raise BadValue(
                 f'client.task_training.trains = "{self.client.task_training.trains}" tells labels, and instructions '

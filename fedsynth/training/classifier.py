@@ -81,6 +81,7 @@ def fit_classifier(
     *,
     epochs: int,
     seed: int,
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Trains a task model in place on labelled text; rows with unknown labels are left out.
 
@@ -94,6 +95,7 @@ def fit_classifier(
             zero.
         epochs: Passes over the corpus.
         seed: Public seed of order and token dropout.
+        weights: Weight of each text's loss, in 0..1; None for 1.
     """
     number = {label: i for i, label in enumerate(labels)}
     reader = model.embedder.tokenizer if isinstance(model, Probe) else tokenizer
@@ -103,6 +105,7 @@ def fit_classifier(
         return  # an empty corpus is no error: a client may hold other classes only
     prompts = [corpus.prompts[i] for i in rows]
     targets = torch.tensor([number[corpus.answers[i]] for i in rows])
+    shares = None if weights is None else torch.tensor([weights[i] for i in rows], dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, Probe):
         groups, speeds = [list(model.parameters())], [1.0]
@@ -133,7 +136,11 @@ def fit_classifier(
         share = min(1.0, (step + 1) / 10) * (1 - step / total)
         for group, speed in zip(optimizer.param_groups, speeds, strict=True):
             group["lr"] = rate * speed * share
-        loss = F.cross_entropy(logits(chosen), targets[chosen].to(next(model.parameters()).device))
+        said, wanted = logits(chosen), targets[chosen].to(next(model.parameters()).device)
+        if shares is None:
+            loss = F.cross_entropy(said, wanted)
+        else:
+            loss = (F.cross_entropy(said, wanted, reduction="none") * shares[chosen].to(said.device)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
