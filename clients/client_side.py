@@ -19,6 +19,7 @@ from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
 from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
+from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
@@ -89,7 +90,7 @@ class ClientSide:
         approvals: Text that waits for a person, if `rules.approval`.
         audit_log: The site's audit log; None in a simulation.
         world: The simulated world of the client's text; None for text of people.
-        task: The scenario's card, which gives each label's control code.
+        task: The scenario's card, which gives each label's control code, or the form of instructions.
     """
 
     index: int
@@ -125,6 +126,13 @@ class ClientSide:
     def instructs(self) -> bool:
         """True if the task is to follow instructions, False if it is to classify."""
         return not self.labels
+
+    @property
+    def form(self) -> Form:
+        """The form in which the client's model reads instructions."""
+        from fedsynth.models.loading import load_tokenizer  # brings torch
+
+        return student_form(self.task, load_tokenizer(self.config.generator))
 
     @property
     def train(self) -> Corpus:
@@ -170,6 +178,8 @@ class ClientSide:
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         if self.task != NO_CARD:  # without a card a label is its own control code
             settings["codes"] = list(map(self.task.code, self.labels))
+            if self.instructs:
+                settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:

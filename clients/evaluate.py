@@ -12,7 +12,6 @@ from fedsynth.clients.learn import task_model
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.federation.messages import Evaluated
-from fedsynth.instructions import asked, parse_response
 from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
 from fedsynth.models.devices import device
@@ -89,6 +88,6 @@ def respond(client: ClientSide, instructions: Sequence[str], adapter: Adapter | 
     precision = client.config.generator_training.precision
     model = load_generator(name, precision).to(device()) if adapter is None else on_base(client, adapter)
     writer = Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))
-    prompts = [asked(instruction) for instruction in instructions]
+    prompts = [client.form.asked(instruction) for instruction in instructions]
     written = writer.complete(prompts, SamplingParams.greedy(client.config.answer_tokens), seed=0)
-    return [parse_response(text) for text in written]
+    return [client.form.response(text) for text in written]
