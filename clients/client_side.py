@@ -17,7 +17,8 @@ from fedsynth import __version__
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
+from fedsynth.data.choice import as_instructions
+from fedsynth.data.partition import ClientData, class_list, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
@@ -91,6 +92,7 @@ class ClientSide:
         audit_log: The site's audit log; None in a simulation.
         world: The simulated world of the client's text; None for text of people.
         task: The scenario's card, which gives each label's control code, or the form of instructions.
+        choices: The responses that an instruction chooses from (`data.task = "choice"`); empty for free ones.
     """
 
     index: int
@@ -111,6 +113,7 @@ class ClientSide:
     audit_log: AuditLog | None = None
     world: str | None = None
     task: Task = NO_CARD
+    choices: tuple[str, ...] = ()
 
     @property
     def rules(self) -> Rules:
@@ -269,6 +272,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         stacked=scenario.stack > 1,
         world=scenario.data.world,
         task=scenario.task,
+        choices=tuple(map(scenario.task.wording, class_list(scenario.data))) if scenario.data.task == "choice" else (),
     )
 
 
@@ -283,9 +287,15 @@ def declared_records(cell: Cell, index: int) -> int:
 
 def _site(cell: Cell, index: int) -> ClientData:
     data = cell.scenario.data
+    if data.task == "choice":
+        return as_instructions(_rows(data, cell.seed, index), class_list(data), cell.scenario.task)
+    return _rows(data, cell.seed, index)
+
+
+def _rows(data: Data, seed: int, index: int) -> ClientData:
     if data.world is not None:
-        return _drawn(replace(data, tuned_on=()), cell.seed, index)
-    return open_sites(data, cell.seed)[index] if data.pooled else open_site(data, index, cell.seed)
+        return _drawn(replace(data, tuned_on=()), seed, index)
+    return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 
 
 @lru_cache(maxsize=1024)

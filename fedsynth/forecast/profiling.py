@@ -24,7 +24,8 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import ClientData, divide, label_list, open_site
+from fedsynth.data.choice import as_instructions
+from fedsynth.data.partition import ClientData, class_list, divide, label_list, open_site
 from fedsynth.instructions import record
 from fedsynth.models.chat import Prompt
 from fedsynth.models.encoding import token_ids
@@ -144,9 +145,14 @@ def typical_lengths(cell: Cell) -> tuple[int, ...]:
     found = [
         len(token_ids(tokenizer, text))
         for site in divide(data, cell.seed).sites
-        for text in (site.train.prompts if data.task == "classification" else _whole(site.train))[:200]
+        for text in (site.train.prompts if data.task == "classification" else _whole(_read(cell, site).train))[:200]
     ]
     return tuple(int(x) for x in np.quantile(found, np.linspace(0.05, 0.95, 10)))
+
+
+def _read(cell: Cell, site: ClientData) -> ClientData:
+    data = cell.scenario.data
+    return as_instructions(site, class_list(data), cell.scenario.task) if data.task == "choice" else site
 
 
 def _whole(corpus: Corpus) -> tuple[str, ...]:

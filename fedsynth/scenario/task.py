@@ -43,6 +43,7 @@ SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "student": (frozenset(("instruction",)), frozenset(("instruction", "domain", "style"))),
     "professional": (frozenset(("instruction",)), frozenset(("instruction", "domain", "style"))),
     "judge": (frozenset(("instruction", "verdict")), frozenset(("instruction", "verdict", "domain", "style"))),
+    "choice": (frozenset(("text",)), frozenset(("text", "wordings", "noun", "domain"))),
 }
 OPTIONAL = frozenset(("generator", "student", "professional"))  # empty: as tiny models learnt it
 OF_LABELS = frozenset(("generator", "writer"))  # these must tell the label
@@ -77,6 +78,8 @@ class Templates:
             `question: ... answer: ...`, for models that learnt it.
         professional: Instructions: what a professional model is asked for a response, likewise.
         judge: The question to a judge about an instruction. The answer ends with `{verdict}` and keep or drop.
+        choice: The question about a `{text}` to which its label's wording is the answer, where `data.task = "choice"`;
+            `{wordings}` lists all. Private texts are read in it: each of its words costs every step.
     """
 
     generator: str = ""
@@ -87,6 +90,7 @@ class Templates:
     student: str = ""
     professional: str = ""
     judge: str = JUDGE
+    choice: str = "{text}\n\nWhich topic is this about? Answer with one of these: {wordings}."
 
     def __post_init__(self) -> None:
         for name, (needed, allowed) in SLOTS.items():
@@ -207,6 +211,15 @@ class Task:
         words: str = getattr(self.templates, template)
         before, _, after = words.format(instruction=_HERE, domain=self.domain, style=self.style).partition(_HERE)
         return before, after
+
+    def choice(self, text: str, labels: Sequence[str]) -> str:
+        """The question which of some labels a text has.
+
+        >>> Task().choice("My card is gone!", ["lost_card", "pin"])
+        'My card is gone!\\n\\nWhich topic is this about? Answer with one of these: lost card, pin.'
+        """
+        slots = {"wordings": ", ".join(map(self.wording, labels)), "noun": self.noun or "a text", "domain": self.domain}
+        return self.templates.choice.format(text=text.strip(), **slots)
 
     def judged(self, instruction: str, verdict: str) -> str:
         """The question to a judge about one instruction; its answer ends with the word `verdict` and keep or drop."""
