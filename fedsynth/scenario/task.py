@@ -267,17 +267,33 @@ def proposed(labels: Sequence[str]) -> str:
     "pin_blocked" = { wording = "pin blocked", description = "" }
     <BLANKLINE>
     """
-    head = """# Language models are told this. All of it is public: write nothing that you read in private text.
-[task]
-domain = ""   # a sentence about the domain
-noun = ""     # what one text is, with its article, as "a message of a customer"
-style = ""    # how texts are written
-
-[task.labels]
-"""
-    return head + "".join(
+    noun = 'noun = ""     # what one text is, with its article, as "a message of a customer"\n'
+    head = _HEAD.replace("style =", f"{noun}style =")
+    return f"{head}\n[task.labels]\n" + "".join(
         f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}\n' for label in labels
     )
+
+
+_HEAD = """# Language models are told this. All of it is public: write nothing that you read in private text.
+[task]
+domain = ""   # a sentence about the domain
+style = ""    # how texts are written
+"""
+
+
+def proposed_for_instructions() -> str:
+    """A first card for instructions as TOML, to be improved by hand: models that converse are asked in turns.
+
+    >>> import tomllib
+    >>> Templates(**tomllib.loads(proposed_for_instructions())["task"]["templates"]).student
+    '{instruction}'
+    """
+    return f"""{_HEAD}system = ""   # how a model that converses is to behave
+
+[task.templates]
+student = "{{instruction}}"        # the clients' model; a base model needs words after it, as "\\nAnswer:"
+professional = "{{instruction}}"   # the professional model
+"""
 
 
 def _toml(text: str) -> str:
