@@ -17,8 +17,10 @@ from fedsynth import __version__
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import ClientData, label_list, open_site, open_sites
+from fedsynth.data.choice import as_instructions
+from fedsynth.data.partition import ClientData, class_list, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
+from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
@@ -92,8 +94,9 @@ class ClientSide:
         approvals: Text that waits for a person, if `rules.approval`.
         audit_log: The site's audit log; None in a simulation.
         world: The simulated world of the client's text; None for text of people.
-        task: The scenario's card, which gives each label's control code.
         shared: Simulations: a private folder of trainings that other arms would repeat byte for byte; None at a site.
+        task: The scenario's card, which gives each label's control code, or the form of instructions.
+        choices: The responses that an instruction chooses from (`data.task = "choice"`); empty for free ones.
     """
 
     index: int
@@ -115,6 +118,7 @@ class ClientSide:
     world: str | None = None
     task: Task = NO_CARD
     shared: Path | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def rules(self) -> Rules:
@@ -130,6 +134,13 @@ class ClientSide:
     def instructs(self) -> bool:
         """True if the task is to follow instructions, False if it is to classify."""
         return not self.labels
+
+    @property
+    def form(self) -> Form:
+        """The form in which the client's model reads instructions."""
+        from fedsynth.models.loading import load_tokenizer  # brings torch
+
+        return student_form(self.task, load_tokenizer(self.config.generator))
 
     @property
     def train(self) -> Corpus:
@@ -175,6 +186,8 @@ class ClientSide:
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         if self.task != NO_CARD:  # without a card a label is its own control code
             settings["codes"] = list(map(self.task.code, self.labels))
+            if self.instructs:
+                settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
@@ -265,6 +278,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         world=scenario.data.world,
         task=scenario.task,
         shared=private / SHARED,
+        choices=tuple(map(scenario.task.wording, class_list(scenario.data))) if scenario.data.task == "choice" else (),
     )
 
 
@@ -279,9 +293,15 @@ def declared_records(cell: Cell, index: int) -> int:
 
 def _site(cell: Cell, index: int) -> ClientData:
     data = cell.scenario.data
+    if data.task == "choice":
+        return as_instructions(_rows(data, cell.seed, index), class_list(data), cell.scenario.task)
+    return _rows(data, cell.seed, index)
+
+
+def _rows(data: Data, seed: int, index: int) -> ClientData:
     if data.world is not None:
-        return _drawn(replace(data, tuned_on=()), cell.seed, index)
-    return open_sites(data, cell.seed)[index] if data.pooled else open_site(data, index, cell.seed)
+        return _drawn(replace(data, tuned_on=()), seed, index)
+    return open_sites(data, seed)[index] if data.pooled else open_site(data, index, seed)
 
 
 @lru_cache(maxsize=1024)

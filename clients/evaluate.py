@@ -9,10 +9,10 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import in_use, on_base, slots_of
 from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.learn import task_model
+from fedsynth.evaluation.choice import likeliest, parsed_scores, said_choice
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.federation.messages import Evaluated
-from fedsynth.instructions import asked, parse_response
 from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
 from fedsynth.models.devices import device
@@ -32,6 +32,9 @@ def evaluate(client: ClientSide, adapter: Adapter | None = None) -> Evaluated:
         client: The client.
         adapter: Measure the generator with this adapter instead; adds its loss.
     """
+    if client.choices:
+        loss = {} if adapter is None else {"loss": _loss(client, adapter)}
+        return Evaluated({**_chosen(client, adapter), **loss}, examples=len(client.test))
     if adapter is not None:
         scored = _scored(client, respond(client, client.test.prompts, adapter)) if client.instructs else {}
         return Evaluated({**scored, "loss": _loss(client, adapter)}, examples=len(client.test))
@@ -55,6 +58,17 @@ def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
     for place, number in zip(places, classes, strict=True):
         found[place] = client.labels[number]
     return found
+
+
+def _chosen(client: ClientSide, adapter: Adapter | None) -> dict[str, float]:
+    """Shares of test texts whose label is right, by likelihood and by the written answer; see `evaluation.choice`."""
+    prompts, truth = client.test.prompts, client.test.answers
+    asked = [client.form.asked(prompt) for prompt in prompts]
+    replies = [client.form.reply(wording) for wording in client.choices]
+    likely = likeliest(_writer(client, adapter), asked, replies)
+    found = ["" if place is None else client.choices[place] for place in likely]
+    said = [said_choice(text, client.choices) for text in respond(client, prompts, adapter)]
+    return {**scores(truth, found, client.choices), **parsed_scores(truth, said)}
 
 
 def _scored(client: ClientSide, found: list[str]) -> dict[str, float]:
@@ -85,10 +99,15 @@ def respond(client: ClientSide, instructions: Sequence[str], adapter: Adapter | 
         instructions: Any number of instructions.
         adapter: None for the adapter in use, or the base alone if there is none.
     """
+    writer = _writer(client, adapter)
+    prompts = [client.form.asked(instruction) for instruction in instructions]
+    written = writer.complete(prompts, SamplingParams.greedy(client.config.answer_tokens), seed=0)
+    return [client.form.response(text) for text in written]
+
+
+def _writer(client: ClientSide, adapter: Adapter | None) -> Fitting:
+    """The client's model with an adapter, or with the one in use, if there is one."""
     name, adapter = client.config.generator, adapter or in_use(client)
     precision = client.config.generator_training.precision
     model = load_generator(name, precision).to(device()) if adapter is None else on_base(client, adapter)
-    writer = Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))
-    prompts = [asked(instruction) for instruction in instructions]
-    written = writer.complete(prompts, SamplingParams.greedy(client.config.answer_tokens), seed=0)
-    return [parse_response(text) for text in written]
+    return Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))

@@ -84,7 +84,7 @@ def check(
     """
     settings, name = client.config.generator_training, client.config.generator
     # The same start under the same plan passes again: simulated clients that share both are checked once.
-    codes = tuple(map(client.task.code, client.labels))
+    codes = _card_of(client)
     asked = (weights_hash(name), digest_of(start), settings, plan, codes, frozen_a, longest, client.stacked)
     if client.simulated and asked in _passed:
         return
@@ -133,7 +133,7 @@ def on_base(client: ClientSide, adapter: Adapter, *, frozen_a: bool = False) -> 
 def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Example, ...]]:
     """One slot per declared record, by the client's settings; cached for the lifetime of the corpus."""
     settings, name = client.config.generator_training, client.config.generator
-    codes = map(client.task.code, client.labels)
+    codes = _card_of(client)
     asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit, *codes)
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
@@ -147,6 +147,11 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
             task=client.task,
         )
     return list(known[asked])
+
+
+def _card_of(client: ClientSide) -> tuple[str, ...]:
+    """What the card has to do with the client's examples."""
+    return tuple(map(client.task.code, client.labels)) or (*client.task.around("student"), client.task.system)
 
 
 _encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] = WeakKeyDictionary()

@@ -42,22 +42,23 @@ class Fitting:
 
         return _whatever_fits(those, len(prompts), lambda row: self._fits(prompts[row], sampling.max_new_tokens), "")
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """As `LocalLLM.score`; minus infinity for a pair that does not fit."""
+        check_asked(prompts, self.llm.tokenizer)
 
         def those(rows: Sequence[int]) -> list[float]:
             return self.llm.score([prompts[row] for row in rows], [continuations[row] for row in rows])
 
         return _whatever_fits(
-            those, len(prompts), lambda row: self._fits(prompts[row] + continuations[row], 0), -math.inf
+            those, len(prompts), lambda row: self._fits(prompts[row], 0, continuations[row]), -math.inf
         )
 
-    def _fits(self, text: Prompt, more: int) -> bool:
+    def _fits(self, text: Prompt, more: int, continuation: str = "") -> bool:
         try:
             if isinstance(text, Chat):
-                [tokens] = given_rows(self.llm.tokenizer, [text], self.llm.kind)
+                [tokens] = given_rows(self.llm.tokenizer, [text], self.llm.kind, [continuation])
             else:
-                [tokens] = token_rows(self.llm.tokenizer, [text], self.llm.kind)
+                [tokens] = token_rows(self.llm.tokenizer, [text + continuation], self.llm.kind)
         except Exception:  # each tokenizer raises its own
             return False
         return self.llm.context is None or len(tokens) + more <= self.llm.context

@@ -33,6 +33,8 @@ def learn(client: ClientSide, request: Learn) -> Learnt:
     """
     sent = request.corpus or Corpus((), (), Provenance.PUBLIC)
     task = client.config.task_training
+    if task.trains == "llm_zero_shot":  # the generator as it is
+        return Learnt(received=len(sent))
     if task.schedule == "synthetic_only" and not (task.baseline or len(sent)):
         raise NoTaskModel('task_training.schedule = "synthetic_only", and the server sent no text')
     if client.instructs:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from peft import PeftModel
 
@@ -11,13 +13,15 @@ from fedsynth.clients.finetune import on_base, put_to_use, slots_of, train_witho
 from fedsynth.clients.fitting import Fitting
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import SelfTrain, SelfTrained
+from fedsynth.instructions import record
 from fedsynth.lora import Adapter, mix
 from fedsynth.models.adapters import read_adapter
 from fedsynth.models.encoding import token_ids
+from fedsynth.models.form import LINES, Form, Pair
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.release import NotReleasable, Trained, release_without_guarantee
-from fedsynth.synthesis.self_instruct import generate, lines, select
+from fedsynth.synthesis.self_instruct import generate, pairs, select
 from fedsynth.training.examples import Slot, readable
 
 NO_GUARANTEE = "FedPIT has no formal privacy: private records are shown to the model whose texts shape what is sent"
@@ -69,7 +73,7 @@ def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, i
     # Training truncates longer records; as demonstrations they could leave no room for the new record.
     longest = client.config.generator_training.max_length
     local = client.train.take(row for row, text in enumerate(client.train.prompts) if text)
-    shown = [line for line in lines(local) if readable(tokenizer, line) and len(token_ids(tokenizer, line)) <= longest]
+    shown = [pair for pair in pairs(local) if _tokens(client.form, tokenizer, pair) <= longest]
     return generate(
         Fitting(LocalLLM(on_base(client, request.start).eval(), tokenizer, workers=1)),
         shown,
@@ -78,13 +82,20 @@ def syn_gen(client: ClientSide, request: SelfTrain) -> tuple[Corpus, dict[str, i
         shots=request.shots,
         max_new_tokens=request.max_new_tokens,
         seed=request.writing_seed,
+        form=client.form,
     )
+
+
+def _tokens(form: Form, tokenizer: Any, pair: Pair) -> float:
+    """Tokens of a record as a demonstration; infinitely many if the tokenizer cannot read it."""
+    line = record(*pair) if form == LINES else f"{pair[0]} {pair[1]}"
+    return len(token_ids(tokenizer, line)) if readable(tokenizer, line) else math.inf
 
 
 def syn_sel(client: ClientSide, request: SelfTrain, local: PeftModel, candidates: Corpus) -> Corpus:
     """The candidates to train on, chosen with the local adapter in place."""
     llm = Fitting(LocalLLM(local, load_tokenizer(client.config.generator), workers=1))
-    return select(llm, candidates, keep=request.keep, by=request.selection, seed=request.writing_seed)
+    return select(llm, candidates, keep=request.keep, by=request.selection, seed=request.writing_seed, form=client.form)
 
 
 def loc_train(

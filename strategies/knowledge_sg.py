@@ -92,22 +92,24 @@ class KnowledgeSG(RoundStrategy[State]):
         c, server, professional = self.config, self.server, self.server.professional
         server.run_log.progress("write", 0, 1)
         base, public = server.cell.scenario.client.generator, server.cell.scenario.server.public
+        task = server.cell.scenario.task
         if writer is None:
-            raw = draw(base, public or "", c.num_texts, c.max_new_tokens, seed=self.seed("public"))
+            raw = draw(base, public or "", c.num_texts, c.max_new_tokens, seed=self.seed("public"), task=task)
         else:
             how = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens)
-            raw = write(server.engine, base, writer, c.num_texts, how, seed=self.seed("write", owner))
+            seed, own = self.seed("write", owner), c.responses == "own"
+            raw = write(server.engine, base, writer, c.num_texts, how, seed=seed, task=task, answered=own)
 
         formed = well_formed_instructions(raw.corpus, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT)
         fresh = novel(formed.corpus, c.novelty)
-        good = judged(professional, fresh.corpus, c.judge, c.judge_share, c.response_tokens)
+        good = judged(professional, fresh.corpus, c.judge, c.judge_share, c.response_tokens, task=task)
         few = at_most(good.corpus, c.pairs)
         steps = [("written", raw), ("formed", formed), ("novel", fresh), ("judged", good), ("chosen", few)]
 
         pairs = few.corpus
         if c.responses == "professional":
             # The DP model's own responses are neither shown nor kept.
-            answered = respond(professional, pairs, c.response_tokens)
+            answered = respond(professional, pairs, c.response_tokens, task=task)
             steps, pairs = [*steps, ("answered", answered)], answered.corpus
         for stage in yields(steps):
             server.run_log.log_stage(owner, stage)
@@ -123,7 +125,8 @@ class KnowledgeSG(RoundStrategy[State]):
         if start is None:
             start = new_adapter(base, rank=c.tuning.rank, alpha=c.tuning.alpha, seed=self.seed("target"))
         engine, seed = self.server.engine, self.seed("teach", owner)
-        target, loss = taught(engine, base, start, pairs, c.tuning, loss_on=c.loss_on, seed=seed)
+        task = self.server.cell.scenario.task
+        target, loss = taught(engine, base, start, pairs, c.tuning, loss_on=c.loss_on, seed=seed, task=task)
         self.server.run_log.log_adapter(owner, target, "target")
         if isfinite(loss):
             self.server.run_log.log_metric(owner, "loss/target", loss)

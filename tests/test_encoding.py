@@ -27,7 +27,6 @@ from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD
 from fedsynth.synthesis.augmentation import line_prompt
 from fedsynth.synthesis.curation import well_formed
-from fedsynth.synthesis.self_instruct import lines
 from fedsynth.training.classifier import _token_rows
 from fedsynth.training.dp_training import next_token_losses
 from fedsynth.training.examples import encode_slots
@@ -187,7 +186,7 @@ def test_texts_and_records_of_the_worlds_are_encoded_as_the_shipped_models_learn
             strict=True,
         ):
             assert example.tokens == (bos, *plain(f"question: {note} answer: {answer}"), eos)
-        shown = "".join(f"{line}\n" for line in lines(records)[:5])
+        shown = "".join(f"{record(*pair)}\n" for pair in zip(records.prompts[:5], records.answers[:5], strict=True))
         prompts = [shown + ASK, shown + asked(records.prompts[9]), line_prompt(world.labels[0], notes.prompts[:4])]
         prompts += [*public_blocks(world, 20, 0, weak=False), *public_records(world, 20, 0, rare=1.0)]
         assert prompt_rows(tokenizer, prompts) == [plain(prompt) for prompt in prompts]

@@ -29,7 +29,7 @@ from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.federation.validation import Rejected, check_reply, check_request
-from fedsynth.instructions import ASK, REPLY, asked, parse_record
+from fedsynth.instructions import ASK, REPLY, asked, parse_record, record
 from fedsynth.lora import Adapter, average, mix
 from fedsynth.models.adapters import new_adapter, read_adapter
 from fedsynth.models.llm import LocalLLM
@@ -39,7 +39,7 @@ from fedsynth.scenario.schema import Client
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.synthesis import self_instruct as selfgen
-from fedsynth.synthesis.self_instruct import generate, lines, respond, select, texts, write_instructions
+from fedsynth.synthesis.self_instruct import generate, pairs, respond, select, texts, write_instructions
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_records, secret_of
 
@@ -97,9 +97,14 @@ def digest(adapter: Adapter) -> str:
     return hashed.hexdigest()
 
 
+def lines(corpus: Corpus) -> list[str]:
+    """Records as base models read them."""
+    return [record(*pair) for pair in pairs(corpus)]
+
+
 def gen(llm: Any, local: Corpus = LOCAL, **more: Any) -> tuple[Corpus, dict[str, int]]:
     options = {"candidates": 12, "shots": 4, "max_new_tokens": 48, "seed": 0, **more}
-    found, funnel = generate(llm, lines(local), local, **options)
+    found, funnel = generate(llm, pairs(local), local, **options)
     assert set(funnel) <= set(FUNNEL)  # else no server would take the answer
     return found, funnel
 
@@ -149,7 +154,9 @@ def test_at_beta_0_an_unshown_record_counts_through_filter_and_ranking_only(
     tmp_path: Path, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selfgen, "nearest", lambda written, _: [0.0] * len(written))
-    monkeypatch.setattr(selfgen, "ifd", lambda llm, prompts, answers: [float(zlib.crc32(p.encode())) for p in prompts])
+    monkeypatch.setattr(
+        selfgen, "ifd", lambda llm, prompts, answers, form: [float(zlib.crc32(p.encode())) for p in prompts]
+    )
     toml = instructions(tmp_path, STRATEGY, options=f"{SMALL}\nshare = 0.0", guarantee="none", clients=1, rows=30)
     toml = toml.replace("steps = 3", "steps = 20")  # so that no record is left out of training by chance
     table = tmp_path / "records.csv"
@@ -339,12 +346,12 @@ def test_a_response_gets_three_tries_after_other_demonstrations() -> None:
         return " late reply" if prompt.endswith(asked("slow one")) and len(asked_for) > 4 else "\n"
 
     llm = ScriptedLLM(answer)
-    found = respond(llm, lines(LOCAL), ["slow one", "never one"], shots=4, max_new_tokens=8, seed=0)
+    found = respond(llm, pairs(LOCAL), ["slow one", "never one"], shots=4, max_new_tokens=8, seed=0)
     assert found == ["late reply", ""]
     assert [len(prompts) for prompts in llm.completed] == [2, 2, 2]
     assert len(set(asked_for)) == 6
     llm = ScriptedLLM(lambda prompt: " at once")
-    assert respond(llm, lines(LOCAL), ["one"], shots=4, max_new_tokens=8, seed=0) == ["at once"]
+    assert respond(llm, pairs(LOCAL), ["one"], shots=4, max_new_tokens=8, seed=0) == ["at once"]
 
 
 def copies(prompt: str) -> str:
@@ -361,7 +368,7 @@ def test_copies_of_demonstrations_are_all_dropped() -> None:
 
 
 def test_a_copy_of_a_record_that_was_not_shown_is_dropped_too() -> None:
-    shown = lines(LOCAL)[:10]
+    shown = pairs(LOCAL)[:10]
     hidden = LOCAL.prompts[15].replace("reports", "reported")
     llm = ScriptedLLM(lambda prompt: f" {hidden}{REPLY} x" if prompt.endswith(ASK) else " x")
     options = {"candidates": 3, "shots": 4, "max_new_tokens": 48, "seed": 0}
@@ -436,7 +443,7 @@ def test_in_a_run_nothing_kept_is_like_a_local_record_or_holds_a_secret(
 @pytest.mark.parametrize("records", [0, 1, 3])
 def test_fewer_records_than_shots_give_fewer_shots(records: int) -> None:
     llm = ScriptedLLM(inventor)
-    shown = lines(LOCAL)[:records]
+    shown = pairs(LOCAL)[:records]
     write_instructions(llm, shown, 2, shots=8, max_new_tokens=8, seed=0)
     assert [prompt.count("\n") for prompt in llm.completed[0]] == [records] * 2
 

@@ -212,6 +212,17 @@ def test_a_first_card_of_a_file_is_read_back_as_one(tmp_path: Path) -> None:
     assert card.code("lost_card") == "lost card:"
 
 
+def test_a_first_card_for_instructions_is_read_back_as_one_and_shows_no_text(tmp_path: Path) -> None:
+    pd.DataFrame([("why?", "so")], columns=["words", "said"]).to_csv(tmp_path / "rows.csv", index=False)
+    asked = ["card", str(tmp_path / "rows.csv"), "--text", "words", "--response"]
+    found = CliRunner().invoke(app, [*asked, "said"])
+    assert found.exit_code == 0
+    assert "why?" not in found.stdout
+    card = build(Task, tomllib.loads(found.stdout)["task"], "task")
+    assert (card.templates.student, card.templates.professional) == ("{instruction}", "{instruction}")
+    assert CliRunner().invoke(app, [*asked, "reply"]).exit_code != 0  # no such column
+
+
 def test_attempts_are_one_funnel_and_a_text_that_is_kept_already_is_a_duplicate() -> None:
     first = Corpus(("x", "y"), ("a", "b"), Provenance.PUBLIC)
     again = deduplicate(Corpus(("X ", "z"), ("a", "c"), Provenance.PUBLIC), first)

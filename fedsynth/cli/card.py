@@ -1,4 +1,4 @@
-"""The command `fedsynth card`: a first task card, from the class names of a file."""
+"""The command `fedsynth card`: a first task card, from the class names of a file, or for its instructions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ def card_command(
     file: Annotated[Path, typer.Argument(help="Labelled rows: CSV, JSONL or Parquet.")],
     label: Annotated[str, typer.Option(help="Its column of class names.")] = "label",
     text: Annotated[str, typer.Option(help="Its column of texts.")] = "text",
+    response: Annotated[str | None, typer.Option(help="Instructions: its column of responses.")] = None,
 ) -> None:
     """Print a [task] table for a scenario: each class name of a file with its words parted. No text of it is shown."""
     from fedsynth.data.partition import label_list  # pandas takes a second to import
+    from fedsynth.data.tables import read_rows
     from fedsynth.scenario.schema import Data
-    from fedsynth.scenario.task import proposed
+    from fedsynth.scenario.task import proposed, proposed_for_instructions
 
+    if response is not None:
+        read_rows(Data(str(file), task="instructions", text=text, response=response))  # refuses what a run would
+        print(proposed_for_instructions(), end="")
+        return
     print(proposed(label_list(Data(str(file), label=label, text=text))), end="")

@@ -13,6 +13,8 @@ from fedsynth.federation.run.privacy_report import up
 HEADS = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "parsed_accuracy": "accuracy of the written answer",
+    "readable": "readable answers",
     "exact_match": "exact match",
     "field_match": "field match",
     "rouge_l": "ROUGE-L",

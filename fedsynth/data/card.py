@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import ClientData, Division, LeftOut, divide, label_list, overlaps, unified
+from fedsynth.data.partition import ClientData, Division, LeftOut, class_list, divide, overlaps, unified
 from fedsynth.rouge import words
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
@@ -56,7 +56,7 @@ def data_cards(scenario: Scenario) -> dict[str, Any]:
         key = (data, cell.seed)
         if key not in found:
             division: Division = divide(data, cell.seed)
-            card = data_card(division.sites, label_list(data), division.left_out)
+            card = data_card(division.sites, class_list(data), division.left_out)
             found[key] = {"seed": cell.seed, "arms": [], **card}
         found[key]["arms"].append(cell.arm)
     worlds = all(data.world is not None for data, _ in found)

@@ -90,7 +90,16 @@ class Division:
 
 
 def label_list(data: Data) -> tuple[str, ...]:
-    """The public list of classes; empty for instructions, whose responses come from no list.
+    """The public list of classes; empty for instructions, whose responses come from no list, and for choices.
+
+    Raises:
+        BadValue: If a classification has no class.
+    """
+    return () if data.task == "choice" else class_list(data)
+
+
+def class_list(data: Data) -> tuple[str, ...]:
+    """The public list of classes of the rows; empty for instructions.
 
     Raises:
         BadValue: If a classification has no class.

@@ -76,7 +76,7 @@ def read_rows(data: Data) -> Rows:
             spellings, a quote swallows rows, or a person has both training and test rows.
     """
     place = find(data.source) if data.hub_name is None else OfHub(data.hub_name, data.subset, data.revision)
-    classes = data.task == "classification"
+    classes = data.task != "instructions"
     columns = Columns(
         data.text,
         data.label if classes else data.response,

@@ -78,10 +78,12 @@ def planned(scenario: Scenario) -> Planned:
     arms = [cell.scenario for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
     budgets = [arm.client.budget for arm in arms if arm.client.budget is not None]
     models = [name for arm in arms for name in (arm.client.generator, arm.client.task_model, *arm.client.task_models)]
+    labels = public_labels(scenario.data)
+    assert scenario.data.task != "choice"  # refused for its labels
     return Planned(
         name=scenario.name,
         task=scenario.data.task,
-        labels=public_labels(scenario.data),
+        labels=labels,
         strategies=tuple(dict.fromkeys(arm.strategy.use for arm in arms)),
         models=tuple(dict.fromkeys(filter(None, models))),
         guarantee="none" if any(arm.client.guarantee == "none" for arm in arms) else "dp",
@@ -95,8 +97,10 @@ def public_labels(data: Data) -> tuple[str, ...]:
     """The label list of a run on sites, which must not depend on any row: a rare class can reveal a person.
 
     Raises:
-        BadValue: If it would be read from a file.
+        BadValue: If it would be read from a file, or the task is for simulations alone.
     """
+    if data.task == "choice":
+        raise BadValue('data.task = "choice" compares methods in a simulation: a run on sites has "instructions"')
     if data.labels == "all" and data.world is None and data.task == "classification":
         raise BadValue(
             f"data.labels would be read from {data.source}, and the list of a run on sites must be public: "

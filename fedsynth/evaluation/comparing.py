@@ -20,7 +20,11 @@ import pandas as pd
 
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 
-METRICS = {"classification": ("accuracy", "macro_f1"), "instructions": ("exact_match", "field_match", "rouge_l")}
+METRICS = {
+    "classification": ("accuracy", "macro_f1"),
+    "instructions": ("exact_match", "field_match", "rouge_l"),
+    "choice": ("accuracy", "macro_f1", "parsed_accuracy", "readable"),
+}
 COLUMNS = ("scenario", "task", "epsilon", "arm", "seed", "round", "client", "metric", "value")
 CELL = ["scenario", "task", "epsilon", "arm"]
 

@@ -15,19 +15,17 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
-from fedsynth.instructions import asked, in_line, one_line
+from fedsynth.models.form import LINES, Form
 from fedsynth.rouge import words
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
 
-NO_PROMPT = one_line(asked(""))  # the form of a record without the instruction
 
-
-def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str], form: Form = LINES) -> list[float]:
     """NLL(y|x) / NLL(y) of each pair, as means per token of the answer (IFD: Li et al. 2024; FedPIT's IFS).
 
-    NLL(y|x) is taken after `instructions.asked(x)`, NLL(y) after the same header without an instruction (`NO_PROMPT`).
+    NLL(y|x) is taken after the instruction in the model's form, NLL(y) after the same form without an instruction.
     The ratio is below 1 if the prompt helps to foresee the answer, above 1 if it misleads, and infinite if the answer
     was certain without it. KnowledgeSG's mean leaves out values above 1.
 
@@ -35,14 +33,15 @@ def ifd(llm: TextModel, prompts: Sequence[str], answers: Sequence[str]) -> list[
         llm: An LLM that scores; all pairs go in one call.
         prompts: Instructions.
         answers: One answer per instruction, not empty.
+        form: The form in which the LLM reads them.
 
     Raises:
         ValueError: If the numbers of texts differ, or `llm` cannot score one of the texts.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"each prompt needs an answer, got {len(answers)} for {len(prompts)}")
-    before = [asked(prompt) for prompt in prompts] + [NO_PROMPT] * len(prompts)
-    means = llm.score(before, [f" {in_line(answer)}" for answer in answers] * 2)
+    before = [form.asked(prompt) for prompt in prompts] + [form.unasked()] * len(prompts)
+    means = llm.score(before, [form.reply(answer) for answer in answers] * 2)
     given, alone = means[: len(prompts)], means[len(prompts) :]
     return [with_x / without if without else math.inf for with_x, without in zip(given, alone, strict=True)]
 

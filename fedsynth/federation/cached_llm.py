@@ -39,13 +39,12 @@ class CachedLLM:
         how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.one_line:  # else as before there was the choice: what a run has kept is known again
             how["one_line"] = True
-        asked = [prompt if isinstance(prompt, str) else asdict(prompt) for prompt in prompts]
-        question = ["complete", asked, {**how, "seed": seed}]
+        question = ["complete", list(map(_plain, prompts)), {**how, "seed": seed}]
         return self._recalled(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """As `TextModel`."""
-        question = ["score", list(prompts), list(continuations)]
+        question = ["score", list(map(_plain, prompts)), list(continuations)]
         return self._recalled(question, lambda: self.llm.score(prompts, continuations))
 
     def misfits(
@@ -79,3 +78,10 @@ class CachedLLM:
     def _used(self) -> tuple[int, int]:
         used = getattr(self.llm, "used", None)
         return (used.read, used.written) if used is not None else (0, 0)
+
+
+def _plain(prompt: Prompt) -> Any:
+    """The prompt as JSON; a chat without earlier turns has the form that kept answers were stored under."""
+    if isinstance(prompt, str):
+        return prompt
+    return {name: value for name, value in asdict(prompt).items() if name != "shown" or value}

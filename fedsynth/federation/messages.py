@@ -257,17 +257,19 @@ class Evaluate(Request[Evaluated]):
 
 LABELLED = ("accuracy", "macro_f1")
 WRITTEN = ("exact_match", "field_match", "rouge_l")
+CHOSEN = (*LABELLED, "parsed_accuracy", "readable")
 LOSS = "loss"
 
 
-def measured(request: Evaluate, *, instructs: bool) -> tuple[str, ...]:
+def measured(request: Evaluate, *, instructs: bool, chooses: bool = False) -> tuple[str, ...]:
     """Names of the figures that a reply must have; all but the loss are shares.
 
     Args:
         request: The request; a reply has a loss if the request brings an adapter.
         instructs: True if the task is to follow instructions, False if texts have labels.
+        chooses: True if these instructions ask for a label.
     """
-    figures = WRITTEN if instructs else () if request.adapter is not None else LABELLED
+    figures = CHOSEN if chooses else WRITTEN if instructs else () if request.adapter is not None else LABELLED
     return figures if request.adapter is None else (*figures, LOSS)
 
 

@@ -279,7 +279,8 @@ class Clients:
             # All real sites name their unit in the same words, whatever their columns are called.
             units, simulated = (UNITS, False) if self.sites else ((scenario.data.unit_name,), None)
             batch = scenario.client.generator_training.expected_batch_size
-            check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch)
+            chooses = scenario.data.task == "choice"
+            check_reply(request, reply, self.labels, units=units, simulated=simulated, batch=batch, chooses=chooses)
         except (BadPayload, Rejected) as problem:
             return replace(heard, why=f"{UNUSABLE}: {problem}", payload=b"")
         except Exception as problem:  # as in `decode`: an error in a check is this client's failure alone

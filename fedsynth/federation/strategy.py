@@ -92,7 +92,7 @@ class RoundStrategy(Strategy, Generic[S]):
         Raises:
             BadValue: If it cannot, with the way out.
         """
-        if scenario.data.task not in cls.tasks:
+        if ("instructions" if scenario.data.task == "choice" else scenario.data.task) not in cls.tasks:
             raise BadValue(
                 f"{cls.__name__} is for data.task = {' or '.join(map(repr, cls.tasks))}, "
                 f"this scenario has {scenario.data.task!r}"

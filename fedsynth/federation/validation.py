@@ -154,6 +154,7 @@ def check_reply(
     units: Collection[str] = claims.UNITS,
     simulated: bool | None = None,
     batch: int | None = None,
+    chooses: bool = False,
 ) -> None:
     """A server's check of one client's reply.
 
@@ -164,6 +165,7 @@ def check_reply(
         units: Units of privacy that a client's statement may name.
         simulated: True if the statement must call its noise reproducible, False if it must not; None for either.
         batch: The scenario's expected batch size; None for any.
+        chooses: Instructions ask for a label (`data.task = "choice"`).
 
     Raises:
         Rejected: With the name and the range; no word of the client is repeated.
@@ -206,7 +208,7 @@ def check_reply(
         if any(abs(score) > MAX_SCORE for score in reply.scores.values):
             raise Rejected(f"scores beyond {MAX_SCORE:g}")
     if isinstance(reply, Evaluated) and isinstance(request, Evaluate):
-        _check_metrics(reply.metrics, measured(request, instructs=not labels))
+        _check_metrics(reply.metrics, measured(request, instructs=not labels, chooses=chooses))
         _within("examples", reply.examples, 0, MAX_RECORDS)
     if isinstance(reply, Learnt) and isinstance(request, Learn):
         _within("received", reply.received, 0, len(request.corpus or ()))

@@ -121,12 +121,11 @@ class SampledLLM:
             self.used.written += written
             return texts
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """As `TextModel`. Consecutive pairs of one text are compared with each other: they are sampled, or made up,
         together."""
         with self.tally.aside():
-            both = [p + c for p, c in zip(prompts, continuations, strict=True)]
-            lengths = self._lengths(both, 0, "shorter texts")
+            lengths = self._lengths(prompts, 0, "shorter texts", continuations)
             groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
             if not groups:
                 return []
@@ -151,9 +150,11 @@ class SampledLLM:
         """As the model itself says."""
         return self.llm.misfits(prompts, more, continuations)
 
-    def _lengths(self, texts: Sequence[Prompt], more: int, way_out: str) -> list[int]:
+    def _lengths(
+        self, texts: Sequence[Prompt], more: int, way_out: str, continuations: Sequence[str] | None = None
+    ) -> list[int]:
         """Number of tokens of each text, counted as read; raises as the model does if they leave no room."""
-        lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind)]
+        lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind, continuations)]
         self.llm.check_room(lengths, more, way_out=way_out)
         self.tally.read += sum(lengths)
         self.used.read += sum(lengths)
@@ -258,7 +259,7 @@ class EndpointStub:
             found.append(f"{line}{more}")
         return found
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """Scores that make a text likeliest after its own label."""
         self.tally.read += sum(map(_roughly, [*prompts, *continuations]))
         same = groupby(range(len(prompts)), key=lambda i: continuations[i])
@@ -266,7 +267,7 @@ class EndpointStub:
 
 
 def _roughly(text: Prompt) -> int:
-    size = len(text.system) + len(text.user) if isinstance(text, Chat) else len(text)
+    size = sum(len(turn["content"]) for turn in text.messages) if isinstance(text, Chat) else len(text)
     return -(-size // 4)  # characters of a token, the endpoint's tokenizer is not known here
 
 

@@ -24,7 +24,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.data.partition import ClientData, divide, label_list, open_site
+from fedsynth.data.choice import as_instructions
+from fedsynth.data.partition import ClientData, class_list, divide, label_list, open_site
+from fedsynth.instructions import record
+from fedsynth.models.chat import Prompt
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
@@ -142,9 +145,14 @@ def typical_lengths(cell: Cell) -> tuple[int, ...]:
     found = [
         len(token_ids(tokenizer, text))
         for site in divide(data, cell.seed).sites
-        for text in (site.train.prompts if data.task == "classification" else _whole(site.train))[:200]
+        for text in (site.train.prompts if data.task == "classification" else _whole(_read(cell, site).train))[:200]
     ]
     return tuple(int(x) for x in np.quantile(found, np.linspace(0.05, 0.95, 10)))
+
+
+def _read(cell: Cell, site: ClientData) -> ClientData:
+    data = cell.scenario.data
+    return as_instructions(site, class_list(data), cell.scenario.task) if data.task == "choice" else site
 
 
 def _whole(corpus: Corpus) -> tuple[str, ...]:
@@ -231,10 +239,10 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     """A function that does the real work `n` times at once, and the largest `n` of a call."""
     from fedsynth.clients.client_side import declared_records
     from fedsynth.clients.finetune import on_base  # these bring torch
-    from fedsynth.instructions import ASK, asked, in_line
+    from fedsynth.models.form import student_form
     from fedsynth.models.llm import LocalLLM
     from fedsynth.privacy.plan import statement
-    from fedsynth.synthesis.self_instruct import lines
+    from fedsynth.synthesis.self_instruct import pairs
 
     client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)
     texts = dummy_site(cell, 0, lengths, train=256, test=256)
@@ -256,20 +264,21 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         tokenizer, model = load_tokenizer(client.generator), on_base(_ClientSide(client), _start(client)).eval()  # type: ignore[arg-type]  # a stand-in
         return LocalLLM(model, tokenizer, batch_size=batch, workers=1)
 
-    def written(prompts: Sequence[str], batch: int) -> Callable[[int], object]:
+    form = student_form(cell.scenario.task, load_tokenizer(client.generator))
+
+    def written(prompts: Sequence[Prompt], batch: int) -> Callable[[int], object]:
         how = SamplingParams(temperature=unit.temperature, top_p=unit.top_p, max_new_tokens=unit.tokens)
         return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], how, seed=0)
 
     if unit.kind == "sample":
-        return written(list(map(cell.scenario.task.code, labels)) or [ASK], 256), 256
+        return written(list(map(cell.scenario.task.code, labels)) or [form.opening()], 256), 256
     if unit.kind == "respond":
-        return written([asked(prompt) for prompt in texts.test.prompts], 128), 128
+        return written([form.asked(prompt) for prompt in texts.test.prompts], 128), 128
     if unit.kind == "demonstrated":
         tokenizer, longest = load_tokenizer(client.generator), client.generator_training.max_length
-        shown = [line for line in lines(texts.train) if len(token_ids(tokenizer, line)) <= longest]
-        shots = "".join(f"{line}\n" for line in shown[: unit.shots])
-        return written([shots + ASK], 64), 64
-    prompts, answers = [asked(p) for p in texts.train.prompts], [f" {in_line(a)}" for a in texts.train.answers]
+        shown = [pair for pair in pairs(texts.train) if len(token_ids(tokenizer, record(*pair))) <= longest]
+        return written([form.opening(shown[: unit.shots])], 64), 64
+    prompts, answers = [form.asked(p) for p in texts.train.prompts], list(map(form.reply, texts.train.answers))
     return lambda n: writer(64).score(prompts[:n], answers[:n]), 64
 
 

@@ -151,7 +151,8 @@ class _Answering(Clients):
         if isinstance(request, Learn):
             return Learnt(len(request.corpus or ()))
         assert isinstance(request, Evaluate)
-        return Evaluated(dict.fromkeys(measured(request, instructs=not of.labels), 1 / 3), of.test)
+        names = measured(request, instructs=not of.labels, chooses=of.choices > 0)
+        return Evaluated(dict.fromkeys(names, 1 / 3), of.test)
 
     def _drafts(self, client: int, per_label: int, longest: int) -> Corpus:
         """Drafts, equally many of each label and within the length; varied texts if a client has few of a label."""

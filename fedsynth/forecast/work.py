@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsynth.clients.client_side import declared_records
-from fedsynth.data.partition import divide
+from fedsynth.data.partition import class_list, divide
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize
 from fedsynth.forecast.profiling import Unit
 from fedsynth.scenario.schema import SHOTS, Cell, Client
@@ -26,6 +26,7 @@ class Facts:
         records: Declared number of privacy units.
         train: Number of training texts.
         test: Number of test texts.
+        choices: Number of responses that an instruction chooses from; 0 for free ones.
     """
 
     arm: str
@@ -34,6 +35,7 @@ class Facts:
     records: int
     train: int
     test: int
+    choices: int = 0
 
 
 def _synthesize(request: Synthesize, of: Facts) -> Work:
@@ -72,6 +74,8 @@ def _score(request: Score, of: Facts) -> Work:
 def _learn(request: Learn, of: Facts) -> Work:
     received, task = len(request.corpus or ()), of.client.task_training
     private = 0 if task.schedule == "synthetic_only" else of.train
+    if task.trains == "llm_zero_shot":
+        return {}
     if not of.labels:
         steps = of.client.generator_training.steps
         if task.schedule == "mixed":  # batches are as much larger
@@ -90,7 +94,8 @@ def _learn(request: Learn, of: Facts) -> Work:
 def _evaluate(request: Evaluate, of: Facts) -> Work:
     loss: Work = {} if request.adapter is None else {Unit("rate", of.arm): of.test}
     if not of.labels:
-        return {**loss, Unit("respond", of.arm, of.client.answer_tokens): of.test}
+        rated: Work = {Unit("rate", of.arm): of.test * of.choices + (of.test if loss else 0)} if of.choices else loss
+        return {**rated, Unit("respond", of.arm, of.client.answer_tokens): of.test}
     return loss or ({} if of.client.task_training.trains == "majority" else {Unit("read", of.arm): of.test})
 
 
@@ -108,6 +113,7 @@ WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {
 def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
     """The declared facts of every client: counts, no text."""
     data = cell.scenario.data
+    choices = len(class_list(data)) if data.task == "choice" else 0
     clients = 1 if data.pooled else data.clients
     if data.world is not None:
         many = data.clients if data.pooled else 1
@@ -115,6 +121,8 @@ def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
     else:
         sizes = [(len(site.train), len(site.test)) for site in divide(data, cell.seed).sites]
     return {
-        client: Facts(cell.arm, cell.scenario.client.of(client), labels, declared_records(cell, client), *sizes[client])
+        client: Facts(
+            cell.arm, cell.scenario.client.of(client), labels, declared_records(cell, client), *sizes[client], choices
+        )
         for client in range(clients)
     }

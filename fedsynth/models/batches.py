@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedsynth.models.chat import Chat, Prompt, render
-from fedsynth.models.encoding import prompt_rows, surrounded, text_rows
+from fedsynth.models.encoding import prompt_rows, surrounded, text_rows, token_ids
 from fedsynth.models.loading import Kind, context_of, kind_of
 
 T = TypeVar("T")
@@ -31,13 +31,14 @@ def given_rows(
 ) -> list[list[int]]:
     """As `token_rows`, of prompts: their line ends are the model's own (`encoding.prompt_rows`).
 
-    A question stands in the tokenizer's chat template (`chat.render`); nothing goes on from it.
+    A question stands in the tokenizer's chat template (`chat.render`), and a text after it is the model's answer.
     """
+    more = [""] * len(prompts) if continuations is None else continuations
     texts = ["" if isinstance(prompt, Chat) else prompt for prompt in prompts]
-    rows = _as_read(tokenizer, prompt_rows(tokenizer, texts, continuations), kind)
+    rows = _as_read(tokenizer, prompt_rows(tokenizer, texts, more), kind)
     return [
-        render(prompt, tokenizer) if isinstance(prompt, Chat) else row
-        for prompt, row in zip(prompts, rows, strict=True)
+        [*render(prompt, tokenizer), *token_ids(tokenizer, text)] if isinstance(prompt, Chat) else row
+        for prompt, text, row in zip(prompts, more, rows, strict=True)
     ]
 
 

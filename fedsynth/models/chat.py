@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -19,10 +19,23 @@ class Chat:
     Attributes:
         user: The question.
         system: How the model is to behave. Empty: as its template says by itself (SmolLM2 and Qwen have a default).
+        shown: Earlier turns, each a question and its answer.
     """
 
     user: str
     system: str = ""
+    shown: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """All turns, in the form of chat templates and endpoints."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [pair for asked, answer in self.shown for pair in (("user", asked), ("assistant", answer))]
+        return [*system, *({"role": role, "content": text} for role, text in (*turns, ("user", self.user)))]
+
+
+class Opening(Chat):
+    """A turn of the user that the model itself writes on, after the words in `user`; they may be none."""
 
 
 Prompt: TypeAlias = str | Chat  # text to go on after, or a question
@@ -59,24 +72,42 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
         BadValue: If there is no template, or it does not show what the user says.
     """
     check_asked([chat], tokenizer)
-    form = _form(tokenizer, bool(chat.system))
+    form = _form(tokenizer, bool(chat.system), len(chat.shown))
     if form is None:
-        form, chat = _form(tokenizer, False), Chat(f"{chat.system}\n\n{chat.user}")
+        form, chat = _form(tokenizer, False, len(chat.shown)), _without_system(chat)
         assert form is not None  # only the system role is left out
-    contents = [slot.filled(chat) for slot in form.slots]
-    text = "".join(own + content for own, content in zip(form.own, [*contents, ""], strict=True))
+    said = [message["content"] for message in chat.messages]
+    contents = [slot.filled(said) for slot in form.slots]
+    own, rows, marks = form.own, form.rows, form.marks
+    if isinstance(chat, Opening):  # nothing of the template stands after what is written on
+        if form.slots[-1].number != len(said) - 1:
+            raise BadValue(f"the chat template of the model {_name(tokenizer)!r} does not end with what the user says")
+        contents[-1] = replace(form.slots[-1], right=False).filled(said)
+        own, rows = (*own[:-1], ""), (*rows[:-1], ())
+        marks = [token for row in rows for token in row if token in form.control]
+    text = "".join(before + content for before, content in zip(own, [*contents, ""], strict=True))
     whole = _with_control(tokenizer, text)
-    if [token for token in whole if token in form.control] == form.marks:  # the template's own, and no other
+    if [token for token in whole if token in form.control] == marks:  # the template's own, and no other
         return whole
-    row = list(form.rows[0])
-    for content, own in zip(contents, form.rows[1:], strict=True):
-        row += [*form.as_text(tokenizer, content), *own]
+    row = list(rows[0])
+    for content, after in zip(contents, rows[1:], strict=True):
+        row += [*form.as_text(tokenizer, content), *after]
     return row
+
+
+def _without_system(chat: Chat) -> Chat:
+    """The same turns, with the system's text before the first user's."""
+    if not chat.shown:
+        return replace(chat, system="", user=f"{chat.system}\n\n{chat.user}")
+    (asked, answer), *others = chat.shown
+    return replace(chat, system="", shown=((f"{chat.system}\n\n{asked}", answer), *others))
 
 
 def begins_in_thought(chat: Chat, tokenizer: Any) -> bool:
     """True if the template itself opens the model's thought, so that the model writes only its end."""
-    form = _form(tokenizer, bool(chat.system)) or _form(tokenizer, False)
+    if isinstance(chat, Opening):
+        return False
+    form = _form(tokenizer, bool(chat.system), 0) or _form(tokenizer, False, 0)
     return form is not None and form.own[-1].rstrip().endswith(OPEN)
 
 
@@ -85,9 +116,9 @@ def turn_end(tokenizer: Any) -> int | None:
     """The control token that ends an answer in the chat template; None where it has none."""
     if not converses(tokenizer):
         return None
-    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _SYSTEM}]
+    turns = [{"role": "user", "content": "Asked"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False, **SETTINGS)).rpartition(_SYSTEM)[2]
+        after = str(tokenizer.apply_chat_template(turns, tokenize=False, **SETTINGS)).rpartition(_ANSWER)[2]
     except Exception:  # a template may refuse with any error of its own; then `render` says so
         return None
     special, loose = _control(tokenizer, after)
@@ -118,19 +149,20 @@ def holds_line(text: str) -> bool:
 
 
 # The contents in whose place the template is read; blanks of their own show whether it trims them.
-_USER, _SYSTEM, _EDGE = "TheUserSaysThis", "TheSystemSaysThis", "\t \t"
+_ANSWER, _EDGE = "TheAnswerSaysThis", "\t \t"
+_CONTENT = re.compile(r"TheMessage(\d+)SaysThis")
 
 
 @dataclass(frozen=True)
 class _Slot:
     """Where the template puts a content, and on which sides it trims it."""
 
-    name: str
+    number: int
     left: bool
     right: bool
 
-    def filled(self, chat: Chat) -> str:
-        text = chat.user if self.name == _USER else chat.system
+    def filled(self, contents: Sequence[str]) -> str:
+        text = contents[self.number]
         text = text.lstrip() if self.left else text
         return text.rstrip() if self.right else text
 
@@ -162,34 +194,35 @@ class _Form:
         return [token for token in ids if token not in self.control or token == tokenizer.unk_token_id]
 
 
-@lru_cache(maxsize=32)
-def _form(tokenizer: Any, system: bool) -> _Form | None:
-    """The template as it puts one turn; None where it refuses a system's text, or leaves it out.
+@lru_cache(maxsize=128)
+def _form(tokenizer: Any, system: bool, shown: int) -> _Form | None:
+    """The template as it puts a turn after others; None where it refuses a system's text, or leaves it out.
 
     Raises:
-        BadValue: If it does not show what the user says.
+        BadValue: If it does not show what the user says, or an earlier turn.
     """
     name = _name(tokenizer)
-    turns = [{"role": "user", "content": f"{_EDGE}{_USER}{_EDGE}"}]
-    if system:
-        turns = [{"role": "system", "content": f"{_EDGE}{_SYSTEM}{_EDGE}"}, *turns]
+    turns = Chat("user", "system" if system else "", (("user", "answer"),) * shown).messages
+    turns = [{**turn, "content": f"{_EDGE}TheMessage{number}SaysThis{_EDGE}"} for number, turn in enumerate(turns)]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **SETTINGS))
     except Exception as problem:  # a template may refuse with any error of its own
         if system:
             return None
         raise BadValue(f"the chat template of the model {name!r} cannot be used ({problem})") from problem
-    parts = re.split(f"({_USER}|{_SYSTEM})", text)
-    if system and _SYSTEM not in parts:
+    parts = _CONTENT.split(text)
+    found = list(map(int, parts[1::2]))
+    if system and 0 not in found:
         return None
-    if _USER not in parts:
-        raise BadValue(f"the chat template of the model {name!r} does not show what the user says: serve the model")
+    if missing := set(range(len(turns))) - set(found):
+        what = "does not show what the user says" if max(missing) == len(turns) - 1 else "leaves out earlier turns"
+        raise BadValue(f"the chat template of the model {name!r} {what}: serve the model")
     own, slots = parts[::2], []
     for i, slot in enumerate(parts[1::2]):
         left, right = own[i].endswith(_EDGE), own[i + 1].startswith(_EDGE)
         own[i] = own[i].removesuffix(_EDGE)
         own[i + 1] = own[i + 1].removeprefix(_EDGE)
-        slots.append(_Slot(slot, not left, not right))
+        slots.append(_Slot(int(slot), not left, not right))
     rows = tuple(tuple(_with_control(tokenizer, part)) for part in own)
     special, loose = _control(tokenizer, text)
     control = special | loose

@@ -169,7 +169,7 @@ class RemoteLLM:
         cut = text is None or choice.finish_reason == "content_filter"
         return "" if cut else reply_of(prompt, str(text), one_line=one_line)
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt, if the server gives it.
 
         A continuation's tokens are those of prompt + continuation from the first that differs from the prompt's. A
@@ -183,9 +183,9 @@ class RemoteLLM:
         """
         if len(prompts) != len(continuations):
             raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
-        pairs = list(zip(prompts, continuations, strict=True))
-        if pairs and self.endpoint.api == "chat":
+        if prompts and (self.chats or any(isinstance(prompt, Chat) for prompt in prompts)):
             raise CannotScore(self._no_score('api = "chat"'))
+        pairs = [(str(prompt), more) for prompt, more in zip(prompts, continuations, strict=True)]
         texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
 
         @cache
@@ -319,8 +319,7 @@ class RemoteLLM:
 def _messages(prompt: Prompt) -> Any:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-    return [*system, {"role": "user", "content": prompt.user}]
+    return prompt.messages
 
 
 def _beyond(start: Echo, whole: Echo) -> Echo:

@@ -63,8 +63,8 @@ class TextModel(Protocol):
         """Per prompt, in order: what goes on after a text, or the answer to a `Chat`."""
         ...
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """Mean log-likelihood (nats) per token of each continuation after its prompt."""
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
+        """Mean log-likelihood (nats) per token of each continuation after its prompt, or of an answer to a `Chat`."""
         ...
 
 
@@ -301,7 +301,7 @@ class LocalLLM:
             self._line_ends[token] = LINE_END in self.tokenizer.decode([token])
         return self._line_ends[token]
 
-    def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt; no end mark is scored.
 
         Continuations are texts: they never become control tokens, their line ends included. A continuation's tokens are
@@ -347,7 +347,7 @@ class LocalLLM:
         most = max(map(len, whole), default=1) - min(map(len, starts), default=0)
         return self._by_length([len(t) for t in whole], likelihoods, logits=most)
 
-    def _score_seq2seq(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+    def _score_seq2seq(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         starts = self._tokens(prompts)
         wanted = text_rows(self.tokenizer, continuations)
         for i, row in enumerate(wanted):

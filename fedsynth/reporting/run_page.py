@@ -32,6 +32,8 @@ SHOWN_CLIENTS = 50  # in a table; the table of figures has the others
 NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "parsed_accuracy": "accuracy of the written answer",
+    "readable": "readable answers",
     "exact_match": "exact match",
     "field_match": "field match",
     "rouge_l": "ROUGE-L",

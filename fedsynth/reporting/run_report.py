@@ -177,7 +177,7 @@ def _texts(figures: Figures, texts: Sequence[Released], scenario: Scenario, seed
     public: list[str] | None = [] if data.task == "instructions" else None
     if data.labels != "all":
         public = list(data.labels)
-    elif data.world is not None and data.task == "classification":
+    elif data.world is not None and data.task != "instructions":
         public = list(load_world(data.world).labels)
     labels, reference = shown_labels(texts, public), public_reference(scenario, seeds)
     add_texts(figures, texts, labels, reference)

@@ -58,6 +58,8 @@ class Data:
         text: Column of the text.
         label: Column of the class name.
         task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> free response.
+            `choice`: the rows of a classification as instructions, each a question about the text to which the label's
+            wording is the response (`task.templates.choice`), so that every method runs on the same rows. Simulations.
         response: `instructions`: column of the response.
         notes_per_patient: Simulated worlds: a patient has from 1 to this many of the notes. Above 1 the patient is the
             privacy unit. The notes are the same.
@@ -95,7 +97,7 @@ class Data:
     test_per_client: Count = 600
     text: str = "text"
     label: str = "label"
-    task: Literal["classification", "instructions"] = "classification"
+    task: Literal["classification", "instructions", "choice"] = "classification"
     response: str = "response"
     notes_per_patient: Count = 1
     planted: bool = False
@@ -148,9 +150,9 @@ class Data:
             raise BadValue('labels belong to task = "classification"; responses are not of a list')
         if self.task == "instructions" and self.split in ("dirichlet", "pathological"):
             raise BadValue(f'split = "{self.split}" goes by label, and instructions have none: use "iid" or "natural"')
-        if self.response != Data.response and (self.task == "classification" or self.world is not None):
+        if self.response != Data.response and (self.task != "instructions" or self.world is not None):
             raise BadValue('response is the column of a data file with task = "instructions"')
-        if self.planted and (self.world is None or self.task == "classification"):
+        if self.planted and (self.world is None or self.task != "instructions"):
             raise BadValue('planted belongs to a simulated world with task = "instructions"')
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
@@ -299,6 +301,7 @@ class TaskTraining:
             encoders where training all of them would take too long. Or a baseline that nothing is trained of:
             `majority` is the client's commonest private label; `few_shot` the label of the nearest of at most five
             private texts of each label; `zero_shot` the label whose wording is nearest; by cosine of those states.
+            `llm_zero_shot`, for `data.task = "choice"`: `client.generator` as it is, such as the server's LLM.
         weights: `mixed`: weight of each text of the server in the loss. `equal`: as a private text. `agreement`: the
             probability of its label by a model of the client's private text alone. Weights stay at the client.
     """
@@ -313,7 +316,7 @@ class TaskTraining:
     weight_decay: float = 0.05
     max_grad_norm: Positive = 1.0
     max_length: Count = 64
-    trains: Literal["all", "head", "majority", "few_shot", "zero_shot"] = "all"
+    trains: Literal["all", "head", "majority", "few_shot", "zero_shot", "llm_zero_shot"] = "all"
     weights: Literal["equal", "agreement"] = "equal"
 
     def __post_init__(self) -> None:
@@ -515,9 +518,15 @@ class Scenario:
             )
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
-        if self.data.task == "instructions" and self.client.task_training.weights != "equal":
+        if self.data.task != "classification" and self.client.task_training.weights != "equal":
             raise BadValue('client.task_training.weights = "agreement" is about labels, and instructions have none')
-        if self.data.task == "instructions" and self.client.task_training.baseline:
+        choosing = self.data.task == "choice" and self.client.task_training.trains == "llm_zero_shot"
+        if self.client.task_training.trains == "llm_zero_shot" and not choosing:
+            raise BadValue(
+                'client.task_training.trains = "llm_zero_shot" asks a language model which label a text has: say '
+                'data.task = "choice"'
+            )
+        if self.data.task != "classification" and self.client.task_training.baseline and not choosing:
             raise BadValue(
                 f'client.task_training.trains = "{self.client.task_training.trains}" tells labels, and instructions '
                 "have none: leave it out"

@@ -1,4 +1,4 @@
-"""The task card: labels in words, and the templates of the question that an LLM is asked for a text."""
+"""The task card: labels in words, and the templates of what models are asked and learn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from string import Formatter
+from typing import Literal
 
 from fedsynth.corpus import same
 from fedsynth.typed import BadValue
@@ -39,7 +40,26 @@ SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "generator": (frozenset(), frozenset(("noun", "domain", "description")) | _LABEL),
     "writer": (frozenset(("examples",)), frozenset(("noun", "domain", "description", "style", "examples")) | _LABEL),
     "examples": (frozenset(("texts",)), frozenset(("noun", "domain", "texts")) | _LABEL),
+    "student": (frozenset(("instruction",)), frozenset(("instruction", "domain", "style"))),
+    "professional": (frozenset(("instruction",)), frozenset(("instruction", "domain", "style"))),
+    "judge": (frozenset(("instruction", "verdict")), frozenset(("instruction", "verdict", "domain", "style"))),
+    "choice": (frozenset(("text",)), frozenset(("text", "wordings", "noun", "domain"))),
 }
+OPTIONAL = frozenset(("generator", "student", "professional"))  # empty: as tiny models learnt it
+OF_LABELS = frozenset(("generator", "writer"))  # these must tell the label
+ONCE = frozenset(("student", "professional"))  # what a model writes is parted at their instruction
+
+
+JUDGE = """Below stands an instruction that another model wrote. Is it good enough to learn from?
+
+Instruction: {instruction}
+
+Keep it if all of this holds, and drop it otherwise:
+1. It can be understood, and nothing of it is missing.
+2. It belongs to your field.
+3. You can respond to it correctly with what it says.
+End with one line: "{verdict}" followed by keep or by drop.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +72,14 @@ class Templates:
         writer: The question to an LLM that converses, for one text of a label. `{examples}` is empty where nothing
             is demonstrated, so that arms with and without demonstrations ask the same.
         examples: The block of demonstrations in it; `{texts}` has one on each line.
+        student: Instructions: what stands before the response that a client's model learns, as `{instruction}`. Where
+            the model has a chat template it is the user's turn, after the system prompt, and the response is the
+            model's; else it is text, and must end in words after the instruction. Left out: the line
+            `question: ... answer: ...`, for models that learnt it.
+        professional: Instructions: what a professional model is asked for a response, likewise.
+        judge: The question to a judge about an instruction. The answer ends with `{verdict}` and keep or drop.
+        choice: The question about a `{text}` to which its label's wording is the answer, where `data.task = "choice"`;
+            `{wordings}` lists all. Private texts are read in it: each of its words costs every step.
     """
 
     generator: str = ""
@@ -59,11 +87,15 @@ class Templates:
         "{examples}Write {noun}. It is about {wording}. {description} {style}\nAnswer with the text alone, on one line."
     )
     examples: str = "These are examples, one on each line:\n{texts}\n\nDo not copy them. "
+    student: str = ""
+    professional: str = ""
+    judge: str = JUDGE
+    choice: str = "{text}\n\nWhich topic is this about? Answer with one of these: {wordings}."
 
     def __post_init__(self) -> None:
         for name, (needed, allowed) in SLOTS.items():
             template = getattr(self, name)
-            if not template and name == "generator":
+            if not template and name in OPTIONAL:
                 continue
             if len(template) > MAX_WORDS:
                 raise BadValue(f"task.templates.{name} has {len(template)} characters: {MAX_WORDS} at most")
@@ -77,6 +109,8 @@ class Templates:
                 # A width of a billion would fill a site's memory.
                 raise BadValue(f"task.templates.{name}: the slot {{{formatted[0]}}} takes no format")
             slots = {str(slot) for slot, _, _ in parts}
+            if name in ONCE and [slot for slot, _, _ in parts].count("instruction") > 1:
+                raise BadValue(f"task.templates.{name} has the slot {{instruction}} more than once")
             if unknown := sorted(slots - allowed):
                 raise BadValue(
                     f"task.templates.{name} has the unknown slot {{{unknown[0]}}}: it may have "
@@ -84,7 +118,7 @@ class Templates:
                 )
             if missing := sorted(needed - slots):
                 raise BadValue(f"task.templates.{name} lacks the slot {{{missing[0]}}}")
-            if name != "examples" and not slots & _LABEL:
+            if name in OF_LABELS and not slots & _LABEL:
                 raise BadValue(f"task.templates.{name} lacks the label: write {{wording}}, or {{label}}")
 
 
@@ -168,6 +202,30 @@ class Task:
         lines = [line.rstrip() for line in re.sub(" {2,}", " ", asked).split("\n")]
         return "\n".join(lines).replace(_HERE, block)  # an empty description leaves two blanks
 
+    def around(self, template: Literal["student", "professional"]) -> tuple[str, str]:
+        """The words of a template before and after the instruction; nothing where the card has none.
+
+        >>> Task(domain="Bakers ask.", templates=Templates(student="{domain} {instruction}\\nSay:")).around("student")
+        ('Bakers ask. ', '\\nSay:')
+        """
+        words: str = getattr(self.templates, template)
+        before, _, after = words.format(instruction=_HERE, domain=self.domain, style=self.style).partition(_HERE)
+        return before, after
+
+    def choice(self, text: str, labels: Sequence[str]) -> str:
+        """The question which of some labels a text has.
+
+        >>> Task().choice("My card is gone!", ["lost_card", "pin"])
+        'My card is gone!\\n\\nWhich topic is this about? Answer with one of these: lost card, pin.'
+        """
+        slots = {"wordings": ", ".join(map(self.wording, labels)), "noun": self.noun or "a text", "domain": self.domain}
+        return self.templates.choice.format(text=text.strip(), **slots)
+
+    def judged(self, instruction: str, verdict: str) -> str:
+        """The question to a judge about one instruction; its answer ends with the word `verdict` and keep or drop."""
+        slots = {"verdict": verdict, "domain": self.domain, "style": self.style}
+        return self.templates.judge.format(instruction=instruction, **slots)
+
     def _filled(self, template: str, label: str, **more: str) -> str:
         slots = {
             "label": label,
@@ -209,17 +267,33 @@ def proposed(labels: Sequence[str]) -> str:
     "pin_blocked" = { wording = "pin blocked", description = "" }
     <BLANKLINE>
     """
-    head = """# Language models are told this. All of it is public: write nothing that you read in private text.
-[task]
-domain = ""   # a sentence about the domain
-noun = ""     # what one text is, with its article, as "a message of a customer"
-style = ""    # how texts are written
-
-[task.labels]
-"""
-    return head + "".join(
+    noun = 'noun = ""     # what one text is, with its article, as "a message of a customer"\n'
+    head = _HEAD.replace("style =", f"{noun}style =")
+    return f"{head}\n[task.labels]\n" + "".join(
         f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}\n' for label in labels
     )
+
+
+_HEAD = """# Language models are told this. All of it is public: write nothing that you read in private text.
+[task]
+domain = ""   # a sentence about the domain
+style = ""    # how texts are written
+"""
+
+
+def proposed_for_instructions() -> str:
+    """A first card for instructions as TOML, to be improved by hand: models that converse are asked in turns.
+
+    >>> import tomllib
+    >>> Templates(**tomllib.loads(proposed_for_instructions())["task"]["templates"]).student
+    '{instruction}'
+    """
+    return f"""{_HEAD}system = ""   # how a model that converses is to behave
+
+[task.templates]
+student = "{{instruction}}"        # the clients' model; a base model needs words after it, as "\\nAnswer:"
+professional = "{{instruction}}"   # the professional model
+"""
 
 
 def _toml(text: str) -> str:

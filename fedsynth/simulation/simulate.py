@@ -19,7 +19,7 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
 from fedsynth.data.loaders import pinned as pinned_data
-from fedsynth.data.partition import divide, label_list, misfits
+from fedsynth.data.partition import class_list, divide, label_list, misfits
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
@@ -125,13 +125,13 @@ def check(scenario: Scenario) -> list[str]:
         labels = label_list(resolved.data)
         if (resolved.data, resolved.client) not in read:
             read.add((resolved.data, resolved.client))
-            if resolved.data.task == "classification":
+            if resolved.data.task != "instructions":
                 try:
-                    check_labels(labels)
+                    check_labels(class_list(resolved.data))
                 except ValueError as problem:
                     raise BadValue(str(problem)) from problem
             if resolved.data.world is None:
-                warnings += _check_sites(scenario, cell.arm, resolved.data, labels)
+                warnings += _check_sites(scenario, cell.arm, resolved.data, class_list(resolved.data))
         warnings += server_warnings(cell)
         kind, options = load_strategy(resolved.strategy)
         key = (resolved.data, resolved.client, resolved.rounds, kind.trains_generator(options))
@@ -236,7 +236,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
 
 def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]) -> list[str]:
     warnings = []
-    if data.labels == "all" and data.task == "classification":
+    if data.labels == "all" and data.task != "instructions":
         warnings.append(
             "the label list is read from the data; a real site must list it: a rare class can reveal a person"
         )

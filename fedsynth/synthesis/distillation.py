@@ -10,10 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
 
 from fedsynth.corpus import Corpus
-from fedsynth.instructions import asked, in_line, one_line, parse_response
+from fedsynth.instructions import one_line
 from fedsynth.limits import MAX_TEXT
+from fedsynth.models.chat import Chat, Prompt
+from fedsynth.models.form import Form, professional_form
 from fedsynth.models.room import TOO_LONG, misfits
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import Filtered, keep_rows, refuse_private, well_formed_instructions
 
 if TYPE_CHECKING:
@@ -26,37 +29,47 @@ BEYOND = "beyond the most certain"  # the reason of a step that drops rows as it
 # --- Responses ------------------------------------------------------------------------------------------------------
 
 
-def respond(professional: TextModel, instructions: Corpus, max_new_tokens: int) -> Filtered:
+def respond(professional: TextModel, instructions: Corpus, max_new_tokens: int, *, task: Task = NO_CARD) -> Filtered:
     """The instructions with the professional's greedy responses in place of earlier ones.
 
     Instructions that do not fit into the professional, and those whose response is empty or cannot stand in a record,
     are dropped.
 
     Args:
-        professional: The model; it reads each instruction as the beginning of a record.
+        professional: The model; it reads each instruction in the card's form, or as the beginning of a record.
         instructions: Written or public instructions, never private ones.
         max_new_tokens: Most tokens of a response.
+        task: The card.
 
     Raises:
         ValueError: If the corpus is private.
     """
     refuse_private(instructions)
-    short = keep_rows(instructions, misfits(professional, [asked(p) for p in instructions.prompts], max_new_tokens))
-    answers = tuple(_responses(professional, short.corpus.prompts, max_new_tokens))
+    form = professional_form(task, chats=professional.chats)
+    questions = {prompt: form.asked(prompt) for prompt in instructions.prompts}
+    short = keep_rows(instructions, misfits(professional, [questions[p] for p in instructions.prompts], max_new_tokens))
+    answers = tuple(_responses(professional, [questions[p] for p in short.corpus.prompts], max_new_tokens, form))
     found = well_formed_instructions(replace(short.corpus, answers=answers), answered=True, longest=MAX_TEXT)
     return replace(found, dropped=dict(Counter(short.dropped) + Counter(found.dropped)))
 
 
-def _responses(professional: TextModel, instructions: Sequence[str], max_new_tokens: int) -> list[str]:
-    prompts = [asked(prompt) for prompt in instructions]
+def _responses(professional: TextModel, questions: Sequence[Prompt], max_new_tokens: int, form: Form) -> list[str]:
     # Greedy: the seed has no effect.
-    return [parse_response(t) for t in professional.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=0)]
+    return [form.response(t) for t in professional.complete(questions, SamplingParams.greedy(max_new_tokens), seed=0)]
 
 
 # --- Selection: the instructions that are worth a response ----------------------------------------------------------
 
 
-def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: float, max_new_tokens: int) -> Filtered:
+def judged(
+    professional: TextModel,
+    instructions: Corpus,
+    judge: Judge,
+    share: float,
+    max_new_tokens: int,
+    *,
+    task: Task = NO_CARD,
+) -> Filtered:
     """The instructions that a judge finds good; `none` finds all of them good.
 
     Args:
@@ -65,22 +78,25 @@ def judged(professional: TextModel, instructions: Corpus, judge: Judge, share: f
         judge: The kind of judge.
         share: `likelihood`: see `judged_by_likelihood`.
         max_new_tokens: `likelihood`: see `judged_by_likelihood`.
+        task: The card, which says how the professional is asked.
 
     Raises:
         ValueError: If a judge would read a private corpus, or an argument is out of range.
     """
     match judge:
         case "likelihood":
-            return judged_by_likelihood(professional, instructions, share, max_new_tokens)
+            return judged_by_likelihood(professional, instructions, share, max_new_tokens, task=task)
         case "instruction":
-            return judged_by_instruction(professional, instructions)
+            return judged_by_instruction(professional, instructions, task=task)
         case "none":
             return Filtered(instructions, {})
         case never:
             assert_never(never)
 
 
-def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: float, max_new_tokens: int) -> Filtered:
+def judged_by_likelihood(
+    professional: TextModel, instructions: Corpus, share: float, max_new_tokens: int, *, task: Task = NO_CARD
+) -> Filtered:
     """A judge for base LLMs: it keeps the share of instructions whose responses the professional is most certain of.
 
     Certainty is the mean log-likelihood per token of its own greedy response. It is low if the instruction cannot be
@@ -92,6 +108,7 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
         instructions: Written or public instructions, never private ones.
         share: Share of the instructions, in (0, 1], rounded up; those without a response never stay.
         max_new_tokens: Most tokens of a response.
+        task: The card, which says how the professional is asked.
 
     Raises:
         ValueError: If the corpus is private, or the share lies outside its range.
@@ -99,15 +116,16 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
     refuse_private(instructions)
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share}")
-    questions = [asked(prompt) for prompt in instructions.prompts]
+    form = professional_form(task, chats=professional.chats)
+    questions = [form.asked(prompt) for prompt in instructions.prompts]
     reasons = misfits(professional, questions, max_new_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]
     responses = dict(
-        zip(rows, _responses(professional, [instructions.prompts[r] for r in rows], max_new_tokens), strict=True)
+        zip(rows, _responses(professional, [questions[r] for r in rows], max_new_tokens, form), strict=True)
     )
     reasons = [why if why or responses[row] else "no response" for row, why in enumerate(reasons)]
     rows = [row for row in rows if responses[row]]
-    replies = [f" {in_line(responses[row])}" for row in rows]
+    replies = [form.reply(responses[row]) for row in rows]
     unfit = misfits(professional, [questions[row] for row in rows], 0, replies)
     pairs = [(row, reply) for row, reply, why in zip(rows, replies, unfit, strict=True) if why is None]
     certainty = professional.score([questions[row] for row, _ in pairs], [reply for _, reply in pairs])
@@ -121,23 +139,12 @@ def judged_by_likelihood(professional: TextModel, instructions: Corpus, share: f
 
 VERDICT = "Verdict:"
 
-JUDGE = """Below stands an instruction that another model wrote. Is it good enough to learn from?
-
-Instruction: {prompt}
-
-Keep it if all of this holds, and drop it otherwise:
-1. It can be understood, and nothing of it is missing.
-2. It belongs to your field.
-3. You can respond to it correctly with what it says.
-End with one line: "{verdict}" followed by keep or by drop.
-"""
-
 NAMED = re.compile(re.escape(VERDICT) + r"[\"'*\[\s]*(?P<word>keep|drop)\b", re.IGNORECASE)
 
 
-def judge_prompt(prompt: str) -> str:
+def judge_prompt(prompt: str, task: Task = NO_CARD) -> str:
     """The question to the judge about one instruction."""
-    return JUDGE.format(prompt=one_line(prompt), verdict=VERDICT)
+    return task.judged(one_line(prompt), VERDICT)
 
 
 def parse_verdict(answer: str) -> bool | None:
@@ -146,7 +153,9 @@ def parse_verdict(answer: str) -> bool | None:
     return words[-1] == "keep" if words else None
 
 
-def judged_by_instruction(professional: TextModel, instructions: Corpus, max_new_tokens: int = 256) -> Filtered:
+def judged_by_instruction(
+    professional: TextModel, instructions: Corpus, max_new_tokens: int = 256, *, task: Task = NO_CARD
+) -> Filtered:
     """The paper's kind of judge: a professional that follows instructions gives a verdict on each one, greedily.
 
     An answer without a verdict drops its instruction, and is counted separately.
@@ -155,7 +164,9 @@ def judged_by_instruction(professional: TextModel, instructions: Corpus, max_new
         ValueError: If the corpus is private.
     """
     refuse_private(instructions)
-    prompts = [judge_prompt(prompt) for prompt in instructions.prompts]
+    prompts: list[Prompt] = [judge_prompt(prompt, task) for prompt in instructions.prompts]
+    if professional.chats:
+        prompts = [Chat(str(prompt), task.system) for prompt in prompts]
     reasons = misfits(professional, prompts, max_new_tokens)
     rows = [row for row, why in enumerate(reasons) if why is None]
     answers = professional.complete([prompts[r] for r in rows], SamplingParams.greedy(max_new_tokens), seed=0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import ifd
-from fedsynth.instructions import ASK, REPLY, asked, of_line, parse_response, record
+from fedsynth.models.form import LINES, Form, Pair
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import nearest
 from fedsynth.synthesis.curation import Filtered, keep_rows, well_formed_instructions
@@ -26,13 +26,14 @@ REFUSALS = ("as a ", "as an ", "sorry", "i'm sorry")  # a chat model's refusals 
 
 def generate(
     llm: TextModel,
-    shown: Sequence[str],
+    shown: Sequence[Pair],
     local: Corpus,
     *,
     candidates: int,
     shots: int,
     max_new_tokens: int,
     seed: int,
+    form: Form = LINES,
 ) -> tuple[Corpus, dict[str, int]]:
     """SynGen: records that differ from every local one and from one another; and the numbers dropped, by reason.
 
@@ -40,18 +41,20 @@ def generate(
 
     Args:
         llm: The LLM with the global adapter.
-        shown: Local records as lines (`lines`): the demonstrations.
+        shown: Local records (`pairs`): the demonstrations.
         local: All local records, shown or not.
         candidates: Number of requested instructions.
         shots: Most demonstrations in a prompt.
         max_new_tokens: Longest instruction, and longest response.
         seed: Seed of the demonstrations.
+        form: The form in which the LLM reads and writes records.
     """
-    drafts = write_instructions(llm, shown, candidates, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
+    how = {"shots": shots, "max_new_tokens": max_new_tokens, "seed": seed}
+    drafts = write_instructions(llm, shown, candidates, **how, form=form)
     formed = well_formed_instructions(drafts.corpus, min_words=MIN_WORDS)
     prompts = formed.corpus.prompts
     new = keep_rows(formed.corpus, _alike(prompts, local.prompts, "instruction like a local one"))
-    answers = respond(llm, shown, new.corpus.prompts, shots=shots, max_new_tokens=max_new_tokens, seed=seed)
+    answers = respond(llm, shown, new.corpus.prompts, **how, form=form)
     answered = well_formed_instructions(replace(new.corpus, answers=tuple(answers)), answered=True)
     # Again with the response: a new instruction can have a copied response.
     whole = texts(answered.corpus)
@@ -65,43 +68,59 @@ def generate(
 
 
 def write_instructions(
-    llm: TextModel, shown: Sequence[str], count: int, *, shots: int, max_new_tokens: int, seed: int
+    llm: TextModel,
+    shown: Sequence[Pair],
+    count: int,
+    *,
+    shots: int,
+    max_new_tokens: int,
+    seed: int,
+    form: Form = LINES,
 ) -> Filtered:
     """Instructions, each written after random records; "" for one that did not end, or for a refusal."""
     rng = np.random.default_rng([seed, 0])
-    prompts = [_demonstrations(shown, shots, rng) + ASK for _ in range(count)]
+    prompts = [form.opening(_demonstrations(shown, shots, rng)) for _ in range(count)]
     written = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
-    told = [_instruction(text) for text in written]
-    drafts = Corpus(tuple(map(of_line, told)), ("",) * count, Provenance.SELF_GENERATED)
-    # An instruction's own words are no marks (`in_line`): this text ran on into the next record.
-    kept = keep_rows(drafts, ["template marker" if ASK in line else None for line in told])
+    told = [form.instruction(text, max_new_tokens) for text in written]
+    drafts = Corpus(tuple(_unless_refused(text or "") for text in told), ("",) * count, Provenance.SELF_GENERATED)
+    kept = keep_rows(drafts, ["template marker" if text is None else None for text in told])
     return replace(kept, lost=())
 
 
-def _instruction(text: str) -> str:
-    """The text before the mark of the response, on one line."""
-    told, mark, _ = text.partition(REPLY)
-    told = told.strip()
-    return told if mark and "\n" not in told and not told.lower().startswith(REFUSALS) else ""
+def _unless_refused(text: str) -> str:
+    return "" if text.lower().startswith(REFUSALS) else text
 
 
 def respond(
-    llm: TextModel, shown: Sequence[str], instructions: Sequence[str], *, shots: int, max_new_tokens: int, seed: int
+    llm: TextModel,
+    shown: Sequence[Pair],
+    instructions: Sequence[str],
+    *,
+    shots: int,
+    max_new_tokens: int,
+    seed: int,
+    form: Form = LINES,
 ) -> list[str]:
     """A response to each instruction, written after random records; "" after `TRIES` without one."""
     rng = np.random.default_rng([seed, 1])
     found = [""] * len(instructions)
     for _ in range(TRIES):
         missing = [i for i, response in enumerate(found) if not response]
-        prompts = [_demonstrations(shown, shots, rng) + asked(instructions[i]) for i in missing]
+        prompts = [form.asked(instructions[i], _demonstrations(shown, shots, rng)) for i in missing]
         written = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
         for i, text in zip(missing, written, strict=True):
-            found[i] = parse_response(text.strip().partition("\n")[0])
+            found[i] = form.response(text, shown=True)
     return found
 
 
 def select(
-    llm: TextModel, candidates: Corpus, *, keep: int, by: Literal["ifs", "random"] = "ifs", seed: int = 0
+    llm: TextModel,
+    candidates: Corpus,
+    *,
+    keep: int,
+    by: Literal["ifs", "random"] = "ifs",
+    seed: int = 0,
+    form: Form = LINES,
 ) -> Corpus:
     """SynSel: at most `keep` records, those of the lowest IFS = L(y|x) / L(y), in their order.
 
@@ -111,17 +130,18 @@ def select(
         keep: Most records; the paper's M.
         by: The criterion; `random` is the ablation.
         seed: Seed of the random choice.
+        form: The form in which the LLM reads records.
     """
     if by == "random":
         ranked = np.random.default_rng([seed, 2]).permutation(len(candidates))
     else:
-        ranked = np.argsort(ifd(llm, candidates.prompts, candidates.answers), kind="stable")
+        ranked = np.argsort(ifd(llm, candidates.prompts, candidates.answers, form), kind="stable")
     return candidates.take(sorted(ranked[:keep].tolist()))
 
 
-def lines(corpus: Corpus) -> list[str]:
-    """Records in the form for a prompt."""
-    return [record(prompt, answer) for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
+def pairs(corpus: Corpus) -> list[Pair]:
+    """Records as instructions and responses."""
+    return list(zip(corpus.prompts, corpus.answers, strict=True))
 
 
 def texts(corpus: Corpus) -> list[str]:
@@ -129,9 +149,8 @@ def texts(corpus: Corpus) -> list[str]:
     return [f"{prompt} {answer}" for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True)]
 
 
-def _demonstrations(shown: Sequence[str], shots: int, rng: np.random.Generator) -> str:
-    rows = rng.choice(len(shown), min(shots, len(shown)), replace=False)
-    return "".join(f"{shown[i]}\n" for i in rows)
+def _demonstrations(shown: Sequence[Pair], shots: int, rng: np.random.Generator) -> list[Pair]:
+    return [shown[i] for i in rng.choice(len(shown), min(shots, len(shown)), replace=False)]
 
 
 def _alike(written: Sequence[str], local: Sequence[str], reason: str) -> list[str | None]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.instructions import ASK, asked, parse_record
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import merged, read_adapter, with_adapter
 from fedsynth.models.devices import device
 from fedsynth.models.encoding import token_ids
+from fedsynth.models.form import Learns, student_form
 from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import GeneratorTraining, Tuning, WarmStart
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import Filtered, refuse_private
 from fedsynth.training.engine import Engine
-from fedsynth.training.examples import Learns, encode_records, encode_slots
+from fedsynth.training.examples import encode_records, encode_slots
 from fedsynth.training.sft import Steps, sft
 
 
@@ -30,6 +31,8 @@ def write(
     sampling: SamplingParams,
     *,
     seed: int,
+    task: Task = NO_CARD,
+    answered: bool = True,
 ) -> Filtered:
     """Records that a model writes from the bare header of an instruction, without any example.
 
@@ -40,28 +43,35 @@ def write(
         count: Number of requested records; those that do not end in time or lack instruction or response are dropped.
         sampling: Sampling of a record.
         seed: Public seed.
+        task: The card, which gives the form of a record.
+        answered: A model that converses writes its own response, too, in a second call; else its responses are empty.
 
     Raises:
         fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
     """
     tokenizer = load_tokenizer(base)
-    writer = engine.serve(merged(base, adapter).to(device()), tokenizer)
-    texts = writer.complete([ASK] * count, sampling, seed=seed)
-    found: list[tuple[str, str]] = []
+    form, writer = student_form(task, tokenizer), engine.serve(merged(base, adapter).to(device()), tokenizer)
     dropped: Counter[str] = Counter()
-    for text in texts:
-        record = parse_record(text)
-        if len(token_ids(tokenizer, text)) >= sampling.max_new_tokens:  # cut before its end
-            dropped["unfinished"] += 1
-        elif record is None:
-            dropped["no record"] += 1
-        else:
-            found.append(record)
-    prompts, answers = tuple(p for p, _ in found), tuple(a for _, a in found)
-    return Filtered(Corpus(prompts, answers, Provenance.LLM_WRITTEN, adapter.grants), dict(dropped))
+
+    def finished(texts: Sequence[str]) -> list[str]:
+        """Without those that were cut before their end."""
+        kept = [text for text in texts if len(token_ids(tokenizer, text)) < sampling.max_new_tokens]
+        dropped["unfinished"] += len(texts) - len(kept)
+        return kept
+
+    texts = finished(writer.complete([form.opening()] * count, sampling, seed=seed))
+    found = [form.record(text) for text in texts]
+    whole = [pair for pair in found if pair is not None]
+    if form.in_turns and answered:
+        prompts = [form.asked(instruction) for instruction, _ in whole]
+        written = map(form.response, writer.complete(prompts, sampling, seed=seed + 1))
+        whole = [(instruction, answer) for (instruction, _), answer in zip(whole, written, strict=True) if answer]
+    dropped["no record"] += len(found) - len(whole)
+    corpus = Corpus(tuple(x for x, _ in whole), tuple(y for _, y in whole), Provenance.LLM_WRITTEN, adapter.grants)
+    return Filtered(corpus, {reason: n for reason, n in dropped.items() if n})
 
 
-def draw(base: str, source: str, count: int, max_new_tokens: int, *, seed: int) -> Filtered:
+def draw(base: str, source: str, count: int, max_new_tokens: int, *, seed: int, task: Task = NO_CARD) -> Filtered:
     """Public instructions in place of written ones; a record of `max_new_tokens` must hold them.
 
     Args:
@@ -70,16 +80,29 @@ def draw(base: str, source: str, count: int, max_new_tokens: int, *, seed: int) 
         count: Number of draws, before any are left out.
         max_new_tokens: Most tokens of a record.
         seed: Public seed.
+        task: The card, which gives the form of a record.
     """
     corpus, tokenizer = sample(source, count, seed), load_tokenizer(base)
-    fits = [
-        row for row, prompt in enumerate(corpus.prompts) if len(token_ids(tokenizer, asked(prompt))) < max_new_tokens
-    ]
+    form = student_form(task, tokenizer)
+
+    def tokens(instruction: str) -> int:
+        prompt = form.asked(instruction)
+        return len(token_ids(tokenizer, prompt) if isinstance(prompt, str) else token_ids(tokenizer, instruction))
+
+    fits = [row for row, prompt in enumerate(corpus.prompts) if tokens(prompt) < max_new_tokens]
     return Filtered(corpus.take(fits), {"too long": len(corpus) - len(fits)} if len(fits) < len(corpus) else {})
 
 
 def taught(
-    engine: Engine, base: str, start: Adapter, pairs: Corpus, settings: Tuning, *, loss_on: Learns, seed: int
+    engine: Engine,
+    base: str,
+    start: Adapter,
+    pairs: Corpus,
+    settings: Tuning,
+    *,
+    loss_on: Learns,
+    seed: int,
+    task: Task = NO_CARD,
 ) -> tuple[Adapter, float]:
     """An adapter trained on instructions and responses, and its mean loss (nats per token) in the last pass.
 
@@ -91,9 +114,11 @@ def taught(
         settings: Passes, batch, rate, longest example.
         loss_on: The whole record or the response alone.
         seed: Public seed of the order.
+        task: The card, which gives the form of a record.
     """
     tokenizer, model = load_tokenizer(base), with_adapter(base, start).to(device())
-    examples = encode_records(tokenizer, pairs, settings.max_length, kind_of(model.config), loss_on=loss_on)
+    form, kind = student_form(task, tokenizer), kind_of(model.config)
+    examples = encode_records(tokenizer, pairs, settings.max_length, kind, loss_on=loss_on, form=form)
     loss = sft(model, examples, Steps(settings, pad=tokenizer.pad_token_id, seed=seed), descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, pairs]), loss
 

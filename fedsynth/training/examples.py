@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import nn
 
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import ASK, asked, record
-from fedsynth.models.batches import token_rows
+from fedsynth.models.batches import given_rows, token_rows
 from fedsynth.models.encoding import token_ids
+from fedsynth.models.form import LINES, Form, InTurns, InWords, Learns, learnt_rows, student_form
 from fedsynth.models.loading import Kind, context_of
 from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task
@@ -43,9 +44,6 @@ Slot: TypeAlias = Sequence[Encoded]
 """The examples of one privacy unit, clipped together; none for an empty unit."""
 
 
-Learns: TypeAlias = Literal["record", "response"]
-
-
 def encode_slots(
     tokenizer: Any,
     corpus: Corpus,
@@ -71,15 +69,18 @@ def encode_slots(
         records: The plan's declared number of units, for any real count.
         settings: Longest example, rows of a unit that count; for instructions, the part that the loss is on.
         kind: The generator's kind.
-        task: The card, which gives each label's control code.
+        task: The card, which gives each label's control code, or the form of instructions.
     """
-    known = set(labels)
+    known, form = set(labels), LINES if labels else student_form(task, tokenizer)
 
     def encoded(row: int) -> Example | None:
-        if labels and corpus.answers[row] not in known:
+        if not labels:
+            return _record_or_none(tokenizer, corpus, row, settings.max_length, kind, settings.loss_on, form)
+        if corpus.answers[row] not in known:
             return None
-        parts = _parts(corpus, row, labels, settings.loss_on, task)
-        return _encode_or_none(tokenizer, *parts, settings.max_length, kind)
+        return _encode_or_none(
+            tokenizer, task.code(corpus.answers[row]), corpus.prompts[row].strip(), settings.max_length, kind
+        )
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
@@ -100,21 +101,34 @@ def unit_rows(corpus: Corpus, records: int, rows_per_unit: int = 1) -> list[list
 
 
 def encode_records(
-    tokenizer: Any, corpus: Corpus, longest: int, kind: Kind = "causal", *, loss_on: Learns = "record"
+    tokenizer: Any,
+    corpus: Corpus,
+    longest: int,
+    kind: Kind = "causal",
+    *,
+    loss_on: Learns = "record",
+    form: Form = LINES,
 ) -> list[Example]:
     """Instructions and responses as examples, without privacy units; texts that cannot be tokenized are left out."""
-    parts = (_parts(corpus, row, (), loss_on, NO_CARD) for row, text in enumerate(corpus.prompts) if text)
-    found = (_encode_or_none(tokenizer, given, text, longest, kind) for given, text in parts)
+    rows = (row for row, text in enumerate(corpus.prompts) if text)
+    found = (_record_or_none(tokenizer, corpus, row, longest, kind, loss_on, form) for row in rows)
     return [example for example in found if example is not None]
 
 
-def _parts(corpus: Corpus, row: int, labels: Sequence[str], loss_on: Learns, task: Task) -> tuple[str, str]:
-    """The given part of a row, and the part that is learnt."""
-    if labels:
-        return task.code(corpus.answers[row]), corpus.prompts[row].strip()
-    whole = record(corpus.prompts[row], corpus.answers[row])
-    given = ASK if loss_on == "record" else asked(corpus.prompts[row])
-    return given, whole.removeprefix(given).strip()
+def _record_or_none(
+    tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind, learns: Learns, form: Form
+) -> Example | None:
+    """An instruction and its response in a model's form, or None if its tokenizer cannot read them."""
+    prompt, answer = corpus.prompts[row], corpus.answers[row]
+    if not isinstance(form, InWords | InTurns):
+        given = ASK if learns == "record" else asked(prompt)
+        return _encode_or_none(tokenizer, given, record(prompt, answer).removeprefix(given).strip(), longest, kind)
+    try:
+        head, body, end = learnt_rows(tokenizer, form, (prompt, answer), learns, kind)
+    except Exception:  # as in `_encode_or_none`
+        return None
+    # What was cut has no end: a model would learn to stop in the midst.
+    return Example(tuple([*head, *body, end][:longest]), len(head))
 
 
 def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
@@ -156,12 +170,16 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
         ValueError: If a control code leaves no room for a text, the model's context is too short, or the tokenizer has
             no end of text or tokens that the model does not know.
     """
-    codes = {code: len(token_ids(tokenizer, code)) + 1 for code in map(task.code, labels)} or {
-        ASK: len(token_ids(tokenizer, ASK)) + 1
-    }
+    if labels:
+        codes = {f"control code {code!r}": len(token_ids(tokenizer, code)) + 1 for code in map(task.code, labels)}
+    elif (form := student_form(task, tokenizer)) == LINES:
+        codes = {f"control code {ASK!r}": len(token_ids(tokenizer, ASK)) + 1}
+    else:
+        empty = given_rows(tokenizer, [form.unasked()], "causal")[0]
+        codes = {"form of an instruction (task.templates.student)": len(empty)}
     code, tokens = max(codes.items(), key=lambda item: item[1])
     if tokens + 2 > longest:
-        raise ValueError(f"the control code {code!r} has {tokens} tokens, which leaves no text of {longest}")
+        raise ValueError(f"the {code} has {tokens} tokens, which leaves no text of {longest}")
     context = context_of(model.config)
     if context is not None and longest > context:
         raise ValueError(

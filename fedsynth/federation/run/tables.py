@@ -16,6 +16,8 @@ COLUMNS = {
     "accuracy": "accuracy",
     "accuracy_held_out_clients": "held-out clients",
     "macro_f1": "macro F1",
+    "parsed_accuracy": "accuracy of the written answer",
+    "readable": "readable answers",
     "exact_match": "exact match",
     "exact_match_held_out_clients": "held-out clients",
     "field_match": "field match",
