@@ -143,6 +143,7 @@ class CrossLM(RoundStrategy[State]):
             teaching,
             Measures(self.server.labels, public=public.prompts, tests=tests, others=others, task=self.task),
             seed=self.seed("teach"),
+            first=adapter is None,
         )
         run_log.log_adapter(SERVER, done.adapter, "llm", base=models.llm)
         for name, value in done.metrics.items():
@@ -177,8 +178,8 @@ class CrossLM(RoundStrategy[State]):
         test = models.public_test or (None if models.public is None else PublicTest(models.public))
         if test is None:
             return Corpus((), (), Provenance.PUBLIC), Corpus((), (), Provenance.PUBLIC)
-        labels = self.server.labels
-        return labelled(test, labels, MEASURED, seed), labelled(test, labels, MEASURED, seed, others=CHOICES)
+        labels, most = self.server.labels, min(MEASURED, self.config.teaching.measured)
+        return labelled(test, labels, most, seed), labelled(test, labels, most, seed, others=CHOICES)
 
     @property
     def _measures_fit(self) -> bool:

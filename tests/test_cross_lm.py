@@ -91,7 +91,7 @@ min_words = 1
 max_new_tokens = 14
 [strategy.teaching]
 tuning = {{ epochs = 6, batch = 8, learning_rate = 1e-2, rank = 4, alpha = 8.0, max_length = 32 }}
-measured = 20
+measured = 60
 [data]
 source = "{file}"
 labels = ["heart", "skin"]
@@ -296,8 +296,7 @@ def test_a_filter_alone_leaves_the_llm_as_it_is(runs: Runs) -> None:
 def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) -> None:
     run = runs["main"]
     before, after = run.metric("general/perplexity_before"), run.metric("general/perplexity")
-    assert len(before) == len(after) == ROUNDS
-    assert before[1] == after[0]
+    assert (len(before), len(after)) == (1, ROUNDS)  # before a later round it is as after the one before
     assert {client for _, _, _, client, metric, _ in run.run_log.rows if metric == "general/perplexity"} == {-1}
     assert len(run.metric("llm/agreement_on_chosen")) == len(run.metric("scores/mean")) == ROUNDS
     folder = run.out / "adapters" / "main" / "seed-0" / f"round-{ROUNDS}-llm"
@@ -310,7 +309,7 @@ def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) 
 def test_how_often_the_llm_tells_a_label_is_measured_on_public_texts_that_no_score_chose(runs: Runs, llm: str) -> None:
     run = runs["main"]
     before, after = run.metric("llm/test_accuracy_before"), run.metric("llm/test_accuracy")
-    assert before[1] == after[0]
+    assert len(before) == 1
     assert 0.3 < before[0] < 0.7
     assert after[-1] > 0.9
     tests = labelled(PublicTest(run.cell.scenario.server.public), LABELS, 200, 3)

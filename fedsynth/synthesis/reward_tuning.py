@@ -43,7 +43,7 @@ class Teaching:
         guard: Weight of the guard of general ability (`sft.Guard`): the LLM's predictions on the round's texts, best or
             not, without their labels, may not drift. The guard needs no other text.
         tuning: Passes, batch, rate; rank, if the LLM comes without an adapter.
-        measured: Number of public texts to measure perplexity on; they are never trained on.
+        measured: Most public texts to measure on, for each measure; they are never trained on.
     """
 
     update: Literal["likelihood", "preference", "none"] = "likelihood"
@@ -99,8 +99,8 @@ class Taught:
     Attributes:
         adapter: Its guarantee is that of its start and of the texts that scores chose.
         metrics: `llm/loss`, mean of the last pass; `llm/agreement_on_chosen`, how often the LLM as it was agrees with
-            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. Before
-            (with the ending `_before`) and after the round: `general/perplexity`, if there is public text;
+            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. After the
+            round, and with the ending `_before` before the first: `general/perplexity`, if there is public text;
             `llm/test_accuracy`, if there are public texts of the labels; `general/choice_accuracy`, if there are some
             of other labels.
     """
@@ -157,7 +157,15 @@ def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) ->
 
 
 def taught(
-    engine: Engine, llm: str, start: Adapter, texts: Ranked, teaching: Teaching, measures: Measures, *, seed: int
+    engine: Engine,
+    llm: str,
+    start: Adapter,
+    texts: Ranked,
+    teaching: Teaching,
+    measures: Measures,
+    *,
+    seed: int,
+    first: bool = True,
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -169,6 +177,7 @@ def taught(
         teaching: The tuning; its `update` is not `none`.
         measures: The task, and the texts to measure ability on.
         seed: Public; of the order.
+        first: Measure ability before the round, too: before a later round it is that after the round before.
     """
     labels, task = measures.labels, measures.task
     others = [] if measures.others is None else sorted(set(measures.others.answers))
@@ -201,7 +210,9 @@ def taught(
 
     judge = engine.serve(model.eval(), tokenizer)
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
-    metrics = {"llm/agreement_on_chosen": label_accuracy(judge, few, labels, task), **ability("_before")}
+    metrics = {"llm/agreement_on_chosen": label_accuracy(judge, few, labels, task)}
+    if first:
+        metrics |= ability("_before")
     guard = Guard([encoded("", text) for text in texts.corpus.prompts], teaching.guard)
     if teaching.update == "likelihood":
         best = [written(y, x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
