@@ -6,6 +6,7 @@ Transfer" (arXiv 2312.05842): docs/methods/cross-lm.md says what is certain. A c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from fedsynth.corpus import Corpus, Provenance, Scores, pool
@@ -18,14 +19,17 @@ from fedsynth.lora import Adapter, digest_of
 from fedsynth.models.llm import TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
+from fedsynth.scenario.server import PublicTest
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.synthesis.augmentation import Demonstrating, augment, turns
-from fedsynth.synthesis.curation import asked_for, deduplicate, well_formed, yields
+from fedsynth.synthesis.curation import Filtered, asked_for, deduplicate, well_formed, yields
 from fedsynth.synthesis.reward_tuning import (
+    CHOICES,
     MEASURED,
     Measures,
     Ranked,
     first_adapter,
+    fit,
     mean_scores,
     ranked,
     shuffled,
@@ -83,6 +87,8 @@ class CrossLM(RoundStrategy[State]):
             best = texts.best
             if self.config.teaches:
                 adapter = self._taught(state.adapter, texts)
+                if state.round + 1 == self.server.cell.scenario.rounds and self._measures_fit:
+                    self._log_fit(self._texts(adapter, "measure")[1].corpus, "")
 
         corpus = deduplicate(pool([state.corpus, best] if state.corpus else [best])).corpus
         learnt |= self._learn(clients, set(clients.ids), corpus)
@@ -94,27 +100,10 @@ class CrossLM(RoundStrategy[State]):
         return set(clients.ask_each({client: Learn(seed, corpus) for client, seed in seeds.items()}))
 
     def _written(self, adapter: Adapter | None) -> Corpus:
-        """Step 2: texts after each label's name alone."""
+        """Step 2: texts that the LLM is asked for by each label alone, the well-formed ones."""
         c, run_log = self.config, self.server.run_log
         run_log.progress("write", 0, 1)
-        raw = augment(
-            self._llm(adapter),
-            {0: Corpus((), (), Provenance.PUBLIC)},
-            Demonstrating(
-                mode="none",
-                shots=1,
-                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
-            ),
-            labels=self.server.labels,
-            wanted={0: turns(self.server.labels, c.num_texts)},
-            seed=self.seed("write"),
-            task=self.task,
-        )[0]
-        formed = well_formed(
-            raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT
-        )
-        formed = asked_for(formed, self.server.labels[: c.num_texts], raw.dropped)
-        unique = deduplicate(formed.corpus)
+        formed, unique = self._texts(adapter, "write")
         for stage in yields([("written", formed), ("written_unique", unique)]):
             run_log.log_stage(SERVER, stage)
         written = unique.corpus
@@ -126,6 +115,7 @@ class CrossLM(RoundStrategy[State]):
         if adapter is not None:  # texts of an LLM that has learnt from scores have their guarantee
             written = replace(written, provenance=Provenance.LLM_WRITTEN, grants=adapter.grants)
         run_log.log_corpus(SERVER, "written", written)
+        self._log_fit(written, "_before")
         return written
 
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
@@ -140,11 +130,10 @@ class CrossLM(RoundStrategy[State]):
         teaching, run_log, models = self.config.teaching, self.server.run_log, self.server.cell.scenario.server
         assert isinstance(models.llm, str)  # refused at load
         start = adapter or first_adapter(models.llm, models.adapter, teaching.tuning, self.seed("adapter"))
-        seed = self.server.cell.public_seed("public")
-        public, tests = Corpus((), (), Provenance.PUBLIC), None
+        public = Corpus((), (), Provenance.PUBLIC)
         if models.public is not None:
-            public = sample(models.public, teaching.measured, seed)
-            tests = labelled(models.public, self.server.labels, MEASURED, seed)
+            public = sample(models.public, teaching.measured, self.server.cell.public_seed("public"))
+        tests, others = self._tests()
         run_log.progress("teach", 0, 1)
         done = taught(
             self.server.engine,
@@ -152,13 +141,58 @@ class CrossLM(RoundStrategy[State]):
             start,
             texts,
             teaching,
-            Measures(self.server.labels, public=public.prompts, tests=tests, task=self.task),
+            Measures(self.server.labels, public=public.prompts, tests=tests, others=others, task=self.task),
             seed=self.seed("teach"),
+            first=adapter is None,
         )
         run_log.log_adapter(SERVER, done.adapter, "llm", base=models.llm)
         for name, value in done.metrics.items():
             run_log.log_metric(SERVER, name, value)
         return done.adapter
+
+    def _texts(self, adapter: Adapter | None, purpose: str) -> tuple[Filtered, Filtered]:
+        """As many texts as a round asks for, after no demonstration: the well-formed ones, and those without copies."""
+        c = self.config
+        raw = augment(
+            self._llm(adapter),
+            {0: Corpus((), (), Provenance.PUBLIC)},
+            Demonstrating(
+                mode="none",
+                shots=1,
+                sampling=SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens),
+            ),
+            labels=self.server.labels,
+            wanted={0: turns(self.server.labels, c.num_texts)},
+            seed=self.seed(purpose),
+            task=self.task,
+        )[0]
+        formed = well_formed(
+            raw.corpus, labels=self.server.labels, min_words=c.min_words, sentences=c.sentences, longest=MAX_TEXT
+        )
+        formed = asked_for(formed, self.server.labels[: c.num_texts], raw.dropped)
+        return formed, deduplicate(formed.corpus)
+
+    def _tests(self) -> tuple[Corpus, Corpus]:
+        """Public texts of the labels, and of other labels."""
+        models, seed = self.server.cell.scenario.server, self.server.cell.public_seed("public")
+        test = models.public_test or (None if models.public is None else PublicTest(models.public))
+        if test is None:
+            return Corpus((), (), Provenance.PUBLIC), Corpus((), (), Provenance.PUBLIC)
+        labels, most = self.server.labels, min(MEASURED, self.config.teaching.measured)
+        return labelled(test, labels, most, seed), labelled(test, labels, most, seed, others=CHOICES)
+
+    @property
+    def _measures_fit(self) -> bool:
+        return self.server.cell.scenario.server.embedder is not None and len(self._tests()[0]) > 0
+
+    def _log_fit(self, written: Corpus, when: str) -> None:
+        """How often the LLM's texts lie nearest to public texts of the label that they were asked for."""
+        if not self._measures_fit:
+            return
+        fits, of_true = fit(written, self._tests()[0], self.server.embed)
+        if not math.isnan(fits):
+            self.server.run_log.log_metric(SERVER, f"llm/text_fit{when}", fits)
+            self.server.run_log.log_metric(SERVER, "llm/text_fit_of_true_text", of_true)
 
     def _llm(self, adapter: Adapter | None) -> TextModel:
         name = self.server.cell.scenario.server.llm

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,23 @@ from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
 from fedsynth.scenario.schema import Client, GeneratorTraining, Scenario, TaskTraining, Tuning
-from fedsynth.scenario.server import Endpoint, Server
+from fedsynth.scenario.server import Endpoint, PublicTest, Server
+from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.simulate import check
 from fedsynth.strategies.cross_lm import CrossLM
 from fedsynth.strategies.options import CrossLMOptions
-from fedsynth.synthesis.reward_tuning import Measures, Teaching, label_accuracy, mean_scores, ranked, shuffled, taught
+from fedsynth.synthesis import reward_tuning
+from fedsynth.synthesis.reward_tuning import (
+    Measures,
+    Teaching,
+    fit,
+    label_accuracy,
+    mean_scores,
+    ranked,
+    shuffled,
+    taught,
+)
 from fedsynth.training.classifier import (
     confidences,
     fit_classifier,
@@ -79,7 +91,7 @@ min_words = 1
 max_new_tokens = 14
 [strategy.teaching]
 tuning = {{ epochs = 6, batch = 8, learning_rate = 1e-2, rank = 4, alpha = 8.0, max_length = 32 }}
-measured = 20
+measured = 60
 [data]
 source = "{file}"
 labels = ["heart", "skin"]
@@ -284,10 +296,9 @@ def test_a_filter_alone_leaves_the_llm_as_it_is(runs: Runs) -> None:
 def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) -> None:
     run = runs["main"]
     before, after = run.metric("general/perplexity_before"), run.metric("general/perplexity")
-    assert len(before) == len(after) == ROUNDS
-    assert before[1] == after[0]
+    assert (len(before), len(after)) == (1, ROUNDS)  # before a later round it is as after the one before
     assert {client for _, _, _, client, metric, _ in run.run_log.rows if metric == "general/perplexity"} == {-1}
-    assert len(run.metric("llm/chosen_label_accuracy")) == len(run.metric("scores/mean")) == ROUNDS
+    assert len(run.metric("llm/agreement_on_chosen")) == len(run.metric("scores/mean")) == ROUNDS
     folder = run.out / "adapters" / "main" / "seed-0" / f"round-{ROUNDS}-llm"
     assert (
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -297,15 +308,15 @@ def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) 
 
 def test_how_often_the_llm_tells_a_label_is_measured_on_public_texts_that_no_score_chose(runs: Runs, llm: str) -> None:
     run = runs["main"]
-    before, after = run.metric("llm/test_label_accuracy_before"), run.metric("llm/test_label_accuracy")
-    assert before[1] == after[0]
+    before, after = run.metric("llm/test_accuracy_before"), run.metric("llm/test_accuracy")
+    assert len(before) == 1
     assert 0.3 < before[0] < 0.7
     assert after[-1] > 0.9
-    tests = labelled(run.cell.scenario.server.public, LABELS, 200, 3)
+    tests = labelled(PublicTest(run.cell.scenario.server.public), LABELS, 200, 3)
     assert tests.counts() == {"heart": 30, "skin": 30}  # all of the file that are of the list, in any order
     last = LocalLLM.load(llm, adapter=run.states[-1].adapter, batch_size=256)
     assert label_accuracy(last, tests, LABELS) == pytest.approx(after[-1], abs=0.02)
-    assert runs["shuffled"].metric("llm/test_label_accuracy")[-1] < 0.7
+    assert runs["shuffled"].metric("llm/test_accuracy")[-1] < 0.7
 
 
 def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_as_well(llm: str) -> None:
@@ -326,23 +337,93 @@ def test_on_texts_that_scores_have_just_chosen_an_llm_that_knows_nothing_agrees_
         Measures(LABELS, tests=written),
         seed=0,
     ).metrics
-    assert metrics["llm/chosen_label_accuracy"] > 0.9
-    assert 0.3 < metrics["llm/test_label_accuracy_before"] < 0.7
+    assert metrics["llm/agreement_on_chosen"] > 0.9
+    assert 0.3 < metrics["llm/test_accuracy_before"] < 0.7
     assert "llm/label_accuracy" not in metrics
 
 
 def test_public_texts_come_with_labels_where_their_source_has_them(tmp_path: Path) -> None:
     world = load_world("hospitals")
-    notes = labelled("world:hospitals", world.labels, 100, 0)
+    notes = labelled(PublicTest("world:hospitals"), world.labels, 100, 0)
     assert 80 < len(notes) <= 100
     assert notes.provenance is Provenance.PUBLIC
     for text, label in zip(notes.prompts, notes.answers, strict=True):
         assert told_labels(world, main_facts(world, text)) == {label}
-    assert set(labelled("world:hospitals", world.labels[:2], 100, 0).answers) == set(world.labels[:2])
+    assert set(labelled(PublicTest("world:hospitals"), world.labels[:2], 100, 0).answers) == set(world.labels[:2])
     (tmp_path / "public.txt").write_text("one text\n")
     pd.DataFrame({"text": ["a"]}).to_csv(tmp_path / "bare.csv", index=False)
     for bare in ("public.txt", "bare.csv"):
-        assert len(labelled(str(tmp_path / bare), world.labels, 9, 0)) == 0
+        assert len(labelled(PublicTest(str(tmp_path / bare)), world.labels, 9, 0)) == 0
+
+
+def test_public_test_rows_are_those_that_the_scenario_names_and_other_labels_are_a_choice_task(tmp_path: Path) -> None:
+    rows = [(f"{part} text {y} {i}", y, part) for part in ("train", "test") for y in "abcdef" for i in range(3)]
+    pd.DataFrame(rows, columns=["text", "label", "split"]).to_csv(tmp_path / "public.csv", index=False)
+    test = PublicTest(str(tmp_path / "public.csv"), "split", "test")
+    own = labelled(test, ["a", "b"], 100, 0)
+    assert own.counts() == {"a": 3, "b": 3}
+    assert all(text.startswith("test ") for text in own.prompts)
+    others = labelled(test, ["a", "b"], 100, 0, others=3)
+    assert len(others.counts()) == 3
+    assert set(others.answers) <= set("cdef")
+    assert others == labelled(test, ["a", "b"], 100, 0, others=3)  # the same before and after each round
+    assert len(labelled(test, list("abcde"), 100, 0, others=3)) == 0  # one label alone is no choice
+    assert len(labelled(PublicTest("world:hospitals"), load_world("hospitals").labels, 100, 0, others=3)) == 0
+    with pytest.raises(BadValue, match="no column 'part'"):
+        labelled(replace(test, column="part"), ["a"], 9, 0)
+    with pytest.raises(BadValue, match="go together"):
+        PublicTest("public.csv", column="split")
+
+
+def test_generality_is_a_choice_between_labels_that_the_llm_is_not_taught(llm: str) -> None:
+    rng = np.random.default_rng(4)
+    written = Corpus(tuple(words(y, rng) for y in LABELS * 20), LABELS * 20, Provenance.PUBLIC)
+    flipped = replace(written, answers=tuple(LABELS[::-1] * 20))
+    start = new_adapter(llm, rank=2, alpha=4.0, seed=0)
+    chosen = ranked(written, Scores((1.0,) * 40, ()), 1.0)
+    teaching = Teaching(guard=0.0, tuning=Tuning(epochs=6, batch=8, learning_rate=1e-2))
+    measures = Measures(LABELS, tests=written, others=flipped)
+    found = taught(Engine(), llm, start, chosen, teaching, measures, seed=0).metrics
+    assert found["llm/test_accuracy"] > 0.9
+    assert found["general/choice_accuracy"] == pytest.approx(1 - found["llm/test_accuracy"])
+    assert found["general/choice_accuracy_before"] > 0.3 > found["general/choice_accuracy"]
+
+
+def test_texts_fit_the_label_whose_public_texts_are_nearest() -> None:
+    corners = {"heart": (1.0, 0.1), "skin": (0.1, 1.0), "odd": (0.9, 0.2)}
+
+    def embed(texts: Sequence[str]) -> Any:
+        return np.array([corners[text.split()[0]] for text in texts], dtype=np.float32)
+
+    tests = Corpus(
+        ("heart a", "heart b", "skin a", "skin b", "odd c"), ("heart",) * 2 + ("skin",) * 3, Provenance.PUBLIC
+    )
+    written = Corpus(("heart x", "skin x", "skin y", "odd z"), ("heart", "skin", "heart", "heart"), Provenance.PUBLIC)
+    assert fit(written, tests, embed) == (0.75, 0.8)  # "odd c" lies nearer to heart, and does not count for itself
+    assert math.isnan(fit(written, tests.take([0, 2, 3]), embed)[0])  # one public text of a label is no mean
+    assert math.isnan(fit(written.take([]), tests, embed)[0])
+
+
+def test_an_llm_that_converses_is_taught_in_the_form_that_it_is_asked_in(
+    llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llm, tmp_path / "chat")
+    tokenizer = load_tokenizer(llm)
+    form = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer.chat_template = form + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "chat")
+    name, learnt = str(tmp_path / "chat"), []
+    monkeypatch.setattr(reward_tuning, "sft", lambda model, examples, *_, **__: learnt.extend(examples) or 0.0)
+    texts = Corpus(("aabb", "w" * 90), LABELS, Provenance.PUBLIC)
+    start, task = new_adapter(name, rank=2, alpha=4.0, seed=0), Task(noun="a word", system="be brief")
+    chosen = ranked(texts, Scores((1.0, 1.0), ()), 1.0)
+    taught(Engine(), name, start, chosen, Teaching(tuning=Tuning(max_length=20)), Measures(LABELS, task=task), seed=0)
+    short, long = (tokenizer.decode(example.tokens[example.start :]) for example in learnt)
+    assert short == f"aabb{tokenizer.eos_token}"  # no blank before it, and the turn's end after it
+    assert long == "w" * 20  # cut, so that no end is learnt
+    asked = tokenizer.decode(learnt[0].tokens[: learnt[0].start])
+    assert asked.endswith("on one line.</s><assistant>".replace("</s>", tokenizer.eos_token))
+    assert "It is about heart." in asked
 
 
 def test_texts_after_the_scores_are_under_their_guarantee(runs: Runs) -> None:

@@ -26,6 +26,7 @@ from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.directory import prepare, private_of
+from fedsynth.federation.run.log import COLUMNS as LOGGED
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
@@ -35,7 +36,7 @@ from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.figures import DASHES, SHAPES, Mark, Series, _shape, bars, dots, lines, scatter
 from fedsynth.reporting.page import Number, Page, Paragraph, Quote, Quotes, Section, render
 from fedsynth.reporting.run_page import page
-from fedsynth.reporting.statistics import Figures, shown
+from fedsynth.reporting.statistics import Figures, Where, add_server, shown
 from fedsynth.reporting.texts import balance
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, load
@@ -612,3 +613,23 @@ def test_seeds_are_drawn_whole() -> None:
     # Clients of a seed are alike: the interval must be as wide as two seeds make it, not as sixteen values would.
     low, high = bootstrap(series([0.0] * 8 + [1.0] * 8, 2))
     assert (low, high) == (0.0, 1.0)
+
+
+def test_figures_of_the_llm_keep_their_meaning_under_their_earlier_names_and_start_before_the_first_round() -> None:
+    told = [
+        ("llm/chosen_label_accuracy", 1, 0.8),
+        ("llm/chosen_label_accuracy", 2, 0.9),
+        ("llm/test_label_accuracy_before", 1, 0.3),
+        ("llm/test_label_accuracy_before", 2, 0.4),
+        ("llm/test_label_accuracy", 1, 0.4),
+        ("llm/test_label_accuracy", 2, 0.5),
+        ("llm/tokens_read", 2, 1000.0),
+    ]
+    frame = pd.DataFrame([("main", 0, round_, -1, name, value) for name, round_, value in told], columns=LOGGED)
+    figures = Figures()
+    add_server(figures, frame)
+    found = {
+        name: figures.value(figures.row("server", name, "mean", Where(arm="main")))
+        for name in figures.metrics("server")
+    }
+    assert found == {"llm/agreement_on_chosen": 0.9, "llm/test_accuracy_before": 0.3, "llm/test_accuracy": 0.5}

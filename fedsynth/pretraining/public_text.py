@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from fedsynth.corpus import Corpus, Provenance, same
 from fedsynth.data.loaders import decoded, find, load_columns
 from fedsynth.models.encoding import prompt_rows
+from fedsynth.scenario.server import PublicTest
 from fedsynth.typed import BadValue
 from fedsynth.world import labelled_notes, load_world, public_notes
 
@@ -151,26 +152,36 @@ def sample(source: str, count: int, seed: int) -> Corpus:
     return Corpus(texts, ("",) * len(texts), Provenance.PUBLIC)
 
 
-def labelled(source: str, labels: Sequence[str], count: int, seed: int) -> Corpus:
+def labelled(test: PublicTest, labels: Sequence[str], count: int, seed: int, *, others: int = 0) -> Corpus:
     """Random public texts with their labels, to measure on; none if the source has none of these labels.
 
     Args:
-        source: As in `sample`; a file needs the columns `text` and `label`.
+        test: The texts.
         labels: The public list; rows of other labels are left out.
         count: Most texts.
         seed: Seed of the draw.
+        others: Draw texts of this many labels outside the list instead; none if there are fewer than two.
 
     Raises:
-        BadValue: If there is no such world or file.
+        BadValue: If there is no such world, file or column.
     """
-    if source.startswith("world:"):
-        found = labelled_notes(load_world(source.removeprefix("world:")), count, seed)
+    if test.source.startswith("world:"):
+        found = labelled_notes(load_world(test.source.removeprefix("world:")), 0 if others else count, seed)
         return found.take(row for row, label in enumerate(found.answers) if label in labels)
-    path = find(source)
+    path = find(test.source)
     table = None if path.suffix == ".txt" else load_columns(path)
     if table is None or "label" not in table.columns:
         return Corpus((), (), Provenance.PUBLIC)
+    if test.column:
+        if test.column not in table.columns:
+            raise BadValue(f"{test.source}: no column {test.column!r}; columns: {sorted(table.columns)}")
+        table = table[table[test.column].astype(str) == test.equals]
     pairs = zip(table["text"].fillna("").astype(str), table["label"].fillna("").astype(str), strict=True)
-    known = [(" ".join(text.split()), label) for text, label in pairs if text.strip() and label in labels]
+    rows = [(" ".join(text.split()), label) for text, label in pairs if text.strip() and label.strip()]
+    if others:
+        strange = sorted({label for _, label in rows} - set(labels))
+        drawn = np.random.default_rng([seed, 0x07E5]).permutation(len(strange))[:others].tolist()
+        labels = [strange[i] for i in drawn] if len(strange) > 1 else []
+    known = [(text, label) for text, label in rows if label in labels]
     order = np.random.default_rng([seed, 0x1ABE1]).permutation(len(known))[:count].tolist()
     return Corpus(tuple(known[i][0] for i in order), tuple(known[i][1] for i in order), Provenance.PUBLIC)

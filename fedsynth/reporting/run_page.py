@@ -69,7 +69,7 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
             for name in names
             if figures.row("server", name, "mean", Where(arm=arm)) is not None
         ]
-        heads = ["arm", "figure", "last round, mean ± deviation over seeds"]
+        heads = ["arm", "figure", "last round (_before: the first), mean ± deviation over seeds"]
         table_of = Table(heads, rows, words=frozenset({0, 1}))
         sections.append(Section("Other figures", "other", [table_of]))
     sections.append(Section("How it was made", "made", _made(figures, report)))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
-from fedsynth.pretraining.public_text import sample
+from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.page import Page, render
 from fedsynth.reporting.run_page import page
@@ -193,9 +193,18 @@ def _texts(figures: Figures, texts: Sequence[Released], scenario: Scenario, seed
 
 
 def public_reference(scenario: Scenario, seeds: Sequence[int]) -> Reference | None:
-    """Text that is public beyond doubt: a simulated world's, or the server's public text; None if there is none."""
+    """Text that is public beyond doubt: a simulated world's, or the server's; None if there is none.
+
+    Public test texts come first: they are of the task, where other public text may be of any kind.
+    """
     if scenario.data.world is not None:
         return simulated_reference(scenario.data, seeds)
+    if (test := scenario.server.public_test) is not None and scenario.data.labels != "all":
+        try:
+            own = labelled(test, scenario.data.labels, EMBEDDED, seed=0)
+        except BadValue:  # the file has moved
+            return None
+        return Reference(f"public test texts of {_short(test.source)}", {SERVER: own}, {}) if len(own) else None
     public = scenario.server.public
     if public is None or public.startswith("world:"):  # real text is not compared with a simulated world's
         return None

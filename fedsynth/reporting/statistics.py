@@ -239,11 +239,29 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
             _add_mean(figures, "cost", name, per_seed, arm=str(arm))
 
 
+BEFORE = "_before"  # ends the name of a figure that is taken before a round's work
+
+# Names that earlier versions gave to a figure; runs are read as they were written.
+EARLIER = {
+    "metric": {
+        "llm/chosen_label_accuracy": "llm/agreement_on_chosen",
+        "llm/label_accuracy": "llm/agreement_on_chosen",
+        "llm/test_label_accuracy": "llm/test_accuracy",
+        "llm/test_label_accuracy_before": "llm/test_accuracy_before",
+    }
+}
+
+
 def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
-    """Adds all other metrics of the last round: of the server's models and of aggregation."""
-    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/", "exchange/")
-    last = last_rounds(metrics)
-    rows = last[last["metric"].str.contains("/") & ~last["metric"].str.startswith(known)]
+    """Adds all other metrics of the last round: of the server's models and of aggregation.
+
+    Of a figure taken before each round (`_before`), the first round's is the start.
+    """
+    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/tokens", "exchange/")
+    before, last = metrics[metrics["metric"].str.endswith(BEFORE)], last_rounds(metrics)
+    first = before[before["round"] == before.groupby(["arm", "metric"])["round"].transform("min")]
+    rows = pd.concat([last[~last["metric"].str.endswith(BEFORE)], first])
+    rows = rows[rows["metric"].str.contains("/") & ~rows["metric"].str.startswith(known)].replace(EARLIER)
     for (arm, metric), found in rows.groupby(["arm", "metric"], sort=False):
         _add_mean(figures, "server", str(metric), found.groupby("seed")["value"].mean(), arm=str(arm))
 

@@ -62,6 +62,26 @@ def host_of(endpoint: str) -> str:
 
 
 @dataclass(frozen=True)
+class PublicTest:
+    """Public texts with labels.
+
+    Attributes:
+        source: `world:NAME`, or a file with the columns `text` and `label`. Texts of labels outside the scenario's list
+            are a choice task that the LLM is not taught.
+        column: Column that names a row's part; left out, all rows are read.
+        equals: Its value in the rows to read.
+    """
+
+    source: str
+    column: str = ""
+    equals: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.column) != bool(self.equals):
+            raise BadValue("public_test.column and public_test.equals go together: which rows of which column")
+
+
+@dataclass(frozen=True)
 class Server:
     """The server's models and limits.
 
@@ -77,8 +97,9 @@ class Server:
         quorum: Share of the asked clients that must answer.
         professional: KnowledgeSG's model that judges and responds; left out, the LLM.
         public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
-            a .txt with one per line). CrossLM measures the LLM's perplexity on them, and its label accuracy on those
-            with a `label` of the list.
+            a .txt with one per line). CrossLM measures the LLM's perplexity on them.
+        public_test: CrossLM: public texts with labels, on which the LLM is measured and never trained; left out, those
+            of `public` that have a `label` of the list.
     """
 
     llm: str | Endpoint
@@ -89,6 +110,7 @@ class Server:
     quorum: Share = 1.0
     professional: str | Endpoint | None = None
     public: str | None = None
+    public_test: PublicTest | None = None
 
     def __post_init__(self) -> None:
         in_range(self, "server")

@@ -125,6 +125,8 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         named, text = found[table][key], (table, key) in TEXTS
         several = isinstance(named, list)
         found[table][key] = [absolute(n, text=text) for n in named] if several else absolute(named, text=text)
+    if isinstance(test := _table(found, "server").get("public_test"), Mapping):
+        found["server"]["public_test"] = {**test, "source": absolute(test.get("source"), text=True)}
     return found
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.preprocessing import normalize
 
 from fedsynth.corpus import Corpus, Provenance, Scores, united
 from fedsynth.instructions import one_line
 from fedsynth.lora import Adapter, made_of
 from fedsynth.models.adapters import new_adapter, public_adapter, read_adapter, with_adapter
+from fedsynth.models.chat import Chat, converses, render, turn_end
 from fedsynth.models.devices import device
+from fedsynth.models.encoding import token_ids
 from fedsynth.models.llm import TextModel
 from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.room import misfits
@@ -25,6 +29,7 @@ from fedsynth.training.sft import Guard, Steps, dpo, perplexity, sft
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
 MEASURED = 200  # most labelled texts: each is scored after every label
+CHOICES = 12  # most labels of the choice task outside the LLM's own
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Teaching:
         guard: Weight of the guard of general ability (`sft.Guard`): the LLM's predictions on the round's texts, best or
             not, without their labels, may not drift. The guard needs no other text.
         tuning: Passes, batch, rate; rank, if the LLM comes without an adapter.
-        measured: Number of public texts to measure perplexity on; they are never trained on.
+        measured: Most public texts to measure on, for each measure; they are never trained on.
     """
 
     update: Literal["likelihood", "preference", "none"] = "likelihood"
@@ -76,12 +81,14 @@ class Measures:
         labels: All labels.
         public: Texts to measure perplexity on.
         tests: Public texts with labels, to measure how often the LLM tells them.
-        task: The card, which gives each label's control code.
+        others: Public texts of other labels, a choice task that the LLM is not taught.
+        task: The card, which puts each label into words.
     """
 
     labels: Sequence[str]
     public: Sequence[str] = ()
     tests: Corpus | None = None
+    others: Corpus | None = None
     task: Task = NO_CARD
 
 
@@ -91,10 +98,11 @@ class Taught:
 
     Attributes:
         adapter: Its guarantee is that of its start and of the texts that scores chose.
-        metrics: `llm/loss`, mean of the last pass; `llm/chosen_label_accuracy`, how often the LLM as it was agrees with
-            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. Before
-            and after the round, if there is public text: `general/perplexity_before` and `general/perplexity`; if it
-            has labels: `llm/test_label_accuracy_before` and `llm/test_label_accuracy`.
+        metrics: `llm/loss`, mean of the last pass; `llm/agreement_on_chosen`, how often the LLM as it was agrees with
+            the labels of the texts that scores have just chosen for it: the scores' doing as much as its own. After the
+            round, and with the ending `_before` before the first: `general/perplexity`, if there is public text;
+            `llm/test_accuracy`, if there are public texts of the labels; `general/choice_accuracy`, if there are some
+            of other labels.
     """
 
     adapter: Adapter
@@ -149,7 +157,15 @@ def first_adapter(llm: str, adapter: str | None, settings: Tuning, seed: int) ->
 
 
 def taught(
-    engine: Engine, llm: str, start: Adapter, texts: Ranked, teaching: Teaching, measures: Measures, *, seed: int
+    engine: Engine,
+    llm: str,
+    start: Adapter,
+    texts: Ranked,
+    teaching: Teaching,
+    measures: Measures,
+    *,
+    seed: int,
+    first: bool = True,
 ) -> Taught:
     """One round's update of the LLM's adapter.
 
@@ -161,8 +177,10 @@ def taught(
         teaching: The tuning; its `update` is not `none`.
         measures: The task, and the texts to measure ability on.
         seed: Public; of the order.
+        first: Measure ability before the round, too: before a later round it is that after the round before.
     """
-    labels, tests, task = measures.labels, measures.tests, measures.task
+    labels, task = measures.labels, measures.task
+    others = [] if measures.others is None else sorted(set(measures.others.answers))
     settings = teaching.tuning
     tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
     pad, kind = tokenizer.pad_token_id, kind_of(model.config)
@@ -170,32 +188,51 @@ def taught(
     def encoded(given: str, text: str) -> Example:
         return encode_text(tokenizer, given, text, settings.max_length, kind)
 
+    def written(label: str, text: str) -> Example:
+        """A text after what the LLM is asked for it with."""
+        if converses(tokenizer):
+            return _answer(tokenizer, Chat(task.question(label), task.system), text, settings.max_length)
+        return encoded(task.code(label), text)
+
     def ability(when: str) -> dict[str, float]:
         found = {}
         if measures.public:
             found[f"general/perplexity{when}"] = perplexity(
                 model, [encoded("", text) for text in measures.public], pad=pad
             )
-        if tests is not None and len(tests):
-            found[f"llm/test_label_accuracy{when}"] = label_accuracy(judge, tests, labels, task)
+        for name, told, among in (
+            ("llm/test_accuracy", measures.tests, labels),
+            ("general/choice_accuracy", measures.others, others),
+        ):
+            if told is not None and len(told):
+                found[f"{name}{when}"] = label_accuracy(judge, told, among, task)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
     judge = engine.serve(model.eval(), tokenizer)
     few = texts.best.take(range(0, len(texts.best), math.ceil(len(texts.best) / MEASURED)))
-    metrics = {"llm/chosen_label_accuracy": label_accuracy(judge, few, labels, task), **ability("_before")}
+    metrics = {"llm/agreement_on_chosen": label_accuracy(judge, few, labels, task)}
+    if first:
+        metrics |= ability("_before")
     guard = Guard([encoded("", text) for text in texts.corpus.prompts], teaching.guard)
-    codes = {y: task.code(y) for y in labels}
     if teaching.update == "likelihood":
-        best = [encoded(codes[y], x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
+        best = [written(y, x) for x, y in zip(texts.best.prompts, texts.best.answers, strict=True)]
         loss = sft(model, best, Steps(settings, pad=pad, seed=seed, guard=guard), descend=engine.descend)
     else:
-        pairs = [(encoded(codes[y], better), encoded(codes[y], worse)) for better, worse, y in texts.pairs]
+        pairs = [(written(y, better), written(y, worse)) for better, worse, y in texts.pairs]
         loss = dpo(
             model, pairs, Steps(settings, pad=pad, seed=seed, guard=guard), beta=teaching.beta, descend=engine.descend
         )
     adapter = made_of(read_adapter(model, start.base), [start, texts.best])
     learnt = {"llm/loss": loss} if math.isfinite(loss) else {}
     return Taught(adapter, {**metrics, **learnt, **ability("")})
+
+
+def _answer(tokenizer: Any, asked: Chat, text: str, longest: int) -> Example:
+    """A text as the answer to a question, in the model's chat form; the text is cut to `longest` tokens."""
+    head, body = render(asked, tokenizer), token_ids(tokenizer, text)
+    end = turn_end(tokenizer)
+    ends = () if len(body) >= longest else (tokenizer.eos_token_id if end is None else end,)
+    return Example((*head, *body[:longest], *ends), len(head))
 
 
 def label_accuracy(llm: TextModel, texts: Corpus, labels: Sequence[str], task: Task = NO_CARD) -> float:
@@ -229,3 +266,25 @@ def _readable(llm: TextModel, prompts: Sequence[str], text: str) -> str:
     while text[:low].strip() and not fits(low, prompts):  # another label has more tokens
         low = low * 9 // 10
     return text[:low] if text[:low].strip() else ""
+
+
+def fit(texts: Corpus, tests: Corpus, embed: Callable[[Sequence[str]], NDArray[np.float32]]) -> tuple[float, float]:
+    """How often a text is nearest to its own label's public texts, by the cosine to their mean embedding.
+
+    Returns:
+        The share of `texts` that are; and the share of the public texts that are, each against the means of all others:
+        no text can be expected to do better. (nan, nan) if a label of `texts` has fewer than two public texts.
+    """
+    labels = sorted(set(tests.answers))
+    counts = np.array([tests.answers.count(y) for y in labels])
+    if not len(texts) or not set(texts.answers) <= set(labels) or (counts < 2).any():
+        return math.nan, math.nan
+
+    vectors = normalize(embed([one_line(text) for text in tests.prompts]))
+    own = np.array([labels.index(y) for y in tests.answers])
+    sums = np.stack([vectors[own == i].sum(0) for i in range(len(labels))])
+    nearest = (normalize(embed([one_line(text) for text in texts.prompts])) @ normalize(sums).T).argmax(1)
+    fits = np.mean([labels[i] == y for i, y in zip(nearest.tolist(), texts.answers, strict=True)])
+    cosines = vectors @ normalize(sums).T
+    cosines[np.arange(len(own)), own] = (vectors * normalize(sums[own] - vectors)).sum(1)  # without itself
+    return float(fits), float(np.mean(cosines.argmax(1) == own))
