@@ -238,6 +238,20 @@ def test_the_check_tells_of_labels_without_text(method: str, options: str, warne
     assert any("strategy.num_texts = 3" in line for line in check(asked)) == warned
 
 
+def test_the_check_tells_how_many_private_texts_are_cut(tmp_path: Path) -> None:
+    toml = instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage", rows=6, clients=1, model=tiny.folder())
+    asked = from_toml(toml.replace('"scripted"', f'"{tiny.folder()}"'))
+    own = asked.client.generator_training
+    assert [line for line in check(asked) if "are cut" in line] == []
+    short = replace(asked, client=replace(asked.client, generator_training=replace(own, max_length=40)))
+    [said] = [line for line in check(short) if "are cut" in line]
+    assert re.match(r"(\d) of \1 private texts are longer than .*max_length = 40 tokens \(seed 0\)", said)
+    by_label = scenario(FDKT, "", f'"{tiny.folder()}"')  # 16 bytes are shorter than any note
+    tight = replace(by_label.client.generator_training, max_length=24)
+    found = check(replace(by_label, client=replace(by_label.client, generator_training=tight)))
+    assert any("are cut, and teach no end of text" in line for line in found)
+
+
 def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
     from scripted import ScriptedLLM
 

@@ -22,7 +22,7 @@ from fedsynth.data.rowstore import Imported, Record, RowsUnusable
 from fedsynth.data.sources import SiteData
 from fedsynth.deployment.certificates import write_node_keys
 from fedsynth.deployment.client import client_side
-from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink
+from fedsynth.deployment.policy import Models, Place, Policy, SiteConfig, SuperLink
 from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.ready import check_state
@@ -322,6 +322,18 @@ def test_no_policy_gives_true_texts_to_a_server(tmp_path: Path, monkeypatch: pyt
 def told(site: Place) -> list[str]:
     """Problems and warnings about data."""
     return [f.says for f in check(site) if f.what == "data" and f.state != "ok"]
+
+
+@pytest.mark.parametrize("task", ["classification", "instructions"])
+def test_the_operator_is_told_how_many_texts_are_long(tmp_path: Path, task: str) -> None:
+    longer = ((b"note 1", b"note " + b"1" * 130), (b"note 2", b"note " + b"2" * 70))
+    long = [row.replace(*longer[0]).replace(*longer[1]) for row in rows(task)]
+    site = place(tmp_path, long, task)
+    site = replace(site, site=replace(site.site, models=Models(generator=tiny.folder())))
+    [said] = [f.says for f in check(site) if f.what == "lengths"]
+    # A token per byte; two of the twelve lines are long, and tests are not counted (rows 10 and 11 hold "note 1", too).
+    assert said.startswith("of 9 training texts, longer in tokens of the generator: 2 than 64, 1 than 128, 0 than 256")
+    assert [f for f in check(place(tmp_path, long, task)) if f.what == "lengths"] == []  # no generator named
 
 
 def test_requests_are_refused_on_a_declared_fact_until_rows_are_imported(tmp_path: Path) -> None:

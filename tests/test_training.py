@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -40,7 +41,7 @@ from fedsynth.training.dp_training import (
     trainable,
     without_guarantee,
 )
-from fedsynth.training.examples import Example, encode_slots
+from fedsynth.training.examples import Example, cut_texts, encode_records, encode_slots, encode_text
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 
 torch.set_num_threads(1)
@@ -910,12 +911,39 @@ def test_a_wrong_sampler_or_noise_is_found_before_the_charge(
         checked(lora())
 
 
-def test_the_end_of_text_is_learnt_where_a_long_text_was_cut() -> None:
-    long = Corpus(("abcdefghij" * 5,), ("x",), Provenance.PRIVATE)
-    [[example]] = encode_slots(tiny.tokenizer(), long, ["x"], 1, GeneratorTraining(max_length=20))
-    assert len(example.tokens) == 20
-    assert example.tokens[-1] == tiny.EOS
-    assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " " + ("abcdefghij" * 5)[:15]
+@pytest.mark.parametrize(("size", "whole"), [(12, True), (13, True), (14, False), (50, False)])
+def test_a_cut_text_teaches_no_end_and_a_whole_one_does(size: int, whole: bool) -> None:
+    text = ("abcdefghij" * 5)[:size]  # a token per byte; BOS, code and end leave room for 14 bytes, a blank among them
+    labelled = Corpus((text,), ("xyz",), Provenance.PRIVATE)
+    slots = encode_slots(tiny.tokenizer(), labelled, ["xyz"], 1, GeneratorTraining(max_length=20))
+    [[example]] = slots
+    assert (example.tokens[-1] == tiny.EOS) == whole
+    learnt = example.tokens[example.start : -1] if whole else example.tokens[example.start :]
+    assert tiny.tokenizer().decode(learnt) == f" {text}"[:15]
+    assert len(example.tokens) == min(20, 1 + 4 + 1 + size + 1)
+    assert cut_texts(tiny.tokenizer(), slots) == (not whole)
+
+
+@pytest.mark.parametrize("loss_on", ["record", "response"])
+def test_a_cut_instruction_teaches_no_end_either(loss_on: Any) -> None:
+    pairs = Corpus(("why", "why"), ("b" * 90, "so"), Provenance.PRIVATE)
+    settings = GeneratorTraining(max_length=60, loss_on=loss_on)
+    slots = encode_slots(tiny.tokenizer(), pairs, (), 3, settings)
+    [cut], [whole], none = slots
+    assert (len(cut.tokens), cut.tokens[-1]) == (60, tiny.tokenizer()("b")["input_ids"][-1])
+    assert whole.tokens[-1] == tiny.EOS
+    assert none == ()
+    assert cut_texts(tiny.tokenizer(), slots) == 1
+    assert encode_records(tiny.tokenizer(), pairs, 60, loss_on=loss_on) == [cut, whole]  # the server's own tuning
+
+
+def test_a_cut_text_of_t5_teaches_no_end() -> None:
+    tokenizer = load_tokenizer(families.folder("t5"))
+    whole = encode_text(tokenizer, "flu:", "hot", 64, "seq2seq")
+    cut = encode_text(tokenizer, "flu:", "hot " * 40, 16, "seq2seq")
+    assert whole.tokens[-1] == whole.tokens[whole.start - 1] == tokenizer.eos_token_id
+    assert len(cut.tokens) == 16
+    assert tokenizer.eos_token_id not in cut.tokens[cut.start :]
 
 
 def test_task_training_sees_every_row_once_per_epoch_among_rows_of_like_length() -> None:

@@ -139,9 +139,10 @@ def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: K
 
 
 def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
-    """A text to learn, with its end, after the given part and its BOS; a text that is too long is cut.
+    """A text to learn, with its end, after the given part and its BOS.
 
-    The end of text occurs at the end only: line ends of the text and names of control tokens in it are text.
+    A text that is too long is cut, and has no end: a model would learn to stop in mid-sentence. The end of text occurs
+    at the end only: line ends of the text and names of control tokens in it are text.
     """
     if kind == "seq2seq":
         [head] = token_rows(tokenizer, [given], kind)
@@ -149,18 +150,25 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
         head = token_ids(tokenizer, given)
         head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
         text = f" {text}"
-    # The end of text is learnt, even if a long text was cut: a generator that never ends writes noise up to the
-    # limit, and drafts without an end are not used.
-    body = token_ids(tokenizer, text)[: max(0, longest - len(head) - 1)]
-    return Example((*head, *body, tokenizer.eos_token_id)[:longest], len(head))
+    return Example((*head, *token_ids(tokenizer, text), tokenizer.eos_token_id)[:longest], len(head))
+
+
+def cut_texts(tokenizer: Any, slots: Sequence[Sequence[Example]]) -> int:
+    """How many examples of these slots were cut, as they have no end of text."""
+    return sum(example.tokens[-1] != tokenizer.eos_token_id for slot in slots for example in slot)
 
 
 def readable(tokenizer: Any, text: str) -> bool:
     """True if a tokenizer can read a text: the answer would reveal a record that makes it fail."""
+    return bool(tokens_of(tokenizer, text))
+
+
+def tokens_of(tokenizer: Any, text: str) -> int | None:
+    """Number of a text's tokens; None if the tokenizer cannot read it."""
     try:
-        return bool(token_ids(tokenizer, text))
+        return len(token_ids(tokenizer, text))
     except Exception:  # each tokenizer raises its own
-        return False
+        return None
 
 
 def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest: int, task: Task = NO_CARD) -> None:

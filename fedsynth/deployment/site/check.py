@@ -9,12 +9,14 @@ from fedsynth.clients.audit_log import entries
 from fedsynth.deployment.policy import Place
 from fedsynth.deployment.site.ready import Finding, check_account, check_key, check_state, server
 from fedsynth.deployment.site.rows import import_rows
+from fedsynth.instructions import record
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import Role, load_tokenizer
 from fedsynth.models.loading import check as check_model
 from fedsynth.privacy.audit import last_cap
 from fedsynth.privacy.rdp import above_epsilon
 from fedsynth.simulation.flower import check_flower
+from fedsynth.training.examples import tokens_of
 from fedsynth.typed import BadValue
 
 
@@ -26,6 +28,7 @@ def check(place: Place) -> Iterator[Finding]:
     before = last_cap(place.ledger)
     yield from _data(place)
     yield from _models(place)
+    yield from _lengths(place)
     yield from _budget(place)
     if before is not None and before != site.policy.lifetime:
         yield Finding(
@@ -73,6 +76,33 @@ def _models(place: Place) -> Iterator[Finding]:
             "warning",
             "policy.models is empty, and [models] does not name both: scenarios that need another model are refused",
         )
+
+
+LENGTHS = (64, 128, 256, 512)  # tokens; a scenario's max_length is often one of them
+
+
+def _lengths(place: Place) -> Iterator[Finding]:
+    """How many of the site's texts are long, in tokens of its generator: only its operator is told."""
+    name = place.site.models.generator
+    if not name or place.imported is None:
+        return
+    try:
+        tokenizer = load_tokenizer(place.model(name))
+        train = place.open_rows(place.open_ledger()).train
+    except (BadValue, OSError, ValueError, RuntimeError):
+        return  # another check reports it
+    if place.site.data.task == "classification":
+        texts = train.prompts
+    else:
+        texts = tuple(map(record, train.prompts, train.answers))
+    found = [tokens for text in texts if text and (tokens := tokens_of(tokenizer, text)) is not None]
+    longer = ", ".join(f"{sum(tokens >= limit for tokens in found)} than {limit}" for limit in LENGTHS)
+    yield Finding(
+        "lengths",
+        "ok",
+        f"of {len(found)} training texts, longer in tokens of the generator: {longer}. A scenario with a smaller "
+        "client.generator_training.max_length cuts them, and they teach no end of text; nobody else is told",
+    )
 
 
 def _fits(name: str, role: Role) -> str:
