@@ -230,10 +230,11 @@ class FDKT(RoundStrategy[State]):
     def _curation(self) -> Curation:
         c, server = self.config, self.server
 
-        def fits(corpus: Corpus) -> Filtered:
+        def nearest(corpus: Corpus) -> Filtered:
             return fitting(corpus, server.labels, self.task, server.embed)
 
-        return Curation(server.labels, c.min_words, c.sentences, fits if c.label_check == "embedder" else None)
+        check = partial(server.engine.checked, nearest) if c.label_check == "embedder" else None
+        return Curation(server.labels, c.min_words, c.sentences, check)
 
     def _seeds(self, purpose: str, attempts: int) -> list[int]:
         return [self.seed(f"{purpose}_again_{attempt}" if attempt else purpose) for attempt in range(attempts)]

@@ -222,7 +222,7 @@ def test_a_key_of_an_earlier_version_that_is_gone_is_refused_as_an_unknown_one(
         ("fedsynth.strategies.fdkt:FDTK", "no strategy"),
         ("fedsynth.strategies.nothing:FDKT", "no strategy"),
         ("fedsynth.strategies.fdkt:State", "is not a RoundStrategy"),
-        ("fedsynth.strategies.fdkt:well_formed", "is not a RoundStrategy"),
+        ("fedsynth.strategies.fdkt:warm_start", "is not a RoundStrategy"),
     ],
 )
 def test_a_class_that_is_no_strategy_is_refused(use: str, said: str) -> None:

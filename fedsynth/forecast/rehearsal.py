@@ -88,6 +88,7 @@ class _Answering(Clients):
     lengths: Sequence[int] = ()
     exchanges: list[Exchange] = field(default_factory=list)
     plans: dict[int, dict[DPPlan, int]] = field(default_factory=dict)
+    trained: set[Any] = field(default_factory=set)
     begun: float = field(default_factory=busy)
     spent: float = 0.0
 
@@ -116,7 +117,7 @@ class _Answering(Clients):
             size = payload_bytes(pack_request(request, envelope))
             self.run_log.count("bytes/down", client, size)
             down += size
-            done = WORK[type(request)](request, self.facts[client])
+            done = self._work(request, client)
             work[client] = {u: n for u, n in done.items() if not (u.kind == "scorer_step" and client in scored)}
             replies[client] = self._reply(request, client)
             size = len(encode(replies[client]))
@@ -126,6 +127,17 @@ class _Answering(Clients):
         self.exchanges.append(Exchange(self.run_log.round, name, work, down, up))
         self.spent += busy() - started
         return {client: reply for client, reply in replies.items() if client not in fates}
+
+    def _work(self, request: Request[Any], client: int) -> Work:
+        """The work of a request; none for drafts that another arm of the simulation has asked for."""
+        of = self.facts[client]
+        if isinstance(request, Synthesize) and of.client.guarantee == "dp" and self.cell.scenario.stack == 1:
+            own = (of.client.generator, of.client.generator_training, of.client.budget, of.records)
+            asked = (self.cell.seed, client, own, replace(request, start=None), request.start is not None)
+            if asked in self.trained:
+                return {}
+            self.trained.add(asked)
+        return WORK[type(request)](request, of)
 
     def _reply(self, request: Request[Any], client: int) -> Any:
         of, rng = self.facts[client], np.random.default_rng([0, client, self.exchange])
@@ -245,11 +257,13 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     one_thread()  # as a server app is started
     labels = label_list(cell.scenario.data)
     run_log = RunLog(cell, folder, folder / "events.jsonl")
-    tally = Tally(kept_words(labels), known=known.setdefault("asked", {}))
+    answered = known.setdefault("answered", set())
+    tally = Tally(kept_words(labels), known=known.setdefault("asked", {}), answered=answered)
     folder.mkdir(parents=True, exist_ok=True)
     facts = facts_of(cell, labels)
     nodes = {client: client for client in facts}
     clients = _Answering(None, nodes, cell, "simulated", labels, run_log, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
+    clients.trained = known.setdefault("trained", set())
     noted: list[str] = []
 
     kind, config = load_strategy(cell.scenario.strategy)

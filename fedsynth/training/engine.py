@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+from fedsynth.corpus import Corpus
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import LocalLLM, TextModel
 from fedsynth.training.sft import Descent, descend
+
+F = TypeVar("F")
 
 
 class Engine:
@@ -36,3 +40,7 @@ class Engine:
     def descend(self, asked: Descent) -> float:
         """Takes the optimizer's steps of `sft` and `dpo`; see `fedsynth.training.sft.descend`."""
         return descend(asked)
+
+    def checked(self, check: Callable[[Corpus], F], corpus: Corpus) -> F:
+        """The result of a check of texts against their labels. A forecast's made-up texts fit none."""
+        return check(corpus)
