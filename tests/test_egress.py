@@ -331,7 +331,8 @@ def test_a_run_takes_down_what_it_sent_and_keeps_what_has_a_guarantee(stand: Sta
     for line in lines.values():
         assert (line.host, line.endpoint, line.model, line.seed) == ("127.0.0.1", stand.url, "small", 0)
         assert (line.tokens_read, line.tokens_written) == (5 * line.requests, 3 * line.requests)
-        assert line.from_cache == 0
+        # Where no draft was left, `fdkt` has asked for the texts of the label alone that `bare` asks for.
+        assert line.from_cache == 0 or line.arm == "bare"
     assert json.loads((out / "egress.json").read_text()) == json.loads((out / "summary.json").read_text())["egress"]
     shown = (out / "egress.jsonl").read_text() + (out / "egress.json").read_text()
     assert "note" not in shown
@@ -364,7 +365,7 @@ def test_a_run_that_goes_on_adds_to_its_record(stand: Stand, tmp_path: Path) -> 
     with pytest.raises(EndpointFailed):
         conduct(toml, out)
     broken = egress_of(out)
-    assert sum(line.requests for line in broken) == 4
+    assert sum(line.requests for line in broken) == len(stand.seen) - asked > 4  # what failed went out as well
     assert json.loads((out / "egress.json").read_text()) == [vars(line) for line in broken]
     with (out / "egress.jsonl").open("a") as file:
         file.write('{"arm": "fdkt", "se')  # a kill cut it
