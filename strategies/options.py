@@ -10,11 +10,10 @@ from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERA
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Scenario, Tuning
-from fedsynth.scenario.server import Endpoint, host_of
+from fedsynth.scenario.server import Endpoint
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
 from fedsynth.synthesis.reward_tuning import Teaching
-from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 
@@ -122,11 +121,6 @@ def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:
         raise BadValue(
             'strategy.drafts = "true_texts" are demonstrations of the LLM: say strategy.texts = "llm", and '
             'strategy.demonstrations = "per_label" or "all_labels"'
-        )
-    far = [m for m in (scenario.server.llm, scenario.server.professional) if isinstance(m, Endpoint)]
-    if not all(is_loopback(host_of(model.endpoint)) for model in far):
-        raise BadValue(
-            'strategy.drafts = "true_texts" goes to no other machine: name a model, or an endpoint on this one'
         )
 
 

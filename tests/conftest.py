@@ -1,8 +1,11 @@
 """What all tests share."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 SESSION = "FEDSYNTH_TEST_SESSION"  # inherited by whatever this test process starts: another one may run beside it
 os.environ[SESSION] = str(os.getpid())
+os.environ["FEDSYNTH_CACHE"] = tempfile.mkdtemp(prefix="fedsynth-tests-")  # the user's own is not for tests
+atexit.register(shutil.rmtree, os.environ["FEDSYNTH_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # two on a shared machine run at half the speed of one
 # A shell without job control has what it starts in the background ignore Ctrl-C, and so would all that is started here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

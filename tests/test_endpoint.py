@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,7 @@ from local import LocalGrid
 from fedsynth.app.fedsynth_sim import server_app
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.federation.run.directory import prepare
+from fedsynth.federation.run.egress import EgressRecord
 from fedsynth.models.chat import Chat
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.endpoint import CannotScore, EndpointFailed, RemoteLLM
@@ -49,11 +51,13 @@ class Stand:
     Attributes:
         reply: Path and body -> status and what is sent: JSON, or text as it is.
         models: What /v1/models lists; None answers 404.
+        waits: The headers that say how long to wait before a request is repeated.
     """
 
     def __init__(self) -> None:
         self.reply: Callable[[str, Body], Reply] = lambda path, body: (200, written(" a text"))
         self.models: list[str] | None = ["small"]
+        self.waits = {"retry-after-ms": "1"}
         self.seen: list[tuple[str, Body, dict[str, str]]] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
@@ -85,7 +89,7 @@ class Stand:
                 kind = "text/html" if sent.startswith("<") else "application/json"
                 for name, value in {
                     "Content-Type": kind,
-                    "retry-after-ms": "1",
+                    **stand.waits,
                     "Location": f"{stand.url}/moved",
                     "Content-Length": str(len(sent.encode())),
                 }.items():
@@ -118,6 +122,12 @@ def written(text: str | None, finish: str = "length", **more: object) -> Body:
 
 def refused(message: str) -> Body:
     return {"error": {"message": message, "type": "x", "code": None}}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port may come again, and with it another test's answers."""
+    monkeypatch.setenv("FEDSYNTH_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -301,6 +311,23 @@ def test_retries_end(stand: Stand) -> None:
     assert len(stand.seen) == 3
     stand.reply = lambda path, body: (429, refused("quota"))
     assert "takes no more requests (429: quota), after 1 retries: lower concurrency" in failure(stand, retries=1)
+
+
+def test_waits_double_less_some_chance_unless_the_server_says_how_long(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(**{**vars(time), "sleep": waits.append}))
+    stand.reply, stand.waits = lambda path, body: (503, refused("not now")), {}
+    for _ in range(3):
+        failure(stand, retries=4)
+    shares = [wait / longest for wait, longest in zip(waits, [0.5, 1, 2, 4] * 3, strict=True)]
+    assert all(0.75 <= share <= 1 for share in shares)
+    assert len(set(shares)) == 12  # jitter: clients that failed together do not come back together
+    waits.clear()
+    stand.waits = {"Retry-After": "7"}
+    failure(stand, retries=2)
+    assert waits == [7.0, 7.0]
 
 
 def test_the_first_failure_ends_the_call(stand: Stand) -> None:
@@ -539,6 +566,7 @@ shots = 1
 judge = "none"
 [data]
 source = "{source}"
+public = true
 labels = ["heart", "skin"]
 clients = 1
 [client]
@@ -681,10 +709,11 @@ def test_a_run_asks_the_endpoint(stand: Stand, tmp_path: Path) -> None:
     assert len(stand.seen) > len(texts)  # the one token before
 
 
-def test_models_of_the_server_are_loaded_once_and_by_what_they_are(stand: Stand) -> None:
+def test_models_of_the_server_are_loaded_once_and_by_what_they_are(stand: Stand, tmp_path: Path) -> None:
     at = Endpoint(stand.url, "small")
-    far, near = server_app._llm(at), server_app._llm("assets:tiny-llm")
-    assert server_app._llm(at) is far
+    record = EgressRecord(tmp_path)
+    far, near = server_app._llm(at, None, record), server_app._llm("assets:tiny-llm")
+    assert server_app._llm(at, None, record) is far
     assert isinstance(far, RemoteLLM)
     assert isinstance(near, LocalLLM)
     assert server_app._embedder(None, near) is near

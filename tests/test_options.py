@@ -183,7 +183,6 @@ def test_a_baseline_is_refused_where_there_are_no_labels(tmp_path: Path) -> None
             replace(made, client=replace(made.client, task_training=TaskTraining(trains=trains)))
 
 
-FAR = CHAT.replace("127.0.0.1", "llm.example.org")
 TRUE = 'drafts = "true_texts"\ndemonstrations = "all_labels"\njudge = "none"\n'
 
 
@@ -192,12 +191,11 @@ TRUE = 'drafts = "true_texts"\ndemonstrations = "all_labels"\njudge = "none"\n'
     [
         (TRUE, CHAT, "none", None),
         (TRUE, CHAT, "dp", 'say client.guarantee = "none"'),
-        (TRUE, FAR, "none", "goes to no other machine"),
         (TRUE + 'texts = "drafts"', CHAT, "none", "are demonstrations of the LLM"),
         (TRUE.replace('"all_labels"', '"none"'), PLAIN, "none", "are demonstrations of the LLM"),
     ],
 )
-def test_true_texts_stay_on_this_machine_and_are_never_called_private(
+def test_true_texts_are_demonstrations_and_are_never_called_private(
     options: str, llm: str, guarantee: Any, said: str | None
 ) -> None:
     resolved = scenario(FDKT, options, llm)

@@ -12,6 +12,7 @@ from fedsynth.deployment.registry import RegisteredSite, sites
 from fedsynth.federation.nodes import Deployment
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.scenario.schema import Participation, Scenario
+from fedsynth.scenario.server import check_unguarded
 from fedsynth.scenario.toml import cells
 from fedsynth.simulation.flower import DEPLOYMENT
 from fedsynth.typed import BadValue
@@ -59,6 +60,8 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     kind, options = load_strategy(resolved.strategy)
     if kind.only_simulated(options):
         raise BadValue(f"arm {cell.arm!r}: {kind.__name__} with these options asks for what no site gives: true texts")
+    # A simulated world as source is public; what sites hold is not that world's.
+    check_unguarded(resolved.server, guarantee=resolved.client.guarantee, public=resolved.data.public)
     if resolved.participation != Participation():
         raise BadValue(
             f"arm {cell.arm!r}: participation is of simulated clients; real ones are away by themselves, "

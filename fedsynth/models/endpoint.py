@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Lock
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from openai import (
@@ -24,8 +24,9 @@ from openai import (
 from fedsynth.instructions import one_line
 from fedsynth.models.chat import Chat, Prompt, reply_of
 from fedsynth.models.encoding import LINE_END
+from fedsynth.models.endpoint_cache import Answer, EndpointCache, cache_folder
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.models.usage import TokenUsage
+from fedsynth.models.usage import Egress, TokenUsage
 from fedsynth.scenario.server import Endpoint, host_of
 from fedsynth.system.proxy import UNREADABLE, no_proxies
 from fedsynth.typed import BadValue
@@ -48,6 +49,10 @@ class CannotScore(ValueError):
     """An endpoint cannot give the likelihood of a given text."""
 
 
+class CapReached(EndpointFailed):
+    """An endpoint's `max_tokens_total` is reached."""
+
+
 class _Refused(CannotScore):
     """A server refused one text."""
 
@@ -61,20 +66,28 @@ class RemoteLLM:
 
     Args:
         endpoint: Where it answers, and how patiently it is asked.
+        egress: Takes down what goes out; `max_tokens_total` holds for what it has counted.
+        cache: Answers kept from earlier; None keeps none. Prompts that may hold text without a guarantee are not kept.
 
     Raises:
         BadValue: If an argument is out of range, or the environment lacks the key.
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, egress: Egress | None = None, cache: EndpointCache | None = None) -> None:
         self.endpoint, url, key_env = endpoint, endpoint.endpoint, endpoint.key_env
+        self.egress, self.cache = egress, cache
         self.who = f"the model {endpoint.model!r} at {url}"
         key = "" if key_env is None else os.environ.get(key_env, "").strip()
         if key_env is not None and not key:
             raise BadValue(f"the environment variable {key_env} is not set: put the key for {self.who} there")
         try:  # an endpoint on this machine is reached past any proxy of the environment
             direct = no_proxies(host_of(url))
-            client = DefaultHttpxClient(timeout=endpoint.timeout, follow_redirects=False, mounts=direct)
+            client = DefaultHttpxClient(
+                timeout=endpoint.timeout,
+                follow_redirects=False,
+                mounts=direct,
+                event_hooks={"request": [self._goes_out]},
+            )
         except Exception as problem:  # it raises a plain Exception for an address that it cannot read
             raise BadValue(f"{self.who} cannot be asked: {UNREADABLE} ({problem})") from problem
         self._client = OpenAI(
@@ -89,15 +102,19 @@ class RemoteLLM:
         self._counting = Lock()
 
     @classmethod
-    def connect(cls, to: Endpoint) -> RemoteLLM:
+    def connect(cls, to: Endpoint, egress: Egress | None = None) -> RemoteLLM:
         """Connects to a scenario's endpoint and has it write one token, before clients spend budget on a doomed run.
 
+        From then on answers are kept in the user's cache, and taken from there, unless the endpoint says otherwise.
+
         Raises:
-            BadValue: If the environment lacks the key.
+            BadValue: If the environment lacks the key, or the cache cannot be used.
             EndpointFailed: If the endpoint does not answer.
         """
-        found = cls(to)
+        cache = EndpointCache(cache_folder()) if to.cache else None
+        found = cls(to, egress=egress)
         found.complete(["A"], SamplingParams.greedy(1), seed=0)
+        found.cache = cache
         return found
 
     @property
@@ -151,23 +168,21 @@ class RemoteLLM:
             found = ""
             if sampling.one_line:
                 try:
-                    found = self._written(prompt, {**settings, **own, "stop": [LINE_END]}, one_line=True)
+                    found = self._written(prompt, {**settings, **own, "stop": [LINE_END]}, (seed, place), one_line=True)
                 except APIStatusError as problem:
                     if problem.status_code not in REFUSED:  # some models take no `stop`
                         raise
-            return found or self._written(prompt, {**settings, **own}, one_line=sampling.one_line)
+            return found or self._written(prompt, {**settings, **own}, (seed, place), one_line=sampling.one_line)
 
         return self._together(answer, enumerate(prompts))
 
-    def _written(self, prompt: Prompt, settings: dict[str, Any], *, one_line: bool) -> str:
+    def _written(self, prompt: Prompt, settings: dict[str, Any], sample: tuple[int, int], *, one_line: bool) -> str:
         if isinstance(prompt, str) and not self.chats:
-            choice = self._choice(self._client.completions.create(prompt=prompt, **settings))
-            text = choice.text
+            answer = self._answer("completions", {**settings, "prompt": prompt}, sample)
         else:
-            choice = self._choice(self._client.chat.completions.create(messages=_messages(prompt), **settings))
-            text = choice.message.content
-        cut = text is None or choice.finish_reason == "content_filter"
-        return "" if cut else reply_of(prompt, str(text), one_line=one_line)
+            answer = self._answer("chat", {**settings, "messages": _messages(prompt)}, sample)
+        cut = answer.text is None or answer.finish == "content_filter"
+        return "" if cut else reply_of(prompt, str(answer.text), one_line=one_line)
 
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt, if the server gives it.
@@ -226,19 +241,16 @@ class RemoteLLM:
             return []
         try:
             # One new token, as not all servers accept 0.
-            answer = self._client.completions.create(
-                model=self.endpoint.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1
-            )
+            settings = {"model": self.endpoint.model, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1}
+            answer = self._answer("completions", {**settings, "prompt": text})
         except APIStatusError as problem:
             if problem.status_code not in REFUSED:
                 raise
             raise _Refused(self._no_score(self._words(problem))) from None
-        choice, used = self._choice(answer), answer.usage
-        told = choice.logprobs
-        if not told or not told.tokens or not told.token_logprobs or not used or not str(choice.text).startswith(text):
+        if not answer.tokens or not answer.logs or answer.read is None or not str(answer.text).startswith(text):
             raise CannotScore(self._no_score("no echo with logprobs and usage"))
         # Its offsets are useless: vLLM includes the name of a BOS, which is no part of the text.
-        return list(zip(told.tokens, told.token_logprobs, strict=False))[: used.prompt_tokens]
+        return list(zip(answer.tokens, answer.logs, strict=False))[: answer.read]
 
     def _no_score(self, reason: str) -> str:
         return (
@@ -246,15 +258,69 @@ class RemoteLLM:
             "api that do"
         )
 
-    def _choice(self, answer: Any) -> Any:
-        choices = getattr(answer, "choices", None)
+    def _answer(
+        self, api: Literal["completions", "chat"], body: dict[str, Any], sample: tuple[int, int] | None = None
+    ) -> Answer:
+        """The answer to one request: from the cache, or from the server, which is then kept.
+
+        Args:
+            api: The way to ask.
+            body: All that the server is told.
+            sample: Seed and place of the call; None where the answer depends on the text alone.
+        """
+        question = {"address": self.endpoint.endpoint, "api": api, "body": body, "sample": sample}
+        cache = None if self.egress is not None and self.egress.unguarded() else self.cache
+        answer = None if cache is None else cache.get(question)
+        if answer is not None:
+            if self.egress is not None:
+                self.egress.recalled(self.endpoint, answer.read or 0, answer.written or 0)
+        else:
+            self._check_cap()
+            ask: Any = self._client.chat.completions if api == "chat" else self._client.completions
+            answer = self._read(ask.create(**body), api)
+            if self.egress is not None:
+                self.egress.answered(self.endpoint, answer.read or 0, answer.written or 0)
+            if cache is not None:
+                cache.put(question, answer)
+        with self._counting:
+            self.used.read += answer.read or 0
+            self.used.written += answer.written or 0
+        return answer
+
+    def _read(self, sent: Any, api: str) -> Answer:
+        """What is used of a server's answer."""
+        choices, usage = getattr(sent, "choices", None), getattr(sent, "usage", None)
         if not choices:
             raise EndpointFailed(f"{self.who} sent an answer without a choice: check that the address ends in /v1")
-        if (told := getattr(answer, "usage", None)) is not None:
-            with self._counting:
-                self.used.read += told.prompt_tokens or 0
-                self.used.written += told.completion_tokens or 0
-        return choices[0]
+        if usage is None and self.endpoint.max_tokens_total is not None:
+            raise EndpointFailed(f"{self.who} reports no tokens, so that max_tokens_total cannot hold: leave it out")
+        choice = choices[0]
+        told = getattr(choice, "logprobs", None) if api == "completions" else None
+        return Answer(
+            text=choice.message.content if api == "chat" else choice.text,
+            finish=choice.finish_reason or "",
+            read=None if usage is None else usage.prompt_tokens or 0,
+            written=None if usage is None else usage.completion_tokens or 0,
+            tokens=tuple(getattr(told, "tokens", None) or ()),
+            logs=tuple(None if log is None else float(log) for log in getattr(told, "token_logprobs", None) or ()),
+        )
+
+    def _check_cap(self) -> None:
+        """Refuses a request that would begin above the cap. Requests under way at once may end above it."""
+        cap = self.endpoint.max_tokens_total
+        if cap is None:
+            return
+        spent = self.used.read + self.used.written if self.egress is None else self.egress.spent(self.endpoint)
+        if spent >= cap:
+            kept = "; the answers so far are kept, and cost a new run nothing" if self.cache is not None else ""
+            raise CapReached(
+                f"{self.who} has read and written {spent:,} tokens for this run, and max_tokens_total is {cap:,}: "
+                f"raise it in a new run, or ask for fewer texts{kept}"
+            )
+
+    def _goes_out(self, request: Any) -> None:
+        if self.egress is not None and request.method == "POST":  # a list of models is asked for without any text
+            self.egress.sent(self.endpoint)
 
     def _together(self, work: Callable[[A], B], items: Iterable[A]) -> list[B]:
         """`work` of each item, at most `concurrency` at once, in the order of the items; the first failure ends all."""

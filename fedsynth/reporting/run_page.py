@@ -8,6 +8,7 @@ from dataclasses import replace
 from string import Formatter
 from typing import Any
 
+from fedsynth.federation.run.egress import WORDS
 from fedsynth.reporting import figures as draw
 from fedsynth.reporting.figures import Mark, Series
 from fedsynth.reporting.page import (
@@ -25,7 +26,7 @@ from fedsynth.reporting.page import (
     Table,
     listed,
 )
-from fedsynth.reporting.statistics import HELD_OUT, Figures, Where
+from fedsynth.reporting.statistics import HELD_OUT, SENT, Figures, Where
 from fedsynth.reporting.text_section import examples, text_section
 
 SHOWN_CLIENTS = 50  # in a table; the table of figures has the others
@@ -62,6 +63,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     if report["examples"]:
         sections.append(Section("Examples", "examples", examples(report)))
     sections.append(Section("Communication and time", "costs", _costs(figures, report, metrics)))
+    if figures.metrics("egress"):
+        sections.append(Section("What went to endpoints", "egress", [_egress(figures)]))
     if names := figures.metrics("server"):
         rows: list[list[Cell]] = [
             [arm, name, figures.spread("server", name, arm, None)]
@@ -382,6 +385,20 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
             svg = draw.scatter(series, title=caption, x_name=sent, y_name=_name(metrics[0]), x_digits=1)
             blocks.append(Plots([Plot(svg, caption)]))
     return blocks
+
+
+def _egress(figures: Figures) -> Table:
+    """A line for each cell, machine and guarantee."""
+    places = dict.fromkeys((r["arm"], r["seed"], r["metric"]) for r in figures.rows if r["part"] == "egress")
+    rows: list[list[Cell]] = []
+    for arm, seed, metric in places:
+        host, _, provenance = metric.rpartition("/")
+        counts = (figures.number(figures.row("egress", metric, n, Where(arm=arm, seed=seed)), 0) for n in SENT)
+        rows.append([arm, str(seed), host, WORDS[provenance], *counts])
+    heads = ["arm", "seed", "machine", "prompts hold at most"]
+    heads += ["requests", "tokens of prompts", "of answers", "answers from the cache", "their tokens"]
+    note = "Tokens as the servers report them. Requests that were repeated or failed went out, too."
+    return Table(heads, rows, note=note, words=frozenset({0, 1, 2, 3}))
 
 
 def _made(figures: Figures, report: Mapping[str, Any]) -> list[Block]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
 from fedsynth.pretraining.public_text import labelled, sample
@@ -22,6 +23,7 @@ from fedsynth.reporting.statistics import (
     add_costs,
     add_curves,
     add_differences,
+    add_egress,
     add_losses,
     add_privacy,
     add_server,
@@ -96,6 +98,7 @@ def build(out: Path) -> dict[str, Any]:
     described["bare"] = sorted(bare & {path.name for path in (out / "corpora").glob("*")})
     add_costs(figures, metrics)
     add_server(figures, metrics)
+    add_egress(figures, egress_of(out))
     return {
         "schema": SCHEMA,
         "audience": "shareable",

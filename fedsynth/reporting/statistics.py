@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import pandas as pd
 
 from fedsynth.evaluation.utility import bootstrap, paired_difference
+from fedsynth.federation.run.egress import Sent
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.reporting.page import Cell, Number
@@ -264,6 +265,20 @@ def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
     rows = rows[rows["metric"].str.contains("/") & ~rows["metric"].str.startswith(known)].replace(EARLIER)
     for (arm, metric), found in rows.groupby(["arm", "metric"], sort=False):
         _add_mean(figures, "server", str(metric), found.groupby("seed")["value"].mean(), arm=str(arm))
+
+
+SENT = ("requests", "tokens_read", "tokens_written", "from_cache", "tokens_from_cache")
+
+
+def add_egress(figures: Figures, sent: Sequence[Sent]) -> None:
+    """Adds what the run sent to endpoints: sums over the models at a machine, by arm, seed, machine and provenance."""
+    sums: dict[tuple[str, str, int, str], int] = {}
+    for line in sent:
+        for name in SENT:
+            key = f"{line.host}/{line.provenance}", line.arm, line.seed, name
+            sums[key] = sums.get(key, 0) + getattr(line, name)
+    for (metric, arm, seed, name), amount in sums.items():
+        figures.add("egress", metric, name, amount, Where(arm=arm, seed=seed))
 
 
 PRIVACY = ("epsilon", "delta", "epsilon_replace_one", "sigma", "sampling_rate", "steps", "clip_norm", "rows_per_unit")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fedsynth.corpus import alike, told_apart
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
-from fedsynth.scenario.server import Server
+from fedsynth.scenario.server import Server, check_unguarded
 from fedsynth.scenario.task import Task
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
@@ -85,6 +85,8 @@ class Data:
             spellings are always refused.
         revision: `hf:`: branch, tag or commit.
         subset: `hf:`: configuration of the data set.
+        public: A declaration: anyone may read the clients' text, as that of a published data set. Then text without a
+            guarantee may go to an endpoint on another machine. A simulated world's text is public.
         pooled: One client that holds all clients' text: a baseline that only a simulator can build.
         tuned_on: Clients on which settings were tuned; results are reported without them, too. The list may name more
             clients than a smaller run has.
@@ -115,6 +117,7 @@ class Data:
     spellings: Literal["refuse", "merge"] = "refuse"
     revision: str | None = None
     subset: str | None = None
+    public: bool = False
     pooled: bool = False
     tuned_on: tuple[int, ...] = ()
 
@@ -511,6 +514,9 @@ class Scenario:
                     f"client.{training}.steps must be at most {MAX_STEPS:,} over all rounds, got {times}: "
                     "take fewer, of larger batches"
                 )
+        check_unguarded(
+            self.server, guarantee=self.client.guarantee, public=self.data.public or self.data.world is not None
+        )
         if self.participation.loses and self.server.quorum == 1:
             raise BadValue(
                 "participation lets clients be missing, and server.quorum is 1: the first missing one would "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
@@ -22,6 +23,11 @@ class Endpoint:
         timeout: Seconds to wait for an answer.
         retries: Number of times that a request is repeated after no answer, 429 or 5xx.
         concurrency: Requests at once.
+        max_tokens_total: No request begins once this endpoint's model has read and written so many tokens for a run, by
+            the server's own count, over all arms, seeds and resumptions. Answers from the cache are free. A new run
+            takes a higher one.
+        cache: Answers are kept in a cache folder of the user (FEDSYNTH_CACHE), so that no prompt is paid for twice,
+            also after a kill. Prompts that may hold text without a guarantee are never kept there.
     """
 
     endpoint: str
@@ -31,6 +37,8 @@ class Endpoint:
     timeout: Positive = 60.0
     retries: int = 3
     concurrency: Count = 8
+    max_tokens_total: Count | None = None
+    cache: bool = True
 
     def __post_init__(self) -> None:
         host = host_of(self.endpoint)
@@ -46,6 +54,16 @@ class Endpoint:
         in_range(self)
         if self.retries < 0:
             raise BadValue(f"retries must be at least 0, got {self.retries}")
+
+    @property
+    def host(self) -> str:
+        """The machine that prompts go to."""
+        return host_of(self.endpoint)
+
+    @property
+    def here(self) -> bool:
+        """True if it is on this machine."""
+        return is_loopback(self.host)
 
 
 def host_of(endpoint: str) -> str:
@@ -96,6 +114,7 @@ class Server:
             noticed at once: this limit is for a machine so busy that nothing proceeds.
         quorum: Share of the asked clients that must answer.
         professional: KnowledgeSG's model that judges and responds; left out, the LLM.
+        local_only: Endpoints on other machines are refused.
         public: Public texts for a method or control that reads some: `world:NAME`, or a file of them (column `text`, or
             a .txt with one per line). CrossLM measures the LLM's perplexity on them.
         public_test: CrossLM: public texts with labels, on which the LLM is measured and never trained; left out, those
@@ -109,6 +128,7 @@ class Server:
     start_seconds: Positive = 3600.0
     quorum: Share = 1.0
     professional: str | Endpoint | None = None
+    local_only: bool = False
     public: str | None = None
     public_test: PublicTest | None = None
 
@@ -121,3 +141,37 @@ class Server:
                 "the llm is an endpoint, which embeds no text: name an embedder, a model whose sentence embeddings put "
                 "like drafts together"
             )
+        if self.local_only and (far := self.elsewhere):
+            raise BadValue(
+                f"server.local_only = true, and {_named(far)} on another machine: name a model, or an endpoint on this "
+                "one (127.0.0.1)"
+            )
+
+    @property
+    def elsewhere(self) -> dict[str, Endpoint]:
+        """The endpoints on other machines, by their keys."""
+        named = {"server.llm": self.llm, "server.professional": self.professional}
+        return {key: model for key, model in named.items() if isinstance(model, Endpoint) and not model.here}
+
+
+def check_unguarded(server: Server, *, guarantee: str, public: bool) -> None:
+    """Checks that text without a guarantee goes to no other machine, whatever the method.
+
+    Args:
+        server: The server's models.
+        guarantee: The clients'.
+        public: True if their text is public.
+
+    Raises:
+        BadValue: With the ways out.
+    """
+    if guarantee == "none" and not public and (far := server.elsewhere):
+        raise BadValue(
+            f'client.guarantee = "none", and {_named(far)} on another machine: text without a guarantee goes to no '
+            "other machine; name a model, or an endpoint on this one, or say data.public = true if anyone may read the "
+            "clients' text"
+        )
+
+
+def _named(endpoints: Mapping[str, Endpoint]) -> str:
+    return " and ".join(f"{key} is {found.endpoint}," for key, found in endpoints.items()).removesuffix(",")

@@ -20,6 +20,7 @@ from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_client
 from fedsynth.federation.run.checkpoint import CHECKPOINTS
 from fedsynth.federation.run.directory import places, prepare
+from fedsynth.federation.run.egress import EgressRecord, write_egress
 from fedsynth.federation.run.log import RunLog, append_event
 from fedsynth.federation.run.summary import summarize, write_metrics
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
@@ -85,21 +86,26 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
         raise BadValue(f"{out} holds a run of another scenario: name another out-dir")
     planned = cells(scenario)
     run_logs: list[RunLog] = []
+    egress = EgressRecord(out)
     for number, cell in enumerate(planned):
         append_event(
             out / "events.jsonl",
             {"event": "cell", "arm": cell.arm, "seed": cell.seed, "number": number, "cells": len(planned)},
         )
-        run_logs.append(_one_cell(grid, cell, out, deployed))
+        try:
+            run_logs.append(_one_cell(grid, cell, out, deployed, egress))
+        finally:
+            write_egress(out)
         write_metrics(out, run_logs)
     summarize(scenario, out, time.monotonic() - started, run_logs)
 
 
-def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) -> RunLog:
+def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, egress: EgressRecord) -> RunLog:
     run_log = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None)
     if (done := run_log.checkpoint.finished()) is not None:
         run_log.restore(done)
         return run_log
+    egress.begin(run_log)
     data = cell.scenario.data
     labels = label_list(data)
     clients = 1 if data.pooled else data.clients
@@ -112,8 +118,8 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
-    llm = _llm(models.llm, models.adapter)
-    professional = llm if models.professional is None else _llm(models.professional)
+    llm = _llm(models.llm, models.adapter, egress)
+    professional = llm if models.professional is None else _llm(models.professional, None, egress)
     embed = _embedder(models.embedder, llm).embed
     asked = CachedLLM(llm, "llm", run_log, _memory(llm))
     asked_too = CachedLLM(professional, "professional", run_log, _memory(professional))
@@ -128,10 +134,17 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
 # Clients wait while these work, so they may use every core, whatever the workers' environment says.
 
 
+def _llm(model: str | Endpoint, adapter: str | None = None, egress: EgressRecord | None = None) -> LocalLLM | RemoteLLM:
+    return _far(model, egress) if isinstance(model, Endpoint) else _near(model, adapter)
+
+
 @cache
-def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | RemoteLLM:
-    if isinstance(model, Endpoint):
-        return RemoteLLM.connect(model)
+def _far(model: Endpoint, egress: EgressRecord | None) -> RemoteLLM:
+    return RemoteLLM.connect(model, egress)
+
+
+@cache
+def _near(model: str, adapter: str | None) -> LocalLLM:
     lora = None if adapter is None else public_adapter(adapter, model)
     return LocalLLM.for_server(model, lora)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.federation.run.egress import write_egress
 from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
 from fedsynth.scenario.schema import Scenario
@@ -41,6 +42,7 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
             }
             for arm in arms
         },
+        "egress": [plain(sent) for sent in write_egress(out)],
     }
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")

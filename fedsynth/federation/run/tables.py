@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsynth.federation.run.egress import Sent, egress_lines
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import missing
 
@@ -51,6 +52,8 @@ def print_table(console: Console, result: Any) -> None:
     console.print("privacy, arm by arm:")
     for arm, said in result.privacy.items():
         console.print(f"  {arm}: {said['line']}", markup=False, soft_wrap=True)
+    for line in egress_lines(Sent(**sent) for sent in result.summary.get("egress", [])):
+        console.print(line, markup=False, soft_wrap=True)
     if names:
         console.print(
             "  Test figures are measured at the clients, on test sets declared public, mostly on models that learnt "
