@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from test_llm import tiny_llama
 
 from fedsynth.clients import self_train
 from fedsynth.clients.evaluate import evaluate
-from fedsynth.clients.finetune import in_use
+from fedsynth.clients.finetune import in_use, put_to_use
 from fedsynth.clients.fitting import Fitting
+from fedsynth.clients.local_model import FACTS, _read
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import SelfTrain
 from fedsynth.models.chat import Chat, Opening, render
@@ -318,6 +321,17 @@ def test_knowledge_sg_with_a_model_that_converses_from_dp_to_the_adopted_target(
     client = run.client(0)
     assert in_use(client) is not None
     assert set(evaluate(client).metrics) == {"exact_match", "field_match", "rouge_l"}
+
+
+def test_a_site_keeps_the_card_with_the_model_that_learnt_in_its_form(tmp_path: Path) -> None:
+    toml = conversing_scenario(tmp_path, strategy="lora_avg:LoraAverage", options="", guarantee="dp")
+    client = replace(play(toml, tmp_path).client(0), simulated=False)
+    adapter = in_use(client)
+    assert adapter is not None
+    put_to_use(client, adapter)
+    kept = _read(json.loads((client.work / FACTS).read_text()))
+    assert kept.task == client.task
+    assert student_form(kept.task, speaker(CHATML)) == InTurns("", "", "S.") != LINES
 
 
 def test_fedpit_with_a_model_that_converses_shows_private_records_as_turns(
