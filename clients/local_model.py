@@ -13,6 +13,7 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.models.hub import weights_hash
 from fedsynth.scenario.earlier_keys import OldName, as_of_now
 from fedsynth.scenario.schema import Client
+from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.typed import build, plain
 
 FACTS = "model.json"  # beside the weights
@@ -28,6 +29,7 @@ class LocalModel:
         config: The site's models and trainings.
         base: Hash of the weights that it was trained from.
         labels: The label list; empty for a model that responds to instructions.
+        task: For instructions: the run's card, as the model learnt them in its form.
     """
 
     run: str
@@ -35,6 +37,7 @@ class LocalModel:
     config: Client
     base: str
     labels: tuple[str, ...] = ()
+    task: Task = NO_CARD
 
 
 def keep_facts(client: ClientSide) -> None:
@@ -42,7 +45,14 @@ def keep_facts(client: ClientSide) -> None:
     if client.simulated:
         return
     base = weights_hash(client.config.generator if client.instructs else client.config.task_model)
-    facts = LocalModel(client.run, datetime.now(UTC).isoformat(timespec="seconds"), client.config, base, client.labels)
+    facts = LocalModel(
+        run=client.run,
+        learnt=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=client.config,
+        base=base,
+        labels=client.labels,
+        task=client.task if client.instructs else NO_CARD,
+    )
     part = client.work / f"{FACTS}.part"
     part.write_text(json.dumps(plain(facts)), encoding="utf-8")
     part.replace(client.work / FACTS)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+from inprocess import play
 from scripted import ScriptedLLM
 from test_chat import CHATML, GEMMA, by_hand, speaker
 from test_llm import tiny_llama
 
+from fedsynth.clients import self_train
+from fedsynth.clients.evaluate import evaluate
+from fedsynth.clients.finetune import in_use, put_to_use
 from fedsynth.clients.fitting import Fitting
+from fedsynth.clients.local_model import FACTS, _read
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation.messages import SelfTrain
 from fedsynth.models.chat import Chat, Opening, render
 from fedsynth.models.form import LINES, InTurns, InWords, professional_form, student_form
 from fedsynth.models.llm import LocalLLM
@@ -22,8 +31,8 @@ from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task, Templates
 from fedsynth.synthesis import student
 from fedsynth.synthesis.distillation import VERDICT, judge_prompt, judged_by_instruction, judged_by_likelihood, respond
+from fedsynth.synthesis.self_instruct import pairs, write_instructions
 from fedsynth.synthesis.self_instruct import respond as answer_in_context
-from fedsynth.synthesis.self_instruct import write_instructions
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import check_room, encode_records, encode_slots
 from fedsynth.typed import BadValue, build
@@ -255,3 +264,94 @@ def test_a_real_models_record_is_its_own_template_with_the_answers_turn() -> Non
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     assert tokenizer.decode(example.tokens) + "\n" == whole
     assert tokenizer.decode(example.tokens[: example.start]).endswith("<|im_start|>user\n")
+
+
+SCENARIO = """
+name = "turns"
+rounds = 1
+[strategy]
+use = "fedsynth.strategies.{strategy}"
+{options}
+[data]
+source = "{place}/rows.csv"
+task = "instructions"
+test = {{ column = "split", equals = "test" }}
+clients = 2
+[client]
+generator = "{place}/model"
+guarantee = "{guarantee}"
+budget = {{ epsilon = 8.0 }}
+max_noise_multiplier = 100.0
+generator_training = {{ expected_batch_size = 4, steps = 2, learning_rate = 1e-3, rank = 2, max_length = 120 }}
+answer_tokens = 8
+[server]
+llm = "assets:tiny-llm"
+[arms.main]
+[task]
+system = "S."
+[task.templates]
+student = "{{instruction}}"
+professional = "Q: {{instruction}}"
+"""
+
+
+def conversing_scenario(place: Path, **slots: str) -> str:
+    tokenizer = speaker(CHATML)
+    tokenizer.save_pretrained(place / "model")
+    tiny_llama(tokenizer, context=1024).save_pretrained(place / "model")
+    rows = [("train", f"what is thing {i} good for?", f"it is for number {i}") for i in range(24)]
+    rows += [("test", f"is thing {i} bad?", f"no {i}") for i in range(4)]
+    pd.DataFrame(rows, columns=["split", "text", "response"]).to_csv(place / "rows.csv", index=False)
+    return SCENARIO.format(place=place, **slots)
+
+
+def test_knowledge_sg_with_a_model_that_converses_from_dp_to_the_adopted_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(range(100))
+    writer = ScriptedLLM(lambda _: f"why is the new part {next(asked)} of kind {next(asked)} here?", chats=True)
+    monkeypatch.setattr(Engine, "serve", lambda *_: writer)
+    professional = ScriptedLLM(lambda chat: f"since {chat.user[3:]}", chats=True)
+    options = 'num_texts = 4\nmax_new_tokens = 64\nnovelty = 1.0\njudge = "none"\nresponse_tokens = 40'
+    toml = conversing_scenario(tmp_path, strategy="knowledge_sg:KnowledgeSG", options=options, guarantee="dp")
+    run = play(toml, tmp_path, llm=professional)
+    assert writer.completed == [[Opening("", "S.")] * 4] * 2  # one call for each client: no own responses
+    assert [type(prompt) for call in professional.completed for prompt in call] == [Chat] * 8
+    assert professional.completed[0][0] == Chat("Q: why is the new part 0 of kind 1 here?", "S.")
+    client = run.client(0)
+    assert in_use(client) is not None
+    assert set(evaluate(client).metrics) == {"exact_match", "field_match", "rouge_l"}
+
+
+def test_a_site_keeps_the_card_with_the_model_that_learnt_in_its_form(tmp_path: Path) -> None:
+    toml = conversing_scenario(tmp_path, strategy="lora_avg:LoraAverage", options="", guarantee="dp")
+    client = replace(play(toml, tmp_path).client(0), simulated=False)
+    adapter = in_use(client)
+    assert adapter is not None
+    put_to_use(client, adapter)
+    kept = _read(json.loads((client.work / FACTS).read_text()))
+    assert kept.task == client.task
+    assert student_form(kept.task, speaker(CHATML)) == InTurns("", "", "S.") != LINES
+
+
+def test_fedpit_with_a_model_that_converses_shows_private_records_as_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Chat] = []
+
+    class Writes(LocalLLM):
+        def complete(self, prompts: Any, *_: Any, **__: Any) -> list[str]:
+            seen.extend(prompts)
+            return ["tell me of the other house" if isinstance(p, Opening) else "it is old" for p in prompts]
+
+    monkeypatch.setattr(self_train, "LocalLLM", Writes)
+    options = "shots = 2\ncandidates = 2\nkeep = 1\nmax_new_tokens = 60"
+    toml = conversing_scenario(tmp_path, strategy="fedpit:FedPIT", options=options, guarantee="none")
+    run = play(toml, tmp_path)
+    [answer, _] = run.replies(SelfTrain)
+    assert answer.funnel == {"asked": 2, "like an earlier one": 1, "kept": 1}
+    clients = [set(pairs(run.client(index).train)) for index in range(2)]
+    asked = [set(chat.shown) for chat in seen]
+    assert all(any(shown <= own for own in clients) for shown in asked)  # each client shows its own
+    assert any(shown <= clients[0] for shown in asked)
+    assert {(type(chat), chat.system, len(chat.shown)) for chat in seen} == {(Opening, "S.", 2), (Chat, "S.", 2)}

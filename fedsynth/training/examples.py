@@ -13,7 +13,7 @@ from fedsynth.instructions import ASK, asked, record
 from fedsynth.models.batches import given_rows, token_rows
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.form import LINES, Form, InTurns, InWords, Learns, learnt_rows, student_form
-from fedsynth.models.loading import Kind, context_of
+from fedsynth.models.loading import Kind, context_of, kind_of
 from fedsynth.scenario.schema import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task
 
@@ -183,6 +183,8 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
     elif (form := student_form(task, tokenizer)) == LINES:
         codes = {f"control code {ASK!r}": len(token_ids(tokenizer, ASK)) + 1}
     else:
+        if isinstance(form, InTurns) and kind_of(model.config) != "causal":
+            raise ValueError("a chat form needs a causal model: leave task.templates.student out")
         empty = given_rows(tokenizer, [form.unasked()], "causal")[0]
         codes = {"form of an instruction (task.templates.student)": len(empty)}
     code, tokens = max(codes.items(), key=lambda item: item[1])

@@ -147,4 +147,5 @@ def _client(place: Place, folder: Path, kept: LocalModel) -> ClientSide:
         ledger=ledger,
         open=lambda: place.open_rows(ledger),
         simulated=False,
+        task=kept.task,
     )
