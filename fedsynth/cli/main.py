@@ -17,6 +17,7 @@ from rich.console import Console
 from fedsynth import __version__
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
 from fedsynth.privacy.ledger_file import LedgerUnusable
@@ -31,6 +32,7 @@ from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("card")(card_command)
+app.command("judge")(judge_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")

@@ -15,6 +15,7 @@ from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
+from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import (
@@ -121,6 +122,7 @@ def build(out: Path) -> dict[str, Any]:
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
         "texts": described,
         "examples": _examples(texts, arms),
+        "judgements": judgements(out),
         "rows": [_row(row) for row in figures.rows],
     }
 
