@@ -295,6 +295,7 @@ def pretrain(
 def report(
     place: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, or of a comparison.")],
     out: Annotated[Path | None, typer.Option(help="The page, an .html file; DIR/report.html by default.")] = None,
+    embedder: Annotated[str, typer.Option(help="Model that embeds texts for MAUVE; the scenario's by default.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
     site_only: Annotated[
         bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
@@ -314,7 +315,7 @@ def report(
     else:
         from fedsynth.reporting.run_report import write
 
-        page, found = write(place, out)
+        page, found = write(place, out, embedder)
     console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
     if as_json:
