@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from fedsynth.evaluation.choice import likeliest, parsed_scores, said_choice
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.federation.messages import Evaluated
+from fedsynth.federation.run.directory import RESPONSES
 from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
 from fedsynth.models.devices import device
@@ -73,9 +75,19 @@ def _chosen(client: ClientSide, adapter: Adapter | None) -> dict[str, float]:
 
 def _scored(client: ClientSide, found: list[str]) -> dict[str, float]:
     """Scores of whole responses against the true ones; in a simulated world of the part that its task asks for."""
+    if client.simulated:  # a judge may compare them later; a site keeps none
+        keep_responses(client, found)
     return instruction_scores(
         client.test.answers, found if client.world is None else [task_part(text) for text in found]
     )
+
+
+def keep_responses(client: ClientSide, found: Sequence[str]) -> None:
+    """Keeps the responses to the test set in the client's private directory, in place of those of an earlier round."""
+    rows = zip(client.test.prompts, client.test.answers, found, strict=True)
+    part = client.work / f"{RESPONSES}.part"
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(client.work / RESPONSES)
 
 
 def _loss(client: ClientSide, adapter: Adapter) -> float:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import importlib
+import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,9 +40,9 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def run(words: list[str], place: Path) -> str:
+def run(words: list[str], place: Path, seconds: int = 280) -> str:
     done = subprocess.run(
-        words, cwd=place, capture_output=True, text=True, timeout=280, check=False, env=dict(os.environ)
+        words, cwd=place, capture_output=True, text=True, timeout=seconds, check=False, env=dict(os.environ)
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -59,6 +62,41 @@ def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
     assert {"summary.json", "metrics.parquet"} <= named
     assert named <= {p.name for p in (tmp_path / "runs" / "tickets").iterdir()}
+
+
+REAL = ("smollm2-135m-instruct", "all-minilm-l6-v2")
+STORED = Path(os.environ.get("FEDSYNTH_MODELS", ""))
+MINUTES = 5  # of CPU, on one core: what a newcomer waits
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not all((STORED / name / "config.json").is_file() for name in REAL), reason="no real weights")
+def test_a_newcomer_goes_from_a_file_to_a_table_with_real_models(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "real-models.md"
+    script, (scenario, *_) = blocks(page, "python")[0], blocks(page, "toml")
+    lines = [shlex.split(line)[1:] for block in blocks(page, "bash") for line in block.splitlines()]
+    assert [line[0] for line in lines] == ["card", "check", "run", "report"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    run([sys.executable, "-c", script], tmp_path)
+    (tmp_path / "messages.toml").write_text(scenario)
+    proposed = tomllib.loads(run([*FEDSYNTH, *lines[0]], tmp_path))["task"]
+    asked = load(str(tmp_path / "messages.toml"))
+    assert set(proposed["labels"]) == set(asked.task.labels) == set(asked.data.labels)
+    # The limit is of CPU time: beside other work the clock runs on.
+    foreseen = run([*FEDSYNTH, *lines[1]], tmp_path, seconds=1800)
+    said = run([*FEDSYNTH, *lines[2]], tmp_path, seconds=1800)
+    run([*FEDSYNTH, *lines[3]], tmp_path)
+    for arm in ("local", "no_demonstrations", "fdkt"):
+        assert arm in foreseen
+        assert re.search(rf"^\W*{arm}\b.*0\.\d\d\d", said, re.MULTILINE)
+    report = json.loads((tmp_path / "runs" / "messages" / "report.json").read_text())
+    shown = {(each["arm"], each["kind"]) for each in report["examples"]}
+    assert {("fdkt", "drafts"), ("fdkt", "written"), ("no_demonstrations", "written")} <= shown
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime - before.ru_utime
+    print(f"CPU seconds: {used:.0f}")
+    assert used < MINUTES * 60
 
 
 @pytest.mark.full

@@ -39,6 +39,7 @@ from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import Figures, Where, add_server, shown
 from fedsynth.reporting.texts import balance
 from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.server import PublicTest
 from fedsynth.scenario.toml import cells, load
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world
@@ -633,3 +634,22 @@ def test_figures_of_the_llm_keep_their_meaning_under_their_earlier_names_and_sta
         for name in figures.metrics("server")
     }
     assert found == {"llm/agreement_on_chosen": 0.9, "llm/test_accuracy_before": 0.3, "llm/test_accuracy": 0.5}
+
+
+def test_public_test_texts_are_the_reference_in_two_halves_that_share_no_text(tmp_path: Path) -> None:
+    rows = [(f"text {y} {i}", y) for y in "abz" for i in range(10)]
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "public.csv", index=False)
+    scenario = load("hospitals", SMALL)
+    scenario = replace(
+        scenario,
+        data=replace(scenario.data, source=str(tmp_path / "notes.csv"), labels=("a", "b")),
+        server=replace(scenario.server, public_test=PublicTest(str(tmp_path / "public.csv"))),
+    )
+    found = run_report.public_reference(scenario, [0])
+    assert found is not None
+    [one], [other] = found.corpora.values(), found.other.values()
+    assert len(one) == len(other) == 10
+    assert not set(one.prompts) & set(other.prompts)
+    assert set(one.answers) | set(other.answers) == {"a", "b"}  # texts of other labels are no reference
+    (tmp_path / "public.csv").unlink()
+    assert run_report.public_reference(scenario, [0]) is None

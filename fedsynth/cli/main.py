@@ -17,6 +17,7 @@ from rich.console import Console
 from fedsynth import __version__
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
 from fedsynth.privacy.ledger_file import LedgerUnusable
@@ -31,6 +32,7 @@ from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("card")(card_command)
+app.command("judge")(judge_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")
@@ -293,6 +295,7 @@ def pretrain(
 def report(
     place: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, or of a comparison.")],
     out: Annotated[Path | None, typer.Option(help="The page, an .html file; DIR/report.html by default.")] = None,
+    embedder: Annotated[str, typer.Option(help="Model that embeds texts for MAUVE; the scenario's by default.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
     site_only: Annotated[
         bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
@@ -312,7 +315,7 @@ def report(
     else:
         from fedsynth.reporting.run_report import write
 
-        page, found = write(place, out)
+        page, found = write(place, out, embedder)
     console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
     if as_json:

@@ -1,4 +1,4 @@
-"""The commands `fedsynth model`, which make models ready for scenarios."""
+"""The commands `fedsynth model`, which make models ready for scenarios, and a run's adapters for lm-eval."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-model_app = typer.Typer(no_args_is_help=True, help="Make models ready for scenarios.")
+model_app = typer.Typer(no_args_is_help=True, help="Make models ready for scenarios, and for other programs.")
 
 
 @model_app.command("import")
@@ -25,3 +25,15 @@ def import_command(
         f"{folder}: {facts.name} ({facts.architecture}, {', '.join(facts.types)} -> {dtype}), {chat}; licence, as the "
         f"file says it: {facts.licence or 'not said'}"
     )
+
+
+@model_app.command("evaluate")
+def evaluate_command(
+    place: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that released adapters.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")] = "mmlu",
+) -> None:
+    """Print the commands by which lm-eval measures the adapters of a run's last round; nothing is run."""
+    from fedsynth.reporting.adapters import lm_eval_command, saved  # torch takes seconds to import
+
+    for folder in saved(place):
+        print(lm_eval_command(folder, tasks))

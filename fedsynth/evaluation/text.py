@@ -12,6 +12,8 @@ import numpy as np
 
 from fedsynth.corpus import same
 from fedsynth.instructions import one_line
+from fedsynth.models.chat import Chat, Prompt
+from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.rouge import rouge_l
 
@@ -98,16 +100,24 @@ def pairwise(judge: Judge, prompts: Sequence[str], first: Sequence[str], second:
     Raises:
         ValueError: If the numbers of texts differ.
     """
+    found = Counter(verdicts(judge, prompts, first, second))
+    return Pairwise(win=found["first"], tie=found["tie"], lose=found["second"], unreadable=found[None])
+
+
+def verdicts(judge: Judge, prompts: Sequence[str], first: Sequence[str], second: Sequence[str]) -> list[Verdict | None]:
+    """The verdict on each prompt from both orders: a tie where they disagree, None where one cannot be read.
+
+    Raises:
+        ValueError: If the numbers of texts differ.
+    """
     if not len(prompts) == len(first) == len(second):
         raise ValueError(f"each prompt needs two answers, got {len(first)} and {len(second)} for {len(prompts)}")
-    swapped: dict[Verdict | None, Verdict | None] = {"first": "second", "second": "first", "tie": "tie", None: None}
-    found: Counter[str] = Counter()
+    swapped: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie"}
+    found: list[Verdict | None] = []
     for one, other in zip(judge(prompts, first, second), judge(prompts, second, first), strict=True):
-        if one is None or other is None:
-            found["unreadable"] += 1
-        else:
-            found[one if one == swapped[other] else "tie"] += 1
-    return Pairwise(win=found["first"], tie=found["tie"], lose=found["second"], unreadable=found["unreadable"])
+        readable = one is not None and other is not None
+        found.append(None if not readable else one if other is not None and one == swapped[other] else "tie")
+    return found
 
 
 def reference_judge(references: Sequence[str], *, margin: float = 0.05) -> Judge:
@@ -160,13 +170,18 @@ def parse_verdict(answer: str) -> Verdict | None:
 
 
 def llm_judge(llm: TextModel, *, max_new_tokens: int = 256, seed: int = 0) -> Judge:
-    """An instruction LLM as the judge, greedy; all prompts of one order go in one call.
+    """An instruction LLM as the judge, greedy, asked in its chat form; all prompts of one order go in one call.
 
+    A prompt that does not fit into the LLM has no verdict.
     It must not be the model that wrote the training responses: it would favour its own style.
     """
 
     def judge(prompts: Sequence[str], one: Sequence[str], other: Sequence[str]) -> list[Verdict | None]:
-        asked = [compare_prompt(x, a, b) for x, a, b in zip(prompts, one, other, strict=True)]
-        return [parse_verdict(t) for t in llm.complete(asked, SamplingParams.greedy(max_new_tokens), seed=seed)]
+        texts = [compare_prompt(x, a, b) for x, a, b in zip(prompts, one, other, strict=True)]
+        asked: list[Prompt] = [Chat(text) for text in texts] if llm.chats else list(texts)
+        fits = [row for row, why in enumerate(misfits(llm, asked, max_new_tokens)) if why is None]
+        said = llm.complete([asked[row] for row in fits], SamplingParams.greedy(max_new_tokens), seed=seed)
+        found = {row: parse_verdict(text) for row, text in zip(fits, said, strict=True)}
+        return [found.get(row) for row in range(len(asked))]
 
     return judge

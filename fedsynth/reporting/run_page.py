@@ -58,6 +58,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     ]
     if metrics:
         sections.append(Section("Utility", "utility", _utility(figures, report, metrics)))
+    if judged := report.get("judgements"):  # reports of earlier versions have none
+        sections.append(Section("Judged responses", "judged", _judged(judged)))
     if figures.metrics("text") or figures.metrics("yield"):
         sections.append(Section("Synthetic text", "text", text_section(figures, report)))
     if report["examples"]:
@@ -88,6 +90,24 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         "figures. No private text was read for it."
     )
     return Page(f"Run report: {run['name']}", lead, banner, sections, table)
+
+
+def _judged(judged: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """Wins, ties and losses of each pair of arms."""
+    heads = ["arms", "judge", "won", "tied", "lost", "no verdict", "win-tie rate", "net (95 %)"]
+    rows: list[list[Cell]] = []
+    for each in judged:
+        read = each["win"] + each["tie"] + each["lose"]
+        rate = f"{(each['win'] + each['tie']) / read:.3f}" if read else "-"
+        net = "-" if each["net"] is None else f"{each['net']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
+        counts = [str(each[name]) for name in ("win", "tie", "lose", "unreadable")]
+        rows.append([f"{each['first']} against {each['second']}", each["judge"], *counts, rate, net])
+    note = (
+        "Each pair of responses to a test instruction was judged in both orders; where these disagree it is a tie. "
+        "Net is (won - lost) / judged. As other test figures, these counts are of models that learnt private text: "
+        "epsilon does not cover them."
+    )
+    return [Table(heads, rows, note=note, words=frozenset({0, 1}))]
 
 
 def _order(metric: str) -> tuple[int, str]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
+from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import (
@@ -57,13 +59,14 @@ SHOWN_ARMS = 8  # with examples
 # --- A run's directory as a tree --------------------------------------------------------------------------------------
 
 
-def build(out: Path) -> dict[str, Any]:
+def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     """The whole content of the page as JSON; `rows` is the table of figures.
 
     Reads the run's directory and shipped or named models (to embed text), and nothing of `OUT.private`.
 
     Args:
         out: A run's directory.
+        embedder_name: The model that embeds texts; "" for the scenario's.
 
     Raises:
         BadValue: If it is no run's directory, the run did not end, or the directory holds forbidden text.
@@ -71,6 +74,8 @@ def build(out: Path) -> dict[str, Any]:
     privacy, versions = _json(out / "privacy.json"), _json(out / FILE, needed=False)
     sites = list(_json(out / DEPLOYMENT, needed=False).get("sites", []))
     scenario, metrics = read_scenario(out), _metrics(out)
+    if embedder_name:
+        scenario = replace(scenario, server=replace(scenario.server, embedder=embedder_name))
     arms = [str(arm) for arm in dict.fromkeys(metrics["arm"])]
     of_arm = {cell.arm: cell.scenario for cell in cells(scenario)}
     apart = [arm for arm in arms if arm in of_arm and of_arm[arm].data.pooled]
@@ -124,6 +129,7 @@ def build(out: Path) -> dict[str, Any]:
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
         "texts": described,
         "examples": _examples(texts, arms),
+        "judgements": judgements(out),
         "rows": [_row(row) for row in figures.rows],
     }
 
@@ -204,10 +210,12 @@ def public_reference(scenario: Scenario, seeds: Sequence[int]) -> Reference | No
         return simulated_reference(scenario.data, seeds)
     if (test := scenario.server.public_test) is not None and scenario.data.labels != "all":
         try:
-            own = labelled(test, scenario.data.labels, EMBEDDED, seed=0)
+            own = labelled(test, scenario.data.labels, 2 * EMBEDDED, seed=0)
         except BadValue:  # the file has moved
             return None
-        return Reference(f"public test texts of {_short(test.source)}", {SERVER: own}, {}) if len(own) else None
+        halves = [{SERVER: own.take(range(start, len(own), 2))} for start in (0, 1)]
+        name = f"one half of the public test texts of {_short(test.source)}"
+        return Reference(name, halves[0], halves[1], "(the other half)") if len(own) > 1 else None
     public = scenario.server.public
     if public is None or public.startswith("world:"):  # real text is not compared with a simulated world's
         return None
@@ -274,12 +282,13 @@ def _cut(text: str) -> str:
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
+def write(out: Path, html: Path | None = None, embedder_name: str = "") -> tuple[Path, dict[str, Any]]:
     """Writes the page, and beside it the same as JSON and the table of its figures as Parquet.
 
     Args:
         out: A run's directory.
         html: The page; None for `report.html` in the run's directory.
+        embedder_name: The model that embeds texts; "" for the scenario's.
 
     Returns:
         Path of the page, and the report.
@@ -290,7 +299,7 @@ def write(out: Path, html: Path | None = None) -> tuple[Path, dict[str, Any]]:
     place = html or out / "report.html"
     if place.suffix != ".html":
         raise BadValue(f"--out must name an .html file, got {str(place)!r}")
-    report = build(out)
+    report = build(out, embedder_name)
     save(place, report, page(report, place.with_suffix(".parquet").name), mode=0o644)
     return place, report
 

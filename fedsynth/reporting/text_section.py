@@ -111,9 +111,9 @@ def _reading(figures: Figures, described: Mapping[str, Any]) -> list[tuple[str, 
             (
                 "MAUVE and Frechet distance",
                 f"from {described['reference']}, by embeddings of "
-                f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. The line of "
-                "fresh text is what two draws of the same source have. Compare figures of this "
-                "report only",
+                f"{described['embedder']}; the higher MAUVE and the lower the distance, the closer. Both are biased "
+                "where texts are few: even two draws of one source do not reach 1 and 0. The line in brackets is what "
+                "such draws have. Compare figures of this report only",
             )
         )
     if described["left_out"]:

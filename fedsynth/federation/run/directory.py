@@ -85,3 +85,6 @@ def places(config: Mapping[str, Any], run_id: int) -> tuple[str, Path, Path]:
 def private_of(out: Path) -> Path:
     """The directory of the simulated clients' private state: beside the directory that people share, never in it."""
     return out.with_name(out.name + ".private")
+
+
+RESPONSES = "responses.jsonl"  # of a simulated client, in its private state: instruction, reference, response

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +17,12 @@ from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.checkpoint import CHECKPOINTS, Checkpoint
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import save_adapter
+from fedsynth.models.hub import locate
 from fedsynth.privacy.plan import Statement
 from fedsynth.scenario.schema import Cell
 from fedsynth.synthesis.attrition import begins
 from fedsynth.synthesis.curation import Stage
-from fedsynth.typed import build, plain
+from fedsynth.typed import BadValue, build, plain
 
 SERVER = -1  # in the client column: a figure of the server
 COLUMNS = ("arm", "seed", "round", "client", "metric", "value")
@@ -118,6 +120,8 @@ class RunLog:
     def log_adapter(self, client: int, adapter: Adapter, kind: str = "client", *, base: str | None = None) -> None:
         """An adapter in PEFT format: `PeftModel.from_pretrained(base, folder)` loads it.
 
+        Other programs know no `models:NAME`: the folder that this is here stands in its configuration.
+
         Args:
             client: The adapter's client; `SERVER` for one of all clients.
             adapter: A whole adapter, factors A and B.
@@ -126,7 +130,10 @@ class RunLog:
         """
         place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
         folder = self.place("adapters") / place
-        save_adapter(adapter, base or self.cell.scenario.client.generator, folder)
+        name = base or self.cell.scenario.client.generator
+        with suppress(BadValue):  # a server need not have the clients' model
+            name = locate(name) if name.startswith(("models:", "assets:")) else name
+        save_adapter(adapter, name, folder)
 
     def count(self, name: str, client: int, amount: float) -> None:
         """Adds to a figure that is logged once, at the end of the cell: bytes, seconds, tokens."""
