@@ -15,6 +15,7 @@ from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.strategies import presets
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, augment, bare_misfit, lacking, misfit, turns
 from fedsynth.synthesis.curation import (
@@ -43,6 +44,7 @@ class FDKT(RoundStrategy[State]):
     """Federated Domain-specific Knowledge Transfer."""
 
     config_class = FDKTOptions
+    presets = presets.FDKT
     config: FDKTOptions
 
     @classmethod

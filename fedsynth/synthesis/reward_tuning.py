@@ -164,7 +164,7 @@ def taught(
     """
     labels, tests, task = measures.labels, measures.tests, measures.task
     settings = teaching.tuning
-    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
+    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start, precision=engine.precision).to(device())
     pad, kind = tokenizer.pad_token_id, kind_of(model.config)
 
     def encoded(given: str, text: str) -> Example:

@@ -28,10 +28,13 @@ from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import pin
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.of_scenario import models_of
+from fedsynth.models.placing import ONE_DEVICE
+from fedsynth.scenario.hardware import Hardware
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.server import Endpoint
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import SERVER_PROCESS
+from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue
 
 app = ServerApp()
@@ -111,12 +114,14 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
-    llm = _llm(models.llm, models.adapter)
-    professional = llm if models.professional is None else _llm(models.professional)
-    embed = _embedder(models.embedder, llm).embed
+    hardware = models.hardware
+    llm = _llm(models.llm, models.adapter, hardware)
+    professional = llm if models.professional is None else _llm(models.professional, None, hardware)
+    embed = _embedder(models.embedder, llm, hardware).embed
     asked, asked_too = CachedLLM(llm, "llm", run_log), CachedLLM(professional, "professional", run_log)
     measures = deployed is None or deployed.measured
-    server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures)
+    engine = Engine(hardware)
+    server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures, engine)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     run_log.close()
     run_log.checkpoint.finish(run_log.record())
@@ -127,17 +132,17 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None) ->
 
 
 @cache
-def _llm(model: str | Endpoint, adapter: str | None = None) -> LocalLLM | RemoteLLM:
+def _llm(model: str | Endpoint, adapter: str | None = None, hardware: Hardware = ONE_DEVICE) -> LocalLLM | RemoteLLM:
     if isinstance(model, Endpoint):
         return RemoteLLM.connect(model)
     lora = None if adapter is None else public_adapter(adapter, model)
-    return LocalLLM.for_server(model, lora)
+    return LocalLLM.for_server(model, lora, hardware)
 
 
 @cache
-def _embedder(name: str | None, llm: LocalLLM | RemoteLLM) -> LocalLLM | Embedder:
+def _embedder(name: str | None, llm: LocalLLM | RemoteLLM, hardware: Hardware = ONE_DEVICE) -> LocalLLM | Embedder:
     if name is not None:
-        return Embedder.load(name, workers=len(os.sched_getaffinity(0)))
+        return Embedder.for_server(name, hardware)
     assert isinstance(llm, LocalLLM)  # an endpoint needs an embedder: scenario.Server
     return llm
 
