@@ -15,6 +15,7 @@ from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.strategies import presets
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit, misfit
 from fedsynth.synthesis.curation import Filtered, Steps, clusters, keep_rows, yields
@@ -37,6 +38,7 @@ class FDKT(RoundStrategy[State]):
     """Federated Domain-specific Knowledge Transfer."""
 
     config_class = FDKTOptions
+    presets = presets.FDKT
     config: FDKTOptions
     warm_starts = True
 

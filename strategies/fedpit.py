@@ -16,6 +16,7 @@ from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.limits import MAX_CANDIDATES, MAX_SHOTS, Tokens, most
 from fedsynth.lora import Adapter, average
 from fedsynth.scenario.schema import Scenario
+from fedsynth.strategies import presets
 from fedsynth.synthesis.curation import Stage
 from fedsynth.typed import BadValue, Count, in_range
 
@@ -66,6 +67,7 @@ class FedPIT(RoundStrategy[State]):
     """Federated instruction tuning in which self-generated records train a separate adapter."""
 
     config_class = Config
+    presets = presets.FEDPIT
     tasks = ("instructions",)
     config: Config
 

@@ -17,6 +17,7 @@ from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter, completed
 from fedsynth.models.adapters import new_adapter
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.strategies import presets
 from fedsynth.strategies.lora_avg import aggregate
 from fedsynth.strategies.options import KnowledgeSGOptions
 from fedsynth.synthesis.curation import at_most, novel, well_formed_instructions, yields
@@ -37,6 +38,7 @@ class KnowledgeSG(RoundStrategy[State]):
     """Knowledge distillation with synthetic data generated at the server."""
 
     config_class = KnowledgeSGOptions
+    presets = presets.KNOWLEDGE_SG
     tasks = ("instructions",)
     config: KnowledgeSGOptions
 

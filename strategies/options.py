@@ -270,6 +270,12 @@ class CrossLMOptions:
                 "CrossLM tunes the server LLM, and server.llm is an endpoint: name a model with weights, or "
                 'say strategy.teaching.update = "none"'
             )
+        placed = [key for key in ("device_map", "quantization") if getattr(scenario.server, key) != "none"]
+        if self.teaches and placed:
+            raise BadValue(
+                f"CrossLM tunes the server LLM on one device, and server.{placed[0]} is for models that stay as they "
+                'are: leave it out, or say strategy.teaching.update = "none"'
+            )
         client, data = scenario.client, scenario.data
         if client.task_training.baseline and self.feedback != "none":
             raise BadValue(

@@ -15,13 +15,14 @@ import pytest
 import torch
 from test_llm import letters, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma3TextConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsynth.clients.fitting import Fitting
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.forecast.estimating import EndpointStub, SampledLLM, Tally
+from fedsynth.models.batches import LOGITS, rows_that_fit
 from fedsynth.models.chat import Chat, render, reply_of, turn_end
-from fedsynth.models.llm import LOGITS, LocalLLM
+from fedsynth.models.llm import LocalLLM
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.typed import BadValue
@@ -423,11 +424,40 @@ def test_scores_of_a_large_vocabulary_take_smaller_batches(monkeypatch: pytest.M
     llm.model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     whole = llm.score(["a: "] * 40, texts)
     assert rows == [40]
-    monkeypatch.setattr("fedsynth.models.llm.LOGITS", 7 * len(llm.tokenizer) * 9)
+    monkeypatch.setattr("fedsynth.models.batches.LOGITS", 7 * len(llm.tokenizer) * 9)
     rows.clear()
     np.testing.assert_allclose(llm.score(["a: "] * 40, texts), whole, atol=1e-5)
     assert rows == [7, 7, 7, 7, 7, 5]
     assert LOGITS // (262_144 * 64) == 16  # Gemma, 64 tokens: 1 GiB at once
+
+
+LARGE = Gemma3TextConfig(vocab_size=262_144, num_hidden_layers=18, num_key_value_heads=1, head_dim=256)
+
+
+@pytest.mark.parametrize(
+    ("places", "tokens", "free", "rows"),
+    [
+        (64, 64, 64 * 2**30, 16),  # as many logits as one batch may have
+        (64, 64, 2 * 2**30, 3),  # 256 MiB of logits and their copies a row, and 2.25 MiB of keys and values
+        (64, 64, 2**20, 1),
+        (1, 1_000, 2**30, 13),  # 4 MiB of logits and their copies, and 35 MiB of keys and values
+    ],
+)
+def test_a_batch_fits_into_free_memory(places: int, tokens: int, free: int, rows: int) -> None:
+    assert rows_that_fit(LARGE, places=places, tokens=tokens, width=4, free=free) == rows
+
+
+def test_little_memory_means_small_batches_and_the_same_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, rows = llama(speaker(CHATML), batch_size=64), list[int]()
+    llm.model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    drawn = SamplingParams(temperature=1.0, max_new_tokens=4)
+    prompts = [f"abcd efgh {'i' * n}" for n in range(9)]
+    texts = llm.complete(prompts, drawn, seed=3)
+    assert max(rows) == 9
+    rows.clear()
+    monkeypatch.setattr("fedsynth.models.llm.free_memory", lambda _: 1)
+    assert llm.complete(prompts, drawn, seed=3) == texts
+    assert set(rows) == {1}
 
 
 # --- real ones ---

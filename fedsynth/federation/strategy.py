@@ -80,6 +80,7 @@ class RoundStrategy(Strategy, Generic[S]):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     warm_starts: ClassVar[bool] = False
     """True if the method sends the start that `client.generator_training.warm_start` describes."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
     def check(cls, config: Any, scenario: Scenario) -> None:
@@ -240,10 +241,15 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
     """The class that a scenario names, and its checked options.
 
     Raises:
-        BadValue: If there is no such class, it is no RoundStrategy, or an option does not fit.
+        BadValue: If there is no such class or preset, it is no RoundStrategy, or an option does not fit.
     """
-    found = _class(choice)
-    return found, build(found.config_class, dict(choice.options), "strategy")
+    found, options = _class(choice), dict(choice.options)
+    if (preset := options.pop("preset", None)) is not None:
+        if preset not in found.presets:
+            known = ", ".join(map(repr, found.presets)) or "none: its defaults are this package's own"
+            raise BadValue(f"strategy.preset: {found.__name__} has no preset {preset!r}; known: {known}")
+        options = {**found.presets[preset], **options}  # keys beside a preset win
+    return found, build(found.config_class, options, "strategy")
 
 
 def _class(choice: StrategyChoice) -> type[RoundStrategy[Any]]:

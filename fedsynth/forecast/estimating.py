@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -197,7 +196,7 @@ class SampledEmbedder:
 class SampledEngine(Engine):
     """The engine of a strategy's own models; they do a sample as well: of texts, scores and training steps."""
 
-    tally: Tally
+    tally: Tally = field(kw_only=True)
 
     def asked(self, llm: LocalLLM) -> TextModel:
         """As `Engine`."""
@@ -301,19 +300,20 @@ def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[
     def loaded(model: str | Endpoint, adapter: str | None = None) -> TextModel:
         if isinstance(model, Endpoint):
             return EndpointStub(labels, tally, model.api == "chat")
-        if (model, adapter) not in models:
+        if (model, adapter, server.hardware) not in models:
             lora = None if adapter is None else public_adapter(adapter, model)
-            models[model, adapter] = LocalLLM.for_server(model, lora)
-        return SampledLLM(models[model, adapter], tally)
+            models[model, adapter, server.hardware] = LocalLLM.for_server(model, lora, server.hardware)
+        return SampledLLM(models[model, adapter, server.hardware], tally)
 
     llm = loaded(server.llm, server.adapter)
     professional = llm if server.professional is None else loaded(server.professional)
     if server.embedder is None:
         assert isinstance(llm, SampledLLM)  # an endpoint needs an embedder: scenario.Server
         return llm, professional, SampledEmbedder(llm.llm.embedder(), tally).embed
-    if server.embedder not in models:
-        models[server.embedder] = Embedder.load(server.embedder, workers=len(os.sched_getaffinity(0)))
-    return llm, professional, SampledEmbedder(models[server.embedder], tally).embed
+    own = (server.embedder, server.hardware)
+    if own not in models:
+        models[own] = Embedder.for_server(*own)
+    return llm, professional, SampledEmbedder(models[own], tally).embed
 
 
 def kept_words(labels: Sequence[str]) -> frozenset[str]:

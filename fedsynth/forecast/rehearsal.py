@@ -269,7 +269,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     kind, config = load_strategy(cell.scenario.strategy)
     clients.begun = begun = busy()
     llm, professional, embed = server_models(cell, labels, tally, known)
-    engine = SampledEngine(tally)
+    engine = SampledEngine(cell.scenario.server.hardware, tally=tally)
     server = ServerSide(cell, labels, llm, professional, embed, run_log, lambda _: clients, engine=engine)
     grid: Any = None
     try:

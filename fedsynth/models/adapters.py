@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.hub import locate_adapter, weights_hash
-from fedsynth.models.loading import dtype_of, load_generator
-from fedsynth.scenario.schema import Precision
+from fedsynth.models.loading import dtype_of, load_frozen, load_model
+from fedsynth.scenario.hardware import Precision
 from fedsynth.typed import BadValue
 
 
@@ -87,14 +87,20 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
 
 
 def merged(name: str, adapter: Adapter) -> Any:
-    """The model `name` with an adapter added to its weights, for generation.
+    """The model `name` with an adapter added to its weights, for generation: a copy of its own, in float32.
 
     LoRA beside each layer of a small model would cost as much time as the layer.
 
     Raises:
         WrongAdapter: See `with_adapter`.
     """
-    own: Any = copy.deepcopy(with_adapter(name, adapter))
+    _check_base(adapter.base, name)
+    own: Any = attach_lora(load_model(name, "generator"), rank=adapter.rank, alpha=adapter.alpha, seed=0)
+    weights = _by_name(own)
+    _check_fits(adapter, weights)
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight.copy_(torch.from_numpy(np.ascontiguousarray(adapter.arrays[key])))
     return own.merge_and_unload().eval()
 
 
@@ -115,7 +121,8 @@ def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adap
     try:
         resident = idle.pop()
     except IndexError:
-        model = attach_lora(load_generator(name, precision), rank=rank, alpha=alpha, seed=0)
+        # All adapted models share one copy of the base's weights: it is as large as they are small.
+        model = attach_lora(load_frozen(name, precision), rank=rank, alpha=alpha, seed=0)
         resident = _Adapted(model, _by_name(model))
     for weight in resident.weights.values():
         weight.requires_grad_(True)

@@ -69,6 +69,36 @@ def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool = False) -> tu
     return tokens, present
 
 
+LOGITS = 2**28  # logits of a batch at once, at most: 1 GiB in float32
+COPIES = 4  # tensors as large as the logits that scoring and drawing hold at once
+SHARE = 0.5  # of the free memory that batches may fill
+
+
+def rows_that_fit(config: Any, *, places: int, tokens: int, width: int, free: float) -> int:
+    """Rows of a batch whose logits and keys and values fit; at least 1.
+
+    Gemma's 262,144 numbers for each of 64 tokens in 64 rows took 6.2 GB.
+
+    Args:
+        config: The model's configuration.
+        places: Places of a row with logits.
+        tokens: Tokens of a row, whose keys and values are kept.
+        width: Bytes of a number of the model.
+        free: Bytes that one batch may have.
+    """
+    text = config.get_text_config()
+
+    def known(*names: str) -> int:
+        return next((int(found) for name in names if (found := getattr(text, name, None))), 1)
+
+    vocabulary, heads = known("vocab_size"), known("num_attention_heads", "n_head")
+    head = getattr(text, "head_dim", None) or known("hidden_size") // heads
+    shared = getattr(text, "num_key_value_heads", None) or heads
+    kept = 2 * known("num_hidden_layers") * shared * head * tokens * width
+    logits = 4 * COPIES * vocabulary * places
+    return max(1, min(LOGITS // (vocabulary * places), int(SHARE * free / (logits + kept))))
+
+
 def by_length(
     work: Callable[[Sequence[int]], list[T]], lengths: Sequence[int], *, batch_size: int, workers: int
 ) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 
@@ -23,6 +24,13 @@ def gpus() -> int:
 def gpu_names() -> list[str]:
     """Names of the CUDA GPUs that this process sees."""
     return [torch.cuda.get_device_name(number) for number in range(gpus())]
+
+
+def free_memory(where: torch.device) -> int:
+    """Bytes of a device that are free now."""
+    if where.type == "cuda":
+        return int(torch.cuda.mem_get_info(where)[0])
+    return int(psutil.virtual_memory().available)
 
 
 _CUDA_CONTEXT = 5e8  # bytes that a process takes on a GPU beside its tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsynth.models.batches import by_length, longest_of, padded, token_rows
-from fedsynth.models.devices import device
+from fedsynth.models.devices import device, gpus
 from fedsynth.models.loading import kind_of, load_model, load_tokenizer
+from fedsynth.models.placing import ONE_DEVICE, embedder_dtype
+from fedsynth.scenario.hardware import Hardware
 
 
 class Embedder:
@@ -44,15 +47,21 @@ class Embedder:
 
     @classmethod
     def load(
-        cls, name: str, *, batch_size: int = 64, workers: int | None = None, device: str | torch.device = "cpu"
+        cls, name: str, *, batch_size: int = 64, workers: int | None = None, dtype: Any = torch.float32
     ) -> Embedder:
-        """Loads any model by name, in float32.
+        """Loads any model by name, onto a GPU if there is one.
 
         Raises:
             BadValue: If it cannot be loaded; the message names the way out.
         """
-        model = load_model(name, "embedder").to(device)
+        model = load_model(name, "embedder", dtype=dtype).to(device())
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
+
+    @classmethod
+    def for_server(cls, name: str, hardware: Hardware = ONE_DEVICE) -> Embedder:
+        """See `load`. Clients wait while the server works, so it uses every core."""
+        workers = 1 if gpus() else len(os.sched_getaffinity(0))
+        return cls.load(name, workers=workers, dtype=embedder_dtype(hardware))
 
     def embed(self, texts: Sequence[str], *, longest: int | None = None) -> NDArray[np.float32]:
         """Embeddings of texts, shape (texts, width).
@@ -100,4 +109,4 @@ def directions(embedder: Embedder, texts: tuple[str, ...], longest: int) -> Tens
 @lru_cache(maxsize=2)
 def shared_embedder(name: str) -> Embedder:
     """A model by name, one for all clients of this process."""
-    return Embedder.load(name, device=device())
+    return Embedder.load(name)

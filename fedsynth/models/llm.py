@@ -22,7 +22,7 @@ from transformers import (
 
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import merged
-from fedsynth.models.batches import by_length, given_rows, padded
+from fedsynth.models.batches import by_length, given_rows, padded, rows_that_fit
 from fedsynth.models.chat import (
     CLOSE,
     OPEN,
@@ -35,20 +35,20 @@ from fedsynth.models.chat import (
     reply_of,
     turn_end,
 )
+from fedsynth.models.devices import device, free_memory, gpus
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import LINE_END, text_rows
-from fedsynth.models.loading import context_of, dtype_of, kind_of, load_model, load_tokenizer
+from fedsynth.models.loading import context_of, kind_of, load_tokenizer
+from fedsynth.models.placing import ONE_DEVICE, load_placed, server_dtype
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
-from fedsynth.scenario.schema import Precision
+from fedsynth.scenario.hardware import Hardware
+from fedsynth.typed import BadValue
 
 T = TypeVar("T")
 
 RANKED = 256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
-
-
-LOGITS = 2**28  # numbers at once: 1 GiB in float32
 
 
 class TextModel(Protocol):
@@ -189,8 +189,7 @@ class LocalLLM:
         adapter: Adapter | None = None,
         batch_size: int = 64,
         workers: int | None = None,
-        device: str = "cpu",
-        precision: Precision = "auto",
+        hardware: Hardware = ONE_DEVICE,
     ) -> LocalLLM:
         """Loads a shipped model, one in a directory (nothing is fetched), or one under a Hugging Face name.
 
@@ -200,8 +199,7 @@ class LocalLLM:
                 as the layer.
             batch_size: Sequences at once.
             workers: Threads.
-            device: The torch device. On a GPU the model is as precise as it was saved.
-            precision: On a CPU. `auto` is bfloat16 where that pays (`loading.dtype_of`). There the rounding of a padded
+            hardware: Its precision and devices; left out, a GPU if there is one. In bfloat16 the rounding of a padded
                 batch is coarse enough for a prompt's neighbours to change its text.
 
         Raises:
@@ -209,17 +207,23 @@ class LocalLLM:
             fedsynth.models.adapters.WrongAdapter: If the adapter is not of this model.
         """
         name = str(path)
-        dtype: Any = "auto" if torch.device(device).type != "cpu" else dtype_of(name, precision)
-        model: Any = load_model(name, "llm", dtype=dtype)
-        if adapter is not None:
-            model = merged(name, adapter).to(model.dtype)
-        model = model.to(device)
+        dtype = server_dtype(name, hardware)
+        if adapter is None:
+            model = load_placed(name, "llm", dtype, hardware)
+        elif hardware.quantization != "none" or hardware.device_map != "none":
+            raise BadValue(
+                f"an adapter is added to the weights of {name!r} on one device, in full precision: leave out "
+                "server.quantization and server.device_map, or name a model that holds the adapter (merge_and_unload)"
+            )
+        else:
+            model = merged(name, adapter).to(dtype).to(device())
         return cls(model, load_tokenizer(name), batch_size=batch_size, workers=workers)
 
     @classmethod
-    def for_server(cls, name: str, adapter: Adapter | None = None) -> LocalLLM:
+    def for_server(cls, name: str, adapter: Adapter | None = None, hardware: Hardware = ONE_DEVICE) -> LocalLLM:
         """See `load`. Clients wait while the server works, so it uses every core, despite torch's own setting."""
-        return cls.load(name, adapter=adapter, batch_size=256, workers=len(os.sched_getaffinity(0)))
+        workers = 1 if gpus() else len(os.sched_getaffinity(0))
+        return cls.load(name, adapter=adapter, batch_size=256, workers=workers, hardware=hardware)
 
     @property
     def chats(self) -> bool:
@@ -273,7 +277,7 @@ class LocalLLM:
             )[:, begin:]
             return [self._text(prompts[i], row) for i, row in zip(rows, new.tolist(), strict=True)]
 
-        written = self._by_length([len(t) for t in tokens], continuations)
+        written = self._by_length([len(t) for t in tokens], continuations, more=new_tokens)
         self.used.read += sum(map(len, tokens))
         self.used.written += sum(map(len, text_rows(self.tokenizer, written)))
         return [reply(place, text, one_line=sampling.one_line) for place, text in enumerate(written)]
@@ -437,11 +441,22 @@ class LocalLLM:
         ids, mask = padded(rows, self.pad, left=left)
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def _by_length(self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]], logits: int = 1) -> list[T]:
-        """As `by_length`, in smaller batches where a row has so many places with logits that these would fill memory.
+    def _by_length(
+        self, lengths: Sequence[int], work: Callable[[Sequence[int]], list[T]], logits: int = 1, more: int = 0
+    ) -> list[T]:
+        """As `by_length`, in smaller batches where one would not fit into memory; in float32 no result depends on it.
 
-        Gemma's 262,144 numbers for each of 64 tokens in 64 rows took 6.2 GB.
+        Args:
+            lengths: Tokens of each row.
+            work: Row numbers of one batch -> one result per row.
+            logits: Places of a row with logits at once.
+            more: Further tokens of a row, which are kept.
         """
-        vocabulary = getattr(self.model.config.get_text_config(), "vocab_size", 1)
-        rows = max(1, LOGITS // (vocabulary * logits))
+        rows = rows_that_fit(
+            self.model.config,
+            places=logits,
+            tokens=max(lengths, default=0) + more,
+            width=self.model.dtype.itemsize,
+            free=free_memory(self.model.device) / self.workers,
+        )
         return by_length(work, lengths, batch_size=min(self.batch_size, rows), workers=self.workers)

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.hub import has_file
 
 from fedsynth.models.hub import config_of, download_command, fetch, file_of, place_of
-from fedsynth.scenario.schema import Precision
+from fedsynth.scenario.hardware import Precision
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; its warning would be in every log
@@ -144,8 +144,8 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_model(name: str, role: Role, *, dtype: Any = torch.float32) -> Any:
-    """A model in evaluation mode, for its role.
+def load_model(name: str, role: Role, *, dtype: Any = torch.float32, **more: Any) -> Any:
+    """A model in evaluation mode, for its role; `more` are further arguments of `from_pretrained`.
 
     Dropout is off in training, too: an example's gradient must not depend on its batch, nor a fit on torch's global
     random state. A task model has token dropout instead.
@@ -153,10 +153,10 @@ def load_model(name: str, role: Role, *, dtype: Any = torch.float32) -> Any:
     Raises:
         BadValue: If it cannot be loaded, has no safetensors, does not fit the role, or lacks weights that it needs.
     """
-    return _load(name, role, dtype=dtype)[0]
+    return _load(name, role, dtype=dtype, **more)[0]
 
 
-def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2) -> tuple[Any, set[str]]:
+def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2, **more: Any) -> tuple[Any, set[str]]:
     """The model, and the names of its parameters that no file holds: those of a new head."""
     loader = LOADERS[role][fits(name, role)]
     _check_weights(name)
@@ -165,7 +165,7 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(part, key, type(value)(0))
-    more: dict[str, Any] = {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    more |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if role == "task_model":
         config.num_labels = classes
         more["ignore_mismatched_sizes"] = True  # replaces a checkpoint's head for another task
@@ -199,7 +199,17 @@ def load_generator(name: str, precision: Precision = "float32") -> nn.Module:
     Raises:
         BadValue: See `load_model`.
     """
-    return copy.deepcopy(_generator(name, dtype_of(name, precision)))
+    return copy.deepcopy(_generator(name, dtype_of(name, precision))).requires_grad_(True)
+
+
+def load_frozen(name: str, precision: Precision = "float32") -> nn.Module:
+    """A causal or seq2seq language model that shares its weights with every other one from here; none may change them.
+
+    Raises:
+        BadValue: See `load_model`.
+    """
+    base = _generator(name, dtype_of(name, precision))
+    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()}).requires_grad_(False)
 
 
 NARROWEST = 256  # below this width a CPU loses more by converting than it gains by computing in bfloat16 (measured)

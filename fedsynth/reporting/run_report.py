@@ -234,7 +234,7 @@ def embedder(scenario: Scenario) -> tuple[str, Embed | None]:
     from fedsynth.models.embedding import Embedder  # torch takes seconds to import
 
     try:
-        return name, Embedder.load(name).embed
+        return name, Embedder.for_server(name, scenario.server.hardware).embed
     except BadValue as problem:
         return f"the embedder cannot be loaded here: {problem}", None
 

@@ -11,15 +11,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 from fedsynth.corpus import alike, told_apart
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.scenario.hardware import Precision
 from fedsynth.scenario.server import Server, check_unguarded
 from fedsynth.scenario.task import Task
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
 """Ways to clip gradients per example: `fedsynth.dpsgd`."""
-
-Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
-"""Precision of a frozen base; trained weights, norms, sums and noise are float32 in any case."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlsplit
 
+from fedsynth.scenario.hardware import DeviceMap, Hardware, Precision, Quantization
 from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
 
@@ -119,6 +120,13 @@ class Server:
             a .txt with one per line). CrossLM measures the LLM's perplexity on them.
         public_test: CrossLM: public texts with labels, on which the LLM is measured and never trained; left out, those
             of `public` that have a `label` of the list.
+        precision: Precision of the server's models. `auto` is bfloat16 on a GPU that computes in it, and on CPUs where
+            that pays; an embedder is float32 on a CPU. In bfloat16 a prompt's neighbours in a batch can change its
+            text. The choice stands in the run's `versions.json`.
+        device_map: `none`: each model on one device, a GPU if there is one. `auto`, `balanced` and `sequential` spread
+            the LLM and the professional over several GPUs (accelerate).
+        quantization: Weights of the LLM and the professional in 8 or 4 bits, on a GPU, with the extra
+            `fedsynth[quantized]`; for models that stay as they are.
     """
 
     llm: str | Endpoint
@@ -131,9 +139,18 @@ class Server:
     local_only: bool = False
     public: str | None = None
     public_test: PublicTest | None = None
+    precision: Precision = "auto"
+    device_map: DeviceMap = "none"
+    quantization: Quantization = "none"
 
     def __post_init__(self) -> None:
         in_range(self, "server")
+        placed = [key for key in ("device_map", "quantization") if getattr(self, key) != "none"]
+        if placed and self.adapter is not None:
+            raise BadValue(
+                f"server.{placed[0]} is for models that stay as they are, and server.adapter is added to the weights "
+                "of one: name a model that holds the adapter (merge_and_unload), or leave one of the keys out"
+            )
         if isinstance(self.llm, Endpoint) and self.adapter is not None:
             raise BadValue("the llm is an endpoint, into which no adapter can be put: name a model as llm")
         if isinstance(self.llm, Endpoint) and self.embedder is None:
@@ -152,6 +169,11 @@ class Server:
         """The endpoints on other machines, by their keys."""
         named = {"server.llm": self.llm, "server.professional": self.professional}
         return {key: model for key, model in named.items() if isinstance(model, Endpoint) and not model.here}
+
+    @property
+    def hardware(self) -> Hardware:
+        """How the models are loaded."""
+        return Hardware(self.precision, self.device_map, self.quantization)
 
 
 def check_unguarded(server: Server, *, guarantee: str, public: bool) -> None:

@@ -30,8 +30,9 @@ from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.devices import device, gpu_memory, gpus
 from fedsynth.models.hub import config_of, pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import kind_of, load_generator, load_tokenizer
+from fedsynth.models.loading import kind_of, load_frozen, load_tokenizer
 from fedsynth.models.of_scenario import client_models, models_of, server_models
+from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Cell, Data, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
@@ -162,6 +163,7 @@ def check_server(cell: Cell) -> None:
         kind.check(options, resolved)
     except (BadValue, Rejected) as problem:
         raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
+    check_hardware(resolved.server.hardware)
     for name, role in server_models(resolved.server):
         check_model(name, role)
     if resolved.server.adapter is not None and isinstance(resolved.server.llm, str):
@@ -232,7 +234,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
     if scores:
         return
     settings = client.generator_training
-    tokenizer, model = load_tokenizer(client.generator), load_generator(client.generator, settings.precision)
+    tokenizer, model = load_tokenizer(client.generator), load_frozen(client.generator, settings.precision)
     try:
         check_room(tokenizer, model, labels, settings.max_length, cell.scenario.task)
         adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())

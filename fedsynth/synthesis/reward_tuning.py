@@ -182,7 +182,7 @@ def taught(
     labels, task = measures.labels, measures.task
     others = [] if measures.others is None else sorted(set(measures.others.answers))
     settings = teaching.tuning
-    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start).to(device())
+    tokenizer, model = load_tokenizer(llm), with_adapter(llm, start, precision=engine.precision).to(device())
     pad, kind = tokenizer.pad_token_id, kind_of(model.config)
 
     def encoded(given: str, text: str) -> Example:

@@ -30,10 +30,13 @@ from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
 from fedsynth.models.hub import pin
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.of_scenario import models_of
+from fedsynth.models.placing import ONE_DEVICE
+from fedsynth.scenario.hardware import Hardware
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.server import Endpoint
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import SERVER_PROCESS
+from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue
 
 app = ServerApp()
@@ -118,13 +121,15 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, eg
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
-    llm = _llm(models.llm, models.adapter, egress)
-    professional = llm if models.professional is None else _llm(models.professional, None, egress)
-    embed = _embedder(models.embedder, llm).embed
+    hardware = models.hardware
+    llm = _llm(models.llm, models.adapter, hardware, egress)
+    professional = llm if models.professional is None else _llm(models.professional, None, hardware, egress)
+    embed = _embedder(models.embedder, llm, hardware).embed
     asked = CachedLLM(llm, "llm", run_log, _memory(llm))
     asked_too = CachedLLM(professional, "professional", run_log, _memory(professional))
     measures = deployed is None or deployed.measured
-    server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures)
+    engine = Engine(hardware)
+    server = ServerSide(cell, labels, asked, asked_too, embed, run_log, open_clients, measures, engine)
     kind(config, server).start(grid, ArrayRecord(), num_rounds=cell.scenario.rounds)
     run_log.close()
     run_log.checkpoint.finish(run_log.record())
@@ -134,8 +139,13 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, eg
 # Clients wait while these work, so they may use every core, whatever the workers' environment says.
 
 
-def _llm(model: str | Endpoint, adapter: str | None = None, egress: EgressRecord | None = None) -> LocalLLM | RemoteLLM:
-    return _far(model, egress) if isinstance(model, Endpoint) else _near(model, adapter)
+def _llm(
+    model: str | Endpoint,
+    adapter: str | None = None,
+    hardware: Hardware = ONE_DEVICE,
+    egress: EgressRecord | None = None,
+) -> LocalLLM | RemoteLLM:
+    return _far(model, egress) if isinstance(model, Endpoint) else _near(model, adapter, hardware)
 
 
 @cache
@@ -144,9 +154,9 @@ def _far(model: Endpoint, egress: EgressRecord | None) -> RemoteLLM:
 
 
 @cache
-def _near(model: str, adapter: str | None) -> LocalLLM:
+def _near(model: str, adapter: str | None, hardware: Hardware) -> LocalLLM:
     lora = None if adapter is None else public_adapter(adapter, model)
-    return LocalLLM.for_server(model, lora)
+    return LocalLLM.for_server(model, lora, hardware)
 
 
 @cache
@@ -156,9 +166,9 @@ def _memory(llm: LocalLLM | RemoteLLM) -> dict[str, Any] | None:
 
 
 @cache
-def _embedder(name: str | None, llm: LocalLLM | RemoteLLM) -> LocalLLM | Embedder:
+def _embedder(name: str | None, llm: LocalLLM | RemoteLLM, hardware: Hardware = ONE_DEVICE) -> LocalLLM | Embedder:
     if name is not None:
-        return Embedder.load(name, workers=len(os.sched_getaffinity(0)))
+        return Embedder.for_server(name, hardware)
     assert isinstance(llm, LocalLLM)  # an endpoint needs an embedder: scenario.Server
     return llm
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import psutil
 from fedsynth import __version__
 from fedsynth.models.devices import gpu_names
 from fedsynth.models.hub import elsewhere, version_of
+from fedsynth.models.loading import dtype_of
 from fedsynth.models.of_scenario import endpoints_of, models_of
+from fedsynth.models.placing import choices
 from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue
 
 PACKAGES = (
@@ -52,9 +56,23 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
         "code": _code(),
         "public_seeds": list(scenario.seeds),
         "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
+        "computes": _computes(scenario),
         # Only an endpoint's server knows the weights behind it.
         "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
     }
+
+
+def _computes(scenario: Scenario) -> dict[str, str]:
+    """Precision and device of each model in all arms: bfloat16 can change texts."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
+        own, client = choices(cell.scenario.server), cell.scenario.client.of(0)
+        if not elsewhere(client.generator):
+            dtype = dtype_of(client.generator, client.generator_training.precision)
+            own[f"generator {client.generator}"] = str(dtype).removeprefix("torch.")
+        for model, how in own.items():
+            found.setdefault(model, {})[how] = None
+    return {model: "; ".join(hows) for model, hows in found.items()}
 
 
 def differences(run: Path, scenario: Scenario) -> list[str]:
