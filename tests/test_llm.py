@@ -1,3 +1,4 @@
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,13 @@ def test_what_a_tokenizer_cannot_read_is_told_and_leaves_the_others(monkeypatch:
 
     monkeypatch.setattr(llm, "_tokens", tokens)
     assert llm.misfits(["a", "c", "b" * 70]) == [None, "unreadable to the model", "too long"]
+
+
+def test_a_wide_model_has_batches_for_all_cores_and_a_narrow_one_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(LocalLLM, "load", lambda *_, **more: asked.append(more))
+    for is_wide in (True, False):
+        monkeypatch.setattr("fedsynth.models.llm.wide", lambda _, is_wide=is_wide: is_wide)
+        LocalLLM.for_server("a model")
+    assert [more["batch_size"] for more in asked] == [48, 256]
+    assert all(more["workers"] == len(os.sched_getaffinity(0)) for more in asked)

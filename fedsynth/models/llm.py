@@ -38,7 +38,7 @@ from fedsynth.models.chat import (
 from fedsynth.models.devices import device, free_memory, gpus
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import LINE_END, text_rows
-from fedsynth.models.loading import context_of, kind_of, load_tokenizer
+from fedsynth.models.loading import context_of, kind_of, load_tokenizer, wide
 from fedsynth.models.placing import ONE_DEVICE, load_placed, server_dtype
 from fedsynth.models.room import TOO_LONG, UNREADABLE
 from fedsynth.models.sampling import SamplingParams
@@ -128,6 +128,9 @@ class FirstLine(StoppingCriteria):
             if not self.done[row] and self.may_end(token):
                 self.done[row] = self.has_line(row, input_ids[row].tolist())
         return torch.tensor(self.done, device=input_ids.device)
+
+
+WIDE = 48  # rows of a wide model's batch on a CPU: it is bound by arithmetic, and the other cores take other batches
 
 
 class LocalLLM:
@@ -223,7 +226,8 @@ class LocalLLM:
     def for_server(cls, name: str, adapter: Adapter | None = None, hardware: Hardware = ONE_DEVICE) -> LocalLLM:
         """See `load`. Clients wait while the server works, so it uses every core, despite torch's own setting."""
         workers = 1 if gpus() else len(os.sched_getaffinity(0))
-        return cls.load(name, adapter=adapter, batch_size=256, workers=workers, hardware=hardware)
+        rows = WIDE if not gpus() and wide(name) else 256
+        return cls.load(name, adapter=adapter, batch_size=rows, workers=workers, hardware=hardware)
 
     @property
     def chats(self) -> bool:

@@ -215,6 +215,15 @@ def load_frozen(name: str, precision: Precision = "float32") -> nn.Module:
 NARROWEST = 256  # below this width a CPU loses more by converting than it gains by computing in bfloat16 (measured)
 
 
+def wide(name: str) -> bool:
+    """True if a model is wide enough to gain from bfloat16, and to be bound by arithmetic, on a CPU.
+
+    Raises:
+        BadValue: If the model's configuration cannot be loaded.
+    """
+    return bool(getattr(config_of(name).get_text_config(), "hidden_size", 0) >= NARROWEST)
+
+
 def dtype_of(name: str, precision: Precision) -> Any:
     """The torch type of a model's weights: `auto` is bfloat16 if that pays and its rounding was measured.
 
@@ -225,8 +234,7 @@ def dtype_of(name: str, precision: Precision) -> Any:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     if torch.cuda.is_available():
         return torch.float32  # the independence of examples' gradients in bfloat16 was measured on CPUs only
-    width = getattr(config_of(name).get_text_config(), "hidden_size", 0)
-    return torch.bfloat16 if width >= NARROWEST and computes_in_bfloat16() else torch.float32
+    return torch.bfloat16 if wide(name) and computes_in_bfloat16() else torch.float32
 
 
 @lru_cache(maxsize=1)
