@@ -20,7 +20,7 @@ from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit, misfit
 from fedsynth.synthesis.curation import Filtered, Steps, clusters, keep_rows, yields
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
-from fedsynth.synthesis.label_check import fitting
+from fedsynth.synthesis.label_check import chosen, fitting
 from fedsynth.synthesis.student import warm_start
 from fedsynth.synthesis.writing import NOTHING, Curation, write
 from fedsynth.synthesis.yields import check_yield
@@ -63,7 +63,8 @@ class FDKT(RoundStrategy[State]):
                 f"a prompt of the labels' names alone and strategy.max_new_tokens = {c.max_new_tokens} new tokens do "
                 f"not fit into the server LLM ({why}): use fewer new tokens, or an LLM with a longer context"
             )
-        if c.judge == "likelihood" and c.texts == "llm" and c.asks:
+        judged = c.judge == "likelihood" and c.texts == "llm" and c.asks
+        if judged or (c.label_check == "llm" and not self.server.llm.chats):
             self.server.llm.score(["a"], [" text"])
         return State()
 
@@ -232,10 +233,12 @@ class FDKT(RoundStrategy[State]):
     def _curation(self) -> Curation:
         c, server = self.config, self.server
 
-        def nearest(corpus: Corpus) -> Filtered:
+        def fits(corpus: Corpus) -> Filtered:
+            if c.label_check == "llm":
+                return chosen(corpus, server.labels, self.task, server.llm)
             return fitting(corpus, server.labels, self.task, server.embed)
 
-        check = partial(server.engine.checked, nearest) if c.label_check == "embedder" else None
+        check = None if c.label_check == "none" else partial(server.engine.checked, fits)
         return Curation(server.labels, c.min_words, c.sentences, check)
 
     def _seeds(self, purpose: str, attempts: int) -> list[int]:

@@ -46,7 +46,8 @@ class FDKTOptions:
         one_to_many: The LLM writes once, from the drafts of all clients, and every client learns these texts. Else it
             writes for each client, from that client's own drafts.
         label_check: `embedder`: drafts and written texts that lie nearer to another label's words are dropped, by
-            `server.embedder` and the task card. `none`: no check.
+            `server.embedder` and the task card. `llm`: those for which the server LLM chooses another label, or none.
+            `none`: no check.
         attempts: How often the LLM is asked, at most, for the texts that labels still lack after the filters.
         zero_shot: Clients also learn `num_texts` of the LLM's texts without demonstrations, beside the drafts or what
             the LLM wrote after drafts.
@@ -75,7 +76,7 @@ class FDKTOptions:
     top_p: Share = 0.95
     max_new_tokens: Count = 48
     one_to_many: bool = False
-    label_check: Literal["none", "embedder"] = "none"
+    label_check: Literal["none", "embedder", "llm"] = "none"
     attempts: Annotated[Count, most(20)] = 1
     zero_shot: bool = False
     yield_floor: Annotated[float, Range("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0

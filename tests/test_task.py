@@ -26,7 +26,7 @@ from fedsynth.scenario.task import NO_CARD, LabelCard, Task, Templates
 from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, parse_line, text_prompt, turns
 from fedsynth.synthesis.curation import Filtered, deduplicate, summed
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
-from fedsynth.synthesis.label_check import fitting
+from fedsynth.synthesis.label_check import chosen, fitting
 from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue, build
 
@@ -237,3 +237,39 @@ def test_attempts_are_one_funnel_and_a_text_that_is_kept_already_is_a_duplicate(
     assert found.corpus.prompts == ("x", "y", "z")
     assert found.dropped == {"too short": 3, "duplicate": 1}
     assert found.lost == ("d",)  # c came with the second attempt
+
+
+TOLD = Corpus(
+    ("It is gone.", "I forgot it.", "Hello there.", "Which one?"), ("lost_card", "pin", "pin", "pin"), Provenance.PUBLIC
+)
+
+
+def test_an_llm_that_converses_chooses_the_label_of_each_text() -> None:
+    answers = {
+        "gone": "A lost card.",
+        "forgot": "the PIN, or a lost card?",
+        "Hello": "the lost card",
+        "Which": "the PIN",
+    }
+    card = Task(system="Be brief.", labels={"lost_card": LabelCard("lost card"), "pin": LabelCard("PIN")})
+    llm = ScriptedLLM(answer=lambda chat: next(a for word, a in answers.items() if word in chat.user), chats=True)
+    found = chosen(TOLD, ("lost_card", "pin"), card, llm)
+    assert found.corpus.prompts == ("It is gone.", "Which one?")
+    assert found.dropped == {"no label is chosen": 1, "another label is chosen": 1}
+    [asked] = llm.completed
+    assert asked[0] == Chat(card.choice("It is gone.", ("lost_card", "pin")), "Be brief.")
+    assert llm.settings[0][0].temperature == 0
+
+
+def test_a_base_llm_chooses_the_likeliest_wording_and_what_does_not_fit_is_dropped() -> None:
+    card = Task(labels={"lost_card": LabelCard("lost card"), "pin": LabelCard("PIN")})
+    likes = {("gone", "lost card"), ("forgot", "PIN"), ("Hello", "lost card")}
+    llm = ScriptedLLM(likelihood=lambda p, c: float(any(word in p and c == wording for word, wording in likes)))
+    llm.context = len(card.choice("It is gone.", ("lost_card", "pin"))) + 34
+    long = Corpus((*TOLD.prompts[:3], "x" * 99), TOLD.answers, Provenance.PUBLIC)
+    found = chosen(long, ("lost_card", "pin"), card, llm)
+    assert found.corpus.prompts == ("It is gone.",)
+    assert found.dropped == {"another label is chosen": 1, "too long": 2}  # "I forgot it." is a character too long
+    with pytest.raises(ValueError, match="private"):
+        chosen(Corpus(("gone",), ("pin",), Provenance.PRIVATE), ("pin",), card, llm)
+    assert chosen(long.take([]), ("lost_card", "pin"), card, llm).corpus.prompts == ()
