@@ -39,7 +39,8 @@ def test_a_rehearsal_measures_all_and_keeps_its_limits(
     assert capsys.readouterr().out.startswith("a rehearsal: ")
     bars = {(bar["bar"], bar["case"]): bar["value"] for bar in json.loads((tmp_path / "bars").read_text())}
     apart = [value for (bar, _), value in bars.items() if bar == "a sum's distance from float64"]
-    assert len(apart) == 4 and all(0 < far < 1e-5 for far in apart)  # float32, and no comparison with itself
+    assert len(apart) == 4
+    assert all(0 < far < 1e-5 for far in apart)  # float32, and no comparison with itself
     assert bars["bfloat16 under dp is refused", "1 = refused"] == 1
     assert {case for bar, case in bars if bar == "tokens per second"} == {
         "1 prompts of 16, 8 new",
