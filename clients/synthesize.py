@@ -136,7 +136,12 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
     writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
         [client.task.code(label) for label in codes],
-        SamplingParams(temperature=request.temperature, top_p=request.top_p, max_new_tokens=request.max_new_tokens),
+        SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k or 0,
+            max_new_tokens=request.max_new_tokens,
+        ),
         seed=request.seed,
     )
     # A text as long as the limit was cut before its end. A text with too many characters is not sent, as the server

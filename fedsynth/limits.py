@@ -28,6 +28,7 @@ MAX_SAMPLES = 100_000  # samples of one label
 MAX_TOKENS = 8_192  # tokens of one text that a client writes or learns: 37,000 characters of English, above MAX_TEXT
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 10.0  # for a client's sampling: beyond, logits are flat, or leave float32
 MIN_TOP_P = 0.01
+MAX_TOP_K = 1 << 20  # likeliest tokens: no vocabulary has more
 MAX_GRANTS = 100_000  # behind one text or adapter: a thousand clients, a hundred rounds
 
 # ---- Training and adapters -----------------------------------------------------------------------------------------

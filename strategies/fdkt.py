@@ -66,6 +66,8 @@ class FDKT(RoundStrategy[State]):
         judged = c.judge == "likelihood" and c.texts == "llm" and c.asks
         if judged or (c.label_check == "llm" and not self.server.llm.chats):
             self.server.llm.score(["a"], [" text"])
+        if c.top_k and c.augments:  # an endpoint may know no top_k
+            self.server.llm.complete(["a"], replace(self._how.sampling, max_new_tokens=1), seed=0)
         return State()
 
     def round(self, clients: Clients, state: State) -> State:
@@ -141,6 +143,7 @@ class FDKT(RoundStrategy[State]):
                 seed=self.seed("synthesize", client),
                 true_texts=c.drafts == "true_texts",
                 start=start,
+                top_k=c.draft_top_k or None,
             )
             for client in c.drafts_from or clients.ids
         }
@@ -182,7 +185,11 @@ class FDKT(RoundStrategy[State]):
             for client, d in drafts.items()
         }
         seed = self.seed("judge")
-        judge = partial(judge_by_likelihood, rivals=c.judge_rivals) if c.judge == "likelihood" else judge_by_instruction
+        judge = (
+            partial(judge_by_likelihood, rivals=c.judge_rivals)
+            if c.judge == "likelihood"
+            else partial(judge_by_instruction, max_new_tokens=c.judge_tokens)
+        )
         labels = self.server.labels
         kept = judge(self.server.llm, drafts, groups, labels=labels, keep=c.keep, seed=seed, task=self.task)
         for client, stage in kept.items():
@@ -226,7 +233,9 @@ class FDKT(RoundStrategy[State]):
     @property
     def _how(self) -> Demonstrating:
         c = self.config
-        sampling = SamplingParams(temperature=c.temperature, top_p=c.top_p, max_new_tokens=c.max_new_tokens)
+        sampling = SamplingParams(
+            temperature=c.temperature, top_p=c.top_p, top_k=c.top_k, max_new_tokens=c.max_new_tokens
+        )
         return Demonstrating(mode=c.demonstrations, shots=c.shots, sampling=sampling)
 
     @property

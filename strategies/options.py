@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from fedsynth.limits import MAX_SAMPLES, MAX_TEMPERATURE, MAX_TEXTS, MIN_TEMPERATURE, MIN_TOP_P, Tokens, least, most
+from fedsynth.limits import (
+    MAX_SAMPLES,
+    MAX_TEMPERATURE,
+    MAX_TEXTS,
+    MAX_TOP_K,
+    MIN_TEMPERATURE,
+    MIN_TOP_P,
+    Tokens,
+    least,
+    most,
+)
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Scenario, Tuning
@@ -15,6 +25,8 @@ from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge
 from fedsynth.synthesis.reward_tuning import Teaching
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
+
+TopK: TypeAlias = Annotated[int, least(0), most(MAX_TOP_K)]
 
 
 @dataclass(frozen=True)
@@ -25,12 +37,15 @@ class FDKTOptions:
         per_label: Drafts that each client writes per label.
         draft_temperature: The clients' sampling temperature.
         draft_top_p: The clients' nucleus of sampling.
+        draft_top_k: The clients draw from so many of the likeliest tokens alone; 0 for all.
         draft_tokens: Longest draft, in tokens.
         min_words: Texts of fewer words are dropped (10 in the paper's code, for reviews; notes are shorter). In scripts
             without blanks between words each character is one.
         sentences: Texts that look like code, JSON or markup are dropped.
         judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
         judge_rivals: Number of other labels that the likelihood judge compares a draft's own label with.
+        judge_tokens: Longest answer of the judge that follows instructions, in tokens, thoughts included: a cluster
+            whose answer ends before its numbers is lost.
         cluster_size: Drafts that the judge compares at once (4 in the paper's code).
         keep: Drafts that the judge keeps of a cluster.
         demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
@@ -42,6 +57,7 @@ class FDKTOptions:
         num_texts: Texts that the LLM writes for each client.
         temperature: The LLM's sampling temperature.
         top_p: The LLM's nucleus of sampling.
+        top_k: The LLM draws from so many of the likeliest tokens alone; 0 for all. Not every endpoint takes another.
         max_new_tokens: Longest text of the LLM, in tokens.
         one_to_many: The LLM writes once, from the drafts of all clients, and every client learns these texts. Else it
             writes for each client, from that client's own drafts.
@@ -60,11 +76,13 @@ class FDKTOptions:
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
     draft_temperature: Annotated[Positive, least(MIN_TEMPERATURE), most(MAX_TEMPERATURE)] = 0.8
     draft_top_p: Annotated[Share, least(MIN_TOP_P)] = 0.95
+    draft_top_k: TopK = 0
     draft_tokens: Tokens = 48
     min_words: Count = 10
     sentences: bool = False
     judge: Literal["likelihood", "instruction", "none"] = "likelihood"
     judge_rivals: Count = 16
+    judge_tokens: Tokens = 64
     cluster_size: Count = 4
     keep: Count = 2
     demonstrations: Literal["per_label", "all_labels", "none"] = "per_label"
@@ -74,6 +92,7 @@ class FDKTOptions:
     num_texts: Annotated[Count, most(MAX_TEXTS)] = 800
     temperature: Positive = 1.0
     top_p: Share = 0.95
+    top_k: TopK = 0
     max_new_tokens: Count = 48
     one_to_many: bool = False
     label_check: Literal["none", "embedder", "llm"] = "none"

@@ -7,9 +7,11 @@ from typing import Any, TypeAlias
 
 _FDKT = {  # arXiv 2405.14212 and its code in FATE
     "draft_temperature": 1.0,
-    "draft_top_p": 0.9,  # and its top_k of 50, which is not offered
+    "draft_top_p": 0.9,
+    "draft_top_k": 50,
     "draft_tokens": 256,
     "judge": "instruction",
+    "judge_tokens": 1024,  # our choice: room for thoughts
     "cluster_size": 4,
     "keep": 4,  # all of a cluster that the judge selects
     "demonstrations": "all_labels",

@@ -3,6 +3,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -479,6 +480,28 @@ def test_augmentation_refuses_private_text(mode: Mode) -> None:
     with pytest.raises(ValueError, match="private corpus"):
         ask(llm, {0: drafts(2), 1: corpus([("x", "fever")], Provenance.PRIVATE)}, mode)
     assert llm.completed == []
+
+
+def test_a_judge_that_thinks_first_is_read_to_its_numbers() -> None:
+    llm = ScriptedLLM()
+
+    def answer(prompt: str) -> str:  # a token is a character here
+        return f"{'Hm. ' * 40}The selected texts are: 2"[: llm.settings[-1][0].max_new_tokens]
+
+    llm.answer = answer
+    ask = partial(judge_by_instruction, llm, {0: SIX}, {0: [[0, 1, 2], [3, 4, 5]]}, labels=LABELS, keep=1, seed=0)
+    assert ask()[0].dropped == {"unreadable judgement": 6}
+    assert ask(max_new_tokens=200)[0].corpus.prompts == ("t1", "t4")
+    assert [sampling.max_new_tokens for sampling, _ in llm.settings] == [64, 200]
+
+
+def test_a_judges_longer_answer_leaves_less_room_for_texts() -> None:
+    llm = ScriptedLLM(lambda prompt: "The selected texts are: 1", context=900)
+    ask = partial(judge_by_instruction, llm, {0: SIX}, {0: [[0, 1, 2, 3, 4, 5]]}, labels=LABELS, keep=1, seed=0)
+    assert "too long" not in "".join(ask()[0].dropped)
+    least = len(llm.completed[0][0])
+    assert least + 64 <= 900
+    assert sum(n for why, n in ask(max_new_tokens=900 - least + 1)[0].dropped.items() if "long" in why) == 1
 
 
 def test_the_instructed_judge_can_be_told_the_domain() -> None:

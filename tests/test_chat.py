@@ -395,6 +395,10 @@ def test_what_was_kept_of_texts_is_known_again_and_questions_are_others() -> Non
     log = Kept()
     llm = CachedLLM(llama(speaker(CHATML)), "llm", log)  # type: ignore[arg-type]  # of a run log
     assert llm.chats
+    llm.complete(["a"], SamplingParams(temperature=0.0, top_k=2, max_new_tokens=3), seed=7)
+    [asked] = log.questions
+    assert asked[3] == {"max_new_tokens": 3, "temperature": 0.0, "top_p": 1.0, "seed": 7, "top_k": 2}
+    log.questions.clear()
     asks: list[tuple[Sequence[str | Chat], bool]] = [(["a"], False), (["a"], True), ([Chat("a")], False)]
     asks.append(([Chat("a", "b")], False))
     for prompts, one_line in asks:

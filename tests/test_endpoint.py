@@ -176,6 +176,27 @@ def test_a_prompt_goes_out_as_it_is_with_what_was_asked_for(stand: Stand) -> Non
     assert 0 <= seed < 2**31
 
 
+@pytest.mark.parametrize("api", ["completions", "chat"])
+def test_top_k_goes_out_as_a_field_of_its_own_and_is_another_question_to_the_cache(stand: Stand, api: Any) -> None:
+    stand.reply = lambda path, body: (200, written(" a text") if api == "completions" else said("a text"))
+    llm = RemoteLLM.connect(Endpoint(stand.url, "small", api=api))
+    for k in (0, 50, 0, 50):
+        complete(llm, "heart:", top_k=k)
+    assert [body.get("top_k") for body in stand.bodies()] == [None, None, 50]  # the first one connects
+    assert all("extra_body" not in body for body in stand.bodies())
+
+
+def test_a_server_that_knows_no_top_k_is_named_with_its_own_words(stand: Stand) -> None:
+    def reply(path: str, body: Body) -> Reply:
+        return (400, refused("Unrecognized request argument: top_k")) if "top_k" in body else (200, written(" a"))
+
+    stand.reply = reply
+    llm = RemoteLLM(Endpoint(stand.url, "small"))
+    with pytest.raises(EndpointFailed, match="Unrecognized request argument: top_k"):
+        complete(llm, "heart:", top_k=50)
+    assert complete(llm, "heart:") == [" a"]
+
+
 def test_chat_puts_each_prompt_as_one_user_message(stand: Stand) -> None:
     def reply(path: str, body: Body) -> Reply:
         return 200, {"choices": [{"message": {"role": "assistant", "content": path}, "finish_reason": "stop"}]}

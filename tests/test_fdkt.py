@@ -538,6 +538,27 @@ def test_one_to_many_shows_every_clients_drafts_to_all(toml: str, tmp_path: Path
         assert set(written[client].grants) == {f"g{other}" for other in wanted}  # whose guarantee it has
 
 
+def test_top_k_and_the_judges_length_reach_those_who_write(toml: str, tmp_path: Path) -> None:
+    asked = 'judge = "instruction"\njudge_tokens = 99\ndraft_top_k = 1\ntop_k = 3'
+    made = world(toml.replace('judge = "likelihood"', asked), "no_dp", tmp_path)
+    made.llm.answer = lambda prompt: "The selected texts are: 1" if "numbered list" in prompt else " some text"
+    made.run()
+    assert {request.top_k for request in requests(made, Synthesize).values()} == {1}
+    for reply in made.replies(Synthesized):  # one token is left to draw: a label has one text
+        assert len(set(zip(reply.corpus.prompts, reply.corpus.answers, strict=True))) <= len(LABELS)
+    tried, judged, *wrote = [sampling for sampling, _ in made.llm.settings]
+    assert (tried.max_new_tokens, tried.top_k) == (1, 3)  # before any client spends
+    assert (judged.max_new_tokens, judged.top_k) == (99, 0)
+    assert {sampling.top_k for sampling in wrote} == {3}
+
+
+def test_where_no_top_k_is_said_requests_are_the_same_bytes_as_ever(fdkt: World) -> None:
+    sent = [m for m in fdkt.sent() if m.metadata.message_type == Synthesize.task]
+    assert sent
+    assert all(b"top_k" not in bytes(part["fedsynth"]["payload"]) for m in sent for part in parted(m.content))  # type: ignore[arg-type]
+    assert all(sampling.top_k == 0 for sampling, _ in fdkt.llm.settings)
+
+
 @pytest.mark.parametrize("option", ["one_to_many = true", ""])
 def test_clients_that_give_no_drafts_spend_nothing_and_learn_from_those_of_others(
     toml: str, tmp_path: Path, option: str

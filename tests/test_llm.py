@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopPLogitsWarper
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
 
 import fedsynth.models.llm as llm_module
 from fedsynth.models.llm import Draw, LocalLLM
@@ -111,10 +111,10 @@ def test_the_test_of_the_softmax_catches_missing_noise_and_a_wrong_temperature(m
     assert not fits(*sampled_and_expected(llm, 1.0))
 
 
-def drawn(logits: torch.Tensor, top_p: float, *, grid: int = 4000) -> torch.Tensor:
+def drawn(logits: torch.Tensor, top_p: float, top_k: int = 0, *, grid: int = 4000) -> torch.Tensor:
     """How often each token is drawn when the uniform numbers are evenly spread."""
     uniforms = ((torch.arange(grid, dtype=torch.float64) + 0.5) / grid)[:, None]
-    scores = Draw(uniforms, 3, 1.0, top_p)(torch.zeros(grid, 3, dtype=torch.long), logits.expand(grid, -1))
+    scores = Draw(uniforms, 3, 1.0, top_p, top_k)(torch.zeros(grid, 3, dtype=torch.long), logits.expand(grid, -1))
     assert bool((scores.isfinite().sum(1) == 1).all())
     return scores.argmax(1).bincount(minlength=logits.shape[-1]) / grid
 
@@ -126,6 +126,44 @@ def test_top_p_draws_from_the_nucleus_in_proportion(spread: float) -> None:
     assert ((exact > 0).sum() > llm_module.RANKED) == (spread < 1)
     # Inversion over a grid of numbers errs by less than one grid step per token.
     torch.testing.assert_close(drawn(logits, 0.9), exact, atol=1 / 4000 + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "expected"),
+    [
+        (1.0, 0, [0.1, 0.4, 0.2, 0.3]),
+        (1.0, 3, [0, 4 / 9, 2 / 9, 3 / 9]),
+        (1.0, 1, [0, 1, 0, 0]),
+        (0.65, 0, [0, 4 / 7, 0, 3 / 7]),  # .4 + .3 hold .65 of all
+        (0.65, 3, [0, 4 / 7, 0, 3 / 7]),  # 4/9 does not, and 7/9 does
+        (0.65, 2, [0, 4 / 7, 0, 3 / 7]),
+        (0.5, 2, [0, 1, 0, 0]),  # 4/7 of what the two hold; of all tokens it would be .4, and two were drawn
+        (0.5, 4, [0, 4 / 7, 0, 3 / 7]),
+        (0.65, 9, [0, 4 / 7, 0, 3 / 7]),  # more than there are
+    ],
+)
+def test_top_k_draws_from_the_likeliest_and_top_p_from_their_mass(
+    top_p: float, top_k: int, expected: list[float]
+) -> None:
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+    found = drawn(logits, top_p, top_k)
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=1 / 4000 + 1e-6, rtol=0)
+
+
+def test_top_k_draws_as_transformers_does_also_beyond_what_is_ranked_at_first() -> None:
+    logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * 0.1
+    none = torch.zeros(1, 3, dtype=torch.long)
+    exact = TopPLogitsWarper(0.9)(none, TopKLogitsWarper(400)(none, logits)).softmax(-1)[0]  # type: ignore[no-untyped-call]
+    assert llm_module.RANKED < int((exact > 0).sum()) < 400
+    torch.testing.assert_close(drawn(logits, 0.9, 400), exact, atol=1 / 4000 + 1e-6, rtol=0)
+
+
+def test_a_model_writes_the_likeliest_token_where_one_is_left_to_draw() -> None:
+    llm = tiny()
+    hot = SamplingParams(temperature=5.0, top_k=1, max_new_tokens=8)
+    greedy = llm.complete(["ab", "cd:"], SamplingParams.greedy(8), seed=0)
+    assert llm.complete(["ab", "cd:"], hot, seed=3) == greedy
+    assert llm.complete(["ab", "cd:"], replace(hot, top_k=0), seed=3) != greedy
 
 
 def test_each_new_token_takes_the_next_number_of_its_row() -> None:
@@ -214,7 +252,9 @@ def test_a_prompt_too_long_for_the_context_is_refused_with_its_length() -> None:
         llm.complete(["a", "a" * 54], SamplingParams(temperature=1.0, max_new_tokens=10), seed=0)
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}]
+)
 def test_arguments_out_of_range_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(SamplingParams(temperature=1.0, max_new_tokens=2), **wrong)

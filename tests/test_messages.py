@@ -62,6 +62,7 @@ from fedsynth.federation.validation import (
     MAX_SAMPLES,
     MAX_TEXT,
     MAX_TOKENS,
+    MAX_TOP_K,
     Rejected,
     check_reply,
     check_request,
@@ -311,7 +312,8 @@ def test_the_digest_changes_with_run_seed_exchange_and_client(change: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 47}, {"seed": 2}]
+    "change",
+    [{"per_label": 3}, {"temperature": 0.9}, {"top_p": 0.9}, {"max_new_tokens": 47}, {"seed": 2}, {"top_k": 50}],
 )
 def test_the_digest_changes_with_every_field_of_the_request(change: dict[str, Any]) -> None:
     assert digest_of(replace(ORDER, **change)) != digest_of()
@@ -523,6 +525,7 @@ def test_a_request_that_cannot_be_read_is_refused_before_a_client_is_opened(cont
         ("max_new_tokens", [1, MAX_TOKENS], [0, MAX_TOKENS + 1]),
         ("temperature", [0.01, 10.0], [0.0, -1.0, 10.1, float("inf"), float("nan")]),
         ("top_p", [0.01, 1.0], [0.0, 1.01, float("nan")]),
+        ("top_k", [None, 1, MAX_TOP_K], [0, -1, MAX_TOP_K + 1]),
     ],
 )
 def test_a_client_checks_the_ranges_of_a_request(name: str, fits: list[Any], does_not: list[Any]) -> None:

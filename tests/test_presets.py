@@ -21,6 +21,8 @@ def test_the_papers_fdkt_keeps_all_that_an_instructed_judge_selects_and_has_room
     assert isinstance(found, FDKTOptions)
     assert (found.judge, found.keep, found.cluster_size, found.demonstrations) == ("instruction", 4, 4, "all_labels")
     assert (found.draft_temperature, found.draft_top_p, found.draft_tokens) == (1.0, 0.9, 256)
+    assert found.judge_tokens == 1024 > FDKTOptions().judge_tokens
+    assert (found.draft_top_k, found.top_k) == (50, 0)  # the generator's; none is told of the LLM
     assert (found.temperature, found.top_p, found.max_new_tokens) == (0.8, 0.9, 4096)
     assert found.num_texts == FDKTOptions().num_texts  # left open
 

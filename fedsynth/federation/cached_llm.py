@@ -39,6 +39,8 @@ class CachedLLM:
         how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.one_line:  # else as before there was the choice: what a run has kept is known again
             how["one_line"] = True
+        if sampling.top_k:
+            how["top_k"] = sampling.top_k
         question = ["complete", list(map(_plain, prompts)), {**how, "seed": seed}]
         return self._recalled(question, lambda: self.llm.complete(prompts, sampling, seed=seed))
 

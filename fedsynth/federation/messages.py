@@ -73,6 +73,7 @@ class Synthesize(Request[Synthesized]):
         true_texts: Train nothing, and give at most `per_label` private texts of each label as they are: a bound that
             simulated clients without a guarantee give, and no site.
         start: The adapter to train from, made of public or released text; None for a new one.
+        top_k: Only so many of the likeliest tokens are drawn from; None for all.
     """
 
     task: ClassVar[str] = "train.synthesize"
@@ -84,6 +85,7 @@ class Synthesize(Request[Synthesized]):
     seed: int
     true_texts: bool = False
     start: Adapter | None = None
+    top_k: int | None = None
 
     @property
     def discloses(self) -> bool:

@@ -54,6 +54,7 @@ from fedsynth.limits import (
     MAX_TEXT,
     MAX_TEXTS,
     MAX_TOKENS,
+    MAX_TOP_K,
     MAX_WEIGHT,
     MIN_TEMPERATURE,
     MIN_TOP_P,
@@ -91,6 +92,8 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         _within("max_new_tokens", request.max_new_tokens, 1, MAX_TOKENS)
         _within("temperature", request.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE)
         _within("top_p", request.top_p, MIN_TOP_P, 1.0)
+        if request.top_k is not None:
+            _within("top_k", request.top_k, 1, MAX_TOP_K)
     if isinstance(request, Synthesize | Learn | Finetune | Score | SelfTrain):
         _within("seed", request.seed, 0, MAX_SEED)
     if isinstance(request, Learn | Score) and request.corpus is not None:

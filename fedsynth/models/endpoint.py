@@ -145,6 +145,8 @@ class RemoteLLM:
             )
         settings: dict[str, Any] = {"model": self.endpoint.model, "max_tokens": sampling.max_new_tokens}
         settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        if sampling.top_k:  # not in OpenAI's own interface: some servers refuse it
+            settings["extra_body"] = {"top_k": sampling.top_k}
 
         @cache
         def takes_short() -> bool:

@@ -79,17 +79,22 @@ class Draw(LogitsProcessor):
         prompt_length: Width of the input, padding included: the prompts', or 1 (a decoder's start).
         temperature: Temperature above 0.
         top_p: Tokens are drawn from the smallest set of likeliest tokens that holds this much of the mass.
+        top_k: The mass is that of so many likeliest tokens alone; 0 for all.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float, top_p: float):
+    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float, top_p: float, top_k: int = 0):
         self.uniforms, self.prompt_length = uniforms, prompt_length
-        self.temperature, self.top_p = temperature, top_p
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, vocabulary) that leave only the drawn token possible."""
         mass = torch.softmax(scores.float() / self.temperature, dim=-1)
         uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
-        if self.top_p == 1:
+        if 0 < self.top_k < mass.shape[-1]:
+            ranked, tokens = mass.topk(self.top_k)
+            ranked = ranked / ranked.sum(dim=-1, keepdim=True)
+            drawn = tokens.gather(1, self._place(self._nucleus(ranked), uniform))
+        elif self.top_p == 1:
             drawn = self._place(mass, uniform)
         else:
             ranked, tokens = mass.topk(min(RANKED, mass.shape[-1]))
@@ -106,6 +111,8 @@ class Draw(LogitsProcessor):
         return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
 
     def _nucleus(self, ranked: torch.Tensor) -> torch.Tensor:
+        if self.top_p == 1:  # rounding may bring the sum to 1 before the last token
+            return ranked
         before = ranked.cumsum(dim=-1) - ranked
         return ranked.masked_fill(before >= self.top_p, 0.0)
 
@@ -262,7 +269,7 @@ class LocalLLM:
             if sampling.temperature > 0:
                 uniforms = np.stack([np.random.default_rng([seed, i]).random(new_tokens) for i in rows])
                 numbers = torch.from_numpy(uniforms).to(ids.device)
-                sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p))
+                sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p, sampling.top_k))
             stop = StoppingCriteriaList()
             if sampling.one_line:
 

@@ -12,6 +12,7 @@ class SamplingParams:
     Attributes:
         temperature: 0 takes the likeliest token each time.
         top_p: In (0, 1]: only the smallest set of likeliest tokens that holds this much of the mass is drawn from.
+        top_k: Only so many of the likeliest tokens are drawn from, and `top_p` is of their mass; 0 for all tokens.
         max_new_tokens: At most so many new tokens for each prompt.
         one_line: A text ends with its first line that is not blank, which is all that is given back.
 
@@ -21,6 +22,7 @@ class SamplingParams:
 
     temperature: float
     top_p: float = 1.0
+    top_k: int = 0
     max_new_tokens: int
     one_line: bool = False
 
@@ -31,6 +33,8 @@ class SamplingParams:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative, got {self.top_k}")
 
     @classmethod
     def greedy(cls, max_new_tokens: int, *, one_line: bool = False) -> SamplingParams:

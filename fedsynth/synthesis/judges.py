@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Groups: TypeAlias = Sequence[Sequence[int]]
 
-ANSWER = 64  # tokens of an answer, at most
+ANSWER = 64  # tokens of an answer of numbers; a model that thinks first needs many more
 
 LEAD_IN = "The selected texts are:"
 
@@ -71,12 +71,13 @@ def judge_by_instruction(
     keep: int,
     seed: int,
     task: Task = NO_CARD,
+    max_new_tokens: int = ANSWER,
 ) -> dict[int, Filtered]:
     """The paper's judge: the LLM reads each cluster and names the rows to keep (docs/methods/fdkt.md, step 6).
 
     Numbers out of range are ignored, and those beyond the first `keep`, too. An unreadable answer drops its whole
     cluster, as in the paper; `dropped` counts these rows separately. All sites' clusters go in one call. If a cluster
-    does not fit into the LLM, its longest texts are dropped until it does.
+    and `max_new_tokens` of an answer do not fit into the LLM, the cluster's longest texts are dropped until they do.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
@@ -96,7 +97,7 @@ def judge_by_instruction(
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
     while left:
-        unfit = misfits(llm, [question(site, group) for site, group in left], ANSWER)
+        unfit = misfits(llm, [question(site, group) for site, group in left], max_new_tokens)
         left = [each for each, why in zip(left, unfit, strict=True) if why and each[1]]
         for site, group in left:
             longest = max(group, key=lambda row: len(corpora[site].prompts[row]))
@@ -104,7 +105,7 @@ def judge_by_instruction(
             reasons[site][longest] = TOO_LONG
     asked = [(site, group) for site, group in asked if group]
     prompts = [question(site, group) for site, group in asked]
-    answers = llm.complete(prompts, SamplingParams.greedy(ANSWER), seed=seed)
+    answers = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
     for (site, group), answer in zip(asked, answers, strict=True):
         chosen = parse_selected(answer, len(group))
         for place, row in enumerate(group):

@@ -39,17 +39,22 @@ class Bar:
 
 def at_most(bar: str, case: str, value: float, limit: float) -> Bar:
     """A figure that must not be larger."""
-    return Bar(bar, case, round(value, 4), limit, value <= limit)
+    return Bar(bar, case, _told(value), limit, value <= limit)
 
 
 def at_least(bar: str, case: str, value: float, limit: float) -> Bar:
     """A figure that must not be smaller."""
-    return Bar(bar, case, round(value, 4), limit, value >= limit)
+    return Bar(bar, case, _told(value), limit, value >= limit)
 
 
 def figure(bar: str, case: str, value: float) -> Bar:
     """A figure without a limit."""
-    return Bar(bar, case, round(value, 4), None, True)
+    return Bar(bar, case, _told(value), None, True)
+
+
+def _told(value: float) -> float:
+    """Six significant digits: a distance of 1e-7 is not 0."""
+    return float(f"{value:.6g}")
 
 
 def seconds(ways: Mapping[str, Callable[[], Any]], repeats: int, *, warm: int = 1) -> dict[str, float]:
