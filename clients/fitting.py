@@ -32,6 +32,11 @@ class Fitting:
         """As the model itself."""
         return self.llm.chats
 
+    @property
+    def structured(self) -> bool:
+        """As the model itself."""
+        return self.llm.structured
+
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `LocalLLM.complete`; "" for a prompt that does not fit."""
         check_asked(prompts, self.llm.tokenizer)  # that is no matter of one private text

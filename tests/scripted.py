@@ -19,6 +19,7 @@ class ScriptedLLM:
     context: int | None = None  # characters; what does not fit raises, as in a real one
     settings: list[tuple[SamplingParams, int]] = field(default_factory=list)
     chats: bool = False
+    structured: bool = False
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         assert not any(self.misfits(prompts, sampling.max_new_tokens))

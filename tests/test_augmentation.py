@@ -1,3 +1,4 @@
+import json
 import math
 import re
 from collections import Counter
@@ -39,6 +40,7 @@ from fedsynth.synthesis.judges import (
     judge_by_instruction,
     judge_by_likelihood,
     parse_selected,
+    read_selected,
     select_prompt,
 )
 
@@ -355,6 +357,44 @@ def test_the_instructed_judge_keeps_the_numbers_of_each_cluster() -> None:
 def test_a_label_that_is_lost_whole_is_named() -> None:
     llm = ScriptedLLM(lambda prompt: "The selected texts are: 1")
     assert judged(llm, SIX, [[0, 1, 2], [3, 4, 5]], "instruction").lost == ("cough",)
+
+
+def test_a_structured_judge_is_asked_for_json_and_held_to_its_numbers() -> None:
+    llm = ScriptedLLM(lambda prompt: '{"selected": [3, 1]}', chats=True, structured=True)
+    kept = judged(llm, SIX, [[0, 2, 5], [1, 3, 4]], "instruction")
+    assert kept.corpus.prompts == ("t0", "t1", "t4", "t5")
+    assert kept.dropped == {"beyond those selected": 2}
+    [first, second] = llm.completed[0]
+    assert first.user.endswith('Answer with JSON: {"selected": [the numbers of the texts you keep, or nothing]}.\n')
+    assert "The selected texts are:" not in first.user
+    asked = json.loads(second.schema)["properties"]["selected"]
+    assert (asked["items"]["enum"], asked["maxItems"]) == ([1, 2, 3], 2)
+    plain = ScriptedLLM(lambda prompt: "The selected texts are: 1", chats=True)
+    judged(plain, SIX, [[0, 2, 5], [1, 3, 4]], "instruction")
+    assert [prompt.schema for prompt in plain.completed[0]] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("answer", "rows"),
+    [
+        ('{"selected": [3, 1, 3]}', [2, 0]),
+        ('{"selected": []}', []),
+        (' {"selected": [2]}\n', [1]),
+        ('{"selected": [4]}', None),
+        ('{"selected": [0]}', None),
+        ('{"selected": [true]}', None),
+        ('{"selected": [1.0]}', None),
+        ('{"selected": ["1"]}', None),
+        ('{"selected": 1}', None),
+        ('{"selected": [1], "why": ""}', None),
+        ('{"selected": [1', None),
+        ("[1]", None),
+        ("The selected texts are: 1", None),
+        ("", None),
+    ],
+)
+def test_a_structured_answer_is_of_its_schema_or_unreadable(answer: str, rows: list[int] | None) -> None:
+    assert read_selected(answer, 3) == rows
 
 
 def by_table(table: dict[tuple[str, str], float]) -> ScriptedLLM:

@@ -275,6 +275,69 @@ def test_equal_prompts_get_seeds_of_their_own_and_each_call_the_same_again(stand
     assert len({*first, *other}) == 4
 
 
+# Structured answers
+
+
+SCHEMA = '{"type": "object"}'
+FORMS = {
+    "json_schema": {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": {"type": "object"}},
+    },
+    "json_object": {"type": "json_object", "schema": {"type": "object"}},
+}
+
+
+@pytest.mark.parametrize("structured", list(FORMS))
+def test_a_schema_goes_out_with_its_question_alone(stand: Stand, structured: str) -> None:
+    stand.reply = lambda path, body: (200, said("{}"))
+    at = Endpoint(stand.url, "small", api="chat", concurrency=1, structured=structured)  # type: ignore[arg-type]
+    asked = [Chat("Which?", schema=SCHEMA), Chat("Which?"), "Which?"]
+    assert RemoteLLM(at).complete(asked, SamplingParams.greedy(9), seed=0) == ["{}"] * 3
+    assert [body.get("response_format") for body in stand.bodies()] == [FORMS[structured], None, None]
+    RemoteLLM(replace(at, structured="none")).complete(asked[:1], SamplingParams.greedy(9), seed=0)
+    assert "response_format" not in stand.bodies()[-1]
+
+
+def test_a_structured_endpoint_shows_before_a_run_that_it_holds_to_a_schema(stand: Stand) -> None:
+    at = Endpoint(stand.url, "small", api="chat", retries=0, structured="json_schema")
+    stand.reply = lambda path, body: (200, said('{"numbers": [2]}' if "response_format" in body else "A"))
+    assert RemoteLLM.connect(at).structured
+    assert not RemoteLLM.connect(replace(at, structured="none")).structured
+    assert [
+        body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("required")
+        for body in stand.bodies()
+    ] == [None, ["numbers"], None]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "why"),
+    [
+        (400, refused("response_format is unknown"), r"400: response_format is unknown"),
+        (500, refused("Input should be 'text'"), "500: Input should be 'text'"),
+        (200, said("The second one."), "it says 'The second one.'"),
+        (200, said('{"other": [2]}'), "it says '{\"other\": \\[2\\]}'"),
+        (200, said("[2]"), r"it says '\[2\]'"),
+    ],
+)
+def test_a_server_that_holds_to_no_schema_is_refused_by_name(
+    stand: Stand, status: int, content: Body, why: str
+) -> None:
+    stand.reply = lambda path, body: (status, content) if "response_format" in body else (200, said("A"))
+    for structured, other in (("json_schema", "json_object"), ("json_object", "json_schema")):
+        at = Endpoint(stand.url, "small", api="chat", retries=0, structured=structured)  # type: ignore[arg-type]
+        asks = f'gives no structured answers by "{structured}" \\({why}\\): leave .* or try structured = "{other}"'
+        with pytest.raises(EndpointFailed, match=f"the model 'small' at {stand.url} {asks}"):
+            RemoteLLM.connect(at)
+
+
+def test_a_structured_answer_needs_the_chat_api() -> None:
+    with pytest.raises(
+        BadValue, match='structured = "json_schema" is for questions: say api = "chat", or leave it out'
+    ):
+        Endpoint(AT, "small", structured="json_schema")
+
+
 @pytest.mark.parametrize("concurrency", [1, 3])
 def test_no_more_requests_are_under_way_than_allowed(stand: Stand, concurrency: int) -> None:
     def reply(path: str, body: Body) -> Reply:

@@ -34,6 +34,11 @@ class CachedLLM:
         """As the model that is asked."""
         return self.llm.chats
 
+    @property
+    def structured(self) -> bool:
+        """As the model that is asked."""
+        return self.llm.structured
+
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         how = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -83,7 +88,7 @@ class CachedLLM:
 
 
 def _plain(prompt: Prompt) -> Any:
-    """The prompt as JSON; a chat without earlier turns has the form that kept answers were stored under."""
+    """The prompt as JSON; a chat without earlier turns or a schema has the form that kept answers were stored under."""
     if isinstance(prompt, str):
         return prompt
-    return {name: value for name, value in asdict(prompt).items() if name != "shown" or value}
+    return {name: value for name, value in asdict(prompt).items() if name not in ("shown", "schema") or value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from fedsynth.models.usage import TokenUsage
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.server import Endpoint
 from fedsynth.synthesis.curation import keep_rows
+from fedsynth.synthesis.judges import SELECTED
 from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Descent
 
@@ -104,6 +106,11 @@ class SampledLLM:
     def chats(self) -> bool:
         """As the model itself."""
         return self.llm.chats
+
+    @property
+    def structured(self) -> bool:
+        """As the model itself."""
+        return self.llm.structured
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
@@ -260,14 +267,19 @@ class EndpointStub:
     labels: Sequence[str]
     tally: Tally
     chats: bool = False
+    structured: bool = False
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
-        """One line of text; a verdict, a choice, and a block of each label, unless one line is all that is wanted."""
+        """One line of text; a verdict, a choice, and a block of each label, unless one line is all that is wanted. Of
+        a question with a schema the choice alone: no method has another."""
         self.tally.read += sum(map(_roughly, prompts))
         self.tally.written += sampling.max_new_tokens * len(prompts)
         rng, words = np.random.default_rng(seed), max(5, sampling.max_new_tokens * 3 // 4)
         found = []
-        for _ in prompts:
+        for prompt in prompts:
+            if isinstance(prompt, Chat) and prompt.schema:
+                found.append(json.dumps({SELECTED: [1]}))
+                continue
             line = " ".join(f"word{n}" for n in rng.integers(10_000, size=words).tolist())
             blocks = "".join(f"-----\nLabel: {label}\nText: {line}\n" for label in self.labels)
             more = "" if sampling.one_line else f"\nThe selected texts are: 1\nVerdict: keep\n{blocks}"
@@ -299,7 +311,7 @@ def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[
 
     def loaded(model: str | Endpoint, adapter: str | None = None) -> TextModel:
         if isinstance(model, Endpoint):
-            return EndpointStub(labels, tally, model.api == "chat")
+            return EndpointStub(labels, tally, model.api == "chat", model.structured != "none")
         if (model, adapter, server.hardware) not in models:
             lora = None if adapter is None else public_adapter(adapter, model)
             models[model, adapter, server.hardware] = LocalLLM.for_server(model, lora, server.hardware)

@@ -20,11 +20,13 @@ class Chat:
         user: The question.
         system: How the model is to behave. Empty: as its template says by itself (SmolLM2 and Qwen have a default).
         shown: Earlier turns, each a question and its answer.
+        schema: JSON schema of the answer, as text. For models that are `structured`: others do not read it.
     """
 
     user: str
     system: str = ""
     shown: tuple[tuple[str, str], ...] = ()
+    schema: str = ""
 
     @property
     def messages(self) -> list[dict[str, str]]:

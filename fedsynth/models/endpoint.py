@@ -38,6 +38,18 @@ Echo: TypeAlias = list[tuple[str, float | None]]
 SAID = 200  # characters of a server's own message that ours repeats
 LISTED = 8  # of a server's models in a message
 SHORT = "A"  # a prompt that fits into every model
+PROBE = Chat(
+    'Which numbers are even: 1 or 2? Answer as JSON: {"numbers": [...]}',
+    schema=json.dumps(
+        {
+            "type": "object",
+            "properties": {"numbers": {"type": "array", "items": {"type": "integer", "enum": [1, 2]}, "maxItems": 2}},
+            "required": ["numbers"],
+            "additionalProperties": False,
+        }
+    ),
+)
+PROBED = 32  # tokens that its answer fits into
 REFUSED = (400, 413, 422)  # server answers to a prompt that is too long for the model
 
 
@@ -106,14 +118,17 @@ class RemoteLLM:
         """Connects to a scenario's endpoint and has it write one token, before clients spend budget on a doomed run.
 
         From then on answers are kept in the user's cache, and taken from there, unless the endpoint says otherwise.
+        Where answers shall be structured, it gives one.
 
         Raises:
             BadValue: If the environment lacks the key, or the cache cannot be used.
-            EndpointFailed: If the endpoint does not answer.
+            EndpointFailed: If the endpoint does not answer, or does not hold to a schema.
         """
         cache = EndpointCache(cache_folder()) if to.cache else None
         found = cls(to, egress=egress)
         found.complete(["A"], SamplingParams.greedy(1), seed=0)
+        if found.structured:
+            found._together(found._check_structured, [PROBE])
         found.cache = cache
         return found
 
@@ -121,6 +136,11 @@ class RemoteLLM:
     def chats(self) -> bool:
         """True if the endpoint answers questions: with `api = "chat"`."""
         return self.endpoint.api == "chat"
+
+    @property
+    def structured(self) -> bool:
+        """True if the endpoint says so."""
+        return self.endpoint.structured != "none"
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One answer per prompt, in order; empty where the server's content filter cut it, or the server refused the
@@ -182,7 +202,7 @@ class RemoteLLM:
         if isinstance(prompt, str) and not self.chats:
             answer = self._answer("completions", {**settings, "prompt": prompt}, sample)
         else:
-            answer = self._answer("chat", {**settings, "messages": _messages(prompt)}, sample)
+            answer = self._answer("chat", {**settings, **self._format(prompt), "messages": _messages(prompt)}, sample)
         cut = answer.text is None or answer.finish == "content_filter"
         return "" if cut else reply_of(prompt, str(answer.text), one_line=one_line)
 
@@ -253,6 +273,34 @@ class RemoteLLM:
             raise CannotScore(self._no_score("no echo with logprobs and usage"))
         # Its offsets are useless: vLLM includes the name of a BOS, which is no part of the text.
         return list(zip(answer.tokens, answer.logs, strict=False))[: answer.read]
+
+    def _format(self, prompt: Prompt) -> dict[str, Any]:
+        """What holds the server to the schema of an answer."""
+        if not self.structured or not isinstance(prompt, Chat) or not prompt.schema:
+            return {}
+        schema = json.loads(prompt.schema)
+        if self.endpoint.structured == "json_object":
+            return {"response_format": {"type": "json_object", "schema": schema}}
+        form = {"name": "answer", "strict": True, "schema": schema}
+        return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+    def _check_structured(self, probe: Chat) -> None:
+        """Refuses a server that takes no schema, or does not hold to it."""
+        body = {"model": self.endpoint.model, "max_tokens": PROBED, "temperature": 0.0, "messages": probe.messages}
+        try:
+            text = self._answer("chat", {**body, **self._format(probe)}).text
+            said = json.loads(reply_of(probe, str(text), one_line=False))
+            problem = "" if isinstance(said, dict) and set(said) == {"numbers"} else f"it says {self._quoted(text)!r}"
+        except json.JSONDecodeError:
+            problem = f"it says {self._quoted(text)!r}"
+        except APIStatusError as refusal:
+            problem = self._words(refusal)
+        if problem:
+            other = "json_object" if self.endpoint.structured == "json_schema" else "json_schema"
+            raise EndpointFailed(
+                f'{self.who} gives no structured answers by "{self.endpoint.structured}" ({problem}): leave structured '
+                f'out, or try structured = "{other}"'
+            )
 
     def _no_score(self, reason: str) -> str:
         return (

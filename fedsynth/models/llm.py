@@ -59,6 +59,11 @@ class TextModel(Protocol):
         """True if the model answers a `Chat`."""
         ...
 
+    @property
+    def structured(self) -> bool:
+        """True if its answer to a `Chat` holds to the chat's schema."""
+        ...
+
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """Per prompt, in order: what goes on after a text, or the answer to a `Chat`."""
         ...
@@ -240,6 +245,11 @@ class LocalLLM:
     def chats(self) -> bool:
         """True if its tokenizer has a chat template."""
         return converses(self.tokenizer)
+
+    @property
+    def structured(self) -> bool:
+        """False: its answers are free text."""
+        return False
 
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """One continuation or answer per prompt, in order, without its end mark.

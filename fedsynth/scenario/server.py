@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fedsynth.scenario.hardware import DeviceMap, Hardware, Precision, Quantization
 from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue, Count, Positive, Share, in_range
+
+Structured: TypeAlias = Literal["none", "json_schema", "json_object"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Endpoint:
             takes a higher one.
         cache: Answers are kept in a cache folder of the user (FEDSYNTH_CACHE), so that no prompt is paid for twice,
             also after a kill. Prompts that may hold text without a guarantee are never kept there.
+        structured: How the server is held to the schema of an answer, where a method has one: by a `response_format` of
+            type `json_schema` (OpenAI, vLLM, llama-server, Ollama), or of type `json_object` with the schema inside
+            (llama-cpp-python). `none`: answers are free text, in a form that the question asks for.
     """
 
     endpoint: str
@@ -40,6 +45,7 @@ class Endpoint:
     concurrency: Count = 8
     max_tokens_total: Count | None = None
     cache: bool = True
+    structured: Structured = "none"
 
     def __post_init__(self) -> None:
         host = host_of(self.endpoint)
@@ -53,6 +59,8 @@ class Endpoint:
         if self.key_env is not None and self.endpoint.startswith("http:") and not is_loopback(host):
             raise BadValue(f"the key would go to {host} in clear: use https://, or leave key_env out")
         in_range(self)
+        if self.structured != "none" and self.api != "chat":
+            raise BadValue(f'structured = "{self.structured}" is for questions: say api = "chat", or leave it out')
         if self.retries < 0:
             raise BadValue(f"retries must be at least 0, got {self.retries}")
 

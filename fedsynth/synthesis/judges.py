@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -25,6 +26,7 @@ Groups: TypeAlias = Sequence[Sequence[int]]
 ANSWER = 64  # tokens of an answer of numbers; a model that thinks first needs many more
 
 LEAD_IN = "The selected texts are:"
+SELECTED = "selected"  # the same, as the key of a structured answer
 
 SELECT = """Below is a numbered list of texts with their labels. The labels are: {labels}.
 
@@ -34,32 +36,59 @@ Choose the texts to keep:
 1. Drop each text that lies outside {domain}, and each text whose label does not fit.
 2. Of texts that say nearly the same, keep only the most representative one.
 3. Keep at most {keep} texts.
-Answer with one line: "{lead_in}" followed by the numbers of the texts you keep, separated by commas, or by "none".
+{form}
 """
+FORM = (
+    f'Answer with one line: "{LEAD_IN}" followed by the numbers of the texts you keep, separated by commas, or by '
+    '"none".'
+)
+STRUCTURED_FORM = f'Answer with JSON: {{"{SELECTED}": [the numbers of the texts you keep, or nothing]}}.'
 NUMBERED = "{number}. [{label}] {text}"
 
 
-def select_prompt(examples: Sequence[tuple[str, str]], *, labels: Sequence[str], keep: int, domain: str) -> str:
+def select_prompt(
+    examples: Sequence[tuple[str, str]], *, labels: Sequence[str], keep: int, domain: str, structured: bool = False
+) -> str:
     """The question to the judge about the (label, text) examples of one cluster, numbered from 1."""
     texts = "\n".join(
         NUMBERED.format(number=i, label=label, text=one_line(text)) for i, (label, text) in enumerate(examples, start=1)
     )
-    return SELECT.format(labels=", ".join(labels), texts=texts, domain=domain, keep=keep, lead_in=LEAD_IN)
+    form = STRUCTURED_FORM if structured else FORM
+    return SELECT.format(labels=", ".join(labels), texts=texts, domain=domain, keep=keep, form=form)
+
+
+def selection_schema(size: int, keep: int) -> str:
+    """The JSON schema of an answer about so many texts."""
+    numbers = {"type": "array", "items": {"type": "integer", "enum": list(range(1, size + 1))}, "maxItems": keep}
+    whole = {"type": "object", "properties": {SELECTED: numbers}, "required": [SELECTED], "additionalProperties": False}
+    return json.dumps(whole)
 
 
 # The list ends where its form ends: the bracket of "1, 3 (2 repeats 1)" and a reason on the next line choose no number.
-SELECTED = re.compile(
+LINE = re.compile(
     re.escape(LEAD_IN) + r"[\"'*]*[ \t]*\[?(?P<rows>none|\d+(?:[ \t]*(?:,|;|and|,[ \t]*and)?[ \t]*\d+)*)", re.IGNORECASE
 )
 
 
 def parse_selected(answer: str, size: int) -> list[int] | None:
     """The kept rows (from 0, in the answer's order, each once), or None if the answer has no such line."""
-    match = SELECTED.search(answer)
+    match = LINE.search(answer)
     if match is None:
         return None
     numbers = dict.fromkeys(int(n) for n in re.findall(r"\d+", match["rows"]))
     return [n - 1 for n in numbers if 1 <= n <= size]
+
+
+def read_selected(answer: str, size: int) -> list[int] | None:
+    """The kept rows of a structured answer, as `parse_selected`; None if it is not of the schema."""
+    try:
+        said = json.loads(answer)
+    except ValueError:
+        return None
+    numbers = said.get(SELECTED) if isinstance(said, dict) and len(said) == 1 else None
+    if not isinstance(numbers, list) or not all(type(n) is int and 1 <= n <= size for n in numbers):
+        return None
+    return [n - 1 for n in dict.fromkeys(numbers)]
 
 
 def judge_by_instruction(
@@ -77,7 +106,8 @@ def judge_by_instruction(
 
     Numbers out of range are ignored, and those beyond the first `keep`, too. An unreadable answer drops its whole
     cluster, as in the paper; `dropped` counts these rows separately. All sites' clusters go in one call. If a cluster
-    and `max_new_tokens` of an answer do not fit into the LLM, the cluster's longest texts are dropped until they do.
+    and `max_new_tokens` of an answer do not fit into the LLM, the cluster's longest texts are dropped until they do. A
+    `structured` LLM answers with JSON, and all else is unreadable.
 
     Raises:
         ValueError: If a corpus is private, or its groups do not hold each row once.
@@ -91,8 +121,11 @@ def judge_by_instruction(
     def question(site: int, group: Sequence[int]) -> str | Chat:
         corpus = corpora[site]
         examples = [(names[corpus.answers[i]], corpus.prompts[i]) for i in group]
-        prompt = select_prompt(examples, labels=list(names.values()), keep=keep, domain=domain)
-        return Chat(prompt, task.system) if llm.chats else prompt
+        prompt = select_prompt(
+            examples, labels=list(names.values()), keep=keep, domain=domain, structured=llm.structured
+        )
+        schema = selection_schema(len(group), keep) if llm.structured else ""
+        return Chat(prompt, task.system, schema=schema) if llm.chats else prompt
 
     asked = [(site, list(group)) for site in sorted(corpora) for group in groups[site]]
     left = asked
@@ -106,8 +139,9 @@ def judge_by_instruction(
     asked = [(site, group) for site, group in asked if group]
     prompts = [question(site, group) for site, group in asked]
     answers = llm.complete(prompts, SamplingParams.greedy(max_new_tokens), seed=seed)
+    read = read_selected if llm.structured else parse_selected
     for (site, group), answer in zip(asked, answers, strict=True):
-        chosen = parse_selected(answer, len(group))
+        chosen = read(answer, len(group))
         for place, row in enumerate(group):
             if chosen is None:
                 reasons[site][row] = "unreadable judgement"
