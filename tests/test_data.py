@@ -634,3 +634,39 @@ def test_a_task_may_be_a_part_of_a_source_and_clients_rich_and_poor(tmp_path: Pa
 def test_parts_that_cannot_be_meant_are_refused(more: Any, said: str) -> None:
     with pytest.raises(BadValue, match=said):
         Data("rows.csv", clients=2, **more)
+
+
+def pairs(tmp_path: Path, **more: Any) -> Data:
+    """Six rows; the second lacks a premise, the third a hypothesis."""
+    first = ["It rains.", None, "Snow {falls}.", "a", "b", "c"]
+    frame = pd.DataFrame({"premise": first, "hypothesis": ["It is wet.", "x", " ", "d", "e", "f"], "label": "yes"})
+    frame.to_json(tmp_path / "pairs.jsonl", orient="records", lines=True)
+    return Data(str(tmp_path / "pairs.jsonl"), clients=1, text=("premise", "hypothesis"), **more)
+
+
+@pytest.mark.parametrize("task", ["classification", "choice"])
+def test_two_columns_become_one_text_and_half_a_pair_is_none(tmp_path: Path, task: Any) -> None:
+    found = divide(pairs(tmp_path, task=task), 0)
+    [site] = found.sites
+    assert sorted(everything([site])) == ["It rains. | It is wet.", "a | d", "b | e", "c | f"]
+    assert found.left_out.incomplete == 2
+    [site] = divide(pairs(tmp_path, task=task, pair="P: {first} H: {second} {{}}"), 0).sites
+    assert "P: It rains. H: It is wet. {}" in everything([site])
+
+
+def test_a_pair_with_a_wrong_column_or_template_is_refused_by_name(tmp_path: Path) -> None:
+    data = pairs(tmp_path)
+    with pytest.raises(BadValue, match="no column 'premises'; it has 'premise', 'hypothesis', 'label'"):
+        divide(replace(data, text=("premises", "hypothesis")), 0)
+    for more, said in (
+        ({"text": ("premise",)}, "one column, or two different ones for a pair, got \\['premise'\\]"),
+        ({"text": ("premise", "premise")}, "two different ones"),
+        ({"text": ("a", "b", "c")}, "two different ones"),
+        ({"text": "premise", "pair": "{first} {second}"}, "data.text names one"),
+        ({"pair": "{first}"}, r"data.pair lacks the slot \{second\}"),
+        ({"pair": "{first} {second} {third}"}, r"data.pair has the unknown slot \{third\}"),
+        ({"pair": "{first:>9} {second}"}, r"data.pair: the slot \{first\} takes no format"),
+        ({"source": "world:hospitals"}, "a pair of columns belongs to data files"),
+    ):
+        with pytest.raises(BadValue, match=said):
+            replace(data, **more)

@@ -167,6 +167,22 @@ def test_a_response_is_an_answer_of_instructions(tmp_path: Path) -> None:
     )
 
 
+def test_a_pair_is_one_text_and_half_of_one_an_empty_slot_in_its_place(tmp_path: Path) -> None:
+    rows = [("It rains.", "It is wet.", "p1"), ("It rains.", None, "p2"), (7, "{first}", "p3")]
+    whole = [{"a": a, "b": b, "label": "flu", "person": person} for a, b, person in rows]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    data = site(source="notes.jsonl", text=("a", "b"))
+    train = read(data, tmp_path).train
+    assert (train.prompts, train.units) == (("It rains. | It is wet.", "", "7 | {first}"), ("p1", "p2", "p3"))
+    assert [row for row, _ in gathered(data, tmp_path).incomplete] == [2]
+    assert "line 2 (no 'b')" in " ".join(check(data, tmp_path))
+    own = site(source="notes.jsonl", text=("a", "b"), pair="{second} <- {first}")
+    assert read(own, tmp_path).train.prompts == ("It is wet. <- It rains.", "", "{first} <- 7")
+    assert own.digest != data.digest
+    (tmp_path / "notes.csv").write_text("a,b,label,person\n1,2,flu,p\n")
+    assert said(site(text=("a", "c")), tmp_path).startswith("notes.csv: no column 'c'; it has 'a', 'b'")
+
+
 def test_an_absolute_path_is_read_where_it_is(tmp_path: Path) -> None:
     lines(tmp_path, {"text": "a b", "label": "flu", "person": 1})
     assert read(site(source=str(tmp_path / "notes.jsonl")), tmp_path / "elsewhere").train.prompts == ("a b",)
@@ -615,6 +631,10 @@ ONE = {"source": "notes.csv", "person": "person"}
         ({"response": "answer"}, "data.response is the column of task"),
         ({"text": "label"}, "data.text and data.label both name the column 'label'"),
         ({"person": ""}, "data.person is empty: name a column"),
+        ({"text": ("note", "label")}, "data.text and data.label both name the column 'label'"),
+        ({"text": ("note", "")}, "data.text is empty: name a column"),
+        ({"text": ("note",)}, "data.text must name one column, or two different ones"),
+        ({"pair": "{first} {second}"}, "data.pair says how two columns become one text: data.text names one"),
     ],
 )
 def test_what_a_site_declares_is_checked_before_anything_is_read(more: dict[str, Any], wrong: str) -> None:

@@ -46,7 +46,7 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
         said.append(f"{len(found.spelt)} persons are written in several ways, and each counts as one (data.spellings)")
     texts = [record.text for record in found.records if record.text]
     if texts and all(map(_is_number, texts)):
-        said.append(f"column {data.text!r} holds numbers alone: is it the text's column?")
+        said.append(f"column {data.columns.texts[0]!r} holds numbers alone: is it the text's column?")
     if data.labels:
         said += _labels(data, found)
     if data.test is not None:

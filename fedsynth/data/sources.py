@@ -17,7 +17,7 @@ from fedsynth.data.partition import ClientData
 from fedsynth.data.rowstore import Record
 from fedsynth.data.rowwise import Lost, read_file, result, text_of
 from fedsynth.data.tables import Columns, refuse_alike
-from fedsynth.scenario.schema import TestRows
+from fedsynth.scenario.schema import TestRows, check_pair
 from fedsynth.typed import BadValue, Count, in_range, plain
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
@@ -34,7 +34,9 @@ class SiteData:
         query: In place of a file: one SELECT, whose ORDER BY ends with a column that no two rows share.
         database_env: Environment variable that holds the database's URL, as SQLAlchemy writes it; never the URL itself.
         task: `classification`: text -> one of `labels`. `instructions`: text (an instruction) -> response.
-        text: Column of the text.
+        text: Column of the text; two columns, as ["premise", "hypothesis"], for a pair, which becomes one text.
+        pair: How the two become one, with the slots `{first}` and `{second}`; left out, `{first} | {second}`. Agree on
+            it with the other sites. A row that lacks one of them has no text.
         label: Column of the class name.
         response: `instructions`: column of the response.
         person: Column that says whose row it is: the privacy unit.
@@ -52,7 +54,8 @@ class SiteData:
     query: str = ""
     database_env: str = ""
     task: Literal["classification", "instructions"] = "classification"
-    text: str = "text"
+    text: str | tuple[str, ...] = "text"
+    pair: str | None = None
     label: str = "label"
     response: str = "response"
     person: str | None = None
@@ -64,6 +67,7 @@ class SiteData:
 
     def __post_init__(self) -> None:
         in_range(self, "data")
+        check_pair(self.text, self.pair)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.id):
             raise BadValue(
                 f"data.id must be letters, digits, '.', '_' and '-', as notes-2024, got {_unless_url(self.id)}"
@@ -84,11 +88,12 @@ class SiteData:
             raise BadValue(f"data.labels holds a class twice: {sorted(self.labels)}")
         refuse_alike(self.labels)
         answer = "label" if self.task == "classification" else "response"
-        roles = {"text": self.text, answer: self.columns.answer, "person": self.person}
-        for role, column in roles.items():
+        texts = [("text", column) for column in self.columns.texts]
+        roles = [*texts, (answer, self.columns.answer), ("person", self.person)]
+        for role, column in roles:
             if column == "":
                 raise BadValue(f"data.{role} is empty: name a column")
-            if shared := [other for other, name in roles.items() if other != role and name == column]:
+            if shared := [other for other, name in roles if other != role and name == column]:
                 raise BadValue(f"data.{role} and data.{shared[0]} both name the column {column!r}: they must differ")
 
     @property
@@ -147,7 +152,8 @@ class SiteData:
     def columns(self) -> Columns:
         """Which columns say what."""
         classes = self.task == "classification"
-        return Columns(self.text, self.label if classes else self.response, classes, self.test, self.person)
+        answer = self.label if classes else self.response
+        return Columns(self.text, answer, classes, self.test, self.person, pair=self.pair)
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
             continue
         cells = {name: text_of(row.cells.get(name)) for name in columns.names}
         bad = [f"{name!r} {cell.why}" for name, cell in cells.items() if isinstance(cell, Lost)]
-        lacks = [name for name in (columns.text, columns.answer, columns.unit) if name and cells[name] is None]
+        lacks = [name for name in (*columns.texts, columns.answer, columns.unit) if name and cells[name] is None]
         if row.broken or bad:
             damaged.append((row.number, row.broken or ", ".join(bad)))
         elif lacks:
@@ -219,9 +225,9 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
                 spelt.setdefault(str(unit), {})[person] = None
         if columns.test and (isinstance(split, Lost) or (row.broken and columns.test.column not in row.cells)):
             unit = None  # whether it is to learn from cannot be known either
-        text, answer = cells[columns.text], cells[columns.answer]
         whole = not (row.broken or bad or lacks)
-        records.append(Record(unit, held, str(text) if whole else "", str(answer) if whole else ""))
+        text = columns.one_text([str(cells[name]) for name in columns.texts]) if whole else ""
+        records.append(Record(unit, held, text, str(cells[columns.answer]) if whole else ""))
     return Gathered(
         records,
         sum(not row.blank for row in found.rows),

@@ -14,7 +14,7 @@ import pandas as pd
 
 from fedsynth.corpus import alike, blank, same, told_apart
 from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
-from fedsynth.scenario.schema import Data, TestRows
+from fedsynth.scenario.schema import PAIR, Data, TestRows
 from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
@@ -43,7 +43,7 @@ class Columns:
     """The columns of a source by meaning; None for a column that it lacks.
 
     Attributes:
-        text: Column of the text or instruction.
+        text: Column of the text or instruction; two columns for a pair.
         answer: Column of the class name or response.
         classes: True if answers are class names: two spellings of one would be two classes.
         test: The test rows, which are held out.
@@ -51,20 +51,41 @@ class Columns:
         client: Column whose values are the natural clients.
         spellings: Treatment of persons and clients with several spellings; None: they are refused, and no key can
             change that.
+        pair: How a pair becomes one text; None for the default.
     """
 
-    text: str
+    text: str | tuple[str, ...]
     answer: str
     classes: bool = True
     test: TestRows | None = None
     unit: str | None = None
     client: str | None = None
     spellings: Literal["refuse", "merge"] | None = None
+    pair: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns of the text: one, or two for a pair."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    def one_text(self, parts: Sequence[str]) -> str:
+        """The text of a row.
+
+        >>> Columns(("premise", "hypothesis"), "label").one_text(["It rains.", "It is dry."])
+        'It rains. | It is dry.'
+
+        Args:
+            parts: The cells of `texts`.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        first, second = parts
+        return (self.pair or PAIR).format(first=first, second=second)
 
     @property
     def names(self) -> list[str]:
         """All column names, each once."""
-        named = [self.text, self.answer, self.client, self.unit, self.test.column if self.test else None]
+        named = [*self.texts, self.answer, self.client, self.unit, self.test.column if self.test else None]
         return list(dict.fromkeys(column for column in named if column is not None))
 
 
@@ -85,6 +106,7 @@ def read_rows(data: Data) -> Rows:
         data.unit,
         data.client_column,
         data.spellings,
+        data.pair,
     )
     # Arms that divide one source in different ways share its rows.
     return _read(data.source, columns, place, _stamp(place))
@@ -140,11 +162,13 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
     """
     for column in raw.columns:
         _check_cells(raw[column], column)
-    _refuse_numbers(raw[columns.text], columns.text)
-    found = pd.DataFrame({TEXT: _as_texts(raw[columns.text]), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
+    for column in columns.texts:
+        _refuse_numbers(raw[column], column)
+    found = pd.DataFrame({TEXT: _texts(raw, columns), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
     whole = found.notna().all(axis=1).to_numpy()
     if not whole.any():
-        raise BadValue(f"no row has both {columns.text!r} and {columns.answer!r} (it has {len(raw)} rows)")
+        needed = " and ".join(map(repr, (*columns.texts, columns.answer)))
+        raise BadValue(f"no row has both {needed} (it has {len(raw)} rows)")
     held = np.zeros(len(raw), dtype=bool) if columns.test is None else _held(raw[columns.test.column], columns.test)
     if columns.test is not None:
         _refuse_no_test(raw[columns.test.column], columns, held, found)
@@ -215,6 +239,13 @@ def nothing_to_test_on(rows: int, test: TestRows, lacks: str = HIDDEN) -> str:
         f"{rows} rows are {test.equals!r} in the test column {test.column!r}, none of them has a {lacks}; name another "
         "split"
     )
+
+
+def _texts(raw: pd.DataFrame, columns: Columns) -> list[str | None]:
+    """The text of each row; None for one that lacks a part of it."""
+    rows = zip(*(_as_texts(raw[column]) for column in columns.texts), strict=True)
+    whole = ([part for part in row if part is not None] for row in rows)
+    return [columns.one_text(row) if len(row) == len(columns.texts) else None for row in whole]
 
 
 def _as_texts(column: pd.Series[Any]) -> list[str | None]:

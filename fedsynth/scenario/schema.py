@@ -13,7 +13,7 @@ from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.scenario.hardware import Precision
 from fedsynth.scenario.server import Server, check_unguarded
-from fedsynth.scenario.task import Task
+from fedsynth.scenario.task import Task, slots_of
 from fedsynth.typed import BadValue, Count, Positive, Range, Share, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
@@ -40,6 +40,25 @@ class TestRows:
     equals: str
 
 
+PAIR = "{first} | {second}"
+_HALVES = frozenset(("first", "second"))
+
+
+def check_pair(text: str | tuple[str, ...], pair: str | None) -> None:
+    """Checks which columns hold the text, and how two of them become one.
+
+    Raises:
+        BadValue: If there are not one or two columns, or the template is not one of a pair.
+    """
+    if not isinstance(text, str) and (len(text) != 2 or text[0] == text[1]):
+        raise BadValue(f"data.text must name one column, or two different ones for a pair, got {list(text)}")
+    if pair is None:
+        return
+    if isinstance(text, str):
+        raise BadValue("data.pair says how two columns become one text: data.text names one")
+    slots_of("data.pair", pair, _HALVES, _HALVES)
+
+
 @dataclass(frozen=True)
 class Data:
     """A labelled data set and its division among clients.
@@ -53,7 +72,10 @@ class Data:
         labels: The public label list; "all" takes those of a simulated world or file (never allowed at a real site).
         train_per_client: Simulated worlds: private notes per client.
         test_per_client: Simulated worlds: test notes per client, declared public (docs/privacy.md).
-        text: Column of the text.
+        text: Column of the text; two columns, as ["premise", "hypothesis"], for a pair, which becomes one text.
+        pair: How the two become one, with the slots `{first}` and `{second}`; left out, `{first} | {second}`. A row
+            that lacks one of them has no text. All that follows sees the one text: write it on one line, as texts
+            are written.
         label: Column of the class name.
         task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> free response.
             `choice`: the rows of a classification as instructions, each a question about the text to which the label's
@@ -95,7 +117,8 @@ class Data:
     labels: Literal["all"] | tuple[str, ...] = "all"
     train_per_client: Count = 200
     test_per_client: Count = 600
-    text: str = "text"
+    text: str | tuple[str, ...] = "text"
+    pair: str | None = None
     label: str = "label"
     task: Literal["classification", "instructions", "choice"] = "classification"
     response: str = "response"
@@ -121,6 +144,7 @@ class Data:
 
     def __post_init__(self) -> None:
         in_range(self, "data")
+        check_pair(self.text, self.pair)
         if self.labels != "all" and not self.labels:
             raise BadValue("the label list is empty: name the classes, or leave `labels` out to take all of the source")
         if self.labels != "all" and len(set(self.labels)) < len(self.labels):
@@ -155,6 +179,8 @@ class Data:
             raise BadValue('response is the column of a data file with task = "instructions"')
         if self.planted and (self.world is None or self.task != "instructions"):
             raise BadValue('planted belongs to a simulated world with task = "instructions"')
+        if self.world is not None and not isinstance(self.text, str):
+            raise BadValue("a pair of columns belongs to data files, not to a simulated world")
         if self.split == "natural" and self.client_column is None:
             raise BadValue('split = "natural" needs client_column: the column whose values are the clients')
         if self.alpha != Data.alpha and self.split != "dirichlet":

@@ -50,6 +50,38 @@ OF_LABELS = frozenset(("generator", "writer"))  # these must tell the label
 ONCE = frozenset(("student", "professional"))  # what a model writes is parted at their instruction
 
 
+def slots_of(name: str, template: str, needed: frozenset[str], allowed: frozenset[str]) -> list[str]:
+    """The slots of a template, in their order.
+
+    Args:
+        name: Its key, for messages.
+        template: Words with slots in braces.
+        needed: The slots that it must have.
+        allowed: All that it may have.
+
+    Raises:
+        BadValue: If it lacks a slot, has an unknown one, formats one, or is too long.
+    """
+    if len(template) > MAX_WORDS:
+        raise BadValue(f"{name} has {len(template)} characters: {MAX_WORDS} at most")
+    try:
+        parts = [(slot, form, turned) for _, slot, form, turned in Formatter().parse(template) if slot is not None]
+    except ValueError as problem:
+        raise BadValue(f"{name}: {problem}; write {{{{ and }}}} for braces") from problem
+    if formatted := [slot for slot, form, turned in parts if form or turned]:
+        # A width of a billion would fill a site's memory.
+        raise BadValue(f"{name}: the slot {{{formatted[0]}}} takes no format")
+    slots = [slot for slot, _, _ in parts]
+    if unknown := sorted(set(slots) - allowed):
+        raise BadValue(
+            f"{name} has the unknown slot {{{unknown[0]}}}: it may have "
+            f"{', '.join(f'{{{slot}}}' for slot in sorted(allowed))}"
+        )
+    if missing := sorted(needed - set(slots)):
+        raise BadValue(f"{name} lacks the slot {{{missing[0]}}}")
+    return slots
+
+
 JUDGE = """Below stands an instruction that another model wrote. Is it good enough to learn from?
 
 Instruction: {instruction}
@@ -97,28 +129,10 @@ class Templates:
             template = getattr(self, name)
             if not template and name in OPTIONAL:
                 continue
-            if len(template) > MAX_WORDS:
-                raise BadValue(f"task.templates.{name} has {len(template)} characters: {MAX_WORDS} at most")
-            try:
-                parts = [
-                    (slot, form, turned) for _, slot, form, turned in Formatter().parse(template) if slot is not None
-                ]
-            except ValueError as problem:
-                raise BadValue(f"task.templates.{name}: {problem}; write {{{{ and }}}} for braces") from problem
-            if formatted := [slot for slot, form, turned in parts if form or turned]:
-                # A width of a billion would fill a site's memory.
-                raise BadValue(f"task.templates.{name}: the slot {{{formatted[0]}}} takes no format")
-            slots = {str(slot) for slot, _, _ in parts}
-            if name in ONCE and [slot for slot, _, _ in parts].count("instruction") > 1:
+            slots = slots_of(f"task.templates.{name}", template, needed, allowed)
+            if name in ONCE and slots.count("instruction") > 1:
                 raise BadValue(f"task.templates.{name} has the slot {{instruction}} more than once")
-            if unknown := sorted(slots - allowed):
-                raise BadValue(
-                    f"task.templates.{name} has the unknown slot {{{unknown[0]}}}: it may have "
-                    f"{', '.join(f'{{{slot}}}' for slot in sorted(allowed))}"
-                )
-            if missing := sorted(needed - slots):
-                raise BadValue(f"task.templates.{name} lacks the slot {{{missing[0]}}}")
-            if name in OF_LABELS and not slots & _LABEL:
+            if name in OF_LABELS and not set(slots) & _LABEL:
                 raise BadValue(f"task.templates.{name} lacks the label: write {{wording}}, or {{label}}")
 
 

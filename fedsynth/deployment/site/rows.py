@@ -59,7 +59,7 @@ def _findings(place: Place, account: Ledger, found: Gathered, before: list[Recor
         f"unit: {data.unit_name}",
     )
     if not any(record.text and not record.held for record in found.records):
-        columns = " and ".join(map(repr, (data.text, data.columns.answer)))
+        columns = " and ".join(map(repr, (*data.columns.texts, data.columns.answer)))
         yield Finding(
             "data",
             "problem",
