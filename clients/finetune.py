@@ -134,7 +134,8 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
     """One slot per declared record, by the client's settings; cached for the lifetime of the corpus."""
     settings, name = client.config.generator_training, client.config.generator
     codes = _card_of(client)
-    asked = (name, client.labels, records, settings.max_length, settings.loss_on, settings.rows_per_unit, *codes)
+    cuts = (settings.max_length, settings.cut)
+    asked = (name, client.labels, records, cuts, settings.loss_on, settings.rows_per_unit, *codes)
     known = _encoded.setdefault(corpus, {})
     if asked not in known:
         known[asked] = encode_slots(

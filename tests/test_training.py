@@ -924,6 +924,27 @@ def test_a_cut_text_teaches_no_end_and_a_whole_one_does(size: int, whole: bool) 
     assert cut_texts(tiny.tokenizer(), slots) == (not whole)
 
 
+@pytest.mark.parametrize(
+    ("text", "learnt", "whole"),
+    [
+        ("Ab c. De f.", "Ab c. De f.", True),  # it fits: 1 + 4 + 1 + 11 + 1 of 20 tokens
+        ("Ab c. De f? Gh.", "Ab c. De f?", True),
+        ("Ab c. Defghijkl mnop.", "Ab c.", True),
+        ('Is "it?" no. It goes on.', 'Is "it?" no.', True),
+        ("\u75bc\u3002\u5f88\u75bc\u3002", "\u75bc\u3002", True),  # signs of three bytes; no blank after a stop
+        ("Abcdefghijklmnopqrst. So.", "Abcdefghijklmn", False),  # not one sentence fits
+        ("1.5 of 2.5 mg daily now", "1.5 of 2.5 mg ", False),  # no blank, no end
+    ],
+)
+def test_whole_leading_sentences_are_learnt_with_an_end(text: str, learnt: str, whole: bool) -> None:
+    labelled = Corpus((text,), ("xyz",), Provenance.PRIVATE)
+    settings = GeneratorTraining(max_length=20, cut="sentences")
+    [[example]] = encode_slots(tiny.tokenizer(), labelled, ["xyz"], 1, settings)
+    found = tiny.tokenizer().decode(example.tokens[example.start : -1 if whole else None])
+    assert (found, example.tokens[-1] == tiny.EOS) == (f" {learnt}", whole)
+    assert len(example.tokens) <= 20
+
+
 @pytest.mark.parametrize("loss_on", ["record", "response"])
 def test_a_cut_instruction_teaches_no_end_either(loss_on: Any) -> None:
     pairs = Corpus(("why", "why"), ("b" * 90, "so"), Provenance.PRIVATE)

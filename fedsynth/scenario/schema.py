@@ -253,6 +253,8 @@ class GeneratorTraining:
         precision: Precision of the generator's frozen base. `auto` is float32 under `dp`. `dp` refuses `bfloat16`, as
             no clip norm then bounds the influence of a text. Without `dp`, `auto` is bfloat16 on CPUs that compute in
             it, if the model is wide enough to gain; name a precision to compare arms or machines. A scorer is float32.
+        cut: `sentences`: of a classified text longer than `max_length` the leading whole sentences that fit are learnt,
+            with an end. Left out, it is cut after so many tokens, and teaches no end.
         warm_start: Clients' generators start from an adapter that the server trained on its LLM's zero-shot texts; left
             out, from the model as it is. Plan and epsilon are the same.
     """
@@ -269,6 +271,7 @@ class GeneratorTraining:
     rows_per_unit: Count = 1
     clipping: Clipping = "bookkeeping"
     precision: Precision = "auto"
+    cut: Literal["sentences"] | None = None
     warm_start: WarmStart | None = None
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -78,9 +79,9 @@ def encode_slots(
             return _record_or_none(tokenizer, corpus, row, settings.max_length, kind, settings.loss_on, form)
         if corpus.answers[row] not in known:
             return None
-        return _encode_or_none(
-            tokenizer, task.code(corpus.answers[row]), corpus.prompts[row].strip(), settings.max_length, kind
-        )
+        code, text = task.code(corpus.answers[row]), corpus.prompts[row].strip()
+        whole = settings.cut == "sentences"
+        return _encode_or_none(tokenizer, code, text, settings.max_length, kind, sentences=whole)
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
@@ -131,9 +132,12 @@ def _record_or_none(
     return Example(tuple([*head, *body, end][:longest]), len(head))
 
 
-def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
+def _encode_or_none(
+    tokenizer: Any, given: str, text: str, longest: int, kind: Kind, *, sentences: bool = False
+) -> Example | None:
     try:
-        return encode_text(tokenizer, given, text, longest, kind)
+        encode = encode_sentences if sentences else encode_text
+        return encode(tokenizer, given, text, longest, kind)
     except Exception:  # the answer would reveal a record that makes it fail
         return None
 
@@ -151,6 +155,25 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
         head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
         text = f" {text}"
     return Example((*head, *token_ids(tokenizer, text), tokenizer.eos_token_id)[:longest], len(head))
+
+
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[\u3002\uff01\uff1f])\s*")
+
+
+def encode_sentences(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
+    """As `encode_text`, of the leading whole sentences that fit with their end; if not even one does, it is cut.
+
+    A sentence ends with a full stop, an exclamation or question mark, and a blank after it. An abbreviation may be
+    taken for an end.
+    """
+    whole = encode_text(tokenizer, given, text, longest, kind)
+    if whole.tokens[-1] == tokenizer.eos_token_id:
+        return whole
+    for end in reversed([match.start() for match in SENTENCE_END.finditer(text)]):
+        found = encode_text(tokenizer, given, text[:end], longest, kind)
+        if found.tokens[-1] == tokenizer.eos_token_id:
+            return found
+    return whole
 
 
 def cut_texts(tokenizer: Any, slots: Sequence[Sequence[Example]]) -> int:
