@@ -234,7 +234,9 @@ def test_the_self_check_finds_dropout(family: str) -> None:
 
 
 def test_a_model_that_reads_a_batch_as_one_list_of_tokens_is_refused_under_dp() -> None:
-    with pytest.raises(SelfCheckFailed, match=r"layers\.0\.fc1' gets an input of shape .* for 6 examples: it mixes them"):
+    with pytest.raises(
+        SelfCheckFailed, match=r"layers\.0\.fc1' gets an input of shape .* for 6 examples: it mixes them"
+    ):
         self_check(lora("opt"), PLAN, SETTINGS, pad=tokenizer_of("opt").pad_token_id)
 
 
@@ -328,7 +330,7 @@ def test_greedy_text_is_the_likeliest_token_each_time(family: str) -> None:
 def test_a_text_depends_on_seed_prompt_and_place_only(family: str) -> None:
     model = lora(family)
     writer, single = (LocalLLM(model, tokenizer_of(family), batch_size=b, workers=1) for b in (64, 1))
-    asked = {"sampling": SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=12), "seed": 5}
+    asked = {"sampling": SamplingParams(temperature=1.0, top_p=0.9, max_new_tokens=12), "seed": 8}
     texts = writer.complete(PROMPTS, **asked)
     assert single.complete(PROMPTS, **asked) == texts
     assert writer.complete(["another, longer prompt"] * 3 + PROMPTS[3:], **asked)[3] == texts[3]
@@ -474,7 +476,14 @@ def test_hidden_tokens_are_of_the_text_alone(family: str) -> None:
     hidden = hide(tokens, torch.ones_like(tokens))
     changed = hidden[hidden != tokens]
     assert 0.3 < len(changed) / tokens.numel() < 0.6
-    names = {"t5": "<pad>", "bert": "[MASK]", "deberta": "[MASK]", "gpt2": "<|endoftext|>", "mistral": "<s>", "opt": "</s>"}
+    names = {
+        "t5": "<pad>",
+        "bert": "[MASK]",
+        "deberta": "[MASK]",
+        "gpt2": "<|endoftext|>",
+        "mistral": "<s>",
+        "opt": "</s>",
+    }
     names |= dict.fromkeys(("qwen2", "qwen3"), "<eos>")
     assert tokenizer.convert_ids_to_tokens(changed.unique().tolist()) == [names.get(family, "<bos>")]
     if family == "t5":
