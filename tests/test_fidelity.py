@@ -117,7 +117,7 @@ def test_mauve_with_a_real_embedder_ranks_true_text_above_mixed_words_above_anot
     assert 0.2 < min(found["words mixed over all texts"]) <= max(found["words mixed over all texts"]) < 0.8
     assert max(found["another domain"] + found["one text"]) < 0.02
     # A sentence encoder hardly sees the order of words, so that MAUVE by it does not either.
-    assert 0.9 < min(found["words shuffled in each text"])
+    assert min(found["words shuffled in each text"]) > 0.9
     assert max(found["words shuffled in each text"]) < min(found["second half"])
 
 
