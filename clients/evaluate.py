@@ -10,7 +10,8 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.finetune import in_use, on_base, slots_of
 from fedsynth.clients.fitting import Fitting
 from fedsynth.clients.learn import task_model
-from fedsynth.evaluation.choice import likeliest, parsed_scores, said_choice
+from fedsynth.corpus import LETTERS
+from fedsynth.evaluation.choice import likeliest, parsed_scores, said_choice, said_option
 from fedsynth.evaluation.text import instruction_scores
 from fedsynth.evaluation.utility import scores
 from fedsynth.federation.messages import Evaluated
@@ -34,7 +35,7 @@ def evaluate(client: ClientSide, adapter: Adapter | None = None) -> Evaluated:
         client: The client.
         adapter: Measure the generator with this adapter instead; adds its loss.
     """
-    if client.choices:
+    if client.choices or client.test.options is not None:
         loss = {} if adapter is None else {"loss": _loss(client, adapter)}
         return Evaluated({**_chosen(client, adapter), **loss}, examples=len(client.test))
     if adapter is not None:
@@ -63,14 +64,20 @@ def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
 
 
 def _chosen(client: ClientSide, adapter: Adapter | None) -> dict[str, float]:
-    """Shares of test texts whose label is right, by likelihood and by the written answer; see `evaluation.choice`."""
-    prompts, truth = client.test.prompts, client.test.answers
-    asked = [client.form.asked(prompt) for prompt in prompts]
-    replies = [client.form.reply(wording) for wording in client.choices]
-    likely = likeliest(_writer(client, adapter), asked, replies)
-    found = ["" if place is None else client.choices[place] for place in likely]
-    said = [said_choice(text, client.choices) for text in respond(client, prompts, adapter)]
-    return {**scores(truth, found, client.choices), **parsed_scores(truth, said)}
+    """Shares of test texts whose label or option is right, by likelihood and by the written answer; see
+    `evaluation.choice`. The macro-F1 of options is over their letters: low where a model says one letter throughout."""
+    prompts, truth, options = client.test.prompts, client.test.answers, client.test.options
+    choices = [client.choices] * len(prompts) if options is None else [LETTERS[: len(own)] for own in options]
+    form = client.form
+    replies = [[form.reply(choice) for choice in own] for own in choices]
+    likely = likeliest(_writer(client, adapter), [form.asked(prompt) for prompt in prompts], replies)
+    found = ["" if place is None else own[place] for place, own in zip(likely, choices, strict=True)]
+    written = respond(client, prompts, adapter)
+    if options is None:
+        said = [said_choice(text, client.choices) for text in written]
+    else:
+        said = [said_option(text, own) for text, own in zip(written, options, strict=True)]
+    return {**scores(truth, found, client.choices or LETTERS), **parsed_scores(truth, said)}
 
 
 def _scored(client: ClientSide, found: list[str]) -> dict[str, float]:

@@ -122,6 +122,9 @@ def united(sources: Sequence[Source]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(grant for source in sources for grant in source.grants))
 
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # of options, in their order
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Examples in columns.
@@ -133,9 +136,10 @@ class Corpus:
         grants: Ids of the privacy grants that the guarantee rests on. Texts that derive from private ones and have
             no grants have no guarantee.
         units: The person (or other privacy unit) of each example. Private corpora only; never leaves.
+        options: Multiple choice: the options of each example, whose answer is the letter of one. Likewise.
 
     Raises:
-        ValueError: If the columns differ in length, or units stand beside text that is not private.
+        ValueError: If the columns differ in length, or units or options stand beside text that is not private.
     """
 
     prompts: tuple[str, ...]
@@ -143,17 +147,20 @@ class Corpus:
     provenance: Provenance
     grants: tuple[str, ...] = ()
     units: tuple[Hashable, ...] | None = None
+    options: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.answers):
             raise ValueError(
                 f"a corpus needs as many answers as prompts, got {len(self.answers)} for {len(self.prompts)}"
             )
-        if self.units is not None:
+        for name, own in (("units", self.units), ("options", self.options)):
+            if own is None:
+                continue
             if self.provenance is not Provenance.PRIVATE:
-                raise ValueError(f"units belong to private corpora only, this one is {self.provenance.value}")
-            if len(self.units) != len(self.prompts):
-                raise ValueError(f"a corpus needs one unit per example, got {len(self.units)} for {len(self.prompts)}")
+                raise ValueError(f"{name} belong to private corpora only, this one is {self.provenance.value}")
+            if len(own) != len(self.prompts):
+                raise ValueError(f"a corpus needs {name} for each example, got {len(own)} for {len(self.prompts)}")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -171,6 +178,7 @@ class Corpus:
             prompts=tuple(self.prompts[i] for i in rows),
             answers=tuple(self.answers[i] for i in rows),
             units=None if self.units is None else tuple(self.units[i] for i in rows),
+            options=None if self.options is None else tuple(self.options[i] for i in rows),
         )
 
     def counts(self) -> Counter[str]:
@@ -229,10 +237,12 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
     if all(c.units is not None for c in corpora):
         # Persons of different sites are different units, even where two sites use the same identifier.
         units = tuple((site, unit) for site, c in enumerate(corpora) for unit in c.units or ())
+    options = tuple(own for c in corpora for own in c.options or ())
     return Corpus(
         prompts=tuple(p for c in corpora for p in c.prompts),
         answers=tuple(a for c in corpora for a in c.answers),
         provenance=kinds.pop(),
         grants=united(corpora),
         units=units,
+        options=options if all(c.options is not None for c in corpora) else None,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsynth.corpus import Corpus
-from fedsynth.data.partition import ClientData, Division, LeftOut, class_list, divide, overlaps, unified
+from fedsynth.data.partition import ClientData, Division, LeftOut, class_list, compared, divide, overlaps
 from fedsynth.rouge import words
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
@@ -96,7 +96,7 @@ def _client(site: ClientData, labels: Sequence[str]) -> dict[str, Any]:
         "labels_present": len(known),
         **({"other": other} if other else {}),
         "words": _spread(_lengths(train)),
-        "duplicates": len(train) - len(set(unified(train.prompts))),
+        "duplicates": len(train) - len(set(compared(train))),
     }
 
 

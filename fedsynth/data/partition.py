@@ -21,6 +21,7 @@ from fedsynth.data.tables import (
     HELD,
     LABEL,
     NAMED,
+    OPTIONS,
     TEXT,
     UNIT,
     Rows,
@@ -36,6 +37,7 @@ __all__ = [
     "ClientData",
     "Division",
     "LeftOut",
+    "compared",
     "divide",
     "find",
     "label_list",
@@ -99,12 +101,12 @@ def label_list(data: Data) -> tuple[str, ...]:
 
 
 def class_list(data: Data) -> tuple[str, ...]:
-    """The public list of classes of the rows; empty for instructions.
+    """The public list of classes of the rows; empty for instructions, and for rows with options of their own.
 
     Raises:
         BadValue: If a classification has no class.
     """
-    if data.task == "instructions":
+    if not data.classes:
         return ()
     if data.labels != "all":
         return tuple(data.labels)
@@ -126,8 +128,9 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     """
     rows = read_rows(data)
     merged = f"{data.source}: {rows.merged} spellings of persons or clients are merged into others of them"
-    if data.task == "instructions":
-        return [*misfitting(rows, data.source, None), *([merged] if rows.merged else [])]
+    if not data.classes:
+        lacks = "answer among its options" if data.options else "response"
+        return [*misfitting(rows, data.source, None, lacks), *([merged] if rows.merged else [])]
     if data.unlisted == "drop":
         rows = replace(rows, table=rows.table[rows.table[LABEL].isin(labels)])
     warnings = misfitting(rows, data.source, labels)
@@ -152,13 +155,14 @@ def _few(labels: Sequence[str]) -> str:
     return ", ".join(map(repr, labels[:NAMED])) + (", ..." if len(labels) > NAMED else "")
 
 
-def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[str]:
+def misfitting(rows: Rows, source: str, labels: Sequence[str] | None, lacks: str = "response") -> list[str]:
     """`misfits` of rows that were read.
 
     Args:
         rows: The rows of the source.
         source: Its name, for messages.
-        labels: The public label list; None if answers are responses.
+        labels: The public label list; None if answers are of no list.
+        lacks: What an answer is, without labels.
 
     Raises:
         BadValue: If a listed label and one of the source are spellings of the same.
@@ -166,7 +170,7 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None) -> list[st
     found = []
     if rows.incomplete:
         total = rows.incomplete + len(rows.table)
-        answer = "response" if labels is None else "label"
+        answer = lacks if labels is None else "label"
         found.append(f"{source}: {rows.incomplete} of {total} rows have no text or no {answer}: they are left out")
     if labels is None:
         return found
@@ -243,13 +247,24 @@ def overlaps(sites: Sequence[ClientData]) -> tuple[int, int]:
     Texts are equal if `corpus.same` of them is.
     """
     train = pd.DataFrame(
-        [(index, same) for index, site in enumerate(sites) for same in unified(site.train.prompts)],
+        [(index, same) for index, site in enumerate(sites) for same in compared(site.train)],
         columns=["client", "text"],
     ).drop_duplicates()
-    test = {same for site in sites for same in unified(site.test.prompts)}
+    test = {same for site in sites for same in compared(site.test)}
     known = train["text"].drop_duplicates()
     between = train["text"][train["text"].duplicated()].nunique()
     return int(between), int(known.isin(test).sum())
+
+
+def compared(corpus: Corpus) -> list[str]:
+    """Texts in the form that is the same for equal texts; a question with other options is another one."""
+    return _with_options(corpus.prompts, corpus.options)
+
+
+def _with_options(texts: Sequence[str], options: Sequence[Sequence[str]] | None) -> list[str]:
+    if options is None:
+        return unified(texts)
+    return ["\n".join(unified([text, *own])) for text, own in zip(texts, options, strict=True)]
 
 
 def unified(texts: Sequence[str]) -> list[str]:
@@ -296,7 +311,8 @@ def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
 
 def _duplicated(table: pd.DataFrame) -> pd.Series[bool]:
     """Marks all but one of equal texts; it spares a test row if there is one, else the first row."""
-    texts = pd.Series(unified(table[TEXT].tolist()), index=table.index, dtype=object)
+    options = table[OPTIONS].tolist() if OPTIONS in table else None
+    texts = pd.Series(_with_options(table[TEXT].tolist(), options), index=table.index, dtype=object)
     test_first = table[HELD].sort_values(ascending=False, kind="stable").index
     return texts.loc[test_first].duplicated().loc[table.index]
 
@@ -399,4 +415,5 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> ClientData:
 
 def _corpus(table: pd.DataFrame) -> Corpus:
     units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
-    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, units=units)
+    options = tuple(table[OPTIONS]) if OPTIONS in table else None
+    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, units=units, options=options)

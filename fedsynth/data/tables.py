@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from fedsynth.corpus import alike, blank, same, told_apart
+from fedsynth.corpus import LETTERS, alike, blank, same, told_apart
 from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
 from fedsynth.scenario.schema import PAIR, Data, TestRows
 from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
+OPTIONS = "options"
 MAX_CHARACTERS = 1_000_000  # of a cell; a longer one has a quote that never closes, or is no text
 
 
@@ -28,7 +30,8 @@ class Rows:
     Attributes:
         table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
             the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
-            (none without `data.test`). Never change it in place: it is cached.
+            (none without `data.test`); with `data.options`, `options` are a row's own ones and `label` is the letter
+            of the right one. Never change it in place: it is cached.
         incomplete: Rows left out because they have no text or no label.
         merged: Spellings of persons and clients that stand for another one (`data.spellings`).
     """
@@ -52,6 +55,8 @@ class Columns:
         spellings: Treatment of persons and clients with several spellings; None: they are refused, and no key can
             change that.
         pair: How a pair becomes one text; None for the default.
+        options: Columns of a row's own options, or one column with a list; the answer then names one of them.
+        answer_as: How it names it.
     """
 
     text: str | tuple[str, ...]
@@ -62,6 +67,8 @@ class Columns:
     client: str | None = None
     spellings: Literal["refuse", "merge"] | None = None
     pair: str | None = None
+    options: tuple[str, ...] = ()
+    answer_as: Literal["letter", "index", "text"] = "letter"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -86,6 +93,7 @@ class Columns:
     def names(self) -> list[str]:
         """All column names, each once."""
         named = [*self.texts, self.answer, self.client, self.unit, self.test.column if self.test else None]
+        named += self.options
         return list(dict.fromkeys(column for column in named if column is not None))
 
 
@@ -97,16 +105,17 @@ def read_rows(data: Data) -> Rows:
             spellings, a quote swallows rows, or a person has both training and test rows.
     """
     place = find(data.source) if data.hub_name is None else OfHub(data.hub_name, data.subset, data.revision)
-    classes = data.task != "instructions"
     columns = Columns(
         data.text,
-        data.label if classes else data.response,
-        classes,
+        data.response if data.task == "instructions" else data.label,
+        data.classes,
         data.test,
         data.unit,
         data.client_column,
         data.spellings,
         data.pair,
+        data.options,
+        data.answer_as,
     )
     # Arms that divide one source in different ways share its rows.
     return _read(data.source, columns, place, _stamp(place))
@@ -160,14 +169,21 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
             person, several spellings of labels, persons or clients, test rows that do not exist or have no label, or a
             person with training and test rows.
     """
+    lists = columns.options if len(columns.options) == 1 else ()
     for column in raw.columns:
-        _check_cells(raw[column], column)
+        if column not in lists:
+            _check_cells(raw[column], column)
     for column in columns.texts:
         _refuse_numbers(raw[column], column)
     found = pd.DataFrame({TEXT: _texts(raw, columns), LABEL: _as_texts(raw[columns.answer])}, dtype=object)
+    if columns.options:
+        found[OPTIONS] = own = pd.Series(_options(raw, columns.options), dtype=object)
+        found[LABEL] = [_letter(x, y, columns.answer_as) for x, y in zip(found[LABEL], own, strict=True)]
     whole = found.notna().all(axis=1).to_numpy()
     if not whole.any():
         needed = " and ".join(map(repr, (*columns.texts, columns.answer)))
+        if columns.options:
+            needed += f" as the {columns.answer_as} of one of its options ({', '.join(columns.options)})"
         raise BadValue(f"no row has both {needed} (it has {len(raw)} rows)")
     held = np.zeros(len(raw), dtype=bool) if columns.test is None else _held(raw[columns.test.column], columns.test)
     if columns.test is not None:
@@ -226,7 +242,7 @@ def _refuse_no_test(column: pd.Series[Any], columns: Columns, held: np.ndarray[A
         raise BadValue(f"no row has {equals!r} in the test column {name!r}; it has {known}")
     if not found[held].notna().all(axis=1).any():
         answered = found[held][LABEL].notna().any()
-        lacks = "text" if answered else HIDDEN if columns.classes else "response"
+        lacks = "text" if answered else HIDDEN if columns.classes else "answer" if columns.options else "response"
         raise BadValue(nothing_to_test_on(int(held.sum()), columns.test, lacks))
 
 
@@ -246,6 +262,44 @@ def _texts(raw: pd.DataFrame, columns: Columns) -> list[str | None]:
     rows = zip(*(_as_texts(raw[column]) for column in columns.texts), strict=True)
     whole = ([part for part in row if part is not None] for row in rows)
     return [columns.one_text(row) if len(row) == len(columns.texts) else None for row in whole]
+
+
+def _options(raw: pd.DataFrame, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The options of each row; none for a row whose options cannot be read or told apart."""
+    cells = zip(*(raw[column] for column in columns), strict=True)
+    return [_told_apart(_listed(row[0]) if len(columns) == 1 else row) for row in cells]
+
+
+def _listed(cell: object) -> Sequence[object]:
+    """The list that a cell holds, itself or as JSON; else nothing."""
+    if isinstance(cell, str):
+        try:
+            cell = json.loads(cell)
+        except (ValueError, RecursionError):
+            return ()
+    found = cell.tolist() if isinstance(cell, np.ndarray) else cell
+    return found if isinstance(found, list | tuple) else ()
+
+
+def _told_apart(cells: Sequence[object]) -> tuple[str, ...]:
+    """Options as texts, without empty ones at the end; none if one is no text, or two are the same."""
+    read = [_as_text(cell) if isinstance(cell, str | int | float) and cell == cell else "" for cell in cells]
+    while read and blank(read[-1]):
+        read.pop()
+    texts = [option.strip() for option in read]
+    whole = not any(blank(text) or _misfit(text) for text in texts)
+    differ = len(set(map(same, texts))) == len(texts)
+    return tuple(texts) if whole and differ and 1 < len(texts) <= len(LETTERS) else ()
+
+
+def _letter(answer: str | None, options: Sequence[str], how: str) -> str | None:
+    """The letter of the option that an answer names; None if it names none."""
+    if answer is None:
+        return None
+    letters = LETTERS[: len(options)]
+    named = {"letter": list(letters), "index": list(map(str, range(len(options)))), "text": list(map(same, options))}
+    known = same(answer) if how == "text" else answer.strip().upper()
+    return letters[named[how].index(known)] if known in named[how] else None
 
 
 def _as_texts(column: pd.Series[Any]) -> list[str | None]:

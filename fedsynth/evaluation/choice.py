@@ -1,34 +1,37 @@
-"""Which of some wordings a language model chooses: by their likelihoods, and by what it writes."""
+"""Which of some replies a language model chooses: by their likelihoods, and by what it writes."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsynth.corpus import same
+from fedsynth.corpus import LETTERS, same
 
 if TYPE_CHECKING:
     from fedsynth.models.chat import Prompt
 
 
-def likeliest(llm: Any, prompts: Sequence[Prompt], replies: Sequence[str]) -> list[int | None]:
-    """The place of the likeliest reply to each prompt, by the mean log-likelihood of its tokens, so that a long wording
-    is not at a disadvantage; of equally likely ones the first. None if no reply can be scored.
+def likeliest(llm: Any, prompts: Sequence[Prompt], replies: Sequence[Sequence[str]]) -> list[int | None]:
+    """The place of the likeliest of each prompt's replies; of equally likely ones the first. None if none has a score.
+
+    A reply counts by the mean log-likelihood of its tokens, so that a long wording is not at a disadvantage.
 
     Args:
         llm: A `TextModel` that scores.
         prompts: Any number of prompts.
-        replies: The replies to choose from, as they go on after each prompt.
+        replies: For each prompt, the replies to choose from, as they go on after it.
     """
     if not prompts:
         return []
-    means = llm.score([p for p in prompts for _ in replies], [r for _ in prompts for r in replies])
-    table = np.asarray(means, dtype=float).reshape(len(prompts), len(replies))
-    table[np.isnan(table)] = -math.inf
-    return [int(row.argmax()) if np.isfinite(row).any() else None for row in table]
+    asked = [prompt for prompt, own in zip(prompts, replies, strict=True) for _ in own]
+    means = np.asarray(llm.score(asked, [reply for own in replies for reply in own]), dtype=float)
+    means[np.isnan(means)] = -math.inf
+    rows = np.split(means, np.cumsum([len(own) for own in replies])[:-1])
+    return [int(row.argmax()) if np.isfinite(row).any() else None for row in rows]
 
 
 def said_choice(response: str, choices: Sequence[str]) -> str | None:
@@ -47,6 +50,26 @@ def said_choice(response: str, choices: Sequence[str]) -> str | None:
             found.append(wording)
             rest = rest.replace(same(wording), "\0")
     return found[0] if len(found) == 1 else None
+
+
+_NAMED = re.compile(r"(?:^|\banswer(?:\s+is|:))[\s(*\[]*([A-Z])(?=[).:*\]]|\s*(?:\n|$))")
+
+
+def said_option(response: str, options: Sequence[str]) -> str | None:
+    """The letter that a response begins with, or names as its answer, else that of the one option whose text it holds;
+    None if there is none, or several.
+
+    >>> said_option("B. zinc", ["wood", "zinc"]), said_option("The answer is (B).", ["wood", "zinc"])
+    ('B', 'B')
+    >>> said_option("A metal is zinc", ["wood", "zinc"])
+    'B'
+    >>> said_option("C", ["wood", "zinc"]) is None
+    True
+    """
+    if named := set(_NAMED.findall(response)):
+        return named.pop() if len(named) == 1 and named <= set(LETTERS[: len(options)]) else None
+    said = said_choice(response, options)
+    return None if said is None else LETTERS[options.index(said)]
 
 
 def parsed_scores(truth: Sequence[str], said: Sequence[str | None]) -> dict[str, float]:

@@ -26,7 +26,7 @@ class Facts:
         records: Declared number of privacy units.
         train: Number of training texts.
         test: Number of test texts.
-        choices: Number of responses that an instruction chooses from; 0 for free ones.
+        choices: Number of responses that an instruction chooses from, at most; 0 for free ones.
     """
 
     arm: str
@@ -119,7 +119,10 @@ def facts_of(cell: Cell, labels: tuple[str, ...]) -> dict[int, Facts]:
         many = data.clients if data.pooled else 1
         sizes = [(data.train_per_client * many, data.test_per_client * many)] * clients
     else:
-        sizes = [(len(site.train), len(site.test)) for site in divide(data, cell.seed).sites]
+        sites = divide(data, cell.seed).sites
+        sizes = [(len(site.train), len(site.test)) for site in sites]
+        if data.options:
+            choices = max(len(own) for site in sites for own in site.test.options or ())
     return {
         client: Facts(
             cell.arm, cell.scenario.client.of(client), labels, declared_records(cell, client), *sizes[client], choices

@@ -183,10 +183,10 @@ def _texts(figures: Figures, texts: Sequence[Released], scenario: Scenario, seed
     data = scenario.data
     if not texts:
         return {"kinds": [], "labels": [], "reference": "", "embedder": "", "left_out": ""}
-    public: list[str] | None = [] if data.task == "instructions" else None
+    public: list[str] | None = None if data.classes else []
     if data.labels != "all":
         public = list(data.labels)
-    elif data.world is not None and data.task != "instructions":
+    elif data.world is not None and data.classes:
         public = list(load_world(data.world).labels)
     labels, reference = shown_labels(texts, public), public_reference(scenario, seeds)
     add_texts(figures, texts, labels, reference)

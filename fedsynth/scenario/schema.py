@@ -79,7 +79,13 @@ class Data:
         label: Column of the class name.
         task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> free response.
             `choice`: the rows of a classification as instructions, each a question about the text to which the label's
-            wording is the response (`task.templates.choice`), so that every method runs on the same rows. Simulations.
+            wording is the response (`task.templates.choice`), so that every method runs on the same rows; or, with
+            `options`, multiple choice. Simulations.
+        options: `choice`: columns of a question's own options, as ["a", "b", "c", "d"] (the last ones may be empty), or
+            one column with a list of them, in a CSV file as JSON. `label` is then the column of the right one. A row
+            with one option, more than 26, two that are the same, or no right one among them has no answer.
+        answer_as: `options`: what names the right one: its `letter` (A, B, ...), its `index` (0, 1, ...), or its
+            `text`.
         response: `instructions`: column of the response.
         notes_per_patient: Simulated worlds: a patient has from 1 to this many of the notes. Above 1 the patient is the
             privacy unit. The notes are the same.
@@ -121,6 +127,8 @@ class Data:
     pair: str | None = None
     label: str = "label"
     task: Literal["classification", "instructions", "choice"] = "classification"
+    options: tuple[str, ...] = ()
+    answer_as: Literal["letter", "index", "text"] = "letter"
     response: str = "response"
     notes_per_patient: Count = 1
     planted: bool = False
@@ -169,6 +177,16 @@ class Data:
                 raise BadValue(f"data.per_label names {len(counts)} clients, data.clients is {self.clients}")
             if self.world is not None or self.task == "instructions" or self.unit is not None:
                 raise BadValue("per_label belongs to data files of labelled rows that are declared independent")
+        if self.options and (self.task != "choice" or self.world is not None):
+            raise BadValue('options are columns of a data file with task = "choice"')
+        if self.options and (self.labels != "all" or self.per_label is not None):
+            raise BadValue("labels and per_label are about classes, and with options each row brings its own")
+        if self.options and self.split in ("dirichlet", "pathological"):
+            raise BadValue(f'split = "{self.split}" goes by label, and options have none: use "iid" or "natural"')
+        if len(set(self.options)) < len(self.options):
+            raise BadValue(f"data.options names a column twice: {list(self.options)}")
+        if self.answer_as != Data.answer_as and not self.options:
+            raise BadValue("answer_as says which of a row's options is right: name their columns as options")
         if self.spellings != "refuse" and not (self.unit or self.client_column):
             raise BadValue("spellings is about persons and clients: name their column as unit or client_column")
         if self.task == "instructions" and self.labels != "all":
@@ -198,6 +216,11 @@ class Data:
     def world(self) -> str | None:
         """Name of the simulated world, or None for a source of one's own."""
         return self.source.removeprefix("world:") if self.source.startswith("world:") else None
+
+    @property
+    def classes(self) -> bool:
+        """True if answers are class names; False for responses, and for options that each row brings."""
+        return self.task != "instructions" and not self.options
 
     @property
     def unit_name(self) -> str:

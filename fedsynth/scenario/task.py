@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Literal
 
-from fedsynth.corpus import same
+from fedsynth.corpus import LETTERS, same
 from fedsynth.typed import BadValue
 
 MAX_WORDING = 200  # characters: a control code stands before every private text
@@ -44,6 +44,7 @@ SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "professional": (frozenset(("instruction",)), frozenset(("instruction", "domain", "style"))),
     "judge": (frozenset(("instruction", "verdict")), frozenset(("instruction", "verdict", "domain", "style"))),
     "choice": (frozenset(("text",)), frozenset(("text", "wordings", "noun", "domain"))),
+    "options": (frozenset(("text", "options")), frozenset(("text", "options", "noun", "domain"))),
 }
 OPTIONAL = frozenset(("generator", "student", "professional"))  # empty: as tiny models learnt it
 OF_LABELS = frozenset(("generator", "writer"))  # these must tell the label
@@ -112,6 +113,8 @@ class Templates:
         judge: The question to a judge about an instruction. The answer ends with `{verdict}` and keep or drop.
         choice: The question about a `{text}` to which its label's wording is the answer, where `data.task = "choice"`;
             `{wordings}` lists all. Private texts are read in it: each of its words costs every step.
+        options: A question (`{text}`) that brings its own options, where `data.options` names them. `{options}` has
+            one on each line after its letter; the letter of the right one is the response.
     """
 
     generator: str = ""
@@ -123,6 +126,7 @@ class Templates:
     professional: str = ""
     judge: str = JUDGE
     choice: str = "{text}\n\nWhich topic is this about? Answer with one of these: {wordings}."
+    options: str = "{text}\n\n{options}\n\nAnswer with the letter of the right option."
 
     def __post_init__(self) -> None:
         for name, (needed, allowed) in SLOTS.items():
@@ -234,6 +238,16 @@ class Task:
         """
         slots = {"wordings": ", ".join(map(self.wording, labels)), "noun": self.noun or "a text", "domain": self.domain}
         return self.templates.choice.format(text=text.strip(), **slots)
+
+    def lettered(self, text: str, options: Sequence[str]) -> str:
+        """A question with its own options, one on each line after its letter.
+
+        >>> Task(templates=Templates(options="{text}\\n{options}")).lettered("Which is a metal?", ["zinc", "wood"])
+        'Which is a metal?\\nA. zinc\\nB. wood'
+        """
+        lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+        slots = {"options": lines, "noun": self.noun or "a text", "domain": self.domain}
+        return self.templates.options.format(text=text.strip(), **slots)
 
     def judged(self, instruction: str, verdict: str) -> str:
         """The question to a judge about one instruction; its answer ends with the word `verdict` and keep or drop."""

@@ -127,7 +127,7 @@ def check(scenario: Scenario) -> list[str]:
         labels = label_list(resolved.data)
         if (resolved.data, resolved.client) not in read:
             read.add((resolved.data, resolved.client))
-            if resolved.data.task != "instructions":
+            if resolved.data.classes:
                 try:
                     check_labels(class_list(resolved.data))
                 except ValueError as problem:
@@ -245,7 +245,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
 
 def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]) -> list[str]:
     warnings = []
-    if data.labels == "all" and data.task != "instructions":
+    if data.labels == "all" and data.classes:
         warnings.append(
             "the label list is read from the data; a real site must list it: a rare class can reveal a person"
         )

@@ -144,7 +144,7 @@ def _assumptions(run_logs: Sequence[RunLog]) -> str:
     missing = (
         f"; {silent} clients gave no usable reply: what they may have spent is not in these figures" if silent else ""
     )
-    listed = data.labels == "all" and data.task != "instructions"
+    listed = data.labels == "all" and data.classes
     taken = (
         [] if data.world or not run_logs[0].simulated else (["label list"] if listed else []) + ["number of records"]
     )
