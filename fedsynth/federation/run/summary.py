@@ -31,7 +31,7 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
     frame = write_metrics(out, run_logs)
     arms = list(dict.fromkeys(j.cell.arm for j in run_logs))
     tuned_on, lost = set(scenario.data.tuned_on), losses(frame)
-    summary = {
+    summary: dict[str, Any] = {
         "scenario": scenario.name,
         "out": str(out),
         "seconds": round(seconds, 1),
@@ -42,8 +42,9 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
             }
             for arm in arms
         },
-        "egress": [plain(sent) for sent in write_egress(out)],
     }
+    if sent := write_egress(out):  # a run without an endpoint has the shape that it always had
+        summary["egress"] = list(map(plain, sent))
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
