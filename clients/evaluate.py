@@ -20,7 +20,7 @@ from fedsynth.limits import MAX_LOSS
 from fedsynth.lora import Adapter
 from fedsynth.models.devices import device
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import load_generator, load_tokenizer
+from fedsynth.models.loading import load_frozen, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.training.classifier import classify
 from fedsynth.training.dp_training import mean_loss
@@ -128,5 +128,5 @@ def _writer(client: ClientSide, adapter: Adapter | None) -> Fitting:
     """The client's model with an adapter, or with the one in use, if there is one."""
     name, adapter = client.config.generator, adapter or in_use(client)
     precision = client.config.generator_training.precision
-    model = load_generator(name, precision).to(device()) if adapter is None else on_base(client, adapter)
+    model = load_frozen(name, precision).to(device()) if adapter is None else on_base(client, adapter)
     return Fitting(LocalLLM(model.eval(), load_tokenizer(name), batch_size=128, workers=1))

@@ -17,7 +17,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import Adopt, Adopted, Finetune, Finetuned
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter, digest_of, only_b
-from fedsynth.models.adapters import with_adapter
+from fedsynth.models.adapters import check_layers, with_adapter
 from fedsynth.models.devices import device
 from fedsynth.models.hub import config_of, weights_hash
 from fedsynth.models.loading import kind_of, load_tokenizer
@@ -89,6 +89,7 @@ def check(
     if client.simulated and asked in _passed:
         return
     tokenizer, model = load_tokenizer(name), on_base(client, start, frozen_a=frozen_a)
+    check_layers(start, name, settings.lora_targets, settings.precision)
     check_room(tokenizer, model, client.labels, max(settings.max_length, longest), client.task)
     if plan is not None:
         self_check(model, plan, settings, pad=tokenizer.pad_token_id)

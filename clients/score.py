@@ -180,7 +180,10 @@ def _kept(client: ClientSide) -> DPTrained[Any] | None:
 def _new_scorer(client: ClientSide, seed: int) -> Any:
     settings = client.config.scorer_training
     name, classes = client.config.task_model, len(client.labels)
-    return new_scorer(name, classes, rank=settings.rank, alpha=settings.alpha, seed=seed).to(device())
+    scorer = new_scorer(
+        name, classes, rank=settings.rank, alpha=settings.alpha, seed=seed, targets=settings.lora_targets
+    )
+    return scorer.to(device())
 
 
 def _confidences(client: ClientSide, model: Any, corpus: Corpus, longest: int) -> list[float]:

@@ -40,7 +40,12 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
         return _true_texts(client, request)
     settings, name = client.config.generator_training, client.config.generator
     start = request.start or new_adapter(
-        name, rank=settings.rank, alpha=settings.alpha, seed=request.seed, precision=settings.precision
+        name,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=request.seed,
+        precision=settings.precision,
+        targets=settings.lora_targets,
     )
     if client.config.guarantee == "none":
         return (yield from _without_guarantee(client, request, start))

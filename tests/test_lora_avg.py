@@ -12,6 +12,7 @@ from inprocess import Played, canary, instructions, play
 
 from fedsynth.clients import app
 from fedsynth.clients.client_side import COVERED
+from fedsynth.clients.finetune import finetune
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.run.privacy_report import privacy_line
@@ -124,6 +125,23 @@ def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:
     )
     assert not [row for row in range(72) if canary(row).encode() in crossed]
     assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found
+
+
+def test_adapters_of_some_layers_with_checkpoints_are_trained_averaged_and_measured(tmp_path: Path) -> None:
+    asked = 'max_length = 96\nlora_targets = ["q_proj", "v_proj"]\ngradient_checkpointing = true'
+    toml = instructions(tmp_path, STRATEGY)
+    assert toml.count("max_length = 96") == 1
+    run = play(toml.replace("max_length = 96", asked), tmp_path)
+    for answer in run.replies(Finetune):
+        assert {name.split(".")[-3] for name in answer.adapter.arrays} == {"q_proj", "v_proj"}
+        assert any(array.any() for name, array in answer.adapter.arrays.items() if only_b(name))
+    assert set(run.replies(Evaluate)[0].metrics) == {"exact_match", "field_match", "rouge_l"}
+
+    client, before = run.client(0), run.client(0).ledger.spent()[0]
+    whole = new_adapter(tiny.folder(), rank=2, alpha=4.0, seed=0)  # of all layers: not what the site agreed to
+    with pytest.raises(WrongAdapter, match=r"of 14 layers, and .*lora_targets means 4: they differ in model.layers.0"):
+        next(finetune(client, Finetune(whole, seed=1), "digest"))
+    assert client.ledger.spent()[0] == before
 
 
 def test_the_adopted_adapter_is_what_is_measured(tmp_path: Path) -> None:

@@ -21,11 +21,20 @@ from torch import Tensor, nn
 from fedsynth.lora import average, only_b
 from fedsynth.models import hub as hub_module
 from fedsynth.models import loading as models
-from fedsynth.models.adapters import attach_lora, merged, new_adapter, read_adapter, save_adapter, with_adapter
+from fedsynth.models.adapters import (
+    WrongAdapter,
+    attach_lora,
+    merged,
+    new_adapter,
+    read_adapter,
+    save_adapter,
+    stack_of,
+    with_adapter,
+)
 from fedsynth.models.hub import locate, pin, version_of, weights_hash
 from fedsynth.models.loading import check, dtype_of, load_classifier, load_generator, load_tokenizer
 from fedsynth.models.of_scenario import models_of
-from fedsynth.scenario.schema import TaskTraining
+from fedsynth.scenario.schema import GeneratorTraining, TaskTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.simulation import simulate
 from fedsynth.simulation.simulate import pinned
@@ -81,6 +90,52 @@ def test_lora_adapts_every_linear_layer_but_the_head() -> None:
 def test_the_head_is_left_out_when_it_is_not_tied_either(tmp_path: Path) -> None:
     model = attach_lora(tiny.model(tie_word_embeddings=False), rank=3, alpha=6.0, seed=0)
     assert set(read_adapter(model, "base").arrays) == set(EXPECTED)
+
+
+ATTENTION = ("q_proj", "self_attn.v_proj")
+
+
+def test_lora_adapts_the_layers_that_are_named_by_their_ends(tmp_path: Path) -> None:
+    chosen = {name for name in EXPECTED if ".q_proj." in name or ".v_proj." in name}
+    start = new_adapter(tiny.folder(), rank=3, alpha=6.0, seed=1, targets=ATTENTION)
+    assert set(start.arrays) == chosen
+    assert len(chosen) == 8
+    drawn = np.random.default_rng(0)
+    adapter = replace(start, arrays={n: drawn.normal(size=a.shape).astype(np.float32) for n, a in start.arrays.items()})
+    model = with_adapter(tiny.folder(), adapter)  # the adapter itself tells where it belongs
+    assert {n.replace(".default", "") for n, w in model.named_parameters() if w.requires_grad} == chosen
+    before = logits(model)
+    assert not torch.allclose(before, logits(load_generator(tiny.folder())), atol=0.1)
+    assert torch.allclose(logits(merged(tiny.folder(), adapter)), before, atol=1e-4)
+    save_adapter(replace(adapter, grants=("g",)), tiny.folder(), tmp_path)
+    loaded = PeftModel.from_pretrained(load_generator(tiny.folder()), str(tmp_path))
+    assert torch.allclose(logits(loaded), before, atol=1e-5)
+    stack = stack_of(with_adapter(tiny.folder(), start), [start, adapter])
+    assert all(np.array_equal(array, adapter.arrays[name]) for name, array in stack.read()[1].items())
+    whole = with_adapter(tiny.folder(), new_adapter(tiny.folder(), rank=3, alpha=6.0, seed=1))  # not the same model
+    assert {n.replace(".default", "") for n, w in whole.named_parameters() if w.requires_grad} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("targets", [("proj",), ("q_proj", "query"), ("lm_head",), ("1.q_proj",)])
+def test_an_end_that_no_linear_layer_has_is_named_with_those_there_are(targets: tuple[str, ...]) -> None:
+    with pytest.raises(BadValue, match=f"name ends in '{targets[-1]}'; these do: q_proj, k_proj, v_proj, o_proj"):
+        new_adapter(tiny.folder(), rank=3, alpha=6.0, seed=1, targets=targets)
+
+
+def test_an_adapter_of_no_layer_or_of_one_that_is_not_there_is_refused() -> None:
+    whole = new_adapter(tiny.folder(), rank=3, alpha=6.0, seed=1)
+    elsewhere = {name.replace("layers.1", "layers.7"): array for name, array in whole.arrays.items()}
+    half = dict(list(whole.arrays.items())[1:])  # a B without its A
+    for arrays in ({}, elsewhere, half):
+        for put in (with_adapter, merged):
+            with pytest.raises(WrongAdapter, match="tensors are not those of LoRA"):
+                put(tiny.folder(), replace(whole, arrays=arrays))
+
+
+@pytest.mark.parametrize("named", [(), ("",), ("q_proj", "")])
+def test_no_layer_at_all_is_no_choice(named: tuple[str, ...]) -> None:
+    with pytest.raises(BadValue, match="lora_targets must hold names"):
+        GeneratorTraining(lora_targets=named)
 
 
 def test_only_the_adapter_is_trainable() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 import torch
 
 import fedsynth.models.placing as module
+from fedsynth.clients.evaluate import _writer
 from fedsynth.federation.run.environment import surroundings
 from fedsynth.models.adapters import attach_lora, merged, new_adapter, read_adapter, with_adapter
 from fedsynth.models.embedding import Embedder
@@ -22,6 +24,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_frozen, load_generator, load_tokenizer
 from fedsynth.models.placing import check_hardware, embedder_dtype, load_placed, placement, server_dtype
 from fedsynth.scenario.hardware import Hardware
+from fedsynth.scenario.schema import Client, GeneratorTraining
 from fedsynth.scenario.server import Server
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation.simulate import check_server
@@ -222,6 +225,14 @@ def test_adapted_models_share_one_copy_of_their_base() -> None:
     free = load_generator(tiny.folder())  # a copy of its own, all of which can be trained
     assert not {p.data_ptr() for p in free.parameters()} & frozen[0]
     assert all(p.requires_grad for p in free.parameters())
+
+
+def test_a_client_without_an_adapter_answers_with_the_shared_copy(tmp_path: Path) -> None:
+    training = GeneratorTraining(precision="float32")
+    config = Client(tiny.folder(), guarantee="none", generator_training=training)
+    client: Any = SimpleNamespace(config=config, work=tmp_path)
+    own = {p.data_ptr() for p in _writer(client, None).llm.model.parameters()}
+    assert own == {p.data_ptr() for p in load_frozen(tiny.folder()).parameters()}
 
 
 def test_merging_changes_no_other_model() -> None:

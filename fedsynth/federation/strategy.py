@@ -66,7 +66,9 @@ class ServerSide:
 
         client = self.cell.scenario.client
         settings = client.generator_training
-        return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=seed)
+        return new_adapter(
+            client.generator, rank=settings.rank, alpha=settings.alpha, seed=seed, targets=settings.lora_targets
+        )
 
 
 class RoundStrategy(Strategy, Generic[S]):

@@ -303,7 +303,14 @@ def _start(client: Client) -> Any:
     from fedsynth.models.adapters import new_adapter
 
     settings = client.generator_training
-    return new_adapter(client.generator, rank=settings.rank, alpha=settings.alpha, seed=0, precision=settings.precision)
+    return new_adapter(
+        client.generator,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=0,
+        precision=settings.precision,
+        targets=settings.lora_targets,
+    )
 
 
 def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]:
@@ -361,7 +368,14 @@ def _classifying(
     if unit.kind == "scorer_step":
         settings = client.scorer_training
         planned = client.score_plan(len(texts.train))
-        model: Any = new_scorer(client.task_model, len(labels), rank=settings.rank, alpha=settings.alpha, seed=0)
+        model: Any = new_scorer(
+            client.task_model,
+            len(labels),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            seed=0,
+            targets=settings.lora_targets,
+        )
         model = model.to(device())
         slots = label_slots(tokenizer, texts.train, labels, len(texts.train), settings.max_length, model.config)
 

@@ -13,6 +13,7 @@ import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,15 @@ class WrongAdapter(ValueError):
     """The adapter does not belong to this model."""
 
 
-def new_adapter(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> Adapter:
+def new_adapter(
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    precision: Precision = "float32",
+    targets: Sequence[str] | None = None,
+) -> Adapter:
     """The start of an adapter for the model `name`: A random from `seed`, B zero.
 
     The precision is that of the base that a client has loaded anyway; the adapter is the same for each.
@@ -44,17 +53,25 @@ def new_adapter(name: str, *, rank: int, alpha: float, seed: int, precision: Pre
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
     """
-    model = fresh_lora(name, rank=rank, alpha=alpha, seed=seed, precision=precision)
+    model = fresh_lora(name, rank=rank, alpha=alpha, seed=seed, precision=precision, targets=targets)
     return replace(read_adapter(model, weights_hash(name)), public=True)
 
 
-def fresh_lora(name: str, *, rank: int, alpha: float, seed: int, precision: Precision = "float32") -> PeftModel:
+def fresh_lora(
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    precision: Precision = "float32",
+    targets: Sequence[str] | None = None,
+) -> PeftModel:
     """The model `name` with LoRA at its start, ready to train; it is borrowed as in `with_adapter`.
 
     Raises:
         BadValue: If the model cannot be loaded, or has no layer to adapt.
     """
-    borrowed = _borrowed(name, rank, alpha, precision)
+    borrowed = _borrowed(name, rank, alpha, precision, layers_to_adapt(name, targets, precision))
     _start(borrowed.model, seed)
     return borrowed.model
 
@@ -67,7 +84,7 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
 
     Args:
         name: Name of the base.
-        adapter: An adapter for the base.
+        adapter: An adapter for the base; its tensors tell which layers it adapts.
         frozen_a: True to leave the factors A as they are in training (FFA-LoRA).
         precision: Precision of the base.
 
@@ -75,7 +92,8 @@ def with_adapter(name: str, adapter: Adapter, *, frozen_a: bool = False, precisi
         WrongAdapter: If the adapter's base, tensors or shapes are not those of this model.
     """
     _check_base(adapter.base, name)
-    borrowed = _borrowed(name, adapter.rank, adapter.alpha, precision)
+    layers = _adapted_layers(adapter, layers_to_adapt(name, None, precision))
+    borrowed = _borrowed(name, adapter.rank, adapter.alpha, precision, layers)
     _check_fits(adapter, borrowed.weights)
     arrays = [torch.from_numpy(np.ascontiguousarray(adapter.arrays[n])) for n in borrowed.weights]
     with torch.no_grad():
@@ -95,7 +113,9 @@ def merged(name: str, adapter: Adapter) -> Any:
         WrongAdapter: See `with_adapter`.
     """
     _check_base(adapter.base, name)
-    own: Any = attach_lora(load_model(name, "generator"), rank=adapter.rank, alpha=adapter.alpha, seed=0)
+    own: Any = load_model(name, "generator")
+    layers = _adapted_layers(adapter, tuple(_linear_layers(own)))
+    own = attach_lora(own, rank=adapter.rank, alpha=adapter.alpha, seed=0, targets=layers)
     weights = _by_name(own)
     _check_fits(adapter, weights)
     with torch.no_grad():
@@ -112,17 +132,17 @@ class _Adapted:
     weights: Mapping[str, nn.Parameter]
 
 
-_idle: dict[tuple[str, int, float, Any], list[_Adapted]] = {}
+_idle: dict[tuple[str, int, float, Any, tuple[str, ...]], list[_Adapted]] = {}
 
 
-def _borrowed(name: str, rank: int, alpha: float, precision: Precision) -> _Adapted:
+def _borrowed(name: str, rank: int, alpha: float, precision: Precision, layers: tuple[str, ...]) -> _Adapted:
     """An idle adapted model, or a new one. The loan ends when the caller drops the returned handle."""
-    idle = _idle.setdefault((name, rank, alpha, dtype_of(name, precision)), [])
+    idle = _idle.setdefault((name, rank, alpha, dtype_of(name, precision), layers), [])
     try:
         resident = idle.pop()
     except IndexError:
         # All adapted models share one copy of the base's weights: it is as large as they are small.
-        model = attach_lora(load_frozen(name, precision), rank=rank, alpha=alpha, seed=0)
+        model = attach_lora(load_frozen(name, precision), rank=rank, alpha=alpha, seed=0, targets=layers or None)
         resident = _Adapted(model, _by_name(model))
     for weight in resident.weights.values():
         weight.requires_grad_(True)
@@ -156,21 +176,85 @@ def _give_back(idle: list[_Adapted], resident: _Adapted) -> None:
     idle.append(resident)
 
 
-def attach_lora(model: nn.Module, *, rank: int, alpha: float, seed: int) -> PeftModel:
-    """LoRA on every linear layer except the heads (Hu et al. 2021; all-linear as in QLoRA, section 4).
+def attach_lora(
+    model: nn.Module, *, rank: int, alpha: float, seed: int, targets: Sequence[str] | None = None
+) -> PeftModel:
+    """LoRA on every linear layer except the heads (Hu et al. 2021; all-linear as in QLoRA, section 4), or on some.
 
     A starts at Kaiming-uniform from `seed` (public), B at zero, so the model starts as its base.
 
+    Args:
+        model: The base.
+        rank: LoRA rank.
+        alpha: LoRA scale is alpha / rank.
+        seed: Public seed of A.
+        targets: Ends of the names of the layers to adapt, such as `q_proj`; None for all.
+
     Raises:
-        BadValue: If the model has no linear layer to adapt.
+        BadValue: If the model has no linear layer to adapt, or none of a name in `targets`.
     """
-    targets = _linear_layers(model)
-    if not targets:
+    linear = _linear_layers(model)
+    if not linear:
         raise BadValue(f"{type(model).__name__} has no linear layer that LoRA could adapt")
-    turned = all(isinstance(layer, Conv1D) for layer in targets.values())  # GPT-2 keeps its weights transposed
-    adapted = get_peft_model(model, _lora_config(rank, alpha, list(targets), fan_in_fan_out=turned))
+    layers = _chosen_by(linear, targets)
+    turned = all(isinstance(linear[name], Conv1D) for name in layers)  # GPT-2 keeps its weights transposed
+    adapted = get_peft_model(model, _lora_config(rank, alpha, list(layers), fan_in_fan_out=turned))
     _start(adapted, seed)
     return adapted
+
+
+@lru_cache(maxsize=16)
+def layers_to_adapt(
+    name: str, targets: tuple[str, ...] | None = None, precision: Precision = "float32"
+) -> tuple[str, ...]:
+    """The layers of the model `name` that an adapter with these `targets` has; see `attach_lora`.
+
+    Raises:
+        BadValue: If the model cannot be loaded, or has no linear layer of a name in `targets`.
+    """
+    return _chosen_by(_linear_layers(load_frozen(name, precision)), targets)
+
+
+def check_layers(adapter: Adapter, name: str, targets: tuple[str, ...] | None, precision: Precision) -> None:
+    """Refuses an adapter that has other layers than those to train.
+
+    Raises:
+        WrongAdapter: If it has.
+    """
+    found, wanted = _layers(adapter.arrays), layers_to_adapt(name, targets, precision)
+    if other := sorted(found ^ set(wanted)):
+        raise WrongAdapter(
+            f"the adapter's tensors are of {len(found)} layers, and client.generator_training.lora_targets means "
+            f"{len(wanted)}: they differ in {_listed(other)}"
+        )
+
+
+def _chosen_by(linear: Iterable[str], targets: Sequence[str] | None) -> tuple[str, ...]:
+    """The layers whose names, or ends of names, are among the targets; all for None."""
+    layers = tuple(linear)
+    if targets is None:
+        return layers
+    for target in targets:
+        if not any(_ends(layer, target) for layer in layers):
+            ends = list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+            raise BadValue(f"lora_targets: no linear layer's name ends in {target!r}; these do: {_listed(ends)}")
+    return tuple(layer for layer in layers if any(_ends(layer, target) for target in targets))
+
+
+def _ends(layer: str, target: str) -> bool:
+    return f".{layer}".endswith(f".{target}")
+
+
+def _adapted_layers(adapter: Adapter, linear: tuple[str, ...]) -> tuple[str, ...]:
+    """The layers that an adapter's tensors belong to, in the order of the model.
+
+    Raises:
+        WrongAdapter: If the model has no such layers.
+    """
+    own = _layers(adapter.arrays)
+    if not own or not own <= set(linear):
+        raise WrongAdapter(f"the adapter's tensors are not those of LoRA of rank {adapter.rank} on this model")
+    return tuple(layer for layer in linear if layer in own)
 
 
 @torch.no_grad()

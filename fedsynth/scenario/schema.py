@@ -278,6 +278,10 @@ class GeneratorTraining:
             it, if the model is wide enough to gain; name a precision to compare arms or machines. A scorer is float32.
         cut: `sentences`: of a classified text longer than `max_length` the leading whole sentences that fit are learnt,
             with an end. Left out, it is cut after so many tokens, and teaches no end.
+        gradient_checkpointing: A layer's activations are computed again in the backward pass instead of kept: less
+            memory, longer steps, the same sums. It needs `clipping = "bookkeeping"`.
+        lora_targets: Ends of the names of the linear layers that get a LoRA, such as `["q_proj", "v_proj"]`; left out,
+            all but the heads.
         warm_start: Clients' generators start from an adapter that the server trained on its LLM's zero-shot texts; left
             out, from the model as it is. Plan and epsilon are the same.
     """
@@ -295,12 +299,21 @@ class GeneratorTraining:
     clipping: Clipping = "bookkeeping"
     precision: Precision = "auto"
     cut: Literal["sentences"] | None = None
+    gradient_checkpointing: bool | None = None  # None: left out of a grant's settings, whose noise stays what it was
+    lora_targets: tuple[str, ...] | None = None
     warm_start: WarmStart | None = None
 
     def __post_init__(self) -> None:
         in_range(self)
         if self.max_length < 4:
             raise BadValue(f"max_length must be at least 4, got {self.max_length}")
+        if self.lora_targets is not None and not all(self.lora_targets or [""]):
+            raise BadValue('lora_targets must hold names, such as ["q_proj"]; leave it out for all linear layers')
+        if self.gradient_checkpointing and self.clipping != "bookkeeping":
+            raise BadValue(
+                f'gradient_checkpointing needs clipping = "bookkeeping": the hooks of "{self.clipping}" would note a '
+                "layer's input twice"
+            )
 
 
 @dataclass(frozen=True)

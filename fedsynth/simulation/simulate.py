@@ -237,7 +237,9 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scor
     tokenizer, model = load_tokenizer(client.generator), load_frozen(client.generator, settings.precision)
     try:
         check_room(tokenizer, model, labels, settings.max_length, cell.scenario.task)
-        adapted = attach_lora(model, rank=settings.rank, alpha=settings.alpha, seed=0).to(device())
+        adapted = attach_lora(
+            model, rank=settings.rank, alpha=settings.alpha, seed=0, targets=settings.lora_targets
+        ).to(device())
         self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem

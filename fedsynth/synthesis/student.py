@@ -18,6 +18,7 @@ from fedsynth.pretraining.public_text import sample
 from fedsynth.scenario.schema import GeneratorTraining, Tuning, WarmStart
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import Filtered, refuse_private
+from fedsynth.training.checkpointing import checkpointed
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_records, encode_slots
 from fedsynth.training.sft import Steps, sft
@@ -147,5 +148,6 @@ def warm_start(
     labels, alone = tuple(dict.fromkeys(texts.answers)), replace(settings, rows_per_unit=1)
     slots = encode_slots(tokenizer, texts, labels, len(texts), alone, kind_of(model.config), task=task)
     steps = Steps(tuning, pad=tokenizer.pad_token_id, seed=seed)
-    loss = sft(model, [example for slot in slots for example in slot], steps, descend=engine.descend)
+    with checkpointed(model, settings.gradient_checkpointing):
+        loss = sft(model, [example for slot in slots for example in slot], steps, descend=engine.descend)
     return made_of(read_adapter(model, start.base), [start, texts]), loss

@@ -231,7 +231,9 @@ class LabelledText:
     label: int
 
 
-def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -> nn.Module:
+def new_scorer(
+    name: str, classes: int, *, rank: int, alpha: float, seed: int, targets: Sequence[str] | None = None
+) -> nn.Module:
     """A classifier before its training; a LoRA and the new head are trainable.
 
     Args:
@@ -240,11 +242,12 @@ def new_scorer(name: str, classes: int, *, rank: int, alpha: float, seed: int) -
         rank: LoRA rank.
         alpha: LoRA scale is alpha / rank.
         seed: Public seed of head and LoRA.
+        targets: See `attach_lora`.
     """
     model = load_classifier(name, classes, seed)
     body = {id(p) for p in model.base_model.parameters()}  # type: ignore[union-attr]  # torch types it as Tensor | Module
     head = [p for p in model.parameters() if id(p) not in body]
-    scorer = attach_lora(model, rank=rank, alpha=alpha, seed=seed)
+    scorer = attach_lora(model, rank=rank, alpha=alpha, seed=seed, targets=targets)
     for weight in head:
         weight.requires_grad_(True)
     return scorer

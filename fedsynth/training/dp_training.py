@@ -23,6 +23,7 @@ from fedsynth.dpsgd.stacked import Factors, Stacked, stacked
 from fedsynth.models.batches import padded
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training.checkpointing import checkpointed
 from fedsynth.training.examples import Example, Slot
 
 IGNORED = -100  # cross_entropy's own mark for positions without a target
@@ -256,7 +257,10 @@ def train_generator(
         pad: Token that fills a batch.
         losses: Losses of the examples; a classifier passes its own in place of `next_token_losses`.
     """
-    with clipper(model.train(), training.clip_norm, settings.clipping) as clip:
+    with (
+        checkpointed(model, settings.gradient_checkpointing),
+        clipper(model.train(), training.clip_norm, settings.clipping) as clip,
+    ):
 
         def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
             [own] = drawn
@@ -293,7 +297,10 @@ def train_stacked(
             "clients that train in one pass need the same steps, clip norm and proximal pull, and "
             "clipping = 'bookkeeping'"
         )
-    with stacked(model.train(), factors, trainings[0].clip_norm) as clip:
+    with (
+        checkpointed(model, settings.gradient_checkpointing),
+        stacked(model.train(), factors, trainings[0].clip_norm) as clip,
+    ):
 
         def sums(drawn: Sequence[Sequence[Slot]]) -> list[Tensor]:
             return [clipped_sums(clip, model, drawn, pad=pad, max_physical_batch_size=settings.max_physical_batch_size)]

@@ -21,7 +21,9 @@ from fedsynth.privacy import noise as randomness
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.training import checkpointing
 from fedsynth.training import dp_training as training
+from fedsynth.training.checkpointing import checkpointed
 from fedsynth.training.dp_training import Losses, Randomness, clipped_sum, clipped_sums, trainable
 from fedsynth.training.examples import Encoded, Example, Slot, vocabulary_of
 from fedsynth.training.loopcheck import CHANCE, differs, far
@@ -59,7 +61,22 @@ def self_check(
 
     Raises:
         SelfCheckFailed: If a check fails; the message names it.
+        BadValue: If the settings ask for gradient checkpointing, and the model has none.
     """
+    with checkpointed(model, settings.gradient_checkpointing):
+        _check_gradients(model, plan, settings, pad=pad, losses=losses, example=example)
+    _check_loop(plan, settings, _device(model))
+
+
+def _check_gradients(
+    model: nn.Module,
+    plan: DPPlan,
+    settings: GeneratorTraining,
+    *,
+    pad: int,
+    losses: Losses | None,
+    example: Callable[[tuple[int, ...]], Encoded],
+) -> None:
     if not trainable(model):
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     shapes, rng = _shapes(model), np.random.default_rng(0)
@@ -109,7 +126,6 @@ def self_check(
         ) from problem
     finally:
         model.eval()
-    _check_loop(plan, settings, _device(model))
 
 
 def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
@@ -126,6 +142,12 @@ def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, 
     Raises:
         SelfCheckFailed: If a check fails; the message names it.
     """
+    with checkpointed(model, settings.gradient_checkpointing):
+        _check_stacked_sums(model, plan, settings, pad=pad)
+    _check_loop(plan, settings, _device(model), clients=2)
+
+
+def _check_stacked_sums(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, pad: int) -> None:
     shapes, rng = _shapes(model), np.random.default_rng(1)
     units = [(Example(tuple(rng.integers(0, vocabulary_of(model), n).tolist()), 2),) for n in (6, 9, 7, 12, 5, 3)]
     lora = [weight for name, weight in model.named_parameters() if "lora_" in name]
@@ -163,7 +185,6 @@ def check_stack(model: nn.Module, plan: DPPlan, settings: GeneratorTraining, *, 
         gap = float((found[client] - torch.cat([s.flatten() for s in sums])).double().norm())
         if gap > 1e-3 * plan.clip_norm * len(units):
             raise SelfCheckFailed(f"a stacked client's sum differs from the one that it has alone (by {gap:.2g})")
-    _check_loop(plan, settings, _device(model), clients=2)
 
 
 def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]], plan: DPPlan) -> None:
@@ -316,7 +337,17 @@ def _code() -> tuple[Any, ...]:
     """The functions that a training runs, as they are now: a replaced function is checked again."""
     return tuple(
         part
-        for module in (training, randomness, dpsgd, bookkeeping, recording, precision, stacking, opacus_modes)
+        for module in (
+            training,
+            checkpointing,
+            randomness,
+            dpsgd,
+            bookkeeping,
+            recording,
+            precision,
+            stacking,
+            opacus_modes,
+        )
         for value in vars(module).values()
         for part in _functions(module, value)
     )
@@ -330,5 +361,8 @@ def _functions(module: ModuleType, value: Any) -> list[Any]:
 def _shapes(model: nn.Module) -> tuple[Any, ...]:
     """The properties of a model that decide which code it runs: layers, shapes, types, device; no values."""
     tensors = tuple((name, w.shape, w.dtype, w.device, w.requires_grad) for name, w in model.named_parameters())
-    layers = tuple((type(layer).forward, layer.__dict__.get("forward")) for layer in model.modules())
+    layers = tuple(
+        (type(layer).forward, layer.__dict__.get("forward"), getattr(layer, "gradient_checkpointing", False))
+        for layer in model.modules()
+    )
     return (*tensors, *layers)
