@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     DebertaV2Config,
     DebertaV2Model,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -25,6 +27,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -34,8 +38,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-CAUSAL = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "mistral")
+CAUSAL = ("gpt2", "opt", "llama", "qwen2", "qwen3", "gemma", "gemma3", "mistral")
 WRITERS = (*CAUSAL, "t5")
+TRAINED = tuple(family for family in WRITERS if family != "opt")  # under DP: OPT reads a batch's tokens as one list
 ENCODERS = ("bert", "deberta")
 ALL = (*WRITERS, *ENCODERS)
 KINDS = {**dict.fromkeys(CAUSAL, "causal"), "t5": "seq2seq", **dict.fromkeys(ENCODERS, "encoder")}
@@ -73,6 +78,19 @@ GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 128,
+    "init_std": 0.2,
+    "pad_token_id": 1,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+}
 T5 = {
     "vocab_size": VOCABULARY,
     "d_model": 32,
@@ -86,11 +104,13 @@ T5 = {
 }
 DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 BUILD: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2),  # dropout 0.1 by default, as BERT, DeBERTa and T5
+    "gpt2": (GPT2Config, GPT2LMHeadModel, GPT2),  # dropout 0.1 by default, as OPT, BERT, DeBERTa and T5
+    "opt": (OPTConfig, OPTForCausalLM, OPT),
     "llama": (LlamaConfig, LlamaForCausalLM, ROTARY),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, ROTARY),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, ROTARY),
     "gemma": (GemmaConfig, GemmaForCausalLM, ROTARY),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**ROTARY, "query_pre_attn_scalar": 16, "sliding_window": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {**ROTARY, "sliding_window": 8}),
     "t5": (T5Config, T5ForConditionalGeneration, T5),
     "bert": (BertConfig, BertModel, BERT),
@@ -135,6 +155,9 @@ def tokenizer(family: str) -> Any:
     """As the family's own: which special tokens there are, and whether the tokenizer adds them."""
     if family == "gpt2":  # one special token for all, none for padding
         return byte_level("<|endoftext|>", bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    if family == "opt":  # the same token begins and ends a text
+        names = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        return byte_level("<s>", "<pad>", "</s>", template="</s> $A", **names)
     if family in ("qwen2", "qwen3"):  # no BOS
         return byte_level("<pad>", "<eos>", pad_token="<pad>", eos_token="<eos>")
     if family == "mistral":  # adds BOS, has no padding
@@ -157,11 +180,60 @@ def model(family: str, seed: int = 0, **more: Any) -> Any:
         return build(config(**{**settings, **more})).float().eval()
 
 
+# Chat templates, each with the control tokens that it writes, as the families publish them.
+_ANSWERS = "{% if add_generation_prompt %}{{ "
+_TURN = "m['role'] + '\n' + m['content'] + '<|im_end|>\n'"
+_CHATML = "{% for m in messages %}{{ '<|im_start|>' + " + _TURN + " }}{% endfor %}" + _ANSWERS
+_HEAD = "'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>'"
+_NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+_ROLE = "('model' if m['role'] == 'assistant' else m['role'])"
+_GEMMA = (
+    "{{ bos_token }}" + _NO_SYSTEM + "{% for m in messages %}{{ '<start_of_turn>' + " + _ROLE + " + '\n' +"
+    " m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}" + _ANSWERS + "'<start_of_turn>model\n' }}{% endif %}"
+)
+_INST = (
+    "{{ bos_token }}" + _NO_SYSTEM + "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] +"
+    " ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+CHAT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "llama": (
+        "{{ bos_token }}{% for m in messages %}{{ " + _HEAD + " }}{% endfor %}" + _ANSWERS
+        + "'<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "qwen2": (_CHATML + "'<|im_start|>assistant\n' }}{% endif %}", ("<|im_start|>", "<|im_end|>")),
+    "qwen3": (  # without thoughts: an empty one stands before the answer
+        _CHATML + "'<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+        "{% endif %}{% endif %}",
+        ("<|im_start|>", "<|im_end|>", "<think>", "</think>"),
+    ),
+    "gemma3": (_GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "mistral": (_INST, ("[INST]", "[/INST]")),
+}  # fmt: skip
+LONG = 2048  # positions of a model that reads questions, a byte each
+CONTEXT = {"gpt2": "n_positions", "t5": None}  # its name elsewhere: max_position_embeddings
+
+
+def chat_tokenizer(family: str) -> Any:
+    """The family's tokenizer with its chat template."""
+    made, (template, marks) = tokenizer(family), CHAT[family]
+    made.add_tokens(list(marks), special_tokens=True)
+    made.chat_template = template
+    return made
+
+
 @cache
-def folder(family: str) -> str:
-    """A saved model with its tokenizer; removed at the end of the run."""
+def folder(family: str, *, chat: bool = False, long: bool = False) -> str:
+    """A saved model with its tokenizer; removed at the end of the run.
+
+    Args:
+        family: One of `ALL`.
+        chat: With a chat template (`CHAT`).
+        long: With room for whole prompts.
+    """
     where = Path(tempfile.mkdtemp(prefix=f"fedsynth-{family}-"))
     atexit.register(shutil.rmtree, where, ignore_errors=True)
-    model(family).save_pretrained(where)
-    tokenizer(family).save_pretrained(where)
+    context = CONTEXT.get(family, "max_position_embeddings")
+    model(family, **({context: LONG} if long and context else {})).save_pretrained(where)
+    (chat_tokenizer(family) if chat else tokenizer(family)).save_pretrained(where)
     return str(where)

@@ -11,13 +11,25 @@ from torch import nn
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes all weights of a model in their precision."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, str(path))
+    """Writes all weights of a model in their precision; one that has several names (the embedding of T5) once."""
+    known = _first_names(model)
+    own = {name: tensor for name, tensor in model.state_dict().items() if known.get(name, name) == name}
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, str(path))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Reads the file of `save_weights` into a model of the same shape."""
-    model.load_state_dict(load_file(str(path)), strict=True)
+    found = load_file(str(path))
+    for name, first in _first_names(model).items():
+        if name != first and first in found:
+            found[name] = found[first]
+    model.load_state_dict(found, strict=True)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """By each name of a parameter, the first name that this parameter has."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def save_named(model: nn.Module, weights: Iterable[nn.Parameter], path: Path) -> None:
