@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import psutil
 import pytest
 import tiny
@@ -27,11 +28,20 @@ from fedsynth.data.partition import open_sites
 from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Request
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
-from fedsynth.forecast.profiling import Cost, Probed, Unit, dummy_site, measured, typical_lengths
+from fedsynth.forecast.profiling import (
+    Cost,
+    Probed,
+    Unit,
+    dummy_site,
+    forget_peak,
+    measured,
+    peak_memory,
+    typical_lengths,
+)
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Cell, Tuning
+from fedsynth.scenario.schema import Cell, Scenario, Tuning
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.synthesis.student import taught, write
 
@@ -266,6 +276,39 @@ def test_what_fits_has_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     made = forecast(from_toml(scenario(tmp_path)), workers=1, tell=lambda _: None)
     assert made.memory < psutil.virtual_memory().total
     assert [line for line in made.warnings if "label" not in line and "others use the cores" not in line] == []
+
+
+def test_what_the_check_took_is_not_counted_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = 10**10  # a pass of a generator's training, given back before the rounds are rehearsed
+
+    def checked(asked: Scenario) -> list[str]:
+        peak[0] = large
+        return []
+
+    peak = [10**8]
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", constant(1e-4, 10**6))
+    monkeypatch.setattr(fedsynth.forecast.check, "check", checked)
+    monkeypatch.setattr(fedsynth.forecast.check, "forget_peak", lambda: peak.__setitem__(0, 10**8))
+    monkeypatch.setattr(fedsynth.forecast.check, "peak_memory", lambda: peak[0])
+    assert forecast(from_toml(scenario(tmp_path)), workers=1, tell=lambda _: None).driver < large
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="not Linux")
+def test_a_peak_is_forgotten() -> None:
+    held = np.ones(50_000_000)
+    high = peak_memory()
+    del held
+    forget_peak()
+    assert peak_memory() < high - 300_000_000
+
+
+def test_a_text_is_measured_in_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over the weights serves a whole batch: one text alone would foresee as many passes as texts."""
+    whole = cell(scenario(tmp_path))
+    monkeypatch.setattr(fedsynth.forecast.profiling, "_seconds", lambda work, count: 2.0 + 0.01 * count)
+    written = measured(whole, Unit("respond", "main", tokens=4), 12, typical_lengths(whole))
+    assert written.each * 8 == pytest.approx(2.08)
+    assert measured(whole, Unit("rate", "main"), 12, typical_lengths(whole)).each == pytest.approx(2.01)
 
 
 def test_a_method_that_asks_for_more_than_is_planned_is_told_that_clients_will_refuse(

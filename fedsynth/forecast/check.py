@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from fedsynth.clients.client_side import declared_records
-from fedsynth.forecast.profiling import Cost, Unit, busy, peak_memory, probe, typical_lengths, waiting
+from fedsynth.forecast.profiling import Cost, Unit, busy, forget_peak, peak_memory, probe, typical_lengths, waiting
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse, statement_of
 from fedsynth.models.hub import place_of
 from fedsynth.models.of_scenario import endpoints_of
@@ -141,6 +141,7 @@ def forecast(
     launcher = psutil.Process().memory_info().rss  # this process stays during a run
     clients = 1 if scenario.data.pooled else scenario.data.clients
     count, _ = concurrency(workers, clients)
+    forget_peak()  # the check tries a whole pass of a generator's training, which the server app does not
 
     tell("rehearsing the rounds on dummy text")
     planned = cells(replace(scenario, seeds=scenario.seeds[:1]))

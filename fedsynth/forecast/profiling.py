@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -39,6 +40,8 @@ from fedsynth.typed import build, plain
 Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
 SEED = 0x0D127E87  # of dummy text; no run has it, as runs' seeds are small numbers
 LONG_ENOUGH = 1.0  # seconds of a measurement; a longer one would be hardly better
+WRITING = ("sample", "demonstrated", "respond")  # a text costs far less in a batch than alone
+FEW = 8  # texts of the smallest batch that is measured
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,12 @@ def peak_memory() -> int:
     facts = Path("/proc/self/status")
     found = re.search(r"^VmHWM:\s+(\d+) kB", facts.read_text(), re.MULTILINE) if facts.is_file() else None
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def forget_peak() -> None:
+    """Lets `peak_memory` begin anew, where the kernel allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 # ---- Dummy text ------------------------------------------------------------------------------------------------------
@@ -220,7 +229,8 @@ def measured(cell: Cell, unit: Unit, most: int, lengths: Sequence[int]) -> Cost:
     cold = _seconds(work, 1)
     if unit.kind == "plan":  # cached: a second call would cost nothing
         return Cost(cold, 0.0)
-    count, took = 1, _seconds(work, 1)
+    count = min(FEW, most) if unit.kind in WRITING else 1
+    took = _seconds(work, count)
     first = max(0.0, cold - took)
     while took < LONG_ENOUGH and count < most:
         count = min(most, max(2 * count, int(1.5 * LONG_ENOUGH / max(took, 1e-6) * count)))
