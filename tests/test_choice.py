@@ -59,6 +59,8 @@ def test_the_likeliest_wording_is_chosen_by_the_mean_over_its_tokens() -> None:
         ("a card", "a card"),
         ("a lost card, not a card", None),
         ("a PIN", None),
+        ("a cardboard box, and ana card", None),  # within other words
+        ("a lost card.", "a lost card"),
         ("", None),
     ],
 )
@@ -257,6 +259,7 @@ def test_options_are_lettered_lines_of_the_question_and_never_leave() -> None:
         ("A. The answer is B.", None),
         ("D.", None),
         ("wood or zinc", None),
+        ("woody, woolly", None),
         ("", None),
     ],
 )

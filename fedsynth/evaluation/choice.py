@@ -37,7 +37,7 @@ def likeliest(llm: Any, prompts: Sequence[Prompt], replies: Sequence[Sequence[st
 def said_choice(response: str, choices: Sequence[str]) -> str | None:
     """The wording that a response holds; None if it holds none, or several.
 
-    Case and blanks make no difference. A wording within a longer one that is there does not count.
+    Case and blanks make no difference. A wording within a longer one that is there, or within a word, does not count.
 
     >>> said_choice("It is about a lost card.", ["a lost card", "a card"])
     'a lost card'
@@ -46,9 +46,9 @@ def said_choice(response: str, choices: Sequence[str]) -> str | None:
     """
     rest, found = same(response), []
     for wording in sorted(choices, key=lambda wording: -len(same(wording))):
-        if same(wording) in rest:
+        rest, there = re.subn(rf"(?<!\w){re.escape(same(wording))}(?!\w)", "\0", rest)
+        if there:
             found.append(wording)
-            rest = rest.replace(same(wording), "\0")
     return found[0] if len(found) == 1 else None
 
 
