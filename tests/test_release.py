@@ -174,6 +174,6 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     client: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"), task=NO_CARD)
     order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
     texts, labels, unfinished = module._sample(client, adapter, order)
-    assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ["a", "b"], 2)
+    assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ("a", "b"), 2)
     sent = Corpus(tuple(texts), tuple(labels), Provenance.SELF_GENERATED)
     check_reply(order, Synthesized(sent, Statement("none", None, 1e-5), unfinished), client.labels)
