@@ -291,7 +291,7 @@ FORMS = {
 @pytest.mark.parametrize("structured", list(FORMS))
 def test_a_schema_goes_out_with_its_question_alone(stand: Stand, structured: str) -> None:
     stand.reply = lambda path, body: (200, said("{}"))
-    at = Endpoint(stand.url, "small", api="chat", concurrency=1, structured=structured)  # type: ignore[arg-type]
+    at = Endpoint(stand.url, "small", api="chat", concurrency=1, structured=structured)  # type: ignore[arg-type]  # a parameter is a text
     asked = [Chat("Which?", schema=SCHEMA), Chat("Which?"), "Which?"]
     assert RemoteLLM(at).complete(asked, SamplingParams.greedy(9), seed=0) == ["{}"] * 3
     assert [body.get("response_format") for body in stand.bodies()] == [FORMS[structured], None, None]
@@ -325,7 +325,7 @@ def test_a_server_that_holds_to_no_schema_is_refused_by_name(
 ) -> None:
     stand.reply = lambda path, body: (status, content) if "response_format" in body else (200, said("A"))
     for structured, other in (("json_schema", "json_object"), ("json_object", "json_schema")):
-        at = Endpoint(stand.url, "small", api="chat", retries=0, structured=structured)  # type: ignore[arg-type]
+        at = Endpoint(stand.url, "small", api="chat", retries=0, structured=structured)  # type: ignore[arg-type]  # likewise
         asks = f'gives no structured answers by "{structured}" \\({why}\\): leave .* or try structured = "{other}"'
         with pytest.raises(EndpointFailed, match=f"the model 'small' at {stand.url} {asks}"):
             RemoteLLM.connect(at)

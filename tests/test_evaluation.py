@@ -68,7 +68,7 @@ def test_arms_of_different_lengths_are_compared_in_their_own_last_rounds() -> No
 
 
 def figures(reference: str, response: str, world: str | None = None) -> dict[str, float]:
-    client: Any = SimpleNamespace(world=world, test=Corpus(("x",), (reference,), Provenance.PRIVATE))
+    client: Any = SimpleNamespace(world=world, simulated=False, test=Corpus(("x",), (reference,), Provenance.PRIVATE))
     return _scored(client, [response])
 
 

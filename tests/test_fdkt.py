@@ -555,7 +555,7 @@ def test_top_k_and_the_judges_length_reach_those_who_write(toml: str, tmp_path: 
 def test_where_no_top_k_is_said_requests_are_the_same_bytes_as_ever(fdkt: World) -> None:
     sent = [m for m in fdkt.sent() if m.metadata.message_type == Synthesize.task]
     assert sent
-    assert all(b"top_k" not in bytes(part["fedsynth"]["payload"]) for m in sent for part in parted(m.content))  # type: ignore[arg-type]
+    assert all(b"top_k" not in bytes(part["fedsynth"]["payload"]) for m in sent for part in parted(m.content))  # type: ignore[arg-type]  # records of Flower
     assert all(sampling.top_k == 0 for sampling, _ in fdkt.llm.settings)
 
 

@@ -89,7 +89,7 @@ def test_the_words_of_a_base_model_are_given_with_what_it_learns() -> None:
     tokenizer = speaker_without_chat()
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for learns, given, rest in (("record", "Ask. Q:", " hi?\nA: yes"), ("response", "Ask. Q: hi?\nA:", " yes")):
-        settings = GeneratorTraining(max_length=400, loss_on=learns)  # type: ignore[arg-type]
+        settings = GeneratorTraining(max_length=400, loss_on=learns)  # type: ignore[arg-type]  # a parameter is a text
         corpus = Corpus(("hi?",), ("yes",), Provenance.PRIVATE)
         [[example]] = encode_slots(tokenizer, corpus, (), 1, settings, task=WORDS)
         assert list(example.tokens) == [bos, *by_hand(tokenizer, given + rest), eos]

@@ -83,7 +83,7 @@ def test_verdicts_that_cannot_be_read_count_in_nothing_else(run: Path) -> None:
     [found] = judge_run(run, load("hospitals-knowledgesg"), llm_judge(scripted("Well.")), "j", ARMS, most=9)
     assert (found.win, found.tie, found.lose, found.unreadable, found.net) == (0, 0, 0, 6, None)
     [table] = _judged(judgements(run))
-    assert list(table.rows[0]) == ["knowledge_sg against local", "j", "0", "0", "0", "6", "-", "-"]  # type: ignore[union-attr]
+    assert list(table.rows[0]) == ["knowledge_sg against local", "j", "0", "0", "0", "6", "-", "-"]  # type: ignore[union-attr]  # there is a table
 
 
 def test_responses_that_do_not_fit_the_judge_have_no_verdict(run: Path) -> None:

@@ -73,7 +73,7 @@ class Llama:
         self.process.wait()
 
     def endpoint(self, **more: object) -> Endpoint:
-        return Endpoint(**{"endpoint": self.url, "model": "small", "api": "chat", "concurrency": 1, **more})  # type: ignore[arg-type]
+        return Endpoint(**{"endpoint": self.url, "model": "small", "api": "chat", "concurrency": 1, **more})  # type: ignore[arg-type]  # of any type
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def test_top_k_draws_from_the_likeliest_and_top_p_from_their_mass(
 def test_top_k_draws_as_transformers_does_also_beyond_what_is_ranked_at_first() -> None:
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * 0.1
     none = torch.zeros(1, 3, dtype=torch.long)
-    exact = TopPLogitsWarper(0.9)(none, TopKLogitsWarper(400)(none, logits)).softmax(-1)[0]  # type: ignore[no-untyped-call]
+    exact = TopPLogitsWarper(0.9)(none, TopKLogitsWarper(400)(none, logits)).softmax(-1)[0]  # type: ignore[no-untyped-call]  # of transformers
     assert llm_module.RANKED < int((exact > 0).sum()) < 400
     torch.testing.assert_close(drawn(logits, 0.9, 400), exact, atol=1 / 4000 + 1e-6, rtol=0)
 

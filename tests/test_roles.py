@@ -81,7 +81,7 @@ GREEDY = SamplingParams.greedy(4)
 
 def client(folder: str, place: Path, rows: Corpus, labels: tuple[str, ...], **more: object) -> ClientSide:
     """A client whose models are all this one; a model that does not fit is refused, as before a run."""
-    config = Client(generator=folder, task_model=folder, budget=Budget(8.0), generator_training=TRAINING, **more)  # type: ignore[arg-type]
+    config = Client(generator=folder, task_model=folder, budget=Budget(8.0), generator_training=TRAINING, **more)  # type: ignore[arg-type]  # of any type
     ledger, site = Ledger(place / "ledger.sqlite", Account("d", None)), ClientData(train=rows, test=rows)
     return ClientSide(0, config, labels, len(rows), 1, "row", place, "run", ledger, lambda: site, True, task=WORDS)
 
@@ -151,7 +151,7 @@ def as_embedder(folder: str, place: Path) -> None:
 
 
 def as_task_model(folder: str, place: Path, trains: str = "all") -> None:
-    here = client(folder, place, ROWS, LABELS, task_training=replace(ONE_PASS, trains=trains))  # type: ignore[arg-type]
+    here = client(folder, place, ROWS, LABELS, task_training=replace(ONE_PASS, trains=trains))  # type: ignore[arg-type]  # a parameter is a text
     [asked] = [(name, role) for name, role in client_models(here.config) if role != "generator"]
     assert asked == (folder, "task_model" if trains == "all" else "embedder")
     check(*asked)
