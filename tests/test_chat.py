@@ -25,6 +25,7 @@ from fedsynth.models.chat import Chat, render, reply_of, turn_end
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.room import misfits
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.synthesis.judges import read_selected, selection_schema
 from fedsynth.typed import BadValue
 
 ROLE = "'<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n'"
@@ -419,6 +420,13 @@ def test_a_forecast_asks_a_sample_of_questions_in_their_form() -> None:
     [line] = away.complete([Chat("a", "b")], SamplingParams(temperature=0, max_new_tokens=8, one_line=True), seed=0)
     assert line
     assert "\n" not in line
+
+
+def test_the_stand_in_of_a_structured_endpoint_answers_by_the_schema() -> None:
+    away = EndpointStub(("x",), Tally(frozenset()), chats=True, structured=True)
+    asked = [Chat("a", schema=selection_schema(3, 1)), Chat("a")]
+    answers = away.complete(asked, SamplingParams.greedy(8), seed=0)
+    assert [read_selected(answer, 3) for answer in answers] == [[0], None]
 
 
 def test_scores_of_a_large_vocabulary_take_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
