@@ -638,7 +638,7 @@ def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
     server: Any = SimpleNamespace(labels=LABELS)
     method = FDKT(FDKTOptions(min_words=1), server)
     written = corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")])
-    (_, formed), (_, unique) = method._curate("written", written, LABELS, {}, corpus([]))
+    (_, formed), (_, unique) = method._curation.steps("written", written, {})
     assert unique.corpus.prompts == ("hot", "dry")
     assert formed.dropped["too long"] == 1
     check_request(Learn(1, unique.corpus), LABELS)

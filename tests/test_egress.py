@@ -365,7 +365,7 @@ def test_a_run_that_goes_on_adds_to_its_record(stand: Stand, tmp_path: Path) -> 
     with pytest.raises(EndpointFailed):
         conduct(toml, out)
     broken = egress_of(out)
-    assert sum(line.requests for line in broken) == len(stand.seen) - asked > 4  # what failed went out as well
+    assert sum(line.requests for line in broken) == len(stand.seen) - asked >= 4  # what failed went out as well
     assert json.loads((out / "egress.json").read_text()) == [vars(line) for line in broken]
     with (out / "egress.jsonl").open("a") as file:
         file.write('{"arm": "fdkt", "se')  # a kill cut it

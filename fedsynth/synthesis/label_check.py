@@ -73,7 +73,7 @@ def chosen(corpus: Corpus, labels: Sequence[str], task: Task, llm: TextModel) ->
         answers = llm.complete([prompts[row] for row in fits], SamplingParams.greedy(ANSWER, one_line=True), seed=0)
         found = [said_choice(answer, list(wordings)) for answer in answers]
     else:
-        places = likeliest(llm, [prompts[row] for row in fits], list(wordings))
+        places = likeliest(llm, [prompts[row] for row in fits], [list(wordings)] * len(fits))
         found = [None if place is None else list(wordings)[place] for place in places]
     for row, wording in zip(fits, found, strict=True):
         if wording is None:

@@ -159,10 +159,14 @@ def _near(model: str, adapter: str | None, hardware: Hardware) -> LocalLLM:
     return LocalLLM.for_server(model, lora, hardware)
 
 
-@cache
 def _memory(llm: LocalLLM | RemoteLLM) -> dict[str, Any] | None:
     """The replies of a model of this process so far: it repeats them byte for byte, which no endpoint promises."""
-    return {} if isinstance(llm, LocalLLM) else None
+    return _replies(id(llm)) if isinstance(llm, LocalLLM) else None  # models stay loaded: no other takes its number
+
+
+@cache
+def _replies(_: int) -> dict[str, Any]:
+    return {}
 
 
 @cache
