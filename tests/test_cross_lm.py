@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import math
 import shutil
@@ -408,7 +409,7 @@ def test_an_llm_that_converses_is_taught_in_the_form_that_it_is_asked_in(
     llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(llm, tmp_path / "chat")
-    tokenizer = load_tokenizer(llm)
+    tokenizer = copy.deepcopy(load_tokenizer(llm))  # the one that is loaded serves other tests
     form = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}{% endfor %}"
     tokenizer.chat_template = form + "{% if add_generation_prompt %}<assistant>{% endif %}"
     tokenizer.save_pretrained(tmp_path / "chat")
@@ -497,7 +498,7 @@ def test_two_architectures_and_tokenizers_score_and_learn_in_one_run(runs: Runs,
     assert names == [families.folder("bert"), tiny.folder(), families.folder("bert")]
     assert len({len(load_tokenizer(name)) for name in names}) == 2
     assert len(run.replies(Score)) == 3 * ROUNDS
-    assert right(end(run, llm)) > 0.7, right(end(run, llm))
+    assert right(end(run, llm)) > 0.7
     assert all(set(a.metrics) == {"accuracy", "macro_f1"} for a in run.replies(Evaluate))
 
 
