@@ -107,6 +107,7 @@ def scenario(tmp_path: Path, guarantee: str = "dp") -> str:
     return SCENARIO.format(file=tmp_path / "rows.csv", guarantee=guarantee)
 
 
+@pytest.mark.full
 def test_a_run_measures_the_same_accuracy_as_a_classifiers_and_that_of_what_is_written(tmp_path: Path) -> None:
     run = play(scenario(tmp_path), tmp_path, "main")
     client = run.client(0)
