@@ -19,6 +19,7 @@ from conftest import SESSION
 from proxy import behind_a_dead_proxy
 
 import fedsynth.cli.main
+from fedsynth.clients.client_side import SHARED
 from fedsynth.federation.run.directory import private_of
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.simulation.flower import MARKER
@@ -64,6 +65,12 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     )
     assert done.returncode == 0, done.stderr
     return place / "first", done
+
+
+def test_what_arms_share_is_gone_at_the_end(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    private = private_of(ended[0])
+    assert list(private.glob("fdkt/seed-*/client-*/ledger.sqlite"))  # clients trained, and their ledgers stay
+    assert not (private / SHARED).exists()
 
 
 def test_json_is_the_last_line_and_has_the_promised_shape(ended: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -945,6 +945,22 @@ def test_whole_leading_sentences_are_learnt_with_an_end(text: str, learnt: str, 
     assert len(example.tokens) <= 20
 
 
+def test_a_long_text_of_short_sentences_is_not_read_again_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def counted(tokenizer: Any, given: str, text: str, longest: int, kind: Any) -> Example:
+        encoded.append(len(text))
+        return encode_text(tokenizer, given, text, longest, kind)
+
+    monkeypatch.setattr("fedsynth.training.examples.encode_text", counted)
+    labelled = Corpus(("a. " * 5000,), ("xyz",), Provenance.PRIVATE)
+    [[example]] = encode_slots(
+        tiny.tokenizer(), labelled, ["xyz"], 1, GeneratorTraining(max_length=20, cut="sentences")
+    )
+    assert tiny.tokenizer().decode(example.tokens[example.start : -1]) == " a. a. a. a."
+    assert encoded == [14_999, 2, 5, 8, 11, 14]  # the whole of it, then the start until it does not fit
+
+
 @pytest.mark.parametrize("loss_on", ["record", "response"])
 def test_a_cut_instruction_teaches_no_end_either(loss_on: Any) -> None:
     pairs = Corpus(("why", "why"), ("b" * 90, "so"), Provenance.PRIVATE)

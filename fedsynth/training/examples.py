@@ -169,10 +169,13 @@ def encode_sentences(tokenizer: Any, given: str, text: str, longest: int, kind: 
     whole = encode_text(tokenizer, given, text, longest, kind)
     if whole.tokens[-1] == tokenizer.eos_token_id:
         return whole
-    for end in reversed([match.start() for match in SENTENCE_END.finditer(text)]):
-        found = encode_text(tokenizer, given, text[:end], longest, kind)
-        if found.tokens[-1] == tokenizer.eos_token_id:
-            return found
+    for match in SENTENCE_END.finditer(
+        text
+    ):  # from the front: a long text of short sentences costs no more than its start
+        more = encode_text(tokenizer, given, text[: match.start()], longest, kind)
+        if more.tokens[-1] != tokenizer.eos_token_id:
+            break
+        whole = more
     return whole
 
 

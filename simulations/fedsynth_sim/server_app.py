@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedsynth
+from fedsynth.clients.client_side import SHARED
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_client
@@ -61,7 +62,8 @@ def main(grid: Grid, context: Context) -> None:
         _write_status(out, {"status": "failed", "reason": f"{type(problem).__name__}: {reason}{_place_of(problem)}"})
         raise
     _write_status(out, {"status": "completed"})
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)  # last: a run in progress may need it
+    for place in (out / CHECKPOINTS, private / SHARED):  # last: a run that goes on may need them
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _place_of(problem: BaseException) -> str:
