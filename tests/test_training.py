@@ -921,7 +921,7 @@ def test_a_cut_text_teaches_no_end_and_a_whole_one_does(size: int, whole: bool) 
     learnt = example.tokens[example.start : -1] if whole else example.tokens[example.start :]
     assert tiny.tokenizer().decode(learnt) == f" {text}"[:15]
     assert len(example.tokens) == min(20, 1 + 4 + 1 + size + 1)
-    assert cut_texts(tiny.tokenizer(), slots) == (not whole)
+    assert cut_texts(slots) == (not whole)
 
 
 @pytest.mark.parametrize(
@@ -943,6 +943,18 @@ def test_whole_leading_sentences_are_learnt_with_an_end(text: str, learnt: str, 
     found = tiny.tokenizer().decode(example.tokens[example.start : -1 if whole else None])
     assert (found, example.tokens[-1] == tiny.EOS) == (f" {learnt}", whole)
     assert len(example.tokens) <= 20
+
+
+@pytest.mark.parametrize("loss_on", ["record", "response"])
+def test_whole_leading_sentences_of_a_response_are_learnt_with_an_end(loss_on: Any) -> None:
+    pairs = Corpus(("why", "why", "why"), ("It is so. " * 9, "x" * 90, "So."), Provenance.PRIVATE)
+    settings = GeneratorTraining(max_length=60, loss_on=loss_on, cut="sentences")
+    [first], [long], [short] = encode_slots(tiny.tokenizer(), pairs, (), 3, settings)
+    # BOS, 21 bytes of "question: why answer:", and 10 of each sentence with its blank: three of them, and the end.
+    assert tiny.tokenizer().decode(first.tokens[first.start : -1]).endswith(" It is so. It is so. It is so.")
+    assert [len(each.tokens) for each in (first, long, short)] == [1 + 21 + 30 + 1, 60, 1 + 21 + 4 + 1]
+    assert [each.tokens[-1] == tiny.EOS for each in (first, long, short)] == [True, False, True]
+    assert [each.cut for each in (first, long, short)] == [False, True, False]
 
 
 def test_a_long_text_of_short_sentences_is_not_read_again_for_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -970,7 +982,7 @@ def test_a_cut_instruction_teaches_no_end_either(loss_on: Any) -> None:
     assert (len(cut.tokens), cut.tokens[-1]) == (60, tiny.tokenizer()("b")["input_ids"][-1])
     assert whole.tokens[-1] == tiny.EOS
     assert none == ()
-    assert cut_texts(tiny.tokenizer(), slots) == 1
+    assert cut_texts(slots) == 1
     assert encode_records(tiny.tokenizer(), pairs, 60, loss_on=loss_on) == [cut, whole]  # the server's own tuning
 
 

@@ -276,8 +276,8 @@ class GeneratorTraining:
         precision: Precision of the generator's frozen base. `auto` is float32 under `dp`. `dp` refuses `bfloat16`, as
             no clip norm then bounds the influence of a text. Without `dp`, `auto` is bfloat16 on CPUs that compute in
             it, if the model is wide enough to gain; name a precision to compare arms or machines. A scorer is float32.
-        cut: `sentences`: of a classified text longer than `max_length` the leading whole sentences that fit are learnt,
-            with an end. Left out, it is cut after so many tokens, and teaches no end.
+        cut: `sentences`: of a text longer than `max_length` the leading whole sentences that fit are learnt, with an
+            end; of instructions, those of the response. Left out, it is cut after so many tokens, and teaches no end.
         gradient_checkpointing: A layer's activations are computed again in the backward pass instead of kept: less
             memory, longer steps, the same sums. It needs `clipping = "bookkeeping"`.
         lora_targets: Ends of the names of the linear layers that get a LoRA, such as `["q_proj", "v_proj"]`; left out,

@@ -280,7 +280,7 @@ def _cut(cell: Cell, labels: Sequence[str]) -> list[str]:
         for corpus in corpora
         for slot in encode_slots(tokenizer, corpus, labels, len(corpus), settings, kind, task=task)
     ]
-    if not (cut := cut_texts(tokenizer, slots)):
+    if not (cut := cut_texts(slots)):
         return []
     return [
         f"{cut} of {sum(map(len, slots))} private texts are longer than client.generator_training.max_length = "

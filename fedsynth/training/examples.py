@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -27,10 +27,12 @@ class Example:
         tokens: Token ids.
         start: Position of the first learnt token; the tokens before it (BOS, control code) are given. A seq2seq model
             reads the given tokens with its encoder, and its decoder learns the rest.
+        cut: The text was too long: its rest and its end are missing.
     """
 
     tokens: tuple[int, ...]
     start: int
+    cut: bool = False
 
 
 class Encoded(Protocol):
@@ -75,13 +77,17 @@ def encode_slots(
     known, form = set(labels), LINES if labels else student_form(task, tokenizer)
 
     def encoded(row: int) -> Example | None:
-        if not labels:
-            return _record_or_none(tokenizer, corpus, row, settings.max_length, kind, settings.loss_on, form)
-        if corpus.answers[row] not in known:
+        prompt, answer = corpus.prompts[row], corpus.answers[row]
+        longest, text = settings.max_length, answer if not labels else prompt.strip()
+
+        def encode(text: str) -> Example | None:
+            if not labels:
+                return _record_or_none(tokenizer, (prompt, text), longest, kind, settings.loss_on, form)
+            return _encode_or_none(tokenizer, task.code(answer), text, longest, kind)
+
+        if labels and answer not in known:
             return None
-        code, text = task.code(corpus.answers[row]), corpus.prompts[row].strip()
-        whole = settings.cut == "sentences"
-        return _encode_or_none(tokenizer, code, text, settings.max_length, kind, sentences=whole)
+        return _leading(encode, text) if settings.cut == "sentences" else encode(text)
 
     return [
         tuple(example for example in map(encoded, rows) if example is not None)
@@ -111,16 +117,16 @@ def encode_records(
     form: Form = LINES,
 ) -> list[Example]:
     """Instructions and responses as examples, without privacy units; texts that cannot be tokenized are left out."""
-    rows = (row for row, text in enumerate(corpus.prompts) if text)
-    found = (_record_or_none(tokenizer, corpus, row, longest, kind, loss_on, form) for row in rows)
+    pairs = ((prompt, answer) for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True) if prompt)
+    found = (_record_or_none(tokenizer, pair, longest, kind, loss_on, form) for pair in pairs)
     return [example for example in found if example is not None]
 
 
 def _record_or_none(
-    tokenizer: Any, corpus: Corpus, row: int, longest: int, kind: Kind, learns: Learns, form: Form
+    tokenizer: Any, pair: tuple[str, str], longest: int, kind: Kind, learns: Learns, form: Form
 ) -> Example | None:
     """An instruction and its response in a model's form, or None if its tokenizer cannot read them."""
-    prompt, answer = corpus.prompts[row], corpus.answers[row]
+    prompt, answer = pair
     if not isinstance(form, InWords | InTurns):
         given = ASK if learns == "record" else asked(prompt)
         return _encode_or_none(tokenizer, given, record(prompt, answer).removeprefix(given).strip(), longest, kind)
@@ -128,16 +134,12 @@ def _record_or_none(
         head, body, end = learnt_rows(tokenizer, form, (prompt, answer), learns, kind)
     except Exception:  # as in `_encode_or_none`
         return None
-    # What was cut has no end: a model would learn to stop in the midst.
-    return Example(tuple([*head, *body, end][:longest]), len(head))
+    return _within([*head, *body, end], len(head), longest)
 
 
-def _encode_or_none(
-    tokenizer: Any, given: str, text: str, longest: int, kind: Kind, *, sentences: bool = False
-) -> Example | None:
+def _encode_or_none(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example | None:
     try:
-        encode = encode_sentences if sentences else encode_text
-        return encode(tokenizer, given, text, longest, kind)
+        return encode_text(tokenizer, given, text, longest, kind)
     except Exception:  # the answer would reveal a record that makes it fail
         return None
 
@@ -154,34 +156,36 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
         head = token_ids(tokenizer, given)
         head = head if tokenizer.bos_token_id is None else [tokenizer.bos_token_id, *head]
         text = f" {text}"
-    return Example((*head, *token_ids(tokenizer, text), tokenizer.eos_token_id)[:longest], len(head))
+    return _within([*head, *token_ids(tokenizer, text), tokenizer.eos_token_id], len(head), longest)
+
+
+def _within(tokens: Sequence[int], start: int, longest: int) -> Example:
+    return Example(tuple(tokens[:longest]), start, cut=len(tokens) > longest)
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[\u3002\uff01\uff1f])\s*")
 
 
-def encode_sentences(tokenizer: Any, given: str, text: str, longest: int, kind: Kind) -> Example:
-    """As `encode_text`, of the leading whole sentences that fit with their end; if not even one does, it is cut.
+def _leading(encode: Callable[[str], Example | None], text: str) -> Example | None:
+    """The leading whole sentences of a text that fit with their end; if not even one does, the text is cut.
 
     A sentence ends with a full stop, an exclamation or question mark, and a blank after it. An abbreviation may be
     taken for an end.
     """
-    whole = encode_text(tokenizer, given, text, longest, kind)
-    if whole.tokens[-1] == tokenizer.eos_token_id:
-        return whole
-    for match in SENTENCE_END.finditer(
-        text
-    ):  # from the front: a long text of short sentences costs no more than its start
-        more = encode_text(tokenizer, given, text[: match.start()], longest, kind)
-        if more.tokens[-1] != tokenizer.eos_token_id:
+    found = encode(text)
+    if found is None or not found.cut:
+        return found
+    for match in SENTENCE_END.finditer(text):  # from the front: many short sentences are not read again and again
+        more = encode(text[: match.start()])
+        if more is None or more.cut:
             break
-        whole = more
-    return whole
+        found = more
+    return found
 
 
-def cut_texts(tokenizer: Any, slots: Sequence[Sequence[Example]]) -> int:
-    """How many examples of these slots were cut, as they have no end of text."""
-    return sum(example.tokens[-1] != tokenizer.eos_token_id for slot in slots for example in slot)
+def cut_texts(slots: Sequence[Sequence[Example]]) -> int:
+    """Number of examples of these slots that were cut."""
+    return sum(example.cut for slot in slots for example in slot)
 
 
 def readable(tokenizer: Any, text: str) -> bool:
