@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import test_endpoint
 from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
@@ -127,6 +128,23 @@ def test_responses_stay_on_this_machine_unless_the_text_is_public(monkeypatch: p
         open_judge(real, far, public_data=False, max_new_tokens=9)
     for scenario, place, public in ((made_up, far, False), (real, far, True), (real, near, False)):
         assert open_judge(scenario, place, public_data=public, max_new_tokens=9)
+
+
+def test_responses_are_kept_in_no_cache_as_they_have_no_guarantee(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("FEDSYNTH_CACHE", str(tmp_path))
+    stand = test_endpoint.Stand()
+    stand.reply = lambda path, body: (200, test_endpoint.said("hm"))
+    try:
+        judge = open_judge(
+            load("hospitals-knowledgesg"), Endpoint(stand.url, "m", api="chat"), public_data=False, max_new_tokens=9
+        )
+        judge(["why"], ["secret"], ["other"])
+        assert "secret" in json.dumps(stand.seen[-1][1])  # it was asked
+    finally:
+        stand.close()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("simulated", [True, False])

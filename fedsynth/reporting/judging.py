@@ -172,7 +172,8 @@ def open_judge(scenario: Scenario, judge: str | Endpoint, *, public_data: bool, 
             )
         from fedsynth.models.endpoint import RemoteLLM
 
-        model = RemoteLLM.connect(judge)
+        # Nothing is kept in the user's cache: the responses have no guarantee.
+        model = RemoteLLM.connect(replace(judge, cache=False))
     else:
         from fedsynth.models.llm import LocalLLM  # torch takes seconds to import
 
