@@ -20,6 +20,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.data.choice import as_instructions
 from fedsynth.data.partition import ClientData, class_list, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
+from fedsynth.federation.run.directory import SHARED
 from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
@@ -44,9 +45,6 @@ class WrongLabels(RuntimeError):
 
 class WrongData(RuntimeError):
     """The scenario's task or unit does not fit the site's data."""
-
-
-SHARED = "shared"  # in a simulation's private directory
 
 
 @dataclass(frozen=True)

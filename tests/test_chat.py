@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -244,15 +245,16 @@ def scripted(llm: LocalLLM, *rows: list[int]) -> list[int]:
     """Lets a model write these tokens, a row each; gives where it notes how many steps it was let go on for."""
     steps: list[int] = []
 
-    def generate(input_ids: torch.Tensor, stopping_criteria: Any, max_new_tokens: int, **_: Any) -> torch.Tensor:
-        ids, done = input_ids, torch.zeros(len(rows), dtype=torch.bool)
-        for step in range(max(map(len, rows))):
-            ids = torch.cat([ids, torch.tensor([[row[step] if step < len(row) else 0] for row in rows])], dim=1)
-            done |= stopping_criteria(ids, None) if len(stopping_criteria) else False
-            if done.all():
+    def generate(input_ids: torch.Tensor, stopping_criteria: Any, max_new_tokens: int, **_: Any) -> Any:
+        [now] = stopping_criteria
+        left, ids = [rows[row] for row in now.rows], input_ids
+        for _step in range(max_new_tokens):
+            step = ids.shape[1] - now.begin
+            ids = torch.cat([ids, torch.tensor([[row[step] if step < len(row) else 0] for row in left])], dim=1)
+            if now(ids, None).all():
                 break
         steps.append(ids.shape[1] - input_ids.shape[1])
-        return ids
+        return SimpleNamespace(sequences=ids, past_key_values=None)
 
     llm.model.generate = generate
     return steps
@@ -307,9 +309,9 @@ def test_a_line_that_is_whole_ends_the_work() -> None:
     real, widths = llm.model.generate, []
 
     def generate(**more: Any) -> Any:
-        ids = real(**more)
-        widths.append(ids.shape[1] - more["input_ids"].shape[1])
-        return ids
+        out = real(**more)
+        widths.append(out.sequences.shape[1] - more["input_ids"].shape[1])
+        return out
 
     llm.model.generate = generate
     unseen = torch.tensor(llm.tokenizer.convert_tokens_to_ids(["<pad>", "<bos>"]))  # a text does not show these
@@ -361,7 +363,7 @@ def test_a_model_may_think_before_its_line(thoughts: bool) -> None:
     steps.clear()
     scripted_steps = scripted(llm, *rows[:2])
     assert llm.complete(asked[:2], SamplingParams.greedy(60, one_line=True), seed=0) == ["Yes.", "Yes."]
-    assert scripted_steps == [len(rows[0]) - len("No.\nNo.")]
+    assert sum(scripted_steps) == len(rows[0]) - len("No.\nNo.")
 
 
 def test_a_thought_that_the_template_begins_is_none_either() -> None:

@@ -114,6 +114,28 @@ def test_a_ring_is_found() -> None:
     assert rings(ring | {"fedsynth.b": ""}) == []
 
 
+def reached(start: str, sources: Mapping[str, str]) -> set[str]:
+    """The modules that a module brings with it, directly or through others."""
+    found, left = set[str](), {start}
+    while left:
+        name = left.pop()
+        found.add(name)
+        left |= {_module(i, sources) for i in imports(name, sources[name])} - found - {""}
+    return found
+
+
+def test_a_server_brings_no_module_of_the_clients_side() -> None:
+    def clients_side(sources: Mapping[str, str]) -> list[str]:
+        return sorted(name for name in reached("fedsynth_sim.server_app", sources) if package_of(name) == "clients")
+
+    sources = modules()
+    workers = "from .workers import"  # Ray's, in simulations alone
+    assert workers in sources["fedsynth_sim.server_app"]
+    assert clients_side(sources) == []
+    broken = sources["fedsynth.federation.cached_llm"] + "\nfrom fedsynth.clients.client_side import Rules"
+    assert "fedsynth.clients.approval" in clients_side(sources | {"fedsynth.federation.cached_llm": broken})
+
+
 def test_every_folder_is_looked_at() -> None:
     assert {"fedsynth.corpus", "fedsynth.strategies", "fedsynth.clients", "fedsynth_sim.server_app"} <= set(modules())
 

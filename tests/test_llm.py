@@ -12,7 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
 
 import fedsynth.models.llm as llm_module
-from fedsynth.models.llm import Draw, LocalLLM
+from fedsynth.models import decoding
+from fedsynth.models.decoding import Draw
+from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 
 LETTERS = "abcdefghijkl: "
@@ -123,7 +125,7 @@ def drawn(logits: torch.Tensor, top_p: float, top_k: int = 0, *, grid: int = 400
 def test_top_p_draws_from_the_nucleus_in_proportion(spread: float) -> None:
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * spread
     exact = TopPLogitsWarper(0.9)(torch.zeros(1, 3, dtype=torch.long), logits).softmax(-1)[0]
-    assert ((exact > 0).sum() > llm_module.RANKED) == (spread < 1)
+    assert ((exact > 0).sum() > decoding.RANKED) == (spread < 1)
     # Inversion over a grid of numbers errs by less than one grid step per token.
     torch.testing.assert_close(drawn(logits, 0.9), exact, atol=1 / 4000 + 1e-6, rtol=0)
 
@@ -154,7 +156,7 @@ def test_top_k_draws_as_transformers_does_also_beyond_what_is_ranked_at_first() 
     logits = torch.randn(1, 600, generator=torch.Generator().manual_seed(0)) * 0.1
     none = torch.zeros(1, 3, dtype=torch.long)
     exact = TopPLogitsWarper(0.9)(none, TopKLogitsWarper(400)(none, logits)).softmax(-1)[0]  # type: ignore[no-untyped-call]  # of transformers
-    assert llm_module.RANKED < int((exact > 0).sum()) < 400
+    assert decoding.RANKED < int((exact > 0).sum()) < 400
     torch.testing.assert_close(drawn(logits, 0.9, 400), exact, atol=1 / 4000 + 1e-6, rtol=0)
 
 

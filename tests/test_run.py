@@ -19,8 +19,7 @@ from conftest import SESSION
 from proxy import behind_a_dead_proxy
 
 import fedsynth.cli.main
-from fedsynth.clients.client_side import SHARED
-from fedsynth.federation.run.directory import private_of
+from fedsynth.federation.run.directory import SHARED, private_of
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.simulation.flower import MARKER
 from fedsynth.simulation.simulate import resume

@@ -12,13 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig
 
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import merged
@@ -35,6 +29,7 @@ from fedsynth.models.chat import (
     reply_of,
     turn_end,
 )
+from fedsynth.models.decoding import Draw, Ends, decode, go_on
 from fedsynth.models.devices import device, free_memory, gpus
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.encoding import LINE_END, text_rows
@@ -47,8 +42,6 @@ from fedsynth.scenario.hardware import Hardware
 from fedsynth.typed import BadValue
 
 T = TypeVar("T")
-
-RANKED = 256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
 
 
 class TextModel(Protocol):
@@ -71,75 +64,6 @@ class TextModel(Protocol):
     def score(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[float]:
         """Mean log-likelihood (nats) per token of each continuation after its prompt, or of an answer to a `Chat`."""
         ...
-
-
-class Draw(LogitsProcessor):
-    """Samples each row's next token with that row's own uniform numbers, by inversion of its distribution.
-
-    `generate` then only takes the maximum, so that it reads and moves no generator of torch. Inversion needs one number
-    per token, Gumbel noise one per token of the vocabulary: generation took 25 % longer with the latter.
-
-    Args:
-        uniforms: Numbers in [0, 1), shape (rows, new tokens), double precision.
-        prompt_length: Width of the input, padding included: the prompts', or 1 (a decoder's start).
-        temperature: Temperature above 0.
-        top_p: Tokens are drawn from the smallest set of likeliest tokens that holds this much of the mass.
-        top_k: The mass is that of so many likeliest tokens alone; 0 for all.
-    """
-
-    def __init__(self, uniforms: torch.Tensor, prompt_length: int, temperature: float, top_p: float, top_k: int = 0):
-        self.uniforms, self.prompt_length = uniforms, prompt_length
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (rows, vocabulary) that leave only the drawn token possible."""
-        mass = torch.softmax(scores.float() / self.temperature, dim=-1)
-        uniform = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None]
-        if 0 < self.top_k < mass.shape[-1]:
-            ranked, tokens = mass.topk(self.top_k)
-            ranked = ranked / ranked.sum(dim=-1, keepdim=True)
-            drawn = tokens.gather(1, self._place(self._nucleus(ranked), uniform))
-        elif self.top_p == 1:
-            drawn = self._place(mass, uniform)
-        else:
-            ranked, tokens = mass.topk(min(RANKED, mass.shape[-1]))
-            drawn = tokens.gather(1, self._place(self._nucleus(ranked), uniform))
-            further = ranked.sum(dim=-1) < self.top_p
-            if further.any():
-                ranked, tokens = mass[further].sort(dim=-1, descending=True)
-                drawn[further] = tokens.gather(1, self._place(self._nucleus(ranked), uniform[further]))
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
-
-    def _place(self, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-        cumulative = mass.double().cumsum(dim=-1)
-        # right=True never lands on a token of mass 0; the clamp is for round-off at the far end only.
-        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
-
-    def _nucleus(self, ranked: torch.Tensor) -> torch.Tensor:
-        if self.top_p == 1:  # rounding may bring the sum to 1 before the last token
-            return ranked
-        before = ranked.cumsum(dim=-1) - ranked
-        return ranked.masked_fill(before >= self.top_p, 0.0)
-
-
-class FirstLine(StoppingCriteria):
-    """Ends each row where it holds a whole line.
-
-    Args:
-        count: Rows.
-        may_end: True for a token that holds a line end: only after such a token is a row read.
-        has_line: Row number and all of its tokens -> whether a line is whole.
-    """
-
-    def __init__(self, count: int, may_end: Callable[[int], bool], has_line: Callable[[int, list[int]], bool]):
-        self.done, self.may_end, self.has_line = [False] * count, may_end, has_line
-
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """True for each row that is done."""
-        for row, token in enumerate(input_ids[:, -1].tolist()):
-            if not self.done[row] and self.may_end(token):
-                self.done[row] = self.has_line(row, input_ids[row].tolist())
-        return torch.tensor(self.done, device=input_ids.device)
 
 
 WIDE = 48  # rows of a wide model's batch on a CPU: it is bound by arithmetic, and the other cores take other batches
@@ -275,28 +199,22 @@ class LocalLLM:
         def continuations(rows: Sequence[int]) -> list[str]:
             ids, mask = self._padded([tokens[i] for i in rows], left=self.kind == "causal")
             begin = ids.shape[1] if self.kind == "causal" else 1  # a decoder begins with its start token alone
-            sampler = LogitsProcessorList()
+            draw = None
             if sampling.temperature > 0:
                 uniforms = np.stack([np.random.default_rng([seed, i]).random(new_tokens) for i in rows])
                 numbers = torch.from_numpy(uniforms).to(ids.device)
-                sampler.append(Draw(numbers, begin, sampling.temperature, sampling.top_p, sampling.top_k))
-            stop = StoppingCriteriaList()
-            if sampling.one_line:
+                draw = Draw(numbers, begin, sampling.temperature, sampling.top_p, sampling.top_k)
 
-                def has_line(row: int, whole: list[int]) -> bool:
-                    text = self._text(prompts[rows[row]], whole[begin:])
-                    return holds_line(reply(rows[row], text, one_line=False))  # thoughts are no line
+            def has_line(row: int, new: list[int]) -> bool:
+                text = self._text(prompts[rows[row]], new)
+                return holds_line(reply(rows[row], text, one_line=False))  # thoughts are no line
 
-                stop.append(FirstLine(len(rows), self._may_end_line, has_line))
-            new = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                logits_processor=sampler,
-                stopping_criteria=stop,
-            )[:, begin:]
-            return [self._text(prompts[i], row) for i, row in zip(rows, new.tolist(), strict=True)]
+            ends = Ends(self.stops, self._may_end_line, has_line) if sampling.one_line else Ends(self.stops)
+            if self.kind == "causal":
+                new = go_on(self.model, ids, mask, new_tokens, draw, ends)
+            else:
+                new = decode(self.model, ids, mask, new_tokens, draw, ends)
+            return [self._text(prompts[i], row) for i, row in zip(rows, new, strict=True)]
 
         written = self._by_length([len(t) for t in tokens], continuations, more=new_tokens)
         self.used.read += sum(map(len, tokens))

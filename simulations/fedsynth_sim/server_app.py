@@ -15,12 +15,11 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedsynth
-from fedsynth.clients.client_side import SHARED
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_client
 from fedsynth.federation.run.checkpoint import CHECKPOINTS
-from fedsynth.federation.run.directory import places, prepare
+from fedsynth.federation.run.directory import SHARED, places, prepare
 from fedsynth.federation.run.egress import EgressRecord, write_egress
 from fedsynth.federation.run.log import RunLog, append_event
 from fedsynth.federation.run.summary import summarize, write_metrics

@@ -87,4 +87,5 @@ def private_of(out: Path) -> Path:
     return out.with_name(out.name + ".private")
 
 
+SHARED = "shared"  # what arms have in common, in the private state of a simulation
 RESPONSES = "responses.jsonl"  # of a simulated client, in its private state: instruction, reference, response
