@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from fedsynth.models.batches import padded
 
 RANKED = 256  # tokens to rank first: top-p rarely needs more, and sorting all of them takes most of the time
-# Measured (1.5B parameters, bfloat16, one core, CPU seconds): 48 prompts of 122 tokens, six different ones, answers of at
-# most 48 tokens in one line: 155; what is shared is read once: 78; and rows that ended make room: 41. With four
+# Measured (1.5B parameters, bfloat16, one core, CPU seconds): 48 prompts of 122 tokens, six different ones, answers
+# of at most 48 tokens in one line: 155; what is shared is read once: 78; and rows that ended make room: 41. With four
 # demonstrations in each prompt, whose beginnings alone are shared: 201, and with both 136.
 READ_ONCE = 16  # what prompts share is read once where that saves so many tokens a row: less costs as much to copy
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # layers of a cache that hold keys and values of each row, no more
@@ -165,7 +165,7 @@ def go_on(
         draw: The sampler; None for the likeliest tokens.
         ends: Where a row ends.
     """
-    ids, mask, cache = read_once(model, ids, mask)
+    ids, mask, cache = read_once(model, ids, mask, new_tokens)
     begin, rows = ids.shape[1], list(range(len(ids)))
     new: list[list[int]] = [[] for _ in rows]
     halves = True
@@ -204,12 +204,13 @@ def selected(cache: Any, rows: Sequence[int]) -> DynamicCache | None:
 
 
 def read_once(
-    model: Any, ids: torch.Tensor, mask: torch.Tensor
+    model: Any, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, DynamicCache | None]:
     """The prompts, and the keys and values of what several of them begin with, which is read once.
 
-    A row is laid out anew, as (padding, the shared beginning, padding, the rest). Without a cache, where reading once
-    would save little, or the model keeps something else than keys and values, the prompts are as they came.
+    A row is laid out anew, as (padding, the shared beginning, padding, the rest). Without a cache, the prompts are as
+    they came: where reading once would save little, where the model keeps something else than keys and values, or
+    where it looks back over so few places that the padding within would take some of them.
     """
     own = mask.sum(dim=1).tolist()
     prompts = [row[len(row) - count :] for row, count in zip(ids.tolist(), own, strict=True)]
@@ -217,6 +218,11 @@ def read_once(
     heads = list(dict.fromkeys(tuple(row[:count]) for row, count in zip(prompts, shared, strict=True)))
     saved = sum(shared) - sum(map(len, heads))
     if saved < READ_ONCE * len(prompts) or min(shared) == 0:
+        return ids, mask, None
+    rests = [row[count:] for row, count in zip(prompts, shared, strict=True)]
+    longest = max(map(len, rests))
+    window = window_of(model)
+    if window and any(len(rest) < longest for rest in rests) and max(map(len, heads)) + longest + new_tokens > window:
         return ids, mask, None
     pad = int(ids[mask == 0][0]) if (mask == 0).any() else 0
     first, present = _left([list(head) for head in heads], pad, ids)
@@ -228,8 +234,14 @@ def read_once(
     cache = selected(read.past_key_values, order)
     if cache is None:
         return ids, mask, None
-    rest, remaining = _left([row[count:] for row, count in zip(prompts, shared, strict=True)], pad, ids)
+    rest, remaining = _left(rests, pad, ids)
     return torch.cat([first[order], rest], dim=1), torch.cat([present[order], remaining], dim=1), cache
+
+
+def window_of(model: Any) -> int | None:
+    """Over how many places a model's narrowest layers look back; None for all."""
+    window: int | None = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window
 
 
 def _left(rows: Sequence[list[int]], pad: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,10 +270,7 @@ def beginnings(prompts: Sequence[Sequence[int]]) -> list[int]:
     groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for row in ranked:
         groups.setdefault(row[:best], []).append(row)
-    common = {
-        start: min(_alike(rows[0], rows[-1]), *(len(row) - 1 for row in rows))
-        for start, rows in groups.items()
-    }
+    common = {start: min(_alike(rows[0], rows[-1]), *(len(row) - 1 for row in rows)) for start, rows in groups.items()}
     return [common[tuple(row)[:best]] for row in prompts]
 
 
