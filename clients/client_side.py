@@ -26,7 +26,7 @@ from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import DPPlan, Statement, statement
+from fedsynth.privacy.plan import GRADIENTS_APART, DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell, Client, Data
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.scenario.toml import cells as scenario_cells
@@ -188,10 +188,16 @@ class ClientSide:
                 settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
+    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1, apart: float = GRADIENTS_APART) -> Statement:
         """The privacy statement of a reply: all rounds so far under one plan, or no guarantee."""
-        charged = None if plan is None else self.charged(plan)
-        return statement(charged, unit=self.unit, rows_per_unit=rows_per_unit, rows=(), simulated=self.simulated)
+        return statement(
+            None if plan is None else self.charged(plan),
+            unit=self.unit,
+            rows_per_unit=rows_per_unit,
+            rows=(),
+            simulated=self.simulated,
+            apart=apart,
+        )
 
     @property
     def waived(self) -> bool:

@@ -25,6 +25,7 @@ from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.score import score
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.synthesize import synthesize
+from fedsynth.clients.vote import vote
 from fedsynth.corpus import Corpus
 from fedsynth.federation.messages import (
     Adopt,
@@ -37,6 +38,7 @@ from fedsynth.federation.messages import (
     Score,
     SelfTrain,
     Synthesize,
+    Vote,
     outputs,
 )
 from fedsynth.federation.payload import decode
@@ -70,6 +72,7 @@ FUNCTIONS: dict[type[Request[Any]], Callable[[ClientSide, Any, str], object]] = 
     Synthesize: synthesize,
     Finetune: finetune,
     Score: score,
+    Vote: vote,
     SelfTrain: lambda client, request, _: self_train(client, request),
     Adopt: lambda client, request, _: adopt(client, request),
     Learn: lambda client, request, _: learn(client, request),

@@ -213,6 +213,24 @@ class Scores:
         return False
 
 
+@dataclass(frozen=True)
+class Votes:
+    """How many of a client's privacy units hold each text of a corpus that the server wrote for the nearest to theirs.
+
+    Attributes:
+        values: In the order of the texts; real numbers, as each has noise of its own.
+        grants: Ids of the privacy grants that their guarantee rests on; empty: no guarantee.
+    """
+
+    values: tuple[float, ...]
+    grants: tuple[str, ...] = ()
+
+    @property
+    def public(self) -> bool:
+        """Never: they count private text."""
+        return False
+
+
 def pool(corpora: Sequence[Corpus]) -> Corpus:
     """All examples of corpora of one provenance, in order; grants are united. Public text may stand beside released.
 

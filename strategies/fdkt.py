@@ -18,9 +18,9 @@ from fedsynth.models.sampling import SamplingParams
 from fedsynth.strategies import presets
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit, misfit
-from fedsynth.synthesis.curation import Filtered, Steps, clusters, keep_rows, yields
+from fedsynth.synthesis.curation import Steps, clusters, keep_rows, yields
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
-from fedsynth.synthesis.label_check import chosen, fitting
+from fedsynth.synthesis.label_check import check_of
 from fedsynth.synthesis.student import warm_start
 from fedsynth.synthesis.writing import NOTHING, Curation, write
 from fedsynth.synthesis.yields import check_yield
@@ -241,14 +241,8 @@ class FDKT(RoundStrategy[State]):
     @property
     def _curation(self) -> Curation:
         c, server = self.config, self.server
-
-        def fits(corpus: Corpus) -> Filtered:
-            if c.label_check == "llm":
-                return chosen(corpus, server.labels, self.task, server.llm)
-            return fitting(corpus, server.labels, self.task, server.embed)
-
-        check = None if c.label_check == "none" else partial(server.engine.checked, fits)
-        return Curation(server.labels, c.min_words, c.sentences, check)
+        check = check_of(c.label_check, server.labels, self.task, server.llm, server.embed)
+        return Curation(server.labels, c.min_words, c.sentences, check and partial(server.engine.checked, check))
 
     def _seeds(self, purpose: str, attempts: int) -> list[int]:
         return [self.seed(f"{purpose}_again_{attempt}" if attempt else purpose) for attempt in range(attempts)]

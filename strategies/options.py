@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
 
 from fedsynth.limits import (
+    MAX_NEAREST,
     MAX_SAMPLES,
     MAX_TEMPERATURE,
     MAX_TEXTS,
@@ -161,6 +162,82 @@ def few_texts(num_texts: int, labels: Sequence[str]) -> list[str]:
         f"strategy.num_texts = {num_texts} is less than the {len(labels)} labels: the LLM writes no text of "
         f"{len(none)} of them ({named}); ask for {len(labels)} at least"
     ]
+
+
+@dataclass(frozen=True)
+class PrivateEvolutionOptions:
+    """Options of private evolution; the steps are those of docs/methods/private-evolution.md.
+
+    Attributes:
+        votes: `counted`: clients vote. `permuted`: the same votes on other texts of their label; `none`: no client is
+            asked, and texts are kept by chance; `all`: likewise, and every text is kept (three controls).
+        voters: Clients that vote, by their numbers; left out, all. All clients learn.
+        nearest: Texts that each private text votes for.
+        keep: Texts of each label that are kept of a round's candidates.
+        select: `rank`: those with the most votes. `proportion`: drawn in proportion to the votes above `threshold`.
+        threshold: Is taken from each text's votes before such a draw.
+        variations: Further texts that the LLM writes after each kept one, as candidates of the next round.
+        learns: Clients learn the `kept` texts of the round, or the `pool` of these and their variations.
+        num_texts: Texts that the LLM writes by the task card alone, the candidates of the first round.
+        shots: Kept texts of a label in a prompt for variations.
+        min_words: Texts of fewer words are dropped.
+        sentences: Texts that look like code, JSON or markup are dropped.
+        label_check: As for FDKT: texts that fit another label are dropped by the `embedder`, or by the `llm`.
+        attempts: How often the LLM is asked, at most, for the texts that labels still lack after the filters.
+        temperature: The LLM's sampling temperature.
+        top_p: The LLM's nucleus of sampling.
+        max_new_tokens: Longest text of the LLM, in tokens.
+    """
+
+    votes: Literal["counted", "permuted", "none", "all"] = "counted"
+    voters: tuple[int, ...] = ()
+    nearest: Annotated[Count, most(MAX_NEAREST)] = 1
+    keep: Count = 3
+    select: Literal["rank", "proportion"] = "rank"
+    threshold: float = 0.0
+    variations: Annotated[int, least(0), most(MAX_SAMPLES)] = 1
+    learns: Literal["kept", "pool"] = "kept"
+    num_texts: Annotated[Count, most(MAX_TEXTS)] = 800
+    shots: Count = 1
+    min_words: Count = 5
+    sentences: bool = False
+    label_check: Literal["none", "embedder", "llm"] = "none"
+    attempts: Annotated[Count, most(20)] = 1
+    temperature: Positive = 1.0
+    top_p: Share = 0.95
+    max_new_tokens: Count = 48
+
+    def __post_init__(self) -> None:
+        in_range(self, "strategy")
+
+    @property
+    def asks(self) -> bool:
+        """True if clients vote."""
+        return self.votes in ("counted", "permuted")
+
+    def check(self, scenario: Scenario) -> None:
+        """Checks that the voters exist, that their encoder reads text, and that the votes fit the budget.
+
+        Raises:
+            BadValue: If not, with the way out.
+        """
+        client, data = scenario.client, scenario.data
+        clients = 1 if data.pooled else data.clients
+        if self.voters and not set(self.voters) <= set(range(clients)):
+            raise BadValue(f"strategy.voters names clients from 0 to {clients - 1}, got {list(self.voters)}")
+        if self.threshold and self.select != "proportion":
+            raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
+        if not self.asks or client.guarantee == "none":
+            return
+        if data.world is not None and data.notes_per_patient == 1:
+            try:
+                client.vote_plan(data.train_per_client, scenario.rounds)
+            except BudgetTooSmall as problem:
+                raise BadValue(f"the noise of the votes does not fit the budget: {problem}") from problem
+
+    def warnings(self, labels: Sequence[str]) -> list[str]:
+        """Warns of labels for which the LLM writes no text."""
+        return few_texts(self.num_texts, labels)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
-from fedsynth.corpus import Corpus, Scores
+from fedsynth.corpus import Corpus, Scores, Votes
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 
@@ -159,6 +159,29 @@ class Score(Request[Scored]):
     reply: ClassVar[type[Any]] = Scored
     corpus: Corpus
     seed: int
+
+
+@dataclass(frozen=True)
+class Voted:
+    """A client's votes for the server's texts; numbers only."""
+
+    votes: Votes = _leaves(Origin.RELEASED)
+    statement: Statement = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class Vote(Request[Voted]):
+    """Vote for the texts of the server that lie nearest to private text of their label (private evolution).
+
+    Attributes:
+        corpus: The candidates, each with its label. Equal texts of a label are one candidate, the first of them.
+        nearest: Each private text votes for so many candidates, with the weight 1 / sqrt(nearest) each.
+    """
+
+    task: ClassVar[str] = "train.vote"
+    reply: ClassVar[type[Any]] = Voted
+    corpus: Corpus
+    nearest: int = 1
 
 
 # A client's funnel has these names and none of the client's own.
@@ -321,7 +344,7 @@ class Envelope:
     stack: int = 0
 
 
-Output = Literal["text", "adapter", "scores", "metrics"]
+Output = Literal["text", "adapter", "scores", "votes", "metrics"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
@@ -332,6 +355,7 @@ def outputs(request: Request[Any]) -> set[Output]:
         Finetune: {"adapter"},
         SelfTrain: {"adapter", "metrics"},  # the counts of candidates depend on private text
         Score: {"scores"},
+        Vote: {"votes"},
         Evaluate: {"metrics"},
         Adopt: set(),
         Learn: set(),
@@ -339,5 +363,5 @@ def outputs(request: Request[Any]) -> set[Output]:
     return kinds[type(request)]
 
 
-REQUESTS: tuple[type[Request[Any]], ...] = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)
+REQUESTS: tuple[type[Request[Any]], ...] = (Synthesize, Finetune, Adopt, Score, Vote, SelfTrain, Learn, Evaluate)
 Guarantee = Literal["dp", "none"]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.federation.availability import Fate, fates
 from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
@@ -22,7 +22,7 @@ from fedsynth.federation.delivery.worker_retry import WorkerRetry
 from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies
 from fedsynth.federation.payload import BadPayload, decode
-from fedsynth.federation.records import derived, pack_request, payload_bytes, unpacked
+from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
 from fedsynth.federation.validation import Rejected, check_reply
@@ -302,8 +302,9 @@ class Clients:
         self.run_log.released |= {_kind(part) for part in derived(reply)}
 
 
-def _kind(part: Corpus | Adapter | Scores) -> str:
+def _kind(part: Derived) -> str:
     """A report's name for something that left a client."""
     if isinstance(part, Corpus) and part.provenance is Provenance.DISCLOSED:
         return "true private text"
-    return {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores"}[type(part)]
+    named = {Corpus: "synthetic text with labels", Adapter: "adapters", Scores: "scores", Votes: "votes"}
+    return named[type(part)]

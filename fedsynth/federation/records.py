@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.federation.messages import Envelope, ErrorCode, Origin, Output, Refused, Request
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter
@@ -18,7 +18,8 @@ from fedsynth.typed import BadValue, build, plain
 
 T = TypeVar("T")
 RECORD = "fedsynth"
-KINDS: dict[type[Corpus | Adapter | Scores], Output] = {Corpus: "text", Adapter: "adapter", Scores: "scores"}
+Derived: TypeAlias = Corpus | Adapter | Scores | Votes
+KINDS: dict[type[Derived], Output] = {Corpus: "text", Adapter: "adapter", Scores: "scores", Votes: "votes"}
 
 
 class WillNotLeave(RuntimeError):
@@ -114,16 +115,16 @@ def seal(reply: object, *, allowed: Collection[Output], waived: bool, disclosed:
             _check_part(part, f"{name}.{field.name}", waived)
     for statement in _parts(reply, Statement):
         if statement.guarantee == "dp" and any(not part.grants for part in derived(reply)):
-            raise WillNotLeave(f"{name} claims a guarantee for text, weights or scores without a grant")
+            raise WillNotLeave(f"{name} claims a guarantee for text, weights, scores or votes without a grant")
     return encode(reply)
 
 
-def derived(value: object) -> list[Corpus | Adapter | Scores]:
+def derived(value: object) -> list[Derived]:
     """The parts of a value that may derive from private text."""
-    return [*_parts(value, Corpus), *_parts(value, Adapter), *_parts(value, Scores)]
+    return [*_parts(value, Corpus), *_parts(value, Adapter), *_parts(value, Scores), *_parts(value, Votes)]
 
 
-def _check_part(part: Corpus | Adapter | Scores, place: str, waived: bool) -> None:
+def _check_part(part: Derived, place: str, waived: bool) -> None:
     public = False
     if isinstance(part, Corpus):
         if part.provenance is Provenance.PRIVATE or part.units is not None:
@@ -138,7 +139,7 @@ def _check_part(part: Corpus | Adapter | Scores, place: str, waived: bool) -> No
 def _parts(value: object, kind: type[T]) -> list[T]:
     if isinstance(value, kind):
         return [value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter | Scores):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Corpus | Adapter | Scores | Votes):
         return [p for f in dataclasses.fields(value) for p in _parts(getattr(value, f.name), kind)]
     if isinstance(value, Mapping):
         return [p for v in value.values() for p in _parts(v, kind)]

@@ -28,6 +28,8 @@ from fedsynth.federation.messages import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    Vote,
+    Voted,
     measured,
 )
 from fedsynth.limits import (
@@ -39,6 +41,7 @@ from fedsynth.limits import (
     MAX_LOSS,
     MAX_MICROBATCH,
     MAX_NAME,
+    MAX_NEAREST,
     MAX_PROXIMAL,
     MAX_RANK,
     MAX_RATE,
@@ -61,7 +64,7 @@ from fedsynth.limits import (
 )
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
-from fedsynth.privacy.plan import SMALLEST_SIGMA, Statement
+from fedsynth.privacy.plan import GRADIENTS_APART, SMALLEST_SIGMA, VOTES_APART, Statement
 from fedsynth.scenario.schema import Client, GeneratorTraining
 
 # A name in a reply becomes a word of a report, so that grants must look like this.
@@ -70,7 +73,7 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
 
-CHECKED = (Synthesize, Finetune, Adopt, Score, SelfTrain, Learn, Evaluate)  # by `check_request`
+CHECKED = (Synthesize, Finetune, Adopt, Score, Vote, SelfTrain, Learn, Evaluate)  # by `check_request`
 
 
 class Rejected(ValueError):
@@ -96,12 +99,14 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
             _within("top_k", request.top_k, 1, MAX_TOP_K)
     if isinstance(request, Synthesize | Learn | Finetune | Score | SelfTrain):
         _within("seed", request.seed, 0, MAX_SEED)
-    if isinstance(request, Learn | Score) and request.corpus is not None:
+    if isinstance(request, Learn | Score | Vote) and request.corpus is not None:
         _check_corpus(request.corpus, labels)
         if request.corpus.provenance in (Provenance.PRIVATE, Provenance.DISCLOSED):
             raise Rejected("a server sent text that is marked private")
-    if isinstance(request, Score) and not len(request.corpus):
-        raise Rejected("a server sent no text to score")
+    if isinstance(request, Score | Vote) and not len(request.corpus):
+        raise Rejected(f"a server sent no text to {'score' if isinstance(request, Score) else 'vote for'}")
+    if isinstance(request, Vote):
+        _within("nearest", request.nearest, 1, MAX_NEAREST)
     if isinstance(request, Synthesize | Finetune | SelfTrain) and request.start is not None:
         _check_factors("start", request.start)
     if isinstance(request, Finetune) and request.proximal is not None:
@@ -178,7 +183,8 @@ def check_reply(
         # A list of scores may be protected for the client as a whole; text and adapters are not.
         whole = {claims.CLIENT} if isinstance(reply, Scored) else set()
         try:
-            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated)
+            apart = VOTES_APART if isinstance(reply, Voted) else GRADIENTS_APART
+            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, apart=apart)
         except ValueError as problem:
             raise Rejected(f"statement: {problem}") from problem
     if isinstance(reply, Synthesized) and isinstance(request, Synthesize):
@@ -210,6 +216,13 @@ def check_reply(
             raise Rejected("scores that are not finite")
         if any(abs(score) > MAX_SCORE for score in reply.scores.values):
             raise Rejected(f"scores beyond {MAX_SCORE:g}")
+    if isinstance(reply, Voted) and isinstance(request, Vote):
+        _check_grants(reply.statement, reply.votes.grants)
+        _within("number of votes", len(reply.votes.values), len(request.corpus), len(request.corpus))
+        if not all(map(math.isfinite, reply.votes.values)):
+            raise Rejected("votes that are not finite")
+        if any(abs(vote) > MAX_SCORE for vote in reply.votes.values):
+            raise Rejected(f"votes beyond {MAX_SCORE:g}")
     if isinstance(reply, Evaluated) and isinstance(request, Evaluate):
         _check_metrics(reply.metrics, measured(request, instructs=not labels, chooses=chooses))
         _within("examples", reply.examples, 0, MAX_RECORDS)

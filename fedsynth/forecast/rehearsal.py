@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.data.partition import label_list
 from fedsynth.federation.availability import Fate
 from fedsynth.federation.messages import (
@@ -34,6 +34,8 @@ from fedsynth.federation.messages import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    Vote,
+    Voted,
     measured,
 )
 from fedsynth.federation.payload import encode
@@ -46,7 +48,7 @@ from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.devices import one_thread
-from fedsynth.privacy.plan import DPPlan, Statement, statement
+from fedsynth.privacy.plan import GRADIENTS_APART, VOTES_APART, DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
 
 GRANT = ("0" * 32,)  # as long as a grant's id
@@ -156,8 +158,11 @@ class _Answering(Clients):
         if isinstance(request, Score):
             grants = GRANT if of.client.guarantee == "dp" else ()
             return Scored(
-                Scores(tuple(rng.random(len(request.corpus)).tolist()), grants), self._statement(client, scores=True)
+                Scores(tuple(rng.random(len(request.corpus)).tolist()), grants), self._statement(client, Score)
             )
+        if isinstance(request, Vote):
+            grants = GRANT if of.client.guarantee == "dp" else ()
+            return Voted(Votes(tuple(rng.random(len(request.corpus)).tolist()), grants), self._statement(client, Vote))
         if isinstance(request, Adopt):
             return Adopted(sum(array.size for array in request.adapter.arrays.values()))
         if isinstance(request, Learn):
@@ -180,12 +185,14 @@ class _Answering(Clients):
         labels = tuple(label for label in of.labels for _ in range(per_label))
         return Corpus(tuple(texts), labels, Provenance.PUBLIC)
 
-    def _statement(self, client: int, *, scores: bool = False) -> Statement:
+    def _statement(self, client: int, kind: type[Request[Any]] = Synthesize) -> Statement:
         """As `ClientSide.statement`: for all planned rounds, or more if the strategy asks for more."""
         of, rounds = self.facts[client], self.cell.scenario.rounds
         if of.client.guarantee == "none":
             return statement_of(None, self.cell.scenario.data.unit_name, 1)
-        planned = of.client.score_plan(of.records, rounds) if scores else of.client.plan(of.records, rounds)
+        scores, votes = kind is Score, kind is Vote
+        plan = of.client.score_plan if scores else of.client.vote_plan if votes else of.client.plan
+        planned = plan(of.records, rounds)
         drawn = self.plans.setdefault(client, {})
         once = scores and of.client.scores == "model"
         drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
@@ -193,14 +200,17 @@ class _Answering(Clients):
         if scores and of.client.scores == "noise":
             said = statement_of(charged, "client", 1)
             return replace(said, epsilon_replace_one=said.epsilon)
+        unit = self.cell.scenario.data.unit_name
+        if votes:
+            return statement_of(charged, unit, of.client.voting.rows_per_unit, VOTES_APART)
         settings = of.client.scorer_training if scores else of.client.generator_training
-        return statement_of(charged, self.cell.scenario.data.unit_name, settings.rows_per_unit)
+        return statement_of(charged, unit, settings.rows_per_unit)
 
 
 @lru_cache(maxsize=4096)
-def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
+def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int, apart: float = GRADIENTS_APART) -> Statement:
     """The statement of a plan, as a simulated client makes it."""
-    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True)
+    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True, apart=apart)
 
 
 def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, ...]) -> Adapter:

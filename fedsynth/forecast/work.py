@@ -8,7 +8,7 @@ from typing import Any
 
 from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import class_list, divide
-from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize
+from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize, Vote
 from fedsynth.forecast.profiling import Unit
 from fedsynth.scenario.schema import SHOTS, Cell, Client
 
@@ -71,6 +71,12 @@ def _score(request: Score, of: Facts) -> Work:
     return read
 
 
+def _vote(request: Vote, of: Facts) -> Work:
+    """Candidates and private texts are embedded; the task model's pass is the measure of an encoder's."""
+    plan: Work = {Unit("plan", of.arm): 1} if of.client.guarantee == "dp" else {}
+    return {Unit("read", of.arm): len(request.corpus) + of.train, **plan}
+
+
 def _learn(request: Learn, of: Facts) -> Work:
     received, task = len(request.corpus or ()), of.client.task_training
     private = 0 if task.schedule == "synthetic_only" else of.train
@@ -104,6 +110,7 @@ WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {
     Finetune: _finetune,
     SelfTrain: _self_train,
     Score: _score,
+    Vote: _vote,
     Learn: _learn,
     Evaluate: _evaluate,
     Adopt: lambda *_: {},

@@ -17,7 +17,7 @@ from fedsynth.limits import (
     MAX_SIGMA,
     MAX_STEPS,
 )
-from fedsynth.privacy.plan import ROUGH, SMALLEST_SIGMA, Relation, Statement, epsilon
+from fedsynth.privacy.plan import GRADIENTS_APART, ROUGH, SMALLEST_SIGMA, Relation, Statement, epsilon
 from fedsynth.privacy.rdp import bound
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
@@ -28,7 +28,13 @@ _POINTS = 1e5  # most points in the grid of one step's losses: a check takes sec
 _MOST_GROUPS, _LARGEST_GROUP = 16, 1000  # of `epsilon_rows`
 
 
-def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | None = None) -> None:
+def check(
+    said: Statement,
+    *,
+    units: Collection[str] = UNITS,
+    simulated: bool | None = None,
+    apart: float = GRADIENTS_APART,
+) -> None:
     """Refuses a statement whose figures cannot be those of a plan. A message names junk and never repeats it.
 
     A client could still claim the figures of a plan that it did not run: no server can see that.
@@ -37,6 +43,8 @@ def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | 
         said: A client's statement.
         units: The privacy units that it may protect.
         simulated: True if its noise must be reproducible, false if it must not be; None allows either.
+        apart: How far replacing a unit moves a sum, in C; another distance than that of gradients needs all units in
+            every step.
 
     Raises:
         ValueError: If a figure is impossible; the message names it and its allowed values.
@@ -62,8 +70,11 @@ def check(said: Statement, *, units: Collection[str] = UNITS, simulated: bool | 
     _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
     if said.unit == CLIENT:  # another list is no further away than an empty one: `clients.score`
         _within("epsilon_replace_one", replaced, claimed, math.inf)
-    else:
+    elif apart == GRADIENTS_APART:
         _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")
+    else:
+        _within("sampling_rate", rate, 1.0, 1.0)
+        _reaches("epsilon_replace_one", replaced, rate, sigma / apart, steps, said.delta, "zero_out")
 
 
 def _check_rows(said: Statement) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import dp_accounting
@@ -24,6 +24,9 @@ _RELATIONS = {
     "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
 }
+
+# How far a unit that is replaced by another moves a sum, in C: gradients may point apart, votes are not negative.
+GRADIENTS_APART, VOTES_APART = 2.0, math.sqrt(2)
 
 FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
@@ -318,6 +321,7 @@ def statement(
     rows_per_unit: int = 1,
     rows: Iterable[int] = ROWS_OF_A_PERSON,
     simulated: bool = False,
+    apart: float = GRADIENTS_APART,
 ) -> Statement:
     """The statement of a plan that runs whole; without a plan, the statement that there is no guarantee.
 
@@ -329,6 +333,7 @@ def statement(
         rows: Numbers of rows of one person for which the statement has epsilon, too; ignored unless the unit is a row.
             The figures take seconds each and are cached.
         simulated: True if the noise is reproducible.
+        apart: How far replacing a unit moves a sum, in C.
     """
     if plan is None:
         return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
@@ -336,7 +341,7 @@ def statement(
         guarantee="dp",
         epsilon=epsilon(plan, plan.delta),
         delta=plan.delta,
-        epsilon_replace_one=epsilon(plan, plan.delta, relation="replace_one"),
+        epsilon_replace_one=replaced_epsilon(plan, apart),
         epsilon_rows={size: group_epsilon(plan, size, plan.delta) for size in rows} if unit == "row" else {},
         unit=unit,
         rows_per_unit=rows_per_unit,
@@ -346,6 +351,23 @@ def statement(
         clip_norm=plan.clip_norm,
         simulated=simulated,
     )
+
+
+def replaced_epsilon(plan: DPPlan, apart: float = GRADIENTS_APART) -> float:
+    """Epsilon at the plan's delta if a unit is replaced by any other one.
+
+    Where every unit takes part in every step, a sum that moves by `apart` in units of C is the Gaussian mechanism with
+    sigma / apart: the same as an empty unit under so much less noise.
+
+    Args:
+        plan: The plan, with all rounds.
+        apart: How far replacing a unit moves a sum, in C.
+    """
+    if apart == GRADIENTS_APART:
+        return epsilon(plan, plan.delta, relation="replace_one")
+    if plan.sampling_rate != 1:
+        raise ValueError(f"a replaced unit that moves a sum by {apart:g} C is known without sampling only")
+    return epsilon(replace(plan, noise_multiplier=plan.noise_multiplier / apart), plan.delta)
 
 
 def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpEvent:

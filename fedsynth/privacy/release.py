@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.lora import Adapter
 from fedsynth.privacy.ledger import Grant, Ledger
 from fedsynth.privacy.plan import DPPlan
@@ -15,7 +15,7 @@ from fedsynth.privacy.plan import DPPlan
 log = logging.getLogger(__name__)
 
 M = TypeVar("M")
-V = TypeVar("V", Corpus, Adapter, Scores)
+V = TypeVar("V", Corpus, Adapter, Scores, Votes)
 
 
 class NotReleasable(RuntimeError):
@@ -84,6 +84,20 @@ def release_scores(trained: DPTrained[M], values: Sequence[float]) -> Scores:
     """
     _check_receipt(trained)
     return Scores(tuple(values), grants=(trained.grant.id,))
+
+
+def release_votes(trained: DPTrained[M], values: Sequence[float]) -> Votes:
+    """Votes with the noise of a grant on each of them.
+
+    Args:
+        trained: The receipt of the Gaussian mechanism that released the vector.
+        values: One number per text, in order.
+
+    Raises:
+        NotReleasable: As `release`.
+    """
+    _check_receipt(trained)
+    return Votes(tuple(values), grants=(trained.grant.id,))
 
 
 def _check_receipt(trained: DPTrained[M]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 from fedsynth.corpus import alike, told_apart
-from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_SIGMA, MAX_STEPS, most
+from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_ROWS, MAX_SIGMA, MAX_STEPS, Tokens, most
 from fedsynth.privacy.plan import Budget, DPPlan, plan
 from fedsynth.scenario.hardware import Precision
 from fedsynth.scenario.server import Server, check_unguarded
@@ -401,6 +401,24 @@ class TaskTraining:
 
 
 @dataclass(frozen=True)
+class Voting:
+    """How a client's private texts vote for the server's (private evolution).
+
+    Attributes:
+        embedder: Sentence encoder, as it is published, that tells which texts are near; left out, the task model.
+        max_length: Longer texts are cut after so many tokens.
+        rows_per_unit: The most rows of a unit that vote, the first ones. Their votes are scaled together to norm 1.
+    """
+
+    embedder: str = ""
+    max_length: Tokens = 128
+    rows_per_unit: Annotated[Count, most(MAX_ROWS)] = 1
+
+    def __post_init__(self) -> None:
+        in_range(self, "client.voting")
+
+
+@dataclass(frozen=True)
 class Client:
     """A client's models and training. A site's own policy may be stricter, never looser.
 
@@ -421,6 +439,7 @@ class Client:
             list is clipped to `score_norm` and gets Gaussian noise, and the privacy unit is the client's whole data.
         scorer_training: `scores = "model"`: DP-SGD settings; `loss_on` and `precision` have no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
+        voting: Private evolution: how private texts vote for the server's.
         stacked: Simulations: number of clients whose adapters train in one pass of the model, each on its own text;
             left out, a number for which stacking pays. Results are the same except for rounding.
     """
@@ -437,6 +456,7 @@ class Client:
     scores: Literal["model", "noise"] = "model"
     scorer_training: GeneratorTraining = GeneratorTraining()
     score_norm: Positive = 1.0
+    voting: Voting = Voting()
     stacked: Count | None = None
 
     def __post_init__(self) -> None:
@@ -492,6 +512,19 @@ class Client:
             return self._plan(self.scorer_training, records, 1)
         whole = GeneratorTraining(expected_batch_size=1, steps=1, clip_norm=2 * self.score_norm)
         return self._plan(whole, 1, rounds)
+
+    def vote_plan(self, records: int, rounds: int = 1) -> DPPlan:
+        """The schedule of the votes of all rounds: every unit votes in every round, and moves a sum by 1 at most.
+
+        Args:
+            records: Declared, public number of privacy units.
+            rounds: Rounds of the run.
+
+        Raises:
+            fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
+            BadValue: If the run has no budget.
+        """
+        return self._plan(GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0), records, rounds)
 
     def _plan(self, settings: GeneratorTraining, records: int, rounds: int) -> DPPlan:
         if self.budget is None:

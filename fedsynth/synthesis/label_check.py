@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,19 @@ OTHER = "another label is nearer"
 CHOSEN = "another label is chosen"
 UNREADABLE = "no label is chosen"
 ANSWER = 32  # tokens of a choice, at most: a wording
+
+
+def check_of(
+    kind: Literal["none", "embedder", "llm"],
+    labels: Sequence[str],
+    task: Task,
+    llm: TextModel,
+    embed: Callable[[Sequence[str]], NDArray[np.float32]],
+) -> Callable[[Corpus], Filtered] | None:
+    """The check that `strategy.label_check` names; None for none."""
+    if kind == "llm":
+        return lambda corpus: chosen(corpus, labels, task, llm)
+    return None if kind == "none" else lambda corpus: fitting(corpus, labels, task, embed)
 
 
 def fitting(

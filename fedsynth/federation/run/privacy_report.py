@@ -73,22 +73,24 @@ def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     spent = _spent(run_logs)
     if guarantee_of(run_logs) == "none" or not spent:
         return terms
-    listed = seen == ["scores"] and client.scores == "noise"
+    listed, voted = seen == ["scores"] and client.scores == "noise", seen == ["votes"]
     training = client.scorer_training if "scores" in seen else client.generator_training
     rate = min(s.sampling_rate or 1.0 for s in spent)
     return {
         **terms,
         "mechanism": "Gaussian noise on a client's list of scores, clipped as a whole, each round" if listed else (
+            "Gaussian noise on every count of votes, each unit's votes scaled to norm 1 at most, each round"
+        ) if voted else (
             "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch"
         ),
-        "sampler": "none: all of the client's data takes part" if listed else (
+        "sampler": "none: all of the client's data takes part" if listed or voted else (
             "Poisson: each unit enters each batch by a draw of its own"
         ),
         "accountant": f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, "
         "rounded up",
         "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
         "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
-        "largest_units": 1 if listed else round(training.expected_batch_size / rate),
+        **({} if voted else {"largest_units": 1 if listed else round(training.expected_batch_size / rate)}),
     }  # fmt: skip
 
 

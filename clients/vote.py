@@ -1,0 +1,168 @@
+"""Private evolution at the client: each private text votes for the server's nearest texts; noised counts leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsynth.clients.client_side import ClientSide
+from fedsynth.clients.learn import NoTaskModel
+from fedsynth.corpus import Corpus, Votes, same
+from fedsynth.federation.messages import Vote, Voted
+from fedsynth.models.embedding import Embedder, directions, shared_embedder
+from fedsynth.models.hub import weights_hash
+from fedsynth.privacy.plan import VOTES_APART, DPPlan
+from fedsynth.privacy.release import DPTrained, Trained, release_votes, release_without_guarantee
+from fedsynth.training.dp_training import Randomness
+from fedsynth.training.examples import readable, unit_rows
+from fedsynth.training.selfcheck import LISTED, check_list
+
+Ballot = Mapping[int, float]  # a unit's votes: place of a candidate -> weight, none below 0
+
+
+def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
+    """Counts the votes and adds noise to every count; under DP the charge comes first and may be refused.
+
+    The Gaussian mechanism on a histogram (Aug-PE, arXiv 2403.01749, section 3). Each round is charged as a step in
+    which every unit takes part.
+
+    Raises:
+        fedsynth.clients.learn.NoTaskModel: If the task is to follow instructions: these have no labels.
+        fedsynth.privacy.plan.BudgetTooSmall, fedsynth.privacy.caps.BudgetExhausted: Before a private text is embedded.
+    """
+    if client.instructs:
+        raise NoTaskModel("a task of instructions has no labels to vote within")
+    if client.config.guarantee == "none":
+        return _without_guarantee(client, request)
+    settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
+    check_noise(plan)
+
+    binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=settings)
+    grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    values = protected(ballots(client, request), len(request.corpus), plan, randomness)
+    votes = release_votes(DPTrained(None, plan, grant, 1), values)
+    return Voted(votes, client.statement(plan, settings.rows_per_unit, VOTES_APART))
+
+
+def _without_guarantee(client: ClientSide, request: Vote) -> Voted:
+    """The counts as they are. Logged, charged as non-private, refused unless the rules allow it."""
+    counted = Trained(summed(ballots(client, request), len(request.corpus)), "the scenario asks for no guarantee")
+    votes = release_without_guarantee(
+        counted,
+        Votes(tuple(counted.model.tolist())),
+        client.ledger,
+        client.run,
+        counted.reason,
+        allowed=client.rules.without_guarantee,
+    )
+    return Voted(votes, client.statement(None))
+
+
+def encoder(client: ClientSide) -> str:
+    """The name of the model that tells which texts are near."""
+    return client.config.voting.embedder or client.config.task_model
+
+
+def ballots(client: ClientSide, request: Vote) -> list[Ballot]:
+    """The votes of each declared unit, before they are bounded; an empty ballot for a slot without a unit.
+
+    A unit's votes depend on its own rows, the candidates and public models alone. A text has no vote if its label is
+    not public or has no candidate, or if the encoder cannot read it or finds no finite direction.
+    """
+    settings, private = client.config.voting, client.train
+    embedder = shared_embedder(encoder(client))
+    rows = unit_rows(private, client.records, settings.rows_per_unit)
+    voters = [row for own in rows for row in own if _may_vote(client, embedder, row)]
+    found = _directions(embedder, [private.prompts[row] for row in voters], settings.max_length)
+    booths = _booths(embedder, request.corpus, settings.max_length)
+    cast = {}
+    for row, direction in zip(voters, found, strict=True):
+        places, texts = booths.get(private.answers[row], ([], found[:0]))
+        if not places or not np.isfinite(direction).all():
+            continue
+        # Candidates that are equally near stand in the order of the request.
+        nearest = np.argsort(-(texts @ direction), kind="stable")[: request.nearest].tolist()
+        cast[row] = {places[k]: 1 / math.sqrt(request.nearest) for k in nearest}
+    return [_together(cast[row] for row in own if row in cast) for own in rows]
+
+
+def _may_vote(client: ClientSide, embedder: Embedder, row: int) -> bool:
+    text, label = client.train.prompts[row], client.train.answers[row]
+    return label in client.labels and readable(embedder.tokenizer, text)
+
+
+def _booths(embedder: Embedder, offered: Corpus, longest: int) -> dict[str, tuple[list[int], NDArray[np.float32]]]:
+    """By label: the places of its different candidates, and their directions. Equal texts are the first of them."""
+    first: dict[tuple[str, str], int] = {}
+    for place, (text, label) in enumerate(zip(offered.prompts, offered.answers, strict=True)):
+        if readable(embedder.tokenizer, text):
+            first.setdefault((label, same(text)), place)
+    found = _directions(embedder, [offered.prompts[place] for place in first.values()], longest)
+    booths: dict[str, tuple[list[int], list[NDArray[np.float32]]]] = {}
+    for ((label, _), place), direction in zip(first.items(), found, strict=True):
+        if np.isfinite(direction).all():
+            places, texts = booths.setdefault(label, ([], []))
+            places.append(place)
+            texts.append(direction)
+    return {label: (places, np.stack(texts)) for label, (places, texts) in booths.items()}
+
+
+def _directions(embedder: Embedder, texts: Sequence[str], longest: int) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = directions(embedder, tuple(texts), longest).numpy()
+    return found
+
+
+def _together(votes: Iterable[Ballot]) -> Ballot:
+    """The sum of the ballots of one unit's rows."""
+    whole: dict[int, float] = {}
+    for each in votes:
+        for place, weight in each.items():
+            whole[place] = whole.get(place, 0.0) + weight
+    return whole
+
+
+def summed(votes: Sequence[Ballot], candidates: int, bound: float = 1.0) -> NDArray[np.float64]:
+    """The sum of all ballots, each scaled down to an L2 norm of at most `bound`; shape (candidates,)."""
+    total = np.zeros(candidates)
+    for ballot in votes:
+        norm = math.sqrt(sum(weight**2 for weight in ballot.values()))
+        scale = min(1.0, bound / norm) if norm > 0 else 0.0
+        for place, weight in ballot.items():
+            total[place] += scale * weight
+    return total
+
+
+def protected(votes: Sequence[Ballot], candidates: int, plan: DPPlan, randomness: Randomness) -> list[float]:
+    """The bounded sum with the plan's noise on every count, also on those without a vote.
+
+    An empty unit in place of another moves the sum by at most C. Another unit moves it by at most sqrt(2) C, as no
+    weight is below 0.
+
+    Args:
+        votes: A ballot for each unit.
+        candidates: Number of texts of the request.
+        plan: The plan of `Client.vote_plan`.
+        randomness: The grant's randomness.
+    """
+    total = summed(votes, candidates, plan.clip_norm * (1 - 1e-9))  # not above it by rounding either
+    noisy: list[float] = (total + plan.noise_multiplier * plan.clip_norm * randomness.normals(candidates)).tolist()
+    return noisy
+
+
+def check_noise(plan: DPPlan) -> None:
+    """Checks `protected` against the plan on public numbers, before the charge: two opposite units are 2 C apart.
+
+    Raises:
+        fedsynth.training.selfcheck.SelfCheckFailed: If it does not hold to the plan.
+    """
+    opposite = replace(plan, clip_norm=2 * plan.clip_norm, noise_multiplier=plan.noise_multiplier / 2)
+
+    def release(values: Sequence[float], public: Randomness) -> list[float]:
+        return protected([dict(enumerate(values))], LISTED, plan, public)
+
+    check_list(release, opposite)
