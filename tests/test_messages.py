@@ -19,7 +19,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedsynth.clients import handler
 from fedsynth.clients.client_side import ClientSide
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.data.partition import ClientData
 from fedsynth.federation import messages as tasks
 from fedsynth.federation.messages import (
@@ -45,6 +45,7 @@ from fedsynth.federation.messages import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    Voted,
 )
 from fedsynth.federation.payload import BadPayload, decode, encode
 from fedsynth.federation.records import (
@@ -88,6 +89,7 @@ UNDER_A_GRANT = (
     Synthesized(GRANTED, DP, 1),
     Finetuned(ADAPTER, DP, 200),
     Scored(SCORES, DP),
+    Voted(Votes((2.5, -1.0), ("a3f1",)), DP),
     Adopted(2),
     Learnt(4),
     Evaluated({"accuracy": 0.5}, 600),
@@ -284,7 +286,7 @@ def test_measured_figures_pack_only_where_measuring_is_allowed() -> None:
 
 
 def test_a_statement_of_dp_beside_ungranted_text_is_refused_even_when_waived() -> None:
-    with pytest.raises(WillNotLeave, match="claims a guarantee for text, weights or scores without a grant"):
+    with pytest.raises(WillNotLeave, match="claims a guarantee for text, weights, scores or votes without a grant"):
         sealed(Synthesized(UNGRANTED, DP, 0), waived=True)
 
 

@@ -32,6 +32,7 @@ from fedsynth.federation.messages import (
     Score,
     SelfTrain,
     Synthesize,
+    Vote,
 )
 from fedsynth.federation.payload import BadPayload, decode, encode
 from fedsynth.federation.records import joined, parted, unpack_reply
@@ -47,6 +48,7 @@ ORDER_OF: dict[type, Request[Any]] = {
         Finetune(ADAPTER, 1),
         Adopt(ADAPTER),
         Score(CORPUS, 4),
+        Vote(CORPUS, 2),
         SelfTrain(ADAPTER, 1, 2),
     )
 }

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save
 
-from fedsynth.corpus import Corpus, Provenance, Scores
+from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.federation.messages import (
     Adopt,
     Adopted,
@@ -34,6 +34,8 @@ from fedsynth.federation.messages import (
     SelfTrained,
     Synthesize,
     Synthesized,
+    Vote,
+    Voted,
 )
 from fedsynth.federation.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
 from fedsynth.lora import Adapter
@@ -59,6 +61,8 @@ VALUES = [
     Adopted(parameters=7),
     Score(CORPUS, seed=4),
     Scored(Scores((0.1, 1 / 3, 0.0), ("g1",)), STATEMENT),
+    Vote(CORPUS, nearest=4),
+    Voted(Votes((-0.1, 1 / 3, 250.5), ("g1",)), STATEMENT),
     SelfTrain(ADAPTER, seed=1, writing_seed=2, share=0.25, selection="random", training="mixed"),
     SelfTrained(ADAPTER, Statement("none", None, 1e-5), records=30),
     Learnt(received=5),

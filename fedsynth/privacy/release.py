@@ -128,9 +128,9 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
             provenance; nothing is charged then.
         ValueError: If there is no reason.
     """
-    kind = type(value).__name__.lower()
+    kind = {Corpus: "text", Adapter: "an adapter", Scores: "scores", Votes: "votes"}[type(value)]
     if not isinstance(trained, Trained):
-        raise NotReleasable(f"only the {kind} of a Trained model is released so, got {type(trained).__name__}")
+        raise NotReleasable(f"only {kind} of a Trained model is released so, got {type(trained).__name__}")
     open_ = (Provenance.SELF_GENERATED, Provenance.DISCLOSED)
     if isinstance(value, Corpus) and value.provenance not in open_:
         raise NotReleasable(
@@ -138,11 +138,11 @@ def release_without_guarantee(trained: Trained[M], value: V, ledger: Ledger, run
         )
     if not allowed:
         raise NotReleasable(
-            f"run {run!r} asks to release a {kind} without a privacy guarantee ({reason}); only a simulation may, or a "
+            f"run {run!r} asks to release {kind} without a privacy guarantee ({reason}); only a simulation may, or a "
             "site whose policy says so"
         )
     if not reason.strip():
         raise ValueError("a release without guarantee needs a reason: it is shown on every later report")
     if ledger.charge_without_guarantee(f"{reason} (model: {trained.reason})", run):
-        log.warning("run %s releases a %s WITHOUT a privacy guarantee: %s", run, kind, reason)
+        log.warning("run %s releases %s WITHOUT a privacy guarantee: %s", run, kind, reason)
     return replace(value, grants=())
