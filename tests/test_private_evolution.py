@@ -22,7 +22,10 @@ from test_llm import letters
 from fedsynth.clients import vote as on_client
 from fedsynth.clients.vote import ballots, check_noise, protected, summed
 from fedsynth.corpus import Corpus, Provenance, Votes
+from fedsynth.deployment.policy import Policy
 from fedsynth.federation.messages import Learn, Vote, Voted
+from fedsynth.federation.payload import decode
+from fedsynth.federation.records import WillNotLeave, seal
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.validation import Rejected, check_reply, check_request
 from fedsynth.models.sampling import SamplingParams
@@ -220,6 +223,16 @@ def test_requests_and_replies_out_of_range_are_refused() -> None:
     ):
         with pytest.raises(Rejected, match=why):
             check_reply(Vote(CANDIDATES), reply, LABELS)
+
+
+def test_a_site_lets_out_votes_by_name_alone() -> None:
+    said = statement(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200), rows=(), apart=VOTES_APART)
+    reply, policy = Voted(Votes((0.5,), ("g",)), said), Policy(Budget(8.0))
+    with pytest.raises(WillNotLeave, match="lets out no votes"):
+        seal(reply, allowed=policy.outputs, waived=False)
+    assert decode(seal(reply, allowed=(*policy.outputs, "votes"), waived=False), Voted) == reply
+    with pytest.raises(WillNotLeave, match="names no grant"):
+        seal(Voted(Votes((0.5,)), said), allowed=("votes",), waived=False)
 
 
 # --- what votes choose ---
