@@ -103,6 +103,28 @@ def test_an_emptied_record_moves_its_own_cells_and_nothing_else(nearest: int) ->
         assert sorted(moved[moved != 0].tolist()) == pytest.approx([1 / math.sqrt(nearest)] * own)
 
 
+class Swayed(Pointing):
+    """An encoder whose last bits change with the number of texts that it reads at once, as those of real ones do."""
+
+    def embed(self, texts: Sequence[str], *, longest: int | None = None) -> Any:
+        found = super().embed(texts, longest=longest)
+        found[:, 0] += 1e-3 * (len(texts) - 4)
+        return found
+
+
+def test_no_text_sways_the_vote_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, between = Swayed(), Corpus(("aaab", "abbb"), ("heart",) * 2, Provenance.PUBLIC)
+    monkeypatch.setattr(on_client, "shared_embedder", lambda _: encoder)
+    rows = [("ab", "heart")] * 7  # as near to one as to the other, but for the last bits
+
+    def votes_of_one(others: int) -> list[dict[int, float]]:
+        return [dict(ballot) for ballot in ballots(holding(rows[: 1 + others], records=7), Vote(between))[:1]]
+
+    assert all(votes_of_one(others) == votes_of_one(0) for others in range(1, 7))
+    monkeypatch.setattr(on_client, "alone", on_client._directions)  # in one batch
+    assert votes_of_one(6) != votes_of_one(0)
+
+
 @pytest.mark.parametrize("bad", [("l", "heart"), ("aa", "lungs"), ("", "heart"), ("\U0001f600", "heart")])
 def test_a_text_without_direction_label_or_letters_has_no_vote_and_spoils_none(bad: tuple[str, str]) -> None:
     expected = [1 + 1e-12, 1, 1, 0, 1, 1]
