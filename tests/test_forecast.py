@@ -192,7 +192,7 @@ def test_of_a_model_that_a_strategy_makes_itself_a_sample_is_asked_and_all_of_it
     monkeypatch.setattr(fedsynth.training.engine, "descend", steps)
     found = rehearsed(scenario(tmp_path, "test_forecast:Makes", model=tiny.folder()), tmp_path / "rehearsed")
     assert found.noted == ()
-    assert done == {"complete": [1], "score": [1], "descend": [4]}  # a text, a pair, a step
+    assert done == {"complete": [1, 4, 16], "score": [1], "descend": [4]}  # one token and two samples, a pair, a step
     assert found.read == 40 * len("<question:") + 40 * len("<ab")
     assert found.written > 0
 

@@ -33,6 +33,8 @@ from fedsynth.training.sft import Descent
 # A call's sample grows up to these seconds of work, of all threads: a whole batch shows its memory.
 WHOLE = 2.5
 
+FEW_TEXTS = 4  # of the first sample of a model that writes
+
 FITTING = 0.87  # share of an LLM's texts that fit their label (docs/results.md: .87 and .88 on banking77)
 
 
@@ -69,7 +71,16 @@ class Tally:
         finally:
             self.spent += busy() - begun
 
-    def add(self, key: Any, count: int, sample: Callable[[int], list[Any]], most: int, *, lanes: int = 1) -> list[Any]:
+    def add(
+        self,
+        key: Any,
+        count: int,
+        sample: Callable[[int], list[Any]],
+        most: int,
+        *,
+        lanes: int = 1,
+        first: int = 1,
+    ) -> list[Any]:
         """The results of a sample of `count` items; adds the time that all of them would take.
 
         Args:
@@ -78,17 +89,20 @@ class Tally:
             sample: Does the given number of items.
             most: Items at once; a larger sample would show no more.
             lanes: Threads that a whole call uses; a small sample uses one.
+            first: Items of the first sample. If more than one, an item costs less in a larger batch: at least two
+                samples are taken, and a line through the last two gives the time of a whole batch.
         """
         if key not in self.known:
-            n = min(count, most, 1)
+            n, tried = min(count, most, first), list[tuple[int, float]]()
             while True:
                 begun = busy()
                 found = sample(n)
-                took = busy() - begun
-                if n >= min(count, most) or took > WHOLE:
+                tried.append((n, busy() - begun))
+                took = tried[-1][1]
+                if n >= min(count, most) or (took > WHOLE and len(tried) >= min(first, 2)):
                     break
                 n = min(count, most, max(4 * n, int(WHOLE * n / max(took, 1e-6))) if n > 1 else 8)
-            self.known[key] = (took / n, found)
+            self.known[key] = (each_of(tried, max(n, min(count, most) // lanes)) if first > 1 else took / n, found)
         each, found = self.known[key]
         self.seconds += each * count / lanes
         return found
@@ -118,15 +132,20 @@ class SampledLLM:
             lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
-            order, lanes = np.argsort(lengths, kind="stable"), self._lanes(len(prompts))
+            # Neighbours in the order of their tokens share as much of a beginning as the rows of a whole batch do.
+            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind)
+            order, lanes = sorted(range(len(prompts)), key=tokens.__getitem__), self._lanes(len(prompts))
 
             def sample(n: int) -> list[Any]:
-                rows = [int(order[i * len(order) // n]) for i in range(n)]
-                return self.llm.complete([prompts[row] for row in rows], sampling, seed=seed)
+                start = (len(order) - n) // 2
+                return self.llm.complete([prompts[row] for row in order[start : start + n]], sampling, seed=seed)
 
             key, tally = ("complete", _size(self.llm.model), sampling, _magnitude(lengths)), self.tally
             before, asked = tally.seconds, (id(self.llm), tuple(prompts), sampling, seed)
-            known = tally.add(key, len(prompts), sample, lanes * self.llm.batch_size, lanes=lanes)
+            if key not in tally.known:  # the first call of a model costs more
+                self.llm.complete(prompts[:1], replace(sampling, max_new_tokens=1), seed=seed)
+            most = lanes * self.llm.batch_size
+            known = tally.add(key, len(prompts), sample, most, lanes=lanes, first=FEW_TEXTS)
             if asked in tally.answered:
                 tally.seconds = before
             tally.answered.add(asked)
@@ -230,6 +249,21 @@ class SampledEngine(Engine):
         key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():
             return float(self.tally.add(key, steps, sample, 16)[0])
+
+
+def each_of(tried: Sequence[tuple[int, float]], batch: int) -> float:
+    """Seconds of an item in a whole batch, by a line through the last two samples.
+
+    >>> each_of([(4, 2.0), (16, 5.0)], 48)  # 1 second, and .25 for each
+    0.2708333333333333
+
+    Args:
+        tried: Items and seconds of each sample, in the order of their size.
+        batch: Items of a whole batch.
+    """
+    (few, less), (many, more) = ([tried[0]] * 2 + list(tried))[-2:]
+    slope = max(0.0, (more - less) / (many - few)) if many > few else more / many
+    return (more + slope * max(0, batch - many)) / max(batch, many)
 
 
 def _magnitude(lengths: Sequence[int]) -> int:
