@@ -115,6 +115,12 @@ class FDKTOptions:
             )
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
+        combinations = len(scenario.task.combinations)
+        if self.asks and self.drafts == "generator" and self.per_label < combinations:
+            raise BadValue(
+                f"strategy.per_label = {self.per_label} drafts of a label leave out some of the {combinations} "
+                f"combinations of attributes: ask for {combinations} at least, or list fewer values"
+            )
         judges = self.judge != "none" and self.texts == "llm" and self.asks
         if judges and _chats(scenario.server.llm) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.limits import MAX_TEXT
@@ -115,3 +116,47 @@ def write(
         if not wanted:
             break
     return {client: Written(corpora[client], summed(steps[client]), bare[client]) for client in shown}
+
+
+def write_combinations(
+    llm: TextModel,
+    client: int,
+    how: Demonstrating,
+    curation: Curation,
+    *,
+    num_texts: int,
+    seeds: Sequence[int],
+    task: Task,
+    name: str,
+) -> Written:
+    """Texts without demonstrations, of every label with every combination of the card's attributes in turn; each has
+    its values beside it. Without attributes they are those of `write`.
+
+    Args:
+        llm: The server's.
+        client: Number under which they are written.
+        how: As for `write`, without demonstrations.
+        curation: The filters; texts are checked against their labels, not against their values.
+        num_texts: Number of texts, uniform over labels and combinations.
+        seeds: As for `write`.
+        task: As for `write`.
+        name: As for `write`.
+    """
+    nothing = {client: NOTHING}
+    if not task.attributes:
+        return write(llm, nothing, how, curation, num_texts=num_texts, seeds=seeds, task=task, name=name)[client]
+    card, names = task.crossed(curation.labels)
+    check = curation.label_check and partial(_checked_by_label, curation.label_check, names)
+    crossed = replace(curation, labels=tuple(names), label_check=check)
+    found = write(llm, nothing, how, crossed, num_texts=num_texts, seeds=seeds, task=card, name=name)[client]
+    told = [names[answer] for answer in found.corpus.answers]
+    labels, values = tuple(label for label, _ in told), tuple(values for _, values in told)
+    return replace(found, corpus=replace(found.corpus, answers=labels, attributes=values))
+
+
+def _checked_by_label(
+    check: Callable[[Corpus], Filtered], names: Mapping[str, tuple[str, tuple[str, ...]]], corpus: Corpus
+) -> Filtered:
+    found = check(replace(corpus, answers=tuple(names[answer][0] for answer in corpus.answers)))
+    own = dict(zip(corpus.prompts, corpus.answers, strict=True))  # each text stands there once
+    return replace(found, corpus=replace(found.corpus, answers=tuple(own[text] for text in found.corpus.prompts)))
