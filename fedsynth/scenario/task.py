@@ -183,7 +183,7 @@ class Task:
         system: System prompt of an LLM that converses; "" for none.
         labels: Label -> how it is put into words; a label that is not listed is put into words by its name.
         attributes: Column of `data.attributes` -> its public values in words. A control code tells a label and a value
-            of each. Every combination of values is asked for alike, and nothing is learnt from a row with another one.
+            of each. All combinations are asked for alike, and no generator learns a row with an unlisted value.
         templates: How prompts are made.
     """
 
