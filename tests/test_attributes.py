@@ -416,6 +416,8 @@ def test_zero_shot_texts_are_asked_by_combination_and_start_generators_under_the
     assert seen[0].answers == LABELS * 3  # a check sees labels, not combinations
     assert checked.corpus.answers == ("music",) * 3
     assert checked.corpus.attributes == (("1",), ("3",), ("5",))
+    assert [(name, stage.lost) for name, stage in checked.steps][-1] == ("zero_shot_fitting", ("food",))
+    assert all(set(stage.corpus.answers) <= set(LABELS) for _, stage in checked.steps)
 
 
 def test_a_warm_start_and_zero_shot_texts_beside_drafts_work_with_attributes(

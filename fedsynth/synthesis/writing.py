@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeAlias
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.limits import MAX_TEXT
@@ -13,6 +14,8 @@ from fedsynth.scenario.task import Task
 from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, turns
 from fedsynth.synthesis.curation import Filtered, Steps, asked_for, deduplicate, summed, well_formed
 
+Names: TypeAlias = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Name of a label with values -> the label and the values (`Task.crossed`)."""
 NOTHING = Corpus((), (), Provenance.PUBLIC)
 
 
@@ -149,14 +152,24 @@ def write_combinations(
     check = curation.label_check and partial(_checked_by_label, curation.label_check, names)
     crossed = replace(curation, labels=tuple(names), label_check=check)
     found = write(llm, nothing, how, crossed, num_texts=num_texts, seeds=seeds, task=card, name=name)[client]
-    told = [names[answer] for answer in found.corpus.answers]
-    labels, values = tuple(label for label, _ in told), tuple(values for _, values in told)
-    return replace(found, corpus=replace(found.corpus, answers=labels, attributes=values))
+    corpus = replace(_in_labels(found.corpus, names), attributes=tuple(names[name][1] for name in found.corpus.answers))
+    return Written(corpus, [(step, _by_label(filtered, names)) for step, filtered in found.steps], found.bare)
 
 
-def _checked_by_label(
-    check: Callable[[Corpus], Filtered], names: Mapping[str, tuple[str, tuple[str, ...]]], corpus: Corpus
-) -> Filtered:
-    found = check(replace(corpus, answers=tuple(names[answer][0] for answer in corpus.answers)))
+def _checked_by_label(check: Callable[[Corpus], Filtered], names: Names, corpus: Corpus) -> Filtered:
+    found = check(_in_labels(corpus, names))
     own = dict(zip(corpus.prompts, corpus.answers, strict=True))  # each text stands there once
-    return replace(found, corpus=replace(found.corpus, answers=tuple(own[text] for text in found.corpus.prompts)))
+    answers = tuple(own[text] for text in found.corpus.prompts)
+    lost = tuple(name for name in dict.fromkeys(corpus.answers) if name not in set(answers))
+    return Filtered(replace(found.corpus, answers=answers), found.dropped, lost)
+
+
+def _by_label(found: Filtered, names: Names) -> Filtered:
+    """A step with labels in place of labels with values; a label is lost with all its combinations."""
+    corpus = _in_labels(found.corpus, names)
+    lost = dict.fromkeys(names[name][0] for name in found.lost)
+    return Filtered(corpus, found.dropped, tuple(label for label in lost if label not in set(corpus.answers)))
+
+
+def _in_labels(corpus: Corpus, names: Names) -> Corpus:
+    return replace(corpus, answers=tuple(names[name][0] for name in corpus.answers))
