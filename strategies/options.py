@@ -34,7 +34,7 @@ class FDKTOptions:
     """Options of FDKT; section numbers are those of docs/methods/fdkt.md.
 
     Attributes:
-        per_label: Drafts that each client writes per label.
+        per_label: Drafts that each client writes per label; combinations of attributes take turns in them.
         draft_temperature: The clients' sampling temperature.
         draft_top_p: The clients' nucleus of sampling.
         draft_top_k: The clients draw from so many of the likeliest tokens alone; 0 for all.
