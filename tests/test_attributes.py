@@ -502,6 +502,8 @@ def test_a_site_refuses_attributes_that_it_does_not_list(tmp_path: Path) -> None
     assert isinstance(client(plain_site, site_toml()).rules.objection, WrongData)
     assert isinstance(client(site, site_toml(("1", "5", "2"))).rules.objection, WrongLabels)
     assert isinstance(client(site, site_toml(("1", "2"))).rules.objection, WrongLabels)
+    three = imported(tmp_path / "c", starred(), attributes={"stars": ("1", "5", "2")})
+    assert isinstance(client(three, site_toml()).rules.objection, WrongLabels)
     assert client(site, site_toml(("5", "1"))).rules.objection is None
     assert client(site, site_scenario()).rules.objection is None
     assert isinstance(asked(plain_site, Learn(0), site_toml()), Refused)

@@ -365,7 +365,7 @@ def _tensors(data: memoryview) -> dict[str, NDArray[np.float32]]:
 
 
 def _check_leaves(corpus: Corpus) -> None:
-    if not corpus.units is corpus.options is corpus.attributes is None:
+    if any(own is not None for own in (corpus.units, corpus.options, corpus.attributes)):
         raise BadPayload("a corpus with units, options or attributes (private) cannot be written to a payload")
 
 
