@@ -40,7 +40,7 @@ class NotAllowed(RuntimeError):
 
 
 class WrongLabels(RuntimeError):
-    """The scenario's label list is not the site's."""
+    """The scenario's list of labels, or of an attribute's values, is not the site's."""
 
 
 class WrongData(RuntimeError):
@@ -93,7 +93,7 @@ class ClientSide:
         audit_log: The site's audit log; None in a simulation.
         world: The simulated world of the client's text; None for text of people.
         shared: Simulations: a private folder of trainings that other arms would repeat byte for byte; None at a site.
-        task: The scenario's card, which gives each label's control code, or the form of instructions.
+        task: The scenario's card, which gives the control codes of labels and attributes, or the form of instructions.
         choices: The responses that an instruction chooses from (`data.task = "choice"`); empty for free ones.
     """
 
@@ -183,7 +183,9 @@ class ClientSide:
         """A digest of training settings, labels and unit: one noise key must not serve two learning rates."""
         settings = {"training": plain(training), "labels": list(self.labels), "unit": self.unit}
         if self.task != NO_CARD:  # without a card a label is its own control code
-            settings["codes"] = list(map(self.task.code, self.labels))
+            settings["codes"] = self.task.codes(*self.labels)
+            if self.task.attributes:  # which rows a generator learns
+                settings["combinations"] = self.task.combinations
             if self.instructs:
                 settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

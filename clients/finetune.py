@@ -153,7 +153,10 @@ def slots_of(client: ClientSide, corpus: Corpus, records: int) -> list[tuple[Exa
 
 def _card_of(client: ClientSide) -> tuple[str, ...]:
     """What the card has to do with the client's examples."""
-    return tuple(map(client.task.code, client.labels)) or (*client.task.around("student"), client.task.system)
+    if client.instructs:
+        return (*client.task.around("student"), client.task.system)
+    rows = map(repr, client.task.combinations)  # which rows are learnt
+    return (*client.task.codes(*client.labels), *rows)
 
 
 _encoded: WeakKeyDictionary[Corpus, dict[Hashable, list[tuple[Example, ...]]]] = WeakKeyDictionary()

@@ -24,6 +24,7 @@ from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.ledger import Grant
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release, release_without_guarantee
+from fedsynth.synthesis.augmentation import turns
 from fedsynth.system.folders import private_folder
 from fedsynth.training.dp_training import private, without_guarantee
 
@@ -51,7 +52,7 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
         return (yield from _without_guarantee(client, request, start))
     plan = client.plan()
     tokenizer = load_tokenizer(name)
-    longest_code = max(map(len, text_rows(tokenizer, list(map(client.task.code, client.labels)))))
+    longest_code = max(map(len, text_rows(tokenizer, client.task.codes(*client.labels))))
     check(client, start, plan, longest=longest_code + 1 + request.max_new_tokens)  # with BOS
 
     grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
@@ -135,12 +136,14 @@ def _true_texts(client: ClientSide, request: Synthesize) -> Synthesized:
 
 
 def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[tuple[str, ...], tuple[str, ...], int]:
-    """The same number of samples for every label of the public list, present at this client or not."""
-    codes = [label for label in client.labels for _ in range(request.per_label)]
+    """The same number of samples for every label of the public list, present at this client or not; the combinations
+    of attributes take turns in each label, also those that no row here has."""
+    labels = [label for label in client.labels for _ in range(request.per_label)]
+    codes = [code for label in client.labels for code in turns(client.task.codes(label), request.per_label)]
     tokenizer = load_tokenizer(client.config.generator)
     writer = LocalLLM(on_base(client, adapter).eval(), tokenizer, batch_size=256, workers=1)
     texts = writer.complete(
-        [client.task.code(label) for label in codes],
+        codes,
         SamplingParams(
             temperature=request.temperature,
             top_p=request.top_p,
@@ -156,4 +159,4 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
     ]
     kept = [i for i, done in enumerate(finished) if done]
-    return tuple(texts[i].strip() for i in kept), tuple(codes[i] for i in kept), len(codes) - len(kept)
+    return tuple(texts[i].strip() for i in kept), tuple(labels[i] for i in kept), len(codes) - len(kept)

@@ -137,9 +137,11 @@ class Corpus:
             no grants have no guarantee.
         units: The person (or other privacy unit) of each example. Private corpora only; never leaves.
         options: Multiple choice: the options of each example, whose answer is the letter of one. Likewise.
+        attributes: Classification: each text's values of `data.attributes`, by the names of their columns. Of private
+            text, and of public text that an LLM was asked for with these values. They are in no payload.
 
     Raises:
-        ValueError: If the columns differ in length, or units or options stand beside text that is not private.
+        ValueError: If the columns differ in length, or stand beside text of which they cannot be.
     """
 
     prompts: tuple[str, ...]
@@ -148,16 +150,17 @@ class Corpus:
     grants: tuple[str, ...] = ()
     units: tuple[Hashable, ...] | None = None
     options: tuple[tuple[str, ...], ...] | None = None
+    attributes: tuple[tuple[str, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.answers):
             raise ValueError(
                 f"a corpus needs as many answers as prompts, got {len(self.answers)} for {len(self.prompts)}"
             )
-        for name, own in (("units", self.units), ("options", self.options)):
+        for name, own in (("units", self.units), ("options", self.options), ("attributes", self.attributes)):
             if own is None:
                 continue
-            if self.provenance is not Provenance.PRIVATE:
+            if self.provenance is not Provenance.PRIVATE and not (name == "attributes" and self.public):
                 raise ValueError(f"{name} belong to private corpora only, this one is {self.provenance.value}")
             if len(own) != len(self.prompts):
                 raise ValueError(f"a corpus needs {name} for each example, got {len(own)} for {len(self.prompts)}")
@@ -179,6 +182,7 @@ class Corpus:
             answers=tuple(self.answers[i] for i in rows),
             units=None if self.units is None else tuple(self.units[i] for i in rows),
             options=None if self.options is None else tuple(self.options[i] for i in rows),
+            attributes=None if self.attributes is None else tuple(self.attributes[i] for i in rows),
         )
 
     def counts(self) -> Counter[str]:
@@ -256,6 +260,7 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
         # Persons of different sites are different units, even where two sites use the same identifier.
         units = tuple((site, unit) for site, c in enumerate(corpora) for unit in c.units or ())
     options = tuple(own for c in corpora for own in c.options or ())
+    attributes = tuple(own for c in corpora for own in c.attributes or ())
     return Corpus(
         prompts=tuple(p for c in corpora for p in c.prompts),
         answers=tuple(a for c in corpora for a in c.answers),
@@ -263,4 +268,5 @@ def pool(corpora: Sequence[Corpus]) -> Corpus:
         grants=united(corpora),
         units=units,
         options=options if all(c.options is not None for c in corpora) else None,
+        attributes=attributes if all(c.attributes is not None for c in corpora) else None,
     )

@@ -22,7 +22,7 @@ from fedsynth.synthesis.curation import Steps, clusters, keep_rows, yields
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import check_of
 from fedsynth.synthesis.student import warm_start
-from fedsynth.synthesis.writing import NOTHING, Curation, write
+from fedsynth.synthesis.writing import NOTHING, Curation, write, write_combinations
 from fedsynth.synthesis.yields import check_yield
 
 
@@ -102,19 +102,19 @@ class FDKT(RoundStrategy[State]):
             return NOTHING
         self.server.run_log.progress("zero_shot", 0, 1)
         how = replace(self._how, mode="none")
-        found = write(
+        found = write_combinations(
             self.server.llm,
-            {SERVER: NOTHING},
+            SERVER,
             how,
             self._curation,
             num_texts=c.num_texts if used else len(self.server.labels),
             seeds=self._seeds("augment", c.attempts if used else 1),
             task=self.task,
             name="zero_shot",
-        )[SERVER]
+        )
         self._log(SERVER, found.steps)
         check_yield("the server LLM's zero-shot texts", {SERVER: found.steps}, c.yield_floor)
-        self.server.run_log.log_corpus(SERVER, "zero_shot", found.corpus)
+        self.server.run_log.log_corpus(SERVER, "zero_shot", replace(found.corpus, attributes=None))
         return found.corpus
 
     def _start(self, public: Corpus) -> Adapter | None:

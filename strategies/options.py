@@ -35,7 +35,7 @@ class FDKTOptions:
     """Options of FDKT; section numbers are those of docs/methods/fdkt.md.
 
     Attributes:
-        per_label: Drafts that each client writes per label.
+        per_label: Drafts that each client writes per label; combinations of attributes take turns in them.
         draft_temperature: The clients' sampling temperature.
         draft_top_p: The clients' nucleus of sampling.
         draft_top_k: The clients draw from so many of the likeliest tokens alone; 0 for all.
@@ -116,6 +116,12 @@ class FDKTOptions:
             )
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
+        combinations = len(scenario.task.combinations)
+        if self.asks and self.drafts == "generator" and self.per_label < combinations:
+            raise BadValue(
+                f"strategy.per_label = {self.per_label} drafts of a label leave out some of the {combinations} "
+                f"combinations of attributes: ask for {combinations} at least, or list fewer values"
+            )
         judges = self.judge != "none" and self.texts == "llm" and self.asks
         if judges and _chats(scenario.server.llm) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')

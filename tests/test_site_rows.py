@@ -278,7 +278,7 @@ def test_the_mac_of_a_source_is_none_of_a_store(tmp_path: Path) -> None:
 def test_rows_that_an_earlier_version_stored_are_imported_again(tmp_path: Path) -> None:
     site = imported(tmp_path, rows())
     before = rowstore.read(site.rows, site.open_ledger().mac_key)
-    site.rows.write_bytes(site.rows.read_bytes().replace(b'"format": 2', b'"format": 1', 1))
+    site.rows.write_bytes(site.rows.read_bytes().replace(b'"format": 3', b'"format": 1', 1))
     with pytest.raises(BadValue, match="or by an earlier version alone: `fedsynth site check"):
         check_rows(site)
     assert asked(site, Learn(0), scenario()) == Refused(ErrorCode.NOT_ALLOWED)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fedsynth.corpus import same
 from fedsynth.data.partition import ClientData, overlaps, unified
 from fedsynth.data.sources import Gathered, SiteData, laid_out, units_of
+from fedsynth.data.tables import misfit_values
 
 NAMED = 5  # labels, persons or splits in a message
 TOLD = 10  # rows in a message
@@ -49,6 +50,9 @@ def warnings(data: SiteData, found: Gathered) -> list[str]:
         said.append(f"column {data.columns.texts[0]!r} holds numbers alone: is it the text's column?")
     if data.labels:
         said += _labels(data, found)
+    for place, column in enumerate(data.columns.attributes):
+        values = [record.attributes[place] for record in found.records if record.text and not record.held]
+        said += misfit_values(column, values, data.attributes[column], f"data.attributes.{column}")
     if data.test is not None:
         said += _test_rows(data, found, len(site.test))
     said += _units(data, found, site)

@@ -17,6 +17,7 @@ import pandas as pd
 from fedsynth.corpus import Corpus, Provenance, pool, same
 from fedsynth.data.loaders import find
 from fedsynth.data.tables import (
+    ATTRIBUTES,
     CLIENT,
     HELD,
     LABEL,
@@ -25,11 +26,13 @@ from fedsynth.data.tables import (
     TEXT,
     UNIT,
     Rows,
+    misfit_values,
     nothing_to_test_on,
     read_rows,
     refuse_alike,
 )
 from fedsynth.scenario.schema import Data
+from fedsynth.scenario.task import Task
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 
@@ -47,6 +50,7 @@ __all__ = [
     "open_sites",
     "overlaps",
     "unified",
+    "unlisted_values",
 ]
 
 TEST_SHARE = 0.2  # of a client's units, if the source names no test rows
@@ -190,6 +194,36 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None, lacks: str
     if absent := [label for label in labels if label not in counts.index]:
         found.append(f"no row has the label {', '.join(map(repr, absent))} of data.labels")
     return found
+
+
+def unlisted_values(data: Data, labels: Sequence[str], task: Task) -> list[str]:
+    """Warnings on values of attributes: those that the card does not list, and listed ones that no row has.
+
+    Args:
+        data: A source that is not a world.
+        labels: The public label list.
+        task: The card.
+
+    Raises:
+        BadValue: If no training row has a listed label and listed values, so that a generator would learn nothing.
+    """
+    if not task.attributes:
+        return []
+    table = read_rows(data).table
+    rows = table[ATTRIBUTES][table[LABEL].isin(labels) & ~table[HELD]].tolist()
+    said = [
+        line
+        for place, column in enumerate(task.columns)
+        for line in misfit_values(
+            column,
+            [values[place] for values in rows],
+            task.attributes[column].values,
+            f"task.attributes.{column}.values",
+        )
+    ]
+    if not any(map(task.listed, set(rows))):
+        raise BadValue(f"{data.source}: no training row has listed values of all attributes: {'; '.join(said)}")
+    return said
 
 
 def open_sites(data: Data, seed: int) -> list[ClientData]:
@@ -416,4 +450,5 @@ def _site(data: Data, table: pd.DataFrame, index: int, seed: int) -> ClientData:
 def _corpus(table: pd.DataFrame) -> Corpus:
     units: tuple[Hashable, ...] = tuple(table[UNIT].tolist())
     options = tuple(table[OPTIONS]) if OPTIONS in table else None
-    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, units=units, options=options)
+    attributes = tuple(table[ATTRIBUTES]) if ATTRIBUTES in table else None
+    return Corpus(tuple(table[TEXT]), tuple(table[LABEL]), Provenance.PRIVATE, (), units, options, attributes)

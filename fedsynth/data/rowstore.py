@@ -10,11 +10,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
 
 from fedsynth.system.folders import private_folder
 
-FORMAT = 2  # in format 1, rows and source had one key
+FORMAT = 3
+READ = (2, FORMAT)  # in format 2, rows had no attributes; in format 1, rows and source had one key
 _STORED, _SOURCE = b"fedsynth: imported rows, as they are stored", b"fedsynth: imported rows, their source"
 
 
@@ -32,12 +32,14 @@ class Record:
         held: True for a test row.
         text: The text; "" if the row cannot be read or lacks a cell, and nothing is learnt from it.
         answer: The answer, likewise.
+        attributes: Values of the further columns that site.toml names, in the order of their names; "" for none.
     """
 
     unit: str | int | None
     held: bool
     text: str
     answer: str
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def about(path: Path) -> Imported | None:
             found = Imported(**json.loads(file.readline()))
     except (OSError, ValueError, TypeError):
         return None
-    return found if found.format == FORMAT else None
+    return found if found.format in READ else None
 
 
 def read(path: Path, key: bytes) -> list[Record]:
@@ -126,12 +128,11 @@ def read(path: Path, key: bytes) -> list[Record]:
     if not hmac.compare_digest(mac, _mac(key, _STORED, body).encode() + b"\n"):
         raise RowsUnusable(_unusable(path, "they were changed or cut short, or are those of another account"))
     _, *lines = body.splitlines()
-    return [Record(*_values(line)) for line in lines]
+    return [_record(*json.loads(line)) for line in lines]
 
 
-def _values(line: bytes) -> list[Any]:
-    found: list[Any] = json.loads(line)
-    return found
+def _record(unit: str | int | None, held: bool, text: str, answer: str, attributes: Sequence[str] = ()) -> Record:
+    return Record(unit, held, text, answer, tuple(attributes))
 
 
 def _unusable(path: Path, why: str) -> str:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from fedsynth.scenario.schema import TestRows, check_pair
 from fedsynth.typed import BadValue, Count, in_range, plain
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
-NOT_READ = ("database_env", "labels", "records", "spellings")  # of the keys: they do not change what a row is
+NOT_READ = ("attributes", "database_env", "labels", "records", "spellings")  # keys that do not change what a row is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class SiteData:
         records: Declared, public number of persons (of rows, where they are independent) in the training rows. Noise
             and sampling depend on it, never on the real number; of more, only the first take part.
         labels: The public label list of a classification.
+        attributes: `classification`: column -> its public values, as { stars = ["1", "5"] }: further columns by which a
+            scenario's generators write. They must be the scenario's. No generator learns a row with another value.
         test: Rows held out for testing; without it there are none.
         spellings: Persons that are written in several ways (`fedsynth.corpus.same`) are refused by `fedsynth site
             check`; or merged. A request takes them for one in any case.
@@ -62,6 +64,7 @@ class SiteData:
     independent_rows: bool = False
     records: Count
     labels: tuple[str, ...] = ()
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     test: TestRows | None = None
     spellings: Literal["refuse", "merge"] = "refuse"
 
@@ -89,7 +92,13 @@ class SiteData:
         refuse_alike(self.labels)
         answer = "label" if self.task == "classification" else "response"
         texts = [("text", column) for column in self.columns.texts]
-        roles = [*texts, (answer, self.columns.answer), ("person", self.person)]
+        if self.attributes and self.task != "classification":
+            raise BadValue('data.attributes belongs to task = "classification"')
+        for name, values in self.attributes.items():
+            if len(values) < 2 or len({same(value) for value in values}) < len(values):
+                raise BadValue(f"data.attributes.{name} must list two values or more, each once, got {list(values)}")
+        roles: list[tuple[str, str | None]] = [*texts, (answer, self.columns.answer), ("person", self.person)]
+        roles += [(f"attributes.{column}", column) for column in self.attributes]
         for role, column in roles:
             if column == "":
                 raise BadValue(f"data.{role} is empty: name a column")
@@ -98,9 +107,11 @@ class SiteData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what decides how rows are read: with other words they have to be imported anew. Labels and
-        `records` play no part in that."""
+        """SHA-256 of what decides how rows are read: with other words they have to be imported anew. Labels, values of
+        attributes and `records` play no part in that."""
         facts = {name: value for name, value in plain(self).items() if name not in NOT_READ}
+        if self.attributes:
+            facts["attributes"] = sorted(self.attributes)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _check_place(self) -> None:
@@ -153,7 +164,8 @@ class SiteData:
         """Which columns say what."""
         classes = self.task == "classification"
         answer = self.label if classes else self.response
-        return Columns(self.text, answer, classes, self.test, self.person, pair=self.pair)
+        attributes = tuple(sorted(self.attributes))
+        return Columns(self.text, answer, classes, self.test, self.person, pair=self.pair, attributes=attributes)
 
 
 @dataclass(frozen=True)
@@ -204,7 +216,7 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
     spelt, splits = dict[str, dict[str, None]](), dict[str, None]()
     for row in found.rows:
         if row.blank:
-            records.append(Record(None, False, "", ""))
+            records.append(Record(None, False, "", "", ("",) * len(columns.attributes)))
             continue
         cells = {name: text_of(row.cells.get(name)) for name in columns.names}
         bad = [f"{name!r} {cell.why}" for name, cell in cells.items() if isinstance(cell, Lost)]
@@ -227,7 +239,9 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
             unit = None  # whether it is to learn from cannot be known either
         whole = not (row.broken or bad or lacks)
         text = columns.one_text([str(cells[name]) for name in columns.texts]) if whole else ""
-        records.append(Record(unit, held, text, str(cells[columns.answer]) if whole else ""))
+        answer = str(cells[columns.answer]) if whole else ""
+        values = tuple(str(cells[name] or "") if whole else "" for name in columns.attributes)
+        records.append(Record(unit, held, text, answer, values))
     return Gathered(
         records,
         sum(not row.blank for row in found.rows),
@@ -248,7 +262,7 @@ def _person(cell: str | Lost | None) -> str | None:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", same(cell)) or None
 
 
-def laid_out(records: Sequence[Record], data: SiteData) -> ClientData:
+def laid_out(records: Sequence[Record], data: SiteData, attributes: Sequence[str] = ()) -> ClientData:
     """The site's training and test text: what requests work with. Each row becomes what it becomes whatever the others
     hold (docs/deployment/data.md).
 
@@ -256,7 +270,13 @@ def laid_out(records: Sequence[Record], data: SiteData) -> ClientData:
     A row takes an empty place where it stands if nobody can tell whose it is, or whether it is to test on, as long as
     it takes none of `records` from a unit that is known: it may be one more row of a person who has a place, or a test
     row. Test rows that cannot be read are left out.
+
+    Args:
+        records: The rows.
+        data: How they are declared.
+        attributes: The columns of `data.attributes` that a request works with.
     """
+    places = [data.columns.attributes.index(column) for column in attributes]
     listed = {same(label): label for label in reversed(data.labels)}
     found = {record.answer for record in records} - set(data.labels) if listed else set()
     label = {answer: listed.get(same(answer), answer) for answer in found}
@@ -277,6 +297,7 @@ def laid_out(records: Sequence[Record], data: SiteData) -> ClientData:
                 tuple(label.get(record.answer, record.answer) for _, record in rows),
                 Provenance.PRIVATE,
                 units=tuple(unit for unit, _ in rows),
+                attributes=tuple(tuple(record.attributes[i] for i in places) for _, record in rows) if places else None,
             )
             for rows in (train, test)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,10 +17,12 @@ import pandas as pd
 from fedsynth.corpus import LETTERS, alike, blank, same, told_apart
 from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
 from fedsynth.scenario.schema import PAIR, Data, TestRows
+from fedsynth.scenario.task import MAX_VALUES
 from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
 OPTIONS = "options"
+ATTRIBUTES = "attributes"
 MAX_CHARACTERS = 1_000_000  # of a cell; a longer one has a quote that never closes, or is no text
 
 
@@ -31,7 +34,8 @@ class Rows:
         table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
             the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
             (none without `data.test`); with `data.options`, `options` are a row's own ones and `label` is the letter
-            of the right one. Never change it in place: it is cached.
+            of the right one; with `data.attributes`, `attributes` are a row's values, "" where it has none. Never
+            change it in place: it is cached.
         incomplete: Rows left out because they have no text or no label.
         merged: Spellings of persons and clients that stand for another one (`data.spellings`).
     """
@@ -57,6 +61,7 @@ class Columns:
         pair: How a pair becomes one text; None for the default.
         options: Columns of a row's own options, or one column with a list; the answer then names one of them.
         answer_as: How it names it.
+        attributes: Further columns of public values, in the order of their names.
     """
 
     text: str | tuple[str, ...]
@@ -69,6 +74,7 @@ class Columns:
     pair: str | None = None
     options: tuple[str, ...] = ()
     answer_as: Literal["letter", "index", "text"] = "letter"
+    attributes: tuple[str, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -93,7 +99,7 @@ class Columns:
     def names(self) -> list[str]:
         """All column names, each once."""
         named = [*self.texts, self.answer, self.client, self.unit, self.test.column if self.test else None]
-        named += self.options
+        named += [*self.options, *self.attributes]
         return list(dict.fromkeys(column for column in named if column is not None))
 
 
@@ -116,6 +122,7 @@ def read_rows(data: Data) -> Rows:
         data.pair,
         data.options,
         data.answer_as,
+        tuple(sorted(data.attributes)),
     )
     # Arms that divide one source in different ways share its rows.
     return _read(data.source, columns, place, _stamp(place))
@@ -138,6 +145,45 @@ def refuse_alike(labels: Iterable[str]) -> None:
 def _spelt(found: Sequence[Sequence[str]]) -> str:
     more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return ", ".join(map(told_apart, found[:NAMED])) + more
+
+
+def values_of(data: Data) -> dict[str, list[str]]:
+    """The values of each attribute in the source, each in its first spelling.
+
+    Raises:
+        BadValue: If a column has too many to be listed, or fewer than two.
+    """
+    found = dict[str, list[str]]()
+    for place, column in enumerate(sorted(data.attributes)):
+        values = sorted(row[place] for row in read_rows(data).table[ATTRIBUTES] if row[place])
+        found[column] = list({same(value): value for value in reversed(values)}.values())[::-1]
+        if not 2 <= len(found[column]) <= MAX_VALUES:
+            raise BadValue(f"column {column!r} has {len(found[column])} values, an attribute from 2 to {MAX_VALUES}")
+    return found
+
+
+def misfit_values(column: str, values: Iterable[str], listed: Iterable[str], where: str) -> list[str]:
+    """Lines on values of an attribute that are not listed, and on listed ones that no row has.
+
+    Args:
+        column: Its column.
+        values: Of the rows; "" where a row has none.
+        listed: The public values.
+        where: What lists them, for the lines.
+    """
+    known = {same(value): value for value in listed}
+    found = Counter(values)
+    said = []
+    if unknown := Counter({value: count for value, count in found.items() if same(value) not in known}):
+        named = ", ".join(f"{value!r} {count}" for value, count in unknown.most_common(NAMED))
+        said.append(
+            f"{unknown.total()} rows have a value of {column!r} that {where} lacks "
+            f"({named}{', ...' if len(unknown) > NAMED else ''}): they count as records, and no generator learns them"
+        )
+    there = set(map(same, found))
+    if absent := [repr(value) for form, value in known.items() if form not in there]:
+        said.append(f"no row has the value {', '.join(absent)} of {where}")
+    return said
 
 
 def _stamp(place: Path | OfHub) -> tuple[int, ...]:
@@ -179,6 +225,9 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
     if columns.options:
         found[OPTIONS] = own = pd.Series(_options(raw, columns.options), dtype=object)
         found[LABEL] = [_letter(x, y, columns.answer_as) for x, y in zip(found[LABEL], own, strict=True)]
+    if columns.attributes:  # a row without a value stays, as one with an unlisted label does
+        values = ([value or "" for value in _as_texts(raw[column])] for column in columns.attributes)
+        found[ATTRIBUTES] = pd.Series(list(zip(*values, strict=True)), dtype=object)
     whole = found.notna().all(axis=1).to_numpy()
     if not whole.any():
         needed = " and ".join(map(repr, (*columns.texts, columns.answer)))

@@ -70,7 +70,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         work=work,
         run=f"{envelope.run}/{cell.arm}/{cell.seed}",
         ledger=account,
-        open=lambda: place.open_rows(account),
+        open=lambda: place.open_rows(account, scenario.task.columns),
         simulated=False,
         allowed=rules_of(place, cell, config, labels),
         lock=place.ledger.parent / "orders.lock",
@@ -143,6 +143,12 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
     if set(labels) != set(site.data.labels):
         strange, missing = sorted(set(labels) - set(site.data.labels)), sorted(set(site.data.labels) - set(labels))
         return WrongLabels(f"of the scenario's labels data.labels has not {strange}; the scenario has not {missing}")
+    for column, card in scenario.task.attributes.items():
+        own = site.data.attributes.get(column)
+        if own is None:
+            return WrongData(f"the scenario has the attribute {column!r}, data.attributes of site.toml has not")
+        if odd := sorted(set(card.values) ^ set(own)):
+            return WrongLabels(f"of the attribute {column!r} only one of the scenario and data.attributes lists {odd}")
     named = {"generator": config.generator, "task_model": config.task_model}
     for role, name in named.items():
         if name and not getattr(site.models, role) and name not in policy.models:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import tomli_w
 
 from fedsynth.data.partition import label_list
 from fedsynth.scenario.schema import Data, Scenario
+from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue, build, plain, toml_file
 
@@ -33,6 +35,7 @@ class Planned:
         name: Name of the scenario.
         task: The scenario's `data.task`.
         labels: The public label list; empty for instructions.
+        attributes: Column -> public values, of all arms.
         strategies: Strategies of the arms that run.
         models: Models that clients load.
         guarantee: `none` if one arm has none.
@@ -49,6 +52,7 @@ class Planned:
     rounds: int = 1
     epsilon: float | None = None
     delta: float | None = None
+    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def planned(scenario: Scenario) -> Planned:
     """The facts of a scenario for sites.
 
     Raises:
-        BadValue: If its label list is not a public one.
+        BadValue: If its label list is not a public one, or arms list other values of an attribute.
     """
     arms = [cell.scenario for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
     budgets = [arm.client.budget for arm in arms if arm.client.budget is not None]
@@ -90,7 +94,16 @@ def planned(scenario: Scenario) -> Planned:
         rounds=max(arm.rounds for arm in arms),
         epsilon=max((budget.epsilon for budget in budgets), default=None),
         delta=max((budget.delta for budget in budgets), default=None),
+        attributes=_attributes([arm.task for arm in arms]),
     )
+
+
+def _attributes(cards: Sequence[Task]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for column, card in (each for task in cards for each in task.attributes.items()):
+        if set(found.setdefault(column, tuple(card.values))) != set(card.values):
+            raise BadValue(f"arms list different values of task.attributes.{column}: a site declares one list")
+    return found
 
 
 def public_labels(data: Data) -> tuple[str, ...]:

@@ -225,13 +225,17 @@ class Place:
         found = rowstore.about(self.rows)
         return found if found is not None and found.declared == self.site.data.digest else None
 
-    def open_rows(self, ledger: Ledger) -> Texts:
+    def open_rows(self, ledger: Ledger, attributes: Sequence[str] = ()) -> Texts:
         """The site's text: the imported rows. Neither file nor database is opened.
+
+        Args:
+            ledger: The account, which has their key.
+            attributes: The columns of `data.attributes` that a request works with.
 
         Raises:
             fedsynth.data.rowstore.RowsUnusable: If they differ from those written under the account's key.
         """
-        return laid_out(rowstore.read(self.rows, ledger.mac_key), self.site.data)
+        return laid_out(rowstore.read(self.rows, ledger.mac_key), self.site.data, attributes)
 
     def model(self, name: str) -> str:
         """A model of site.toml in the form in which it is loaded."""

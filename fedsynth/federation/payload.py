@@ -365,8 +365,8 @@ def _tensors(data: memoryview) -> dict[str, NDArray[np.float32]]:
 
 
 def _check_leaves(corpus: Corpus) -> None:
-    if corpus.units is not None or corpus.options is not None:
-        raise BadPayload("a corpus with units or options (private) cannot be written to a payload")
+    if any(own is not None for own in (corpus.units, corpus.options, corpus.attributes)):
+        raise BadPayload("a corpus with units, options or attributes (private) cannot be written to a payload")
 
 
 # ---- Files of a run's directory --------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         return lambda n: writer(batch).complete([prompts[i % len(prompts)] for i in range(n)], how, seed=0)
 
     if unit.kind == "sample":
-        return written(list(map(cell.scenario.task.code, labels)) or [form.opening()], 256), 256
+        return written(cell.scenario.task.codes(*labels) or [form.opening()], 256), 256
     if unit.kind == "respond":
         return written([form.asked(prompt) for prompt in texts.test.prompts], 128), 128
     if unit.kind == "demonstrated":
@@ -320,10 +320,11 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
     from fedsynth.models.hub import config_of
     from fedsynth.models.loading import kind_of
     from fedsynth.privacy.noise import GrantRandomness
+    from fedsynth.synthesis.augmentation import turns
     from fedsynth.training.dp_training import Training, private, without_guarantee
     from fedsynth.training.examples import encode_slots
 
-    client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)
+    client, labels, task = cell.scenario.client.of(0), label_list(cell.scenario.data), cell.scenario.task
     settings, records = client.generator_training, declared_records(cell, 0)
     dp = unit.kind == "step" and client.guarantee == "dp"
     stack = cell.scenario.stack if unit.kind == "step" else 1
@@ -333,8 +334,10 @@ def _steps(cell: Cell, unit: Unit, texts: ClientData) -> Callable[[int], object]
         prompts=tuple(texts.train.prompts[i % len(texts.train)] for i in range(records)),
         answers=tuple(texts.train.answers[i % len(texts.train)] for i in range(records)),
     )
+    if task.attributes:
+        rows = replace(rows, attributes=tuple(turns(task.combinations, records)))
     one_each = replace(settings, rows_per_unit=1)
-    slots = encode_slots(tokenizer, rows, labels, records, one_each, kind, task=cell.scenario.task)
+    slots = encode_slots(tokenizer, rows, labels, records, one_each, kind, task=task)
     start, planned = _start(client), client.plan(records, cell.scenario.rounds) if dp else None
 
     def training() -> Training:

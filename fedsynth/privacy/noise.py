@@ -128,7 +128,7 @@ def simulated_key(run_seed: int, client: int, counter: int, binding: str) -> byt
 
 
 def data_mac(key: bytes, corpus: Corpus) -> str:
-    """Keyed MAC (hex HMAC-SHA256) of prompts, answers and units in order: it changes if the data change.
+    """Keyed MAC (hex HMAC-SHA256) of prompts, answers, units and attributes in order: it changes if the data change.
 
     A plain hash would let its readers test guesses of the text.
     """
@@ -136,6 +136,8 @@ def data_mac(key: bytes, corpus: Corpus) -> str:
     columns = [corpus.prompts, corpus.answers]
     if corpus.units is not None:
         columns.append(tuple(repr(unit) for unit in corpus.units))
+    if corpus.attributes is not None:
+        columns += [("attributes",), tuple(repr(values) for values in corpus.attributes)]
     for column in columns:
         mac.update(len(column).to_bytes(8, "big"))
         for text in column:

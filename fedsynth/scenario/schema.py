@@ -77,6 +77,9 @@ class Data:
             that lacks one of them has no text. All that follows sees the one text: write it on one line, as texts
             are written.
         label: Column of the class name.
+        attributes: Further columns whose public values and their wordings the card lists, [task.attributes.COLUMN]: a
+            generator learns texts after label and values, and is asked for all combinations alike. A row with an
+            unlisted value is a record of which no generator learns anything, whatever `unlisted` says.
         task: `classification`: text -> one of a list of labels. `instructions`: text (an instruction) -> free response.
             `choice`: the rows of a classification as instructions, each a question about the text to which the label's
             wording is the response (`task.templates.choice`), so that every method runs on the same rows; or, with
@@ -126,6 +129,7 @@ class Data:
     text: str | tuple[str, ...] = "text"
     pair: str | None = None
     label: str = "label"
+    attributes: tuple[str, ...] = ()
     task: Literal["classification", "instructions", "choice"] = "classification"
     options: tuple[str, ...] = ()
     answer_as: Literal["letter", "index", "text"] = "letter"
@@ -179,6 +183,13 @@ class Data:
                 raise BadValue("per_label belongs to data files of labelled rows that are declared independent")
         if self.options and (self.task != "choice" or self.world is not None):
             raise BadValue('options are columns of a data file with task = "choice"')
+        if self.attributes and (self.task != "classification" or self.world is not None):
+            raise BadValue('attributes are columns of a data file with task = "classification"')
+        if len(set(self.attributes)) < len(self.attributes):
+            raise BadValue(f"data.attributes names a column twice: {list(self.attributes)}")
+        texts = (self.text,) if isinstance(self.text, str) else self.text
+        if taken := set(self.attributes) & {*texts, self.label, self.unit}:
+            raise BadValue(f"data.attributes names {min(taken)!r}, the column of the text, the label or the person")
         if self.options and (self.labels != "all" or self.per_label is not None):
             raise BadValue("labels and per_label are about classes, and with options each row brings its own")
         if self.options and self.split in ("dirichlet", "pathological"):
@@ -618,6 +629,7 @@ class Scenario:
                 "participation lets clients be missing, and server.quorum is 1: the first missing one would "
                 "end the run; lower server.quorum"
             )
+        self._check_attributes()
         if self.data.task == "classification" and not (self.client.task_model or self.client.task_models):
             raise BadValue("client.task_model is missing: name the model that becomes a classifier")
         if self.data.task != "classification" and self.client.task_training.weights != "equal":
@@ -636,6 +648,16 @@ class Scenario:
         for arm in self.run:
             if arm not in self.arms:
                 raise BadValue(f"run names the arm {arm!r}, which has no [arms.{arm}]; known: {', '.join(self.arms)}")
+
+    def _check_attributes(self) -> None:
+        named, told = sorted(self.data.attributes), list(self.task.columns)
+        if named != told:
+            raise BadValue(
+                f"data.attributes names {named}, the card has values for {told}: every column of data.attributes needs "
+                "its table [task.attributes.COLUMN] with values, and no other column has one"
+            )
+        if self.data.labels != "all":
+            self.task.check_codes(len(self.data.labels))
 
     @property
     def stack(self) -> int:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import product
+from math import prod
 from string import Formatter
+from types import MappingProxyType
 from typing import Literal
 
-from fedsynth.corpus import LETTERS, same
+from fedsynth.corpus import LETTERS, alike, same, told_apart
 from fedsynth.typed import BadValue
 
 MAX_WORDING = 200  # characters: a control code stands before every private text
 MAX_WORDS = 4000  # characters of a description, a domain, a template
+MAX_ATTRIBUTES = 3
+MAX_VALUES = 50  # of an attribute
+MAX_CODES = 1000  # labels x combinations of values: each of them is asked for
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,18 @@ class LabelCard:
             _in_one_line("description", self.description, MAX_WORDS)
 
 
-# Each template's slots: those that it must show, and all that it may.
+@dataclass(frozen=True)
+class AttributeCard:
+    """The public values of a further column, in words.
+
+    Attributes:
+        values: Value, as the column has it -> a short phrase that can follow the label's wording, as "five stars".
+    """
+
+    values: Mapping[str, str]
+
+
+# Each template's slots: those that it must show, and all that it may. Attributes are further slots of `generator`.
 _LABEL = frozenset(("label", "wording"))
 SLOTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "generator": (frozenset(), frozenset(("noun", "domain", "description")) | _LABEL),
@@ -101,7 +119,8 @@ class Templates:
 
     Attributes:
         generator: The control code before a text: what a client's generator learns a text after, and a base LLM reads.
-            Left out: `{noun} about {wording}:`, and `{wording}:` where the card has no noun.
+            Left out: `{noun} about {wording}:`, and `{wording}:` where the card has no noun. It shows each attribute as
+            the slot of its column's name, `{stars}`; left out, their wordings follow that of the label.
         writer: The question to an LLM that converses, for one text of a label. `{examples}` is empty where nothing
             is demonstrated, so that arms with and without demonstrations ask the same.
         examples: The block of demonstrations in it; `{texts}` has one on each line.
@@ -129,15 +148,28 @@ class Templates:
     options: str = "{text}\n\n{options}\n\nAnswer with the letter of the right option."
 
     def __post_init__(self) -> None:
-        for name, (needed, allowed) in SLOTS.items():
-            template = getattr(self, name)
-            if not template and name in OPTIONAL:
-                continue
-            slots = slots_of(f"task.templates.{name}", template, needed, allowed)
-            if name in ONCE and slots.count("instruction") > 1:
-                raise BadValue(f"task.templates.{name} has the slot {{instruction}} more than once")
-            if name in OF_LABELS and not set(slots) & _LABEL:
-                raise BadValue(f"task.templates.{name} lacks the label: write {{wording}}, or {{label}}")
+        for name in SLOTS:
+            if name != "generator":  # the card checks it, with its attributes
+                self.check(name)
+
+    def check(self, name: str, attributes: Iterable[str] = ()) -> None:
+        """Checks the slots of a template.
+
+        Args:
+            name: Its key.
+            attributes: Further slots that it must have.
+
+        Raises:
+            BadValue: If they are not those that it must or may have.
+        """
+        template, (needed, allowed) = getattr(self, name), SLOTS[name]
+        if not template and name in OPTIONAL:
+            return
+        slots = slots_of(f"task.templates.{name}", template, needed.union(attributes), allowed.union(attributes))
+        if name in ONCE and slots.count("instruction") > 1:
+            raise BadValue(f"task.templates.{name} has the slot {{instruction}} more than once")
+        if name in OF_LABELS and not set(slots) & _LABEL:
+            raise BadValue(f"task.templates.{name} lacks the label: write {{wording}}, or {{label}}")
 
 
 @dataclass(frozen=True)
@@ -150,6 +182,8 @@ class Task:
         style: Sentences that say how texts are written, as "The customer writes in the first person."
         system: System prompt of an LLM that converses; "" for none.
         labels: Label -> how it is put into words; a label that is not listed is put into words by its name.
+        attributes: Column of `data.attributes` -> its public values in words. A control code tells a label and a value
+            of each. All combinations are asked for alike, and no generator learns a row with an unlisted value.
         templates: How prompts are made.
     """
 
@@ -158,6 +192,7 @@ class Task:
     style: str = ""
     system: str = ""
     labels: Mapping[str, LabelCard] = field(default_factory=dict)
+    attributes: Mapping[str, AttributeCard] = field(default_factory=dict)
     templates: Templates = field(default_factory=Templates)
 
     def __post_init__(self) -> None:
@@ -168,6 +203,29 @@ class Task:
         if twice := sorted({w for w in wordings if wordings.count(w) > 1}):
             raise BadValue(
                 f"task.labels: two labels have the wording {twice[0]!r}; one could not be told from the other"
+            )
+        for column, card in self.attributes.items():
+            _check_attribute(column, card)
+        if len(self.attributes) > MAX_ATTRIBUTES:
+            raise BadValue(f"task.attributes has {len(self.attributes)} columns: {MAX_ATTRIBUTES} at most")
+        self.check_codes(1)
+        self.templates.check("generator", self.attributes)
+
+    def check_codes(self, labels: int) -> None:
+        """Checks that there are few enough control codes.
+
+        Args:
+            labels: Number of labels.
+
+        Raises:
+            BadValue: If there are too many.
+        """
+        combinations = prod(len(card.values) for card in self.attributes.values())
+        if self.attributes and labels * combinations > MAX_CODES:
+            of = f"{labels} labels with " if labels > 1 else ""
+            raise BadValue(
+                f"task.attributes: {of}{combinations} combinations of values are {labels * combinations:,}, "
+                f"{MAX_CODES:,} at most: list fewer values"
             )
 
     def wording(self, label: str) -> str:
@@ -193,19 +251,90 @@ class Task:
         said = self.description(label)
         return f"{self.wording(label)}. {said}" if said else self.wording(label)
 
-    def code(self, label: str) -> str:
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of attributes by name: the order of all values, whatever the order of the card or of a table."""
+        return tuple(sorted(self.attributes))
+
+    @property
+    def combinations(self) -> list[tuple[str, ...]]:
+        """All combinations of the attributes' values in the card's order, the last column's in turn first. Without
+        attributes there is one, of no values.
+
+        >>> Task(attributes={"stars": AttributeCard({"1": "one star", "5": "five stars"})}).combinations
+        [('1',), ('5',)]
+        """
+        return list(product(*(self.attributes[column].values for column in self.columns)))
+
+    def listed(self, values: Sequence[str]) -> tuple[str, ...] | None:
+        """A row's values as the card writes them; None if one of them is not listed. Spellings count as the same.
+
+        >>> Task(attributes={"stars": AttributeCard({"1": "one star", "5": "five stars"})}).listed([" 5"])
+        ('5',)
+
+        Args:
+            values: One for each of `columns`; "" where the row has none.
+        """
+        found = [known.get(same(value)) for known, value in zip(self._spellings, values, strict=True)]
+        whole = tuple(value for value in found if value is not None)
+        return whole if len(whole) == len(found) else None
+
+    @cached_property
+    def _spellings(self) -> list[dict[str, str]]:
+        return [{same(value): value for value in self.attributes[column].values} for column in self.columns]
+
+    def code(self, label: str, values: Sequence[str] = ()) -> str:
         """The control code of a label: what stands before a text that a generator learns (FDKT, step 1).
 
         >>> Task().code("billing")
         'billing:'
         >>> Task(noun="a note").code("lost_card")
         'a note about lost card:'
+
+        Args:
+            label: The label.
+            values: Of the attributes, each as the card lists it. Left out where a card has attributes, the code is that
+                of the label alone, which is for LLMs: no generator learns it, and no template of attributes fits it.
         """
-        if self.templates.generator:
-            return self._filled(self.templates.generator, label)
-        if self.noun:
-            return self._filled("{noun} about {wording}:", label)
-        return f"{self.labels[label].wording if label in self.labels else label}:"
+        told = dict(zip(self.columns, values, strict=True)) if values else {}
+        words = {column: self.attributes[column].values[value] for column, value in told.items()}
+        if self.templates.generator and (words or not self.attributes):
+            return self._filled(self.templates.generator, label, **words)
+        own = self.labels[label].wording if label in self.labels else label
+        of_label = self._filled("{noun} about {wording}", label) if self.noun else own
+        return f"{', '.join([of_label, *words.values()])}:"
+
+    def codes(self, *labels: str) -> list[str]:
+        """The control codes that a generator learns: of each label those of all combinations of values.
+
+        >>> Task(attributes={"stars": AttributeCard({"1": "one star", "5": "five stars"})}).codes("food", "music")
+        ['food, one star:', 'food, five stars:', 'music, one star:', 'music, five stars:']
+        """
+        return [self.code(label, values) for label in labels for values in self.combinations]
+
+    def crossed(self, labels: Sequence[str]) -> tuple[Task, dict[str, tuple[str, tuple[str, ...]]]]:
+        """A card by which an LLM is asked for texts of labels with values of the attributes.
+
+        >>> stars = AttributeCard({"1": "one star", "5": "five stars"})
+        >>> card, names = Task(noun="a review", attributes={"stars": stars}).crossed(["food"])
+        >>> names
+        {'food 1': ('food', ('1',)), 'food 2': ('food', ('5',))}
+        >>> card.wording("food 2")
+        'food, five stars'
+
+        Returns:
+            The card, and its labels: name -> label and values. Every label comes with the first values, then with the
+            next ones.
+        """
+        found, names = dict[str, LabelCard](), dict[str, tuple[str, tuple[str, ...]]]()
+        for number, values in enumerate(self.combinations, 1):
+            words = [self.attributes[column].values[value] for column, value in zip(self.columns, values, strict=True)]
+            for label in labels:
+                name = f"{label} {number}"
+                names[name] = (label, values)
+                found[name] = LabelCard(", ".join([self.wording(label), *words]), self.description(label))
+        templates = replace(self.templates, generator="")
+        return replace(self, labels=found, attributes={}, templates=templates), names
 
     def question(self, label: str, shown: Sequence[str] = ()) -> str:
         """The question to an LLM that converses, for one text of a label.
@@ -267,6 +396,27 @@ class Task:
         return template.format(**slots)
 
 
+def _check_attribute(column: str, card: AttributeCard) -> None:
+    key = f"task.attributes.{column}"
+    if not re.fullmatch(r"[^\W\d][\w -]*", column):
+        raise BadValue(
+            f"task.attributes: {column!r} must be a slot of a template: letters, digits, blanks, '_' and '-', a letter "
+            "first; name the column so"
+        )
+    if column in SLOTS["generator"][1]:
+        raise BadValue(f"task.attributes: {{{column}}} is a slot of its own in templates; give the column another name")
+    if not 2 <= len(card.values) <= MAX_VALUES:
+        raise BadValue(f"{key}.values must hold from 2 to {MAX_VALUES} values, got {len(card.values)}")
+    for value, wording in card.values.items():
+        _in_one_line(f"a value of {key}.values", value, MAX_WORDING)
+        _in_one_line(f"{key}.values.{value}", wording, MAX_WORDING)
+    if found := alike(card.values):
+        raise BadValue(f"{key}.values holds a value in several spellings: {', '.join(map(told_apart, found))}")
+    wordings = [wording.casefold() for wording in card.values.values()]
+    if twice := sorted({w for w in wordings if wordings.count(w) > 1}):
+        raise BadValue(f"{key}.values: two values have the wording {twice[0]!r}; one could not be told from the other")
+
+
 NO_CARD = Task()
 _HERE = "\0"  # stands where demonstrations will: they are not touched
 
@@ -281,8 +431,8 @@ def parted(label: str) -> str:
     return " ".join(re.sub("[_-]", " ", words).split()) or label
 
 
-def proposed(labels: Sequence[str]) -> str:
-    """A first card as TOML, to be improved by hand: each label with its words parted.
+def proposed(labels: Sequence[str], attributes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+    """A first card as TOML, to be improved by hand: each label, and each value of attributes, with its words parted.
 
     >>> print(proposed(["pin_blocked"]))
     # Language models are told this. All of it is public: write nothing that you read in private text.
@@ -297,9 +447,12 @@ def proposed(labels: Sequence[str]) -> str:
     """
     noun = 'noun = ""     # what one text is, with its article, as "a message of a customer"\n'
     head = _HEAD.replace("style =", f"{noun}style =")
-    return f"{head}\n[task.labels]\n" + "".join(
-        f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}\n' for label in labels
-    )
+    lines = [head, "[task.labels]"]
+    lines += [f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}' for label in labels]
+    for column, values in attributes.items():
+        lines += ["", f"[task.attributes.{_toml(column)}.values]"]
+        lines += [f"{_toml(value)} = {_toml(f'{column} {parted(value)}')}" for value in values]
+    return "".join(f"{line}\n" for line in lines)
 
 
 _HEAD = """# Language models are told this. All of it is public: write nothing that you read in private text.

@@ -19,7 +19,7 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
 from fedsynth.data.loaders import pinned as pinned_data
-from fedsynth.data.partition import class_list, divide, label_list, misfits
+from fedsynth.data.partition import class_list, divide, label_list, misfits, unlisted_values
 from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
@@ -134,10 +134,12 @@ def check(scenario: Scenario) -> list[str]:
                     raise BadValue(str(problem)) from problem
             if resolved.data.world is None:
                 warnings += _check_sites(scenario, cell.arm, resolved.data, class_list(resolved.data))
+                resolved.task.check_codes(len(labels))
+                warnings += unlisted_values(resolved.data, labels, resolved.task)
         warnings += server_warnings(cell)
         kind, options = load_strategy(resolved.strategy)
         trains = kind.trains_generator(options)
-        codes = tuple(map(resolved.task.code, labels))
+        codes = tuple(resolved.task.codes(*labels))
         own = (resolved.data, resolved.client.generator, resolved.client.generator_training, codes)
         if (trains or resolved.data.task == "instructions") and own not in counted:
             counted.add(own)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, assert_never
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from fedsynth.synthesis.curation import refuse_private
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # imports torch, which a scripted or remote LLM does not need
 
+T = TypeVar("T")
 Mode: TypeAlias = Literal["per_label", "all_labels", "none"]
 
 # --- One text of one label: lines for a base LLM, a question to an LLM that converses -------------------------------
@@ -249,8 +250,8 @@ def augment(
     }
 
 
-def turns(labels: Sequence[str], count: int) -> list[str]:
-    """So many labels, each in its turn.
+def turns(labels: Sequence[T], count: int) -> list[T]:
+    """So many labels, or what else takes turns, each in its turn.
 
     >>> turns(["a", "b"], 3)
     ['a', 'b', 'a']

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.limits import MAX_TEXT
@@ -12,6 +14,8 @@ from fedsynth.scenario.task import Task
 from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, turns
 from fedsynth.synthesis.curation import Filtered, Steps, asked_for, deduplicate, summed, well_formed
 
+Names: TypeAlias = Mapping[str, tuple[str, tuple[str, ...]]]
+"""Name of a label with values -> the label and the values (`Task.crossed`)."""
 NOTHING = Corpus((), (), Provenance.PUBLIC)
 
 
@@ -115,3 +119,57 @@ def write(
         if not wanted:
             break
     return {client: Written(corpora[client], summed(steps[client]), bare[client]) for client in shown}
+
+
+def write_combinations(
+    llm: TextModel,
+    client: int,
+    how: Demonstrating,
+    curation: Curation,
+    *,
+    num_texts: int,
+    seeds: Sequence[int],
+    task: Task,
+    name: str,
+) -> Written:
+    """Texts without demonstrations, of every label with every combination of the card's attributes in turn; each has
+    its values beside it. Without attributes they are those of `write`.
+
+    Args:
+        llm: The server's.
+        client: Number under which they are written.
+        how: As for `write`, without demonstrations.
+        curation: The filters; texts are checked against their labels, not against their values.
+        num_texts: Number of texts, uniform over labels and combinations.
+        seeds: As for `write`.
+        task: As for `write`.
+        name: As for `write`.
+    """
+    nothing = {client: NOTHING}
+    if not task.attributes:
+        return write(llm, nothing, how, curation, num_texts=num_texts, seeds=seeds, task=task, name=name)[client]
+    card, names = task.crossed(curation.labels)
+    check = curation.label_check and partial(_checked_by_label, curation.label_check, names)
+    crossed = replace(curation, labels=tuple(names), label_check=check)
+    found = write(llm, nothing, how, crossed, num_texts=num_texts, seeds=seeds, task=card, name=name)[client]
+    corpus = replace(_in_labels(found.corpus, names), attributes=tuple(names[name][1] for name in found.corpus.answers))
+    return Written(corpus, [(step, _by_label(filtered, names)) for step, filtered in found.steps], found.bare)
+
+
+def _checked_by_label(check: Callable[[Corpus], Filtered], names: Names, corpus: Corpus) -> Filtered:
+    found = check(_in_labels(corpus, names))
+    own = dict(zip(corpus.prompts, corpus.answers, strict=True))  # each text stands there once
+    answers = tuple(own[text] for text in found.corpus.prompts)
+    lost = tuple(name for name in dict.fromkeys(corpus.answers) if name not in set(answers))
+    return Filtered(replace(found.corpus, answers=answers), found.dropped, lost)
+
+
+def _by_label(found: Filtered, names: Names) -> Filtered:
+    """A step with labels in place of labels with values; a label is lost with all its combinations."""
+    corpus = _in_labels(found.corpus, names)
+    lost = dict.fromkeys(names[name][0] for name in found.lost)
+    return Filtered(corpus, found.dropped, tuple(label for label in lost if label not in set(corpus.answers)))
+
+
+def _in_labels(corpus: Corpus, names: Names) -> Corpus:
+    return replace(corpus, answers=tuple(names[name][0] for name in corpus.answers))

@@ -60,10 +60,10 @@ def encode_slots(
     """One slot per declared record, each a map of one privacy unit to itself (docs/privacy.md).
 
     If the corpus names persons, a unit is a person; its first rows with a text are used. A row with an unknown label
-    and a text that the tokenizer cannot read are left out, and a slot beyond the real count is empty: no record of one
-    unit changes another's slot, or whether there is an answer. Declare at least as many units as there are. Otherwise
-    only the first `records` are used, and removing one of them would let the next one in (then the replace-one figure
-    holds).
+    or an unlisted value of an attribute, and a text that the tokenizer cannot read, are left out, and a slot beyond the
+    real count is empty: no record of one unit changes another's slot, or whether there is an answer. Declare at least
+    as many units as there are. Otherwise only the first `records` are used, and removing one of them would let the next
+    one in (then the replace-one figure holds).
 
     Args:
         tokenizer: A public tokenizer.
@@ -73,19 +73,25 @@ def encode_slots(
         settings: Longest example, rows of a unit that count; for instructions, the part that the loss is on.
         kind: The generator's kind.
         task: The card, which gives each label's control code, or the form of instructions.
+
+    Raises:
+        ValueError: If the card has attributes and the corpus has none.
     """
+    if labels and task.attributes and corpus.attributes is None:
+        raise ValueError(f"the card has the attributes {', '.join(task.columns)}, this text has none")
     known, form = set(labels), LINES if labels else student_form(task, tokenizer)
 
     def encoded(row: int) -> Example | None:
         prompt, answer = corpus.prompts[row], corpus.answers[row]
         longest, text = settings.max_length, answer if not labels else prompt.strip()
+        values = () if corpus.attributes is None else task.listed(corpus.attributes[row])
 
         def encode(text: str) -> Example | None:
             if not labels:
                 return _record_or_none(tokenizer, (prompt, text), longest, kind, settings.loss_on, form)
-            return _encode_or_none(tokenizer, task.code(answer), text, longest, kind)
+            return _encode_or_none(tokenizer, task.code(answer, values or ()), text, longest, kind)
 
-        if labels and answer not in known:
+        if values is None or (labels and answer not in known):
             return None
         return _leading(encode, text) if settings.cut == "sentences" else encode(text)
 
@@ -209,7 +215,7 @@ def check_room(tokenizer: Any, model: nn.Module, labels: Sequence[str], longest:
             no end of text or tokens that the model does not know.
     """
     if labels:
-        codes = {f"control code {code!r}": len(token_ids(tokenizer, code)) + 1 for code in map(task.code, labels)}
+        codes = {f"control code {code!r}": len(token_ids(tokenizer, code)) + 1 for code in task.codes(*labels)}
     elif (form := student_form(task, tokenizer)) == LINES:
         codes = {f"control code {ASK!r}": len(token_ids(tokenizer, ASK)) + 1}
     else:

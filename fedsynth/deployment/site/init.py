@@ -54,11 +54,12 @@ def new_key(folder: Path) -> Path:
 def template(name: str, invited: Invitation) -> str:
     """site.toml, with the coordinator's proposals filled in for the operator to judge."""
     asked = invited.scenario
+    attributes = [f"attributes.{_line(**{column: values})}" for column, values in asked.attributes.items()]
     filled = {
         "@name@": name,
         "@address@": invited.address,
         "@task@": asked.task,
-        "@labels@": _line(labels=asked.labels) if asked.labels else "",
+        "@labels@": "\n".join([_line(labels=asked.labels) if asked.labels else "", *attributes]),
         "@models@": _line(models=asked.models),
         "@strategies@": _line(strategies=asked.strategies),
         "@asked@": "no budget" if asked.epsilon is None else f"epsilon {asked.epsilon:g}",
