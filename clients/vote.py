@@ -66,7 +66,7 @@ def _without_guarantee(client: ClientSide, request: Vote) -> Voted:
 
 def encoder(client: ClientSide) -> str:
     """The name of the model that tells which texts are near."""
-    return client.config.voting.embedder or client.config.task_model
+    return client.config.embedder or client.config.task_model
 
 
 def ballots(client: ClientSide, request: Vote) -> list[Ballot]:

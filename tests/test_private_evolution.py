@@ -74,7 +74,7 @@ def holding(rows: Sequence[tuple[str, str]], units: Sequence[str] | None = None,
     train = Corpus(
         tuple(t for t, _ in rows), tuple(y for _, y in rows), Provenance.PRIVATE, units=units and tuple(units)
     )
-    config = SimpleNamespace(voting=voting, task_model="an encoder")
+    config = SimpleNamespace(voting=voting, embedder="", task_model="an encoder")
     count = len(set(units) if units else rows) if records is None else records
     return SimpleNamespace(train=train, labels=LABELS, records=count, config=config)
 

@@ -419,6 +419,50 @@ def test_a_stricter_policy_wins_before_anything_is_read(
     assert sites[0].open_ledger().spent() == (0.0, POLICY.lifetime.delta)
 
 
+VOTES = """
+use = "fedsynth.strategies.private_evolution:PrivateEvolution"
+num_texts = 8
+keep = 2
+min_words = 1
+"""
+
+
+def voting(toml: str, more: str = "") -> str:
+    before, _, rest = toml.partition("[strategy]")
+    _, _, after = rest.partition("[data]")
+    found = f"{before}[strategy]{VOTES}[data]{after}"
+    return found.replace("task_training = {", f"{more}\ntask_training = {{") if more else found
+
+
+def test_sites_vote_by_persons_where_their_policy_lets_votes_out(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    told = dict.fromkeys(NAMES, replace(POLICY, outputs=("votes",)))
+    deployed = Deployed(places(tmp_path, notes, told), voting(toml), tmp_path / "run")
+    deployed.run()
+    assert deployed.codes() == []
+    said = list(deployed.run_log.statements.values())
+    assert {(s.unit, s.steps, s.sampling_rate, s.simulated) for s in said} == {("person", 1, 1.0, False)}
+    assert len({s.sigma for s in said}) == 1
+    spent, _ = deployed.sites[0].open_ledger().spent()
+    assert 7.9 < spent <= 8.0
+
+
+def test_a_site_that_was_told_nothing_of_votes_refuses_them_unread(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    told = {name: replace(POLICY, outputs=("votes",)) for name in NAMES if name != "charite"}
+    for more, policies in (("", told), ('embedder = "assets:tiny-base"', dict.fromkeys(NAMES, told["ukb"]))):
+        place = tmp_path / ("embedder" if more else "outputs")
+        place.mkdir()
+        sites = places(place, notes, policies)
+        deployed = Deployed(sites, voting(toml, more), place / "run")
+        damage(sites[0])
+        with pytest.raises(TooFewReplies, match="site 'charite' refused: not_allowed"):
+            deployed.run()
+        assert sites[0].open_ledger().spent() == (0.0, POLICY.lifetime.delta)
+
+
 def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
     less = {"charite": replace(POLICY, per_run=Budget(3.0))}
     deployed = Deployed(places(tmp_path, notes, less), toml, tmp_path / "run")

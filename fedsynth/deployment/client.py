@@ -149,9 +149,12 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
             return WrongData(f"the scenario has the attribute {column!r}, data.attributes of site.toml has not")
         if odd := sorted(set(card.values) ^ set(own)):
             return WrongLabels(f"of the attribute {column!r} only one of the scenario and data.attributes lists {odd}")
-    named = {"generator": config.generator, "task_model": config.task_model}
-    for role, name in named.items():
-        if name and not getattr(site.models, role) and name not in policy.models:
+    for role, name, sites_own in (
+        ("generator", config.generator, site.models.generator),
+        ("task_model", config.task_model, site.models.task_model),
+        ("embedder", config.embedder, ""),
+    ):
+        if name and not sites_own and name not in policy.models:
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
     if place.imported is None:
         return NotAllowed("no row has been imported as site.toml declares them: fedsynth site check")

@@ -81,7 +81,8 @@ def planned(scenario: Scenario) -> Planned:
     """
     arms = [cell.scenario for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
     budgets = [arm.client.budget for arm in arms if arm.client.budget is not None]
-    models = [name for arm in arms for name in (arm.client.generator, arm.client.task_model, *arm.client.task_models)]
+    clients = [arm.client for arm in arms]
+    models = [name for c in clients for name in (c.generator, c.task_model, *c.task_models, c.embedder)]
     labels = public_labels(scenario.data)
     assert scenario.data.task != "choice"  # refused for its labels
     return Planned(

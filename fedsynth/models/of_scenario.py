@@ -22,10 +22,11 @@ def client_models(client: Client) -> list[tuple[str, Role]]:
     """The models that clients run, with what each is for."""
     task: Role = "task_model" if client.task_training.trains == "all" else "embedder"
     # Instructions need no task model.
-    return [
+    found: list[tuple[str, Role]] = [
         (client.generator, "generator"),
         *((name, task) for name in client.task_models or (client.task_model,) if name),
     ]
+    return [*found, (client.embedder, "embedder")] if client.embedder else found
 
 
 def server_models(server: Server) -> list[tuple[str, Role]]:

@@ -416,12 +416,10 @@ class Voting:
     """How a client's private texts vote for the server's (private evolution).
 
     Attributes:
-        embedder: Sentence encoder, as it is published, that tells which texts are near; left out, the task model.
         max_length: Longer texts are cut after so many tokens.
         rows_per_unit: The most rows of a unit that vote, the first ones. Their votes are scaled together to norm 1.
     """
 
-    embedder: str = ""
     max_length: Tokens = 128
     rows_per_unit: Annotated[Count, most(MAX_ROWS)] = 1
 
@@ -450,6 +448,8 @@ class Client:
             list is clipped to `score_norm` and gets Gaussian noise, and the privacy unit is the client's whole data.
         scorer_training: `scores = "model"`: DP-SGD settings; `loss_on` and `precision` have no meaning there.
         score_norm: `scores = "noise"`: bound on the L2 norm of one round's list of scores.
+        embedder: Private evolution: the sentence encoder, as it is published, that tells which texts are near. Left
+            out, the task model.
         voting: Private evolution: how private texts vote for the server's.
         stacked: Simulations: number of clients whose adapters train in one pass of the model, each on its own text;
             left out, a number for which stacking pays. Results are the same except for rounding.
@@ -467,6 +467,7 @@ class Client:
     scores: Literal["model", "noise"] = "model"
     scorer_training: GeneratorTraining = GeneratorTraining()
     score_norm: Positive = 1.0
+    embedder: str = ""
     voting: Voting = Voting()
     stacked: Count | None = None
 

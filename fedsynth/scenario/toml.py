@@ -91,6 +91,7 @@ PATHS = (
     ("client", "generator"),
     ("client", "task_model"),
     ("client", "task_models"),
+    ("client", "embedder"),
     ("server", "llm"),
     ("server", "adapter"),
     ("server", "professional"),

@@ -48,6 +48,7 @@ MODELS = (
     ("client", "generator"),
     ("client", "task_model"),
     ("client", "task_models"),
+    ("client", "embedder"),
     ("server", "llm"),
     ("server", "professional"),
     ("server", "embedder"),
