@@ -185,9 +185,9 @@ def go_on(
         for row, written in zip(rows, out.sequences[:, begin:].tolist(), strict=True):
             new[row] = written
         left = [place for place, done in enumerate(now.done) if not done]
-        if not left or out.sequences.shape[1] - begin >= new_tokens:
-            return new
         more = out.sequences.shape[1] - ids.shape[1]
+        if not left or not more or out.sequences.shape[1] - begin >= new_tokens:
+            return new
         ids = out.sequences[left]
         mask = torch.cat([mask[left], mask.new_ones(len(left), more)], dim=1)
         rows = [rows[place] for place in left]
