@@ -14,7 +14,7 @@ from fedsynth.lora import Adapter
 from fedsynth.models.adapters import read_adapter, stack_of, with_adapter
 from fedsynth.models.devices import device
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training.dp_training import Training, train_generator, train_stacked
 
 R = TypeVar("R")

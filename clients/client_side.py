@@ -27,7 +27,9 @@ from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import GRADIENTS_APART, DPPlan, Statement, statement
-from fedsynth.scenario.schema import Cell, Client, Data
+from fedsynth.scenario.client import Client
+from fedsynth.scenario.data import Data
+from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.scenario.toml import cells as scenario_cells
 from fedsynth.scenario.toml import from_toml

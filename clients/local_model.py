@@ -11,8 +11,8 @@ from typing import Any
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.models.hub import weights_hash
+from fedsynth.scenario.client import Client
 from fedsynth.scenario.earlier_keys import OldName, as_of_now
-from fedsynth.scenario.schema import Client
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.typed import build, plain
 

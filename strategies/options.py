@@ -20,7 +20,8 @@ from fedsynth.limits import (
 )
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario.schema import Scenario, Tuning
+from fedsynth.scenario.client import Tuning
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint
 from fedsynth.strategies.lora_avg import Aggregation
 from fedsynth.synthesis.distillation import Judge

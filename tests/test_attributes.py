@@ -41,7 +41,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.noise import data_mac
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.task import AttributeCard, LabelCard, Task, Templates
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.simulate import check

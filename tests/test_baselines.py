@@ -31,7 +31,7 @@ from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget
 from fedsynth.privacy.release import NotReleasable
-from fedsynth.scenario.schema import SHOTS, Client, TaskTraining
+from fedsynth.scenario.client import SHOTS, Client, TaskTraining
 from fedsynth.scenario.task import LabelCard, Task, parted
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import classify

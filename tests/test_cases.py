@@ -26,7 +26,7 @@ from fedsynth.data.partition import divide, misfits
 from fedsynth.data.tables import read_rows
 from fedsynth.federation.run.summary import summarize
 from fedsynth.federation.run.tables import print_table
-from fedsynth.scenario.schema import Data
+from fedsynth.scenario.data import Data
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.simulation.simulate import check, read
 from fedsynth.typed import BadValue

@@ -21,7 +21,7 @@ from fedsynth.evaluation.choice import likeliest, parsed_scores, said_choice, sa
 from fedsynth.federation.messages import Evaluate, Evaluated, measured
 from fedsynth.federation.payload import BadPayload, encode
 from fedsynth.federation.validation import Rejected, check_reply
-from fedsynth.scenario.schema import Data
+from fedsynth.scenario.data import Data
 from fedsynth.scenario.task import LabelCard, Task, Templates
 from fedsynth.scenario.toml import from_toml
 from fedsynth.typed import BadValue

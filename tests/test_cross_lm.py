@@ -43,7 +43,8 @@ from fedsynth.pretraining.public_text import labelled
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
-from fedsynth.scenario.schema import Client, GeneratorTraining, Scenario, TaskTraining, Tuning
+from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining, Tuning
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint, PublicTest, Server
 from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells, from_toml, load

@@ -12,7 +12,7 @@ import pytest
 
 from fedsynth.corpus import Corpus, Provenance, pool
 from fedsynth.data.partition import ClientData, LeftOut, divide, find, label_list, misfits, open_site, open_sites
-from fedsynth.scenario.schema import Data, TestRows
+from fedsynth.scenario.data import Data, TestRows
 from fedsynth.typed import BadValue
 
 TestRows.__test__ = False  # pytest would collect it

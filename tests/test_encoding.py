@@ -23,7 +23,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.tokenizer import train_tokenizer
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD
 from fedsynth.synthesis.augmentation import line_prompt
 from fedsynth.synthesis.curation import well_formed

@@ -51,7 +51,7 @@ from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
-from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining
 from fedsynth.scenario.task import LabelCard, Task
 from fedsynth.training.classifier import Probe, _hider, _token_rows, classify, fit_classifier, new_task_model
 from fedsynth.training.dp_training import Training, clipped_sum, private, train_generator, trainable

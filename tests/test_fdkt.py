@@ -38,7 +38,8 @@ from fedsynth.lora import Adapter
 from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import Cell, Client, GeneratorTraining, WarmStart
+from fedsynth.scenario.client import Client, GeneratorTraining, WarmStart
+from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.task import NO_CARD
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.simulate import check

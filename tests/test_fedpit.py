@@ -35,7 +35,7 @@ from fedsynth.models.adapters import new_adapter, read_adapter
 from fedsynth.models.llm import LocalLLM
 from fedsynth.privacy.release import NotReleasable
 from fedsynth.rouge import nearest, rouge_l
-from fedsynth.scenario.schema import Client
+from fedsynth.scenario.client import Client
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.synthesis import self_instruct as selfgen

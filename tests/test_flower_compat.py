@@ -29,7 +29,8 @@ from fedsynth.federation.run.directory import private_of
 from fedsynth.lora import Adapter, average
 from fedsynth.models.adapters import WrongAdapter, with_adapter
 from fedsynth.privacy.plan import epsilon
-from fedsynth.scenario.schema import Cell, GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
+from fedsynth.scenario.schema import Cell
 from fedsynth.simulation.launch import AppRun, launch
 from fedsynth.training.dp_training import Training, next_token_losses, train_generator, trainable
 from fedsynth.training.examples import Example

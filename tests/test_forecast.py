@@ -41,7 +41,8 @@ from fedsynth.forecast.profiling import (
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Cell, Scenario, Tuning
+from fedsynth.scenario.client import Tuning
+from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.synthesis.student import taught, write
 

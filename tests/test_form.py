@@ -27,7 +27,7 @@ from fedsynth.models.chat import Chat, Opening, render
 from fedsynth.models.form import LINES, InTurns, InWords, professional_form, student_form
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task, Templates
 from fedsynth.synthesis import student
 from fedsynth.synthesis.distillation import VERDICT, judge_prompt, judged_by_instruction, judged_by_likelihood, respond

@@ -28,7 +28,8 @@ from fedsynth.federation.strategy import RoundStrategy, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
-from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.client import Client
+from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.simulate import check_server
 from fedsynth.typed import BadValue
@@ -244,7 +245,7 @@ def test_a_run_that_asks_for_more_is_refused_before_anything_is_planned(
     def planned(*_: Any, **__: Any) -> Any:
         raise AssertionError("planned")
 
-    monkeypatch.setattr("fedsynth.scenario.schema.plan", planned)
+    monkeypatch.setattr("fedsynth.scenario.client.plan", planned)
     text = instructions(tmp_path, AVERAGE)
     for old, new, said in (
         ("steps = 3", "steps = 1000000000", "client.generator_training.steps must be at most 100,000 over all rounds"),

@@ -36,7 +36,7 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.plan import Statement, epsilon
-from fedsynth.scenario.schema import Tuning
+from fedsynth.scenario.client import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.synthesis.student import taught, write
 from fedsynth.training.engine import Engine

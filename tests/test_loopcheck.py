@@ -27,7 +27,7 @@ from fedsynth.models.loading import load_generator
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import dp_training as training
 from fedsynth.training.dp_training import Training
 from fedsynth.training.loopcheck import CHANCE, Watched, _chance_of_squares, _draws, _enough, differs

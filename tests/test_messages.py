@@ -73,7 +73,7 @@ from fedsynth.privacy.caps import Account, BudgetExhausted
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
-from fedsynth.scenario.schema import Client, TaskTraining
+from fedsynth.scenario.client import Client, TaskTraining
 from fedsynth.typed import BadValue
 
 LABELS = ("flu", "asthma")

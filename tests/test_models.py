@@ -34,7 +34,7 @@ from fedsynth.models.adapters import (
 from fedsynth.models.hub import locate, pin, version_of, weights_hash
 from fedsynth.models.loading import check, dtype_of, load_classifier, load_generator, load_tokenizer
 from fedsynth.models.of_scenario import models_of
-from fedsynth.scenario.schema import GeneratorTraining, TaskTraining
+from fedsynth.scenario.client import GeneratorTraining, TaskTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.simulation import simulate
 from fedsynth.simulation.simulate import pinned

@@ -16,8 +16,9 @@ from inprocess import instructions
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.plan import Budget
+from fedsynth.scenario.client import TaskTraining
 from fedsynth.scenario.earlier_keys import OldName, as_of_now
-from fedsynth.scenario.schema import Scenario, TaskTraining
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.simulate import check, server_warnings
 from fedsynth.strategies.options import FDKTOptions, few_texts

@@ -23,8 +23,8 @@ from fedsynth.models.hub import weights_hash
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_frozen, load_generator, load_tokenizer
 from fedsynth.models.placing import check_hardware, embedder_dtype, load_placed, placement, server_dtype
+from fedsynth.scenario.client import Client, GeneratorTraining
 from fedsynth.scenario.hardware import Hardware
-from fedsynth.scenario.schema import Client, GeneratorTraining
 from fedsynth.scenario.server import Server
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation.simulate import check_server

@@ -27,7 +27,7 @@ from fedsynth.models.loading import dtype_of
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget, BudgetTooSmall, DPPlan
-from fedsynth.scenario.schema import Client, GeneratorTraining
+from fedsynth.scenario.client import Client, GeneratorTraining
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation.simulate import check as check_scenario
 from fedsynth.training.dp_training import clipped_sum, clipped_sums, next_token_losses, trainable

@@ -32,7 +32,7 @@ from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy import claims
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import VOTES_APART, Budget, replaced_epsilon, statement
-from fedsynth.scenario.schema import Client, Voting
+from fedsynth.scenario.client import Client, Voting
 from fedsynth.scenario.toml import from_toml
 from fedsynth.synthesis.voting import by_chance, counted, kept, permuted
 from fedsynth.training.selfcheck import SelfCheckFailed

@@ -34,7 +34,7 @@ from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining, Tuning
+from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining, Tuning
 from fedsynth.scenario.task import Task, Templates
 from fedsynth.synthesis.distillation import respond
 from fedsynth.synthesis.judges import judge_by_instruction

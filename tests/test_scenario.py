@@ -11,7 +11,9 @@ import tomli_w
 
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario.schema import Cell, Client, Data, GeneratorTraining, Scenario, StrategyChoice, TaskTraining
+from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining
+from fedsynth.scenario.data import Data
+from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice
 from fedsynth.scenario.server import Server
 from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios, to_toml
 from fedsynth.simulation.simulate import concurrency

@@ -64,7 +64,7 @@ from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue
@@ -172,7 +172,7 @@ def places(
 
 
 def _typed(facts: dict[str, Any]) -> dict[str, Any]:
-    from fedsynth.scenario.schema import TestRows
+    from fedsynth.scenario.data import TestRows
 
     return {**facts, "test": TestRows(**facts["test"])}
 

@@ -48,7 +48,7 @@ from fedsynth.models.adapters import new_adapter
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.ledger import Binding
 from fedsynth.privacy.plan import Budget, composed_epsilon, plan
-from fedsynth.scenario.schema import TestRows
+from fedsynth.scenario.data import TestRows
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue

@@ -24,7 +24,7 @@ from fedsynth.data.findings import misread, warnings
 from fedsynth.data.partition import ClientData
 from fedsynth.data.sources import SiteData, gathered, laid_out
 from fedsynth.privacy.noise import data_mac
-from fedsynth.scenario.schema import TestRows
+from fedsynth.scenario.data import TestRows
 from fedsynth.training.examples import unit_rows
 from fedsynth.typed import BadValue, build
 

@@ -31,7 +31,7 @@ from fedsynth.models.adapters import attach_lora
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario.schema import Client, GeneratorTraining
+from fedsynth.scenario.client import Client, GeneratorTraining
 from fedsynth.training.dp_training import (
     PublicRandomness,
     Training,

@@ -15,7 +15,7 @@ import pytest
 from fedsynth.data.loaders import find
 from fedsynth.data.partition import label_list, misfits, open_sites
 from fedsynth.data.tables import read_rows
-from fedsynth.scenario.schema import Data, TestRows
+from fedsynth.scenario.data import Data, TestRows
 from fedsynth.scenario.toml import load
 from fedsynth.typed import BadValue
 

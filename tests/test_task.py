@@ -21,7 +21,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models.chat import Chat
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, LabelCard, Task, Templates
 from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, parse_line, text_prompt, turns
 from fedsynth.synthesis.curation import Filtered, deduplicate, summed

@@ -28,7 +28,7 @@ from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan
-from fedsynth.scenario.schema import Client, GeneratorTraining, TaskTraining
+from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining
 from fedsynth.scenario.task import NO_CARD
 from fedsynth.training.classifier import _batches, classify, fit_classifier
 from fedsynth.training.dp_training import (

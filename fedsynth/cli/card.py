@@ -18,7 +18,7 @@ def card_command(
     """Print a [task] table for a scenario: each class name of a file with its words parted. No text of it is shown."""
     from fedsynth.data.partition import label_list  # pandas takes a second to import
     from fedsynth.data.tables import read_rows, values_of
-    from fedsynth.scenario.schema import Data
+    from fedsynth.scenario.data import Data
     from fedsynth.scenario.task import proposed, proposed_for_instructions
 
     if response is not None:

@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from fedsynth.data.csv_faults import separator, surplus, swallowed
-from fedsynth.scenario.schema import Data
+from fedsynth.scenario.data import Data
 from fedsynth.typed import BadValue
 
 SAVED = ("dataset_dict.json", "dataset_info.json")  # files that datasets.save_to_disk leaves in a folder

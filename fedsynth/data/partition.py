@@ -31,7 +31,7 @@ from fedsynth.data.tables import (
     read_rows,
     refuse_alike,
 )
-from fedsynth.scenario.schema import Data
+from fedsynth.scenario.data import Data
 from fedsynth.scenario.task import Task
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records

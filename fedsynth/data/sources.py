@@ -17,7 +17,7 @@ from fedsynth.data.partition import ClientData
 from fedsynth.data.rowstore import Record
 from fedsynth.data.rowwise import Lost, read_file, result, text_of
 from fedsynth.data.tables import Columns, refuse_alike
-from fedsynth.scenario.schema import TestRows, check_pair
+from fedsynth.scenario.data import TestRows, check_pair
 from fedsynth.typed import BadValue, Count, in_range, plain
 
 ENDINGS = (".csv", ".jsonl", ".parquet")

@@ -16,7 +16,7 @@ import pandas as pd
 
 from fedsynth.corpus import LETTERS, alike, blank, same, told_apart
 from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
-from fedsynth.scenario.schema import PAIR, Data, TestRows
+from fedsynth.scenario.data import PAIR, Data, TestRows
 from fedsynth.scenario.task import MAX_VALUES
 from fedsynth.typed import BadValue
 

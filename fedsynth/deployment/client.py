@@ -18,7 +18,8 @@ from fedsynth.deployment.policy import SITE, Place, load_site
 from fedsynth.federation.messages import Envelope
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.privacy.plan import Budget
-from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.client import Client
+from fedsynth.scenario.schema import Cell
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue
 

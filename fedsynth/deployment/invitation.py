@@ -11,7 +11,8 @@ from typing import Literal
 import tomli_w
 
 from fedsynth.data.partition import label_list
-from fedsynth.scenario.schema import Data, Scenario
+from fedsynth.scenario.data import Data
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue, build, plain, toml_file

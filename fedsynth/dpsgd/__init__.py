@@ -14,7 +14,7 @@ from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
 from fedsynth.dpsgd.precision import HalfPrecision, check_bounded, full_precision
 from fedsynth.dpsgd.recording import UnknownWeight
-from fedsynth.scenario.schema import Clipping
+from fedsynth.scenario.client import Clipping
 
 __all__ = [
     "CLIPPING",

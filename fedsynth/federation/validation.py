@@ -65,7 +65,7 @@ from fedsynth.limits import (
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
 from fedsynth.privacy.plan import GRADIENTS_APART, SMALLEST_SIGMA, VOTES_APART, Statement
-from fedsynth.scenario.schema import Client, GeneratorTraining
+from fedsynth.scenario.client import Client, GeneratorTraining
 
 # A name in a reply becomes a word of a report, so that grants must look like this.
 GRANT = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -32,7 +32,8 @@ from fedsynth.models.chat import Prompt
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.scenario.schema import Cell, Client
+from fedsynth.scenario.client import Client
+from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.flower import KEEPING, LaunchFailed
 from fedsynth.typed import build, plain

@@ -10,7 +10,8 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import class_list, divide
 from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize, Vote
 from fedsynth.forecast.profiling import Unit
-from fedsynth.scenario.schema import SHOTS, Cell, Client
+from fedsynth.scenario.client import SHOTS, Client
+from fedsynth.scenario.schema import Cell
 
 Work = dict[Unit, float]  # number of each unit
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedsynth.models.loading import Role
-from fedsynth.scenario.schema import Client, Scenario
+from fedsynth.scenario.client import Client
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells
 

@@ -19,7 +19,7 @@ from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.log import SERVER
 from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.rouge import words
-from fedsynth.scenario.schema import Data
+from fedsynth.scenario.data import Data
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_notes, private_records
 

@@ -34,7 +34,8 @@ from fedsynth.models.loading import kind_of, load_frozen, load_tokenizer
 from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario.schema import Cell, Data, Scenario
+from fedsynth.scenario.data import Data
+from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.flower import DEPLOYMENT, STATUS
 from fedsynth.simulation.launch import APP, AppRun, launch

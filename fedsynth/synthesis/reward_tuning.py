@@ -21,7 +21,7 @@ from fedsynth.models.encoding import token_ids
 from fedsynth.models.llm import TextModel
 from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.room import misfits
-from fedsynth.scenario.schema import Tuning
+from fedsynth.scenario.client import Tuning
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_text

@@ -15,7 +15,7 @@ from fedsynth.models.form import Learns, student_form
 from fedsynth.models.loading import kind_of, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import sample
-from fedsynth.scenario.schema import GeneratorTraining, Tuning, WarmStart
+from fedsynth.scenario.client import GeneratorTraining, Tuning, WarmStart
 from fedsynth.scenario.task import NO_CARD, Task
 from fedsynth.synthesis.curation import Filtered, refuse_private
 from fedsynth.training.checkpointing import checkpointed

@@ -19,7 +19,7 @@ from fedsynth.models.batches import longest_of, padded, token_rows
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import Kind, kind_of, load_classifier
-from fedsynth.scenario.schema import SHOTS, TaskTraining
+from fedsynth.scenario.client import SHOTS, TaskTraining
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.examples import readable, unit_rows
 

@@ -22,7 +22,7 @@ from fedsynth.dpsgd import Clipper, clipper
 from fedsynth.dpsgd.stacked import Factors, Stacked, stacked
 from fedsynth.models.batches import padded
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training.checkpointing import checkpointed
 from fedsynth.training.examples import Example, Slot
 

@@ -15,7 +15,7 @@ from fedsynth.models.batches import given_rows, token_rows
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.form import LINES, Form, InTurns, InWords, Learns, learnt_rows, student_form
 from fedsynth.models.loading import Kind, context_of, kind_of
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.task import NO_CARD, Task
 
 

@@ -31,7 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fedsynth.dpsgd import MARGIN
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import dp_training as training
 from fedsynth.training.examples import Example
 

@@ -20,7 +20,7 @@ from fedsynth.dpsgd.stacked import stacked
 from fedsynth.privacy import noise as randomness
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import checkpointing
 from fedsynth.training import dp_training as training
 from fedsynth.training.checkpointing import checkpointed

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsynth.scenario.schema import Tuning
+from fedsynth.scenario.client import Tuning
 from fedsynth.training.dp_training import IGNORED, next_token_losses, next_tokens, trainable
 from fedsynth.training.examples import Example
 

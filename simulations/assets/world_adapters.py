@@ -20,7 +20,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.models.adapters import new_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import GeneratorTraining, Tuning
+from fedsynth.scenario.client import GeneratorTraining, Tuning
 from fedsynth.training.examples import encode_slots
 from fedsynth.training.sft import Steps, sft
 from fedsynth.typed import BadValue

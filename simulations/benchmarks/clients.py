@@ -51,7 +51,8 @@ from fedsynth.models.adapters import new_adapter, read_adapter, with_adapter
 from fedsynth.models.batches import padded
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
-from fedsynth.scenario.schema import Cell, GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
+from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import from_toml, to_toml
 from fedsynth.simulation.flower import KEEPING
 from fedsynth.simulation.simulate import run, supernodes

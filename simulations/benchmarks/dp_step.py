@@ -35,7 +35,7 @@ from fedsynth.models.adapters import attach_lora
 from fedsynth.models.devices import device
 from fedsynth.models.loading import computes_in_bfloat16
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.scenario.schema import GeneratorTraining
+from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training.dp_training import add_noise, mean_loss, next_token_losses, train_generator, without_guarantee
 from fedsynth.training.examples import Example
 

@@ -22,7 +22,8 @@ import pandas as pd
 import fedsynth
 from fedsynth.data.partition import label_list, open_sites
 from fedsynth.evaluation.utility import paired_difference, scores
-from fedsynth.scenario.schema import SHOTS, Scenario
+from fedsynth.scenario.client import SHOTS
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load
 from fedsynth.training.baselines import Majority, Nearest
 from fedsynth.training.classifier import classify, new_task_model

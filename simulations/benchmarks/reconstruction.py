@@ -27,7 +27,8 @@ from fedsynth.lora import Adapter
 from fedsynth.models.adapters import new_adapter, with_adapter
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
-from fedsynth.scenario.schema import Scenario, Tuning
+from fedsynth.scenario.client import Tuning
+from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import load
 from fedsynth.synthesis.student import taught
 from fedsynth.training.engine import Engine
