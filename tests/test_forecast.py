@@ -308,7 +308,7 @@ def test_a_text_is_measured_in_a_batch(tmp_path: Path, monkeypatch: pytest.Monke
     whole = cell(scenario(tmp_path))
     monkeypatch.setattr(fedsynth.forecast.profiling, "_seconds", lambda work, count: 2.0 + 0.01 * count)
     written = measured(whole, Unit("respond", "main", tokens=4), 12, typical_lengths(whole))
-    assert written.each * 8 == pytest.approx(2.08)
+    assert written.each * 12 == pytest.approx(2.12)
     assert measured(whole, Unit("rate", "main"), 12, typical_lengths(whole)).each == pytest.approx(2.01)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsynth.corpus import Corpus
-from fedsynth.forecast.profiling import busy
+from fedsynth.forecast.profiling import busy, each_of
 from fedsynth.models.adapters import public_adapter
 from fedsynth.models.batches import given_rows
 from fedsynth.models.chat import Chat, Prompt
@@ -249,21 +249,6 @@ class SampledEngine(Engine):
         key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():
             return float(self.tally.add(key, steps, sample, 16)[0])
-
-
-def each_of(tried: Sequence[tuple[int, float]], batch: int) -> float:
-    """Seconds of an item in a whole batch, by a line through the last two samples.
-
-    >>> each_of([(4, 2.0), (16, 5.0)], 48)  # 1 second, and .25 for each
-    0.2708333333333333
-
-    Args:
-        tried: Items and seconds of each sample, in the order of their size.
-        batch: Items of a whole batch.
-    """
-    (few, less), (many, more) = ([tried[0]] * 2 + list(tried))[-2:]
-    slope = max(0.0, (more - less) / (many - few)) if many > few else more / many
-    return (more + slope * max(0, batch - many)) / max(batch, many)
 
 
 def _magnitude(lengths: Sequence[int]) -> int:
