@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import NoTaskModel
-from fedsynth.corpus import Corpus, Votes, same
+from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.hub import weights_hash
@@ -94,14 +94,19 @@ def ballots(client: ClientSide, request: Vote) -> list[Ballot]:
 
 def _may_vote(client: ClientSide, embedder: Embedder, row: int) -> bool:
     text, label = client.train.prompts[row], client.train.answers[row]
-    return label in client.labels and readable(embedder.tokenizer, text)
+    return label in client.labels and _has_direction(embedder, text)
+
+
+def _has_direction(embedder: Embedder, text: str) -> bool:
+    """True for a text that `directions` can read: one that it cannot would end the whole request."""
+    return not blank(text) and readable(embedder.tokenizer, f" {text.strip()}")
 
 
 def _booths(embedder: Embedder, offered: Corpus, longest: int) -> dict[str, tuple[list[int], NDArray[np.float32]]]:
     """By label: the places of its different candidates, and their directions. Equal texts are the first of them."""
     first: dict[tuple[str, str], int] = {}
     for place, (text, label) in enumerate(zip(offered.prompts, offered.answers, strict=True)):
-        if readable(embedder.tokenizer, text):
+        if _has_direction(embedder, text):
             first.setdefault((label, same(text)), place)
     found = _directions(embedder, [offered.prompts[place] for place in first.values()], longest)
     booths: dict[str, tuple[list[int], list[NDArray[np.float32]]]] = {}
