@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedsynth.training.dp_training import Randomness
 from fedsynth.training.examples import readable, unit_rows
 from fedsynth.training.selfcheck import LISTED, check_list
 
+Booth = tuple[list[int], NDArray[np.float32]]  # of one label: places of its candidates, and their directions
 Ballot = Mapping[int, float]  # a unit's votes: place of a candidate -> weight, none below 0
 
 
@@ -37,22 +39,24 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     """
     if client.instructs:
         raise NoTaskModel("a task of instructions has no labels to vote within")
+    polling = prepared(client, request.corpus)  # public work, which may fail, comes before the charge
     if client.config.guarantee == "none":
-        return _without_guarantee(client, request)
+        return _without_guarantee(client, request, polling)
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
     check_noise(plan)
 
     binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=settings)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
-    values = protected(ballots(client, request), len(request.corpus), plan, randomness)
+    values = protected(ballots(client, request.nearest, polling), len(request.corpus), plan, randomness)
     votes = release_votes(DPTrained(None, plan, grant, 1), values)
     return Voted(votes, client.statement(plan, settings.rows_per_unit, VOTES_APART))
 
 
-def _without_guarantee(client: ClientSide, request: Vote) -> Voted:
+def _without_guarantee(client: ClientSide, request: Vote, polling: Polling) -> Voted:
     """The counts as they are. Logged, charged as non-private, refused unless the rules allow it."""
-    counted = Trained(summed(ballots(client, request), len(request.corpus)), "the scenario asks for no guarantee")
+    cast = ballots(client, request.nearest, polling)
+    counted = Trained(summed(cast, len(request.corpus)), "the scenario asks for no guarantee")
     votes = release_without_guarantee(
         counted,
         Votes(tuple(counted.model.tolist())),
@@ -69,26 +73,48 @@ def encoder(client: ClientSide) -> str:
     return client.config.embedder or client.config.task_model
 
 
-def ballots(client: ClientSide, request: Vote) -> list[Ballot]:
+@dataclass(frozen=True)
+class Polling:
+    """What is public of a vote.
+
+    Attributes:
+        embedder: The encoder, which has read a text of the greatest length.
+        booths: By label.
+    """
+
+    embedder: Embedder
+    booths: Mapping[str, Booth]
+
+
+def prepared(client: ClientSide, corpus: Corpus) -> Polling:
+    """Loads the encoder, tries it on the longest text that may come, and finds the candidates' directions.
+
+    Raises:
+        Exception: The encoder's own, if it cannot do that: nothing is charged then, and no private text was looked at.
+    """
+    embedder, longest = shared_embedder(encoder(client)), client.config.voting.max_length
+    embedder.embed([" a" * longest], longest=longest)
+    return Polling(embedder, _booths(embedder, corpus, longest))
+
+
+def ballots(client: ClientSide, nearest: int, polling: Polling) -> list[Ballot]:
     """The votes of each declared unit, before they are bounded; an empty ballot for a slot without a unit.
 
     A unit's votes depend on its own rows, the candidates and public models alone. A text has no vote if its label is
     not public or has no candidate, or if the encoder cannot read it or finds no finite direction.
     """
-    settings, private = client.config.voting, client.train
-    embedder = shared_embedder(encoder(client))
+    settings, private, embedder = client.config.voting, client.train, polling.embedder
     rows = unit_rows(private, client.records, settings.rows_per_unit)
     voters = [row for own in rows for row in own if _may_vote(client, embedder, row)]
     found = alone(embedder, tuple(private.prompts[row] for row in voters), settings.max_length)
-    booths = _booths(embedder, request.corpus, settings.max_length)
     cast = {}
     for row, direction in zip(voters, found, strict=True):
-        places, texts = booths.get(private.answers[row], ([], found[:0]))
+        places, texts = polling.booths.get(private.answers[row], ([], found[:0]))
         if not places or not np.isfinite(direction).all():
             continue
-        # Candidates that are equally near stand in the order of the request.
-        nearest = np.argsort(-(texts @ direction), kind="stable")[: request.nearest].tolist()
-        cast[row] = {places[k]: 1 / math.sqrt(request.nearest) for k in nearest}
+        # Candidates that are equally near, but for the last bits, stand in the order of the request.
+        ranked = np.argsort(-(texts @ direction), kind="stable")[:nearest].tolist()
+        cast[row] = {places[k]: 1 / math.sqrt(nearest) for k in ranked}
     return [_together(cast[row] for row in own if row in cast) for own in rows]
 
 
@@ -102,7 +128,7 @@ def _has_direction(embedder: Embedder, text: str) -> bool:
     return not blank(text) and readable(embedder.tokenizer, f" {text.strip()}")
 
 
-def _booths(embedder: Embedder, offered: Corpus, longest: int) -> dict[str, tuple[list[int], NDArray[np.float32]]]:
+def _booths(embedder: Embedder, offered: Corpus, longest: int) -> dict[str, Booth]:
     """By label: the places of its different candidates, and their directions. Equal texts are the first of them."""
     first: dict[tuple[str, str], int] = {}
     for place, (text, label) in enumerate(zip(offered.prompts, offered.answers, strict=True)):
@@ -128,12 +154,14 @@ def alone(embedder: Embedder, texts: tuple[str, ...], longest: int) -> NDArray[n
     """The directions of private texts, each read by itself; shape (texts, width).
 
     In a batch the last bits of a text's direction change with its neighbours. Where two candidates are almost equally
-    near, another unit's text could then move this one's vote, and the sum by more than one unit may.
-    Remembered, as every round and every simulated arm reads the same texts.
+    near, another unit's text could then move this one's vote, and the sum by more than one unit may. A text that the
+    encoder fails on has no direction: an error would tell of it. Remembered, as every round reads the same texts.
     """
-    if not texts:
-        return _directions(embedder, (), longest)
-    return np.concatenate([_directions(embedder, (text,), longest) for text in texts])
+    found = np.full((len(texts), embedder.width), np.nan, dtype=np.float32)
+    for place, text in enumerate(texts):
+        with suppress(Exception):  # each encoder raises its own
+            found[place] = directions.__wrapped__(embedder, (text,), longest).numpy()[0]
+    return found
 
 
 def _together(votes: Iterable[Ballot]) -> Ballot:
@@ -182,6 +210,6 @@ def check_noise(plan: DPPlan) -> None:
     opposite = replace(plan, clip_norm=2 * plan.clip_norm, noise_multiplier=plan.noise_multiplier / 2)
 
     def release(values: Sequence[float], public: Randomness) -> list[float]:
-        return protected([dict(enumerate(values))], LISTED, plan, public)
+        return protected([{}, dict(enumerate(values)), {}], LISTED, plan, public)
 
     check_list(release, opposite)

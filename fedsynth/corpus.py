@@ -219,7 +219,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Votes:
-    """How many of a client's privacy units hold each text of a corpus that the server wrote for the nearest to theirs.
+    """The sum of a client's units' votes for each text of a corpus that the server wrote, with noise.
 
     Attributes:
         values: In the order of the texts; real numbers, as each has noise of its own.

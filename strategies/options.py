@@ -236,9 +236,9 @@ class PrivateEvolutionOptions:
             raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
         if not self.asks or client.guarantee == "none":
             return
-        if data.world is not None and data.notes_per_patient == 1:
+        if client.budget is not None:
             try:
-                client.vote_plan(data.train_per_client, scenario.rounds)
+                client.vote_plan(1, scenario.rounds)  # the number of units changes nothing
             except BudgetTooSmall as problem:
                 raise BadValue(f"the noise of the votes does not fit the budget: {problem}") from problem
 

@@ -20,13 +20,16 @@ from scipy.stats import norm
 from test_llm import letters
 
 from fedsynth.clients import vote as on_client
-from fedsynth.clients.vote import ballots, check_noise, protected, summed
+from fedsynth.clients.vote import ballots, check_noise, prepared, protected, summed
 from fedsynth.corpus import Corpus, Provenance, Votes
 from fedsynth.deployment.policy import Policy
 from fedsynth.federation.messages import Learn, Vote, Voted
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import WillNotLeave, seal
+from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
+from fedsynth.federation.strategy import Clients
 from fedsynth.federation.validation import Rejected, check_reply, check_request
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy import claims
@@ -45,6 +48,7 @@ class Pointing:
     """An encoder whose direction of a text is the share of each of its letters; a text with "l" has none."""
 
     tokenizer = letters()
+    width = 8
 
     def embed(self, texts: Sequence[str], *, longest: int | None = None) -> Any:
         assert longest == 128
@@ -79,8 +83,12 @@ def holding(rows: Sequence[tuple[str, str]], units: Sequence[str] | None = None,
     return SimpleNamespace(train=train, labels=LABELS, records=count, config=config)
 
 
+def cast(client: Any, candidates: Corpus, nearest: int = 1) -> list[Any]:
+    return list(ballots(client, nearest, prepared(client, candidates)))
+
+
 def tally(rows: Sequence[tuple[str, str]], nearest: int = 1, **more: Any) -> list[float]:
-    found: list[float] = summed(ballots(holding(rows, **more), Vote(CANDIDATES, nearest)), len(CANDIDATES)).tolist()
+    found: list[float] = summed(cast(holding(rows, **more), CANDIDATES, nearest), len(CANDIDATES)).tolist()
     return found
 
 
@@ -118,7 +126,7 @@ def test_no_text_sways_the_vote_of_another(monkeypatch: pytest.MonkeyPatch) -> N
     rows = [("ab", "heart")] * 7  # as near to one as to the other, but for the last bits
 
     def votes_of_one(others: int) -> list[dict[int, float]]:
-        return [dict(ballot) for ballot in ballots(holding(rows[: 1 + others], records=7), Vote(between))[:1]]
+        return [dict(ballot) for ballot in cast(holding(rows[: 1 + others], records=7), between)[:1]]
 
     assert all(votes_of_one(others) == votes_of_one(0) for others in range(1, 7))
     monkeypatch.setattr(on_client, "alone", on_client._directions)  # in one batch
@@ -130,37 +138,65 @@ def test_a_text_without_direction_label_or_letters_has_no_vote_and_spoils_none(b
     assert tally([*ROWS, bad]) == tally(ROWS) == [1, 1, 1, 0, 1, 1]
 
 
-def test_a_text_that_the_encoder_refuses_is_never_given_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing(Pointing):
-        def embed(self, texts: Sequence[str], *, longest: int | None = None) -> Any:
-            if any(not text.strip() for text in texts):
-                raise ValueError("a text holds no token")
-            return super().embed(texts, longest=longest)
+class Failing(Pointing):
+    """An encoder that fails on some texts, as on one that is too long for it."""
 
-    encoder = Refusing()
+    def __init__(self, bad: str) -> None:
+        self.bad = bad
+
+    def embed(self, texts: Sequence[str], *, longest: int | None = None) -> Any:
+        if any(self.bad in text for text in texts):
+            raise RuntimeError("index 34 is out of bounds")
+        return super().embed(texts, longest=longest)
+
+
+def test_a_text_that_the_encoder_fails_on_has_no_vote_and_nobody_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = Failing("dddd")
     monkeypatch.setattr(on_client, "shared_embedder", lambda _: encoder)
-    assert tally([*ROWS, ("  ", "skin")]) == tally(ROWS)
-    monkeypatch.setattr(on_client, "_has_direction", lambda *_: True)
-    with pytest.raises(ValueError, match="no token"):
-        tally([*ROWS, ("  ", "skin")])
+    assert tally([*ROWS, ("dddd", "skin")]) == tally(ROWS)
+
+
+def test_an_encoder_that_fails_on_public_text_fails_before_private_text_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for bad in ("a a a a a a a a a a a", "cccc"):  # the longest text that may come; a candidate
+        encoder = Failing(bad)
+        monkeypatch.setattr(on_client, "shared_embedder", lambda _, encoder=encoder: encoder)
+        blind = SimpleNamespace(config=holding(ROWS).config)  # has no private text
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            prepared(blind, CANDIDATES)
+
+
+def test_a_replaced_unit_moves_the_counts_by_sqrt_2_at_most() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows = [("".join(rng.choice(list("abcd"), 4)), LABELS[k]) for k in rng.integers(2, size=6)]
+        units, nearest = ["p", "p", "q", "q", "q", "r"], int(rng.integers(1, 5))
+        other = [
+            *rows[:2],
+            *(("".join(rng.choice(list("abcd"), 4)), LABELS[k]) for k in rng.integers(2, size=3)),
+            rows[5],
+        ]
+        one, two = (np.array(tally(each, nearest, units=units)) for each in (rows, other))
+        assert np.linalg.norm(one - two) <= math.sqrt(2) + 1e-9
 
 
 def test_a_candidate_without_a_direction_takes_no_vote_and_a_label_without_candidates_has_none() -> None:
     asked = Corpus(("ll", "bbbb"), ("heart", "heart"), Provenance.PUBLIC)
-    assert summed(ballots(holding(ROWS), Vote(asked)), 2).tolist() == [0, 3]
+    assert summed(cast(holding(ROWS), asked), 2).tolist() == [0, 3]
 
 
 def test_a_persons_votes_together_have_norm_1_at_most() -> None:
     units = ["p", "p", "p", "q", "q"]
-    votes = ballots(holding(ROWS, units), Vote(CANDIDATES))
+    votes = cast(holding(ROWS, units), CANDIDATES)
     assert [dict(each) for each in votes] == [{0: 1, 2: 1, 1: 1}, {4: 1, 5: 1}]
     assert summed(votes, 6) == pytest.approx([3**-0.5] * 3 + [0, 2**-0.5, 2**-0.5])
-    one = ballots(holding(ROWS[:1] * 4, ["p"] * 4), Vote(CANDIDATES))  # four equal rows are one vote
+    one = cast(holding(ROWS[:1] * 4, ["p"] * 4), CANDIDATES)  # four equal rows are one vote
     assert summed(one, 6).tolist() == [1, 0, 0, 0, 0, 0]
 
 
 def test_slots_beyond_the_units_are_empty_and_units_beyond_the_slots_do_not_vote() -> None:
-    assert [dict(each) for each in ballots(holding(ROWS, records=7), Vote(CANDIDATES))][5:] == [{}, {}]
+    assert [dict(each) for each in cast(holding(ROWS, records=7), CANDIDATES)][5:] == [{}, {}]
     assert sum(tally(ROWS, records=2)) == 2
 
 
@@ -196,6 +232,16 @@ def test_every_count_has_noise_of_the_planned_deviation_also_those_without_a_vot
     assert (values != 0).all()
     assert values.std() == pytest.approx(plan.noise_multiplier, rel=0.02)
     assert abs(values.mean()) < 0.05
+
+
+def only_the_first(votes: Any, candidates: int, bound: float = 1.0) -> Any:
+    return summed(votes[:1], candidates, bound) + summed(votes[1:], candidates, math.inf)
+
+
+def test_the_check_before_the_charge_finds_a_bound_of_the_first_unit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_client, "summed", only_the_first)
+    with pytest.raises(SelfCheckFailed, match="apart"):
+        check_noise(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200))
 
 
 BROKEN = {
@@ -290,6 +336,11 @@ def test_draws_follow_the_votes_above_the_threshold() -> None:
     assert set(drawn) == {("aaaa", "cccc"), ("aabb", "cccc")}
     assert drawn["aaaa", "cccc"] / 600 == pytest.approx(0.8, abs=0.05)
     assert len(kept(CANDIDATES, votes, 3, select="proportion", threshold=8.5, seed=0)) == 5  # the rest by rank
+
+
+def test_a_hostile_count_ends_no_draw() -> None:
+    votes = Votes((1e12, 1e-320, 0.0, 0.0, 1e12, 1e-320), ("a",))
+    assert len(kept(CANDIDATES, votes, 2, select="proportion", threshold=0, seed=0)) == 4
 
 
 def test_permuted_votes_choose_like_chance() -> None:
@@ -437,6 +488,35 @@ def test_rounds_vary_what_was_kept_and_pay_for_each_vote(tmp_path: Path) -> None
     assert [len(request.corpus) for request in played.requests(Learn)[::3]] == [8, 8, 8]
 
 
+def test_a_request_is_answered_once_and_a_round_beyond_the_plan_is_refused(tmp_path: Path) -> None:
+    from inprocess import cell_of, simulation, to_toml
+    from local import LocalGrid
+
+    from fedsynth.clients.app import client_app
+
+    whole = to_toml(from_toml(toml(tmp_path)))
+    cell, out = cell_of(whole, "main", 0), tmp_path / "out"
+    out.mkdir()
+    grid = LocalGrid(client_app(simulation), 3, {"scenario-toml": whole, "out-dir": str(out)})
+    run_log = RunLog(cell, out, out / "events.jsonl")
+    clients = Clients(grid, nodes_by_client(grid, 3), cell, "simulated", LABELS, run_log)
+
+    def ask(exchange: int, corpus: Corpus = CANDIDATES) -> Any:
+        clients.exchange = exchange
+        return clients.ask_each({0: Vote(corpus)})[0]
+
+    first = ask(0)
+    ledger = Played(cell, grid, run_log, out).client(0).ledger
+    spent = ledger.spent()
+    assert ask(0) == first
+    assert ledger.spent() == spent
+    assert 7.9 < spent[0] <= 8
+    for exchange, corpus in ((1, CANDIDATES), (0, CANDIDATES.take([0, 1]))):  # another round; another list
+        with pytest.raises(TooFewReplies, match="budget_exhausted"):
+            ask(exchange, corpus)
+    assert ledger.spent() == spent
+
+
 def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path) -> None:
     from fedsynth.scenario.toml import cells
     from fedsynth.simulation.simulate import check
@@ -449,3 +529,5 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(BadValue, match=why):
             check(from_toml(toml(tmp_path, options=options)))
     assert cells(from_toml(toml(tmp_path)))
+    with pytest.raises(BadValue, match="the noise of the votes does not fit the budget"):
+        check(from_toml(toml(tmp_path).replace("epsilon = 8.0", "epsilon = 0.1")))

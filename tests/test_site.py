@@ -448,6 +448,18 @@ def test_sites_vote_by_persons_where_their_policy_lets_votes_out(
     assert 7.9 < spent <= 8.0
 
 
+def test_votes_are_paid_before_a_private_text_is_embedded(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poor = dict.fromkeys(NAMES, replace(POLICY, outputs=("votes",), lifetime=Budget(2.0)))
+    deployed = Deployed(places(tmp_path, notes, poor), voting(toml), tmp_path / "run")
+    looked: list[int] = []
+    monkeypatch.setattr("fedsynth.clients.vote.alone", lambda *_: looked.append(1))
+    with pytest.raises(TooFewReplies, match="budget_exhausted"):
+        deployed.run()
+    assert looked == []
+
+
 def test_a_site_that_was_told_nothing_of_votes_refuses_them_unread(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:

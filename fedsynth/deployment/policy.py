@@ -69,8 +69,8 @@ class Policy:
             the id: this guards against its mistakes, `lifetime` against the server.
         strategies: Allowed strategies, as a scenario names them.
         requests: Allowed requests.
-        outputs: Kinds of outputs that may leave: text, adapter, scores, metrics. From an adapter anyone can sample text
-            that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
+        outputs: Kinds of outputs that may leave: text, adapter, scores, votes, metrics. From an adapter anyone can
+            sample text that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
             covers them.
         without_guarantee: Outputs may leave without a mechanism. The data's epsilon is infinite from then on.
         minimum_records: With fewer declared records the site takes part in nothing.

@@ -47,8 +47,9 @@ def kept(corpus: Corpus, votes: Votes, keep: int, *, select: Selection, threshol
         ranked = rows[np.argsort(-values[rows], kind="stable")]
         if select == "proportion":
             mass = np.maximum(values[rows] - threshold, 0.0)
-            some = min(keep, int((mass > 0).sum()))
-            drawn = rng.choice(rows, some, replace=False, p=mass / mass.sum()) if some else rows[:0]
+            shares = mass / mass.sum() if mass.any() else mass
+            some = min(keep, int((shares > 0).sum()))  # beside a huge count a small one may have no share
+            drawn = rng.choice(rows, some, replace=False, p=shares) if some else rows[:0]
             ranked = np.concatenate([drawn, ranked[~np.isin(ranked, drawn)]])
         found += ranked[:keep].tolist()
     chosen = corpus.take(sorted(found))

@@ -201,7 +201,7 @@ def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]]
     one, other = (np.asarray(release((sign * drawn).tolist(), _Silent())) for sign in (1, -1))
     apart = float(np.linalg.norm(one - other))
     if not plan.clip_norm / 2 <= apart <= plan.clip_norm:
-        raise SelfCheckFailed(f"two lists of scores are {apart / plan.clip_norm:.4g} C apart, at most 1 is planned")
+        raise SelfCheckFailed(f"two lists are {apart / plan.clip_norm:.4g} C apart, at most 1 is planned")
     quiet, scale = np.asarray(release([0.0] * LISTED, _Silent())), plan.noise_multiplier * plan.clip_norm
     noise = (np.asarray(release([0.0] * LISTED, GrantRandomness(bytes(32)))) - quiet) / scale
     if far(float(noise @ noise), LISTED) < CHANCE:
