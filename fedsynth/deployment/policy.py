@@ -70,8 +70,8 @@ class Policy:
         strategies: Allowed strategies, as a scenario names them.
         requests: Allowed requests.
         outputs: Kinds of outputs that may leave: text, adapter, scores, votes, metrics. From an adapter anyone can
-            sample text that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no epsilon
-            covers them.
+            sample text that nobody approved. Metrics are figures, on test rows, of models that learnt private text; no
+            epsilon covers them.
         without_guarantee: Outputs may leave without a mechanism. The data's epsilon is infinite from then on.
         minimum_records: With fewer declared records the site takes part in nothing.
         models: Models of a scenario that may be loaded here.
