@@ -635,7 +635,8 @@ def test_a_text_that_an_endpoint_refused_is_dropped() -> None:
 
 def test_fdkt_sends_no_text_that_no_client_would_take() -> None:
     over = "x " * (MAX_TEXT // 2) + "x"
-    server: Any = SimpleNamespace(labels=LABELS)
+    cell = SimpleNamespace(scenario=SimpleNamespace(task=Task()))
+    server: Any = SimpleNamespace(labels=LABELS, cell=cell, llm=None, embed=None)
     method = FDKT(FDKTOptions(min_words=1), server)
     written = corpus([(over, "fever"), ("hot", "fever"), ("dry", "cough")])
     (_, formed), (_, unique) = method._curation.steps("written", written, {})
