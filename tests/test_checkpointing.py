@@ -16,9 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedsynth.dpsgd import clipper
-from fedsynth.privacy.plan import plan
+from fedsynth.privacy.plan import Budget, plan
 from fedsynth.scenario.client import GeneratorTraining
-from fedsynth.scenario.schema import Budget
 from fedsynth.training import selfcheck
 from fedsynth.training.checkpointing import checkpointed
 from fedsynth.training.dp_training import train_generator, train_stacked, trainable
