@@ -239,7 +239,7 @@ def test_options_are_lettered_lines_of_the_question_and_never_leave() -> None:
     assert found.test.options == (("a crow", "ox"),)
     with pytest.raises(ValueError, match="options belong to private corpora only"):
         replace(rows, provenance=Provenance.PUBLIC)
-    with pytest.raises(BadPayload, match="units or options"):
+    with pytest.raises(BadPayload, match="units, options or attributes"):
         encode(rows)
     with pytest.raises(BadValue, match=r"task.templates.options lacks the slot \{options\}"):
         Templates(options="{text}")
