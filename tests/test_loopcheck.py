@@ -381,7 +381,7 @@ def test_a_list_s_noise_and_bound_are_checked_on_public_numbers() -> None:
         check_list(lambda values, public: release(values, public, sigma=0.75 * 1.5), plan)
     with pytest.raises(SelfCheckFailed, match="the noise has deviation 0 "):
         check_list(lambda values, public: release(values, public, sigma=0.0), plan)
-    with pytest.raises(SelfCheckFailed, match=r"lists of scores are 2 C apart"):
+    with pytest.raises(SelfCheckFailed, match=r"lists are 2 C apart"):
         check_list(lambda values, public: release(values, public, bound=2.0), plan)
 
 

@@ -216,7 +216,8 @@ def test_the_llm_and_the_embedder_compute_as_asked() -> None:
 
 def test_adapted_models_share_one_copy_of_their_base() -> None:
     first, second = (
-        with_adapter(tiny.folder(), new_adapter(tiny.folder(), rank=rank, alpha=4.0, seed=0)) for rank in (2, 3)
+        with_adapter(tiny.folder(), new_adapter(tiny.folder(), rank=rank, alpha=4.0, seed=0))
+        for rank in (11, 13)  # of no other test: earlier models may hold an earlier copy
     )
     frozen = [{p.data_ptr() for p in model.parameters() if not p.requires_grad} for model in (first, second)]
     assert frozen[0] == frozen[1]
