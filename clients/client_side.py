@@ -26,7 +26,7 @@ from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import GRADIENTS_APART, DPPlan, Statement, statement
+from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.client import Client
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.schema import Cell
@@ -192,7 +192,7 @@ class ClientSide:
                 settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1, apart: float = GRADIENTS_APART) -> Statement:
+    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
         """The privacy statement of a reply: all rounds so far under one plan, or no guarantee."""
         return statement(
             None if plan is None else self.charged(plan),
@@ -200,7 +200,6 @@ class ClientSide:
             rows_per_unit=rows_per_unit,
             rows=(),
             simulated=self.simulated,
-            apart=apart,
         )
 
     @property

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,9 +78,7 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     randomness = client.ledger.begin(grant)
     values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
     scores = release_scores(DPTrained(model, plan, grant, 1), protected(values, request.corpus, plan, randomness))
-    # The unit is the client's whole data set: another data set moves the list no further than an empty one.
-    said = statement(client.charged(plan), unit="client", simulated=client.simulated)
-    return Scored(scores, replace(said, epsilon_replace_one=said.epsilon))
+    return Scored(scores, statement(client.charged(plan), unit="client", simulated=client.simulated))
 
 
 def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness: Randomness) -> list[float]:

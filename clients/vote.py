@@ -17,7 +17,7 @@ from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.plan import VOTES_APART, DPPlan
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_votes, release_without_guarantee
 from fedsynth.training.dp_training import Randomness
 from fedsynth.training.examples import readable, unit_rows
@@ -50,7 +50,7 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     randomness = client.ledger.begin(grant)
     values = protected(ballots(client, request.nearest, polling), len(request.corpus), plan, randomness)
     votes = release_votes(DPTrained(None, plan, grant, 1), values)
-    return Voted(votes, client.statement(plan, settings.rows_per_unit, VOTES_APART))
+    return Voted(votes, client.statement(plan, settings.rows_per_unit))
 
 
 def _without_guarantee(client: ClientSide, request: Vote, polling: Polling) -> Voted:

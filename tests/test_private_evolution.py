@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -33,8 +34,10 @@ from fedsynth.federation.strategy import Clients
 from fedsynth.federation.validation import Rejected, check_reply, check_request
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy import claims
+from fedsynth.privacy.caps import Account, BudgetExhausted
+from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.privacy.plan import VOTES_APART, Budget, replaced_epsilon, statement
+from fedsynth.privacy.plan import Budget, DPPlan, epsilon, replaced_epsilon, statement
 from fedsynth.scenario.client import Client, Voting
 from fedsynth.scenario.toml import from_toml
 from fedsynth.synthesis.voting import by_chance, counted, kept, permuted
@@ -221,9 +224,30 @@ def test_the_noise_is_that_of_rounds_gaussian_mechanisms(epsilon: float, rounds:
     assert exact - 1e-9 <= plan.noise_multiplier <= exact + 0.01
     assert (plan.sampling_rate, plan.steps, plan.clip_norm) == (1.0, 1, 1.0)
     # A unit that is replaced takes a vote from one text and gives one to another: sqrt(2).
-    replaced, sigma = replaced_epsilon(plan, VOTES_APART), plan.noise_multiplier / math.sqrt(2)
+    replaced, sigma = replaced_epsilon(plan), plan.noise_multiplier / math.sqrt(2)
     assert exact_sigma(replaced, 1e-5, rounds) == pytest.approx(sigma, abs=0.005)
     assert client.vote_plan(10, rounds).noise_multiplier == plan.noise_multiplier  # the number of units changes nothing
+
+
+def test_a_vote_and_a_training_of_equal_noise_share_neither_rounds_nor_figures(tmp_path: Path) -> None:
+    budget = Budget(2.0)
+    votes = Client("assets:tiny-slm", budget=budget).vote_plan(200, 2)
+    training = replace(votes, mechanism="gradients")  # rate 1, one step, C = 1, as a server could ask for
+    assert DPPlan.from_dict(json.loads(json.dumps(votes.to_dict()))) == votes
+    assert "mechanism" not in training.to_dict()  # ledgers of earlier versions name none
+    assert epsilon(votes, 1e-5) == epsilon(training, 1e-5) <= 2.0
+    assert (round(replaced_epsilon(votes), 2), round(replaced_epsilon(training), 2)) == (2.95, 4.39)
+    ledger = Ledger(tmp_path / "ledger.sqlite", Account("ward", None))
+
+    def charge(plan: DPPlan, request: str) -> None:
+        ledger.charge(plan, Binding(request, plan.digest(), "data", "model", "1"), "run/arm/0", budget=budget)
+
+    charge(votes, "a vote")
+    assert ledger.rounds("run/arm/0", votes) == 2
+    assert ledger.rounds("run/arm/0", training) == 0
+    with pytest.raises(BudgetExhausted):  # one round of the votes is left, and no training draws from it
+        charge(training, "a training")
+    charge(votes, "another vote")
 
 
 def test_every_count_has_noise_of_the_planned_deviation_also_those_without_a_vote() -> None:
@@ -268,14 +292,14 @@ def test_the_check_before_the_charge_finds_a_broken_mechanism(fault: str, monkey
 
 def test_a_server_believes_the_figure_of_a_replaced_unit_of_votes_alone() -> None:
     plan = Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200)
-    said = statement(plan, rows=(), apart=VOTES_APART)
-    claims.check(said, apart=VOTES_APART)
+    said = statement(plan, rows=())
+    claims.check(said, mechanism="votes")
     with pytest.raises(ValueError, match="epsilon_replace_one"):
         claims.check(said)  # as of gradients
     with pytest.raises(ValueError, match="epsilon_replace_one"):
-        claims.check(replace(said, epsilon_replace_one=said.epsilon), apart=VOTES_APART)
+        claims.check(replace(said, epsilon_replace_one=said.epsilon), mechanism="votes")
     with pytest.raises(ValueError, match="sampling_rate"):
-        claims.check(replace(said, sampling_rate=0.5), apart=VOTES_APART)
+        claims.check(replace(said, sampling_rate=0.5), mechanism="votes")
 
 
 # --- what crosses ---
@@ -283,7 +307,7 @@ def test_a_server_believes_the_figure_of_a_replaced_unit_of_votes_alone() -> Non
 
 def test_requests_and_replies_out_of_range_are_refused() -> None:
     check_request(Vote(CANDIDATES, 64), LABELS)
-    said = statement(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200), rows=(), apart=VOTES_APART)
+    said = statement(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200), rows=())
     good = Voted(Votes((0.5, -3.0, 1, 2, 3, 4), ("g",)), said)
     check_reply(Vote(CANDIDATES), good, LABELS)
     for request, why in (
@@ -306,7 +330,7 @@ def test_requests_and_replies_out_of_range_are_refused() -> None:
 
 
 def test_a_site_lets_out_votes_by_name_alone() -> None:
-    said = statement(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200), rows=(), apart=VOTES_APART)
+    said = statement(Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200), rows=())
     reply, policy = Voted(Votes((0.5,), ("g",)), said), Policy(Budget(8.0))
     with pytest.raises(WillNotLeave, match="lets out no votes"):
         seal(reply, allowed=policy.outputs, waived=False)

@@ -64,7 +64,7 @@ from fedsynth.limits import (
 )
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
-from fedsynth.privacy.plan import GRADIENTS_APART, SMALLEST_SIGMA, VOTES_APART, Statement
+from fedsynth.privacy.plan import SMALLEST_SIGMA, Mechanism, Statement
 from fedsynth.scenario.client import Client, GeneratorTraining
 
 # A name in a reply becomes a word of a report, so that grants must look like this.
@@ -183,8 +183,8 @@ def check_reply(
         # A list of scores may be protected for the client as a whole; text and adapters are not.
         whole = {claims.CLIENT} if isinstance(reply, Scored) else set()
         try:
-            apart = VOTES_APART if isinstance(reply, Voted) else GRADIENTS_APART
-            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, apart=apart)
+            mechanism: Mechanism = "votes" if isinstance(reply, Voted) else "gradients"
+            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, mechanism=mechanism)
         except ValueError as problem:
             raise Rejected(f"statement: {problem}") from problem
     if isinstance(reply, Synthesized) and isinstance(request, Synthesize):

@@ -48,7 +48,7 @@ from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.devices import one_thread
-from fedsynth.privacy.plan import GRADIENTS_APART, VOTES_APART, DPPlan, Statement, statement
+from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
 
 GRANT = ("0" * 32,)  # as long as a grant's id
@@ -197,20 +197,18 @@ class _Answering(Clients):
         once = scores and of.client.scores == "model"
         drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
         charged = replace(planned, rounds=max(planned.rounds, drawn[planned]))
-        if scores and of.client.scores == "noise":
-            said = statement_of(charged, "client", 1)
-            return replace(said, epsilon_replace_one=said.epsilon)
+        if charged.mechanism == "scores":
+            return statement_of(charged, "client", 1)
         unit = self.cell.scenario.data.unit_name
-        if votes:
-            return statement_of(charged, unit, of.client.voting.rows_per_unit, VOTES_APART)
-        settings = of.client.scorer_training if scores else of.client.generator_training
+        training = of.client.scorer_training if scores else of.client.generator_training
+        settings = of.client.voting if votes else training
         return statement_of(charged, unit, settings.rows_per_unit)
 
 
 @lru_cache(maxsize=4096)
-def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int, apart: float = GRADIENTS_APART) -> Statement:
+def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
     """The statement of a plan, as a simulated client makes it."""
-    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True, apart=apart)
+    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True)
 
 
 def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, ...]) -> Adapter:

@@ -17,7 +17,7 @@ from fedsynth.limits import (
     MAX_SIGMA,
     MAX_STEPS,
 )
-from fedsynth.privacy.plan import GRADIENTS_APART, ROUGH, SMALLEST_SIGMA, Relation, Statement, epsilon
+from fedsynth.privacy.plan import APART, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, Statement, epsilon
 from fedsynth.privacy.rdp import bound
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
@@ -33,7 +33,7 @@ def check(
     *,
     units: Collection[str] = UNITS,
     simulated: bool | None = None,
-    apart: float = GRADIENTS_APART,
+    mechanism: Mechanism = "gradients",
 ) -> None:
     """Refuses a statement whose figures cannot be those of a plan. A message names junk and never repeats it.
 
@@ -43,8 +43,7 @@ def check(
         said: A client's statement.
         units: The privacy units that it may protect.
         simulated: True if its noise must be reproducible, false if it must not be; None allows either.
-        apart: How far replacing a unit moves a sum, in C; another distance than that of gradients needs all units in
-            every step.
+        mechanism: What gets the noise; all but gradients need all units in every step.
 
     Raises:
         ValueError: If a figure is impossible; the message names it and its allowed values.
@@ -70,11 +69,11 @@ def check(
     _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
     if said.unit == CLIENT:  # another list is no further away than an empty one: `clients.score`
         _within("epsilon_replace_one", replaced, claimed, math.inf)
-    elif apart == GRADIENTS_APART:
+    elif mechanism == "gradients":
         _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")
     else:
         _within("sampling_rate", rate, 1.0, 1.0)
-        _reaches("epsilon_replace_one", replaced, rate, sigma / apart, steps, said.delta, "zero_out")
+        _reaches("epsilon_replace_one", replaced, rate, sigma / APART[mechanism], steps, said.delta, "zero_out")
 
 
 def _check_rows(said: Statement) -> None:

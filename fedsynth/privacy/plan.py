@@ -25,8 +25,19 @@ _RELATIONS = {
     "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
 }
 
-# How far a unit that is replaced by another moves a sum, in C: gradients may point apart, votes are not negative.
-GRADIENTS_APART, VOTES_APART = 2.0, math.sqrt(2)
+# What gets the noise: the sum of a batch's gradients, a client's whole list of scores, the sum of all units' votes.
+Mechanism = Literal["gradients", "scores", "votes", "summed_votes"]
+# How far a unit that is replaced by another moves it, in C: gradients may point apart, votes are not negative, and no
+# list of scores is further from another than from an empty one.
+APART: Mapping[Mechanism, float] = {
+    "gradients": 2.0,
+    "scores": 1.0,
+    "votes": math.sqrt(2),
+    "summed_votes": math.sqrt(2),
+}
+# Whole numbers with Skellam noise (`fedsynth.privacy.skellam`): their Rényi divergence alone is known to lie below
+# that of the Gaussian mechanism, so that no privacy loss distribution speaks for them.
+BY_RDP: frozenset[Mechanism] = frozenset({"summed_votes"})
 
 FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
@@ -76,6 +87,7 @@ class DPPlan:
         clip_norm: L2 norm C to which a unit's gradient is clipped.
         noise_multiplier: Standard deviation of the noise on the sum, in units of C.
         delta: The delta at which epsilon is stated.
+        mechanism: What gets the noise. Two mechanisms never share rounds: a replaced unit costs each another epsilon.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -88,8 +100,13 @@ class DPPlan:
     clip_norm: float
     noise_multiplier: float
     delta: float
+    mechanism: Mechanism = "gradients"
 
     def __post_init__(self) -> None:
+        if self.mechanism not in APART:
+            raise ValueError(f"mechanism must be one of {', '.join(APART)}, got {self.mechanism!r}")
+        if self.mechanism != "gradients" and self.expected_batch != self.records:
+            raise ValueError(f"of {self.mechanism} all units take part: expected_batch must be {self.records}")
         for name in ("records", "expected_batch", "steps", "rounds"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -124,9 +141,12 @@ class DPPlan:
         """All rounds in the accountant's terms."""
         return _steps_event(self.sampling_rate, self.noise_multiplier, self.total_steps)
 
-    def to_dict(self) -> dict[str, int | float]:
-        """Plain numbers by name; `from_dict` reads them back."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, int | float | str]:
+        """Plain values by name; `from_dict` reads them back. A training names no mechanism, as in older ledgers."""
+        values = asdict(self)
+        if self.mechanism == "gradients":
+            del values["mechanism"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DPPlan:
@@ -135,14 +155,14 @@ class DPPlan:
         Raises:
             ValueError: If names are missing or unknown, or a number is outside its range.
         """
-        _check_names(cls, values)
+        _check_names(cls, {"mechanism": "gradients", **values})
         numbers: dict[str, Any] = {name: float(v) if name in _REAL else v for name, v in values.items()}
         return cls(**numbers)
 
     def digest(self) -> str:
         """SHA-256 (hex) of the plan as canonical JSON."""
         # float() first: clip_norm 1 and 1.0 are equal plans and must have one digest.
-        values = {k: v if isinstance(v, int) and k not in _REAL else float(v) for k, v in self.to_dict().items()}
+        values = {k: float(v) if k in _REAL else v for k, v in self.to_dict().items()}
         return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -158,6 +178,7 @@ def plan(
     rounds: int = 1,
     clip_norm: float = 1.0,
     max_noise_multiplier: float = 20.0,
+    mechanism: Mechanism = "gradients",
 ) -> DPPlan:
     """The plan with the least noise that keeps all rounds within the budget.
 
@@ -173,6 +194,7 @@ def plan(
         rounds: Rounds with access to the private data.
         clip_norm: L2 norm C; it does not change epsilon, as the noise is in its units.
         max_noise_multiplier: The most noise; beyond it training learns nothing, and the plan is refused.
+        mechanism: What gets the noise.
 
     Raises:
         BudgetTooSmall: If more noise than `max_noise_multiplier` would be needed.
@@ -180,14 +202,15 @@ def plan(
             `max_noise_multiplier` is above `MAX_SIGMA`.
     """
     # The noise of this draft is replaced below; building it checks the other numbers first.
-    draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta)
+    draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta, mechanism)
     if draft.total_steps > MAX_STEPS:
         raise ValueError(
             f"steps x rounds must be at most {MAX_STEPS:,}, got {steps:,} x {rounds:,}: take fewer, of larger batches"
         )
     if max_noise_multiplier > MAX_SIGMA:
         raise ValueError(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {max_noise_multiplier:g}")
-    sigma = _smallest_sigma(
+    search = _smallest_by_rdp if mechanism in BY_RDP else _smallest_sigma
+    sigma = search(
         budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, math.floor(max_noise_multiplier * 1000)
     )
     if sigma is None:
@@ -199,7 +222,7 @@ def plan(
             f"{draft.sampling_rate:g} needs noise_multiplier {needed}, more than max_noise_multiplier "
             f"{max_noise_multiplier:g}; give more budget, fewer steps or a smaller batch"
         )
-    return DPPlan(records, expected_batch, steps, rounds, clip_norm, sigma, budget.delta)
+    return replace(draft, noise_multiplier=sigma)
 
 
 def epsilon(
@@ -225,15 +248,30 @@ def composed_epsilon(
 ) -> float:
     """Epsilon at `delta` of several plans on the same data, fixed in advance, each with all its rounds; 0 for none.
 
-    It uses privacy loss distributions, on a coarser grid where they would take minutes; beyond, the larger bound by
-    RDP.
+    It uses privacy loss distributions, on a coarser grid where they would take minutes; beyond, and for mechanisms
+    of `BY_RDP`, the larger bound by RDP.
     """
     _check_delta(delta)
+    whole = list(plans)
+    exact, rough = ([p for p in whole if (p.mechanism in BY_RDP) == by_rdp] for by_rdp in (False, True))
+    if not rough:
+        return _composed(_pieces(exact), delta, relation, grid)
+    # Without sampling a replaced unit is an empty one under half the noise.
+    scale = 2 if relation == "replace_one" else 1
+    halved = [(q, sigma / scale, count) for q, sigma, count in _pieces(rough)]
+    if not exact:
+        return bound(halved, delta)
+    apart = _composed(_pieces(exact), delta / 2, relation, grid) + bound(halved, delta / 2)
+    return min(apart, bound(_pieces(whole), delta)) if relation == "zero_out" else apart
+
+
+def _pieces(plans: Iterable[DPPlan]) -> tuple[tuple[float, float, int], ...]:
+    """(Sampling rate, sigma, steps) of each kind of step."""
     steps: dict[tuple[float, float], int] = {}
     for each in plans:
         kind = (each.sampling_rate, each.noise_multiplier)
         steps[kind] = steps.get(kind, 0) + each.total_steps
-    return _composed(tuple(sorted((*kind, count) for kind, count in steps.items())), delta, relation, grid)
+    return tuple(sorted((*kind, count) for kind, count in steps.items()))
 
 
 def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
@@ -250,6 +288,8 @@ def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
         raise ValueError(f"size must be >= 1 (rows of one person), got {size}")
     if size == 1:
         return epsilon(plan, delta)
+    if plan.mechanism in BY_RDP:  # all units take part, and together they move the sum by `size`
+        return bound([(1.0, plan.noise_multiplier / size, plan.total_steps)], delta)
     return _group(min(size, plan.records), plan.sampling_rate, plan.noise_multiplier, plan.total_steps, delta)
 
 
@@ -321,7 +361,6 @@ def statement(
     rows_per_unit: int = 1,
     rows: Iterable[int] = ROWS_OF_A_PERSON,
     simulated: bool = False,
-    apart: float = GRADIENTS_APART,
 ) -> Statement:
     """The statement of a plan that runs whole; without a plan, the statement that there is no guarantee.
 
@@ -333,7 +372,6 @@ def statement(
         rows: Numbers of rows of one person for which the statement has epsilon, too; ignored unless the unit is a row.
             The figures take seconds each and are cached.
         simulated: True if the noise is reproducible.
-        apart: How far replacing a unit moves a sum, in C.
     """
     if plan is None:
         return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
@@ -341,7 +379,7 @@ def statement(
         guarantee="dp",
         epsilon=epsilon(plan, plan.delta),
         delta=plan.delta,
-        epsilon_replace_one=replaced_epsilon(plan, apart),
+        epsilon_replace_one=replaced_epsilon(plan),
         epsilon_rows={size: group_epsilon(plan, size, plan.delta) for size in rows} if unit == "row" else {},
         unit=unit,
         rows_per_unit=rows_per_unit,
@@ -353,21 +391,15 @@ def statement(
     )
 
 
-def replaced_epsilon(plan: DPPlan, apart: float = GRADIENTS_APART) -> float:
+def replaced_epsilon(plan: DPPlan) -> float:
     """Epsilon at the plan's delta if a unit is replaced by any other one.
 
-    Where every unit takes part in every step, a sum that moves by `apart` in units of C is the Gaussian mechanism with
-    sigma / apart: the same as an empty unit under so much less noise.
-
-    Args:
-        plan: The plan, with all rounds.
-        apart: How far replacing a unit moves a sum, in C.
+    Where every unit takes part in every step, a sum that moves by a multiple of C is the Gaussian mechanism with as
+    much less noise: the same as an empty unit in place of another under that.
     """
-    if apart == GRADIENTS_APART:
+    if plan.mechanism == "gradients":
         return epsilon(plan, plan.delta, relation="replace_one")
-    if plan.sampling_rate != 1:
-        raise ValueError(f"a replaced unit that moves a sum by {apart:g} C is known without sampling only")
-    return epsilon(replace(plan, noise_multiplier=plan.noise_multiplier / apart), plan.delta)
+    return epsilon(replace(plan, noise_multiplier=plan.noise_multiplier / APART[plan.mechanism]), plan.delta)
 
 
 def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpEvent:
@@ -448,6 +480,16 @@ def _smallest_sigma(
             high -= step
     assert fits(high, FINE)
     return high / 1000
+
+
+@functools.cache
+def _smallest_by_rdp(
+    target: float, delta: float, sampling_rate: float, steps: int, most_thousandths: int
+) -> float | None:
+    """The same as `_smallest_sigma`, by RDP alone."""
+    least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
+    found = _enough(target, delta, sampling_rate, steps, least, most_thousandths) / 1000
+    return found if bound([(sampling_rate, found, steps)], delta) <= target else None
 
 
 def _enough(target: float, delta: float, sampling_rate: float, steps: int, least: int, most: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
 
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_ROWS, MAX_SIGMA, Tokens, most
-from fedsynth.privacy.plan import Budget, DPPlan, plan
+from fedsynth.privacy.plan import Budget, DPPlan, Mechanism, plan
 from fedsynth.scenario.hardware import Precision
 from fedsynth.typed import BadValue, Count, Positive, in_range
 
@@ -294,7 +294,7 @@ class Client:
         if self.scores == "model":
             return self._plan(self.scorer_training, records, 1)
         whole = GeneratorTraining(expected_batch_size=1, steps=1, clip_norm=2 * self.score_norm)
-        return self._plan(whole, 1, rounds)
+        return self._plan(whole, 1, rounds, "scores")
 
     def vote_plan(self, records: int, rounds: int = 1) -> DPPlan:
         """The schedule of the votes of all rounds: every unit votes in every round, and moves a sum by 1 at most.
@@ -307,9 +307,12 @@ class Client:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
             BadValue: If the run has no budget.
         """
-        return self._plan(GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0), records, rounds)
+        every = GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0)
+        return self._plan(every, records, rounds, "votes")
 
-    def _plan(self, settings: GeneratorTraining, records: int, rounds: int) -> DPPlan:
+    def _plan(
+        self, settings: GeneratorTraining, records: int, rounds: int, mechanism: Mechanism = "gradients"
+    ) -> DPPlan:
         if self.budget is None:
             raise BadValue("a run without a budget has no plan")
         return plan(
@@ -320,6 +323,7 @@ class Client:
             rounds=rounds,
             clip_norm=settings.clip_norm,
             max_noise_multiplier=self.max_noise_multiplier,
+            mechanism=mechanism,
         )
 
     def of(self, index: int) -> Client:
