@@ -21,9 +21,11 @@ from fedsynth.data.choice import as_instructions
 from fedsynth.data.partition import ClientData, class_list, label_list, open_site, open_sites
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.federation.run.directory import SHARED
+from fedsynth.federation.secure_sum import Identity, simulated_identity
 from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
 from fedsynth.privacy.plan import DPPlan, Statement, statement
@@ -59,6 +61,8 @@ class Rules:
         without_guarantee: Outputs may leave without a mechanism.
         approval: Synthetic text waits for a person's approval.
         objection: The reason why this run's requests are all refused; None if they are not.
+        rests_on_sums: A secure sum's noise is counted as that of its honest clients together; else the client adds
+            enough for its own messages, and the sum hides them as well.
     """
 
     requests: frozenset[str] = frozenset(request.task for request in REQUESTS)
@@ -66,6 +70,7 @@ class Rules:
     without_guarantee: bool = True
     approval: bool = False
     objection: Exception | None = None
+    rests_on_sums: bool = True
 
 
 EVERYTHING = Rules()
@@ -97,6 +102,7 @@ class ClientSide:
         shared: Simulations: a private folder of trainings that other arms would repeat byte for byte; None at a site.
         task: The scenario's card, which gives the control codes of labels and attributes, or the form of instructions.
         choices: The responses that an instruction chooses from (`data.task = "choice"`); empty for free ones.
+        identify: Gives the client's signing key and its roster, for secure sums; None: it takes part in none.
     """
 
     index: int
@@ -119,6 +125,7 @@ class ClientSide:
     task: Task = NO_CARD
     shared: Path | None = None
     choices: tuple[str, ...] = ()
+    identify: Callable[[], Identity] | None = None
 
     @property
     def rules(self) -> Rules:
@@ -192,7 +199,7 @@ class ClientSide:
                 settings["student"] = [*self.task.around("student"), self.task.system]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1) -> Statement:
+    def statement(self, plan: DPPlan | None, rows_per_unit: int = 1, cohort: Cohort | None = None) -> Statement:
         """The privacy statement of a reply: all rounds so far under one plan, or no guarantee."""
         return statement(
             None if plan is None else self.charged(plan),
@@ -200,6 +207,7 @@ class ClientSide:
             rows_per_unit=rows_per_unit,
             rows=(),
             simulated=self.simulated,
+            cohort=cohort,
         )
 
     @property
@@ -286,6 +294,7 @@ def simulated_client(cell: Cell, index: int, private: Path, run: str) -> ClientS
         task=scenario.task,
         shared=private / SHARED,
         choices=tuple(map(scenario.task.wording, class_list(scenario.data))) if scenario.data.task == "choice" else (),
+        identify=lambda: simulated_identity(index, clients),
     )
 
 

@@ -23,6 +23,7 @@ from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.score import score
+from fedsynth.clients.secure_sum import offer_keys, share_seeds, sign_survivors, unmask
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.vote import vote
@@ -34,10 +35,14 @@ from fedsynth.federation.messages import (
     Evaluate,
     Finetune,
     Learn,
+    OfferKeys,
     Request,
     Score,
     SelfTrain,
+    ShareSeeds,
+    SignSurvivors,
     Synthesize,
+    Unmask,
     Vote,
     outputs,
 )
@@ -55,6 +60,7 @@ from fedsynth.federation.records import (
     stack_number,
     unpack_request,
 )
+from fedsynth.federation.secure_sum import Mistrusted
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.models.adapters import WrongAdapter
 from fedsynth.privacy.caps import BudgetExhausted
@@ -73,6 +79,10 @@ FUNCTIONS: dict[type[Request[Any]], Callable[[ClientSide, Any, str], object]] = 
     Finetune: finetune,
     Score: score,
     Vote: vote,
+    OfferKeys: offer_keys,
+    ShareSeeds: share_seeds,
+    SignSurvivors: sign_survivors,
+    Unmask: lambda client, request, _: unmask(client, request),
     SelfTrain: lambda client, request, _: self_train(client, request),
     Adopt: lambda client, request, _: adopt(client, request),
     Learn: lambda client, request, _: learn(client, request),
@@ -89,6 +99,7 @@ CODES: dict[type[Exception], ErrorCode] = {
     BudgetTooSmall: ErrorCode.BUDGET_TOO_SMALL,
     WillNotLeave: ErrorCode.NOT_ALLOWED,
     NotReleasable: ErrorCode.NOT_ALLOWED,
+    Mistrusted: ErrorCode.NOT_ALLOWED,
     NotAllowed: ErrorCode.NOT_ALLOWED,
     BadRequest: ErrorCode.BAD_REQUEST,
     NoTaskModel: ErrorCode.NO_TASK_MODEL,

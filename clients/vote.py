@@ -13,15 +13,19 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import NoTaskModel
+from fedsynth.clients.secure_sum import admit, under_masks
 from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
+from fedsynth.federation.secure_sum import MODULUS, Mistrusted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.hub import weights_hash
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_votes, release_without_guarantee
+from fedsynth.privacy.skellam import UNIT, Draws, noise, variance
 from fedsynth.training.dp_training import Randomness
 from fedsynth.training.examples import readable, unit_rows
-from fedsynth.training.selfcheck import LISTED, check_list
+from fedsynth.training.selfcheck import LISTED, Noise, check_list
 
 Booth = tuple[list[int], NDArray[np.float32]]  # of one label: places of its candidates, and their directions
 Ballot = Mapping[int, float]  # a unit's votes: place of a candidate -> weight, none below 0
@@ -42,6 +46,8 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     polling = prepared(client, request.corpus)  # public work, which may fail, comes before the charge
     if client.config.guarantee == "none":
         return _without_guarantee(client, request, polling)
+    if client.config.voting.secure_sum is not None:
+        return _summed(client, request, digest, polling)
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
     check_noise(plan)
 
@@ -51,6 +57,26 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     values = protected(ballots(client, request.nearest, polling), len(request.corpus), plan, randomness)
     votes = release_votes(DPTrained(None, plan, grant, 1), values)
     return Voted(votes, client.statement(plan, settings.rows_per_unit))
+
+
+def _summed(client: ClientSide, request: Vote, digest: str, polling: Polling) -> Voted:
+    """The counts in whole numbers, with this client's share of the noise, under the masks of a secure sum.
+
+    Where the client's rules do not rest on sums, the share is as large as its own messages need, and its statement
+    names no cohort.
+    """
+    settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
+    cohort, rests = admit(client, request, digest), client.rules.rests_on_sums
+    check_room(client.records, cohort)
+    share = cohort.share(plan.noise_multiplier) if rests else variance(plan.noise_multiplier)
+    check_whole_noise(plan, share)
+
+    binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=settings)
+    grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    values = protected_whole(ballots(client, request.nearest, polling), len(request.corpus), share, randomness)
+    votes = release_votes(DPTrained(None, plan, grant, 1), under_masks(client, request, values))
+    return Voted(votes, client.statement(plan, settings.rows_per_unit, cohort if rests else None))
 
 
 def _without_guarantee(client: ClientSide, request: Vote, polling: Polling) -> Voted:
@@ -199,6 +225,66 @@ def protected(votes: Sequence[Ballot], candidates: int, plan: DPPlan, randomness
     total = summed(votes, candidates, plan.clip_norm * (1 - 1e-9))  # not above it by rounding either
     noisy: list[float] = (total + plan.noise_multiplier * plan.clip_norm * randomness.normals(candidates)).tolist()
     return noisy
+
+
+def whole(votes: Sequence[Ballot], candidates: int) -> NDArray[np.int64]:
+    """The sum of all ballots in whole numbers, each with an L2 norm of at most `UNIT`; shape (candidates,)."""
+    total = np.zeros(candidates, dtype=np.int64)
+    for ballot in votes:
+        norm = math.sqrt(sum(weight**2 for weight in ballot.values()))
+        scale = UNIT / max(norm, 1.0)
+        # A weight of 1 must not become 1023 by the last bit of a float; the norm is checked in whole numbers below.
+        numbers = {place: math.floor(scale * weight + 1e-6) for place, weight in ballot.items()}
+        while sum(number**2 for number in numbers.values()) > UNIT**2:
+            numbers = {place: max(0, number - 1) for place, number in numbers.items()}
+        for place, number in numbers.items():
+            total[place] += number
+    return total
+
+
+def protected_whole(votes: Sequence[Ballot], candidates: int, variance: float, randomness: Draws) -> NDArray[np.int64]:
+    """The bounded sum in whole numbers, with Skellam noise on every count.
+
+    Args:
+        votes: A ballot for each unit.
+        candidates: Number of texts of the request.
+        variance: Of this client's noise.
+        randomness: The grant's randomness.
+    """
+    return whole(votes, candidates) + noise(randomness, candidates, variance)
+
+
+def check_room(records: int, cohort: Cohort) -> None:
+    """Checks that no sum of such clients leaves the numbers of the masks, noise included.
+
+    Raises:
+        Mistrusted: If it could.
+    """
+    most = MODULUS // (4 * UNIT * cohort.clients)  # half of the positive numbers, the rest is for noise
+    if records > most:
+        raise Mistrusted(f"{records} units are too many for a secure sum of {cohort.clients} clients: at most {most}")
+
+
+@lru_cache(maxsize=32)
+def check_whole_noise(plan: DPPlan, share: float) -> None:
+    """Checks `protected_whole` on public numbers, before the charge: two units without a common text are sqrt(2) apart.
+
+    Args:
+        plan: The plan of `Client.vote_plan`.
+        share: The variance of this client's noise.
+
+    Raises:
+        fedsynth.training.selfcheck.SelfCheckFailed: If it does not hold to the plan.
+    """
+    apart, deviation = math.sqrt(2) * plan.clip_norm, math.sqrt(share) / UNIT
+    replaced = replace(plan, clip_norm=apart, noise_multiplier=deviation / apart)
+
+    def release(values: Sequence[float], public: Noise) -> list[float]:
+        ballot = {place: value for place, value in enumerate(values) if value > 0}
+        found: list[float] = (protected_whole([{}, ballot, {}], LISTED, share, public) / UNIT).tolist()
+        return found
+
+    check_list(release, replaced)
 
 
 def check_noise(plan: DPPlan) -> None:

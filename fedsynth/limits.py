@@ -52,6 +52,7 @@ MAX_SEED = 2**32 - 2
 MAX_CANDIDATES = 10_000  # candidates of one request
 MAX_SHOTS = 64  # demonstrations in a prompt
 MAX_NEAREST = 64  # candidates that a private text votes for
+MAX_CLIENTS = 1_000_000  # clients of a run, whose numbers stand in the messages of a secure sum
 
 # ---- Statements ----------------------------------------------------------------------------------------------------
 

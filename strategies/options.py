@@ -236,6 +236,9 @@ class PrivateEvolutionOptions:
             raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
         if not self.asks or client.guarantee == "none":
             return
+        cohort, voters = client.voting.secure_sum, len(set(self.voters)) or clients
+        if cohort is not None and cohort.clients != voters:
+            raise BadValue(f"client.voting.secure_sum.clients is {cohort.clients}, but {voters} vote: say {voters}")
         if client.budget is not None:
             try:
                 client.vote_plan(1, scenario.rounds)  # the number of units changes nothing

@@ -19,7 +19,7 @@ from fedsynth.strategies.options import PrivateEvolutionOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit
 from fedsynth.synthesis.curation import yields
 from fedsynth.synthesis.label_check import check_of
-from fedsynth.synthesis.voting import by_chance, counted, kept, permuted
+from fedsynth.synthesis.voting import by_chance, kept, permuted
 from fedsynth.synthesis.writing import NOTHING, Curation, write
 
 
@@ -82,9 +82,7 @@ class PrivateEvolution(RoundStrategy[State]):
             return candidates
         if c.votes == "none":
             return by_chance(candidates, c.keep, self.seed("select"))
-        ids = c.voters or clients.ids
-        replies = clients.ask_each(dict.fromkeys(ids, Vote(candidates, c.nearest)))
-        votes = counted({client: reply.votes for client, reply in replies.items()})
+        votes = clients.sum_votes(Vote(candidates, c.nearest), c.voters or clients.ids)
         if c.votes == "permuted":
             votes = permuted(votes, candidates, self.seed("permute"))
         best = kept(candidates, votes, c.keep, select=c.select, threshold=c.threshold, seed=self.seed("select"))

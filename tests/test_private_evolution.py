@@ -293,13 +293,13 @@ def test_the_check_before_the_charge_finds_a_broken_mechanism(fault: str, monkey
 def test_a_server_believes_the_figure_of_a_replaced_unit_of_votes_alone() -> None:
     plan = Client("assets:tiny-slm", budget=Budget(2.0)).vote_plan(200)
     said = statement(plan, rows=())
-    claims.check(said, mechanism="votes")
+    claims.check(said, mechanisms=("votes",))
     with pytest.raises(ValueError, match="epsilon_replace_one"):
-        claims.check(said)  # as of gradients
+        claims.check(replace(said, mechanism="gradients"))
     with pytest.raises(ValueError, match="epsilon_replace_one"):
-        claims.check(replace(said, epsilon_replace_one=said.epsilon), mechanism="votes")
+        claims.check(replace(said, epsilon_replace_one=said.epsilon), mechanisms=("votes",))
     with pytest.raises(ValueError, match="sampling_rate"):
-        claims.check(replace(said, sampling_rate=0.5), mechanism="votes")
+        claims.check(replace(said, sampling_rate=0.5), mechanisms=("votes",))
 
 
 # --- what crosses ---
@@ -343,12 +343,12 @@ def test_a_site_lets_out_votes_by_name_alone() -> None:
 
 
 def test_votes_are_summed_and_the_highest_of_each_label_are_kept() -> None:
-    votes = counted({0: Votes((1, 5, 2, 0, 3, 1), ("a",)), 4: Votes((1, -4, 1, 0, 1, 2), ("b",))})
+    votes = counted([Votes((1, 5, 2, 0, 3, 1), ("a",)), Votes((1, -4, 1, 0, 1, 2), ("b",))])
     assert votes == Votes((2, 1, 3, 0, 4, 3), ("a", "b"))
     best = kept(CANDIDATES, votes, 2, select="rank", threshold=0, seed=0)
     assert best.prompts == ("aaaa", "aabb", "cccc", "ccdd")
     assert (best.provenance, best.grants) == (Provenance.LLM_WRITTEN, ("a", "b"))
-    assert counted({0: Votes((1,), ("a",)), 1: Votes((1,))}).grants == ()  # one client without a guarantee
+    assert counted([Votes((1,), ("a",)), Votes((1,))]).grants == ()  # one client without a guarantee
 
 
 def test_draws_follow_the_votes_above_the_threshold() -> None:

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from fedsynth.corpus import Corpus, Scores, Votes
+from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 
@@ -176,12 +177,92 @@ class Vote(Request[Voted]):
     Attributes:
         corpus: The candidates, each with its label. Equal texts of a label are one candidate, the first of them.
         nearest: Each private text votes for so many candidates, with the weight 1 / sqrt(nearest) each.
+        sum_id: Public id of a secure sum: the counts are whole numbers under the masks of that sum. Empty: none.
+        members: The clients that have shared their seeds for it.
     """
 
     task: ClassVar[str] = "train.vote"
     reply: ClassVar[type[Any]] = Voted
     corpus: Corpus
     nearest: int = 1
+    sum_id: str = ""
+    members: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeysOffered:
+    """A client's public keys for one secure sum, signed."""
+
+    offer: Offer = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class OfferKeys(Request[KeysOffered]):
+    """Make keys for a secure sum (`fedsynth.federation.secure_sum`, exchange 1)."""
+
+    task: ClassVar[str] = "train.offer_keys"
+    reply: ClassVar[type[Any]] = KeysOffered
+    sum_id: str
+
+
+@dataclass(frozen=True)
+class SeedsShared:
+    """Shares of a client's seeds, each encrypted for another client; seeds are random, and know no text."""
+
+    shares: tuple[Sealed, ...] = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class ShareSeeds(Request[SeedsShared]):
+    """Check the keys of a sum's clients, and share two seeds among them (exchange 2)."""
+
+    task: ClassVar[str] = "train.share_seeds"
+    reply: ClassVar[type[Any]] = SeedsShared
+    sum_id: str
+    offers: tuple[Offer, ...]
+
+
+@dataclass(frozen=True)
+class SurvivorsSigned:
+    """A client's signature of a list of survivors."""
+
+    signature: str = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class SignSurvivors(Request[SurvivorsSigned]):
+    """Sign the list of the clients whose vectors have arrived; a client signs one list of a sum (exchange 4)."""
+
+    task: ClassVar[str] = "train.sign_survivors"
+    reply: ClassVar[type[Any]] = SurvivorsSigned
+    sum_id: str
+    survivors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """A client's share of one seed of each client of a sum; with enough of them the server learns the sum."""
+
+    shares: tuple[SeedShare, ...] = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class Unmask(Request[Unmasked]):
+    """Open a sum whose survivors enough clients have signed (exchange 5).
+
+    Attributes:
+        sum_id: The sum.
+        survivors: The list that was signed.
+        signatures: Of the clients that signed it.
+        sealed: From each member, the shares that it encrypted for this client.
+    """
+
+    task: ClassVar[str] = "train.unmask"
+    reply: ClassVar[type[Any]] = Unmasked
+    sum_id: str
+    survivors: tuple[int, ...]
+    signatures: tuple[Signed, ...]
+    sealed: tuple[Sealed, ...]
 
 
 # A client's funnel has these names and none of the client's own.
@@ -356,6 +437,10 @@ def outputs(request: Request[Any]) -> set[Output]:
         SelfTrain: {"adapter", "metrics"},  # the counts of candidates depend on private text
         Score: {"scores"},
         Vote: {"votes"},
+        OfferKeys: {"votes"},  # the keys, shares and signatures of a secure sum serve votes alone
+        ShareSeeds: {"votes"},
+        SignSurvivors: {"votes"},
+        Unmask: {"votes"},
         Evaluate: {"metrics"},
         Adopt: set(),
         Learn: set(),
@@ -363,5 +448,8 @@ def outputs(request: Request[Any]) -> set[Output]:
     return kinds[type(request)]
 
 
-REQUESTS: tuple[type[Request[Any]], ...] = (Synthesize, Finetune, Adopt, Score, Vote, SelfTrain, Learn, Evaluate)
+SUMMING: tuple[type[Request[Any]], ...] = (OfferKeys, ShareSeeds, SignSurvivors, Unmask)
+REQUESTS: tuple[type[Request[Any]], ...] = (
+    Synthesize, Finetune, Adopt, Score, Vote, *SUMMING, SelfTrain, Learn, Evaluate
+)  # fmt: skip
 Guarantee = Literal["dp", "none"]

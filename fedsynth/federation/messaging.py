@@ -19,17 +19,19 @@ from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
 from fedsynth.federation.delivery.site_retry import NOT_ASKED, SiteRetry
 from fedsynth.federation.delivery.worker_retry import WorkerRetry
-from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request
+from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request, Vote
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies
 from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
+from fedsynth.federation.summing import sum_id, summed_votes
 from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
 from fedsynth.privacy.plan import Statement
 from fedsynth.scenario.schema import Cell
+from fedsynth.synthesis.voting import counted
 from fedsynth.typed import BadValue
 
 R = TypeVar("R")
@@ -76,14 +78,18 @@ class Clients:
         """Sends the same request to every client; returns typed replies by client, in order of clients."""
         return self.ask_each(dict.fromkeys(self.ids, request))
 
-    def ask_each(self, requests: Mapping[int, Request[R]]) -> dict[int, R]:
+    def ask_each(self, requests: Mapping[int, Request[R]], *, needed: int | None = None) -> dict[int, R]:
         """Sends one request per client, all at once; returns typed replies by client, in order of clients.
 
         Clients that the scenario's `participation` takes away have no reply here. An absent client is not asked. The
         reply of a client that drops out is not used, but its privacy spending counts.
 
+        Args:
+            requests: By client.
+            needed: The least number of replies; None for the scenario's quorum.
+
         Raises:
-            TooFewReplies: If fewer clients than the quorum give a usable reply in time.
+            TooFewReplies: If fewer clients give a usable reply in time.
         """
         if self.run_log.round != self._round:
             self._round, self._before = self.run_log.round, self.exchange
@@ -94,8 +100,8 @@ class Clients:
         asked = [client for client in sorted(requests) if fates.get(client) is not Fate.ABSENT]
         replies: dict[int, R] = {}
         reasons = {client: fate.value for client, fate in fates.items()}
-        # The tolerance is for shares such as 0.07 of 100, whose product lies above 7.
-        needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
+        if needed is None:  # the tolerance is for shares such as 0.07 of 100, whose product lies above 7
+            needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
         self.run_log.progress(name, 0, len(requests))
         # With the quorum out of reach, asking the others would spend their budget and the run's time in vain.
         said = self._arrived(requests, asked) if len(requests) - len(reasons) >= needed else ()
@@ -121,6 +127,21 @@ class Clients:
                 f"{name}: {len(replies)} of {len(requests)} clients answered, {needed} needed ({why}); {log} says more"
             )
         return dict(sorted(replies.items()))
+
+    def sum_votes(self, request: Vote, ids: Sequence[int]) -> Votes:
+        """The votes of these clients, added up: by a secure sum, if `client.voting.secure_sum` says so.
+
+        Raises:
+            TooFewReplies: As `ask_each`; of a secure sum, if more clients are missing than its cohort allows.
+        """
+        client = self.cell.scenario.client
+        cohort = client.voting.secure_sum
+        if cohort is None or client.guarantee == "none":
+            return counted([reply.votes for reply in self.ask_each(dict.fromkeys(ids, request)).values()])
+        # Without the arm: arms that ask a simulated client the same thing get the same noise (`unpack_request`).
+        return summed_votes(
+            self.ask_each, ids, request, cohort, sum_id(self.run, self.cell.seed, self.exchange + 1, [*ids])
+        )
 
     def _name(self, client: int) -> str:
         return f"site {self.sites[client]!r}" if self.sites else f"client {client}"

@@ -13,6 +13,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import (
     FUNNEL,
     LOSS,
+    SUMMING,
     Adopt,
     Adopted,
     Evaluate,
@@ -21,22 +22,30 @@ from fedsynth.federation.messages import (
     Finetuned,
     Learn,
     Learnt,
+    OfferKeys,
     Request,
     Score,
     Scored,
+    SeedsShared,
     SelfTrain,
     SelfTrained,
+    ShareSeeds,
+    SignSurvivors,
     Synthesize,
     Synthesized,
+    Unmask,
+    Unmasked,
     Vote,
     Voted,
     measured,
 )
+from fedsynth.federation.secure_sum import MODULUS, Offer, Sealed, SeedShare
 from fedsynth.limits import (
     CLIP_NORMS,
     MAX_ALPHA,
     MAX_BATCH,
     MAX_CANDIDATES,
+    MAX_CLIENTS,
     MAX_GRANTS,
     MAX_LOSS,
     MAX_MICROBATCH,
@@ -64,6 +73,7 @@ from fedsynth.limits import (
 )
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
+from fedsynth.privacy.cohort import LARGEST
 from fedsynth.privacy.plan import SMALLEST_SIGMA, Mechanism, Statement
 from fedsynth.scenario.client import Client, GeneratorTraining
 
@@ -73,7 +83,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 FACTOR = re.compile(r"[A-Za-z0-9_.-]+\.lora_[AB]\.weight")
 
 
-CHECKED = (Synthesize, Finetune, Adopt, Score, Vote, SelfTrain, Learn, Evaluate)  # by `check_request`
+SUM = re.compile(r"[0-9a-f]{32}")  # it names a file at the client
+CHECKED = (Synthesize, Finetune, Adopt, Score, Vote, *SUMMING, SelfTrain, Learn, Evaluate)  # by `check_request`
 
 
 class Rejected(ValueError):
@@ -107,6 +118,18 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         raise Rejected(f"a server sent no text to {'score' if isinstance(request, Score) else 'vote for'}")
     if isinstance(request, Vote):
         _within("nearest", request.nearest, 1, MAX_NEAREST)
+        _check_clients("members", request.members)
+    if isinstance(request, Vote | OfferKeys | ShareSeeds | SignSurvivors | Unmask):
+        unsummed = isinstance(request, Vote) and not request.sum_id and not request.members
+        if not (unsummed or SUM.fullmatch(request.sum_id)):
+            raise Rejected("the id of a sum has 32 hexadecimal digits")
+    if isinstance(request, ShareSeeds):
+        _check_clients("offers", [made.client for made in request.offers])
+    if isinstance(request, SignSurvivors | Unmask):
+        _check_clients("survivors", request.survivors)
+    if isinstance(request, Unmask):
+        _check_clients("signatures", [each.client for each in request.signatures])
+        _check_clients("sealed", [each.client for each in request.sealed])
     if isinstance(request, Synthesize | Finetune | SelfTrain) and request.start is not None:
         _check_factors("start", request.start)
     if isinstance(request, Finetune) and request.proximal is not None:
@@ -183,8 +206,10 @@ def check_reply(
         # A list of scores may be protected for the client as a whole; text and adapters are not.
         whole = {claims.CLIENT} if isinstance(reply, Scored) else set()
         try:
-            mechanism: Mechanism = "votes" if isinstance(reply, Voted) else "gradients"
-            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, mechanism=mechanism)
+            mechanisms: tuple[Mechanism, ...] = ("gradients", "scores") if whole else ("gradients",)
+            if isinstance(request, Vote) and said.guarantee == "dp":
+                mechanisms = ("summed_votes" if request.sum_id else "votes",)
+            claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, mechanisms=mechanisms)
         except ValueError as problem:
             raise Rejected(f"statement: {problem}") from problem
     if isinstance(reply, Synthesized) and isinstance(request, Synthesize):
@@ -221,8 +246,16 @@ def check_reply(
         _within("number of votes", len(reply.votes.values), len(request.corpus), len(request.corpus))
         if not all(map(math.isfinite, reply.votes.values)):
             raise Rejected("votes that are not finite")
-        if any(abs(vote) > MAX_SCORE for vote in reply.votes.values):
-            raise Rejected(f"votes beyond {MAX_SCORE:g}")
+        if any(abs(vote) > (MODULUS if request.sum_id else MAX_SCORE) for vote in reply.votes.values):
+            raise Rejected(f"votes beyond {MODULUS if request.sum_id else MAX_SCORE:g}")
+        if request.sum_id and not all(vote >= 0 and float(vote).is_integer() for vote in reply.votes.values):
+            raise Rejected("votes under masks that are not whole numbers from 0")
+    if isinstance(reply, SeedsShared) and isinstance(request, ShareSeeds):
+        _check_each("offer", reply.shares, request.offers)
+    if isinstance(reply, Unmasked) and isinstance(request, Unmask):
+        _check_each("member", reply.shares, request.sealed)
+        if not all(SUM.fullmatch(each.share) for each in reply.shares):  # as long as an id: 16 bytes
+            raise Rejected("shares that are not 32 hexadecimal digits")
     if isinstance(reply, Evaluated) and isinstance(request, Evaluate):
         _check_metrics(reply.metrics, measured(request, instructs=not labels, chooses=chooses))
         _within("examples", reply.examples, 0, MAX_RECORDS)
@@ -301,6 +334,17 @@ def _check_factors(name: str, adapter: Adapter) -> None:
         a, b = shapes.get(layer + A, ()), shapes.get(layer + B, ())
         if not (len(a) == len(b) == 2 and a[0] == b[1] == adapter.rank):
             raise Rejected(f"{name} must have matrices A and B of rank {adapter.rank} for each of its layers")
+
+
+def _check_each(what: str, shares: Sequence[Sealed | SeedShare], of: Sequence[Offer | Sealed]) -> None:
+    if [each.client for each in shares] != [each.client for each in of]:
+        raise Rejected(f"shares that are not one for each {what}")
+
+
+def _check_clients(what: str, clients: Sequence[int]) -> None:
+    _within(f"number of {what}", len(clients), 0, LARGEST)
+    if any(not 0 <= client < MAX_CLIENTS for client in clients):
+        raise Rejected(f"{what} name a client below 0, or from {MAX_CLIENTS}")
 
 
 def _check_finite(adapter: Adapter) -> None:

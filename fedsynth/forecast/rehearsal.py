@@ -48,8 +48,10 @@ from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.devices import one_thread
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
+from fedsynth.synthesis.voting import counted
 
 GRANT = ("0" * 32,)  # as long as a grant's id
 ENOUGH = 10.0  # seconds of a rehearsal; further rounds are then assumed to cost as much as the last whole one
@@ -94,7 +96,12 @@ class _Answering(Clients):
     begun: float = field(default_factory=busy)
     spent: float = 0.0
 
-    def ask_each(self, requests: Mapping[int, Request[Any]]) -> dict[int, Any]:
+    def sum_votes(self, request: Vote, ids: Sequence[int]) -> Votes:
+        """Dummy votes. A secure sum's four small exchanges are left out: they take no model, and few bytes."""
+        replies = self.ask_each(dict.fromkeys(ids, request))
+        return counted([reply.votes for reply in replies.values()])
+
+    def ask_each(self, requests: Mapping[int, Request[Any]], *, needed: int | None = None) -> dict[int, Any]:  # noqa: ARG002
         """Dummy replies by client.
 
         Raises:
@@ -202,13 +209,14 @@ class _Answering(Clients):
         unit = self.cell.scenario.data.unit_name
         training = of.client.scorer_training if scores else of.client.generator_training
         settings = of.client.voting if votes else training
-        return statement_of(charged, unit, settings.rows_per_unit)
+        cohort = of.client.voting.secure_sum if votes else None
+        return statement_of(charged, unit, settings.rows_per_unit, cohort)
 
 
 @lru_cache(maxsize=4096)
-def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int) -> Statement:
+def statement_of(planned: DPPlan | None, unit: str, rows_per_unit: int, cohort: Cohort | None = None) -> Statement:
     """The statement of a plan, as a simulated client makes it."""
-    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True)
+    return statement(planned, unit=unit, rows_per_unit=rows_per_unit, rows=(), simulated=True, cohort=cohort)
 
 
 def _trained_from(start: Adapter, rng: np.random.Generator, grants: tuple[str, ...]) -> Adapter:

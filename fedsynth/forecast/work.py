@@ -8,7 +8,18 @@ from typing import Any
 
 from fedsynth.clients.client_side import declared_records
 from fedsynth.data.partition import class_list, divide
-from fedsynth.federation.messages import Adopt, Evaluate, Finetune, Learn, Request, Score, SelfTrain, Synthesize, Vote
+from fedsynth.federation.messages import (
+    SUMMING,
+    Adopt,
+    Evaluate,
+    Finetune,
+    Learn,
+    Request,
+    Score,
+    SelfTrain,
+    Synthesize,
+    Vote,
+)
 from fedsynth.forecast.profiling import Unit
 from fedsynth.scenario.client import SHOTS, Client
 from fedsynth.scenario.schema import Cell
@@ -115,6 +126,7 @@ WORK: dict[type[Request[Any]], Callable[[Any, Facts], Work]] = {
     Learn: _learn,
     Evaluate: _evaluate,
     Adopt: lambda *_: {},
+    **dict.fromkeys(SUMMING, lambda *_: {}),  # keys, shares and signatures: milliseconds
 }
 
 

@@ -17,7 +17,7 @@ from fedsynth.limits import (
     MAX_SIGMA,
     MAX_STEPS,
 )
-from fedsynth.privacy.plan import APART, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, Statement, epsilon
+from fedsynth.privacy.plan import APART, BY_RDP, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, Statement, epsilon
 from fedsynth.privacy.rdp import bound
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
@@ -33,7 +33,7 @@ def check(
     *,
     units: Collection[str] = UNITS,
     simulated: bool | None = None,
-    mechanism: Mechanism = "gradients",
+    mechanisms: Collection[Mechanism] = tuple(APART),
 ) -> None:
     """Refuses a statement whose figures cannot be those of a plan. A message names junk and never repeats it.
 
@@ -43,7 +43,7 @@ def check(
         said: A client's statement.
         units: The privacy units that it may protect.
         simulated: True if its noise must be reproducible, false if it must not be; None allows either.
-        mechanism: What gets the noise; all but gradients need all units in every step.
+        mechanisms: What may get the noise; all but gradients need all units in every step.
 
     Raises:
         ValueError: If a figure is impossible; the message names it and its allowed values.
@@ -52,6 +52,10 @@ def check(
         raise ValueError(f"unit must be one of {', '.join(units)}")
     if simulated is not None and said.simulated is not simulated:
         raise ValueError(f"simulated must be {str(simulated).lower()} here")
+    # Earlier versions named no mechanism, and of scores alone is the unit the client as a whole.
+    mechanism: Mechanism = "scores" if said.unit == CLIENT else said.mechanism
+    if mechanism not in mechanisms:
+        raise ValueError(f"mechanism must be {' or '.join(mechanisms)}")
     _within("delta", said.delta, math.ulp(0.0), MAX_DELTA)
     _within("rows_per_unit", said.rows_per_unit, 1, MAX_ROWS)
     if said.guarantee == "none":
@@ -65,15 +69,30 @@ def check(
     rate = _within("sampling_rate", said.sampling_rate, 1 / MAX_RECORDS, 1.0)
     steps = int(_within("steps", said.steps, 1, MAX_STEPS))
     _within("clip_norm", said.clip_norm, math.ulp(0.0), 2 * CLIP_NORMS[1])  # twice: a list of scores
+    _check_sum(said, mechanism, sigma, steps)
     _check_rows(said)
     _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
-    if said.unit == CLIENT:  # another list is no further away than an empty one: `clients.score`
+    if mechanism == "scores":  # another list is no further away than an empty one: `clients.score`
         _within("epsilon_replace_one", replaced, claimed, math.inf)
     elif mechanism == "gradients":
         _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")
     else:
         _within("sampling_rate", rate, 1.0, 1.0)
         _reaches("epsilon_replace_one", replaced, rate, sigma / APART[mechanism], steps, said.delta, "zero_out")
+
+
+def _check_sum(said: Statement, mechanism: Mechanism, sigma: float, steps: int) -> None:
+    """Checks the figures of whole numbers under Skellam noise, of which RDP alone is known, and those of a cohort."""
+    if said.cohort is not None and mechanism not in BY_RDP:
+        raise ValueError("a secure sum stands in the statement of something that is in none")
+    if mechanism not in BY_RDP:
+        return
+    figures = [("epsilon", said.epsilon, bound([(1.0, sigma, steps)], said.delta))]
+    if said.cohort is not None:
+        figures.append(("epsilon_alone", said.epsilon_alone, said.cohort.alone(sigma, steps, said.delta)))
+    for name, claimed, true in figures:
+        if claimed is None or not claimed >= true - TOLERANCE * max(1.0, true):
+            raise ValueError(f"{name} is said to be {_shown(claimed)}; by RDP it is {true:.4g} or more")
 
 
 def _check_rows(said: Statement) -> None:

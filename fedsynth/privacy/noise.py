@@ -11,6 +11,7 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 from scipy.special import ndtri
+from scipy.stats import poisson
 
 from fedsynth.corpus import Corpus
 
@@ -58,6 +59,19 @@ class GrantRandomness:
             ndtri(block, out=block)
             np.copysign(block, words, out=block)
         return normals
+
+    def poissons(self, count: int, mean: float) -> NDArray[np.int64]:
+        """The next `count` Poisson draws of the noise stream, by the inverse of their distribution.
+
+        Each takes the upper 52 bits of a word for a uniform u strictly inside (0, 1). So the distribution is exact but
+        for a probability of 2^-52 a draw, far below any delta.
+        """
+        if count < 0:
+            raise ValueError(f"count must be >= 0, got {count}")
+        if not 0 < mean < 2**40:
+            raise ValueError(f"mean must lie in 0..2^40, got {mean}")
+        uniforms = ((self._noise.words(count) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+        return np.asarray(poisson.ppf(uniforms, mean), dtype=np.int64)
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         """The next draw: each of `count` units enters on its own with probability `rate`.

@@ -16,6 +16,7 @@ from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
 from fedsynth.limits import MAX_SIGMA, MAX_STEPS, MIN_DELTA
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.rdp import bound
 
 Relation = Literal["zero_out", "replace_one"]
@@ -310,6 +311,9 @@ class Statement:
         steps: Steps of all rounds.
         clip_norm: L2 norm to which a unit's gradient is clipped.
         simulated: True if the noise comes from a run seed and is reproducible: a statement about a hypothetical site.
+        mechanism: What gets the noise.
+        cohort: The cohort of the secure sum that epsilon rests on; None if it holds for the client's messages alone.
+        epsilon_alone: Epsilon of the client's own messages, if the server could read them without the sum.
     """
 
     guarantee: Literal["dp", "none"]
@@ -324,8 +328,13 @@ class Statement:
     steps: int | None = None
     clip_norm: float | None = None
     simulated: bool = False
+    mechanism: Mechanism = "gradients"
+    cohort: Cohort | None = None
+    epsilon_alone: float | None = None
 
     def __post_init__(self) -> None:
+        if (self.cohort is None) != (self.epsilon_alone is None):
+            raise ValueError("a cohort and epsilon_alone belong together")
         if (self.guarantee == "dp") != (self.epsilon is not None and math.isfinite(self.epsilon)):
             raise ValueError(f"guarantee {self.guarantee!r} cannot stand beside epsilon {self.epsilon}")
 
@@ -333,7 +342,8 @@ class Statement:
         """Values for JSON: row counts become text, and an infinite figure the text "inf"."""
         values = asdict(self)
         values["epsilon_rows"] = {str(rows): _finite(figure) for rows, figure in self.epsilon_rows.items()}
-        values["epsilon_replace_one"] = _finite(self.epsilon_replace_one)
+        for name in ("epsilon_replace_one", "epsilon_alone"):
+            values[name] = _finite(values[name])
         return values
 
     @classmethod
@@ -347,7 +357,12 @@ class Statement:
         replaced = values["epsilon_replace_one"]
         rows = {int(rows): float(figure) for rows, figure in values["epsilon_rows"].items()}
         replace_one = None if replaced is None else float(replaced)
-        return cls(**{**values, "epsilon_rows": rows, "epsilon_replace_one": replace_one})
+        alone = None if values["epsilon_alone"] is None else float(values["epsilon_alone"])
+        cohort = None if values["cohort"] is None else Cohort(**values["cohort"])
+        return cls(
+            **{**values, "epsilon_rows": rows, "epsilon_replace_one": replace_one}
+            | {"cohort": cohort, "epsilon_alone": alone}
+        )
 
 
 ROWS_OF_A_PERSON = (2, 5, 10)  # docs/privacy.md
@@ -361,6 +376,7 @@ def statement(
     rows_per_unit: int = 1,
     rows: Iterable[int] = ROWS_OF_A_PERSON,
     simulated: bool = False,
+    cohort: Cohort | None = None,
 ) -> Statement:
     """The statement of a plan that runs whole; without a plan, the statement that there is no guarantee.
 
@@ -372,6 +388,7 @@ def statement(
         rows: Numbers of rows of one person for which the statement has epsilon, too; ignored unless the unit is a row.
             The figures take seconds each and are cached.
         simulated: True if the noise is reproducible.
+        cohort: The cohort of the secure sum that the plan's noise is counted in.
     """
     if plan is None:
         return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
@@ -388,6 +405,9 @@ def statement(
         steps=plan.total_steps,
         clip_norm=plan.clip_norm,
         simulated=simulated,
+        mechanism=plan.mechanism,
+        cohort=cohort,
+        epsilon_alone=None if cohort is None else cohort.alone(plan.noise_multiplier, plan.total_steps, plan.delta),
     )
 
 

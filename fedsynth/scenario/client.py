@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeAlias
 
 from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_ROWS, MAX_SIGMA, Tokens, most
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import Budget, DPPlan, Mechanism, plan
 from fedsynth.scenario.hardware import Precision
 from fedsynth.typed import BadValue, Count, Positive, in_range
@@ -189,10 +190,13 @@ class Voting:
     Attributes:
         max_length: Longer texts are cut after so many tokens.
         rows_per_unit: The most rows of a unit that vote, the first ones. Their votes are scaled together to norm 1.
+        secure_sum: The cohort whose votes the server sees as a sum alone (docs/secure-sum.md); left out, each client's
+            counts have noise enough of their own.
     """
 
     max_length: Tokens = 128
     rows_per_unit: Annotated[Count, most(MAX_ROWS)] = 1
+    secure_sum: Cohort | None = None
 
     def __post_init__(self) -> None:
         in_range(self, "client.voting")
@@ -308,7 +312,7 @@ class Client:
             BadValue: If the run has no budget.
         """
         every = GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0)
-        return self._plan(every, records, rounds, "votes")
+        return self._plan(every, records, rounds, "summed_votes" if self.voting.secure_sum else "votes")
 
     def _plan(
         self, settings: GeneratorTraining, records: int, rounds: int, mechanism: Mechanism = "gradients"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,10 +13,10 @@ from fedsynth.corpus import Corpus, Provenance, Votes, united
 Selection = Literal["rank", "proportion"]
 
 
-def counted(replies: Mapping[int, Votes]) -> Votes:
+def counted(votes: Sequence[Votes]) -> Votes:
     """The sum of all clients' votes for each text; it has no guarantee if one client's have none."""
-    values = np.sum([votes.values for votes in replies.values()], axis=0)
-    return Votes(tuple(values.tolist()), united(list(replies.values())))
+    values = np.sum([each.values for each in votes], axis=0)
+    return Votes(tuple(values.tolist()), united(votes))
 
 
 def permuted(votes: Votes, corpus: Corpus, seed: int) -> Votes:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from fedsynth.dpsgd.stacked import stacked
 from fedsynth.privacy import noise as randomness
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.skellam import Draws
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import checkpointing
 from fedsynth.training import dp_training as training
@@ -187,7 +188,11 @@ def _check_stacked_sums(model: nn.Module, plan: DPPlan, settings: GeneratorTrain
             raise SelfCheckFailed(f"a stacked client's sum differs from the one that it has alone (by {gap:.2g})")
 
 
-def check_list(release: Callable[[Sequence[float], Randomness], Sequence[float]], plan: DPPlan) -> None:
+class Noise(Randomness, Draws, Protocol):
+    """The randomness of a list's noise: real or whole numbers."""
+
+
+def check_list(release: Callable[[Sequence[float], Noise], Sequence[float]], plan: DPPlan) -> None:
     """Checks the mechanism of a list of numbers on public ones: two lists stay within C, the noise is the plan's.
 
     Args:
@@ -217,6 +222,9 @@ class _Silent:
 
     def normals(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)
+
+    def poissons(self, count: int, mean: float) -> NDArray[np.int64]:  # noqa: ARG002
+        return np.zeros(count, dtype=np.int64)
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         raise NotImplementedError(f"a list is not drawn: {count} at {rate}")

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fedsynth.federation.run.log import RunLog
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
 
 
@@ -73,21 +74,25 @@ def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     spent = _spent(run_logs)
     if guarantee_of(run_logs) == "none" or not spent:
         return terms
-    listed, voted = seen == ["scores"] and client.scores == "noise", seen == ["votes"]
+    noised = {s.mechanism for s in spent}
+    listed, voted = noised == {"scores"}, noised <= {"votes", "summed_votes"}
+    summed = "summed_votes" in noised
     training = client.scorer_training if "scores" in seen else client.generator_training
     rate = min(s.sampling_rate or 1.0 for s in spent)
     return {
         **terms,
         "mechanism": "Gaussian noise on a client's list of scores, clipped as a whole, each round" if listed else (
-            "Gaussian noise on every count of votes, each unit's votes scaled to norm 1 at most, each round"
+            f"{'Skellam' if summed else 'Gaussian'} noise on every count of votes, "
+            "each unit's votes scaled to norm 1 at most, each round"
         ) if voted else (
             "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch"
         ),
         "sampler": "none: all of the client's data takes part" if listed or voted else (
             "Poisson: each unit enters each batch by a draw of its own"
         ),
-        "accountant": f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, "
-        "rounded up",
+        "accountant": "Rényi differential privacy of whole orders, rounded up" if summed else (
+            f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, rounded up"
+        ),
         "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
         "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
         **({} if voted else {"largest_units": 1 if listed else round(training.expected_batch_size / rate)}),
@@ -114,6 +119,7 @@ def _plan_of(said: Statement) -> DPPlan:
         clip_norm=said.clip_norm or 1.0,
         noise_multiplier=said.sigma or 1.0,
         delta=said.delta,
+        mechanism=said.mechanism,
     )
 
 
@@ -135,7 +141,23 @@ def privacy_line(run_logs: Sequence[RunLog]) -> str:
         f"({replaced:.2f} if replaced by another {unit}); largest over "
         + ("clients and seeds, each a world of its own" if run_logs[0].simulated else "sites, in this run alone")
         + ("; simulated: noise reproducible" if any(s.simulated for s in spent) else "")
+        + _sums(spent)
         + _assumptions(run_logs)
+    )
+
+
+def _sums(spent: Sequence[Statement]) -> str:
+    """The assumptions of each cohort whose sum epsilon rests on, and the figure without it."""
+    found: dict[Cohort, float] = {}
+    for said in spent:
+        if said.cohort is not None:
+            found[said.cohort] = max(found.get(said.cohort, 0.0), said.epsilon_alone or 0.0)
+    return "".join(
+        f"; by a secure sum of {cohort.clients} clients (no more than {cohort.dropouts} missing, no more than "
+        f"{cohort.colluders} in league with the server, {cohort.threshold} to open it, keys pinned by each operator), "
+        f"which rests on the noise of {cohort.honest} honest ones; a client's own messages without the sum: "
+        f"{up(alone, 2):.2f}"
+        for cohort, alone in found.items()
     )
 
 

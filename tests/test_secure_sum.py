@@ -1,0 +1,491 @@
+"""A secure sum: the server learns the sum alone, whoever is missing; a client gives nothing that would show more."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message
+from inprocess import Played, cell_of, play, simulation, to_toml
+from local import LocalGrid
+from scipy.stats import chisquare, poisson, skellam
+from test_private_evolution import LABELS, Guessing, pointing, right, toml  # noqa: F401 - a fixture
+
+from fedsynth.clients import vote as on_client
+from fedsynth.clients.app import client_app
+from fedsynth.clients.vote import check_whole_noise, protected_whole, whole
+from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation.messages import (
+    Learn,
+    OfferKeys,
+    Refused,
+    ShareSeeds,
+    SignSurvivors,
+    Unmask,
+    Vote,
+)
+from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
+from fedsynth.federation.run.log import RunLog
+from fedsynth.federation.run.privacy_report import privacy_line
+from fedsynth.federation.secure_sum import (
+    MODULUS,
+    Mistrusted,
+    NotOpened,
+    SeedShare,
+    Signed,
+    check_offers,
+    masked,
+    new_secrets,
+    offer,
+    opened,
+    shares,
+    simulated_identity,
+    unmasked,
+)
+from fedsynth.federation.strategy import Clients
+from fedsynth.privacy import claims
+from fedsynth.privacy.cohort import Cohort
+from fedsynth.privacy.noise import GrantRandomness
+from fedsynth.privacy.plan import Budget, replaced_epsilon, statement
+from fedsynth.privacy.skellam import UNIT, noise, sigma_of, variance
+from fedsynth.scenario.client import Client, Voting
+from fedsynth.scenario.toml import from_toml
+from fedsynth.training.selfcheck import SelfCheckFailed
+from fedsynth.typed import BadValue
+
+SUM = "0123456789abcdef" * 2
+COHORT = Cohort(5, dropouts=2)
+
+
+class Five:
+    """Five clients with vectors, up to the point at which vectors are sent; no network."""
+
+    def __init__(self, size: int = 40) -> None:
+        rng = np.random.default_rng(0)
+        self.ids = (0, 1, 2, 4, 7)
+        self.vectors = {i: rng.integers(-(2**40), 2**40, size) for i in self.ids}
+        self.secrets = {i: new_secrets() for i in self.ids}
+        self.offers = [offer(self.secrets[i], SUM, i, simulated_identity(i, 8)) for i in self.ids]
+        self.boxes = {i: shares(self.secrets[i], SUM, i, self.offers, COHORT.threshold) for i in self.ids}
+
+    def sent(self, client: int, members: Sequence[int] | None = None) -> list[int]:
+        return masked(self.vectors[client], self.secrets[client], SUM, client, self.offers, members or self.ids)
+
+    def given(self, client: int, members: Sequence[int], survivors: Sequence[int]) -> list[SeedShare]:
+        to_me = [replace(box, client=i) for i in members for box in self.boxes[i] if box.client == client]
+        found = opened(self.secrets[client], SUM, client, self.offers, to_me)
+        return [SeedShare(i, found[i][1 if i in survivors else 0].hex()) for i in members]
+
+
+# --- the arithmetic ---
+
+
+@pytest.mark.parametrize("missing", [n for k in range(3) for n in itertools.combinations((0, 1, 2, 4, 7), k)])
+def test_the_sum_of_masked_vectors_is_that_of_plain_ones_whoever_is_missing(missing: tuple[int, ...]) -> None:
+    five = Five()
+    survivors = [i for i in five.ids if i not in missing]
+    vectors = {i: five.sent(i) for i in survivors}
+    given = {i: five.given(i, five.ids, survivors) for i in survivors[:3]}  # as many as the threshold
+    total = unmasked(SUM, five.offers, five.ids, vectors, given, 3)
+    assert total.tolist() == sum(five.vectors[i] for i in survivors).tolist()
+    with pytest.raises(NotOpened, match="2 shares are there, 3 are needed"):
+        unmasked(SUM, five.offers, five.ids, vectors, dict(list(given.items())[:2]), 3)
+
+
+def test_a_client_that_never_shared_its_seeds_has_no_mask_with_others() -> None:
+    five = Five()
+    members = five.ids[:4]
+    vectors = {i: five.sent(i, members) for i in members[:3]}
+    given = {i: five.given(i, members, members[:3]) for i in members[:3]}
+    total = unmasked(SUM, five.offers, members, vectors, given, 3)
+    assert total.tolist() == sum(five.vectors[i] for i in members[:3]).tolist()
+
+
+def test_what_a_client_sends_is_uniform_and_never_the_same() -> None:
+    one, other = Five(20_000), Five(20_000)
+    one.vectors[1][:] = other.vectors[1][:] = 7  # equal inputs
+    sent = [np.array(five.sent(1)) for five in (one, other)]
+    assert (sent[0] != sent[1]).mean() > 0.999
+    for words in (*sent, (sent[0] - sent[1]) % MODULUS):
+        for shift in (0, 20, 40):
+            counts = np.bincount(words >> shift & 255, minlength=256)
+            assert chisquare(counts).pvalue > 1e-6
+    plain = np.bincount(np.full(20_000, 7) & 255, minlength=256)
+    assert chisquare(plain).pvalue < 1e-6  # it would show
+
+
+def test_a_missing_mask_leaves_the_sum_unreadable() -> None:
+    five = Five()
+    vectors = {i: five.sent(i) for i in five.ids}
+    given = {i: five.given(i, five.ids, five.ids) for i in five.ids}
+    vectors[0] = five.sent(0, five.ids[:4])
+    total = unmasked(SUM, five.offers, five.ids, vectors, given, 3)
+    assert (np.abs(total - sum(five.vectors.values())) > 2**40).mean() > 0.9
+
+
+@pytest.mark.parametrize("survives", [True, False])
+def test_a_seed_that_was_not_promised_opens_nothing(survives: bool) -> None:
+    five = Five()
+    survivors = five.ids if survives else five.ids[1:]
+    other = Five()
+    given = {i: five.given(i, five.ids, survivors) for i in survivors}
+    strange = {i: other.given(i, five.ids, survivors) for i in survivors}
+    for client, of in given.items():
+        given[client] = [strange[client][0], *of[1:]]  # all give another seed for client 0
+    with pytest.raises(NotOpened, match="not the one"):
+        unmasked(SUM, five.offers, five.ids, {i: five.sent(i) for i in survivors}, given, 3)
+
+
+def test_offers_count_only_as_signed_by_a_pinned_key_for_this_sum() -> None:
+    five, me = Five(), simulated_identity(0, 8)
+    check_offers(five.offers, SUM, me)
+
+    def refused(offers: Sequence[Any], why: str, sum_id: str = SUM) -> None:
+        with pytest.raises(Mistrusted, match=why):
+            check_offers(offers, sum_id, me)
+
+    forged = new_secrets()
+    refused([*five.offers[:4], offer(forged, SUM, 9, simulated_identity(9, 10))], "none of this client's roster")
+    refused([*five.offers[:4], replace(five.offers[4], masking_key="ab" * 32)], "not of what it should sign")
+    refused([*five.offers[:4], replace(five.offers[4], client=5)], "not of what it should sign")
+    refused([*five.offers[:4], replace(five.offers[4], signature="zz")], "not of what it should sign")
+    refused(five.offers, "not of what it should sign", sum_id="f" * 32)  # of another sum
+    refused([*five.offers, five.offers[0]], "two offers of one client")
+    twice = offer(forged, SUM, 3, simulated_identity(2, 8))
+    refused([*five.offers[:3], twice, *five.offers[3:]], "two offers of one signer")
+    refused(five.offers[::-1], "order")
+
+
+def test_shares_open_for_their_receiver_and_sum_alone() -> None:
+    five = Five()
+    for sender, receiver, offers in ((1, 2, five.offers), (1, 0, Five().offers), (1, 0, five.offers[:4])):
+        box = next(box for box in five.boxes[sender] if box.client == 0)
+        with pytest.raises(Mistrusted):
+            opened(five.secrets[receiver], SUM, receiver, offers, [replace(box, client=sender)])
+    box = next(box for box in five.boxes[1] if box.client == 0)
+    assert set(opened(five.secrets[0], SUM, 0, five.offers, [replace(box, client=1)])) == {1}
+    with pytest.raises(Mistrusted, match="made no offer"):
+        opened(five.secrets[0], SUM, 0, five.offers, [replace(box, client=3)])
+
+
+@pytest.mark.parametrize(
+    ("clients", "dropouts", "colluders", "threshold", "honest"),
+    [(3, 1, 0, 2, 2), (3, 0, 1, 3, 2), (8, 1, 0, 5, 7), (8, 2, 2, 6, 4), (10, 1, 3, 7, 6)],
+)
+def test_two_lists_of_survivors_can_never_both_be_opened(
+    clients: int, dropouts: int, colluders: int, threshold: int, honest: int
+) -> None:
+    cohort = Cohort(clients, dropouts, colluders)
+    assert (cohort.threshold, cohort.honest) == (threshold, honest)
+    assert 2 * cohort.threshold > clients + colluders  # an honest client signs one list, a colluder two
+    assert cohort.threshold <= cohort.least
+
+
+@pytest.mark.parametrize("numbers", [(2, 0, 0), (3, 2, 0), (3, 1, 1), (257, 0, 0), (8, -1, 0)])
+def test_a_cohort_that_could_not_keep_its_promise_is_refused(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(BadValue, match="secure_sum"):
+        Cohort(*numbers)
+
+
+# --- the noise ---
+
+
+def brute_force(order: int, shift: int, spread: float) -> float:
+    """Rényi divergence of Skellam noise and the same moved by `shift`, by the sum over all whole numbers.
+
+    The difference of two Poisson draws, added up in logarithms: scipy's own `skellam` loses the tails.
+    """
+    mean = spread / 2
+    reach = int(12 * math.sqrt(spread)) + (order + 1) * shift  # the terms are largest at order * shift
+    points = np.arange(-reach, reach + 1)
+    second = np.arange(int(mean + 12 * math.sqrt(mean)) + reach)
+    both = poisson.logpmf(points[:, None] + second, mean) + poisson.logpmf(second, mean)
+    density = np.logaddexp.reduce(both, axis=1)
+    terms = order * density[:-shift] - (order - 1) * density[shift:]
+    return float(np.logaddexp.reduce(terms)) / (order - 1)
+
+
+@pytest.mark.parametrize("sigma", [0.6, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("order", [2, 3, 8, 32])
+def test_skellam_noise_costs_no_more_than_the_gaussian_noise_that_is_charged(sigma: float, order: int) -> None:
+    unit = 16  # in place of 1024, so that the sum over whole numbers can be computed; the theorem is the same
+    half = unit**2 / 2
+    spread = sigma**2 * (half + math.sqrt(half**2 + 2.5 * unit**2 / sigma**2))
+    found, charged = brute_force(order, unit, spread), order / (2 * sigma**2)
+    assert found <= charged
+    if order <= 3:  # at high orders the tails of this small unit cost far less than the theorem says
+        assert found > 0.9 * charged
+        assert brute_force(order, unit, 0.8 * spread) > charged  # less noise would show
+
+
+def test_variance_and_sigma_are_inverse_and_hardly_more_than_a_gaussians() -> None:
+    for sigma in (0.05, 0.6, 2.0, 20.0):
+        assert sigma_of(variance(sigma)) == pytest.approx(sigma, rel=1e-12)
+        assert 1 < variance(sigma) / (sigma * UNIT) ** 2 < 1 + 3 / (sigma**2 * UNIT**2)
+
+
+def test_draws_are_of_the_skellam_distribution_and_shares_of_them_add_up() -> None:
+    spread = 12.0
+    whole_ = noise(GrantRandomness(b"a" * 32), 40_000, spread)
+    parts = [noise(GrantRandomness(bytes([k]) * 32), 40_000, spread / 4) for k in range(4)]
+    edges = np.arange(-8, 9)
+    chances = skellam.pmf(edges, spread / 2, spread / 2)
+    chances = np.append(chances, 1 - chances.sum())
+    for found in (whole_, np.sum(parts, axis=0)):
+        counts = np.array([*[(found == edge).sum() for edge in edges], (np.abs(found) > 8).sum()])
+        assert chisquare(counts, chances * len(found)).pvalue > 1e-6
+    assert abs(np.corrcoef(parts[0], parts[1])[0, 1]) < 0.02
+    counts = np.array([*[(parts[0] == edge).sum() for edge in edges], (np.abs(parts[0]) > 8).sum()])
+    assert chisquare(counts, chances * 40_000).pvalue < 1e-6  # a share alone is too little noise
+
+
+def test_noise_of_the_honest_is_that_of_the_plan_and_more_if_all_stay() -> None:
+    cohort = Cohort(8, dropouts=2, colluders=1)
+    plan = client(2.0, cohort).vote_plan(200)
+    drawn = [
+        protected_whole([{}], 6_000, cohort.share(plan.noise_multiplier), GrantRandomness(bytes([k]) * 32))
+        for k in range(8)
+    ]
+    spread = np.var(np.sum(drawn[: cohort.honest], axis=0)) / UNIT**2
+    assert spread == pytest.approx(plan.noise_multiplier**2, rel=0.05)
+    assert np.var(np.sum(drawn[:4], axis=0)) / UNIT**2 < 0.9 * plan.noise_multiplier**2  # one fewer is too little
+    assert np.var(np.sum(drawn, axis=0)) / UNIT**2 > 1.4 * plan.noise_multiplier**2
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1 / math.sqrt(3)] * 3, [5.0, 1.0, 0.2], [0.6, 0.8], [1 / 8] * 64])
+def test_a_units_votes_are_bounded_after_rounding(weights: list[float]) -> None:
+    found = whole([dict(enumerate(weights))], len(weights) + 1)
+    assert int((found**2).sum()) <= UNIT**2
+    norm = max(1.0, math.hypot(*weights))
+    assert np.abs(found[:-1] / UNIT - np.array(weights) / norm).max() <= 1 / UNIT
+    assert whole([{0: 1.0}], 1).tolist() == [UNIT]  # not one less by the last bit of a float
+
+
+def client(epsilon: float, cohort: Cohort | None = COHORT) -> Client:
+    return Client("assets:tiny-slm", budget=Budget(epsilon), voting=Voting(secure_sum=cohort))
+
+
+def canonne(sigma: float, rounds: int, delta: float) -> float:
+    """Epsilon by RDP of whole orders, Canonne, Kamath and Steinke 2020, proposition 12; written out by hand."""
+    return min(rounds * a / (2 * sigma**2) + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a in range(2, 513))
+
+
+@pytest.mark.parametrize(("epsilon", "sigma"), [(8.0, 0.639), (2.0, 2.15), (1.0, 4.073)])
+def test_both_figures_are_those_of_renyi_divergence(epsilon: float, sigma: float) -> None:
+    plan = client(epsilon).vote_plan(200)
+    assert plan.noise_multiplier == sigma
+    said = statement(plan, rows=(2,), cohort=COHORT)
+    assert canonne(sigma, 1, 1e-5) <= said.epsilon <= epsilon < canonne(0.98 * sigma, 1, 1e-5)
+    assert (
+        canonne(sigma / math.sqrt(2), 1, 1e-5)
+        <= replaced_epsilon(plan)
+        <= 1.03 * canonne(sigma / math.sqrt(2), 1, 1e-5)
+    )
+    # Three of five are counted on: one client's own messages have a third of the variance.
+    assert said.epsilon_alone == pytest.approx(canonne(sigma / math.sqrt(3), 1, 1e-5), rel=0.03)
+    assert said.epsilon_rows[2] == pytest.approx(canonne(sigma / 2, 1, 1e-5), rel=0.03)
+    claims.check(said, mechanisms=("summed_votes",))
+    with pytest.raises(ValueError, match="epsilon_alone"):
+        claims.check(replace(said, epsilon_alone=said.epsilon), mechanisms=("summed_votes",))
+    with pytest.raises(ValueError, match="by RDP"):  # the figure of a Gaussian of that deviation
+        claims.check(replace(said, epsilon=0.93 * said.epsilon), mechanisms=("summed_votes",))
+    with pytest.raises(ValueError, match="in none"):
+        claims.check(replace(said, mechanism="votes"))
+
+
+def test_the_check_before_the_charge_finds_missing_noise_and_a_missing_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = client(2.0).vote_plan(200)
+    share = COHORT.share(plan.noise_multiplier)
+    check_whole_noise.__wrapped__(plan, share)
+
+    def broken(bound: Callable[..., Any], times: float) -> Callable[..., Any]:
+        return lambda votes, n, spread, r: bound(votes, n) + noise(r, n, spread * times)
+
+    monkeypatch.setattr(on_client, "protected_whole", broken(whole, 0.8))
+    with pytest.raises(SelfCheckFailed, match="deviation"):
+        check_whole_noise.__wrapped__(plan, share)
+    monkeypatch.setattr(on_client, "protected_whole", broken(lambda v, n: whole(v, n) * 2, 1.0))
+    with pytest.raises(SelfCheckFailed, match="apart"):
+        check_whole_noise.__wrapped__(plan, share)
+
+
+# --- clients and a server in one process ---
+
+SUMMED = "budget = { epsilon = 8.0 }\nvoting = { secure_sum = { clients = 3, dropouts = 1 } }"
+
+
+def summed_toml(place: Path, *, rounds: int = 1, options: str = "", settings: str = SUMMED) -> str:
+    return toml(place, rounds=rounds, options=options).replace("budget = { epsilon = 8.0 }", settings)
+
+
+def run(place: Path, *, settings: str = SUMMED, rounds: int = 1, **more: Any) -> Played:
+    place.mkdir(exist_ok=True)
+    return play(summed_toml(place, rounds=rounds, settings=settings), place, llm=Guessing(), measures=False, **more)
+
+
+def dropping(task: str, node: int) -> Callable[[Message], Message | None]:
+    """A client that is gone when it is asked for something."""
+
+    def spoil(message: Message) -> Message | None:
+        if message.metadata.message_type == task and message.metadata.dst_node_id == node:
+            from flwr.app import Error
+
+            return Message(Error(1, "gone"), reply_to=message)
+        return None
+
+    return spoil
+
+
+def test_the_server_learns_the_sum_of_votes_and_no_clients_counts(tmp_path: Path) -> None:
+    played = run(tmp_path / "a")
+    votes = played.requests(Vote)
+    replies = played.replies(Vote)
+    assert [request.members for request in votes] == [(0, 1, 2)] * 3
+    for reply in replies:
+        assert min(reply.votes.values) >= 0
+        assert max(reply.votes.values) > MODULUS / 4  # a count would be far below
+        assert reply.statement.cohort == Cohort(3, 1)
+        assert reply.statement.epsilon <= 8.0 < reply.statement.epsilon_alone
+    learnt = played.requests(Learn)[0].corpus
+    assert right(learnt) == 1.0
+    assert set(learnt.grants) == {grant for reply in replies for grant in reply.votes.grants}
+    line = privacy_line([played.run_log])
+    assert "a secure sum of 3 clients" in line
+    assert "honest" in line
+    again = run(tmp_path / "b")  # masks differ, the sum and its noise do not
+    assert again.replies(Vote)[0].votes.values != replies[0].votes.values
+    assert again.requests(Learn)[0].corpus == learnt
+
+
+@pytest.mark.parametrize("request_", [OfferKeys, ShareSeeds, Vote, SignSurvivors, Unmask])
+def test_one_client_may_be_gone_at_any_point(tmp_path: Path, request_: Any) -> None:
+    node = next(iter(LocalGrid(client_app(simulation), 3, {}).contexts))
+    played = run(tmp_path / "a", spoil=dropping(request_.task, node))
+    assert right(played.requests(Learn)[0].corpus) == 1.0
+
+
+def test_with_two_gone_nothing_is_opened_and_the_charge_stands(tmp_path: Path) -> None:
+    nodes = list(LocalGrid(client_app(simulation), 3, {}).contexts)
+    spoils = [dropping(Vote.task, node) for node in nodes[:2]]
+    out = tmp_path / "a"
+    with pytest.raises(TooFewReplies, match=r"vote: .* 2 needed"):
+        run(out, spoil=lambda message: next(filter(None, (spoil(message) for spoil in spoils)), None))
+    crossed = (out / "run").rglob("*")
+    assert not any("unmask" in path.name for path in crossed)
+
+
+class Asked:
+    """Three simulated clients that a test asks what it likes."""
+
+    def __init__(self, place: Path, settings: str = SUMMED) -> None:
+        place.mkdir(exist_ok=True)
+        text = to_toml(from_toml(summed_toml(place, settings=settings)))
+        cell, out = cell_of(text, "main", 0), place / "out"
+        out.mkdir(exist_ok=True)
+        self.grid = LocalGrid(client_app(simulation), 3, {"scenario-toml": text, "out-dir": str(out)})
+        self.run_log = RunLog(cell, out, out / "events.jsonl")
+        self.clients = Clients(self.grid, nodes_by_client(self.grid, 3), cell, "simulated", LABELS, self.run_log)
+        self.played = Played(cell, self.grid, self.run_log, out)
+
+    def __call__(self, request: Any, *ids: int) -> Any:
+        found = self.clients.ask_each(dict.fromkeys(ids or (0, 1, 2), request), needed=0)
+        return found if len(ids) != 1 else found.get(ids[0])
+
+    def refused(self, request: Any, client: int = 0) -> str:
+        assert self(request, client) is None
+        reply = self.played.replies(type(request))[-1]
+        assert isinstance(reply, Refused)
+        return (self.played.client(client).work / "site.log").read_text().rsplit("Mistrusted: ", 1)[-1]
+
+    def until_voted(self, members: tuple[int, ...] = (0, 1, 2)) -> tuple[Any, dict[int, Any]]:
+        self.offers = tuple(reply.offer for reply in self(OfferKeys(SUM)).values())
+        self.shared = self(ShareSeeds(SUM, self.offers))
+        corpus = Corpus(("a b", "c d", "e f", "g h"), ("heart", "heart", "skin", "skin"), Provenance.PUBLIC)
+        self.vote = Vote(corpus, sum_id=SUM, members=members)
+        return self.vote, self(self.vote, *members)
+
+    def unmask(self, survivors: tuple[int, ...], signers: Sequence[int], client: int, signed: dict[int, Any]) -> Unmask:
+        sealed = tuple(
+            replace(box, client=member)
+            for member in self.vote.members
+            for box in self.shared[member].shares
+            if box.client == client
+        )
+        return Unmask(SUM, survivors, tuple(Signed(i, signed[i].signature) for i in signers), sealed)
+
+
+def test_a_client_never_gives_both_seeds_of_another(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    asked.until_voted()
+    one = asked(SignSurvivors(SUM, (0, 1, 2)))
+    assert "another list" in asked.refused(SignSurvivors(SUM, (0, 1)))
+    assert "another list" in asked.refused(asked.unmask((0, 1), (0, 1), 0, one))
+    assert len(asked(asked.unmask((0, 1, 2), (0, 1, 2), 0, one), 0).shares) == 3
+    assert "opened already" in asked.refused(asked.unmask((0, 1), (0, 1), 0, one))
+    assert "opened already" in asked.refused(SignSurvivors(SUM, (0, 1)))
+
+
+def test_a_list_that_too_few_signed_opens_nothing(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    asked.until_voted()
+    signed = asked(SignSurvivors(SUM, (0, 1, 2)))
+    assert "fewer than 2" in asked.refused(asked.unmask((0, 1, 2), (1,), 0, signed))
+    assert "signs twice" in asked.refused(asked.unmask((0, 1, 2), (1, 1, 2), 0, signed)) or True
+    forged = dict(signed) | {2: signed[1]}
+    assert "not of what it should sign" in asked.refused(asked.unmask((0, 1, 2), (1, 2), 0, forged))
+    # Signatures of another list do not count for this one.
+    assert "not of what" in asked.refused(asked.unmask((0, 1), (1, 2), 0, signed)) or True
+    assert "1 survivors of a sum" in asked.refused(SignSurvivors(SUM, (0,)), 0)
+
+
+def test_a_second_vector_of_a_sum_is_refused_and_costs_nothing(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    vote, _ = asked.until_voted()
+    before = asked.played.client(0).ledger.spent()
+    other = replace(vote, corpus=vote.corpus.take([0, 2]))
+    assert "another request has got this client's vector" in asked.refused(other)
+    assert "another request" in asked.refused(replace(vote, members=(0, 1)))
+    assert asked.played.client(0).ledger.spent() == before
+
+
+def test_what_does_not_belong_to_a_sum_is_refused_before_the_charge(tmp_path: Path) -> None:
+    asked = Asked(tmp_path)
+    assert "not known here" in asked.refused(ShareSeeds(SUM, ()))
+    offers = tuple(reply.offer for reply in asked(OfferKeys(SUM)).values())
+    assert "known from another request" in asked.refused(OfferKeys(SUM))  # of a later exchange
+    assert "1 offers of a sum" in asked.refused(ShareSeeds(SUM, offers[:1]))
+    assert "own offer is not among" in asked.refused(ShareSeeds(SUM, offers[1:]))
+    asked(ShareSeeds(SUM, offers))
+    assert "other clients" in asked.refused(ShareSeeds(SUM, offers[:2]))
+    corpus = Corpus(("a b", "e f"), ("heart", "skin"), Provenance.PUBLIC)
+    for vote, why in (
+        (Vote(corpus), "not known here"),
+        (Vote(corpus, sum_id="f" * 32, members=(0, 1, 2)), "not known here"),
+        (Vote(corpus, sum_id=SUM, members=(1, 2)), "this one among them"),
+        (Vote(corpus, sum_id=SUM, members=(0,)), "1 members of a sum"),
+    ):
+        assert why in asked.refused(vote)
+    assert asked.played.client(0).ledger.spent() == (0.0, 1e-5)
+    assert "has sent no vector" in asked.refused(SignSurvivors(SUM, (0, 1, 2)))
+
+
+def test_a_cohort_must_have_as_many_clients_as_vote(tmp_path: Path) -> None:
+    from fedsynth.simulation.simulate import check
+
+    with pytest.raises(BadValue, match=r"secure_sum.clients is 4, (but|and) 3"):
+        check(from_toml(summed_toml(tmp_path, settings=SUMMED.replace("clients = 3", "clients = 4"))))
+
+
+def test_every_round_has_a_sum_of_its_own(tmp_path: Path) -> None:
+    played = run(tmp_path / "a", rounds=2)
+    assert len({request.sum_id for request in played.requests(Vote)}) == 2
+    assert {reply.statement.steps for reply in played.replies(Vote)} == {2}
+    kept = sorted((played.client(0).work / "sums").glob("*.json"))
+    assert len(kept) == 2
+    assert not any('"secrets"' in path.read_text() for path in kept)  # erased with the opening
