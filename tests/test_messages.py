@@ -33,6 +33,7 @@ from fedsynth.federation.messages import (
     Evaluated,
     Finetune,
     Finetuned,
+    KeysOffered,
     Learn,
     Learnt,
     Origin,
@@ -41,10 +42,13 @@ from fedsynth.federation.messages import (
     Request,
     Score,
     Scored,
+    SeedsShared,
     SelfTrain,
     SelfTrained,
+    SurvivorsSigned,
     Synthesize,
     Synthesized,
+    Unmasked,
     Voted,
 )
 from fedsynth.federation.payload import BadPayload, decode, encode
@@ -58,6 +62,7 @@ from fedsynth.federation.records import (
     unpack_reply,
     unpack_request,
 )
+from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare
 from fedsynth.federation.validation import (
     CHECKED,
     MAX_SAMPLES,
@@ -96,7 +101,13 @@ UNDER_A_GRANT = (
     Refused(ErrorCode.FAILED),
 )
 OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
-ANSWERS = (*UNDER_A_GRANT, OPEN)
+SUMS = (
+    KeysOffered(Offer(3, "ab", "cd", "ef", "SHA256:x", "01")),
+    SeedsShared((Sealed(3, "ab"),)),
+    SurvivorsSigned("ab"),
+    Unmasked((SeedShare(3, "ab" * 16),)),
+)  # of a secure sum: random numbers and signatures
+ANSWERS = (*UNDER_A_GRANT, *SUMS, OPEN)
 ORDER = Synthesize(per_label=2, temperature=0.8, top_p=0.95, max_new_tokens=48, seed=1)
 ENVELOPE = Envelope(run="r", arm="fdkt", seed=0, exchange=1, client=3)
 FIELDS = [(answer, field.name) for answer in ANSWERS for field in dataclasses.fields(answer)]

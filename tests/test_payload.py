@@ -25,19 +25,28 @@ from fedsynth.federation.messages import (
     Evaluated,
     Finetune,
     Finetuned,
+    KeysOffered,
     Learn,
     Learnt,
+    OfferKeys,
     Refused,
     Score,
     Scored,
+    SeedsShared,
     SelfTrain,
     SelfTrained,
+    ShareSeeds,
+    SignSurvivors,
+    SurvivorsSigned,
     Synthesize,
     Synthesized,
+    Unmask,
+    Unmasked,
     Vote,
     Voted,
 )
 from fedsynth.federation.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
+from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 from fedsynth.typed import BadValue
@@ -48,6 +57,7 @@ ADAPTER = Adapter(
     {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([[0.1]], np.float32)}, 2, 16.0, "base", ("g1",)
 )
 STATEMENT = Statement("dp", 7.99, 1e-5, 11.28, {2: 18.5, 10: 90.25}, "row", 1, 0.928, 0.125, 60, 0.3, True)
+SUM, OFFER = "0123456789abcdef" * 2, Offer(3, "ab", "cd", "ef", "SHA256:x", "01")
 VALUES = [
     Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_new_tokens=48, seed=2**47 + 1),
     Learn(seed=3),
@@ -65,6 +75,14 @@ VALUES = [
     Voted(Votes((-0.1, 1 / 3, 250.5), ("g1",)), STATEMENT),
     SelfTrain(ADAPTER, seed=1, writing_seed=2, share=0.25, selection="random", training="mixed"),
     SelfTrained(ADAPTER, Statement("none", None, 1e-5), records=30),
+    OfferKeys(SUM),
+    KeysOffered(OFFER),
+    ShareSeeds(SUM, (OFFER, OFFER)),
+    SeedsShared((Sealed(3, "ab" * 48),)),
+    SignSurvivors(SUM, (0, 3)),
+    SurvivorsSigned("ab"),
+    Unmask(SUM, (0, 3), (Signed(3, "ab"),), (Sealed(0, "cd"),)),
+    Unmasked((SeedShare(3, "ef" * 16),)),
     Learnt(received=5),
     Evaluated({"accuracy": 0.1 + 0.2, "macro_f1": 1 / 3}, examples=600),
     *[Refused(code) for code in ErrorCode],

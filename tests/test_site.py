@@ -32,9 +32,10 @@ from fedsynth.clients.handler import reply_to
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import label_list
 from fedsynth.data.sources import SiteData
+from fedsynth.deployment.certificates import write_node_keys
 from fedsynth.deployment.client import client_side
 from fedsynth.deployment.invitation import Invitation, Planned
-from fedsynth.deployment.policy import Place, Policy, SiteConfig, SuperLink, load_site
+from fedsynth.deployment.policy import Place, Policy, SiteConfig, SumPolicy, SuperLink, load_site
 from fedsynth.deployment.site.approve import decide, held_text
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.declare_loss import declare, lost
@@ -61,6 +62,7 @@ from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, p
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.caps import BudgetExhausted
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
@@ -473,6 +475,92 @@ def test_a_site_that_was_told_nothing_of_votes_refuses_them_unread(
         with pytest.raises(TooFewReplies, match="site 'charite' refused: not_allowed"):
             deployed.run()
         assert sites[0].open_ledger().spent() == (0.0, POLICY.lifetime.delta)
+
+
+def with_keys(sites: list[Place]) -> list[Place]:
+    """Each site has a key of its own, and the public keys of all."""
+    for place in sites:
+        name = place.site.name
+        write_node_keys(place.path("keys/node"), place.path("keys/node.pub"), name)
+    for place in sites:
+        place.path("roster").mkdir()
+        for other in sites:
+            shutil.copy(other.path("keys/node.pub"), place.path(f"roster/{other.site.name}.pub"))
+    return sites
+
+
+def summing(tmp_path: Path, notes: pd.DataFrame, toml: str, **terms: Any) -> Deployed:
+    policy = replace(POLICY, outputs=("votes",), secure_sum=SumPolicy(**terms))
+    sites = with_keys(places(tmp_path, notes, dict.fromkeys(NAMES, policy)))
+    more = "voting = { secure_sum = { clients = 3, dropouts = 1 } }"
+    return Deployed(sites, voting(toml, more), tmp_path / "run")
+
+
+def test_sites_vote_by_a_secure_sum_and_are_charged_as_their_operators_say(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deviations = {}
+    for accept in (True, False):
+        place = tmp_path / str(accept)
+        place.mkdir()
+        deployed = summing(place, notes, toml, accept=accept)
+        deployed.run()
+        assert deployed.codes() == []
+        for said in deployed.run_log.statements.values():
+            assert said.mechanism == "summed_votes"
+            assert said.epsilon <= 8.0
+            assert (said.cohort, said.epsilon_alone is None) == ((Cohort(3, 1), False) if accept else (None, True))
+        spent, _ = deployed.sites[0].open_ledger().spent()
+        assert 7.9 < spent <= 8.0
+        assert ("rests on the noise of 2 honest ones" in privacy_line([deployed.run_log])) == accept
+        deviations[accept] = {said.sigma for said in deployed.run_log.statements.values()}
+    assert deviations[True] == deviations[False]  # of the sum; of one site's own noise, who does not rest on others
+
+
+def test_a_site_takes_part_in_no_sum_that_its_operator_did_not_allow(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    for number, (terms, why) in enumerate(
+        (
+            (None, "no policy.secure_sum"),
+            (SumPolicy(clients=4), "asks for 4 and 0 at least"),
+            (SumPolicy(colluders=1), "asks for 3 and 1 at least"),
+        )
+    ):
+        place = tmp_path / str(number)
+        place.mkdir()
+        deployed = summing(place, notes, toml, accept=True)
+        first = deployed.sites[0]
+        policy = replace(first.site.policy, secure_sum=terms)
+        deployed.sites[0] = replace(first, site=replace(first.site, policy=policy))
+        with pytest.raises(TooFewReplies, match="refused: not_allowed"):
+            replace(deployed, toml=deployed.toml.replace("dropouts = 1", "dropouts = 0"), out=place / "again").run()
+        assert why in "".join(path.read_text() for path in first.state.rglob("site.log"))
+        assert first.open_ledger().spent() == (0.0, POLICY.lifetime.delta)
+
+
+def test_a_key_that_an_operator_has_not_pinned_ends_a_sum_before_any_charge(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = summing(tmp_path, notes, toml, accept=True)
+    first, stranger = deployed.sites[0], tmp_path / "stranger"
+    write_node_keys(stranger, tmp_path / "stranger.pub")
+    shutil.copy(tmp_path / "stranger.pub", first.path("roster/ukb.pub"))  # as if the server had handed out the keys
+    with pytest.raises(TooFewReplies, match="share_seeds: 0 of 3 clients answered, 3 needed"):
+        replace(deployed, toml=deployed.toml.replace("dropouts = 1", "dropouts = 0"), out=tmp_path / "again").run()
+    assert "none of this client's roster" in "".join(p.read_text() for p in first.state.rglob("site.log"))
+    assert all(place.open_ledger().spent()[0] == 0.0 for place in deployed.sites)
+
+
+def test_site_check_lists_the_pinned_keys(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    place = summing(tmp_path, notes, toml).sites[0]
+    [found] = [f for f in check(place) if f.what == "secure sums"]
+    assert found.state == "ok"
+    assert found.says.count("SHA256:") == 3
+    assert "what this site's own messages cost" in found.says
+    place.path("roster/charite.pub").unlink()
+    [found] = [f for f in check(place) if f.what == "secure sums"]
+    assert (found.state, "lacks this site's own key" in found.says) == ("problem", True)
 
 
 def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:

@@ -14,7 +14,8 @@ from flwr.app import Context
 from fedsynth.clients.audit_log import AuditLog
 from fedsynth.clients.client_side import ClientSide, NotAllowed, Rules, WrongData, WrongLabels, cell_of, site_log
 from fedsynth.deployment.invitation import public_labels
-from fedsynth.deployment.policy import SITE, Place, load_site
+from fedsynth.deployment.policy import SITE, Place, Policy, load_site
+from fedsynth.deployment.roster import identity
 from fedsynth.federation.messages import Envelope
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.privacy.plan import Budget
@@ -78,6 +79,7 @@ def client_side(place: Place, cell: Cell, envelope: Envelope, who: Mapping[str, 
         approvals=place.approvals,
         audit_log=audit_log,
         task=scenario.task,
+        identify=None if site.policy.secure_sum is None else lambda: identity(place),
     )
 
 
@@ -125,6 +127,7 @@ def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) 
         without_guarantee=policy.without_guarantee,
         approval=policy.approve_text,
         objection=_objection(place, cell, config, labels),
+        rests_on_sums=policy.secure_sum is not None and policy.secure_sum.accept,
     )
 
 
@@ -159,7 +162,22 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
             return NotAllowed(f"the scenario's {role} {name!r} is none of policy.models, and [models] names no own one")
     if place.imported is None:
         return NotAllowed("no row has been imported as site.toml declares them: fedsynth site check")
-    return _out_of_range(config, scenario.rounds)
+    return _sums(policy, config) or _out_of_range(config, scenario.rounds)
+
+
+def _sums(policy: Policy, config: Client) -> Exception | None:
+    """The reason why a scenario's secure sum is none that the site takes part in."""
+    cohort, terms = config.voting.secure_sum, policy.secure_sum
+    if cohort is None:
+        return None
+    if terms is None:
+        return NotAllowed("the scenario's votes are a secure sum, and site.toml has no policy.secure_sum")
+    if cohort.clients < terms.clients or cohort.colluders < terms.colluders:
+        return NotAllowed(
+            f"the scenario's cohort has {cohort.clients} clients and {cohort.colluders} colluders, policy.secure_sum "
+            f"asks for {terms.clients} and {terms.colluders} at least"
+        )
+    return None
 
 
 def _out_of_range(config: Client, rounds: int) -> Exception | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fedsynth.clients.approval import Approvals
 from fedsynth.clients.audit_log import AuditLog
@@ -14,6 +14,8 @@ from fedsynth.data import rowstore
 from fedsynth.data.sources import SiteData, laid_out
 from fedsynth.deployment.invitation import check_name, host_and_port
 from fedsynth.federation.messages import REQUESTS, Output
+from fedsynth.limits import least
+from fedsynth.privacy.cohort import SMALLEST
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.earlier_keys import with_new_names
 from fedsynth.system.folders import private_folder
@@ -60,6 +62,27 @@ class Models:
 
 
 @dataclass(frozen=True)
+class SumPolicy:
+    """The terms on which the site takes part in secure sums (docs/secure-sum.md).
+
+    Attributes:
+        accept: The account is charged what a sum costs, which rests on the noise of the other sites. Else the site adds
+            noise enough for its own messages, and is charged what those cost.
+        clients: Smallest cohort.
+        colluders: Least number of other sites that a scenario must take to be in league with the server.
+        roster: Folder of the public keys of the sites that may take part, NAME.pub, this site's own among them.
+    """
+
+    accept: bool = False
+    clients: Annotated[int, least(SMALLEST)] = SMALLEST
+    colluders: Annotated[int, least(0)] = 0
+    roster: str = "roster"
+
+    def __post_init__(self) -> None:
+        in_range(self, "policy.secure_sum")
+
+
+@dataclass(frozen=True)
 class Policy:
     """The operator's policy. A scenario can only be stricter.
 
@@ -77,6 +100,7 @@ class Policy:
         models: Models of a scenario that may be loaded here.
         approve_text: Synthetic text waits for `fedsynth site approve`.
         bundles: SHA-256 of the server's allowed bundles; empty for any. Their code is never run in any case.
+        secure_sum: The terms of secure sums; left out, the site takes part in none.
     """
 
     lifetime: Budget
@@ -89,6 +113,7 @@ class Policy:
     models: tuple[str, ...] = ()
     approve_text: bool = True
     bundles: tuple[str, ...] = ()
+    secure_sum: SumPolicy | None = None
 
     def __post_init__(self) -> None:
         in_range(self, "policy")

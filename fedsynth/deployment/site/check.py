@@ -7,6 +7,7 @@ from functools import partial
 
 from fedsynth.clients.audit_log import entries
 from fedsynth.deployment.policy import Place
+from fedsynth.deployment.roster import told
 from fedsynth.deployment.site.ready import Finding, check_account, check_key, check_state, server
 from fedsynth.deployment.site.rows import import_rows
 from fedsynth.instructions import record
@@ -41,6 +42,8 @@ def check(place: Place) -> Iterator[Finding]:
     yield _found("audit trail", lambda: _trail(place))
     yield _found("state folder", lambda: check_state(place))
     yield _found("key", lambda: check_key(place))
+    if site.policy.secure_sum is not None:
+        yield _found("secure sums", lambda: told(place))
     yield from server(place)
 
 
