@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
+from fedsynth.clients.secure_sum import admit, under_masks
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.messages import Score, Scored
 from fedsynth.models.devices import device
@@ -23,9 +27,10 @@ from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.weights import load_named, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
+from fedsynth.privacy.skellam import UNIT, Draws, noise, variance
 from fedsynth.training.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
 from fedsynth.training.dp_training import Randomness, private, train_generator, trainable
-from fedsynth.training.selfcheck import LISTED, check_list, self_check
+from fedsynth.training.selfcheck import LISTED, Noise, check_list, self_check
 
 SCORER, RECEIPT = "scorer.safetensors", "scorer.json"
 
@@ -70,10 +75,11 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     """The task model's confidences under the Gaussian mechanism; each request is one round of the run's plan."""
     plan = client.config.score_plan(client.records, client.rounds)
     model = task_model(client)
+    if client.config.secure_sum is not None:
+        return _summed(client, request, digest, plan, model)
     check_noise(plan)
 
-    weights = hashlib.sha256((client.work / WEIGHTS).read_bytes()).hexdigest()
-    binding = client.binding(digest, plan, model=weights, training=client.config.task_training)
+    binding = client.binding(digest, plan, model=_hash(client), training=client.config.task_training)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
     values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
@@ -81,17 +87,30 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     return Scored(scores, statement(client.charged(plan), unit="client", simulated=client.simulated))
 
 
-def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness: Randomness) -> list[float]:
-    """A list of scores, centred label by label, clipped to half the plan's norm, with the plan's noise on each number.
+def _summed(client: ClientSide, request: Score, digest: str, plan: DPPlan, model: Any) -> Scored:
+    """The same in whole numbers, with this client's share of the noise, under the masks of a secure sum."""
+    cohort, rests = admit(client, request, digest), client.rules.rests_on_sums
+    share = cohort.share(plan.noise_multiplier) if rests else variance(plan.noise_multiplier)
+    check_whole_noise(plan, share)
 
-    Two lists within that half are at most the plan's norm apart, so the plan needs noise of `noise_multiplier` times
-    the norm (docs/privacy.md). Centring before the clip spends nothing, and scores are compared within a label only.
+    binding = client.binding(digest, plan, model=_hash(client), training=client.config.task_training)
+    grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
+    randomness = client.ledger.begin(grant)
+    values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
+    numbers = protected_whole(values, request.corpus, share, randomness)
+    scores = release_scores(DPTrained(model, plan, grant, 1), under_masks(client, request, numbers))
+    charged, cohort_of = client.charged(plan), cohort if rests else None
+    return Scored(scores, statement(charged, unit="client", simulated=client.simulated, cohort=cohort_of))
 
-    Args:
-        values: One per text.
-        corpus: The texts with their labels, which the server knows.
-        plan: The plan of `Client.score_plan` for `scores = "noise"`.
-        randomness: The grant's randomness.
+
+def _hash(client: ClientSide) -> str:
+    return hashlib.sha256((client.work / WEIGHTS).read_bytes()).hexdigest()
+
+
+def bounded(values: Sequence[float], corpus: Corpus, bound: float) -> NDArray[np.float64]:
+    """A list of scores, centred label by label, with an L2 norm of at most `bound`.
+
+    Centring before the clip spends nothing, and scores are compared within a label only.
     """
     found: NDArray[np.float64] = np.asarray(values, np.float64)
     found = np.where(np.isfinite(found), found, 0.0)
@@ -99,10 +118,60 @@ def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness:
     for label in set(corpus.answers):
         found[labels == label] -= found[labels == label].mean()
     norm = float(np.linalg.norm(found))
-    bound = plan.clip_norm / 2 * (1 - 1e-9)  # not above it by rounding either
-    clipped = found * min(1.0, bound / norm) if norm > 0 else found
-    noisy: list[float] = (clipped + plan.noise_multiplier * plan.clip_norm * randomness.normals(len(found))).tolist()
+    return found * min(1.0, bound * (1 - 1e-9) / norm) if norm > 0 else found  # not above it by rounding either
+
+
+def protected_whole(values: Sequence[float], corpus: Corpus, variance: float, randomness: Draws) -> NDArray[np.int64]:
+    """A list of scores in whole numbers, `UNIT` for the distance of two lists, with Skellam noise on each.
+
+    Rounding is towards zero, so that it never lengthens a list.
+
+    Args:
+        values: One per text.
+        corpus: The texts with their labels, which the server knows.
+        variance: Of this client's noise.
+        randomness: The grant's randomness.
+    """
+    numbers = np.trunc(bounded(values, corpus, UNIT / 2)).astype(np.int64)
+    return numbers + noise(randomness, len(numbers), variance)
+
+
+def protected(values: Sequence[float], corpus: Corpus, plan: DPPlan, randomness: Randomness) -> list[float]:
+    """A list of scores, centred label by label, clipped to half the plan's norm, with the plan's noise on each number.
+
+    Two lists within that half are at most the plan's norm apart, so the plan needs noise of `noise_multiplier` times
+    the norm (docs/privacy.md).
+
+    Args:
+        values: One per text.
+        corpus: The texts with their labels, which the server knows.
+        plan: The plan of `Client.score_plan` for `scores = "noise"`.
+        randomness: The grant's randomness.
+    """
+    clipped = bounded(values, corpus, plan.clip_norm / 2)
+    noisy: list[float] = (clipped + plan.noise_multiplier * plan.clip_norm * randomness.normals(len(clipped))).tolist()
     return noisy
+
+
+@lru_cache(maxsize=32)
+def check_whole_noise(plan: DPPlan, share: float) -> None:
+    """Checks `protected_whole` on public numbers, before the charge.
+
+    Args:
+        plan: The plan of `Client.score_plan`.
+        share: The variance of this client's noise.
+
+    Raises:
+        fedsynth.training.selfcheck.SelfCheckFailed: If it does not hold to the plan.
+    """
+    listed = Corpus(("",) * LISTED, tuple(str(n % 2) for n in range(LISTED)), Provenance.PUBLIC)
+    own = replace(plan, noise_multiplier=math.sqrt(share) / UNIT)
+
+    def release(values: Sequence[float], public: Noise) -> list[float]:
+        found: list[float] = (protected_whole(values, listed, share, public) * (plan.clip_norm / UNIT)).tolist()
+        return found
+
+    check_list(release, own)
 
 
 def check_noise(plan: DPPlan) -> None:

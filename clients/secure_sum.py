@@ -14,6 +14,7 @@ from fedsynth.clients.client_side import ClientSide
 from fedsynth.federation.messages import (
     KeysOffered,
     OfferKeys,
+    Score,
     SeedsShared,
     ShareSeeds,
     SignSurvivors,
@@ -24,6 +25,7 @@ from fedsynth.federation.messages import (
 )
 from fedsynth.federation.run.whole_files import write_whole
 from fedsynth.federation.secure_sum import (
+    MODULUS,
     Identity,
     Mistrusted,
     Offer,
@@ -38,6 +40,7 @@ from fedsynth.federation.secure_sum import (
     shares,
 )
 from fedsynth.privacy.cohort import Cohort
+from fedsynth.privacy.skellam import UNIT
 from fedsynth.system.folders import private_folder
 from fedsynth.typed import BadValue, build, plain
 
@@ -105,13 +108,13 @@ def share_seeds(client: ClientSide, request: ShareSeeds, digest: str) -> SeedsSh
     return SeedsShared(tuple(made))
 
 
-def under_masks(client: ClientSide, request: Vote, values: NDArray[np.int64]) -> list[int]:
+def under_masks(client: ClientSide, request: Score | Vote, values: NDArray[np.int64]) -> list[int]:
     """The client's vector for a sum, noise included, under its masks, once `admit` has noted the request."""
     part, held = _begun(client, request.sum_id)
     return masked(values, held, request.sum_id, client.index, part.offers, part.members)
 
 
-def admit(client: ClientSide, request: Vote, digest: str) -> Cohort:
+def admit(client: ClientSide, request: Score | Vote, digest: str) -> Cohort:
     """Notes, before anything is charged or computed, that this request and no other gets the vector of its sum.
 
     A second vector under the same masks would show the difference of the two.
@@ -180,7 +183,7 @@ def unmask(client: ClientSide, request: Unmask) -> Unmasked:
 
 
 def _terms(client: ClientSide) -> tuple[Identity, Cohort]:
-    cohort = client.config.voting.secure_sum
+    cohort = client.config.secure_sum
     if client.identify is None or cohort is None:
         raise Mistrusted("this client takes part in no secure sum: neither scenario nor policy may leave it out")
     return client.identify(), cohort
@@ -199,6 +202,21 @@ def _check_survivors(client: ClientSide, part: Part, survivors: Sequence[int], c
         raise Mistrusted("the survivors of a sum must be members, in order, this client among them")
     if part.survivors not in ((), tuple(survivors)):
         raise Mistrusted("another list of survivors of the sum is signed")
+
+
+def check_room(records: int, cohort: Cohort) -> None:
+    """Checks that no sum of such clients leaves the numbers of the masks, noise included.
+
+    Args:
+        records: Each moves a number by `UNIT` at most.
+        cohort: The cohort.
+
+    Raises:
+        Mistrusted: If it could.
+    """
+    most = MODULUS // (4 * UNIT * cohort.clients)  # half of the positive numbers, the rest is for noise
+    if records > most:
+        raise Mistrusted(f"{records} units are too many for a secure sum of {cohort.clients} clients: at most {most}")
 
 
 def _begun(client: ClientSide, sum_id: str) -> tuple[Part, Secrets]:

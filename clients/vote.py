@@ -13,13 +13,11 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import NoTaskModel
-from fedsynth.clients.secure_sum import admit, under_masks
+from fedsynth.clients.secure_sum import admit, check_room, under_masks
 from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
-from fedsynth.federation.secure_sum import MODULUS, Mistrusted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_votes, release_without_guarantee
 from fedsynth.privacy.skellam import UNIT, Draws, noise, variance
@@ -46,7 +44,7 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     polling = prepared(client, request.corpus)  # public work, which may fail, comes before the charge
     if client.config.guarantee == "none":
         return _without_guarantee(client, request, polling)
-    if client.config.voting.secure_sum is not None:
+    if client.config.secure_sum is not None:
         return _summed(client, request, digest, polling)
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
     check_noise(plan)
@@ -252,17 +250,6 @@ def protected_whole(votes: Sequence[Ballot], candidates: int, variance: float, r
         randomness: The grant's randomness.
     """
     return whole(votes, candidates) + noise(randomness, candidates, variance)
-
-
-def check_room(records: int, cohort: Cohort) -> None:
-    """Checks that no sum of such clients leaves the numbers of the masks, noise included.
-
-    Raises:
-        Mistrusted: If it could.
-    """
-    most = MODULUS // (4 * UNIT * cohort.clients)  # half of the positive numbers, the rest is for noise
-    if records > most:
-        raise Mistrusted(f"{records} units are too many for a secure sum of {cohort.clients} clients: at most {most}")
 
 
 @lru_cache(maxsize=32)

@@ -30,7 +30,6 @@ from fedsynth.synthesis.reward_tuning import (
     Ranked,
     first_adapter,
     fit,
-    mean_scores,
     ranked,
     shuffled,
     taught,
@@ -119,10 +118,9 @@ class CrossLM(RoundStrategy[State]):
         return written
 
     def _scores(self, clients: Clients, written: Corpus) -> Scores:
-        """Step 3: the mean over clients of their models' confidence in each text's label."""
-        replies = clients.ask(Score(written, self.seed("score")))
-        scores = mean_scores({client: reply.scores for client, reply in replies.items()})
-        self.server.run_log.log_metric(SERVER, "scores/mean", sum(scores.values) / len(scores.values))
+        """Step 3: the clients' models' confidence in each text's label, added up; only its order in a label counts."""
+        scores = clients.summed(Score(written, self.seed("score")), clients.ids)
+        self.server.run_log.log_metric(SERVER, "scores/sum", sum(scores.values) / len(scores.values))
         return shuffled(scores, self.seed("shuffle")) if self.config.feedback == "shuffled" else scores
 
     def _taught(self, adapter: Adapter | None, texts: Ranked) -> Adapter:

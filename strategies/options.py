@@ -20,7 +20,7 @@ from fedsynth.limits import (
 )
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import BudgetTooSmall
-from fedsynth.scenario.client import Tuning
+from fedsynth.scenario.client import Client, Tuning
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint
 from fedsynth.strategies.lora_avg import Aggregation
@@ -152,6 +152,16 @@ def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:
         )
 
 
+def check_cohort(client: Client, asked: int) -> None:
+    """Checks that a secure sum, if there is one, is of all clients that are asked.
+
+    Raises:
+        BadValue: If not.
+    """
+    if client.secure_sum is not None and client.secure_sum.clients != asked:
+        raise BadValue(f"client.secure_sum.clients is {client.secure_sum.clients}, but {asked} are asked: say {asked}")
+
+
 NO_SCORES = 'an endpoint with api = "chat" scores no text'
 
 
@@ -236,9 +246,7 @@ class PrivateEvolutionOptions:
             raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
         if not self.asks or client.guarantee == "none":
             return
-        cohort, voters = client.voting.secure_sum, len(set(self.voters)) or clients
-        if cohort is not None and cohort.clients != voters:
-            raise BadValue(f"client.voting.secure_sum.clients is {cohort.clients}, but {voters} vote: say {voters}")
+        check_cohort(client, len(set(self.voters)) or clients)
         if client.budget is not None:
             try:
                 client.vote_plan(1, scenario.rounds)  # the number of units changes nothing
@@ -395,6 +403,12 @@ class CrossLMOptions:
             raise BadValue(
                 'client.scores = "model" trains layers that task_training.trains = "head" leaves as they '
                 'are: say client.scores = "noise", or trains = "all"'
+            )
+        check_cohort(client, 1 if data.pooled else data.clients)
+        if client.secure_sum is not None and client.scores == "model":
+            raise BadValue(
+                'client.scores = "model" needs no secure sum, as a model trained under a grant may score in the open: '
+                'leave client.secure_sum out, or say client.scores = "noise"'
             )
         # Patients, and a file's records, are counted when the data is divided, or declared by their site.
         if data.world is not None and data.notes_per_patient == 1:

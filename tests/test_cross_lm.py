@@ -33,6 +33,7 @@ from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
 from fedsynth.federation.strategy import Clients, load_strategy
+from fedsynth.federation.summing import added
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import load_adapter, new_adapter, public_adapter, read_adapter, save_adapter, with_adapter
 from fedsynth.models.hub import locate_adapter, weights_hash
@@ -57,7 +58,6 @@ from fedsynth.synthesis.reward_tuning import (
     Teaching,
     fit,
     label_accuracy,
-    mean_scores,
     ranked,
     shuffled,
     taught,
@@ -243,7 +243,7 @@ def test_clients_are_given_the_best_share_of_each_label_and_keep_what_they_had(r
     asked = run.requests(Score)[0].corpus
     assert first.counts() == {y: max(1, round(0.35 * n)) for y, n in asked.counts().items()}
     assert second.prompts[: len(first)] == first.prompts
-    scores = mean_scores({i: a.scores for i, a in enumerate(run.replies(Score)[:3])}).values
+    scores = added([reply.scores for reply in run.replies(Score)[:3]]).values
     for label in LABELS:
         kept = [
             s for s, x, y in zip(scores, asked.prompts, asked.answers, strict=True) if y == label and x in first.prompts
@@ -300,7 +300,7 @@ def test_general_ability_and_label_accuracy_are_reported_each_round(runs: Runs) 
     before, after = run.metric("general/perplexity_before"), run.metric("general/perplexity")
     assert (len(before), len(after)) == (1, ROUNDS)  # before a later round it is as after the one before
     assert {client for _, _, _, client, metric, _ in run.run_log.rows if metric == "general/perplexity"} == {-1}
-    assert len(run.metric("llm/agreement_on_chosen")) == len(run.metric("scores/mean")) == ROUNDS
+    assert len(run.metric("llm/agreement_on_chosen")) == len(run.metric("scores/sum")) == ROUNDS
     folder = run.out / "adapters" / "main" / "seed-0" / f"round-{ROUNDS}-llm"
     assert (
         json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -474,7 +474,7 @@ def planted() -> tuple[dict[str, list[float]], dict[str, list[float]]]:
                 seed=1,
             ) if epochs else None
             scores.append(Scores(tuple(confidences(model, tokenizer, corpus, world.labels, 64))))
-        values = mean_scores(dict(enumerate(scores))).values
+        values = [total / len(scores) for total in added(scores).values]
         found.append(
             {
                 k: [v for v, (kind, _, _) in zip(values, texts, strict=True) if kind == k]
@@ -846,11 +846,11 @@ def test_the_best_share_of_each_label_by_hand() -> None:
     assert ranked(written, Scores((0.5,) * 5, ("g",)), 0.4).best.grants == ()  # an earlier round had no guarantee
 
 
-def test_mean_scores_by_hand() -> None:
-    answers = {0: Scores((0.2, 0.8), ("g",)), 3: Scores((0.4, 0.0), ("h",))}
-    assert mean_scores(answers).values == pytest.approx((0.3, 0.4))
-    assert mean_scores(answers).grants == ("g", "h")
-    assert mean_scores({**answers, 4: Scores((1.0, 1.0))}).grants == ()
+def test_scores_add_up_by_hand() -> None:
+    answers = [Scores((0.2, 0.8), ("g",)), Scores((0.4, 0.0), ("h",))]
+    assert added(answers).values == pytest.approx((0.6, 0.8))
+    assert added(answers).grants == ("g", "h")
+    assert added([*answers, Scores((1.0, 1.0))]).grants == ()
 
 
 def test_shuffling_keeps_the_numbers() -> None:

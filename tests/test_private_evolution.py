@@ -31,6 +31,7 @@ from fedsynth.federation.records import WillNotLeave, seal
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import Clients
+from fedsynth.federation.summing import added
 from fedsynth.federation.validation import Rejected, check_reply, check_request
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy import claims
@@ -40,7 +41,7 @@ from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, DPPlan, epsilon, replaced_epsilon, statement
 from fedsynth.scenario.client import Client, Voting
 from fedsynth.scenario.toml import from_toml
-from fedsynth.synthesis.voting import by_chance, counted, kept, permuted
+from fedsynth.synthesis.voting import by_chance, kept, permuted
 from fedsynth.training.selfcheck import SelfCheckFailed
 from fedsynth.typed import BadValue
 
@@ -343,12 +344,12 @@ def test_a_site_lets_out_votes_by_name_alone() -> None:
 
 
 def test_votes_are_summed_and_the_highest_of_each_label_are_kept() -> None:
-    votes = counted([Votes((1, 5, 2, 0, 3, 1), ("a",)), Votes((1, -4, 1, 0, 1, 2), ("b",))])
+    votes = added([Votes((1, 5, 2, 0, 3, 1), ("a",)), Votes((1, -4, 1, 0, 1, 2), ("b",))])
     assert votes == Votes((2, 1, 3, 0, 4, 3), ("a", "b"))
     best = kept(CANDIDATES, votes, 2, select="rank", threshold=0, seed=0)
     assert best.prompts == ("aaaa", "aabb", "cccc", "ccdd")
     assert (best.provenance, best.grants) == (Provenance.LLM_WRITTEN, ("a", "b"))
-    assert counted([Votes((1,), ("a",)), Votes((1,))]).grants == ()  # one client without a guarantee
+    assert added([Votes((1,), ("a",)), Votes((1,))]).grants == ()  # one client without a guarantee
 
 
 def test_draws_follow_the_votes_above_the_threshold() -> None:

@@ -492,7 +492,7 @@ def with_keys(sites: list[Place]) -> list[Place]:
 def summing(tmp_path: Path, notes: pd.DataFrame, toml: str, **terms: Any) -> Deployed:
     policy = replace(POLICY, outputs=("votes",), secure_sum=SumPolicy(**terms))
     sites = with_keys(places(tmp_path, notes, dict.fromkeys(NAMES, policy)))
-    more = "voting = { secure_sum = { clients = 3, dropouts = 1 } }"
+    more = "secure_sum = { clients = 3, dropouts = 1 }"
     return Deployed(sites, voting(toml, more), tmp_path / "run")
 
 

@@ -167,11 +167,11 @@ def _objection(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]
 
 def _sums(policy: Policy, config: Client) -> Exception | None:
     """The reason why a scenario's secure sum is none that the site takes part in."""
-    cohort, terms = config.voting.secure_sum, policy.secure_sum
+    cohort, terms = config.secure_sum, policy.secure_sum
     if cohort is None:
         return None
     if terms is None:
-        return NotAllowed("the scenario's votes are a secure sum, and site.toml has no policy.secure_sum")
+        return NotAllowed("the scenario asks for secure sums, and site.toml has no policy.secure_sum")
     if cohort.clients < terms.clients or cohort.colluders < terms.colluders:
         return NotAllowed(
             f"the scenario's cohort has {cohort.clients} clients and {cohort.colluders} colluders, policy.secure_sum "

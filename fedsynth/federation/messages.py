@@ -146,6 +146,11 @@ class Scored:
     scores: Scores = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
 
+    @property
+    def numbers(self) -> Scores:
+        """One for each text."""
+        return self.scores
+
 
 @dataclass(frozen=True)
 class Score(Request[Scored]):
@@ -154,12 +159,16 @@ class Score(Request[Scored]):
     Attributes:
         corpus: The LLM's texts, each with the label that the LLM was asked to write for.
         seed: Public seed of a scoring model's initialisation.
+        sum_id: Public id of a secure sum: the scores are whole numbers under the masks of that sum. Empty: none.
+        members: The clients that have shared their seeds for it.
     """
 
     task: ClassVar[str] = "train.score"
     reply: ClassVar[type[Any]] = Scored
     corpus: Corpus
     seed: int
+    sum_id: str = ""
+    members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,6 +177,11 @@ class Voted:
 
     votes: Votes = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
+
+    @property
+    def numbers(self) -> Votes:
+        """One for each text."""
+        return self.votes
 
 
 @dataclass(frozen=True)
@@ -437,10 +451,10 @@ def outputs(request: Request[Any]) -> set[Output]:
         SelfTrain: {"adapter", "metrics"},  # the counts of candidates depend on private text
         Score: {"scores"},
         Vote: {"votes"},
-        OfferKeys: {"votes"},  # the keys, shares and signatures of a secure sum serve votes alone
-        ShareSeeds: {"votes"},
-        SignSurvivors: {"votes"},
-        Unmask: {"votes"},
+        OfferKeys: set(),  # of a secure sum: random numbers and signatures
+        ShareSeeds: set(),
+        SignSurvivors: set(),
+        Unmask: set(),
         Evaluate: {"metrics"},
         Adopt: set(),
         Learn: set(),

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -19,19 +19,18 @@ from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
 from fedsynth.federation.delivery.site_retry import NOT_ASKED, SiteRetry
 from fedsynth.federation.delivery.worker_retry import WorkerRetry
-from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request, Vote
+from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request, Score, Vote
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies
 from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
-from fedsynth.federation.summing import sum_id, summed_votes
+from fedsynth.federation.summing import added, secure_sum, sum_id
 from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
 from fedsynth.privacy.plan import Statement
 from fedsynth.scenario.schema import Cell
-from fedsynth.synthesis.voting import counted
 from fedsynth.typed import BadValue
 
 R = TypeVar("R")
@@ -128,18 +127,25 @@ class Clients:
             )
         return dict(sorted(replies.items()))
 
-    def sum_votes(self, request: Vote, ids: Sequence[int]) -> Votes:
-        """The votes of these clients, added up: by a secure sum, if `client.voting.secure_sum` says so.
+    @overload
+    def summed(self, request: Vote, ids: Sequence[int]) -> Votes: ...
+
+    @overload
+    def summed(self, request: Score, ids: Sequence[int]) -> Scores: ...
+
+    def summed(self, request: Vote | Score, ids: Sequence[int]) -> Votes | Scores:
+        """The votes or scores of these clients, added up: by a secure sum, if `client.secure_sum` says so.
 
         Raises:
             TooFewReplies: As `ask_each`; of a secure sum, if more clients are missing than its cohort allows.
         """
         client = self.cell.scenario.client
-        cohort = client.voting.secure_sum
+        cohort = client.secure_sum
         if cohort is None or client.guarantee == "none":
-            return counted([reply.votes for reply in self.ask_each(dict.fromkeys(ids, request)).values()])
+            asked: dict[int, Request[Any]] = dict.fromkeys(ids, request)
+            return added([reply.numbers for reply in self.ask_each(asked).values()])
         # Without the arm: arms that ask a simulated client the same thing get the same noise (`unpack_request`).
-        return summed_votes(
+        return secure_sum(
             self.ask_each, ids, request, cohort, sum_id(self.run, self.cell.seed, self.exchange + 1, [*ids])
         )
 

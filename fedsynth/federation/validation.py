@@ -118,9 +118,10 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         raise Rejected(f"a server sent no text to {'score' if isinstance(request, Score) else 'vote for'}")
     if isinstance(request, Vote):
         _within("nearest", request.nearest, 1, MAX_NEAREST)
+    if isinstance(request, Vote | Score):
         _check_clients("members", request.members)
-    if isinstance(request, Vote | OfferKeys | ShareSeeds | SignSurvivors | Unmask):
-        unsummed = isinstance(request, Vote) and not request.sum_id and not request.members
+    if isinstance(request, Vote | Score | OfferKeys | ShareSeeds | SignSurvivors | Unmask):
+        unsummed = isinstance(request, Vote | Score) and not request.sum_id and not request.members
         if not (unsummed or SUM.fullmatch(request.sum_id)):
             raise Rejected("the id of a sum has 32 hexadecimal digits")
     if isinstance(request, ShareSeeds):
@@ -208,7 +209,9 @@ def check_reply(
         try:
             mechanisms: tuple[Mechanism, ...] = ("gradients", "scores") if whole else ("gradients",)
             if isinstance(request, Vote) and said.guarantee == "dp":
-                mechanisms = ("summed_votes" if request.sum_id else "votes",)
+                mechanisms = ("votes",)
+            if isinstance(request, Vote | Score) and request.sum_id:
+                mechanisms = ("summed_votes" if isinstance(request, Vote) else "summed_scores",)
             claims.check(said, units=[*dict.fromkeys([*units, *whole])], simulated=simulated, mechanisms=mechanisms)
         except ValueError as problem:
             raise Rejected(f"statement: {problem}") from problem
@@ -237,19 +240,11 @@ def check_reply(
     if isinstance(reply, Scored) and isinstance(request, Score):
         _check_grants(reply.statement, reply.scores.grants)
         _within("number of scores", len(reply.scores.values), len(request.corpus), len(request.corpus))
-        if not all(map(math.isfinite, reply.scores.values)):
-            raise Rejected("scores that are not finite")
-        if any(abs(score) > MAX_SCORE for score in reply.scores.values):
-            raise Rejected(f"scores beyond {MAX_SCORE:g}")
+        _check_numbers("scores", reply.scores.values, masked=bool(request.sum_id))
     if isinstance(reply, Voted) and isinstance(request, Vote):
         _check_grants(reply.statement, reply.votes.grants)
         _within("number of votes", len(reply.votes.values), len(request.corpus), len(request.corpus))
-        if not all(map(math.isfinite, reply.votes.values)):
-            raise Rejected("votes that are not finite")
-        if any(abs(vote) > (MODULUS if request.sum_id else MAX_SCORE) for vote in reply.votes.values):
-            raise Rejected(f"votes beyond {MODULUS if request.sum_id else MAX_SCORE:g}")
-        if request.sum_id and not all(vote >= 0 and float(vote).is_integer() for vote in reply.votes.values):
-            raise Rejected("votes under masks that are not whole numbers from 0")
+        _check_numbers("votes", reply.votes.values, masked=bool(request.sum_id))
     if isinstance(reply, SeedsShared) and isinstance(request, ShareSeeds):
         _check_each("offer", reply.shares, request.offers)
     if isinstance(reply, Unmasked) and isinstance(request, Unmask):
@@ -334,6 +329,16 @@ def _check_factors(name: str, adapter: Adapter) -> None:
         a, b = shapes.get(layer + A, ()), shapes.get(layer + B, ())
         if not (len(a) == len(b) == 2 and a[0] == b[1] == adapter.rank):
             raise Rejected(f"{name} must have matrices A and B of rank {adapter.rank} for each of its layers")
+
+
+def _check_numbers(what: str, values: Sequence[float], *, masked: bool) -> None:
+    """Checks scores or votes; those under the masks of a secure sum are whole numbers below its modulus."""
+    if not all(map(math.isfinite, values)):
+        raise Rejected(f"{what} that are not finite")
+    if masked and not all(0 <= value < MODULUS and float(value).is_integer() for value in values):
+        raise Rejected(f"{what} under masks that are not whole numbers from 0 to {MODULUS - 1}")
+    if not masked and any(abs(value) > MAX_SCORE for value in values):
+        raise Rejected(f"{what} beyond {MAX_SCORE:g}")
 
 
 def _check_each(what: str, shares: Sequence[Sealed | SeedShare], of: Sequence[Offer | Sealed]) -> None:

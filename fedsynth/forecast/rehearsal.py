@@ -43,6 +43,7 @@ from fedsynth.federation.records import pack_request, payload_bytes
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
+from fedsynth.federation.summing import added
 from fedsynth.forecast.estimating import SampledEngine, Tally, kept_words, server_models, varied, vocabulary
 from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
@@ -51,7 +52,6 @@ from fedsynth.models.devices import one_thread
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import DPPlan, Statement, statement
 from fedsynth.scenario.schema import Cell
-from fedsynth.synthesis.voting import counted
 
 GRANT = ("0" * 32,)  # as long as a grant's id
 ENOUGH = 10.0  # seconds of a rehearsal; further rounds are then assumed to cost as much as the last whole one
@@ -96,10 +96,9 @@ class _Answering(Clients):
     begun: float = field(default_factory=busy)
     spent: float = 0.0
 
-    def sum_votes(self, request: Vote, ids: Sequence[int]) -> Votes:
-        """Dummy votes. A secure sum's four small exchanges are left out: they take no model, and few bytes."""
-        replies = self.ask_each(dict.fromkeys(ids, request))
-        return counted([reply.votes for reply in replies.values()])
+    def summed(self, request: Any, ids: Sequence[int]) -> Any:
+        """Dummy sums. A secure sum's four small exchanges are left out: they take no model, and few bytes."""
+        return added([reply.numbers for reply in self.ask_each(dict.fromkeys(ids, request)).values()])
 
     def ask_each(self, requests: Mapping[int, Request[Any]], *, needed: int | None = None) -> dict[int, Any]:  # noqa: ARG002
         """Dummy replies by client.
@@ -204,12 +203,12 @@ class _Answering(Clients):
         once = scores and of.client.scores == "model"
         drawn[planned] = 1 if once else drawn.get(planned, 0) + 1
         charged = replace(planned, rounds=max(planned.rounds, drawn[planned]))
-        if charged.mechanism == "scores":
-            return statement_of(charged, "client", 1)
+        if charged.mechanism in ("scores", "summed_scores"):
+            return statement_of(charged, "client", 1, of.client.secure_sum)
         unit = self.cell.scenario.data.unit_name
         training = of.client.scorer_training if scores else of.client.generator_training
         settings = of.client.voting if votes else training
-        cohort = of.client.voting.secure_sum if votes else None
+        cohort = of.client.secure_sum if votes else None
         return statement_of(charged, unit, settings.rows_per_unit, cohort)
 
 

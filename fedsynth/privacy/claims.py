@@ -53,7 +53,9 @@ def check(
     if simulated is not None and said.simulated is not simulated:
         raise ValueError(f"simulated must be {str(simulated).lower()} here")
     # Earlier versions named no mechanism, and of scores alone is the unit the client as a whole.
-    mechanism: Mechanism = "scores" if said.unit == CLIENT else said.mechanism
+    mechanism = said.mechanism
+    if said.unit == CLIENT and mechanism == "gradients":
+        mechanism = "scores"
     if mechanism not in mechanisms:
         raise ValueError(f"mechanism must be {' or '.join(mechanisms)}")
     _within("delta", said.delta, math.ulp(0.0), MAX_DELTA)
@@ -72,7 +74,7 @@ def check(
     _check_sum(said, mechanism, sigma, steps)
     _check_rows(said)
     _reaches("epsilon", claimed, rate, sigma, steps, said.delta, "zero_out")
-    if mechanism == "scores":  # another list is no further away than an empty one: `clients.score`
+    if mechanism in ("scores", "summed_scores"):  # another list is no further away than an empty one: `clients.score`
         _within("epsilon_replace_one", replaced, claimed, math.inf)
     elif mechanism == "gradients":
         _reaches("epsilon_replace_one", replaced, rate, sigma, steps, said.delta, "replace_one")

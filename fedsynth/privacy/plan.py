@@ -27,18 +27,19 @@ _RELATIONS = {
 }
 
 # What gets the noise: the sum of a batch's gradients, a client's whole list of scores, the sum of all units' votes.
-Mechanism = Literal["gradients", "scores", "votes", "summed_votes"]
+Mechanism = Literal["gradients", "scores", "votes", "summed_scores", "summed_votes"]
 # How far a unit that is replaced by another moves it, in C: gradients may point apart, votes are not negative, and no
 # list of scores is further from another than from an empty one.
 APART: Mapping[Mechanism, float] = {
     "gradients": 2.0,
     "scores": 1.0,
     "votes": math.sqrt(2),
+    "summed_scores": 1.0,
     "summed_votes": math.sqrt(2),
 }
 # Whole numbers with Skellam noise (`fedsynth.privacy.skellam`): their Rényi divergence alone is known to lie below
 # that of the Gaussian mechanism, so that no privacy loss distribution speaks for them.
-BY_RDP: frozenset[Mechanism] = frozenset({"summed_votes"})
+BY_RDP: frozenset[Mechanism] = frozenset({"summed_scores", "summed_votes"})
 
 FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high

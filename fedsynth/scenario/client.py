@@ -190,13 +190,10 @@ class Voting:
     Attributes:
         max_length: Longer texts are cut after so many tokens.
         rows_per_unit: The most rows of a unit that vote, the first ones. Their votes are scaled together to norm 1.
-        secure_sum: The cohort whose votes the server sees as a sum alone (docs/secure-sum.md); left out, each client's
-            counts have noise enough of their own.
     """
 
     max_length: Tokens = 128
     rows_per_unit: Annotated[Count, most(MAX_ROWS)] = 1
-    secure_sum: Cohort | None = None
 
     def __post_init__(self) -> None:
         in_range(self, "client.voting")
@@ -226,6 +223,8 @@ class Client:
         embedder: Private evolution: the sentence encoder, as it is published, that tells which texts are near. Left
             out, the task model.
         voting: Private evolution: how private texts vote for the server's.
+        secure_sum: The cohort whose votes, or scores under noise, the server sees as a sum alone (docs/secure-sum.md);
+            left out, each client's numbers have noise enough of their own.
         stacked: Simulations: number of clients whose adapters train in one pass of the model, each on its own text;
             left out, a number for which stacking pays. Results are the same except for rounding.
     """
@@ -244,6 +243,7 @@ class Client:
     score_norm: Positive = 1.0
     embedder: str = ""
     voting: Voting = Voting()
+    secure_sum: Cohort | None = None
     stacked: Count | None = None
 
     def __post_init__(self) -> None:
@@ -298,7 +298,7 @@ class Client:
         if self.scores == "model":
             return self._plan(self.scorer_training, records, 1)
         whole = GeneratorTraining(expected_batch_size=1, steps=1, clip_norm=2 * self.score_norm)
-        return self._plan(whole, 1, rounds, "scores")
+        return self._plan(whole, 1, rounds, "summed_scores" if self.secure_sum else "scores")
 
     def vote_plan(self, records: int, rounds: int = 1) -> DPPlan:
         """The schedule of the votes of all rounds: every unit votes in every round, and moves a sum by 1 at most.
@@ -312,7 +312,7 @@ class Client:
             BadValue: If the run has no budget.
         """
         every = GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0)
-        return self._plan(every, records, rounds, "summed_votes" if self.voting.secure_sum else "votes")
+        return self._plan(every, records, rounds, "summed_votes" if self.secure_sum else "votes")
 
     def _plan(
         self, settings: GeneratorTraining, records: int, rounds: int, mechanism: Mechanism = "gradients"

@@ -109,12 +109,6 @@ class Taught:
     metrics: Mapping[str, float]
 
 
-def mean_scores(answers: Mapping[int, Scores]) -> Scores:
-    """The mean score of each text over the clients; it has no guarantee if one client has none."""
-    values = np.array([scores.values for scores in answers.values()])
-    return Scores(tuple(values.mean(0).tolist()), united(list(answers.values())))
-
-
 def shuffled(scores: Scores, seed: int) -> Scores:
     """The same scores on other texts: an ablation in which they carry no information."""
     order = np.random.default_rng(seed).permutation(len(scores.values)).tolist()

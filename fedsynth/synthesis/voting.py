@@ -1,8 +1,7 @@
-"""What votes decide: the sum of clients' votes, the texts that are kept, and the controls that take the votes away."""
+"""What votes decide: the texts that are kept, and the controls that take the votes away."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,12 +10,6 @@ import numpy as np
 from fedsynth.corpus import Corpus, Provenance, Votes, united
 
 Selection = Literal["rank", "proportion"]
-
-
-def counted(votes: Sequence[Votes]) -> Votes:
-    """The sum of all clients' votes for each text; it has no guarantee if one client's have none."""
-    values = np.sum([each.values for each in votes], axis=0)
-    return Votes(tuple(values.tolist()), united(votes))
 
 
 def permuted(votes: Votes, corpus: Corpus, seed: int) -> Votes:
