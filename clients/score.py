@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import WEIGHTS, NoTaskModel, task_model
-from fedsynth.clients.secure_sum import admit, under_masks
+from fedsynth.clients.secure_sum import admit, refuse_sum, under_masks
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.federation.messages import Score, Scored
 from fedsynth.models.devices import device
@@ -46,9 +46,11 @@ def score(client: ClientSide, request: Score, digest: str) -> Scored:
     if client.instructs:
         raise NoTaskModel("a task of instructions has no labels to score")
     if client.config.guarantee == "none":
+        refuse_sum(client, request)
         return _without_guarantee(client, request)
     if client.config.scores == "noise":
         return _noised(client, request, digest)
+    refuse_sum(client, request)
     # One grant for the whole run: all scores of a trained scorer are post-processing.
     scorer = _kept(client) or _trained(client, request, digest)
     values = _confidences(client, scorer.model, request.corpus, client.config.scorer_training.max_length)
@@ -77,6 +79,7 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
     model = task_model(client)
     if client.config.secure_sum is not None:
         return _summed(client, request, digest, plan, model)
+    refuse_sum(client, request)
     check_noise(plan)
 
     binding = client.binding(digest, plan, model=_hash(client), training=client.config.task_training)
@@ -97,7 +100,7 @@ def _summed(client: ClientSide, request: Score, digest: str, plan: DPPlan, model
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
     values = _confidences(client, model, request.corpus, client.config.task_training.max_length)
-    numbers = protected_whole(values, request.corpus, share, randomness)
+    numbers = protected_whole(values, request.corpus, plan, share, randomness)
     scores = release_scores(DPTrained(model, plan, grant, 1), under_masks(client, request, numbers))
     charged, cohort_of = client.charged(plan), cohort if rests else None
     return Scored(scores, statement(charged, unit="client", simulated=client.simulated, cohort=cohort_of))
@@ -121,18 +124,21 @@ def bounded(values: Sequence[float], corpus: Corpus, bound: float) -> NDArray[np
     return found * min(1.0, bound * (1 - 1e-9) / norm) if norm > 0 else found  # not above it by rounding either
 
 
-def protected_whole(values: Sequence[float], corpus: Corpus, variance: float, randomness: Draws) -> NDArray[np.int64]:
-    """A list of scores in whole numbers, `UNIT` for the distance of two lists, with Skellam noise on each.
+def protected_whole(
+    values: Sequence[float], corpus: Corpus, plan: DPPlan, variance: float, randomness: Draws
+) -> NDArray[np.int64]:
+    """A list of scores in whole numbers, `UNIT` for the plan's norm, with Skellam noise on each.
 
     Rounding is towards zero, so that it never lengthens a list.
 
     Args:
         values: One per text.
         corpus: The texts with their labels, which the server knows.
+        plan: Two lists are at most its norm apart.
         variance: Of this client's noise.
         randomness: The grant's randomness.
     """
-    numbers = np.trunc(bounded(values, corpus, UNIT / 2)).astype(np.int64)
+    numbers = np.trunc(bounded(values, corpus, plan.clip_norm / 2) * (UNIT / plan.clip_norm)).astype(np.int64)
     return numbers + noise(randomness, len(numbers), variance)
 
 
@@ -168,7 +174,7 @@ def check_whole_noise(plan: DPPlan, share: float) -> None:
     own = replace(plan, noise_multiplier=math.sqrt(share) / UNIT)
 
     def release(values: Sequence[float], public: Noise) -> list[float]:
-        found: list[float] = (protected_whole(values, listed, share, public) * (plan.clip_norm / UNIT)).tolist()
+        found: list[float] = (protected_whole(values, listed, plan, share, public) * (plan.clip_norm / UNIT)).tolist()
         return found
 
     check_list(release, own)

@@ -108,6 +108,16 @@ def share_seeds(client: ClientSide, request: ShareSeeds, digest: str) -> SeedsSh
     return SeedsShared(tuple(made))
 
 
+def refuse_sum(client: ClientSide, request: Score | Vote) -> None:
+    """Refuses a request that names a sum where the client's numbers leave in the open: they have no masks.
+
+    Raises:
+        Mistrusted: If it names one.
+    """
+    if request.sum_id:
+        raise Mistrusted(f"client {client.index} sends these numbers in the open, and the request names a sum")
+
+
 def under_masks(client: ClientSide, request: Score | Vote, values: NDArray[np.int64]) -> list[int]:
     """The client's vector for a sum, noise included, under its masks, once `admit` has noted the request."""
     part, held = _begun(client, request.sum_id)

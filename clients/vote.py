@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import NoTaskModel
-from fedsynth.clients.secure_sum import admit, check_room, under_masks
+from fedsynth.clients.secure_sum import admit, check_room, refuse_sum, under_masks
 from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
@@ -43,9 +43,11 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
         raise NoTaskModel("a task of instructions has no labels to vote within")
     polling = prepared(client, request.corpus)  # public work, which may fail, comes before the charge
     if client.config.guarantee == "none":
+        refuse_sum(client, request)
         return _without_guarantee(client, request, polling)
     if client.config.secure_sum is not None:
         return _summed(client, request, digest, polling)
+    refuse_sum(client, request)
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
     check_noise(plan)
 

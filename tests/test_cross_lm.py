@@ -23,7 +23,7 @@ from resuming import dies_everywhere
 
 from fedsynth.clients import score as score_module
 from fedsynth.clients.client_side import ClientSide
-from fedsynth.clients.score import RECEIPT, protected
+from fedsynth.clients.score import RECEIPT, protected, protected_whole
 from fedsynth.corpus import Corpus, Provenance, Scores
 from fedsynth.dpsgd import clipper
 from fedsynth.evaluation.attack import auroc
@@ -41,9 +41,11 @@ from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import GrantUsed
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import Budget, epsilon
+from fedsynth.privacy.skellam import UNIT
 from fedsynth.scenario.client import Client, GeneratorTraining, TaskTraining, Tuning
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint, PublicTest, Server
@@ -123,6 +125,10 @@ client.guarantee = "dp"
 [arms.noise]
 client.guarantee = "dp"
 client.scores = "noise"
+[arms.summed]
+client.guarantee = "dp"
+client.scores = "noise"
+client.secure_sum = {{ clients = 3, dropouts = 1 }}
 [arms.hetero]
 client.task_models = ["{bert}", "{slm}"]
 """
@@ -742,6 +748,9 @@ class Silent:
         self.asked.append(count)
         return np.zeros(count)
 
+    def poissons(self, count: int, mean: float) -> Any:
+        return np.zeros(count, dtype=np.int64)
+
     def poisson_mask(self, count: int, rate: float) -> Any:
         raise AssertionError(f"{count} units drawn at rate {rate}")
 
@@ -790,6 +799,33 @@ def test_noise_has_the_planned_deviation() -> None:
     assert not any(fits(wanted * factor) for factor in (0.5, 2.0, 1.05))  # half: the sensitivity of one list, not two
 
 
+def test_whole_lists_are_as_near_and_their_noise_is_that_of_the_share() -> None:
+    plan, rng = NOISY.score_plan(200), np.random.default_rng(0)
+    texts = Corpus(("t",) * 40, tuple(LABELS[i % 2] for i in range(40)), Provenance.PUBLIC)
+    far = 0.0
+    for _ in range(200):
+        one = rng.random(40).round()
+        lists = [protected_whole(u.tolist(), texts, plan, 1.0, Silent()) for u in (one, 1 - one)]
+        far = max(far, float(np.linalg.norm(lists[0] - lists[1])))
+    assert 0.85 * UNIT < far <= UNIT  # rounding towards zero shortens a list by less than one a number
+    many = Corpus(("t",) * 20_000, ("heart",) * 20_000, Provenance.PUBLIC)
+    drawn = protected_whole([0.5] * 20_000, many, plan, 9.0 * UNIT**2, GrantRandomness(bytes(range(32))))
+    assert drawn.std() / UNIT == pytest.approx(3.0, rel=0.03)
+
+
+def test_the_server_sees_the_sum_of_noised_scores_alone(runs: Runs) -> None:
+    summed = runs["summed"]
+    for reply in summed.replies(Score):
+        assert reply.statement.mechanism == "summed_scores"
+        assert reply.statement.cohort == Cohort(3, 1)
+        assert reply.statement.epsilon <= 8.0 < reply.statement.epsilon_alone
+        assert reply.statement.epsilon_replace_one == pytest.approx(reply.statement.epsilon)
+        assert min(reply.scores.values) >= 0
+        assert max(reply.scores.values) > 2**46  # masked
+    assert len({request.sum_id for request in summed.requests(Score)}) == ROUNDS
+    assert "by a secure sum of 3 clients" in privacy_line([summed.run_log])
+
+
 def test_epsilon_of_the_rounds_is_the_plans_and_one_more_is_refused(asked: Any, runs: Runs) -> None:
     run = runs["noise"]
     for index in range(3):
@@ -828,8 +864,13 @@ def test_a_client_without_a_task_model_refuses_before_anything_is_charged(asked:
         assert made.run.client(0).ledger.entries() == []
 
 
-def test_no_request_can_choose_the_protection() -> None:
-    assert {field.name for field in fields(Score)} == {"corpus", "seed"}
+def test_no_request_can_choose_the_protection(asked: Any) -> None:
+    assert {field.name for field in fields(Score)} == {"corpus", "seed", "sum_id", "members"}
+    for arm in ("main", "dp", "noise"):  # a sum in whose shares of noise this client has no part
+        made = asked(arm)
+        made.clients.ask_each({0: Learn(1)})
+        with pytest.raises(TooFewReplies, match="not_allowed"):
+            made.clients.ask_each({0: Score(TEXTS, 1, sum_id="0" * 32, members=(0, 1, 2))})
 
 
 # How scores sort texts
