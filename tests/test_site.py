@@ -517,6 +517,17 @@ def test_sites_vote_by_a_secure_sum_and_are_charged_as_their_operators_say(
     assert deviations[True] == deviations[False]  # of the sum; of one site's own noise, who does not rest on others
 
 
+def test_a_site_with_a_smaller_budget_relies_on_its_own_noise(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:
+    deployed = summing(tmp_path, notes, toml, accept=True)
+    first = deployed.sites[0]
+    policy = replace(first.site.policy, per_run=Budget(3.0))
+    deployed.sites[0] = replace(first, site=replace(first.site, policy=policy))
+    deployed.run()
+    cautious, *others = (said for _, said in sorted(deployed.run_log.statements.items()))
+    assert (cautious.epsilon <= 3.0, cautious.cohort) == (True, None)  # the others' noise is for epsilon 8
+    assert {said.cohort for said in others} == {Cohort(3, 1)}
+
+
 def test_a_site_takes_part_in_no_sum_that_its_operator_did_not_allow(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:

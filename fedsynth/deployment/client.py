@@ -127,7 +127,10 @@ def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) 
         without_guarantee=policy.without_guarantee,
         approval=policy.approve_text,
         objection=_objection(place, cell, config, labels),
-        rests_on_sums=policy.secure_sum is not None and policy.secure_sum.accept,
+        # The others add the noise of the scenario's budget: a site with a smaller one must rely on its own.
+        rests_on_sums=policy.secure_sum is not None
+        and policy.secure_sum.accept
+        and config.budget == cell.scenario.client.budget,
     )
 
 
