@@ -87,7 +87,7 @@ def offer_keys(client: ClientSide, request: OfferKeys, digest: str) -> KeysOffer
     return KeysOffered(offer(part.secrets, request.sum_id, client.index, identity))
 
 
-def share_seeds(client: ClientSide, request: ShareSeeds, digest: str) -> SeedsShared:  # noqa: ARG001
+def share_seeds(client: ClientSide, request: ShareSeeds) -> SeedsShared:
     """Checks who takes part, and shares the seeds among them.
 
     Raises:
@@ -146,7 +146,7 @@ def admit(client: ClientSide, request: Score | Vote, digest: str) -> Cohort:
     return cohort
 
 
-def sign_survivors(client: ClientSide, request: SignSurvivors, digest: str) -> SurvivorsSigned:  # noqa: ARG001
+def sign_survivors(client: ClientSide, request: SignSurvivors) -> SurvivorsSigned:
     """Signs the one list of survivors of a sum.
 
     Raises:

@@ -183,7 +183,7 @@ def exists(dotted: str) -> bool:
     parts = dotted.split(".")
     if parts[0] == "strategy":
         return any(has_option(strategy.config_class, parts[1:]) for strategy in strategies())
-    if dotted in {key.name for key in keys()}:
+    if any(f"{key.name}.".startswith(f"{dotted}.") for key in keys()):  # a key, or a table
         return True
     for length in range(len(parts) - 1, 0, -1):
         try:

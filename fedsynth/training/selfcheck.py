@@ -223,7 +223,7 @@ class _Silent:
     def normals(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)
 
-    def poissons(self, count: int, mean: float) -> NDArray[np.int64]:  # noqa: ARG002
+    def poissons(self, count: int, mean: float) -> NDArray[np.int64]:  # noqa: ARG002 - none
         return np.zeros(count, dtype=np.int64)
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
