@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from fedsynth.corpus import Corpus, pool
-from fedsynth.federation.messages import Learn, Synthesize
+from fedsynth.federation.messages import Learn, Synthesize, Vote
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.lora import Adapter
@@ -22,6 +22,7 @@ from fedsynth.synthesis.curation import Steps, clusters, keep_rows, yields
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import check_of
 from fedsynth.synthesis.student import warm_start
+from fedsynth.synthesis.voting import kept
 from fedsynth.synthesis.writing import NOTHING, Curation, write, write_combinations
 from fedsynth.synthesis.yields import check_yield
 
@@ -83,8 +84,8 @@ class FDKT(RoundStrategy[State]):
             if self.config.texts == "drafts":
                 corpora = self._shared(drafts, learners)
             else:
-                # The LLM sees only released text: it keeps the best of each cluster, then writes more like it.
-                corpora = self._augmented(self._best(self._readable(drafts)), learners)
+                # The LLM sees only released text: the best of it is kept, then the LLM writes more like it.
+                corpora = self._augmented(self._best(clients, self._readable(drafts)), learners)
             if self.config.zero_shot:
                 corpora = {client: pool([public, corpus]) for client, corpus in corpora.items()}
 
@@ -174,11 +175,13 @@ class FDKT(RoundStrategy[State]):
             found[client] = kept.corpus
         return found
 
-    def _best(self, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
-        """Steps 5 and 6: the judge's best drafts of each cluster of similar drafts."""
+    def _best(self, clients: Clients, drafts: dict[int, Corpus]) -> dict[int, Corpus]:
+        """Steps 5 and 6: the judge's best drafts of each cluster of similar drafts, or those that clients vote for."""
         c, run_log = self.config, self.server.run_log
         if c.judge == "none":
             return drafts
+        if c.judge == "votes":
+            return {SERVER: self._voted(clients, pool(list(drafts.values())))} if any(map(len, drafts.values())) else {}
         run_log.progress("select", 0, len(drafts))
         groups = {
             client: clusters(self.server.embed(d.prompts), size=c.cluster_size, seed=self.seed("cluster", client))
@@ -191,10 +194,17 @@ class FDKT(RoundStrategy[State]):
             else partial(judge_by_instruction, max_new_tokens=c.judge_tokens)
         )
         labels = self.server.labels
-        kept = judge(self.server.llm, drafts, groups, labels=labels, keep=c.keep, seed=seed, task=self.task)
-        for client, stage in kept.items():
+        found = judge(self.server.llm, drafts, groups, labels=labels, keep=c.keep, seed=seed, task=self.task)
+        for client, stage in found.items():
             self._log(client, [("selected", stage)])
-        return {client: stage.corpus for client, stage in kept.items()}
+        return {client: stage.corpus for client, stage in found.items()}
+
+    def _voted(self, clients: Clients, drafts: Corpus) -> Corpus:
+        """The drafts of each label that lie nearest to private text of other clients, which spend their budget here."""
+        votes = clients.summed(Vote(drafts), self.config.votes_from)
+        best = kept(drafts, votes, self.config.keep, select="rank", threshold=0.0, seed=self.seed("votes"))
+        self.server.run_log.log_corpus(SERVER, "voted", best)
+        return best
 
     def _shared(self, drafts: Mapping[int, Corpus], learners: Sequence[int]) -> dict[int, Corpus]:
         """One-to-many: everybody's drafts for everybody. Else each client has its own; none, where none were asked."""

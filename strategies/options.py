@@ -44,12 +44,13 @@ class FDKTOptions:
         min_words: Texts of fewer words are dropped (10 in the paper's code, for reviews; notes are shorter). In scripts
             without blanks between words each character is one.
         sentences: Texts that look like code, JSON or markup are dropped.
-        judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `none`.
+        judge: `likelihood` (a base LLM scores), `instruction` (the paper's: an LLM that follows instructions), `votes`
+            (the clients of `votes_from` vote for those near to their private text, as in private evolution), `none`.
         judge_rivals: Number of other labels that the likelihood judge compares a draft's own label with.
         judge_tokens: Longest answer of the judge that follows instructions, in tokens, thoughts included: a cluster
             whose answer ends before its numbers is lost.
         cluster_size: Drafts that the judge compares at once (4 in the paper's code).
-        keep: Drafts that the judge keeps of a cluster.
+        keep: Drafts that the judge keeps of a cluster; those with the most votes of each label.
         demonstrations: `per_label` (k of one label: small contexts, many labels), `all_labels` (the paper's), or
             `none`: the ablation in which the LLM sees label names only and clients release nothing.
         shots: Demonstrations per label in a prompt.
@@ -73,6 +74,8 @@ class FDKTOptions:
             asked, and of all clients' drafts before the LLM reads them. Below it the run stops. 0: no floor.
         drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
             spends nothing; with `one_to_many` it gains from the drafts of the others.
+        votes_from: Clients that judge by votes. Under a guarantee they give no drafts: each client's budget is for one
+            of the two.
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50
@@ -82,7 +85,7 @@ class FDKTOptions:
     draft_tokens: Tokens = 48
     min_words: Count = 10
     sentences: bool = False
-    judge: Literal["likelihood", "instruction", "none"] = "likelihood"
+    judge: Literal["likelihood", "instruction", "votes", "none"] = "likelihood"
     judge_rivals: Count = 16
     judge_tokens: Tokens = 64
     cluster_size: Count = 4
@@ -102,12 +105,21 @@ class FDKTOptions:
     zero_shot: bool = False
     yield_floor: Annotated[float, Range("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
     drafts_from: tuple[int, ...] = ()
+    votes_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
+        if (self.judge == "votes") != bool(self.votes_from):
+            raise BadValue('strategy.judge = "votes" and strategy.votes_from, which names who votes, belong together')
+        if self.judge == "votes" and not self.one_to_many:
+            raise BadValue('strategy.judge = "votes" judges all drafts together: say strategy.one_to_many = true')
 
     def check(self, scenario: Scenario) -> None:
-        """Checks that an endpoint as LLM can score as the options need, and that the clients of `drafts_from` exist."""
+        """Checks that an endpoint as LLM can score as the options need, and that clients who draft or vote exist.
+
+        Raises:
+            BadValue: If not, with the way out.
+        """
         if self.drafts == "true_texts":
             _check_true_texts(self, scenario)
         clients = 1 if scenario.data.pooled else scenario.data.clients
@@ -117,6 +129,8 @@ class FDKTOptions:
             )
         if self.drafts_from and not set(self.drafts_from) <= set(range(clients)):
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
+        if self.judge == "votes":
+            self._check_voters(scenario, clients)
         combinations = len(scenario.task.combinations)
         if self.asks and self.drafts == "generator" and self.per_label < combinations:
             raise BadValue(
@@ -126,6 +140,17 @@ class FDKTOptions:
         judges = self.judge != "none" and self.texts == "llm" and self.asks
         if judges and _chats(scenario.server.llm) and self.judge == "likelihood":
             raise BadValue(f'{NO_SCORES}: say strategy.judge = "instruction"')
+
+    def _check_voters(self, scenario: Scenario, clients: int) -> None:
+        if not set(self.votes_from) <= set(range(clients)):
+            raise BadValue(f"strategy.votes_from names clients from 0 to {clients - 1}, got {list(self.votes_from)}")
+        drafting = set(self.drafts_from or range(clients))
+        if both := sorted(drafting & set(self.votes_from)) if scenario.client.guarantee == "dp" else []:
+            raise BadValue(
+                f"clients {both} would give drafts and votes, and each client's budget is for one of the two: name in "
+                "strategy.drafts_from those that draft, and in strategy.votes_from others"
+            )
+        check_votes(scenario, len(set(self.votes_from)))
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Warns of labels for which the LLM writes no text."""
@@ -150,6 +175,22 @@ def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:
             'strategy.drafts = "true_texts" are demonstrations of the LLM: say strategy.texts = "llm", and '
             'strategy.demonstrations = "per_label" or "all_labels"'
         )
+
+
+def check_votes(scenario: Scenario, voters: int) -> None:
+    """Checks that votes of so many clients fit the budget, and a secure sum's cohort.
+
+    Raises:
+        BadValue: If not.
+    """
+    client = scenario.client
+    if client.guarantee == "none" or client.budget is None:
+        return
+    check_cohort(client, voters)
+    try:
+        client.vote_plan(1, scenario.rounds)  # the number of units changes nothing
+    except BudgetTooSmall as problem:
+        raise BadValue(f"the noise of the votes does not fit the budget: {problem}") from problem
 
 
 def check_cohort(client: Client, asked: int) -> None:
@@ -238,20 +279,13 @@ class PrivateEvolutionOptions:
         Raises:
             BadValue: If not, with the way out.
         """
-        client, data = scenario.client, scenario.data
-        clients = 1 if data.pooled else data.clients
+        clients = 1 if scenario.data.pooled else scenario.data.clients
         if self.voters and not set(self.voters) <= set(range(clients)):
             raise BadValue(f"strategy.voters names clients from 0 to {clients - 1}, got {list(self.voters)}")
         if self.threshold and self.select != "proportion":
             raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
-        if not self.asks or client.guarantee == "none":
-            return
-        check_cohort(client, len(set(self.voters)) or clients)
-        if client.budget is not None:
-            try:
-                client.vote_plan(1, scenario.rounds)  # the number of units changes nothing
-            except BudgetTooSmall as problem:
-                raise BadValue(f"the noise of the votes does not fit the budget: {problem}") from problem
+        if self.asks:
+            check_votes(scenario, len(set(self.voters)) or clients)
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Warns of labels for which the LLM writes no text."""

@@ -24,7 +24,7 @@ from fedsynth.clients.batched_training import together
 from fedsynth.clients.client_side import ClientSide, cell_of
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.corpus import Corpus, Provenance, pool
-from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized
+from fedsynth.federation.messages import Evaluate, Evaluated, Learn, Synthesize, Synthesized, Vote
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted, unpack_request
@@ -584,6 +584,34 @@ def test_clients_that_give_no_drafts_spend_nothing_and_learn_from_those_of_other
     assert grants[1] == (grants[0] if option else set())
 
 
+def test_clients_without_drafts_judge_those_of_others_by_votes(toml: str, tmp_path: Path) -> None:
+    without_judge = toml.replace('judge = "likelihood"', "")
+    option = f"shots = 2\n{VOTED}\nvotes_from = [1]\ndrafts_from = [0, 2]\nkeep = 1"
+    made = world(without_judge.replace("shots = 2", option), "fdkt", tmp_path)
+    made.run()
+    [vote] = [unpack_request(m.content, Vote)[0] for m in made.sent() if m.metadata.message_type == Vote.task]
+    assert len(vote.corpus) > 2
+    kept = pd.read_parquet(next(made.out.rglob("voted-*.parquet")))
+    assert kept["answer"].value_counts().max() == 1  # the one with the most votes of each label
+    assert set(kept["prompt"]) <= set(vote.corpus.prompts)
+    [learnt, *_] = [
+        unpack_request(part, Learn)[0]
+        for m in made.sent()
+        if m.metadata.message_type == Learn.task
+        for part in parted(m.content)
+    ]
+    assert len(learnt.corpus.grants) == 3  # of the two generators and the votes
+    sides = [
+        fedsynth.clients.client_side.simulated_client(made.cell, i, private_of(made.out), "simulated")
+        for i in range(CLIENTS)
+    ]
+    assert [{row["plan"].get("mechanism") for row in s.ledger.entries() if "plan" in row} for s in sides] == [
+        {None},
+        {"votes"},
+        {None},
+    ]
+
+
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:
     by_arm = {c.arm: c for c in cells(from_toml(toml))}
     assert by_arm["local"].public_seed("learn", client=2) == by_arm["fdkt"].public_seed("learn", client=2)
@@ -749,6 +777,9 @@ def test_a_floor_stops_a_run_of_bad_drafts_before_the_llm_reads_them(toml: str, 
     assert len(going.llm.completed) == 1  # without a floor nothing is rehearsed: these are the texts
 
 
+VOTED = 'judge = "votes"\none_to_many = true'
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -756,10 +787,16 @@ def test_a_floor_stops_a_run_of_bad_drafts_before_the_llm_reads_them(toml: str, 
         (("shots = 2", 'shots = 2\ndemonstrations = "none"\nzero_shot = true'), "stands beside drafts"),
         (("shots = 2", "shots = 2\nyield_floor = 1.5"), "yield_floor must lie in"),
         (("learning_rate = 1e-3", "learning_rate = 1e-3, warm_start = { epochs = 0 }"), "epochs"),
+        (("shots = 2", 'shots = 2\njudge = "votes"\none_to_many = true'), "belong together"),
+        (("shots = 2", "shots = 2\nvotes_from = [1]"), "belong together"),
+        (("shots = 2", 'shots = 2\njudge = "votes"\nvotes_from = [1]'), "one_to_many = true"),
+        (("shots = 2", f"shots = 2\n{VOTED}\nvotes_from = [1]"), r"clients \[1\] would give drafts and votes"),
+        (("shots = 2", f"shots = 2\n{VOTED}\nvotes_from = [9]\ndrafts_from = [0]"), "names clients from 0 to"),
     ],
 )
 def test_settings_that_make_no_sense_are_named(toml: str, change: tuple[str, str], said: str) -> None:
-    text = toml.replace(*change, 1).replace('llm = "scripted"', 'llm = "assets:tiny-llm"')
+    before = toml.replace('judge = "likelihood"', "") if "votes" in change[1] else toml
+    text = before.replace(*change, 1).replace('llm = "scripted"', 'llm = "assets:tiny-llm"')
     with pytest.raises(BadValue, match=said):
         check(from_toml(text.split("[arms.no_demonstrations]")[0]))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from importlib.metadata import version
 from typing import Any
 
 from fedsynth.federation.run.log import RunLog
 from fedsynth.privacy.cohort import Cohort
-from fedsynth.privacy.plan import FINE, ROWS_OF_A_PERSON, DPPlan, Statement, group_epsilon
+from fedsynth.privacy.plan import BY_RDP, FINE, ROWS_OF_A_PERSON, DPPlan, Mechanism, Statement, group_epsilon
 
 
 def guarantee_of(run_logs: Sequence[RunLog]) -> str:
@@ -27,6 +27,20 @@ NOT_COVERED = (
     "a server that does not run the published bundle: Flower clients execute the code that it sends",
     "what the base models had read before",
 )
+
+
+_LIST = "noise on a client's list of scores, clipped as a whole, each round"
+_VOTES = "noise on every count of votes, each unit's votes scaled to norm 1 at most, each round"
+MECHANISMS: Mapping[Mechanism, str] = {
+    "gradients": "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch",
+    "scores": f"Gaussian {_LIST}",
+    "votes": f"Gaussian {_VOTES}",
+    "summed_scores": f"Skellam {_LIST}",
+    "summed_votes": f"Skellam {_VOTES}",
+}
+POISSON = "Poisson: each unit enters each batch by a draw of its own"
+PLD = f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, rounded up"
+RDP = "Rényi differential privacy at whole orders, for Skellam noise"
 
 
 PUBLIC = (
@@ -74,29 +88,25 @@ def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     spent = _spent(run_logs)
     if guarantee_of(run_logs) == "none" or not spent:
         return terms
-    noised = {s.mechanism for s in spent}
-    listed, voted = noised == {"scores"}, noised <= {"votes", "summed_votes"}
-    summed = "summed_votes" in noised
+    noised = [mechanism for mechanism in MECHANISMS if any(s.mechanism == mechanism for s in spent)]
+    trained = [s for s in spent if s.mechanism == "gradients"]
     training = client.scorer_training if "scores" in seen else client.generator_training
-    rate = min(s.sampling_rate or 1.0 for s in spent)
+    rate = min((s.sampling_rate or 1.0 for s in trained), default=1.0)
+    units = round(training.expected_batch_size / rate) if trained else 1  # a list of scores has one: the client
+    samplers = [POISSON] if trained else []
+    if len(trained) < len(spent):
+        samplers.append("none: all of the client's data takes part" + (" in votes and lists of scores" * bool(trained)))
+    by_rdp = [mechanism in BY_RDP for mechanism in noised]
+    accountants = [PLD] * (not all(by_rdp)) + [RDP] * any(by_rdp)
     return {
         **terms,
-        "mechanism": "Gaussian noise on a client's list of scores, clipped as a whole, each round" if listed else (
-            f"{'Skellam' if summed else 'Gaussian'} noise on every count of votes, "
-            "each unit's votes scaled to norm 1 at most, each round"
-        ) if voted else (
-            "DP-SGD: each unit's gradient is clipped, Gaussian noise is added to the sum of a batch"
-        ),
-        "sampler": "none: all of the client's data takes part" if listed or voted else (
-            "Poisson: each unit enters each batch by a draw of its own"
-        ),
-        "accountant": "Rényi differential privacy of whole orders, rounded up" if summed else (
-            f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, rounded up"
-        ),
+        "mechanism": "; ".join(MECHANISMS[mechanism] for mechanism in noised),
+        "sampler": "; ".join(samplers),
+        "accountant": "; ".join(accountants),
         "adjacency": "zero-out: one unit is replaced by an empty one, the number of units is public and stays",
         "composition": "all rounds and releases of a run; clients in parallel: no unit is at two of them",
-        **({} if voted else {"largest_units": 1 if listed else round(training.expected_batch_size / rate)}),
-    }  # fmt: skip
+        **({} if all("votes" in mechanism for mechanism in noised) else {"largest_units": units}),
+    }
 
 
 def _spent(run_logs: Sequence[RunLog]) -> list[Statement]:
