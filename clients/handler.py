@@ -23,7 +23,7 @@ from fedsynth.clients.evaluate import evaluate
 from fedsynth.clients.finetune import adopt, finetune
 from fedsynth.clients.learn import NoTaskModel, learn
 from fedsynth.clients.score import score
-from fedsynth.clients.secure_sum import offer_keys, share_seeds, sign_survivors, unmask
+from fedsynth.clients.secure_sum import offer_keys, open_shares, share_seeds, sign_survivors, unmask
 from fedsynth.clients.self_train import self_train
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.vote import vote
@@ -36,6 +36,7 @@ from fedsynth.federation.messages import (
     Finetune,
     Learn,
     OfferKeys,
+    OpenShares,
     Request,
     Score,
     SelfTrain,
@@ -81,6 +82,7 @@ FUNCTIONS: dict[type[Request[Any]], Callable[[ClientSide, Any, str], object]] = 
     Vote: vote,
     OfferKeys: offer_keys,
     ShareSeeds: lambda client, request, _: share_seeds(client, request),
+    OpenShares: lambda client, request, _: open_shares(client, request),
     SignSurvivors: lambda client, request, _: sign_survivors(client, request),
     Unmask: lambda client, request, _: unmask(client, request),
     SelfTrain: lambda client, request, _: self_train(client, request),

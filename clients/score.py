@@ -27,7 +27,7 @@ from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.weights import load_named, save_named
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
-from fedsynth.privacy.skellam import UNIT, Draws, noise, variance
+from fedsynth.privacy.skellam import UNIT, Draws, noise
 from fedsynth.training.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
 from fedsynth.training.dp_training import Randomness, private, train_generator, trainable
 from fedsynth.training.selfcheck import LISTED, Noise, check_list, self_check
@@ -92,8 +92,7 @@ def _noised(client: ClientSide, request: Score, digest: str) -> Scored:
 
 def _summed(client: ClientSide, request: Score, digest: str, plan: DPPlan, model: Any) -> Scored:
     """The same in whole numbers, with this client's share of the noise, under the masks of a secure sum."""
-    cohort, rests = admit(client, request, digest), client.rules.rests_on_sums
-    share = cohort.share(plan.noise_multiplier) if rests else variance(plan.noise_multiplier)
+    (cohort, share), rests = admit(client, request, digest), client.rules.rests_on_sums
     check_whole_noise(plan, share)
 
     binding = client.binding(digest, plan, model=_hash(client), training=client.config.task_training)

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
 from fedsynth.clients.learn import NoTaskModel
-from fedsynth.clients.secure_sum import admit, check_room, refuse_sum, under_masks
+from fedsynth.clients.secure_sum import admit, refuse_sum, under_masks
 from fedsynth.corpus import Corpus, Votes, blank, same
 from fedsynth.federation.messages import Vote, Voted
 from fedsynth.models.embedding import Embedder, directions, shared_embedder
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, Trained, release_votes, release_without_guarantee
-from fedsynth.privacy.skellam import UNIT, Draws, noise, variance
+from fedsynth.privacy.skellam import UNIT, Draws, noise
 from fedsynth.training.dp_training import Randomness
 from fedsynth.training.examples import readable, unit_rows
 from fedsynth.training.selfcheck import LISTED, Noise, check_list
@@ -66,9 +66,7 @@ def _summed(client: ClientSide, request: Vote, digest: str, polling: Polling) ->
     names no cohort.
     """
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
-    cohort, rests = admit(client, request, digest), client.rules.rests_on_sums
-    check_room(client.records, cohort)
-    share = cohort.share(plan.noise_multiplier) if rests else variance(plan.noise_multiplier)
+    (cohort, share), rests = admit(client, request, digest), client.rules.rests_on_sums
     check_whole_noise(plan, share)
 
     binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=settings)

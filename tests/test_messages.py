@@ -45,6 +45,7 @@ from fedsynth.federation.messages import (
     SeedsShared,
     SelfTrain,
     SelfTrained,
+    SharesOpened,
     SurvivorsSigned,
     Synthesize,
     Synthesized,
@@ -75,6 +76,7 @@ from fedsynth.federation.validation import (
 )
 from fedsynth.lora import Adapter
 from fedsynth.privacy.caps import Account, BudgetExhausted
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import Ledger
 from fedsynth.privacy.plan import BudgetTooSmall, Statement
 from fedsynth.privacy.release import NotReleasable
@@ -102,7 +104,8 @@ UNDER_A_GRANT = (
 )
 OPEN = SelfTrained(replace(ADAPTER, grants=()), NONE, 30)  # never under a grant
 SUMS = (
-    KeysOffered(Offer(3, "ab", "cd", "ef", "SHA256:x", "01")),
+    KeysOffered(Offer(3, "ab", "cd", "ef", "votes", Cohort(3), 1.5, "a key", "01")),
+    SharesOpened((1,)),
     SeedsShared((Sealed(3, "ab"),)),
     SurvivorsSigned("ab"),
     Unmasked((SeedShare(3, "ab" * 16),)),

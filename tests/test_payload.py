@@ -29,6 +29,7 @@ from fedsynth.federation.messages import (
     Learn,
     Learnt,
     OfferKeys,
+    OpenShares,
     Refused,
     Score,
     Scored,
@@ -36,6 +37,7 @@ from fedsynth.federation.messages import (
     SelfTrain,
     SelfTrained,
     ShareSeeds,
+    SharesOpened,
     SignSurvivors,
     SurvivorsSigned,
     Synthesize,
@@ -48,6 +50,7 @@ from fedsynth.federation.messages import (
 from fedsynth.federation.payload import SCHEMA, BadPayload, corpus_from_parquet, corpus_to_parquet, decode, encode
 from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import Statement
 from fedsynth.typed import BadValue
 
@@ -57,7 +60,7 @@ ADAPTER = Adapter(
     {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.array([[0.1]], np.float32)}, 2, 16.0, "base", ("g1",)
 )
 STATEMENT = Statement("dp", 7.99, 1e-5, 11.28, {2: 18.5, 10: 90.25}, "row", 1, 0.928, 0.125, 60, 0.3, True)
-SUM, OFFER = "0123456789abcdef" * 2, Offer(3, "ab", "cd", "ef", "SHA256:x", "01")
+SUM, OFFER = "0123456789abcdef" * 2, Offer(3, "ab", "cd", "ef", "votes", Cohort(3), 1.5, "a key", "01")
 VALUES = [
     Synthesize(per_label=50, temperature=0.8, top_p=0.95, max_new_tokens=48, seed=2**47 + 1),
     Learn(seed=3),
@@ -75,13 +78,15 @@ VALUES = [
     Voted(Votes((-0.1, 1 / 3, 250.5), ("g1",)), STATEMENT),
     SelfTrain(ADAPTER, seed=1, writing_seed=2, share=0.25, selection="random", training="mixed"),
     SelfTrained(ADAPTER, Statement("none", None, 1e-5), records=30),
-    OfferKeys(SUM),
+    OfferKeys(SUM, "votes"),
     KeysOffered(OFFER),
     ShareSeeds(SUM, (OFFER, OFFER)),
     SeedsShared((Sealed(3, "ab" * 48),)),
+    OpenShares(SUM, (Sealed(0, "cd"),)),
+    SharesOpened((1,)),
     SignSurvivors(SUM, (0, 3)),
     SurvivorsSigned("ab"),
-    Unmask(SUM, (0, 3), (Signed(3, "ab"),), (Sealed(0, "cd"),)),
+    Unmask(SUM, (0, 3), (Signed(3, "ab"),)),
     Unmasked((SeedShare(3, "ef" * 16),)),
     Learnt(received=5),
     Evaluated({"accuracy": 0.1 + 0.2, "macro_f1": 1 / 3}, examples=600),

@@ -490,7 +490,7 @@ def with_keys(sites: list[Place]) -> list[Place]:
 
 
 def summing(tmp_path: Path, notes: pd.DataFrame, toml: str, **terms: Any) -> Deployed:
-    policy = replace(POLICY, outputs=("votes",), secure_sum=SumPolicy(**terms))
+    policy = replace(POLICY, outputs=("votes",), secure_sum=SumPolicy(clients=2, **terms))
     sites = with_keys(places(tmp_path, notes, dict.fromkeys(NAMES, policy)))
     more = "secure_sum = { clients = 3, dropouts = 1 }"
     return Deployed(sites, voting(toml, more), tmp_path / "run")
@@ -528,6 +528,25 @@ def test_a_site_with_a_smaller_budget_relies_on_its_own_noise(tmp_path: Path, to
     assert {said.cohort for said in others} == {Cohort(3, 1)}
 
 
+def test_two_arms_that_share_a_sites_account_have_sums_of_their_own(
+    tmp_path: Path, toml: str, notes: pd.DataFrame
+) -> None:
+    deployed = summing(tmp_path, notes, toml + "[arms.other]\nstrategy.keep = 1\n", accept=True)
+    for place in deployed.sites:
+        place.open_ledger(create=True)
+    wide = replace(POLICY, outputs=("votes",), secure_sum=SumPolicy(clients=2, accept=True), lifetime=Budget(40.0))
+    deployed.sites = [
+        replace(place, site=replace(place.site, policy=replace(wide, models=place.site.policy.models)))
+        for place in deployed.sites
+    ]
+    deployed.run()
+    second = replace(deployed, out=tmp_path / "second")
+    second.cell = cell_of(second.whole, "other", 0)
+    second.run_log = RunLog(second.cell, second.out, second.out / "events.jsonl", simulated=False)
+    second.run()
+    assert (deployed.codes(), second.codes()) == ([], [])
+
+
 def test_a_site_takes_part_in_no_sum_that_its_operator_did_not_allow(
     tmp_path: Path, toml: str, notes: pd.DataFrame
 ) -> None:
@@ -535,7 +554,7 @@ def test_a_site_takes_part_in_no_sum_that_its_operator_did_not_allow(
         (
             (None, "no policy.secure_sum"),
             (SumPolicy(clients=4), "asks for 4 and 0 at least"),
-            (SumPolicy(colluders=1), "asks for 3 and 1 at least"),
+            (SumPolicy(clients=2, colluders=1), "asks for 2 and 1 at least"),
         )
     ):
         place = tmp_path / str(number)

@@ -175,10 +175,10 @@ def _sums(policy: Policy, config: Client) -> Exception | None:
         return None
     if terms is None:
         return NotAllowed("the scenario asks for secure sums, and site.toml has no policy.secure_sum")
-    if cohort.clients < terms.clients or cohort.colluders < terms.colluders:
+    if cohort.least < terms.clients or cohort.colluders < terms.colluders:
         return NotAllowed(
-            f"the scenario's cohort has {cohort.clients} clients and {cohort.colluders} colluders, policy.secure_sum "
-            f"asks for {terms.clients} and {terms.colluders} at least"
+            f"of the scenario's cohort {cohort.least} clients open a sum and {cohort.colluders} may collude, "
+            f"policy.secure_sum asks for {terms.clients} and {terms.colluders} at least"
         )
     return None
 

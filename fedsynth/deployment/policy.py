@@ -68,13 +68,13 @@ class SumPolicy:
     Attributes:
         accept: The account is charged what a sum costs, which rests on the noise of the other sites. Else the site adds
             noise enough for its own messages, and is charged what those cost.
-        clients: Smallest cohort.
-        colluders: Least number of other sites that a scenario must take to be in league with the server.
+        clients: Least number of clients in an opened sum: a cohort's clients without its dropouts.
+        colluders: Least number of other sites that a scenario must allow to be in league with the server.
         roster: Folder of the public keys of the sites that may take part, NAME.pub, this site's own among them.
     """
 
     accept: bool = False
-    clients: Annotated[int, least(SMALLEST)] = SMALLEST
+    clients: Annotated[int, least(2)] = SMALLEST
     colluders: Annotated[int, least(0)] = 0
     roster: str = "roster"
 

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from fedsynth.deployment import certificates
 from fedsynth.deployment.policy import Place
-from fedsynth.federation.secure_sum import Identity
+from fedsynth.federation.secure_sum import Identity, fingerprint
 from fedsynth.typed import BadValue
 
 
@@ -41,10 +41,9 @@ def identity(place: Place) -> Identity:
         raise BadValue(f"{own} holds no private key in OpenSSH's form without a password") from problem
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise BadValue(f"{own} is no ECDSA key: `fedsynth site init` writes one")
-    found = Identity(key, keys)
-    if found.signer not in keys:
-        raise BadValue(f"{folder} lacks this site's own key {found.signer}: put its .pub file there, too")
-    return found
+    if (print_ := fingerprint(key.public_key())) not in keys:
+        raise BadValue(f"{folder} lacks this site's own key {print_}: put its .pub file there, too")
+    return Identity(key, keys)
 
 
 def told(place: Place) -> str:

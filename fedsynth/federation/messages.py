@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from fedsynth.corpus import Corpus, Scores, Votes
-from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare, Signed
+from fedsynth.federation.secure_sum import Kind, Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
 from fedsynth.privacy.plan import Statement
 
@@ -212,11 +212,17 @@ class KeysOffered:
 
 @dataclass(frozen=True)
 class OfferKeys(Request[KeysOffered]):
-    """Make keys for a secure sum (`fedsynth.federation.secure_sum`, exchange 1)."""
+    """Make keys for a secure sum (`fedsynth.federation.secure_sum`, exchange 1).
+
+    Attributes:
+        sum_id: The sum.
+        kind: What it will add up.
+    """
 
     task: ClassVar[str] = "train.offer_keys"
     reply: ClassVar[type[Any]] = KeysOffered
     sum_id: str
+    kind: Kind
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,28 @@ class ShareSeeds(Request[SeedsShared]):
 
 
 @dataclass(frozen=True)
+class SharesOpened:
+    """The senders whose shares a client could not open."""
+
+    unreadable: tuple[int, ...] = _leaves(Origin.PUBLIC)
+
+
+@dataclass(frozen=True)
+class OpenShares(Request[SharesOpened]):
+    """Open the shares that the others have encrypted for this client (exchange 3).
+
+    Attributes:
+        sum_id: The sum.
+        sealed: From each sender, its shares.
+    """
+
+    task: ClassVar[str] = "train.open_shares"
+    reply: ClassVar[type[Any]] = SharesOpened
+    sum_id: str
+    sealed: tuple[Sealed, ...]
+
+
+@dataclass(frozen=True)
 class SurvivorsSigned:
     """A client's signature of a list of survivors."""
 
@@ -245,7 +273,7 @@ class SurvivorsSigned:
 
 @dataclass(frozen=True)
 class SignSurvivors(Request[SurvivorsSigned]):
-    """Sign the list of the clients whose vectors have arrived; a client signs one list of a sum (exchange 4)."""
+    """Sign the list of the clients whose vectors have arrived; a client signs one list of a sum (exchange 5)."""
 
     task: ClassVar[str] = "train.sign_survivors"
     reply: ClassVar[type[Any]] = SurvivorsSigned
@@ -262,13 +290,12 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class Unmask(Request[Unmasked]):
-    """Open a sum whose survivors enough clients have signed (exchange 5).
+    """Open a sum whose survivors enough clients have signed (exchange 6).
 
     Attributes:
         sum_id: The sum.
         survivors: The list that was signed.
         signatures: Of the clients that signed it.
-        sealed: From each member, the shares that it encrypted for this client.
     """
 
     task: ClassVar[str] = "train.unmask"
@@ -276,7 +303,6 @@ class Unmask(Request[Unmasked]):
     sum_id: str
     survivors: tuple[int, ...]
     signatures: tuple[Signed, ...]
-    sealed: tuple[Sealed, ...]
 
 
 # A client's funnel has these names and none of the client's own.
@@ -453,6 +479,7 @@ def outputs(request: Request[Any]) -> set[Output]:
         Vote: {"votes"},
         OfferKeys: set(),  # of a secure sum: random numbers and signatures
         ShareSeeds: set(),
+        OpenShares: set(),
         SignSurvivors: set(),
         Unmask: set(),
         Evaluate: {"metrics"},
@@ -462,7 +489,7 @@ def outputs(request: Request[Any]) -> set[Output]:
     return kinds[type(request)]
 
 
-SUMMING: tuple[type[Request[Any]], ...] = (OfferKeys, ShareSeeds, SignSurvivors, Unmask)
+SUMMING: tuple[type[Request[Any]], ...] = (OfferKeys, ShareSeeds, OpenShares, SignSurvivors, Unmask)
 REQUESTS: tuple[type[Request[Any]], ...] = (
     Synthesize, Finetune, Adopt, Score, Vote, *SUMMING, SelfTrain, Learn, Evaluate
 )  # fmt: skip

@@ -144,9 +144,11 @@ class Clients:
         if cohort is None or client.guarantee == "none":
             asked: dict[int, Request[Any]] = dict.fromkeys(ids, request)
             return added([reply.numbers for reply in self.ask_each(asked).values()])
-        # Without the arm: arms that ask a simulated client the same thing get the same noise (`unpack_request`).
+        # Arms that ask a simulated client the same thing get the same noise (`unpack_request`); those of sites share an
+        # account, in which an id serves once.
+        arm = self.cell.arm if self.sites else ""
         return secure_sum(
-            self.ask_each, ids, request, cohort, sum_id(self.run, self.cell.seed, self.exchange + 1, [*ids])
+            self.ask_each, ids, request, cohort, sum_id(self.run, arm, self.cell.seed, self.exchange + 1, [*ids])
         )
 
     def _name(self, client: int) -> str:

@@ -1,14 +1,16 @@
 """A secure sum: whole numbers of several clients, of which the server learns the sum alone.
 
 The protocol of Bonawitz et al. (Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017), with
-its signatures against an active server, in five exchanges:
+its signatures against an active server:
 
-1. Each client offers two public keys and a commitment to a seed, signed by the key that its site is known by.
-2. It checks the others' signatures against the keys that its operator has pinned, and shares two seeds among them
-   (Shamir), each share encrypted for its receiver.
-3. It sends its vector plus a mask of its own seed, plus or minus a mask with each other client. The latter cancel.
-4. It signs the list of clients whose vectors have arrived.
-5. If enough have signed one list, it gives its share of one seed of each client: the own seed of those on the list, the
+1. Each client offers two public keys and a commitment to a seed, signed by the key that its site is known by, together
+   with the cohort and the noise that it will add.
+2. It checks the others' signatures against the keys that its operator has pinned, and their terms against its own. It
+   shares two seeds among them (Shamir), each share encrypted for its receiver.
+3. It opens the shares that are for it, and names the senders of those that it cannot open.
+4. It sends its vector plus a mask of its own seed, plus or minus a mask with each other client. The latter cancel.
+5. It signs the list of clients whose vectors have arrived.
+6. If enough have signed one list, it gives its share of one seed of each client: the own seed of those on the list, the
    seed of the key of those that are missing. It never gives both.
 
 This module has the arithmetic of both sides, without a file or a network. Primitives are those of `cryptography` and
@@ -19,23 +21,32 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
+import math
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 from Crypto.Protocol.SecretSharing import Shamir
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
+from fedsynth.privacy.cohort import Cohort
+
 MODULUS = 2**48  # float64, in which votes travel, holds each residue exactly
+MAX_TRIES = 500  # sets of shares that are tried for one seed
 SEED_BYTES = 16  # what Shamir's scheme of the library shares: 128 bits
 Words = NDArray[np.uint64]
 _MASK = np.uint64(MODULUS - 1)
@@ -52,16 +63,22 @@ class NotOpened(RuntimeError):
 # ---- What crosses the network ----------------------------------------------------------------------------------------
 
 
+Kind = Literal["votes", "scores"]
+
+
 @dataclass(frozen=True)
 class Offer:
-    """A client's keys for one sum.
+    """A client's keys and terms for one sum.
 
     Attributes:
         client: The client's number in the run.
         sealing_key: X25519 public key (hex) for which others encrypt their shares.
         masking_key: X25519 public key (hex) of the masks with each other client.
         commitment: SHA-256 (hex) of the seed of the client's own mask.
-        signer: Fingerprint of the key that signs: that by which the server knows the client.
+        kind: What is added up.
+        cohort: The cohort that the client was told of.
+        variance: Of the noise that it will add.
+        signer: The key that signs, by which the server knows the client: an OpenSSH public key.
         signature: ECDSA signature (hex) of all else, and of the sum's id.
     """
 
@@ -69,12 +86,16 @@ class Offer:
     sealing_key: str
     masking_key: str
     commitment: str
+    kind: Kind
+    cohort: Cohort
+    variance: float
     signer: str = ""
     signature: str = ""
 
     def said(self, sum_id: str) -> bytes:
         """What is signed."""
-        return _joined("offer", sum_id, str(self.client), self.sealing_key, self.masking_key, self.commitment)
+        terms = (self.client, self.kind, *vars(self.cohort).values(), self.variance.hex())
+        return _joined("offer", sum_id, self.sealing_key, self.masking_key, self.commitment, *map(str, terms))
 
 
 @dataclass(frozen=True)
@@ -118,12 +139,14 @@ class Identity:
 
     @property
     def signer(self) -> str:
-        """The fingerprint of the own key."""
-        return fingerprint(self.key.public_key())
+        """The own public key, in OpenSSH's form."""
+        return _line(self.key.public_key())
 
     def sign(self, said: bytes) -> str:
-        """A signature in hex."""
-        return self.key.sign(said, ec.ECDSA(hashes.SHA256())).hex()
+        """A signature in hex, always of the same length."""
+        r, s = decode_dss_signature(self.key.sign(said, ec.ECDSA(hashes.SHA256())))
+        size = (self.key.key_size + 7) // 8
+        return (r.to_bytes(size, "big") + s.to_bytes(size, "big")).hex()
 
     def verify(self, signer: str, signature: str, said: bytes) -> None:
         """Checks another client's signature.
@@ -131,18 +154,45 @@ class Identity:
         Raises:
             Mistrusted: If its key is not pinned, or did not sign this.
         """
-        if signer not in self.roster:
-            raise Mistrusted(f"a client signs by the key {signer!r}, which is none of this client's roster")
-        try:
-            self.roster[signer].verify(bytes.fromhex(signature), said, ec.ECDSA(hashes.SHA256()))
-        except (InvalidSignature, ValueError) as problem:
-            raise Mistrusted(f"the signature by the key {signer!r} is not of what it should sign") from problem
+        key = _public_key(signer)
+        if key is None or fingerprint(key) not in self.roster:
+            known = "no key" if key is None else f"the key {fingerprint(key)}"
+            raise Mistrusted(f"a client signs by {known}, which is none of this client's roster")
+        if not signed(signer, signature, said):
+            raise Mistrusted(f"the signature by the key {fingerprint(key)} is not of what it should sign")
+
+
+def signed(signer: str, signature: str, said: bytes) -> bool:
+    """True if the key that is named signed this. It says nothing of whose key that is."""
+    key = _public_key(signer)
+    if key is None:
+        return False
+    try:
+        raw, size = bytes.fromhex(signature), (key.key_size + 7) // 8
+        if len(raw) != 2 * size:
+            return False
+        both = int.from_bytes(raw[:size], "big"), int.from_bytes(raw[size:], "big")
+        key.verify(encode_dss_signature(*both), said, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _public_key(line: str) -> ec.EllipticCurvePublicKey | None:
+    try:
+        key = serialization.load_ssh_public_key(line.encode())
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, ec.EllipticCurvePublicKey) and _line(key) == line else None
+
+
+def _line(key: ec.EllipticCurvePublicKey) -> str:
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     """The fingerprint of a public key, as `ssh-keygen -l` prints it."""
-    line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    digest = hashlib.sha256(base64.b64decode(_line(key).split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
@@ -187,19 +237,42 @@ def new_secrets() -> Secrets:
     return Secrets(sealing, masking, own)
 
 
-def offer(held: Secrets, sum_id: str, client: int, identity: Identity) -> Offer:
-    """A client's signed keys."""
-    commitment = hashlib.sha256(bytes.fromhex(held.own)).hexdigest()
-    made = Offer(client, _public(held.sealing), _public(held.masking), commitment)
-    return replace(made, signer=identity.signer, signature=identity.sign(made.said(sum_id)))
+def offer(
+    held: Secrets, sum_id: str, client: int, identity: Identity, *, kind: Kind, cohort: Cohort, variance: float
+) -> Offer:
+    """A client's signed keys and terms."""
+    commitment = _commitment(held.own)
+    keys = (_public(held.sealing), _public(held.masking))
+    made = Offer(client, *keys, commitment, kind, cohort, variance, identity.signer)
+    return replace(made, signature=identity.sign(made.said(sum_id)))
 
 
-def check_offers(offers: Sequence[Offer], sum_id: str, identity: Identity) -> None:
-    """Checks that all offers are of different clients whose keys this one has pinned.
+def genuine(made: Offer, sum_id: str) -> bool:
+    """True if an offer's keys can be used, and the key that it names has signed it for this sum."""
+    try:
+        for key in (made.sealing_key, made.masking_key):
+            X25519PrivateKey.generate().exchange(_received(key))  # refuses keys of low order
+        fits = len(bytes.fromhex(made.commitment)) == hashlib.sha256().digest_size
+    except ValueError:
+        return False
+    return fits and math.isfinite(made.variance) and signed(made.signer, made.signature, made.said(sum_id))
+
+
+def check_offers(offers: Sequence[Offer], sum_id: str, identity: Identity, own: Offer, *, rests: bool) -> None:
+    """Checks that all offers are of different clients whose keys this one has pinned, on the terms that it knows.
+
+    Args:
+        offers: In the order of clients.
+        sum_id: The sum.
+        identity: The client's roster.
+        own: Its own offer.
+        rests: It counts on the others' noise: each must add as much as it does itself.
 
     Raises:
         Mistrusted: If not.
     """
+    if own not in offers:
+        raise Mistrusted("this client's own offer is not among those of the sum")
     for what in ("client", "signer", "sealing_key", "masking_key"):
         if len({getattr(made, what) for made in offers}) < len(offers):
             raise Mistrusted(f"two offers of one {what.replace('_', ' ')}")
@@ -207,6 +280,12 @@ def check_offers(offers: Sequence[Offer], sum_id: str, identity: Identity) -> No
         raise Mistrusted("the offers do not stand in the order of their clients")
     for made in offers:
         identity.verify(made.signer, made.signature, made.said(sum_id))
+        if not genuine(made, sum_id):
+            raise Mistrusted(f"a public key in the offer of client {made.client} is none")
+        if (made.kind, made.cohort) != (own.kind, own.cohort):
+            raise Mistrusted(f"client {made.client} was told of another cohort or kind of sum")
+        if rests and made.variance < own.variance * (1 - 1e-9):
+            raise Mistrusted(f"client {made.client} will add less noise than this one counts on")
 
 
 def roll(sum_id: str, offers: Sequence[Offer]) -> str:
@@ -230,23 +309,22 @@ def shares(held: Secrets, sum_id: str, client: int, offers: Sequence[Offer], thr
 def opened(
     held: Secrets, sum_id: str, client: int, offers: Sequence[Offer], sent: Iterable[Sealed]
 ) -> dict[int, tuple[bytes, bytes]]:
-    """By sender, its shares for this client: of the seed of its key, and of its own mask.
+    """By sender, its shares for this client: of the seed of its key, and of its own mask. A sender whose shares were
+    not encrypted for this client and these offers is left out.
 
     Raises:
-        Mistrusted: If a share was not encrypted by that sender for this client and these offers.
+        Mistrusted: If a sender made no offer.
     """
     known, about = {made.client: made for made in offers}, roll(sum_id, offers).encode()
     found = {}
     for each in sent:
         if each.client not in known:
             raise Mistrusted(f"a share of client {each.client}, which made no offer")
-        try:
-            text = _box(held, known[each.client], sum_id, each.client, client).decrypt(
-                _NONCE, bytes.fromhex(each.box), about
-            )
-        except (InvalidTag, ValueError) as problem:
-            raise Mistrusted(f"the share of client {each.client} is not one for this client and sum") from problem
-        found[each.client] = (text[:SEED_BYTES], text[SEED_BYTES:])
+        with suppress(InvalidTag, ValueError):
+            box = _box(held, known[each.client], sum_id, each.client, client)
+            text = box.decrypt(_NONCE, bytes.fromhex(each.box), about)
+            if len(text) == 2 * SEED_BYTES:
+                found[each.client] = (text[:SEED_BYTES], text[SEED_BYTES:])
     return found
 
 
@@ -279,6 +357,21 @@ def listed(sum_id: str, offers: Sequence[Offer], members: Sequence[int], survivo
 # ---- The server's side -----------------------------------------------------------------------------------------------
 
 
+def undisputed(unreadable: Mapping[int, Collection[int]]) -> tuple[int, ...]:
+    """The clients that remain when those with the most disputes are left out, one by one, until there is none.
+
+    Args:
+        unreadable: By client, the senders whose shares it says that it could not open: either of the two may be at
+            fault.
+    """
+    disputes = {(client, sender) for client, of in unreadable.items() for sender in of if sender != client}
+    remaining = set(unreadable)
+    while disputes := {pair for pair in disputes if set(pair) <= remaining}:
+        count = Counter(client for pair in disputes for client in pair)
+        remaining.discard(max(sorted(count), key=lambda client: count[client]))
+    return tuple(sorted(remaining))
+
+
 def unmasked(
     sum_id: str,
     offers: Sequence[Offer],
@@ -309,23 +402,31 @@ def unmasked(
         total += np.asarray(vector, dtype=np.float64).astype(np.uint64)
     for member in members:
         parts = [(place[client], bytes.fromhex(of[member])) for client, of in by_client.items() if member in of]
-        if len(parts) < threshold:
-            raise NotOpened(f"of client {member}'s seed {len(parts)} shares are there, {threshold} are needed")
-        try:
-            seed = Shamir.combine(parts[:threshold], ssss=False).hex()
-        except ValueError as problem:
-            raise NotOpened(f"the shares of client {member}'s seed cannot be put together") from problem
         if member in vectors:
-            if hashlib.sha256(bytes.fromhex(seed)).hexdigest() != known[member].commitment:
-                raise NotOpened(f"the seed of client {member}'s mask is not the one that it committed to")
+            seed = _fitting(member, parts, threshold, _commitment, known[member].commitment)
             total -= _own_mask(seed, sum_id, size)
         else:
-            if _public(seed) != known[member].masking_key:
-                raise NotOpened(f"the seed of client {member}'s key is not the one of its offer")
+            seed = _fitting(member, parts, threshold, _public, known[member].masking_key)
             for other in vectors:  # the missing client's masks, with the opposite sign, take the others' away
                 total += _between(seed, known[other].masking_key, sum_id, member, other, size)
     words = (total & _MASK).astype(np.int64)
     return np.where(words >= MODULUS // 2, words - MODULUS, words)
+
+
+def _fitting(
+    member: int, parts: Sequence[tuple[int, bytes]], threshold: int, told: Callable[[str], str], promised: str
+) -> str:
+    """The seed that a client promised, by the first shares that give it: some of them may be false."""
+    if len(parts) < threshold:
+        raise NotOpened(f"of client {member}'s seed {len(parts)} shares are there, {threshold} are needed")
+    for some in itertools.islice(itertools.combinations(parts, threshold), MAX_TRIES):
+        with suppress(ValueError):
+            seed = Shamir.combine(list(some), ssss=False).hex()
+            if told(seed) == promised:
+                return seed
+    raise NotOpened(
+        f"no {threshold} shares of client {member}'s seed give what it promised: it or others gave false ones"
+    )
 
 
 # ---- Masks, boxes, keys ----------------------------------------------------------------------------------------------
@@ -337,15 +438,20 @@ def _private(seed: str) -> X25519PrivateKey:
     return X25519PrivateKey.from_private_bytes(_derived(bytes.fromhex(seed), "key"))
 
 
+def _commitment(seed: str) -> str:
+    return hashlib.sha256(bytes.fromhex(seed)).hexdigest()
+
+
 def _public(seed: str) -> str:
     return _private(seed).public_key().public_bytes_raw().hex()
 
 
 def _agreed(seed: str, other: str) -> bytes:
-    try:
-        return _private(seed).exchange(X25519PublicKey.from_public_bytes(bytes.fromhex(other)))
-    except ValueError as problem:
-        raise Mistrusted("a public key of an offer is none") from problem
+    return _private(seed).exchange(_received(other))
+
+
+def _received(key: str) -> X25519PublicKey:
+    return X25519PublicKey.from_public_bytes(bytes.fromhex(key))
 
 
 def _box(held: Secrets, other: Offer, sum_id: str, sender: int, receiver: int) -> ChaCha20Poly1305:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -10,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedsynth.corpus import Scores, Votes, united
-from fedsynth.federation.messages import OfferKeys, Request, Score, ShareSeeds, SignSurvivors, Unmask, Vote
+from fedsynth.federation.messages import OfferKeys, OpenShares, Request, Score, ShareSeeds, SignSurvivors, Unmask, Vote
 from fedsynth.federation.nodes import TooFewReplies
-from fedsynth.federation.secure_sum import NotOpened, Sealed, Signed, unmasked
+from fedsynth.federation.secure_sum import Kind, NotOpened, Offer, Sealed, Signed, genuine, undisputed, unmasked
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.skellam import UNIT
 
@@ -48,30 +49,27 @@ def secure_sum(ask: Ask, ids: Sequence[int], request: Score | Vote, cohort: Coho
         sum_id: The id of this sum.
 
     Raises:
-        fedsynth.federation.nodes.TooFewReplies: If more clients than the cohort's dropouts are missing before the sum
-            is opened, or it cannot be opened. What was charged stays so.
+        fedsynth.federation.nodes.TooFewReplies: If more clients than the cohort's dropouts are missing, or give what
+            cannot be used, before the sum is opened; or it cannot be opened. What was charged stays so.
     """
-    offers = tuple(reply.offer for reply in ask(dict.fromkeys(ids, OfferKeys(sum_id)), needed=cohort.least).values())
-    joined = [made.client for made in offers]
-    shared = ask(dict.fromkeys(joined, ShareSeeds(sum_id, offers)), needed=cohort.least)
-    members = tuple(shared)
+    keys = ask(dict.fromkeys(ids, OfferKeys(sum_id, kind_of(request))), needed=cohort.least)
+    offers = _usable({client: reply.offer for client, reply in keys.items()}, sum_id, cohort)
+    shared = ask({made.client: ShareSeeds(sum_id, offers) for made in offers}, needed=cohort.least)
+    sealed = {
+        client: tuple(Sealed(sender, box) for sender, boxes in shared.items() for box in _for(client, boxes.shares))
+        for client in shared
+    }
+    opened = ask({client: OpenShares(sum_id, boxes) for client, boxes in sealed.items()}, needed=cohort.least)
+    members = undisputed({client: set(reply.unreadable) & set(opened) for client, reply in opened.items()})
+    _enough(members, cohort, "shares of the others could be opened by each other")
+
     asked = replace(request, sum_id=sum_id, members=members)
     told = ask(dict.fromkeys(members, asked), needed=cohort.least)
-
     survivors = tuple(told)
     signed = ask(dict.fromkeys(survivors, SignSurvivors(sum_id, survivors)), needed=cohort.threshold)
     signatures = tuple(Signed(client, reply.signature) for client, reply in signed.items())
-    sealed = {
-        client: tuple(
-            Sealed(member, next(each.box for each in shared[member].shares if each.client == client))
-            for member in members
-        )
-        for client in survivors
-    }
-    given = ask(
-        {client: Unmask(sum_id, survivors, signatures, sealed[client]) for client in survivors},
-        needed=cohort.threshold,
-    )
+    given = ask(dict.fromkeys(survivors, Unmask(sum_id, survivors, signatures)), needed=cohort.threshold)
+
     vectors = {client: reply.numbers.values for client, reply in told.items()}
     shares = {client: reply.shares for client, reply in given.items()}
     try:
@@ -80,3 +78,31 @@ def secure_sum(ask: Ask, ids: Sequence[int], request: Score | Vote, cohort: Coho
         raise TooFewReplies(f"the secure sum cannot be opened: {problem}; what it cost stays charged") from problem
     found: list[Numbers] = [reply.numbers for reply in told.values()]
     return replace(found[0], values=tuple((total / UNIT).tolist()), grants=united(found))
+
+
+def kind_of(request: Score | Vote) -> Kind:
+    """What a request's replies are."""
+    return "scores" if isinstance(request, Score) else "votes"
+
+
+def _usable(offers: Mapping[int, Offer], sum_id: str, cohort: Cohort) -> tuple[Offer, ...]:
+    """The offers that the others can work with, in order; a client with another one is left out before anybody pays."""
+    found = [
+        made
+        for client, made in sorted(offers.items())
+        if made.client == client and made.cohort == cohort and genuine(made, sum_id)
+    ]
+    for name in ("signer", "sealing_key", "masking_key"):
+        count = Counter(getattr(made, name) for made in found)
+        found = [made for made in found if count[getattr(made, name)] == 1]
+    _enough([made.client for made in found], cohort, "offered keys that can be used")
+    return tuple(found)
+
+
+def _enough(clients: Sequence[int], cohort: Cohort, what: str) -> None:
+    if len(clients) < cohort.least:
+        raise TooFewReplies(f"secure sum: of {cohort.clients} clients {len(clients)} {what}, {cohort.least} are needed")
+
+
+def _for(client: int, boxes: Sequence[Sealed]) -> list[str]:
+    return [each.box for each in boxes if each.client == client]

@@ -23,6 +23,7 @@ from fedsynth.federation.messages import (
     Learn,
     Learnt,
     OfferKeys,
+    OpenShares,
     Request,
     Score,
     Scored,
@@ -30,6 +31,7 @@ from fedsynth.federation.messages import (
     SelfTrain,
     SelfTrained,
     ShareSeeds,
+    SharesOpened,
     SignSurvivors,
     Synthesize,
     Synthesized,
@@ -39,7 +41,7 @@ from fedsynth.federation.messages import (
     Voted,
     measured,
 )
-from fedsynth.federation.secure_sum import MODULUS, Offer, Sealed, SeedShare
+from fedsynth.federation.secure_sum import MODULUS
 from fedsynth.limits import (
     CLIP_NORMS,
     MAX_ALPHA,
@@ -120,7 +122,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         _within("nearest", request.nearest, 1, MAX_NEAREST)
     if isinstance(request, Vote | Score):
         _check_clients("members", request.members)
-    if isinstance(request, Vote | Score | OfferKeys | ShareSeeds | SignSurvivors | Unmask):
+    if isinstance(request, Vote | Score | OfferKeys | ShareSeeds | OpenShares | SignSurvivors | Unmask):
         unsummed = isinstance(request, Vote | Score) and not request.sum_id and not request.members
         if not (unsummed or SUM.fullmatch(request.sum_id)):
             raise Rejected("the id of a sum has 32 hexadecimal digits")
@@ -130,6 +132,7 @@ def check_request(request: Request[Any], labels: Sequence[str]) -> None:
         _check_clients("survivors", request.survivors)
     if isinstance(request, Unmask):
         _check_clients("signatures", [each.client for each in request.signatures])
+    if isinstance(request, OpenShares):
         _check_clients("sealed", [each.client for each in request.sealed])
     if isinstance(request, Synthesize | Finetune | SelfTrain) and request.start is not None:
         _check_factors("start", request.start)
@@ -246,9 +249,13 @@ def check_reply(
         _within("number of votes", len(reply.votes.values), len(request.corpus), len(request.corpus))
         _check_numbers("votes", reply.votes.values, masked=bool(request.sum_id))
     if isinstance(reply, SeedsShared) and isinstance(request, ShareSeeds):
-        _check_each("offer", reply.shares, request.offers)
+        receivers, asked = ([each.client for each in of] for of in (reply.shares, request.offers))
+        if receivers != asked:
+            raise Rejected("shares that are not one for each offer")
+    if isinstance(reply, SharesOpened):
+        _check_clients("senders", reply.unreadable)
     if isinstance(reply, Unmasked) and isinstance(request, Unmask):
-        _check_each("member", reply.shares, request.sealed)
+        _check_clients("shares", [each.client for each in reply.shares])
         if not all(SUM.fullmatch(each.share) for each in reply.shares):  # as long as an id: 16 bytes
             raise Rejected("shares that are not 32 hexadecimal digits")
     if isinstance(reply, Evaluated) and isinstance(request, Evaluate):
@@ -339,11 +346,6 @@ def _check_numbers(what: str, values: Sequence[float], *, masked: bool) -> None:
         raise Rejected(f"{what} under masks that are not whole numbers from 0 to {MODULUS - 1}")
     if not masked and any(abs(value) > MAX_SCORE for value in values):
         raise Rejected(f"{what} beyond {MAX_SCORE:g}")
-
-
-def _check_each(what: str, shares: Sequence[Sealed | SeedShare], of: Sequence[Offer | Sealed]) -> None:
-    if [each.client for each in shares] != [each.client for each in of]:
-        raise Rejected(f"shares that are not one for each {what}")
 
 
 def _check_clients(what: str, clients: Sequence[int]) -> None:

@@ -41,6 +41,7 @@ APART: Mapping[Mechanism, float] = {
 # that of the Gaussian mechanism, so that no privacy loss distribution speaks for them.
 BY_RDP: frozenset[Mechanism] = frozenset({"summed_scores", "summed_votes"})
 
+MOST_SUMMED = 128.0  # noise multiplier of whole numbers: `fedsynth.privacy.noise.MAX_MEAN`
 FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
 COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
 ROUGH = 1e-2  # while searching for budgets above 20, and for group_epsilon's mixtures, a hundred times slower
@@ -107,6 +108,8 @@ class DPPlan:
     def __post_init__(self) -> None:
         if self.mechanism not in APART:
             raise ValueError(f"mechanism must be one of {', '.join(APART)}, got {self.mechanism!r}")
+        if self.mechanism in BY_RDP and self.noise_multiplier > MOST_SUMMED:
+            raise ValueError(f"noise_multiplier of a secure sum must be at most {MOST_SUMMED:g}")
         if self.mechanism != "gradients" and self.expected_batch != self.records:
             raise ValueError(f"of {self.mechanism} all units take part: expected_batch must be {self.records}")
         for name in ("records", "expected_batch", "steps", "rounds"):
@@ -203,6 +206,8 @@ def plan(
         ValueError: If a number is outside its range, all rounds have more than `MAX_STEPS` steps, or
             `max_noise_multiplier` is above `MAX_SIGMA`.
     """
+    if mechanism in BY_RDP:
+        max_noise_multiplier = min(max_noise_multiplier, MOST_SUMMED)
     # The noise of this draft is replaced below; building it checks the other numbers first.
     draft = DPPlan(records, expected_batch, steps, rounds, clip_norm, max_noise_multiplier, budget.delta, mechanism)
     if draft.total_steps > MAX_STEPS:

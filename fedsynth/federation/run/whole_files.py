@@ -14,3 +14,8 @@ def write_whole(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # the name, too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
