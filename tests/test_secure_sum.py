@@ -16,13 +16,17 @@ import pytest
 from flwr.app import Message
 from inprocess import Played, cell_of, play, simulation, to_toml
 from local import LocalGrid
+from resuming import Died, left
 from scipy.stats import chisquare, poisson, skellam
 from test_private_evolution import LABELS, Guessing, pointing, right, toml  # noqa: F401 - a fixture
 
+from fedsynth.clients import handler
+from fedsynth.clients import secure_sum as at_client
 from fedsynth.clients import vote as on_client
 from fedsynth.clients.app import client_app
 from fedsynth.clients.vote import check_whole_noise, protected_whole, whole
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.federation import summing
 from fedsynth.federation.messages import (
     KeysOffered,
     Learn,
@@ -39,6 +43,7 @@ from fedsynth.federation.messages import (
     Vote,
 )
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
+from fedsynth.federation.run.exchange_record import ExchangeRecord
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.secure_sum import (
@@ -644,3 +649,104 @@ def test_every_round_has_a_sum_of_its_own(tmp_path: Path) -> None:
     kept = sorted((played.client(0).work / "sums").glob("*.json"))
     assert len(kept) == 2
     assert not any('"secrets"' in path.read_text() for path in kept)  # erased with the opening
+
+
+# --- runs that are killed and go on ---
+
+FIVE = (OfferKeys, ShareSeeds, Vote, SignSurvivors, Unmask)
+
+
+class Killed:
+    """A run that is left alone, and others of the same scenario, each killed once and gone on with."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.place, self.monkeypatch, self.toml = place, monkeypatch, summed_toml(place)
+        self.made: list[tuple[int, list[int]]] = []  # a client, and a vector that it put under masks
+        self.opened: list[dict[int, list[float]]] = []  # by client, the vectors of a sum that the server opened
+        monkeypatch.setattr(at_client, "masked", self._masked)
+        monkeypatch.setattr(summing, "unmasked", self._unmasked)
+        self.whole = self.play("whole")
+
+    def _masked(self, values: Any, held: Any, sum_id: str, client: int, *more: Any) -> list[int]:
+        self.made.append((client, masked(values, held, sum_id, client, *more)))
+        return self.made[-1][1]
+
+    def _unmasked(self, sum_id: str, offers: Any, members: Any, vectors: Any, *more: Any) -> Any:
+        self.opened.append({client: [*vector] for client, vector in vectors.items()})
+        return unmasked(sum_id, offers, members, vectors, *more)
+
+    def play(self, name: str) -> Played:
+        return play(self.toml, self.place / name, llm=Guessing(), measures=False)
+
+    def goes_on(self, name: str, spoil: Callable[[pytest.MonkeyPatch], None]) -> list[int]:
+        """Kills a run by a patch and goes on with it: it ends as the other one. The clients of all vectors made."""
+        self.made, self.opened = [], []
+        with self.monkeypatch.context() as patch:
+            spoil(patch)
+            with pytest.raises(Died):
+                self.play(name)
+        again = self.play(name)
+        assert self.settled(again) == self.settled(self.whole), name
+        assert again.requests(Learn)[0].corpus == self.whole.requests(Learn)[0].corpus, name
+        assert all(self.opened[-1][client] == vector for client, vector in self.made), name
+        for client in range(3):
+            [path] = (again.client(client).work / at_client.SUMS).iterdir()
+            assert '"secrets"' not in path.read_text(), name
+        return [client for client, _ in self.made]
+
+    @staticmethod
+    def settled(run: Played) -> dict[str, Any]:
+        """What a run leaves, but for the sizes of messages: those of signatures and of masked numbers differ."""
+        found = left(run)
+        assert [len(found[key][1]) for key in found if "#" in key] == [1, 1, 1]  # reservations
+        assert [[grant["state"] for grant in found[key][2]] for key in found if "#" in key] == [["sent"]] * 3
+        return found | {"rows": [row for row in found["rows"] if not row[4].startswith("bytes/")]}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_server_killed_after_any_exchange_opens_the_sum_of_the_same_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    killed, close = Killed(tmp_path, monkeypatch), ExchangeRecord.close
+    for number, request in enumerate(FIVE):
+
+        def spoil(patch: pytest.MonkeyPatch, number: int = number) -> None:
+            count = iter(range(5))
+
+            def dies(self: ExchangeRecord) -> None:
+                last = next(count) == number
+                if recorded or not last:
+                    close(self)
+                if last:
+                    raise Died
+
+            patch.setattr(ExchangeRecord, "close", dies)
+
+        assert sorted(killed.goes_on(request.__name__, spoil)) == [0, 1, 2]  # a repeated request gets the stored bytes
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_client_killed_before_it_stores_an_answer_sends_the_same_vector_under_the_same_grant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
+) -> None:
+    """As soon as its part of the sum is noted, or when the answer is made and not yet stored."""
+    killed, keep = Killed(tmp_path, monkeypatch), at_client._keep
+    for request in FIVE:
+        answer: Any = handler.FUNCTIONS[request]
+
+        def spoil(patch: pytest.MonkeyPatch, request: Any = request, answer: Any = answer) -> None:
+            def dies(*arguments: Any) -> None:
+                keep(*arguments)
+                raise Died
+
+            def answers(*arguments: Any) -> Any:
+                if noted:
+                    patch.setattr(at_client, "_keep", dies)
+                answer(*arguments)
+                raise Died
+
+            patch.setitem(handler.FUNCTIONS, request, answers)
+
+        made = killed.goes_on(request.__name__, spoil)
+        twice = request is Vote and not noted
+        assert sorted(made) == sorted([*range(3), *([made[0]] if twice else [])])
