@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from proxy import behind_a_dead_proxy
 
 from fedsynth.deployment.policy import load_site
 from fedsynth.deployment.site.rows import import_rows
+from fedsynth.privacy.noise import simulated_key
 
 NAMES = ("charite", "st-marys", "ukb")
 HERE = Path(__file__).parent
@@ -123,6 +125,15 @@ class Federation:
 
     def place(self, name: str) -> Path:
         return self.folder / name
+
+    def new_accounts(self, what: str) -> None:
+        """An empty account for every site: site.toml is read for each request. Their keys are a simulation's."""
+        for index, name in enumerate(sorted(self.names)):
+            file = self.place(name) / "site.toml"
+            file.write_text(re.sub(r'(?m)^id = "[^"]*"', f'id = "{name}-{what}"', file.read_text()))
+            load_site(file).state.mkdir(mode=0o700, exist_ok=True)
+            load_site(file).open_ledger(create=True, keys=partial(simulated_key, 0, index))
+            list(import_rows(load_site(file)))
 
     def start_server(self) -> Running:
         self.server = spawn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -15,19 +16,32 @@ from typing import Any
 
 import instructed
 import numpy as np
+import pandas as pd
 import pytest
 from deployment import NAMES, Federation, Running, federation, fedsynth, spawn
 from flwr.app import ConfigRecord, RecordDict
+from inprocess import canary, play
 from proxy import Proxy
-from test_deployment import FDKT, drafts
-from test_faults import edited, last_line, until
+from test_deployment import FDKT, ROWS, SITE_TOML, decoded, drafts, notes_of_sites, scenario
+from test_faults import edited, kill, last_line, until
 
 from fedsynth.clients.audit_log import entries
 from fedsynth.deployment.policy import load_site
 from fedsynth.deployment.site.rows import import_rows
-from fedsynth.federation.messages import Adopted, Finetuned
+from fedsynth.federation.messages import (
+    Adopted,
+    Finetuned,
+    KeysOffered,
+    Learnt,
+    SeedsShared,
+    SurvivorsSigned,
+    Unmasked,
+    Voted,
+)
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import unpacked
+from fedsynth.federation.secure_sum import MODULUS
+from fedsynth.models.llm import LocalLLM
 from fedsynth.simulation.flower import free_port
 from fedsynth.simulation.simulate import read
 from fedsynth.world import load_world, private_notes
@@ -210,8 +224,6 @@ def default(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     folder = tmp_path_factory.mktemp("default")
     world = load_world("hospitals")
     corpus = private_notes(world, 0, 120, 0, split="train")
-    import pandas as pd
-
     notes = pd.DataFrame({"text": corpus.prompts, "label": corpus.answers, "part": "train", "site": "alone"})
     notes.to_csv(folder / "all.csv", index=False)
     text = FDKT.format(file=folder / "all.csv", labels=json.dumps(list(world.labels)))
@@ -287,3 +299,135 @@ def test_text_that_a_person_refuses_ends_the_run_in_one_line_and_stays_paid(defa
         account = instructed.account(place.ledger)
         assert [grant["state"] for grant in account["grants"]] == ["stored"]
         assert account["epsilon"] > 7
+
+
+# --- secure sums ---
+
+SUMMED = FDKT.replace(
+    'use = "fedsynth.strategies.fdkt:FDKT"\nper_label = 4\nnum_texts = 24\nshots = 2\n',
+    'use = "fedsynth.strategies.private_evolution:PrivateEvolution"\nnum_texts = 24\nkeep = 2\nvariations = 0\n',
+)
+for old, new in (
+    ("epsilon = 8.0 }}\n", "epsilon = 8.0 }}\nsecure_sum = {{ clients = 3, dropouts = 1 }}\n"),
+    ("[server]\n", "[server]\ntimeout = {timeout}\nquorum = 0.6\n"),
+    ("[arms.fdkt]", "[arms.summed]"),
+):
+    assert old in SUMMED
+    SUMMED = SUMMED.replace(old, new)
+
+
+@pytest.fixture(scope="module")
+def summing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Three sites whose operators have exchanged their public keys as files, and accept what a sum costs."""
+    folder = tmp_path_factory.mktemp("summing")
+    text = scenario(folder, SUMMED.replace("{timeout}", "120"))
+    (folder / "scenario.toml").write_text(text)
+    (folder / "dump").mkdir()
+    outputs = {'outputs = ["text", "adapter", "scores"]  ': 'outputs = ["votes"]  '}
+    with federation(
+        folder,
+        folder / "scenario.toml",
+        notes_of_sites(),
+        port=free_port(),
+        policy="approve_text = false\n[policy.secure_sum]\naccept = true",
+        **outputs,
+        **SITE_TOML,
+    ) as made:
+        for name in SITES:
+            (made.place(name) / "roster").mkdir()
+            for other in SITES:
+                shutil.copy(made.place(other) / f"{other}.pub", made.place(name) / "roster")
+        for name in SITES:
+            made.start_site(name, injected=True, wait=False, FEDSYNTH_TEST_DUMP=str(folder / "dump"))
+        for site in made.sites.values():
+            site.wait_for("warm")
+        yield made
+
+
+def chosen(out: Path) -> list[tuple[str, str]]:
+    """The texts that a run's votes have kept."""
+    [file] = (out / "corpora").rglob("kept*.parquet")
+    frame = pd.read_parquet(file)
+    return list(zip(frame["prompt"], frame["answer"], strict=True))
+
+
+def parts(made: Federation, name: str, run: str = "*") -> list[dict[str, Any]]:
+    """What a site has on its disk of its sums."""
+    runs = load_site(made.place(name)).state / "runs"
+    return [json.loads(file.read_text()) for file in runs.glob(f"{run}/summed/seed-0/sums/*.json")]
+
+
+def paid_once(made: Federation, name: str) -> None:
+    account = instructed.account(load_site(made.place(name)).ledger)
+    assert [grant["state"] for grant in account["grants"]] == ["sent"]
+    assert len(account["reservations"]) == 1
+    assert 7.5 < account["epsilon"] <= 8.0
+
+
+def hidden(votes: Voted) -> bool:
+    """Whether no number is as small as a count with noise; under a mask one is by chance, once in 1e8 numbers."""
+    numbers = np.array(votes.votes.values)
+    return bool((np.minimum(numbers, MODULUS - numbers) > 2**20).all())
+
+
+def test_three_sites_send_their_votes_under_masks_and_the_sum_is_the_simulations(
+    summing: Federation, tmp_path: Path
+) -> None:
+    summing.run(summing.coordinator / "scenario.toml", "summed", "--json")
+    out = summing.folder / "summed"
+    text, run = (summing.folder / "scenario.toml").read_text(), run_of(out)
+    llm = LocalLLM.for_server("assets:tiny-llm")
+    simulated = play(text, tmp_path / "simulated", "summed", llm=llm, run=run, measures=False)
+    assert chosen(out) == chosen(simulated.out)
+    assert len(chosen(out)) > 8
+
+    said = json.loads((out / "privacy.json").read_text())["summed"]
+    figures = said["largest_over_clients"]
+    assert 7.5 < figures["epsilon"] <= 8.0 < figures["epsilon_alone"]
+    assert f"({figures['epsilon']:.3f}, 1e-05)-DP per person" in said["line"]
+    assert "by a secure sum of 3 clients (no more than 1 missing, no more than 0 in league" in said["line"]
+    assert f"a client's own messages without the sum: {figures['epsilon_alone']:.2f}" in said["line"]
+    assert "simulat" not in said["line"]
+    for name in SITES:
+        paid_once(summing, name)
+        [part] = parts(summing, name, run)
+        assert "secrets" not in part
+
+    kinds = (KeysOffered, SeedsShared, Voted, SurvivorsSigned, Unmasked, Learnt)
+    answers = decoded(summing.folder / "dump", kinds)
+    assert sorted(type(answer).__name__ for answer in answers) == sorted(3 * [kind.__name__ for kind in kinds])
+    votes = [answer for answer in answers if isinstance(answer, Voted)]
+    assert [hidden(each) for each in votes] == [True] * 3
+    planted = replace(votes[0].votes, values=(*votes[0].votes.values[1:], 1024.0))
+    assert not hidden(replace(votes[0], votes=planted))
+    raw = b"".join(file.read_bytes() for file in (summing.folder / "dump").iterdir())
+    assert not any(canary(1000 * site + row).encode() in raw for site in range(3) for row in range(ROWS))
+
+
+def test_a_sum_is_opened_by_the_others_when_a_site_is_killed_after_it_has_masks_with_them(
+    summing: Federation, tmp_path: Path
+) -> None:
+    """Means: SIGKILL to all programs of a site as soon as it has noted the request for its votes. Whether these leave
+    it before is open: its seed is opened then, or else its key."""
+    summing.new_accounts("killed")
+    (tmp_path / "scenario.toml").write_text(scenario(tmp_path, SUMMED.replace("{timeout}", "60")))
+    out, (*others, lost) = summing.folder / "killed", SITES
+    before = len(parts(summing, lost))
+    command = ["run", tmp_path / "scenario.toml", "--out", out, "--server", summing.coordinator]
+    run = spawn([sys.executable, "-P", "-m", "fedsynth.cli.main", *command], tmp_path, tmp_path / "run.log")
+    until(lambda: len(parts(summing, lost)) > before and parts(summing, lost, run_of(out))[0]["vector"], "it votes")
+    kill(summing.sites[lost])
+    assert run.process.wait(400) == 0, run.said()
+
+    assert len(chosen(out)) > 8
+    for name in others:
+        paid_once(summing, name)
+        [part] = parts(summing, name, run_of(out))
+        assert "secrets" not in part
+        assert part["members"] == [0, 1, 2]
+        assert part["survivors"] in ([0, 1], [0, 1, 2])
+        assert [share["client"] for share in part["given"]] == [0, 1, 2]
+    epsilon, _ = load_site(summing.place(lost)).open_ledger().spent()
+    assert epsilon <= 8.0
+    line = json.loads((out / "privacy.json").read_text())["summed"]["line"]
+    assert "which rests on the noise of 2 honest ones" in line

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ from test_deployment import scenario as classes
 from fedsynth.clients.audit_log import entries
 from fedsynth.deployment.certificates import write_certificates, write_node_keys
 from fedsynth.deployment.policy import load_site
-from fedsynth.deployment.site.rows import import_rows
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger_file import LedgerUnusable
-from fedsynth.privacy.noise import simulated_key
 from fedsynth.simulation.flower import OWNER, free_port, marked
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(420)]
@@ -71,14 +68,9 @@ class Hall:
     latest: Running | None = None  # run
 
     def begin(self, fault: str) -> None:
-        """New accounts for a fault: site.toml is read for each request. Their keys are a simulation's, too."""
+        """New accounts for a fault."""
         self.fault = fault
-        for index, name in enumerate(NAMES):
-            file = self.federation.place(name) / "site.toml"
-            file.write_text(re.sub(r'(?m)^id = "[^"]*"', f'id = "{name}-{fault}"', file.read_text()))
-            load_site(file).state.mkdir(mode=0o700, exist_ok=True)
-            load_site(file).open_ledger(create=True, keys=partial(simulated_key, 0, index))
-            list(import_rows(load_site(file)))
+        self.federation.new_accounts(fault)
 
     def submit(self, *arguments: object) -> Running:
         """A run in the background."""
