@@ -34,6 +34,7 @@ from fedsynth.federation.messages import (
     KeysOffered,
     Learnt,
     SeedsShared,
+    SharesOpened,
     SurvivorsSigned,
     Unmasked,
     Voted,
@@ -329,7 +330,7 @@ def summing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         folder / "scenario.toml",
         notes_of_sites(),
         port=free_port(),
-        policy="approve_text = false\n[policy.secure_sum]\naccept = true",
+        policy="approve_text = false\n[policy.secure_sum]\naccept = true\nclients = 2",
         **outputs,
         **SITE_TOML,
     ) as made:
@@ -393,7 +394,7 @@ def test_three_sites_send_their_votes_under_masks_and_the_sum_is_the_simulations
         [part] = parts(summing, name, run)
         assert "secrets" not in part
 
-    kinds = (KeysOffered, SeedsShared, Voted, SurvivorsSigned, Unmasked, Learnt)
+    kinds = (KeysOffered, SeedsShared, SharesOpened, Voted, SurvivorsSigned, Unmasked, Learnt)
     answers = decoded(summing.folder / "dump", kinds)
     assert sorted(type(answer).__name__ for answer in answers) == sorted(3 * [kind.__name__ for kind in kinds])
     votes = [answer for answer in answers if isinstance(answer, Voted)]

@@ -653,7 +653,7 @@ def test_every_round_has_a_sum_of_its_own(tmp_path: Path) -> None:
 
 # --- runs that are killed and go on ---
 
-FIVE = (OfferKeys, ShareSeeds, Vote, SignSurvivors, Unmask)
+EXCHANGES = (OfferKeys, ShareSeeds, OpenShares, Vote, SignSurvivors, Unmask)
 
 
 class Killed:
@@ -708,10 +708,10 @@ def test_a_server_killed_after_any_exchange_opens_the_sum_of_the_same_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
 ) -> None:
     killed, close = Killed(tmp_path, monkeypatch), ExchangeRecord.close
-    for number, request in enumerate(FIVE):
+    for number, request in enumerate(EXCHANGES):
 
         def spoil(patch: pytest.MonkeyPatch, number: int = number) -> None:
-            count = iter(range(5))
+            count = iter(range(len(EXCHANGES)))
 
             def dies(self: ExchangeRecord) -> None:
                 last = next(count) == number
@@ -731,7 +731,7 @@ def test_a_client_killed_before_it_stores_an_answer_sends_the_same_vector_under_
 ) -> None:
     """As soon as its part of the sum is noted, or when the answer is made and not yet stored."""
     killed, keep = Killed(tmp_path, monkeypatch), at_client._keep
-    for request in FIVE:
+    for request in EXCHANGES:
         answer: Any = handler.FUNCTIONS[request]
 
         def spoil(patch: pytest.MonkeyPatch, request: Any = request, answer: Any = answer) -> None:

@@ -539,6 +539,7 @@ def test_two_arms_that_share_a_sites_account_have_sums_of_their_own(
         replace(place, site=replace(place.site, policy=replace(wide, models=place.site.policy.models)))
         for place in deployed.sites
     ]
+    deployed.run_id = "a-run"
     deployed.run()
     second = replace(deployed, out=tmp_path / "second")
     second.cell = cell_of(second.whole, "other", 0)

@@ -444,12 +444,15 @@ class Refused:
     code: ErrorCode = _leaves(Origin.PUBLIC)
 
 
+SIMULATED = "simulated"  # the run of a simulation, in which each cell has ledgers of its own
+
+
 @dataclass(frozen=True)
 class Envelope:
     """The cell and client that a request is for. The digest of both makes a repeated request recognisable.
 
     Attributes:
-        run: Public id of the run that a request belongs to; "simulated" where each cell has ledgers of its own.
+        run: Public id of the run that a request belongs to; `SIMULATED`, or that of real sites.
         arm: The cell's arm; no part of the digest.
         seed: The cell's seed.
         exchange: Number of the exchange within the cell.

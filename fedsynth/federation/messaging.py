@@ -19,7 +19,7 @@ from fedsynth.federation.delivery.late_answers import IN_VAIN, LateAnswers
 from fedsynth.federation.delivery.sending import UNUSABLE, Delivery
 from fedsynth.federation.delivery.site_retry import NOT_ASKED, SiteRetry
 from fedsynth.federation.delivery.worker_retry import WorkerRetry
-from fedsynth.federation.messages import Envelope, Evaluate, Refused, Request, Score, Vote
+from fedsynth.federation.messages import SIMULATED, Envelope, Evaluate, Refused, Request, Score, Vote
 from fedsynth.federation.nodes import POLL_SECONDS, TooFewReplies
 from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
@@ -146,7 +146,7 @@ class Clients:
             return added([reply.numbers for reply in self.ask_each(asked).values()])
         # Arms that ask a simulated client the same thing get the same noise (`unpack_request`); those of sites share an
         # account, in which an id serves once.
-        arm = self.cell.arm if self.sites else ""
+        arm = "" if self.run == SIMULATED else self.cell.arm
         return secure_sum(
             self.ask_each, ids, request, cohort, sum_id(self.run, arm, self.cell.seed, self.exchange + 1, [*ids])
         )

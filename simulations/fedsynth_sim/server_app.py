@@ -17,6 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 import fedsynth
 from fedsynth.data.partition import label_list
 from fedsynth.federation.cached_llm import CachedLLM
+from fedsynth.federation.messages import SIMULATED
 from fedsynth.federation.nodes import Deployment, TooFewReplies, nodes_by_client
 from fedsynth.federation.run.checkpoint import CHECKPOINTS
 from fedsynth.federation.run.directory import SHARED, places, prepare
@@ -118,7 +119,7 @@ def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, eg
         if deployed is not None:
             return Clients(grid, {}, cell, deployed.run, labels, run_log, sites=deployed.sites)
         found = nodes_by_client(grid, clients, stack=cell.scenario.stack, seconds=models.start_seconds)
-        return Clients(grid, found, cell, "simulated", labels, run_log)
+        return Clients(grid, found, cell, SIMULATED, labels, run_log)
 
     kind, config = load_strategy(cell.scenario.strategy)
     models = cell.scenario.server
