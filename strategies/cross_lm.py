@@ -13,12 +13,13 @@ from fedsynth.corpus import Corpus, Provenance, Scores, pool
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.federation.messages import Learn, Score
 from fedsynth.federation.run.log import SERVER
-from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.federation.strategy import Clients, Planner, RoundStrategy
 from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter, digest_of
 from fedsynth.models.llm import TextModel
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.pretraining.public_text import labelled, sample
+from fedsynth.scenario.client import Client
 from fedsynth.scenario.server import PublicTest
 from fedsynth.strategies.options import CrossLMOptions
 from fedsynth.synthesis.augmentation import Demonstrating, augment, turns
@@ -62,6 +63,11 @@ class CrossLM(RoundStrategy[State]):
     def trains_generator(cls, config: CrossLMOptions) -> bool:  # noqa: ARG003 - whatever its options say
         """False: clients give scores only."""
         return False
+
+    @classmethod
+    def planner(cls, config: CrossLMOptions, client: Client) -> Planner:  # noqa: ARG003 - whatever its options say
+        """That of scores."""
+        return client.score_plan
 
     @classmethod
     def sends_text(cls, config: CrossLMOptions) -> bool:

@@ -13,8 +13,9 @@ from fedsynth.corpus import Corpus, pool
 from fedsynth.evaluation.fidelity import distinct
 from fedsynth.federation.messages import Learn, Vote
 from fedsynth.federation.run.log import SERVER
-from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.federation.strategy import Clients, Planner, RoundStrategy
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.client import Client
 from fedsynth.strategies.options import PrivateEvolutionOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit
 from fedsynth.synthesis.curation import yields
@@ -46,6 +47,11 @@ class PrivateEvolution(RoundStrategy[State]):
     def trains_generator(cls, config: PrivateEvolutionOptions) -> bool:  # noqa: ARG003 - whatever its options say
         """False: clients vote only."""
         return False
+
+    @classmethod
+    def planner(cls, config: PrivateEvolutionOptions, client: Client) -> Planner:  # noqa: ARG003 - whatever its options say
+        """That of votes."""
+        return client.vote_plan
 
     def initial(self) -> State:
         """No text yet. An LLM whose context has no room for a prompt fails here, before clients spend anything."""

@@ -554,5 +554,6 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path) -> None:
         with pytest.raises(BadValue, match=why):
             check(from_toml(toml(tmp_path, options=options)))
     assert cells(from_toml(toml(tmp_path)))
+    check(from_toml(toml(tmp_path).replace("epsilon = 8.0", "epsilon = 1.0")))  # 60 steps of a training would not fit
     with pytest.raises(BadValue, match="the noise of the votes does not fit the budget"):
         check(from_toml(toml(tmp_path).replace("epsilon = 8.0", "epsilon = 0.1")))

@@ -6,7 +6,7 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, MetricRecord
@@ -20,14 +20,17 @@ from fedsynth.federation.run.log import RunLog, append_event
 from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.scenario.client import Client
 from fedsynth.scenario.schema import Cell, Scenario, StrategyChoice
 from fedsynth.scenario.task import Task
 from fedsynth.training.engine import Engine
 from fedsynth.typed import BadValue, build
 
-__all__ = ["Clients", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method's module needs
+__all__ = ["Clients", "Planner", "RoundStrategy", "ServerSide", "load_strategy"]  # all that a method's module needs
 
 S = TypeVar("S")
+Planner: TypeAlias = Callable[[int, int], DPPlan]  # (number of units, rounds) -> the plan of all rounds
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,11 @@ class RoundStrategy(Strategy, Generic[S]):
     def trains_generator(cls, config: Any) -> bool:
         """True if the generator's training spends the budget; its settings are then checked before a run."""
         return cls.spends(config)
+
+    @classmethod
+    def planner(cls, config: Any, client: Client) -> Planner:  # noqa: ARG003 - methods look at their options
+        """How a client's spending is planned: a generator's training, unless a method says otherwise."""
+        return client.plan
 
     @classmethod
     def only_simulated(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options

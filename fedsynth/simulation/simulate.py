@@ -24,7 +24,7 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
 from fedsynth.federation.run.environment import differences
-from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.strategy import Planner, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.devices import device, gpu_memory, gpus
@@ -149,7 +149,7 @@ def check(scenario: Scenario) -> list[str]:
         key = (resolved.data, resolved.client, resolved.rounds, trains)
         if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
             planned.add(key)
-            _check_budget(scenario, cell, labels, scores=not trains)
+            _check_budget(scenario, cell, labels, kind.planner(options, resolved.client.of(0)), trains=trains)
     return list(dict.fromkeys(warnings))
 
 
@@ -218,24 +218,25 @@ def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
     return replace(scenario, client=client, server=server, arms=arms)
 
 
-def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], *, scores: bool) -> None:
-    """Plans for the smallest client, which needs the most noise, and runs the self-check on public tokens.
+def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], planner: Planner, *, trains: bool) -> None:
+    """Plans for the smallest client, which needs the most noise, and runs a training's self-check on public tokens.
 
     Args:
         scenario: The scenario; all its seeds are checked.
         cell: A cell of an arm that spends.
         labels: The label list of the cell's data.
-        scores: The arm spends on scores, not on the training of a generator.
+        planner: How the method's spending is planned.
+        trains: It is the training of a generator.
     """
     client, data = cell.scenario.client.of(0), cell.scenario.data
     clients = 1 if data.pooled else data.clients
     worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
     records = min(declared_records(world, index) for world in worlds for index in range(clients))
     try:
-        planned = (client.score_plan if scores else client.plan)(records, cell.scenario.rounds)
+        planned = planner(records, cell.scenario.rounds)
     except BudgetTooSmall as problem:
         raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
-    if scores:
+    if not trains:
         return
     settings = client.generator_training
     tokenizer, model = load_tokenizer(client.generator), load_frozen(client.generator, settings.precision)
