@@ -30,7 +30,7 @@ from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted, unpack_request
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
-from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.instructions import one_line
@@ -605,6 +605,11 @@ def test_clients_without_drafts_judge_those_of_others_by_votes(toml: str, tmp_pa
         fedsynth.clients.client_side.simulated_client(made.cell, i, private_of(made.out), "simulated")
         for i in range(CLIENTS)
     ]
+    terms = privacy_report([made.run_log])["terms"]
+    assert terms["mechanism"].startswith("DP-SGD: ")
+    assert "; Gaussian noise on every count of votes" in terms["mechanism"]
+    assert terms["sampler"].startswith("Poisson: ")
+    assert "none: all of the client's data takes part in votes" in terms["sampler"]
     assert [{row["plan"].get("mechanism") for row in s.ledger.entries() if "plan" in row} for s in sides] == [
         {None},
         {"votes"},

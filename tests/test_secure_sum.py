@@ -45,7 +45,7 @@ from fedsynth.federation.messages import (
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
 from fedsynth.federation.run.exchange_record import ExchangeRecord
 from fedsynth.federation.run.log import RunLog
-from fedsynth.federation.run.privacy_report import privacy_line
+from fedsynth.federation.run.privacy_report import RDP, privacy_line, privacy_report
 from fedsynth.federation.secure_sum import (
     MODULUS,
     Mistrusted,
@@ -447,6 +447,9 @@ def test_the_server_learns_the_sum_of_votes_and_no_clients_counts(tmp_path: Path
     assert right(learnt) == 1.0
     assert set(learnt.grants) == {grant for reply in replies for grant in reply.votes.grants}
     line = privacy_line([played.run_log])
+    terms = privacy_report([played.run_log])["terms"]
+    assert terms["mechanism"].startswith("Skellam noise on every count of votes")
+    assert (terms["sampler"], terms["accountant"]) == ("none: all of the client's data takes part", RDP)
     assert "a secure sum of 3 clients" in line
     assert "honest" in line
     again = run(tmp_path / "b")  # masks differ, the sum and its noise do not

@@ -46,7 +46,7 @@ RDP = "Rényi differential privacy at whole orders, for Skellam noise"
 PUBLIC = (
     "the number of records that a client declares",
     "label list, tokenizer, longest text",
-    "base models and the LLM's prompts",
+    "base models, and the words of prompts around released text",
     "all settings of the scenario",
     "seeds of everything but noise and Poisson draws",
 )
