@@ -20,7 +20,7 @@ unit: $(READY)  ## what starts no process: under a minute on two cores
 slow: $(READY)  ## what takes too long for `make test`, but for the deployments
 	@$(TESTS) -m "full and not deployment" --timeout 600
 
-deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: some 25 minutes
+deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: some 30 minutes
 	@$(BIN)/python -m pytest -m deployment --timeout 600
 
 check: $(READY)
