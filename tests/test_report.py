@@ -30,6 +30,7 @@ from fedsynth.federation.run.log import COLUMNS as LOGGED
 from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
+from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import Statement
 from fedsynth.reporting import run_report, site_report, statistics
 from fedsynth.reporting.cautions import cautions
@@ -367,6 +368,14 @@ def test_rows_of_a_person_stand_beside_epsilon() -> None:
     assert "epsilon for a person with 2 and 5 rows" in text
     assert ">19.1</span>" in text  # rounded up
     assert ">inf</span>" in text
+
+
+def test_a_secure_sum_stands_with_its_assumptions_and_the_figure_without_it() -> None:
+    spent = replace(DP, mechanism="summed_votes", cohort=Cohort(8, 1, 2), epsilon_alone=21.301)
+    text = render(page(run_report_of(spent.to_dict())))
+    assert "a secure sum of 8 clients, at most 1 missing, 2 in league with the server" in text
+    assert ">21.31</span>" in text  # rounded up
+    assert "secure sum" not in render(page(run_report_of(DP.to_dict())))
 
 
 def run_report_of(spent: dict[str, object]) -> dict[str, object]:

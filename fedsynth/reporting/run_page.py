@@ -280,6 +280,10 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         (f"epsilon if a {unit} is replaced by another", bound("epsilon_replace_one", 2)),
         ("unit", units),
     ]
+    if cohort := spent.get("cohort"):
+        words = "a secure sum of {clients} clients, at most {dropouts} missing, {colluders} in league with the server"
+        facts.append(("rests on", words.format(**cohort)))
+        facts.append(("epsilon of a client's own messages", bound("epsilon_alone", 2)))
     if sizes := list(spent.get("epsilon_rows", {})):
         group: list[Any] = []
         for size in sizes:

@@ -290,6 +290,8 @@ def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
         spent = said.get("largest_over_clients", {})
         for name in PRIVACY:
             figures.add("privacy", name, "largest", _float(spent.get(name)), Where(arm=arm))
+        if spent.get("epsilon_alone") is not None:
+            figures.add("privacy", "epsilon_alone", "largest", _float(spent["epsilon_alone"]), Where(arm=arm))
         for rows, epsilon in spent.get("epsilon_rows", {}).items():
             figures.add("privacy", f"epsilon of {rows} rows", "largest", _float(epsilon), Where(arm=arm))
         figures.add("privacy", "units", "largest", _float(said.get("terms", {}).get("largest_units")), Where(arm=arm))

@@ -66,6 +66,8 @@ def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     figures = worst.to_dict()
     figures["delta"] = max(s.delta for s in spent)
     figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
+    alone = [s.epsilon_alone for s in spent if s.epsilon_alone is not None]
+    figures["epsilon_alone"] = max(alone, default=None)
     figures["unit"] = " or ".join(sorted({s.unit for s in spent}))
     if rows_only := [s for s in spent if s.unit == "row"]:
         plans = {_plan_of(s) for s in rows_only}
