@@ -95,7 +95,8 @@ def _summed(client: ClientSide, request: Score, digest: str, plan: DPPlan, model
     (cohort, share), rests = admit(client, request, digest), client.rules.rests_on_sums
     check_whole_noise(plan, share)
 
-    binding = client.binding(digest, plan, model=_hash(client), training=client.config.task_training)
+    bound = {"training": client.config.task_training, "variance": share}  # one key must not serve two amounts of noise
+    binding = client.binding(digest, plan, model=_hash(client), training=bound)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
     values = _confidences(client, model, request.corpus, client.config.task_training.max_length)

@@ -69,7 +69,8 @@ def _summed(client: ClientSide, request: Vote, digest: str, polling: Polling) ->
     (cohort, share), rests = admit(client, request, digest), client.rules.rests_on_sums
     check_whole_noise(plan, share)
 
-    binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=settings)
+    bound = {"voting": settings, "variance": share}  # one key must not serve two amounts of noise
+    binding = client.binding(digest, plan, model=weights_hash(encoder(client)), training=bound)
     grant = client.ledger.charge(plan, binding, client.run, budget=client.config.budget)
     randomness = client.ledger.begin(grant)
     values = protected_whole(ballots(client, request.nearest, polling), len(request.corpus), share, randomness)

@@ -645,6 +645,14 @@ def test_a_cohort_must_have_as_many_clients_as_vote(tmp_path: Path) -> None:
         check(from_toml(summed_toml(tmp_path, settings=SUMMED.replace("clients = 3", "clients = 4"))))
 
 
+def test_two_amounts_of_noise_never_come_of_one_key(tmp_path: Path) -> None:
+    counters = []
+    for name, dropouts in (("a", 0), ("b", 1)):
+        played = run(tmp_path / name, settings=SUMMED.replace("dropouts = 1", f"dropouts = {dropouts}"))
+        counters.append([row["id"] for row in played.client(0).ledger.entries() if row["kind"] == "grant"])
+    assert counters[0] != counters[1]  # in a simulation a grant's name is made from its key
+
+
 def test_every_round_has_a_sum_of_its_own(tmp_path: Path) -> None:
     played = run(tmp_path / "a", rounds=2)
     assert len({request.sum_id for request in played.requests(Vote)}) == 2
