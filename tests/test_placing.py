@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from fedsynth.models.adapters import attach_lora, merged, new_adapter, read_adap
 from fedsynth.models.embedding import Embedder
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.llm import LocalLLM
-from fedsynth.models.loading import load_frozen, load_generator, load_tokenizer
+from fedsynth.models.loading import forget_weights, load_frozen, load_generator, load_tokenizer
 from fedsynth.models.placing import check_hardware, embedder_dtype, load_placed, placement, server_dtype
 from fedsynth.scenario.client import Client, GeneratorTraining
 from fedsynth.scenario.hardware import Hardware
@@ -250,3 +252,14 @@ def test_merging_changes_no_other_model() -> None:
     assert torch.allclose(own(input_ids=ids).logits, expected, atol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(before, load_frozen(name).parameters(), strict=True))
     assert not torch.allclose(load_frozen(name)(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_weights_that_a_process_forgets_are_gone_and_can_be_loaded_again() -> None:
+    first = load_frozen(tiny.folder())
+    kept = weakref.ref(next(first.parameters()))
+    del first
+    gc.collect()
+    assert kept() is not None  # read from disk once per process
+    forget_weights()
+    assert kept() is None
+    assert load_frozen(tiny.folder()) is not None

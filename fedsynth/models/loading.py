@@ -24,6 +24,7 @@ from transformers.utils.hub import has_file
 
 from fedsynth.models.hub import config_of, download_command, fetch, file_of, place_of
 from fedsynth.scenario.hardware import Precision
+from fedsynth.system.memory import give_back
 from fedsynth.typed import BadValue
 
 logging.set_verbosity_error()  # the head of a task model is new on purpose; its warning would be in every log
@@ -210,6 +211,13 @@ def load_frozen(name: str, precision: Precision = "float32") -> nn.Module:
     """
     base = _generator(name, dtype_of(name, precision))
     return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()}).requires_grad_(False)
+
+
+def forget_weights() -> None:
+    """Drops the weights that this process keeps of clients' models, and gives their memory back."""
+    _generator.cache_clear()
+    _classifier.cache_clear()
+    give_back()
 
 
 NARROWEST = 256  # below this width a CPU loses more by converting than it gains by computing in bfloat16 (measured)

@@ -30,7 +30,7 @@ from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.devices import device, gpu_memory, gpus
 from fedsynth.models.hub import config_of, pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import kind_of, load_frozen, load_tokenizer
+from fedsynth.models.loading import forget_weights, kind_of, load_frozen, load_tokenizer
 from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
@@ -359,6 +359,7 @@ def run(
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     check_free(place)
     _warn(check(asked), on_warning)
+    forget_weights()  # this process only waits from now on; the run's own need the memory
     asked = pinned(asked)
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     cards = prepare(asked, place)
@@ -404,6 +405,7 @@ def resume(
     asked = from_toml(text)
     _warn([f"not as when the run began: {line}" for line in differences(place, asked)], on_warning)
     _warn(check(asked), on_warning)
+    forget_weights()  # this process only waits from now on; the run's own need the memory
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     if on_event is not None:
         on_event({"event": "workers", "line": said})
