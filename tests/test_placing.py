@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -254,12 +255,13 @@ def test_merging_changes_no_other_model() -> None:
     assert not torch.allclose(load_frozen(name)(input_ids=ids).logits, expected, atol=1e-2)
 
 
-def test_weights_that_a_process_forgets_are_gone_and_can_be_loaded_again() -> None:
-    first = load_frozen(tiny.folder())
+def test_weights_that_a_process_forgets_are_gone_and_can_be_loaded_again(tmp_path: Path) -> None:
+    own = str(shutil.copytree(tiny.folder(), tmp_path / "own"))  # other tests may hold the shared one's
+    first = load_frozen(own)
     kept = weakref.ref(next(first.parameters()))
     del first
     gc.collect()
     assert kept() is not None  # read from disk once per process
     forget_weights()
     assert kept() is None
-    assert load_frozen(tiny.folder()) is not None
+    assert load_frozen(own) is not None

@@ -714,7 +714,7 @@ class Killed:
         return found | {"rows": [row for row in found["rows"] if not row[4].startswith("bytes/")]}
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_server_killed_after_any_exchange_opens_the_sum_of_the_same_vectors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
 ) -> None:
@@ -736,7 +736,7 @@ def test_a_server_killed_after_any_exchange_opens_the_sum_of_the_same_vectors(
         assert sorted(killed.goes_on(request.__name__, spoil)) == [0, 1, 2]  # a repeated request gets the stored bytes
 
 
-@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize("noted", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_a_client_killed_before_it_stores_an_answer_sends_the_same_vector_under_the_same_grant(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noted: bool
 ) -> None:
