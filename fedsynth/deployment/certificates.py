@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import ipaddress
 import os
 import ssl
@@ -18,6 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedsynth.federation.secure_sum import fingerprint as fingerprint_of
 from fedsynth.typed import BadValue
 
 TEST_CA = "fedsynth CA for tests"  # the issuer by which such certificates are recognised
@@ -117,6 +116,15 @@ def fingerprint(public: Path) -> str:
     Raises:
         BadValue: If the file holds no key that Flower accepts.
     """
+    return fingerprint_of(public_key(public))
+
+
+def public_key(public: Path) -> ec.EllipticCurvePublicKey:
+    """A node's public key.
+
+    Raises:
+        BadValue: If the file holds no key that Flower accepts.
+    """
     try:
         text = public.read_bytes()
     except OSError as problem:
@@ -135,7 +143,7 @@ def fingerprint(public: Path) -> str:
             f"{str(public)!r} is a key of the kind {kind}: Flower takes ECDSA keys of the NIST curves, as "
             "`fedsynth site init` or `ssh-keygen -t ecdsa -b 384` makes them"
         )
-    return "SHA256:" + base64.b64encode(hashlib.sha256(base64.b64decode(text.split()[1])).digest()).decode().rstrip("=")
+    return key
 
 
 def check_pair(certificate: Path, key: Path) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.deployment import certificates
 from fedsynth.deployment.policy import Place
@@ -29,10 +27,10 @@ def identity(place: Place) -> Identity:
     files = sorted(folder.glob("*.pub"))
     keys: dict[str, ec.EllipticCurvePublicKey] = {}
     for file in files:
-        print_ = certificates.fingerprint(file)
-        if print_ in keys:
+        pinned = certificates.public_key(file)
+        if fingerprint(pinned) in keys:
             raise BadValue(f"{file} holds a key that another file of {folder} holds, too")
-        keys[print_] = _public(file)
+        keys[fingerprint(pinned)] = pinned
     try:
         key = load_ssh_private_key(own.read_bytes(), None)
     except OSError as problem:
@@ -60,9 +58,3 @@ def told(place: Place) -> str:
     names = {certificates.fingerprint(file): file.stem for file in place.path(terms.roster).glob("*.pub")}
     listed = "; ".join(f"{names[print_]} {print_}" for print_ in roster)
     return f"the account is charged {charged}; {len(roster)} keys pinned, compare them with their owners: {listed}"
-
-
-def _public(file: Path) -> ec.EllipticCurvePublicKey:
-    key = load_ssh_public_key(file.read_bytes())
-    assert isinstance(key, ec.EllipticCurvePublicKey)  # `certificates.fingerprint` has checked it
-    return key

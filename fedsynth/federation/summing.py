@@ -1,4 +1,4 @@
-"""Sums of clients' votes or scores: in the open, or by the five exchanges of a secure sum."""
+"""Sums of clients' votes or scores: in the open, or by the six exchanges of a secure sum."""
 
 from __future__ import annotations
 

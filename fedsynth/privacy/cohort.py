@@ -37,10 +37,11 @@ class Cohort:
 
     @property
     def threshold(self) -> int:
-        """The number of clients that open a sum, t: more than half of honest clients and twice the colluders.
+        """The number of clients that open a sum, t: more than half of K + colluders.
 
-        An honest client signs one list of survivors. Two lists with t signatures each would take 2t > K + colluders
-        signatures, more than K clients give. So no more than one is opened (Bonawitz et al. 2017, section 6.2).
+        An honest client signs one list of survivors, a colluder any. Two lists with t signatures each would take 2t
+        signatures, and there are K + colluders at most. So one list is opened, no more (Bonawitz et al. 2017, section
+        6.2).
         """
         return (self.clients + self.colluders) // 2 + 1
 
