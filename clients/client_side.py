@@ -19,9 +19,9 @@ from fedsynth.clients.audit_log import AuditLog
 from fedsynth.corpus import Corpus
 from fedsynth.data.choice import as_instructions
 from fedsynth.data.partition import ClientData, class_list, label_list, open_site, open_sites
+from fedsynth.federation.identity import Identity, simulated_identity
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.federation.run.directory import SHARED
-from fedsynth.federation.secure_sum import Identity, simulated_identity
 from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account

@@ -28,6 +28,7 @@ from fedsynth.clients.self_train import self_train
 from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.vote import vote
 from fedsynth.corpus import Corpus
+from fedsynth.federation.identity import Mistrusted
 from fedsynth.federation.messages import (
     Adopt,
     Envelope,
@@ -61,7 +62,6 @@ from fedsynth.federation.records import (
     stack_number,
     unpack_request,
 )
-from fedsynth.federation.secure_sum import Mistrusted
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.models.adapters import WrongAdapter
 from fedsynth.privacy.caps import BudgetExhausted

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsynth.clients.client_side import ClientSide
+from fedsynth.federation.identity import Identity, Mistrusted, signed
 from fedsynth.federation.messages import (
     KeysOffered,
     OfferKeys,
@@ -28,9 +29,7 @@ from fedsynth.federation.messages import (
 from fedsynth.federation.run.whole_files import write_whole
 from fedsynth.federation.secure_sum import (
     MODULUS,
-    Identity,
     Kind,
-    Mistrusted,
     Offer,
     Sealed,
     Secrets,
@@ -42,7 +41,6 @@ from fedsynth.federation.secure_sum import (
     offer,
     opened,
     shares,
-    signed,
 )
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import GrantUsed

@@ -27,6 +27,7 @@ from fedsynth.clients.app import client_app
 from fedsynth.clients.vote import check_whole_noise, protected_whole, whole
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation import summing
+from fedsynth.federation.identity import Mistrusted, simulated_identity
 from fedsynth.federation.messages import (
     KeysOffered,
     Learn,
@@ -48,7 +49,6 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import RDP, privacy_line, privacy_report
 from fedsynth.federation.secure_sum import (
     MODULUS,
-    Mistrusted,
     NotOpened,
     Offer,
     Sealed,
@@ -62,7 +62,6 @@ from fedsynth.federation.secure_sum import (
     offer,
     opened,
     shares,
-    simulated_identity,
     undisputed,
     unmasked,
 )

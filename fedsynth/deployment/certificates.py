@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from fedsynth.federation.secure_sum import fingerprint as fingerprint_of
+from fedsynth.federation.identity import fingerprint as fingerprint_of
 from fedsynth.typed import BadValue
 
 TEST_CA = "fedsynth CA for tests"  # the issuer by which such certificates are recognised

@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
 from fedsynth.deployment import certificates
 from fedsynth.deployment.policy import Place
-from fedsynth.federation.secure_sum import Identity, fingerprint
+from fedsynth.federation.identity import Identity, fingerprint
 from fedsynth.typed import BadValue
 
 
