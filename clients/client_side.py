@@ -28,7 +28,8 @@ from fedsynth.privacy.caps import Account
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import Binding, Ledger, Opening
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import DPPlan, Statement, statement
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.statement import Statement, statement
 from fedsynth.scenario.client import Client
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.schema import Cell

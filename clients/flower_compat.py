@@ -17,7 +17,7 @@ from fedsynth.federation.records import pack_request, unpack_request
 from fedsynth.federation.run.directory import places
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import WrongAdapter, new_adapter
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.typed import BadValue, build

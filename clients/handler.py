@@ -65,8 +65,9 @@ from fedsynth.federation.records import (
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.models.adapters import WrongAdapter
 from fedsynth.privacy.caps import BudgetExhausted
-from fedsynth.privacy.plan import BudgetTooSmall, Statement
+from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.privacy.release import NotReleasable
+from fedsynth.privacy.statement import Statement
 from fedsynth.training.selfcheck import SelfCheckFailed
 from fedsynth.typed import BadValue, plain
 

@@ -25,9 +25,10 @@ from fedsynth.models.devices import device
 from fedsynth.models.hub import weights_hash
 from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.weights import load_named, save_named
-from fedsynth.privacy.plan import DPPlan, statement
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.release import DPTrained, NotReleasable, Trained, release_scores, release_without_guarantee
 from fedsynth.privacy.skellam import UNIT, Draws, noise
+from fedsynth.privacy.statement import statement
 from fedsynth.training.classifier import LabelledText, confidences, label_losses, label_slots, new_scorer
 from fedsynth.training.dp_training import Randomness, private, train_generator, trainable
 from fedsynth.training.selfcheck import LISTED, Noise, check_list, self_check

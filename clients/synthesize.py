@@ -55,7 +55,10 @@ def synthesize(client: ClientSide, request: Synthesize, digest: str) -> Trains[S
     longest_code = max(map(len, text_rows(tokenizer, client.task.codes(*client.labels))))
     check(client, start, plan, longest=longest_code + 1 + request.max_new_tokens)  # with BOS
 
-    grant = client.ledger.charge(plan, client.binding(digest, plan), client.run, budget=client.config.budget)
+    later = (client.config.vote_plan(client.records, client.rounds),) if client.config.voting.share else ()
+    grant = client.ledger.charge(
+        plan, client.binding(digest, plan), client.run, budget=client.config.budget, beside=later
+    )
     randomness = client.ledger.begin(grant)
     place = _shared(client, grant, digest)
     if place is not None and place.is_file():

@@ -42,6 +42,7 @@ class FDKT(RoundStrategy[State]):
     presets = presets.FDKT
     config: FDKTOptions
     warm_starts = True
+    divides_budget = True
 
     @classmethod
     def spends(cls, config: FDKTOptions) -> bool:

@@ -131,6 +131,8 @@ class FDKTOptions:
             raise BadValue(f"strategy.drafts_from names clients from 0 to {clients - 1}, got {list(self.drafts_from)}")
         if self.judge == "votes":
             self._check_voters(scenario, clients)
+        elif scenario.client.voting.share and self.asks:
+            raise BadValue('client.voting.share is for votes on drafts: say strategy.judge = "votes", or leave it out')
         combinations = len(scenario.task.combinations)
         if self.asks and self.drafts == "generator" and self.per_label < combinations:
             raise BadValue(
@@ -145,10 +147,17 @@ class FDKTOptions:
         if not set(self.votes_from) <= set(range(clients)):
             raise BadValue(f"strategy.votes_from names clients from 0 to {clients - 1}, got {list(self.votes_from)}")
         drafting = set(self.drafts_from or range(clients))
-        if both := sorted(drafting & set(self.votes_from)) if scenario.client.guarantee == "dp" else []:
+        both = sorted(drafting & set(self.votes_from)) if scenario.client.guarantee == "dp" else []
+        if both and not scenario.client.voting.share:
             raise BadValue(
-                f"clients {both} would give drafts and votes, and each client's budget is for one of the two: name in "
-                "strategy.drafts_from those that draft, and in strategy.votes_from others"
+                f"clients {both} would give drafts and votes, and each client's budget is for one of the two: give "
+                "client.voting.share of it to votes; or name in strategy.drafts_from those that draft, and in "
+                "strategy.votes_from others"
+            )
+        if scenario.client.voting.share and not both:
+            raise BadValue(
+                "client.voting.share divides a client's budget between drafts and votes, and no client gives both: "
+                "leave it out"
             )
         check_votes(scenario, len(set(self.votes_from)))
 

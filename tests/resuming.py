@@ -24,7 +24,7 @@ def left(run: Played) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": [row for row in run.run_log.rows if not row[4].startswith("seconds/")]}
     for kind in ("corpora/**/*.parquet", "adapters/**/*.safetensors"):
         found[kind] = {str(path.relative_to(run.out)): path.read_bytes() for path in run.out.glob(kind)}
-    found["privacy"] = (run.run_log.statements, run.run_log.released, run.run_log.silent)
+    found["privacy"] = (run.run_log.spending, run.run_log.released, run.run_log.silent)
     for path in ledgers_in(run.out):
         ledger = contents(path)
         assert problems(ledger) == []

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from fedsynth.privacy.claims import CLIENT, UNITS, check
-from fedsynth.privacy.plan import DPPlan, Statement, epsilon, statement
+from fedsynth.privacy.plan import DPPlan, epsilon
+from fedsynth.privacy.statement import Statement, statement
 
 # 200 records in batches of 25 over 60 steps: 7.986 and 11.285 (dp-accounting 0.6, on a grid of 1e-4).
 TRUE = Statement("dp", 7.9864, 1e-5, 11.2852, {}, "row", 1, 0.928, 0.125, 60, 0.3)

@@ -30,7 +30,7 @@ from fedsynth.federation.payload import decode
 from fedsynth.federation.records import parted, unpack_request
 from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.log import RunLog
-from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report
+from fedsynth.federation.run.privacy_report import guarantee_of, privacy_line, privacy_report, up
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.instructions import one_line
@@ -38,6 +38,7 @@ from fedsynth.lora import Adapter
 from fedsynth.models.adapters import WrongAdapter, new_adapter, with_adapter
 from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import load_tokenizer
+from fedsynth.privacy.audit import contents, problems
 from fedsynth.scenario.client import Client, GeneratorTraining, WarmStart
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.task import NO_CARD
@@ -301,7 +302,7 @@ def test_charged_steps_are_the_steps_that_ran(fdkt: World) -> None:
         epsilon, delta = client.ledger.spent()
         assert epsilon <= 8.0
         assert delta == 1e-5
-        assert fdkt.run_log.statements[index].epsilon == pytest.approx(epsilon, abs=1e-2)
+        assert fdkt.run_log.spending[index].epsilon == pytest.approx(epsilon, abs=1e-2)
 
 
 def test_the_same_seed_gives_the_same_metrics_and_texts(fdkt: World, toml: str, tmp_path: Path) -> None:
@@ -617,6 +618,30 @@ def test_clients_without_drafts_judge_those_of_others_by_votes(toml: str, tmp_pa
     ]
 
 
+def test_a_client_that_drafts_and_votes_keeps_one_budget_for_both(toml: str, tmp_path: Path) -> None:
+    option = f"shots = 2\n{VOTED}\nvotes_from = [0, 1, 2]\nkeep = 1"
+    shared = toml.replace('judge = "likelihood"', "").replace("shots = 2", option)
+    made = world(shared.replace("[client]", "[client]\nvoting = { share = 0.25 }"), "fdkt", tmp_path)
+    made.run()
+    own = made.run_log.spending
+    assert set(own) == set(range(CLIENTS))
+    for client, said in own.items():
+        ledger = fedsynth.clients.client_side.simulated_client(
+            made.cell, client, private_of(made.out), "simulated"
+        ).ledger
+        assert problems(contents(ledger.path)) == []
+        assert said.epsilon == pytest.approx(ledger.spent()[0], abs=1e-6)
+        assert 7.9 < said.epsilon <= 8.0
+        trained, voted = sorted(said.parts, key=lambda part: part.mechanism)
+        assert (trained.mechanism, voted.mechanism) == ("gradients", "votes")
+        assert 1.9 < voted.epsilon <= 2.0 < trained.epsilon < 8.0
+    figures = privacy_report([made.run_log])["largest_over_clients"]
+    assert figures["epsilon"] == max(said.epsilon for said in own.values())
+    assert [part["mechanism"] for part in figures["mechanisms"]] == ["gradients", "votes"]
+    assert figures["sigma"] is None
+    assert f"({up(figures['epsilon'], 3):.3f}, 1e-05)-DP" in privacy_report([made.run_log])["line"]
+
+
 def test_cells_pair_arms_by_public_seed(toml: str) -> None:
     by_arm = {c.arm: c for c in cells(from_toml(toml))}
     assert by_arm["local"].public_seed("learn", client=2) == by_arm["fdkt"].public_seed("learn", client=2)
@@ -672,9 +697,7 @@ def test_it_costs_no_privacy_and_changes_the_drafts(toml: str, tmp_path: Path) -
     cold.run()
     started.run()
     assert spent(cold) == spent(started) > 0
-    assert [s.epsilon for s in cold.run_log.statements.values()] == [
-        s.epsilon for s in started.run_log.statements.values()
-    ]
+    assert [s.epsilon for s in cold.run_log.spending.values()] == [s.epsilon for s in started.run_log.spending.values()]
     drafts = [next((m.out / "corpora").rglob("drafts-round1-client0.parquet")).read_bytes() for m in (cold, started)]
     assert drafts[0] != drafts[1]
 
@@ -797,6 +820,8 @@ VOTED = 'judge = "votes"\none_to_many = true'
         (("shots = 2", 'shots = 2\njudge = "votes"\nvotes_from = [1]'), "one_to_many = true"),
         (("shots = 2", f"shots = 2\n{VOTED}\nvotes_from = [1]"), r"clients \[1\] would give drafts and votes"),
         (("shots = 2", f"shots = 2\n{VOTED}\nvotes_from = [9]\ndrafts_from = [0]"), "names clients from 0 to"),
+        (("[client]", "[client]\nvoting = { share = 1.0 }"), r"share must lie in \[0, 1\)"),
+        (("[client]", "[client]\nvoting = { share = 0.5 }"), 'say strategy.judge = "votes"'),
     ],
 )
 def test_settings_that_make_no_sense_are_named(toml: str, change: tuple[str, str], said: str) -> None:

@@ -82,10 +82,10 @@ def test_the_first_plan_passes_by_its_loss_distribution_alone_and_then_nothing_d
     order, run = order_for(budget), DPPlan(100, 100, 4, 1, 1.0, 1.205, DELTA)  # all in each batch: takes no time
     assert 7.9 < epsilon(run, DELTA) <= 8.0
     assert used([run], order) > room(budget, order)
-    assert admits(budget, order, [], run)
-    assert not admits(budget, order, [], replace(run, noise_multiplier=1.19))
+    assert admits(budget, order, [], [run])
+    assert not admits(budget, order, [], [replace(run, noise_multiplier=1.19)])
     tiny = step(1e-6, 50.0)
-    assert not admits(budget, order, [run], tiny)
+    assert not admits(budget, order, [run], [tiny])
     assert as_if_fixed(budget, [run], tiny)
 
 
@@ -151,7 +151,7 @@ def _worst(cap: float, rule: Rule, q: float, share: float) -> float:
 
 
 def the_filter(budget: Budget, before: Sequence[DPPlan], asked: DPPlan) -> bool:
-    return admits(budget, order_for(budget), before, asked)
+    return admits(budget, order_for(budget), before, [asked])
 
 
 def as_if_fixed(budget: Budget, before: Sequence[DPPlan], asked: DPPlan) -> bool:

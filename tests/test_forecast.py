@@ -135,7 +135,7 @@ def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, g
     assert found.noted == ()
     assert found.up == pytest.approx(sent["up"], rel=0.02)
     assert found.down == pytest.approx(sent["down"], rel=0.02)
-    epsilons = [said.epsilon for said in ran.run_log.statements.values()]
+    epsilons = [said.epsilon for said in ran.run_log.spending.values()]
     assert found.epsilon == (None if guarantee == "none" else max(e for e in epsilons if e is not None))
     assert [e.name for e in found.exchanges] == [*[e.name for e in found.exchanges[:3]]] * 2
 
@@ -168,7 +168,7 @@ llm = "assets:tiny-llm"
     sent = {d: sum(n for (name, _), n in ran.run_log.totals.items() if name == f"bytes/{d}") for d in ("up", "down")}
     assert found.up == pytest.approx(sent["up"], rel=0.3)
     assert found.down == pytest.approx(sent["down"], rel=0.3)
-    assert found.epsilon == max(said.epsilon or 0 for said in ran.run_log.statements.values())
+    assert found.epsilon == max(said.epsilon or 0 for said in ran.run_log.spending.values())
     [synthesis, learning, _] = found.exchanges
     assert synthesis.work[0][Unit("step", "main")] == 3
     assert sum(n for unit, n in synthesis.work[0].items() if unit.kind == "sample") == 6 * 8

@@ -27,7 +27,7 @@ from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.strategy import RoundStrategy, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.lora import Adapter
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.client import Client
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
@@ -125,7 +125,7 @@ def test_what_one_site_sends_is_that_sites_failure(tmp_path: Path, name: str) ->
     three = clients(tmp_path, {"north": answering(), "south": bad, "west": answering(epsilon=8.5)}, quorum=0.5)
     answers = three.ask(request)
     assert sorted(answers) == [0, 2]
-    assert {client: said.epsilon for client, said in three.run_log.statements.items()} == {0: 7.99, 2: 8.5}
+    assert {client: said.epsilon for client, said in three.run_log.spending.items()} == {0: 7.99, 2: 8.5}
     assert three.run_log.silent == {(1, 1)}
     assert "1 clients gave no usable reply" in privacy_line([three.run_log])
     told = json.dumps(three.run_log.record()) + (tmp_path / "events.jsonl").read_text()
@@ -160,7 +160,7 @@ def test_an_answer_that_cannot_even_be_checked_is_one_sites_failure(
     sent, _ = late._delivery.send(requests, range(3), partial(late._packed, requests))
     late._late.expect(sent, 1, requests)
     late.close()
-    assert {client: said.epsilon for client, said in late.run_log.statements.items()} == {0: 7.99, 2: 7.99}
+    assert {client: said.epsilon for client, said in late.run_log.spending.items()} == {0: 7.99, 2: 7.99}
 
 
 def test_seconds_that_a_site_makes_up_are_not_added_up(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from fedsynth.lora import Adapter, average
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.privacy.caps import BudgetExhausted
-from fedsynth.privacy.plan import Statement, epsilon
+from fedsynth.privacy.plan import epsilon
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.client import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.synthesis.student import taught, write

@@ -92,6 +92,38 @@ def test_an_order_goes_through_its_states(tmp_path: Path) -> None:
     assert len(bytes.fromhex(grant.id)) == 16
 
 
+VOTES = DPPlan(100, 100, 1, 1, 1.0, 3.0, 1e-5, "votes")
+
+
+def test_plans_that_were_fixed_together_are_reserved_together(tmp_path: Path) -> None:
+    both = composed_epsilon([PLAN, VOTES], 1e-5)
+    ledger = open_ledger(tmp_path, Budget(both + 1e-3))
+    grant = ledger.charge(PLAN, bind(ledger), "run", beside=[VOTES])
+    assert ledger.spent()[0] == both  # before a vote is asked for
+    ledger.begin(grant)
+    ledger.store(grant, b"drafts")
+    votes = ledger.charge(VOTES, bind(ledger, "order 2", VOTES), "run")
+    assert (votes.plan, ledger.spent()[0]) == (VOTES, both)
+    with pytest.raises(BudgetExhausted):  # a second vote was not planned
+        ledger.charge(VOTES, bind(ledger, "order 3", VOTES), "run")
+    assert ledger.rounds("run", VOTES) == 1
+
+
+def test_a_vote_that_was_not_fixed_with_the_training_does_not_fit_after_it(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, Budget(composed_epsilon([PLAN, VOTES], 1e-5) + 1e-3))
+    charge(ledger)
+    with pytest.raises(BudgetExhausted):
+        ledger.charge(VOTES, bind(ledger, "order 2", VOTES), "run")
+
+
+def test_plans_that_pass_a_budget_together_reserve_nothing(tmp_path: Path) -> None:
+    ledger = open_ledger(tmp_path, Budget(COST + 1e-3))
+    with pytest.raises(BudgetExhausted):
+        ledger.charge(PLAN, bind(ledger), "run", beside=[VOTES])
+    assert ledger.entries() == []
+    charge(ledger)  # alone it fits
+
+
 def test_killed_while_charging_nothing_is_spent(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     binding = bind(ledger)

@@ -78,8 +78,9 @@ from fedsynth.lora import Adapter
 from fedsynth.privacy.caps import Account, BudgetExhausted
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.ledger import Ledger
-from fedsynth.privacy.plan import BudgetTooSmall, Statement
+from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.privacy.release import NotReleasable
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.client import Client, TaskTraining
 from fedsynth.typed import BadValue
 

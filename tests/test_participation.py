@@ -28,7 +28,7 @@ from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import privacy_line
 from fedsynth.federation.run.summary import missing
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.schema import Cell, Participation
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.typed import BadValue
@@ -117,7 +117,7 @@ def test_a_run_ends_with_what_it_has_and_says_so(tmp_path: Path) -> None:
         assert problems(ledger) == []
         charged += len(ledger["grants"])
     assert charged == len(run.requests(Finetune))  # what was released in vain is paid for
-    statements = run.run_log.statements
+    statements = run.run_log.spending
     asked = {where["client"] for where in (m.content["fedsynth"] for m in run.grid.requests_of(Finetune.task))}
     assert set(statements) == asked
     assert run.run_log.silent == set()
@@ -175,7 +175,7 @@ def test_what_comes_after_its_time_counts_as_released(tmp_path: Path, monkeypatc
     run = play(toml, tmp_path)
     [answered] = run.metric("exchange/1-finetune/answered")
     assert answered == 2
-    assert set(run.run_log.statements) == {0, 1, 2}
+    assert set(run.run_log.spending) == {0, 1, 2}
     assert run.run_log.silent == set()
     assert "no usable answer" not in privacy_line([run.run_log])
     failed = [client for *_, client, metric, _ in run.run_log.rows if metric == "exchange/1-finetune/failed"]
@@ -218,7 +218,7 @@ def test_a_late_failure_leaves_it_said_that_something_may_be_spent(
     run = play(toml, tmp_path)
     [(client, exchange)] = run.run_log.silent
     assert exchange == 1
-    assert set(run.run_log.statements) == {0, 1, 2} - {client}
+    assert set(run.run_log.spending) == {0, 1, 2} - {client}
     assert "1 clients gave no usable reply" in privacy_line([run.run_log])
 
 
@@ -228,10 +228,10 @@ def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path)
         run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
         for epsilon in request:
             run_log.log_statement(0, Statement("dp", epsilon, 1e-5))
-        assert run_log.statements[0].epsilon == 9.5
+        assert run_log.spending[0].epsilon == 9.5
         run_log.log_statement(0, Statement("none", None, 0.0))
         run_log.log_statement(0, Statement("dp", 1.0, 1e-5))
-        assert run_log.statements[0].guarantee == "none"
+        assert run_log.spending[0].guarantee == "none"
 
 
 def in_the_head(payload: bytes, old: str, new: str) -> bytes:
@@ -300,7 +300,7 @@ def test_a_corrupt_answer_is_one_clients_failure(
         assert bool(said) == reasons[client].startswith("sent an unusable reply: ")
         assert reasons[client].isprintable()
     assert run.metric("exchange/1-finetune/answered") == [1.0]
-    assert set(run.run_log.statements) == {0}
+    assert set(run.run_log.spending) == {0}
     # What they spent is not known, and that is said; each was charged, and its account has it.
     assert run.run_log.silent == {(client, 1) for client in range(1, clients)}
     assert f"{clients - 1} clients gave no usable reply" in privacy_line([run.run_log])

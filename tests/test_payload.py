@@ -51,7 +51,7 @@ from fedsynth.federation.payload import SCHEMA, BadPayload, corpus_from_parquet,
 from fedsynth.federation.secure_sum import Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
 from fedsynth.privacy.cohort import Cohort
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.typed import BadValue
 
 TEXTS = ("naïve café", "漢字 🩺", "", "a\nb\tc\x00", '"quoted", \\ and {$corpus}', "e\u0301 is not \u00e9")

@@ -18,14 +18,13 @@ from fedsynth.privacy.plan import (
     Budget,
     BudgetTooSmall,
     DPPlan,
-    Statement,
     composed_epsilon,
     epsilon,
     group_epsilon,
     plan,
-    statement,
 )
 from fedsynth.privacy.rdp import bound
+from fedsynth.privacy.statement import Statement, statement
 from fedsynth.scenario.toml import from_toml
 from fedsynth.typed import BadValue
 
@@ -188,7 +187,9 @@ def test_what_a_loss_distribution_would_take_gigabytes_for_has_the_bound_by_rdp(
     wild = DPPlan(100, 100, MAX_STEPS, 1, 1.0, 0.05, 1e-5)  # a loss of some 20,000,000, on a grid of 0.0001
     assert epsilon(wild, 1e-5) == bound([(1.0, 0.05, MAX_STEPS)], 1e-5)
     assert epsilon(wild, 1e-5) > 1e7
-    assert epsilon(wild, 1e-5, relation="replace_one") == group_epsilon(wild, 2, 1e-5) == math.inf
+    assert epsilon(wild, 1e-5, relation="replace_one") == bound([(1.0, 0.025, MAX_STEPS)], 1e-5)
+    sampled = replace(wild, expected_batch=50)
+    assert epsilon(sampled, 1e-5, relation="replace_one") == group_epsilon(wild, 2, 1e-5) == math.inf
     many = [replace(WORLD, noise_multiplier=5 + i / 100) for i in range(40)]  # of kinds that differ
     pieces = [(p.sampling_rate, p.noise_multiplier, p.steps) for p in many]
     assert composed_epsilon(many, 1e-5) == pytest.approx(bound(pieces, 1e-5))
@@ -212,6 +213,55 @@ def test_several_rows_in_one_whole_batch_match_the_closed_form() -> None:
     assert group_epsilon(DPPlan(50, 50, 1, 1, 1.0, 6.0, 1e-5), 3, 1e-5) == pytest.approx(
         gaussian_epsilon(2.0, 1e-5), abs=5e-3
     )
+
+
+# ---- Plans of two mechanisms on the same data ----
+
+VOTES = DPPlan(400, 400, 1, 1, 1.0, 2.0, 1e-5, "votes")
+WHOLE = DPPlan(400, 400, 1, 1, 1.0, 3.0, 1e-5)  # a training whose every step takes all units
+
+
+def test_two_mechanisms_add_up_as_one_gaussian() -> None:
+    # Shifts of 1 under noise of 3 and of 2 are one of the root of their squares; replaced, of 2 / 3 and sqrt(2) / 2.
+    both = [WHOLE, VOTES]
+    assert composed_epsilon(both, 1e-5) == pytest.approx(gaussian_epsilon(1 / math.hypot(1 / 3, 1 / 2), 1e-5), abs=2e-3)
+    replaced = gaussian_epsilon(1 / math.hypot(2 / 3, math.sqrt(2) / 2), 1e-5)
+    assert composed_epsilon(both, 1e-5, relation="replace_one") == pytest.approx(replaced, abs=2e-3)
+    three = gaussian_epsilon(1 / math.hypot(3 / 3, 3 / 2), 1e-5)  # three rows of one person, all in each sum
+    assert group_epsilon(both, 3, 1e-5) == pytest.approx(three, abs=1e-2)
+
+
+def test_a_sum_of_whole_numbers_beside_a_training_is_charged_no_less_than_its_gaussian() -> None:
+    both = [WHOLE, replace(VOTES, mechanism="summed_votes")]
+    for relation in ("zero_out", "replace_one"):
+        exact = composed_epsilon([WHOLE, VOTES], 1e-5, relation=relation)
+        assert exact < composed_epsilon(both, 1e-5, relation=relation) < 1.5 * exact
+    assert group_epsilon([WHOLE, VOTES], 2, 1e-5) < group_epsilon(both, 2, 1e-5) < math.inf
+
+
+@pytest.mark.parametrize("mechanism", ["votes", "summed_votes"])
+def test_a_training_beside_votes_has_the_least_noise_that_keeps_both_in_the_budget(mechanism: Any) -> None:
+    budget, shape = Budget(8.0), {"records": 400, "expected_batch": 50, "steps": 60}
+    votes = plan(Budget(2.4), records=400, expected_batch=400, steps=1, mechanism=mechanism)
+    made = plan(budget, **shape, beside=[votes])
+    assert composed_epsilon([made, votes], 1e-5) <= 8.0
+    less = replace(made, noise_multiplier=made.noise_multiplier - 0.001)
+    assert composed_epsilon([less, votes], 1e-5) > 8.0
+    alone = plan(budget, **shape)
+    assert alone.noise_multiplier == 0.928
+    assert composed_epsilon([alone, votes], 1e-5) > 8.1  # as if each had the budget for itself
+    if mechanism == "votes":  # the accountant alone, without this module's own composition
+        steps = dp_event.SelfComposedDpEvent(
+            dp_event.PoissonSampledDpEvent(1 / 8, dp_event.GaussianDpEvent(made.noise_multiplier)), 60
+        )
+        both = dp_event.ComposedDpEvent([steps, dp_event.GaussianDpEvent(votes.noise_multiplier)])
+        assert epsilon(both, 1e-5) == pytest.approx(composed_epsilon([made, votes], 1e-5), abs=1e-3)
+
+
+def test_votes_that_take_the_whole_budget_leave_no_plan_beside_them() -> None:
+    votes = plan(Budget(2.0), records=400, expected_batch=400, steps=1, mechanism="votes")
+    with pytest.raises(BudgetTooSmall, match=r"beside 1 other plan\(s\) needs noise_multiplier"):
+        plan(Budget(2.0), records=400, expected_batch=50, steps=60, beside=[votes])
 
 
 def test_statement_says_what_was_planned() -> None:

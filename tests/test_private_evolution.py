@@ -38,7 +38,8 @@ from fedsynth.privacy import claims
 from fedsynth.privacy.caps import Account, BudgetExhausted
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.privacy.plan import Budget, DPPlan, epsilon, replaced_epsilon, statement
+from fedsynth.privacy.plan import Budget, DPPlan, epsilon, replaced_epsilon
+from fedsynth.privacy.statement import statement
 from fedsynth.scenario.client import Client, Voting
 from fedsynth.scenario.toml import from_toml
 from fedsynth.synthesis.voting import by_chance, kept, permuted

@@ -159,7 +159,7 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     from fedsynth.federation.messages import Synthesize, Synthesized
     from fedsynth.federation.validation import check_reply
     from fedsynth.limits import MAX_TEXT
-    from fedsynth.privacy.plan import Statement
+    from fedsynth.privacy.statement import Statement
 
     class Writer:
         def __init__(self, *_: Any, **__: Any) -> None: ...

@@ -31,7 +31,7 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
 from fedsynth.privacy.cohort import Cohort
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.reporting import run_report, site_report, statistics
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.figures import DASHES, SHAPES, Mark, Series, _shape, bars, dots, lines, scatter
@@ -105,9 +105,9 @@ def make(out: Path, scenario: Scenario) -> Path:
                     written = Corpus(TEXTS, 3 * tuple(LABELS), kind, grants)
                     run_log.log_corpus(client, "written", written)
                 run_log.count("bytes/up", client, 1500)
-        run_log.statements = {0: DP, 1: DP} if cell.arm == "fdkt" else {}
+        run_log.spending = {0: Spending((DP,)), 1: Spending((DP,))} if cell.arm == "fdkt" else {}
         if cell.arm == "no_dp":
-            run_log.statements = {0: Statement("none", None, 1e-5)}
+            run_log.spending = {0: Spending((Statement("none", None, 1e-5),))}
         run_log.released = set() if cell.arm == "local" else {"synthetic text with labels"}
         run_log.close()
         run_logs.append(run_log)
@@ -376,6 +376,16 @@ def test_a_secure_sum_stands_with_its_assumptions_and_the_figure_without_it() ->
     assert "a secure sum of 8 clients, at most 1 missing, 2 in league with the server" in text
     assert ">21.31</span>" in text  # rounded up
     assert "secure sum" not in render(page(run_report_of(DP.to_dict())))
+
+
+def test_each_of_two_mechanisms_has_its_figures_below_those_of_both() -> None:
+    own = {"mechanism": "votes", "epsilon": 2.001, "sigma": 1.987, "sampling_rate": 1.0, "steps": 1, "clip_norm": 1.0}
+    text = render(page(run_report_of(DP.to_dict() | {"sigma": None, "mechanisms": [own]})))
+    assert "votes: epsilon by itself" in text
+    assert ">2.001</span>" in text
+    assert ">1.987</span>" in text
+    assert "noise, clip</" in text
+    assert "votes:" not in render(page(run_report_of(DP.to_dict())))
 
 
 def run_report_of(spent: dict[str, object]) -> dict[str, object]:

@@ -69,8 +69,9 @@ from fedsynth.federation.strategy import Clients
 from fedsynth.privacy import claims
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.noise import GrantRandomness
-from fedsynth.privacy.plan import Budget, BudgetTooSmall, replaced_epsilon, statement
+from fedsynth.privacy.plan import Budget, BudgetTooSmall, replaced_epsilon
 from fedsynth.privacy.skellam import UNIT, noise, sigma_of, variance
+from fedsynth.privacy.statement import statement
 from fedsynth.scenario.client import Client
 from fedsynth.scenario.toml import from_toml
 from fedsynth.training.selfcheck import SelfCheckFailed

@@ -443,7 +443,7 @@ def test_sites_vote_by_persons_where_their_policy_lets_votes_out(
     deployed = Deployed(places(tmp_path, notes, told), voting(toml), tmp_path / "run")
     deployed.run()
     assert deployed.codes() == []
-    said = list(deployed.run_log.statements.values())
+    said = [part for own in deployed.run_log.spending.values() for part in own.parts]
     assert {(s.unit, s.steps, s.sampling_rate, s.simulated) for s in said} == {("person", 1, 1.0, False)}
     assert len({s.sigma for s in said}) == 1
     spent, _ = deployed.sites[0].open_ledger().spent()
@@ -506,14 +506,15 @@ def test_sites_vote_by_a_secure_sum_and_are_charged_as_their_operators_say(
         deployed = summing(place, notes, toml, accept=accept)
         deployed.run()
         assert deployed.codes() == []
-        for said in deployed.run_log.statements.values():
+        stated = [part for own in deployed.run_log.spending.values() for part in own.parts]
+        for said in stated:
             assert said.mechanism == "summed_votes"
             assert said.epsilon <= 8.0
             assert (said.cohort, said.epsilon_alone is None) == ((Cohort(3, 1), False) if accept else (None, True))
         spent, _ = deployed.sites[0].open_ledger().spent()
         assert 7.9 < spent <= 8.0
         assert ("rests on the noise of 2 honest ones" in privacy_line([deployed.run_log])) == accept
-        deviations[accept] = {said.sigma for said in deployed.run_log.statements.values()}
+        deviations[accept] = {said.sigma for said in stated}
     assert deviations[True] == deviations[False]  # of the sum; of one site's own noise, who does not rest on others
 
 
@@ -523,7 +524,7 @@ def test_a_site_with_a_smaller_budget_relies_on_its_own_noise(tmp_path: Path, to
     policy = replace(first.site.policy, per_run=Budget(3.0))
     deployed.sites[0] = replace(first, site=replace(first.site, policy=policy))
     deployed.run()
-    cautious, *others = (said for _, said in sorted(deployed.run_log.statements.items()))
+    cautious, *others = (own.parts[0] for _, own in sorted(deployed.run_log.spending.items()))
     assert (cautious.epsilon <= 3.0, cautious.cohort) == (True, None)  # the others' noise is for epsilon 8
     assert {said.cohort for said in others} == {Cohort(3, 1)}
 
@@ -598,7 +599,7 @@ def test_one_run_gets_no_more_than_the_site_allows_it(tmp_path: Path, toml: str,
     less = {"charite": replace(POLICY, per_run=Budget(3.0))}
     deployed = Deployed(places(tmp_path, notes, less), toml, tmp_path / "run")
     deployed.run()
-    said = deployed.run_log.statements
+    said = deployed.run_log.spending
     assert said[0].epsilon is not None
     assert 2.8 < said[0].epsilon <= 3.0
     assert said[1].epsilon is not None
@@ -649,7 +650,7 @@ def test_a_stricter_scenario_is_obeyed(tmp_path: Path, notes: pd.DataFrame) -> N
     lax = dict.fromkeys(NAMES, replace(POLICY, per_run=Budget(9.0)))
     deployed = Deployed(places(tmp_path, notes, lax), scenario(tmp_path, notes, epsilon=2.0), tmp_path / "run")
     deployed.run()
-    assert all(said.epsilon is not None and 1.8 < said.epsilon <= 2.0 for said in deployed.run_log.statements.values())
+    assert all(said.epsilon is not None and 1.8 < said.epsilon <= 2.0 for said in deployed.run_log.spending.values())
 
 
 def test_runs_add_up_to_the_lifetime_cap_and_no_further(tmp_path: Path, toml: str, notes: pd.DataFrame) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 from fedsynth.corpus import Corpus, Scores, Votes
 from fedsynth.federation.secure_sum import Kind, Offer, Sealed, SeedShare, Signed
 from fedsynth.lora import Adapter
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 
 R = TypeVar("R")
 

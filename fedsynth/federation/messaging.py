@@ -29,7 +29,7 @@ from fedsynth.federation.summing import added, secure_sum, sum_id
 from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.schema import Cell
 from fedsynth.typed import BadValue
 

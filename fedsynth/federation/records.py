@@ -13,7 +13,7 @@ from fedsynth.corpus import Corpus, Provenance, Scores, Votes
 from fedsynth.federation.messages import Envelope, ErrorCode, Origin, Output, Refused, Request
 from fedsynth.federation.payload import decode, encode
 from fedsynth.lora import Adapter
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.typed import BadValue, build, plain
 
 T = TypeVar("T")

@@ -85,6 +85,8 @@ class RoundStrategy(Strategy, Generic[S]):
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     warm_starts: ClassVar[bool] = False
     """True if the method sends the start that `client.generator_training.warm_start` describes."""
+    divides_budget: ClassVar[bool] = False
+    """True if the method asks a client for drafts and votes, which `client.voting.share` divides a budget between."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     @classmethod
@@ -113,6 +115,8 @@ class RoundStrategy(Strategy, Generic[S]):
             )
         if client.generator_training.warm_start is not None and cls.trains_generator(config) and not cls.warm_starts:
             raise BadValue(f"client.generator_training.warm_start: {cls.__name__} sends no such start; leave it out")
+        if client.voting.share and cls.spends(config) and not cls.divides_budget:
+            raise BadValue(f"client.voting.share: {cls.__name__} asks no client for drafts and votes; leave it out")
         task = client.task_training
         if task.baseline and cls.sends_text(config):
             raise BadValue(

@@ -76,7 +76,8 @@ from fedsynth.limits import (
 from fedsynth.lora import Adapter, Shared, only_b
 from fedsynth.privacy import claims
 from fedsynth.privacy.cohort import LARGEST
-from fedsynth.privacy.plan import SMALLEST_SIGMA, Mechanism, Statement
+from fedsynth.privacy.plan import SMALLEST_SIGMA, Mechanism
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.client import Client, GeneratorTraining
 
 # A name in a reply becomes a word of a report, so that grants must look like this.

@@ -269,7 +269,7 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
     from fedsynth.clients.finetune import on_base  # these bring torch
     from fedsynth.models.form import student_form
     from fedsynth.models.llm import LocalLLM
-    from fedsynth.privacy.plan import statement
+    from fedsynth.privacy.statement import statement
     from fedsynth.synthesis.self_instruct import pairs
 
     client, labels = cell.scenario.client.of(0), label_list(cell.scenario.data)

@@ -50,7 +50,8 @@ from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.devices import one_thread
 from fedsynth.privacy.cohort import Cohort
-from fedsynth.privacy.plan import DPPlan, Statement, statement
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.statement import Statement, statement
 from fedsynth.scenario.schema import Cell
 
 GRANT = ("0" * 32,)  # as long as a grant's id
@@ -305,7 +306,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     done = max(1, len({e.number for e in clients.exchanges}))
     times = max(1.0, cell.scenario.rounds / done) if len(whole) > len(clients.exchanges) else 1.0
     guarantee = guarantee_of([run_log])
-    epsilons = [s.epsilon for s in run_log.statements.values() if s.epsilon is not None]
+    epsilons = [s.epsilon for s in run_log.spending.values() if s.epsilon is not None]
     return Rehearsed(
         exchanges=tuple(whole),
         server=(max(0.0, own) + tally.seconds) * times,
@@ -316,7 +317,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
         kept=int(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) * times),
         guarantee=guarantee,
         epsilon=None if guarantee == "none" else max(epsilons, default=0.0),
-        delta=None if guarantee == "none" else max((s.delta for s in run_log.statements.values()), default=0.0),
+        delta=None if guarantee == "none" else max((s.delta for s in run_log.spending.values()), default=0.0),
         plans=clients.plans,
         noted=tuple(noted),
     )

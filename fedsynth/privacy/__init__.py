@@ -8,12 +8,10 @@ from fedsynth.privacy.plan import (
     Budget,
     BudgetTooSmall,
     DPPlan,
-    Statement,
     composed_epsilon,
     epsilon,
     group_epsilon,
     plan,
-    statement,
 )
 from fedsynth.privacy.release import (
     DPTrained,
@@ -24,6 +22,7 @@ from fedsynth.privacy.release import (
     release_scores,
     release_without_guarantee,
 )
+from fedsynth.privacy.statement import Statement, statement
 
 __all__ = [
     "Account",

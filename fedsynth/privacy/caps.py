@@ -41,8 +41,8 @@ class Account:
         found = [] if self.cap is None else [(self.cap, order)]
         return [*found, *((limit, order_for(limit)) for limit in (self.per_run, budget) if limit is not None)]
 
-    def check(self, db: sqlite3.Connection, asked: DPPlan, run: str, budget: Budget | None) -> None:
-        """Checks that every limit holds with one more plan.
+    def check(self, db: sqlite3.Connection, asked: Sequence[DPPlan], run: str, budget: Budget | None) -> None:
+        """Checks that every limit holds with more plans, which were chosen together.
 
         Raises:
             BudgetExhausted: If one would be passed.
@@ -61,12 +61,13 @@ class Account:
                 continue
             before, after = (
                 epsilon_at(used(p, order), order, limit.delta) if private else math.inf
-                for p in (plans, [*plans, asked])
+                for p in (plans, [*plans, *asked])
             )
             raise BudgetExhausted(
-                f"the {asked.rounds} round(s) asked would pass {what}, epsilon {limit.epsilon:g} at delta "
-                f"{limit.delta:g}: by the filter of order {order}, which takes plans as chosen after seeing results, "
-                f"the {len(plans)} plan(s) reserved stand at epsilon {before:.4g}, with what is asked at {after:.4g}"
+                f"the {sum(plan.rounds for plan in asked)} round(s) asked would pass {what}, epsilon "
+                f"{limit.epsilon:g} at delta {limit.delta:g}: by the filter of order {order}, which takes plans as "
+                f"chosen after seeing results, the {len(plans)} plan(s) reserved stand at epsilon {before:.4g}, with "
+                f"what is asked at {after:.4g}"
                 + ("" if private else "; something left without a guarantee, or at a cost that is not known")
             )
 

@@ -17,8 +17,9 @@ from fedsynth.limits import (
     MAX_SIGMA,
     MAX_STEPS,
 )
-from fedsynth.privacy.plan import APART, BY_RDP, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, Statement, epsilon
+from fedsynth.privacy.plan import APART, BY_RDP, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, epsilon
 from fedsynth.privacy.rdp import bound
+from fedsynth.privacy.statement import Statement
 
 UNITS = ("row", "person")  # at real sites; a simulation calls them by the name of a column
 CLIENT = "client"  # the unit where a list of scores is protected as a whole

@@ -45,18 +45,18 @@ def epsilon_at(spent: float, order: int, delta: float) -> float:
     return max(0.0, spent - above_epsilon(order, delta)) if spent > 0 else 0.0
 
 
-def admits(budget: Budget, order: int, before: Sequence[DPPlan], asked: DPPlan) -> bool:
-    """True if the budget holds with one more plan, even if that plan was chosen after seeing earlier releases.
+def admits(budget: Budget, order: int, before: Sequence[DPPlan], asked: Sequence[DPPlan]) -> bool:
+    """True if the budget holds with more plans, even if these were chosen after seeing earlier releases.
 
-    The first plan is chosen before any release, so that its privacy loss distribution alone may admit it. If it fills
-    more than the filter's room, the filter admits no further plan.
+    The first plans are chosen before any release, so that their privacy loss distributions alone may admit them. If
+    they fill more than the filter's room, the filter admits no further plan.
 
     Args:
         budget: The budget of all plans together.
         order: The filter's order, fixed before the first plan.
         before: The reserved plans, each with all its rounds, drawn or not.
-        asked: The new plan.
+        asked: The new plans, chosen together.
     """
-    if used([*before, asked], order) <= room(budget, order):
+    if used([*before, *asked], order) <= room(budget, order):
         return True
-    return not before and composed_epsilon([asked], budget.delta) <= budget.epsilon
+    return not before and composed_epsilon(asked, budget.delta) <= budget.epsilon

@@ -172,7 +172,15 @@ class Ledger:
             row = db.execute("SELECT sent FROM answers WHERE order_digest = ?", (request,)).fetchone()
         return row is not None and bool(row[0])
 
-    def charge(self, plan: DPPlan, binding: Binding, run: str, *, budget: Budget | None = None) -> Grant:
+    def charge(
+        self,
+        plan: DPPlan,
+        binding: Binding,
+        run: str,
+        *,
+        budget: Budget | None = None,
+        beside: Sequence[DPPlan] = (),
+    ) -> Grant:
         """Pays for one round of a plan before any private text is opened.
 
         The first charge of (run, plan) reserves all its rounds; later rounds draw from that. A round beyond them,
@@ -184,6 +192,8 @@ class Ledger:
             binding: The facts that the grant holds for.
             run: Public id of the run; what follows a slash names a part of it (arm, seed).
             budget: That part's budget; a request too many would pass it even where it leaves the lifetime cap intact.
+            beside: Plans of later requests of the run. The first charge reserves their rounds with its own, as all of
+                them were fixed together, before any release.
 
         Raises:
             BudgetExhausted: If the lifetime cap, `per_run` or the budget would be passed; nothing is written then.
@@ -195,11 +205,11 @@ class Ledger:
             raise ValueError(f"the binding names plan {binding.plan[:12]}, the plan to charge is {plan.digest()[:12]}")
         own = 0 if self.account.cap is None else self.order  # it may yet change: decided in the transaction
         for limit, order in self.account.limits(budget, own):
-            admits(limit, order, [], plan)  # what takes seconds is known before others are kept waiting
+            admits(limit, order, [], [plan, *beside])  # what takes seconds is known before others are kept waiting
         known = self._known()
         with self._transaction() as db:
             check_witness(self.path, db, known)
-            grant = self._grant(db, plan, binding, run, budget)
+            grant = self._grant(db, plan, binding, run, budget, beside)
             untold = self._untold(db, known)
         self._tell(untold, grant.id)
         return grant
@@ -218,7 +228,15 @@ class Ledger:
             untold = self._untold(db, known)
         self._tell(untold)
 
-    def _grant(self, db: sqlite3.Connection, plan: DPPlan, binding: Binding, run: str, budget: Budget | None) -> Grant:
+    def _grant(
+        self,
+        db: sqlite3.Connection,
+        plan: DPPlan,
+        binding: Binding,
+        run: str,
+        budget: Budget | None,
+        beside: Sequence[DPPlan],
+    ) -> Grant:
         if db.execute("SELECT 1 FROM answers WHERE order_digest = ?", (binding.order,)).fetchone():
             raise GrantUsed(f"request {binding.order[:12]} has been answered; send the stored answer again")
         unfinished = db.execute(
@@ -231,7 +249,7 @@ class Ledger:
                 db.execute("UPDATE grants SET state = 'reserved' WHERE counter = ?", (counter,))
                 return Grant(id, counter, plan, binding)
             db.execute("UPDATE grants SET state = 'abandoned', key = NULL WHERE counter = ?", (counter,))
-        spent = self._draw(db, plan, run, budget, retry=unfinished is not None)
+        spent = self._draw(db, plan, run, budget, beside, retry=unfinished is not None)
         counter = next_counter(db)
         key = self._keys(counter, binding.digest())
         # A public name from a secret: random where keys are, and the same again where a simulation is repeated.
@@ -442,8 +460,17 @@ class Ledger:
             ]
         return rows
 
-    def _draw(self, db: sqlite3.Connection, plan: DPPlan, run: str, budget: Budget | None, *, retry: bool) -> int:
-        """The reservation that pays for one round, made if need be."""
+    def _draw(
+        self,
+        db: sqlite3.Connection,
+        plan: DPPlan,
+        run: str,
+        budget: Budget | None,
+        beside: Sequence[DPPlan],
+        *,
+        retry: bool,
+    ) -> int:
+        """The reservation that pays for one round, made if need be, and with it those of the plans beside it."""
         rows = db.execute(
             "SELECT id, rounds - drawn FROM spent WHERE run = ? AND plan_digest = ? ORDER BY id", (run, plan.digest())
         ).fetchall()
@@ -453,10 +480,22 @@ class Ledger:
             db.execute("UPDATE spent SET drawn = drawn + 1 WHERE id = ?", (left[0],))
             return int(left[0])
         rounds = 1 if rows else plan.rounds
-        self.account.check(db, replace(plan, rounds=rounds), run, budget)
+        later = [] if rows else [each for each in beside if not self._reserved(db, each, run)]
+        self.account.check(db, [replace(plan, rounds=rounds), *later], run, budget)
+        for each in later:
+            self._reserve(db, each, run, each.rounds, drawn=0)
+        return self._reserve(db, plan, run, rounds, drawn=1)
+
+    @staticmethod
+    def _reserved(db: sqlite3.Connection, plan: DPPlan, run: str) -> bool:
+        found = db.execute("SELECT 1 FROM spent WHERE run = ? AND plan_digest = ?", (run, plan.digest()))
+        return found.fetchone() is not None
+
+    @staticmethod
+    def _reserve(db: sqlite3.Connection, plan: DPPlan, run: str, rounds: int, *, drawn: int) -> int:
         made = db.execute(
-            "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, 1, ?)",
-            (run, canonical(plan.to_dict()), plan.digest(), rounds, now()),
+            "INSERT INTO spent (run, plan, plan_digest, rounds, drawn, at) VALUES (?, ?, ?, ?, ?, ?)",
+            (run, canonical(plan.to_dict()), plan.digest(), rounds, drawn, now()),
         )
         assert made.lastrowid is not None
         return made.lastrowid

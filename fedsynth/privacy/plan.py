@@ -1,4 +1,4 @@
-"""The plan of a training under DP-SGD, and the epsilon that it costs."""
+"""The plans of DP-SGD trainings, votes and scores, and the epsilon that they cost, alone and together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import dp_accounting
@@ -16,7 +16,6 @@ from dp_accounting.pld import PLDAccountant
 from scipy.stats import binom
 
 from fedsynth.limits import MAX_SIGMA, MAX_STEPS, MIN_DELTA
-from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.rdp import bound
 
 Relation = Literal["zero_out", "replace_one"]
@@ -160,7 +159,7 @@ class DPPlan:
         Raises:
             ValueError: If names are missing or unknown, or a number is outside its range.
         """
-        _check_names(cls, {"mechanism": "gradients", **values})
+        check_names(cls, {"mechanism": "gradients", **values})
         numbers: dict[str, Any] = {name: float(v) if name in _REAL else v for name, v in values.items()}
         return cls(**numbers)
 
@@ -184,6 +183,7 @@ def plan(
     clip_norm: float = 1.0,
     max_noise_multiplier: float = 20.0,
     mechanism: Mechanism = "gradients",
+    beside: Sequence[DPPlan] = (),
 ) -> DPPlan:
     """The plan with the least noise that keeps all rounds within the budget.
 
@@ -200,6 +200,7 @@ def plan(
         clip_norm: L2 norm C; it does not change epsilon, as the noise is in its units.
         max_noise_multiplier: The most noise; beyond it training learns nothing, and the plan is refused.
         mechanism: What gets the noise.
+        beside: Plans of other mechanisms on the same data that the budget pays for, too; all are fixed in advance.
 
     Raises:
         BudgetTooSmall: If more noise than `max_noise_multiplier` would be needed.
@@ -217,16 +218,15 @@ def plan(
     if max_noise_multiplier > MAX_SIGMA:
         raise ValueError(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {max_noise_multiplier:g}")
     search = _smallest_by_rdp if mechanism in BY_RDP else _smallest_sigma
-    sigma = search(
-        budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, math.floor(max_noise_multiplier * 1000)
-    )
+    kind = (draft.sampling_rate, draft.total_steps)
+    others = _sorted(beside)
+    sigma = search(budget.epsilon, budget.delta, *kind, math.floor(max_noise_multiplier * 1000), others)
     if sigma is None:
-        needed = _noise_beyond(
-            budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, max_noise_multiplier
-        )
+        needed = _noise_beyond(budget.epsilon, budget.delta, *kind, max_noise_multiplier, others)
+        paid = f" beside {len(beside)} other plan(s)" if beside else ""
         raise BudgetTooSmall(
             f"epsilon {budget.epsilon:g} at delta {budget.delta:g} over {draft.total_steps} steps at sampling rate "
-            f"{draft.sampling_rate:g} needs noise_multiplier {needed}, more than max_noise_multiplier "
+            f"{draft.sampling_rate:g}{paid} needs noise_multiplier {needed}, more than max_noise_multiplier "
             f"{max_noise_multiplier:g}; give more budget, fewer steps or a smaller batch"
         )
     return replace(draft, noise_multiplier=sigma)
@@ -259,30 +259,50 @@ def composed_epsilon(
     of `BY_RDP`, the larger bound by RDP.
     """
     _check_delta(delta)
-    whole = list(plans)
-    exact, rough = ([p for p in whole if (p.mechanism in BY_RDP) == by_rdp] for by_rdp in (False, True))
+    return _cost(_sorted(plans, 2.0 if relation == "replace_one" else 1.0), delta, relation, grid)
+
+
+Pieces = tuple[tuple[float, float, int], ...]  # (sampling rate, sigma, steps) of each kind of step
+
+
+def _sorted(plans: Iterable[DPPlan], apart: float = 1.0) -> tuple[Pieces, Pieces]:
+    """The steps of plans whose privacy loss distributions are known, and those of mechanisms of `BY_RDP`.
+
+    Args:
+        plans: Any plans.
+        apart: How far the accountant takes neighbours to be, in C. Where two units are less than that apart
+            (`APART`), the same step is one of as much more noise.
+    """
+    steps: tuple[dict[tuple[float, float], int], dict[tuple[float, float], int]] = ({}, {})
+    for each in plans:
+        scale = 1.0 if apart == 1.0 else apart / APART[each.mechanism]
+        kind = (each.sampling_rate, each.noise_multiplier * scale)
+        of = steps[each.mechanism in BY_RDP]
+        of[kind] = of.get(kind, 0) + each.total_steps
+    exact, rough = (tuple(sorted((*kind, count) for kind, count in of.items())) for of in steps)
+    return exact, rough
+
+
+def _cost(pieces: tuple[Pieces, Pieces], delta: float, relation: Relation, grid: float) -> float:
+    """Epsilon of pieces of both kinds, as `_sorted` gives them."""
+    exact, rough = pieces
     if not rough:
-        return _composed(_pieces(exact), delta, relation, grid)
-    # Without sampling a replaced unit is an empty one under half the noise.
-    scale = 2 if relation == "replace_one" else 1
-    halved = [(q, sigma / scale, count) for q, sigma, count in _pieces(rough)]
+        return _composed(exact, delta, relation, grid)
+    # As in `_composed`: no mechanism of `BY_RDP` samples.
+    halved = [(q, sigma / (2 if relation == "replace_one" else 1), count) for q, sigma, count in rough]
     if not exact:
         return bound(halved, delta)
-    apart = _composed(_pieces(exact), delta / 2, relation, grid) + bound(halved, delta / 2)
-    return min(apart, bound(_pieces(whole), delta)) if relation == "zero_out" else apart
+    apart = _composed(exact, delta / 2, relation, grid) + bound(halved, delta / 2)
+    return min(apart, bound([*exact, *rough], delta)) if relation == "zero_out" else apart
 
 
-def _pieces(plans: Iterable[DPPlan]) -> tuple[tuple[float, float, int], ...]:
-    """(Sampling rate, sigma, steps) of each kind of step."""
-    steps: dict[tuple[float, float], int] = {}
-    for each in plans:
-        kind = (each.sampling_rate, each.noise_multiplier)
-        steps[kind] = steps.get(kind, 0) + each.total_steps
-    return tuple(sorted((*kind, count) for kind, count in steps.items()))
+def replaced_epsilon(plan: DPPlan) -> float:
+    """Epsilon at the plan's delta if a unit is replaced by any other one."""
+    return epsilon(plan, plan.delta, relation="replace_one")
 
 
-def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
-    """Epsilon at `delta` for `size` rows of one person, if the plan's unit is the row: an upper bound.
+def group_epsilon(plans: DPPlan | Sequence[DPPlan], size: int, delta: float) -> float:
+    """Epsilon at `delta` for `size` rows of one person, if the plans' unit is the row: an upper bound.
 
     Each of the rows is drawn on its own, so a step holds Binomial(size, q) of them and the sum moves by at
     most that many C. The result is a mixture of Gaussians (Choquette-Choo et al., arXiv 2310.15526, corollary 4.7: the
@@ -291,141 +311,20 @@ def group_epsilon(plan: DPPlan, size: int, delta: float) -> float:
     Zero-out adjacency: all rows of the person become empty.
     """
     _check_delta(delta)
+    whole = [plans] if isinstance(plans, DPPlan) else list(plans)
     if size < 1:
         raise ValueError(f"size must be >= 1 (rows of one person), got {size}")
     if size == 1:
-        return epsilon(plan, delta)
-    if plan.mechanism in BY_RDP:  # all units take part, and together they move the sum by `size`
-        return bound([(1.0, plan.noise_multiplier / size, plan.total_steps)], delta)
-    return _group(min(size, plan.records), plan.sampling_rate, plan.noise_multiplier, plan.total_steps, delta)
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A report's statement of a run's privacy, with the figures that belong to epsilon.
-
-    Attributes:
-        guarantee: "none" if anything left without a mechanism; epsilon is None then.
-        epsilon: Epsilon of all rounds, zero-out adjacency.
-        delta: The delta of every epsilon here.
-        epsilon_replace_one: The same for a unit replaced by any other one.
-        epsilon_rows: Epsilon for 2, 5 and 10 rows of one person, if the unit is a row. Empty for persons.
-        unit: The privacy unit: "row", "patient", ...
-        rows_per_unit: The most rows of a unit that count.
-        sigma: Noise multiplier.
-        sampling_rate: Probability of each unit in each step.
-        steps: Steps of all rounds.
-        clip_norm: L2 norm to which a unit's gradient is clipped.
-        simulated: True if the noise comes from a run seed and is reproducible: a statement about a hypothetical site.
-        mechanism: What gets the noise.
-        cohort: The cohort of the secure sum that epsilon rests on; None if it holds for the client's messages alone.
-        epsilon_alone: Epsilon of the client's own messages, if the server could read them without the sum.
-    """
-
-    guarantee: Literal["dp", "none"]
-    epsilon: float | None
-    delta: float
-    epsilon_replace_one: float | None = None
-    epsilon_rows: dict[int, float] = field(default_factory=dict)
-    unit: str = "row"
-    rows_per_unit: int = 1
-    sigma: float | None = None
-    sampling_rate: float | None = None
-    steps: int | None = None
-    clip_norm: float | None = None
-    simulated: bool = False
-    mechanism: Mechanism = "gradients"
-    cohort: Cohort | None = None
-    epsilon_alone: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.cohort is None) != (self.epsilon_alone is None):
-            raise ValueError("a cohort and epsilon_alone belong together")
-        if (self.guarantee == "dp") != (self.epsilon is not None and math.isfinite(self.epsilon)):
-            raise ValueError(f"guarantee {self.guarantee!r} cannot stand beside epsilon {self.epsilon}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Values for JSON: row counts become text, and an infinite figure the text "inf"."""
-        values = asdict(self)
-        values["epsilon_rows"] = {str(rows): _finite(figure) for rows, figure in self.epsilon_rows.items()}
-        for name in ("epsilon_replace_one", "epsilon_alone"):
-            values[name] = _finite(values[name])
-        return values
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Statement:
-        """The statement that `to_dict` wrote.
-
-        Raises:
-            ValueError: If names are missing or unknown.
-        """
-        _check_names(cls, values)
-        replaced = values["epsilon_replace_one"]
-        rows = {int(rows): float(figure) for rows, figure in values["epsilon_rows"].items()}
-        replace_one = None if replaced is None else float(replaced)
-        alone = None if values["epsilon_alone"] is None else float(values["epsilon_alone"])
-        cohort = None if values["cohort"] is None else Cohort(**values["cohort"])
-        return cls(
-            **{**values, "epsilon_rows": rows, "epsilon_replace_one": replace_one}
-            | {"cohort": cohort, "epsilon_alone": alone}
-        )
-
-
-ROWS_OF_A_PERSON = (2, 5, 10)  # docs/privacy.md
-
-
-def statement(
-    plan: DPPlan | None,
-    *,
-    delta: float = 1e-5,
-    unit: str = "row",
-    rows_per_unit: int = 1,
-    rows: Iterable[int] = ROWS_OF_A_PERSON,
-    simulated: bool = False,
-    cohort: Cohort | None = None,
-) -> Statement:
-    """The statement of a plan that runs whole; without a plan, the statement that there is no guarantee.
-
-    Args:
-        plan: The plan; None for a run in which anything leaves without a mechanism.
-        delta: The delta if there is no plan; a plan has its own.
-        unit: "row" if rows are declared independent, else the name of the privacy unit.
-        rows_per_unit: The most rows of a unit that count.
-        rows: Numbers of rows of one person for which the statement has epsilon, too; ignored unless the unit is a row.
-            The figures take seconds each and are cached.
-        simulated: True if the noise is reproducible.
-        cohort: The cohort of the secure sum that the plan's noise is counted in.
-    """
-    if plan is None:
-        return Statement("none", None, delta, unit=unit, rows_per_unit=rows_per_unit, simulated=simulated)
-    return Statement(
-        guarantee="dp",
-        epsilon=epsilon(plan, plan.delta),
-        delta=plan.delta,
-        epsilon_replace_one=replaced_epsilon(plan),
-        epsilon_rows={size: group_epsilon(plan, size, plan.delta) for size in rows} if unit == "row" else {},
-        unit=unit,
-        rows_per_unit=rows_per_unit,
-        sigma=plan.noise_multiplier,
-        sampling_rate=plan.sampling_rate,
-        steps=plan.total_steps,
-        clip_norm=plan.clip_norm,
-        simulated=simulated,
-        mechanism=plan.mechanism,
-        cohort=cohort,
-        epsilon_alone=None if cohort is None else cohort.alone(plan.noise_multiplier, plan.total_steps, plan.delta),
-    )
-
-
-def replaced_epsilon(plan: DPPlan) -> float:
-    """Epsilon at the plan's delta if a unit is replaced by any other one.
-
-    Where every unit takes part in every step, a sum that moves by a multiple of C is the Gaussian mechanism with as
-    much less noise: the same as an empty unit in place of another under that.
-    """
-    if plan.mechanism == "gradients":
-        return epsilon(plan, plan.delta, relation="replace_one")
-    return epsilon(replace(plan, noise_multiplier=plan.noise_multiplier / APART[plan.mechanism]), plan.delta)
+        return composed_epsilon(whole, delta)
+    sizes = {min(size, plan.records) for plan in whole if plan.mechanism not in BY_RDP}
+    exact, rough = _sorted(whole)
+    if not rough:
+        return _group(max(sizes), exact, delta)
+    # All units take part in a sum, and together they move it by `size`.
+    moved = [(1.0, sigma / size, count) for _, sigma, count in rough]
+    if not exact:
+        return bound(moved, delta)
+    return _group(max(sizes), exact, delta / 2) + bound(moved, delta / 2)
 
 
 def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpEvent:
@@ -434,10 +333,13 @@ def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpE
 
 
 @functools.cache
-def _composed(pieces: tuple[tuple[float, float, int], ...], delta: float, relation: Relation, grid: float) -> float:
+def _composed(pieces: Pieces, delta: float, relation: Relation, grid: float) -> float:
     """Epsilon of pieces (sampling rate, sigma, steps)."""
     if not pieces:
         return 0.0
+    if relation == "replace_one" and all(rate == 1.0 for rate, *_ in pieces):
+        # Without sampling a unit that is replaced by another is an empty one under half the noise.
+        return _composed(tuple((rate, sigma / 2, count) for rate, sigma, count in pieces), delta, "zero_out", grid)
     roughly = bound(pieces, delta)
     grid = max(grid, roughly / _LOSSES, *(_largest_loss(sigma) / _STEP_LOSSES for _, sigma, _ in pieces))
     many = len(pieces) > _MOST_KINDS or sum(count for *_, count in pieces) > 10 * MAX_STEPS
@@ -454,29 +356,39 @@ def _largest_loss(sigma: float) -> float:
 
 
 @functools.cache
-def _group(size: int, sampling_rate: float, sigma: float, steps: int, delta: float) -> float:
+def _group(size: int, pieces: Pieces, delta: float) -> float:
     drawn = range(size + 1)
-    chances = [float(binom.pmf(k, size, sampling_rate)) for k in drawn]
-    step = dp_event.MixtureOfGaussiansDpEvent(sigma, [float(k) for k in drawn], chances)
+    parts = list[dp_event.DpEvent]()
+    for sampling_rate, sigma, steps in pieces:
+        chances = [float(binom.pmf(k, size, sampling_rate)) for k in drawn]
+        step = dp_event.MixtureOfGaussiansDpEvent(sigma, [float(k) for k in drawn], chances)
+        parts.append(dp_event.SelfComposedDpEvent(step, steps))
     # The error grows with steps * grid^2: 0.001 at 60 steps, below 0.01 at 1563 (measured against grids of 1e-3).
-    single = bound([(sampling_rate, sigma, steps)], delta)
-    grid = max(ROUGH * min(1.0, math.sqrt(60 / steps)), size * single / _LOSSES)
+    steps = sum(count for *_, count in pieces)
+    grid = max(ROUGH * min(1.0, math.sqrt(60 / steps)), size * bound(pieces, delta) / _LOSSES)
     if grid > _USELESS:
         return math.inf
-    return epsilon(dp_event.SelfComposedDpEvent(step, steps), delta, grid=grid)
+    return epsilon(dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0], delta, grid=grid)
 
 
 @functools.cache
 def _smallest_sigma(
-    target: float, delta: float, sampling_rate: float, steps: int, most_thousandths: int
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    most_thousandths: int,
+    beside: tuple[Pieces, Pieces] = ((), ()),
 ) -> float | None:
     """Smallest sigma in thousandths that meets the target on the fine grid; None if it lies above the most allowed."""
+    exact, rough = beside
 
     def fits(thousandths: int, grid: float) -> bool:
-        return _composed(((sampling_rate, thousandths / 1000, steps),), delta, "zero_out", grid) <= target
+        own = (sampling_rate, thousandths / 1000, steps)
+        return _cost(((*exact, own), rough), delta, "zero_out", grid) <= target
 
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
-    high = _enough(target, delta, sampling_rate, steps, least, most_thousandths)
+    high = _enough(target, delta, sampling_rate, steps, least, most_thousandths, beside)
     # The coarse grid's error is up to 0.01: too much for small targets, too careful for large ones, where PLD is slow.
     grid = FINE if target <= 0.2 else COARSE if target <= 20 else ROUGH
     while not fits(high, grid):
@@ -510,36 +422,48 @@ def _smallest_sigma(
 
 @functools.cache
 def _smallest_by_rdp(
-    target: float, delta: float, sampling_rate: float, steps: int, most_thousandths: int
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    most_thousandths: int,
+    beside: tuple[Pieces, Pieces] = ((), ()),
 ) -> float | None:
     """The same as `_smallest_sigma`, by RDP alone."""
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
-    found = _enough(target, delta, sampling_rate, steps, least, most_thousandths) / 1000
-    return found if bound([(sampling_rate, found, steps)], delta) <= target else None
+    found = _enough(target, delta, sampling_rate, steps, least, most_thousandths, beside) / 1000
+    return found if bound([*beside[0], *beside[1], (sampling_rate, found, steps)], delta) <= target else None
 
 
-def _enough(target: float, delta: float, sampling_rate: float, steps: int, least: int, most: int) -> int:
+def _enough(
+    target: float,
+    delta: float,
+    sampling_rate: float,
+    steps: int,
+    least: int,
+    most: int,
+    beside: tuple[Pieces, Pieces],
+) -> int:
     """Thousandths from which on RDP, and hence PLD, meets the target; the most if RDP never does."""
+    others = [*beside[0], *beside[1]]
     low, high = least - 1, most
     while high - low > 1:
         middle = (low + high) // 2
-        met = bound([(sampling_rate, middle / 1000, steps)], delta) <= target
+        met = bound([*others, (sampling_rate, middle / 1000, steps)], delta) <= target
         low, high = (low, middle) if met else (middle, high)
     return high
 
 
-def _noise_beyond(target: float, delta: float, sampling_rate: float, steps: int, most: float) -> str:
+def _noise_beyond(
+    target: float, delta: float, sampling_rate: float, steps: int, most: float, beside: tuple[Pieces, Pieces]
+) -> str:
     """The noise that the target would take, by RDP, for the message of a refusal."""
     sigma = most
     while sigma < 1024 * most:
         sigma *= 1.02
-        if bound([(sampling_rate, sigma, steps)], delta) <= target:
+        if bound([*beside[0], *beside[1], (sampling_rate, sigma, steps)], delta) <= target:
             return f"about {sigma:.3g}"
     return f"above {sigma:.3g}"
-
-
-def _finite(figure: float | None) -> float | str | None:
-    return "inf" if figure == math.inf else figure
 
 
 def _check_delta(delta: float) -> None:
@@ -547,7 +471,12 @@ def _check_delta(delta: float) -> None:
         raise ValueError(f"delta must lie inside (0, 1), got {delta}")
 
 
-def _check_names(cls: type[Any], values: Mapping[str, Any]) -> None:
+def check_names(cls: type[Any], values: Mapping[str, Any]) -> None:
+    """Checks that values are of exactly the fields of a dataclass.
+
+    Raises:
+        ValueError: If not.
+    """
     names = {f.name for f in fields(cls)}
     if set(values) != names:
         wrong = sorted(names.symmetric_difference(values))

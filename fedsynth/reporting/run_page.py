@@ -289,13 +289,20 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         for size in sizes:
             group += [", " if group else "", bound(f"epsilon of {size} rows", 1)]
         facts.append((f"epsilon for a person with {listed(sizes)} rows", tuple(group)))
+    facts.append(("mechanism", terms.get("mechanism", unknown)))
+    for part in spent.get("mechanisms", []):
+        name = part["mechanism"]
+        facts += [
+            (f"{name}: epsilon by itself", bound(f"{name}/epsilon", 3)),
+            (f"{name}: noise, clip", _joined("sigma ", at(f"{name}/sigma", 3), ", clip ", at(f"{name}/clip_norm"))),
+            (f"{name}: rate, steps", _joined(at(f"{name}/sampling_rate", 3), ", ", at(f"{name}/steps", 0))),
+        ]
+    sampler: Cell = terms.get("sampler", unknown)
+    if "mechanisms" not in spent:
+        facts.append(("noise, clip", _joined("sigma ", at("sigma", 3), ", clip norm ", at("clip_norm", None))))
+        sampler = _joined(sampler, "; rate ", at("sampling_rate", 3), ", ", at("steps", 0), " steps")
     facts += [
-        ("mechanism", terms.get("mechanism", unknown)),
-        ("noise, clip", _joined("sigma ", at("sigma", 3), ", clip norm ", at("clip_norm", None))),
-        (
-            "sampler",
-            _joined(terms.get("sampler", unknown), "; rate ", at("sampling_rate", 3), ", ", at("steps", 0), " steps"),
-        ),
+        ("sampler", sampler),
         ("accountant", terms.get("accountant", unknown)),
         ("composition", terms.get("composition", unknown)),
         ("adversary", adversary),

@@ -282,6 +282,7 @@ def add_egress(figures: Figures, sent: Sequence[Sent]) -> None:
 
 
 PRIVACY = ("epsilon", "delta", "epsilon_replace_one", "sigma", "sampling_rate", "steps", "clip_norm", "rows_per_unit")
+OF_MECHANISM = ("epsilon", "sigma", "sampling_rate", "steps", "clip_norm")
 
 
 def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
@@ -292,6 +293,9 @@ def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:
             figures.add("privacy", name, "largest", _float(spent.get(name)), Where(arm=arm))
         if spent.get("epsilon_alone") is not None:
             figures.add("privacy", "epsilon_alone", "largest", _float(spent["epsilon_alone"]), Where(arm=arm))
+        for part in spent.get("mechanisms", []):
+            for name in OF_MECHANISM:
+                figures.add("privacy", f"{part['mechanism']}/{name}", "largest", _float(part[name]), Where(arm=arm))
         for rows, epsilon in spent.get("epsilon_rows", {}).items():
             figures.add("privacy", f"epsilon of {rows} rows", "largest", _float(epsilon), Where(arm=arm))
         figures.add("privacy", "units", "largest", _float(said.get("terms", {}).get("largest_units")), Where(arm=arm))

@@ -10,7 +10,7 @@ from fedsynth.limits import MAX_ALPHA, MAX_RANK, MAX_ROWS, MAX_SIGMA, Tokens, mo
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import Budget, DPPlan, Mechanism, plan
 from fedsynth.scenario.hardware import Precision
-from fedsynth.typed import BadValue, Count, Positive, in_range
+from fedsynth.typed import BadValue, Count, Positive, Range, in_range
 
 Clipping: TypeAlias = Literal["bookkeeping", "hooks", "ghost"]
 """Ways to clip gradients per example: `fedsynth.dpsgd`."""
@@ -190,10 +190,14 @@ class Voting:
     Attributes:
         max_length: Longer texts are cut after so many tokens.
         rows_per_unit: The most rows of a unit that vote, the first ones. Their votes are scaled together to norm 1.
+        share: FDKT judged by votes of clients that give drafts, too: this share of the budget's epsilon is for a
+            client's votes; its generator has the noise with which both together keep the budget. 0: a client's whole
+            budget is for one of the two.
     """
 
     max_length: Tokens = 128
     rows_per_unit: Annotated[Count, most(MAX_ROWS)] = 1
+    share: Annotated[float, Range("lie in [0, 1)", lambda value: 0 <= value < 1)] = 0.0
 
     def __post_init__(self) -> None:
         in_range(self, "client.voting")
@@ -268,7 +272,8 @@ class Client:
             raise BadValue(f"delta must be at most {Budget.delta:g}, got {self.budget.delta:g}: more is no guarantee")
 
     def plan(self, records: int, rounds: int = 1) -> DPPlan:
-        """The schedule of a client's DP training; it is charged, run and reported.
+        """The schedule of a client's DP training; it is charged, run and reported. Votes of the same client, if there
+        are any, cost the same budget: see `Voting.share`.
 
         Args:
             records: Declared, public number of privacy units.
@@ -278,7 +283,8 @@ class Client:
             fedsynth.privacy.plan.BudgetTooSmall: If no allowed noise fits the budget.
             BadValue: If the run has no budget.
         """
-        return self._plan(self.generator_training, records, rounds)
+        beside = (self.vote_plan(records, rounds),) if self.voting.share else ()
+        return self._plan(self.generator_training, records, rounds, beside=beside)
 
     def score_plan(self, records: int, rounds: int = 1) -> DPPlan:
         """The schedule of the mechanism that protects a client's scores in all rounds.
@@ -303,6 +309,8 @@ class Client:
     def vote_plan(self, records: int, rounds: int = 1) -> DPPlan:
         """The schedule of the votes of all rounds: every unit votes in every round, and moves a sum by 1 at most.
 
+        It costs the share of the budget that is for votes, where clients give drafts as well, and else all of it.
+
         Args:
             records: Declared, public number of privacy units.
             rounds: Rounds of the run.
@@ -312,15 +320,23 @@ class Client:
             BadValue: If the run has no budget.
         """
         every = GeneratorTraining(expected_batch_size=records, steps=1, clip_norm=1.0)
-        return self._plan(every, records, rounds, "summed_votes" if self.secure_sum else "votes")
+        share = self.voting.share or 1.0
+        return self._plan(every, records, rounds, "summed_votes" if self.secure_sum else "votes", share=share)
 
     def _plan(
-        self, settings: GeneratorTraining, records: int, rounds: int, mechanism: Mechanism = "gradients"
+        self,
+        settings: GeneratorTraining,
+        records: int,
+        rounds: int,
+        mechanism: Mechanism = "gradients",
+        *,
+        share: float = 1.0,
+        beside: tuple[DPPlan, ...] = (),
     ) -> DPPlan:
         if self.budget is None:
             raise BadValue("a run without a budget has no plan")
         return plan(
-            self.budget,
+            self.budget if share == 1.0 else replace(self.budget, epsilon=share * self.budget.epsilon),
             records=records,
             expected_batch=min(settings.expected_batch_size, records),
             steps=settings.steps,
@@ -328,6 +344,7 @@ class Client:
             clip_norm=settings.clip_norm,
             max_noise_multiplier=self.max_noise_multiplier,
             mechanism=mechanism,
+            beside=beside,
         )
 
     def of(self, index: int) -> Client:

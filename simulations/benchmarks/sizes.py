@@ -27,7 +27,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Synthesize, Synthesized
 from fedsynth.federation.records import pack_reply, seal, unpack_reply
 from fedsynth.federation.validation import check_reply
-from fedsynth.privacy.plan import statement
+from fedsynth.privacy.statement import statement
 from fedsynth.scenario.toml import load
 from fedsynth.synthesis.curation import balance, clusters, deduplicate, well_formed
 

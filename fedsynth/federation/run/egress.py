@@ -80,7 +80,7 @@ class EgressRecord:
         """The most that a prompt may hold now."""
         if self.run_log is None or not self.run_log.released:
             return "public"
-        said = {statement.guarantee for statement in self.run_log.statements.values()}
+        said = {statement.guarantee for statement in self.run_log.spending.values()}
         open_ = self.run_log.cell.scenario.client.guarantee == "none" or "none" in said
         return "no guarantee" if open_ else "released"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from fedsynth.federation.run.checkpoint import CHECKPOINTS, Checkpoint
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import save_adapter
 from fedsynth.models.hub import locate
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.scenario.schema import Cell
 from fedsynth.synthesis.attrition import begins
 from fedsynth.synthesis.curation import Stage
@@ -40,7 +39,7 @@ class RunLog:
         released: Kinds of outputs that clients released: text, adapters, scores.
         silent: (Client, exchange) pairs without the usable reply that would have stated the client's spending.
         rows: Tidy metrics so far.
-        statements: By client, the privacy statement that holds.
+        spending: By client, all that it has stated.
         totals: By name and client, figures that are summed over the whole cell.
         started: Time at which the cell started, on the monotonic clock; a resumed run keeps the seconds so far.
         left: By client, the number of texts that were asked for, and of those that the steps so far have left.
@@ -55,7 +54,7 @@ class RunLog:
     released: set[str] = field(default_factory=set)
     silent: set[tuple[int, int]] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
-    statements: dict[int, Statement] = field(default_factory=dict)
+    spending: dict[int, Spending] = field(default_factory=dict)
     totals: dict[tuple[str, int], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     left: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -76,7 +75,7 @@ class RunLog:
         return {
             "rows": [row[2:] for row in self.rows],
             "totals": [[*key, value] for key, value in self.totals.items()],
-            "statements": {str(client): plain(said) for client, said in self.statements.items()},
+            "statements": {str(client): [plain(part) for part in own.parts] for client, own in self.spending.items()},
             "released": sorted(self.released),
             "silent": sorted(map(list, self.silent)),
             "seconds": time.monotonic() - self.started,
@@ -86,7 +85,10 @@ class RunLog:
         """Restores the log from the JSON of `record`."""
         self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
         self.totals = {(name, client): value for name, client, value in record["totals"]}
-        self.statements = {int(client): build(Statement, said) for client, said in record["statements"].items()}
+        self.spending = {
+            int(client): Spending(tuple(build(Statement, part) for part in parts))
+            for client, parts in record["statements"].items()
+        }
         self.released = set(record["released"])
         self.silent = {(client, exchange) for client, exchange in record["silent"]}
         self.started = time.monotonic() - record["seconds"]
@@ -140,11 +142,10 @@ class RunLog:
         self.totals[name, int(client)] = self.totals.get((name, int(client)), 0) + float(amount)
 
     def log_statement(self, client: int, said: Statement) -> None:
-        """Logs a client's privacy statement. The largest epsilon holds, as replies may come late; after a release
-        without a guarantee the client has none."""
-        earlier = self.statements.get(client)
-        if earlier is None or _spends(said) >= _spends(earlier):
-            self.statements[client] = said
+        """Logs a client's privacy statement. Those of several plans add up; after a release without a guarantee the
+        client has none."""
+        earlier = self.spending.get(client)
+        self.spending[client] = Spending((said,)) if earlier is None else earlier.and_(said)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Appends one line of progress to the events."""
@@ -160,24 +161,20 @@ class RunLog:
 
     @property
     def epsilon(self) -> float | None:
-        """The largest epsilon that a client has stated; None if one has no guarantee, or none has stated any."""
-        if any(said.guarantee == "none" for said in self.statements.values()):
+        """The largest epsilon of a client; None if one has no guarantee, or none has stated any."""
+        if any(own.guarantee == "none" for own in self.spending.values()):
             return None
-        return max((said.epsilon for said in self.statements.values() if said.epsilon is not None), default=None)
+        return max((own.epsilon for own in self.spending.values() if own.epsilon is not None), default=None)
 
     def close(self) -> None:
         """Logs the totals, the seconds and each client's epsilon and delta at the end of the cell."""
         for (name, client), amount in sorted(self.totals.items()):
             self.log_metric(client, name, amount)
         self.log_metric(SERVER, "seconds/cell", time.monotonic() - self.started)
-        for client, said in sorted(self.statements.items()):
-            if said.epsilon is not None:
-                self.log_metric(client, "privacy/epsilon", said.epsilon)
-                self.log_metric(client, "privacy/delta", said.delta)
-
-
-def _spends(said: Statement) -> float:
-    return math.inf if said.epsilon is None else said.epsilon
+        for client, own in sorted(self.spending.items()):
+            if own.epsilon is not None:
+                self.log_metric(client, "privacy/epsilon", own.epsilon)
+                self.log_metric(client, "privacy/delta", own.delta)
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from importlib.metadata import version
 from typing import Any
 
 from fedsynth.federation.run.log import RunLog
 from fedsynth.privacy.cohort import Cohort
-from fedsynth.privacy.plan import BY_RDP, FINE, ROWS_OF_A_PERSON, DPPlan, Mechanism, Statement, group_epsilon
+from fedsynth.privacy.plan import BY_RDP, FINE, Mechanism
+from fedsynth.privacy.statement import ROWS_OF_A_PERSON, Spending, plan_of
 
 
 def guarantee_of(run_logs: Sequence[RunLog]) -> str:
     """ "none" if one client of one seed released anything without a mechanism, or the simulator pooled raw text."""
     pooled = any(j.cell.scenario.data.pooled for j in run_logs)
-    open_ = any(s.guarantee == "none" for j in run_logs for s in j.statements.values())
+    open_ = any(s.guarantee == "none" for j in run_logs for s in j.spending.values())
     return "none" if pooled or open_ else "dp"
 
 
@@ -52,6 +52,10 @@ PUBLIC = (
 )
 
 
+# Figures of a mechanism by itself, where a client spends under several.
+OF_MECHANISM = ("mechanism", "epsilon", "sigma", "sampling_rate", "steps", "clip_norm", "unit", "rows_per_unit")
+
+
 def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     """The largest of each figure over clients and seeds: clients differ in n, and each figure has its own worst one."""
     guarantee = guarantee_of(run_logs)
@@ -63,17 +67,21 @@ def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     if guarantee == "none" or not spent:
         return head
     worst = max(spent, key=lambda s: s.epsilon or 0.0)
-    figures = worst.to_dict()
+    figures = worst.parts[0].to_dict()
+    figures["epsilon"] = worst.epsilon
     figures["delta"] = max(s.delta for s in spent)
     figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
     alone = [s.epsilon_alone for s in spent if s.epsilon_alone is not None]
     figures["epsilon_alone"] = max(alone, default=None)
     figures["unit"] = " or ".join(sorted({s.unit for s in spent}))
-    if rows_only := [s for s in spent if s.unit == "row"]:
-        plans = {_plan_of(s) for s in rows_only}
+    if rows_only := {tuple(map(plan_of, own.parts)): own for own in spent if own.unit == "row"}.values():
         figures["epsilon_rows"] = {
-            str(rows): up(max(group_epsilon(plan, rows, plan.delta) for plan in plans), 2) for rows in ROWS_OF_A_PERSON
+            str(rows): up(max(own.epsilon_rows(rows) for own in rows_only), 2) for rows in ROWS_OF_A_PERSON
         }
+    if len(worst.parts) > 1:  # of each mechanism by itself; what they cost together stands above
+        parts = [part.to_dict() for part in worst.parts]
+        figures["mechanisms"] = [{name: part[name] for name in OF_MECHANISM} for part in parts]
+        figures |= dict.fromkeys(("mechanism", "sigma", "sampling_rate", "steps", "clip_norm"))
     return {**head, "largest_over_clients": figures}
 
 
@@ -87,7 +95,7 @@ def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
         "assumptions": _assumptions(run_logs).removeprefix("; "),
         "silent": sorted({(j.cell.seed, client) for j in run_logs for client, _ in j.silent}),
     }
-    spent = _spent(run_logs)
+    spent = [part for own in _spent(run_logs) for part in own.parts]
     if guarantee_of(run_logs) == "none" or not spent:
         return terms
     noised = [mechanism for mechanism in MECHANISMS if any(s.mechanism == mechanism for s in spent)]
@@ -111,28 +119,13 @@ def _terms(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     }
 
 
-def _spent(run_logs: Sequence[RunLog]) -> list[Statement]:
-    return [s for j in run_logs for s in j.statements.values() if s.epsilon is not None]
+def _spent(run_logs: Sequence[RunLog]) -> list[Spending]:
+    return [s for j in run_logs for s in j.spending.values() if s.epsilon is not None]
 
 
 def up(value: float, digits: int) -> float:
     """The value rounded up to `digits` places: a printed bound must hold."""
     return math.ceil(value * 10**digits) / 10**digits if math.isfinite(value) else value
-
-
-def _plan_of(said: Statement) -> DPPlan:
-    """The plan behind a statement, up to a common factor of records and batch, on which no figure depends."""
-    rate = Fraction(said.sampling_rate or 1).limit_denominator(10**7)
-    return DPPlan(
-        records=10 * rate.denominator,
-        expected_batch=10 * rate.numerator,
-        steps=said.steps or 1,
-        rounds=1,
-        clip_norm=said.clip_norm or 1.0,
-        noise_multiplier=said.sigma or 1.0,
-        delta=said.delta,
-        mechanism=said.mechanism,
-    )
 
 
 def privacy_line(run_logs: Sequence[RunLog]) -> str:
@@ -158,12 +151,13 @@ def privacy_line(run_logs: Sequence[RunLog]) -> str:
     )
 
 
-def _sums(spent: Sequence[Statement]) -> str:
+def _sums(spent: Sequence[Spending]) -> str:
     """The assumptions of each cohort whose sum epsilon rests on, and the figure without it."""
     found: dict[Cohort, float] = {}
-    for said in spent:
-        if said.cohort is not None:
-            found[said.cohort] = max(found.get(said.cohort, 0.0), said.epsilon_alone or 0.0)
+    for own in spent:
+        for part in own.parts:
+            if part.cohort is not None:
+                found[part.cohort] = max(found.get(part.cohort, 0.0), own.epsilon_alone or 0.0)
     return "".join(
         f"; by a secure sum of {cohort.clients} clients (no more than {cohort.dropouts} missing, no more than "
         f"{cohort.colluders} in league with the server, {cohort.threshold} to open it, keys pinned by each operator), "

@@ -85,8 +85,8 @@ def _arm(frame: pd.DataFrame, arm: str, run_logs: Sequence[RunLog], tuned_on: se
         held = rows[~rows["client"].isin(tuned_on)]
         if tuned_on and not name.startswith("yield/") and len(held):
             metrics[f"{name}_held_out_clients"] = _over_seeds(held)
-    epsilons = [s.epsilon for j in run_logs for s in j.statements.values()]
-    statements = [s for j in run_logs for s in j.statements.values()]
+    epsilons = [s.epsilon for j in run_logs for s in j.spending.values()]
+    statements = [s for j in run_logs for s in j.spending.values()]
     guarantee = guarantee_of(run_logs)
     moved = own[own["metric"].str.startswith("bytes/")].groupby("metric")["value"].sum()
     return {
