@@ -575,7 +575,7 @@ def test_one_grant_pays_for_the_scores_of_all_rounds(runs: Runs) -> None:
         assert client.ledger.spent()[0] <= 8.0
 
 
-@pytest.mark.parametrize("arm", ["dp", "noise"])
+@pytest.mark.parametrize("arm", [pytest.param("dp", marks=pytest.mark.full), "noise"])
 def test_it_goes_on_to_the_same_results(
     arm: str, toml: str, llm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_bytes_and_epsilon_are_those_of_the_run(tmp_path: Path, strategy: str, g
     assert [e.name for e in found.exchanges] == [*[e.name for e in found.exchanges[:3]]] * 2
 
 
+@pytest.mark.full
 def test_drafts_and_what_is_written_from_them_weigh_what_they_weigh_in_the_run(tmp_path: Path) -> None:
     toml = """
 name = "tiny"

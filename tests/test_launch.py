@@ -334,7 +334,9 @@ def named(simulation: psutil.Process, victim: str) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize(("sent", "when"), [(signal.SIGINT, "asked"), (signal.SIGKILL, "started")])
+@pytest.mark.parametrize(
+    ("sent", "when"), [(signal.SIGINT, "asked"), pytest.param(signal.SIGKILL, "started", marks=pytest.mark.full)]
+)
 def test_signal_to_the_launcher_takes_everything_down(
     tmp_path: Path, leftovers: Callable[[], list[str]], sent: signal.Signals, when: str
 ) -> None:
