@@ -325,7 +325,7 @@ def test_a_method_that_asks_for_more_than_is_planned_is_told_that_clients_will_r
 # ---- What is measured ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plan", "step", "own_step", "respond", "rate", "demonstrated"])
+@pytest.mark.parametrize("kind", ["plan", "step", "own_step", "respond", "rate", "choose", "demonstrated"])
 def test_each_kind_of_work_is_measured_by_doing_it(tmp_path: Path, kind: Any) -> None:
     whole = cell(scenario(tmp_path))
     found = measured(whole, Unit(kind, "main", tokens=4, shots=1), 2, typical_lengths(whole))

@@ -9,7 +9,15 @@ import pytest
 import torch
 from scipy.stats import chisquare
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import fedsynth.models.llm as llm_module
 from fedsynth.models import decoding
@@ -274,6 +282,44 @@ def test_score_is_the_mean_log_likelihood_of_the_continuation_alone() -> None:
         logs = log_probabilities(llm, whole)
         by_hand = [float(logs[i - 1, whole[i]]) for i in range(len(start), len(whole))]
         assert score == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
+
+
+MANY = [" cd", "k", " lkj hg", "a", " cdefghijkl"]
+
+
+def test_several_continuations_of_a_prompt_are_scored_as_each_by_itself() -> None:
+    llm, prompts = tiny(), ["abcabcabc abc abcabc abc:", "ab abcdefghijk abcdefgh abcdef:"]
+    asked = [(prompt, continuation) for continuation in MANY for prompt in prompts]  # not one prompt after the other
+    alone = [llm.score([p], [c])[0] for p, c in asked]
+    read = list[int]()
+    forward = llm.model.forward
+
+    def counted(**given: Any) -> Any:
+        read.append(given["input_ids"].numel())
+        return forward(**given)
+
+    llm.model.forward = counted
+    assert llm.score([p for p, _ in asked], [c for _, c in asked]) == pytest.approx(alone, abs=1e-5)
+    assert sum(read) < sum(len(ids(llm, p + c)) for p, c in asked) / 2
+    assert alone != pytest.approx([llm.score([p], [c])[0] for p, c in reversed(asked)], abs=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "qwen2", "opt"])
+def test_of_any_architecture_a_prompt_is_read_once_for_its_continuations(family: str) -> None:
+    """Absolute positions, a window shorter than the prompt, shared keys, positions counted from the mask."""
+    sizes = {"vocab_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
+    more: dict[str, Any] = {
+        "gpt2": {},
+        "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2, "head_dim": 8, "num_key_value_heads": 1},
+        "qwen2": {"num_key_value_heads": 1},
+        "opt": {"word_embed_proj_dim": 16},
+    }[family]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **more, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    llm = LocalLLM(AutoModelForCausalLM.from_config(config).eval(), letters())
+    prompt = "abcabcabc abc abcabc abc:"
+    together = llm.score([prompt] * len(MANY), MANY)
+    assert together == pytest.approx([llm.score([prompt], [c])[0] for c in MANY], abs=1e-5)
 
 
 def test_where_tokens_merge_across_the_border_the_prompt_keeps_its_own() -> None:

@@ -38,7 +38,9 @@ from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation.flower import KEEPING, LaunchFailed
 from fedsynth.typed import build, plain
 
-Kind = Literal["plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "respond", "fit", "read"]
+Kind = Literal[
+    "plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "choose", "respond", "fit", "read"
+]
 SEED = 0x0D127E87  # of dummy text; no run has it, as runs' seeds are small numbers
 LONG_ENOUGH = 1.0  # seconds of a measurement; a longer one would be hardly better
 WRITING = ("sample", "demonstrated", "respond")  # a text costs far less in a batch than alone
@@ -53,10 +55,10 @@ class Unit:
         kind: `plan`: the noise of a plan and its statement. `step`: a step of the generator's training, as requested.
             `own_step`: the same step alone and without a guarantee. `scorer_step`: a step of a scorer under DP-SGD.
             `sample`: a text after its control code. `demonstrated`: a text after demonstrations. `rate`: the likelihood
-            of a record. `respond`: a response to a test instruction. `fit`: a text that the task model learns once.
-            `read`: a text that it classifies.
+            of a record. `choose`: those of all responses to choose from. `respond`: a response to a test instruction.
+            `fit`: a text that the task model learns once. `read`: a text that it classifies.
         arm: The arm with the settings.
-        tokens: Longest text to write, in tokens.
+        tokens: Longest text to write, in tokens; `choose`: number of responses.
         shots: Number of demonstrations.
         frozen_a: Only the factors B are trained.
         temperature: The sampling temperature.
@@ -309,6 +311,10 @@ def _work(cell: Cell, unit: Unit, lengths: Sequence[int]) -> tuple[Callable[[int
         shown = [pair for pair in pairs(texts.train) if len(token_ids(tokenizer, record(*pair))) <= longest]
         return written([form.opening(shown[: unit.shots])], 64), 64
     prompts, answers = [form.asked(p) for p in texts.train.prompts], list(map(form.reply, texts.train.answers))
+    if unit.kind == "choose":
+        known = list(dict.fromkeys(answers))
+        chosen = [known[i % len(known)] for i in range(unit.tokens)]
+        return lambda n: writer(64).score([p for p in prompts[:n] for _ in chosen], chosen * n), 64
     return lambda n: writer(64).score(prompts[:n], answers[:n]), 64
 
 

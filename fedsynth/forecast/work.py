@@ -112,8 +112,8 @@ def _learn(request: Learn, of: Facts) -> Work:
 def _evaluate(request: Evaluate, of: Facts) -> Work:
     loss: Work = {} if request.adapter is None else {Unit("rate", of.arm): of.test}
     if not of.labels:
-        rated: Work = {Unit("rate", of.arm): of.test * of.choices + (of.test if loss else 0)} if of.choices else loss
-        return {**rated, Unit("respond", of.arm, of.client.answer_tokens): of.test}
+        chosen: Work = {Unit("choose", of.arm, of.choices): of.test} if of.choices else {}
+        return {**loss, **chosen, Unit("respond", of.arm, of.client.answer_tokens): of.test}
     return loss or ({} if of.client.task_training.trains == "majority" else {Unit("read", of.arm): of.test})
 
 
