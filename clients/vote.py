@@ -48,6 +48,11 @@ def vote(client: ClientSide, request: Vote, digest: str) -> Voted:
     if client.config.secure_sum is not None:
         return _summed(client, request, digest, polling)
     refuse_sum(client, request)
+    return noised(client, request, digest, polling)
+
+
+def noised(client: ClientSide, request: Vote, digest: str, polling: Polling) -> Voted:
+    """The counts with Gaussian noise on each; an audit asks for those of its own units."""
     settings, plan = client.config.voting, client.config.vote_plan(client.records, client.rounds)
     check_noise(plan)
 
