@@ -126,7 +126,7 @@ class Bound:
     right: int
 
 
-def tested(evidence: Evidence, audits: int = 1) -> tuple[list[Finding], Bound]:
+def examined(evidence: Evidence, audits: int = 1) -> tuple[list[Finding], Bound]:
     """All findings of a mechanism, layer by layer, and the one-run bound.
 
     Args:
@@ -274,7 +274,7 @@ def _profile(evidence: Evidence, score: NDArray[np.float64], chance: float) -> I
             limits = _limits(own[choosing], true[choosing], thresholds, epsilon, chance)
             best = thresholds[int(limits.argmax())]
             [limit] = _limits(own[others], true[others], np.array([best]), epsilon, chance)
-            words = f"TPR - e^eps' FPR is {limit:.4f} or more, stated delta({epsilon:.2f}) is {delta:.4g}"
+            words = f"TPR - e^eps' FPR is {max(limit, 0.0):.4f} or more, stated delta({epsilon:.2f}) is {delta:.4g}"
             yield Finding("profile", f"eps' {epsilon:.2f}, {which}", words, bool(limit > delta))
 
 
@@ -285,7 +285,7 @@ def _limits(
     epsilon: float,
     chance: float,
 ) -> NDArray[np.float64]:
-    """Lower limits of TPR - e^epsilon FPR at each threshold: Clopper and Pearson's, half of the chance for each rate."""
+    """Lower limits of TPR - e^epsilon FPR at each threshold: Clopper and Pearson's, half of the chance for each."""
     above = score[:, None] > thresholds
     right, of_true = above[true].sum(0), int(true.sum())
     wrong, of_false = above[~true].sum(0), int((~true).sum())
@@ -381,9 +381,7 @@ def least_epsilon(canaries: int, guesses: int, right: int, delta: float, chance:
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (
-            (middle, high)
-            if chance_of_guesses(canaries, guesses, right, middle, delta) < chance
-            else (low, middle)
+            (middle, high) if chance_of_guesses(canaries, guesses, right, middle, delta) < chance else (low, middle)
         )
     return low
 
@@ -415,8 +413,8 @@ __all__ = [
     "delta_at",
     "epsilon_at",
     "error_line",
+    "examined",
     "least_epsilon",
     "scores",
-    "tested",
     "violations",
 ]

@@ -212,15 +212,13 @@ def _voters(
     count = len(present)
     offered = [_canary(number) for number in range(2 * count)]
     labels = tuple(dict.fromkeys(label for _, label in offered))
-    candidates = Corpus(*map(tuple, zip(*offered, strict=True)), Provenance.PUBLIC)
+    candidates = Corpus(tuple(text for text, _ in offered), tuple(of for _, of in offered), Provenance.PUBLIC)
     rows = [_canary(int(number)) for number in np.flatnonzero(present) for _ in range(ROWS)]
     units = tuple(int(number) for number in np.flatnonzero(present) for _ in range(ROWS))
     texts, answers = tuple(text for text, _ in rows), tuple(label for _, label in rows)
     data = ClientData(Corpus(texts, answers, Provenance.PRIVATE, units=units), Corpus((), (), Provenance.PUBLIC))
     config = replace(audited.client, embedder=_ENCODER, voting=Voting(rows_per_unit=ROWS))
-    client = _client(
-        audited, seed, place, index, config=config, records=count, labels=labels, open=lambda: data
-    )
+    client = _client(audited, seed, place, index, config=config, records=count, labels=labels, open=lambda: data)
     embedder = _Embedder()
     places: dict[str, list[int]] = {}
     for number, (_, label) in enumerate(offered):

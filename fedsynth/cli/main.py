@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fedsynth import __version__
+from fedsynth.cli.audit import audit_command
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
 from fedsynth.cli.judging import judge_command
@@ -31,6 +32,7 @@ from fedsynth.system.terminal import console_of, warn
 from fedsynth.typed import BadValue
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("audit")(audit_command)
 app.command("card")(card_command)
 app.command("judge")(judge_command)
 app.add_typer(ledger_app, name="ledger")

@@ -108,7 +108,8 @@ def trained(
     """
     canaries, length = len(present), _LENGTH * plan.clip_norm
     model, slots = _Square(canaries), _Slots(present, plan.records)
-    given, sizes = [], []
+    given: list[NDArray[np.float32]] = []
+    sizes: list[int] = []
     hit = np.zeros((plan.steps, canaries), np.bool_)
 
     def losses(model: nn.Module, rows: Sequence[Row], pad: int) -> Tensor:  # noqa: ARG001 - the signature of Losses
@@ -135,8 +136,7 @@ def trained(
     )
     with _one_thread(), _before_steps(look):
         ran = training.train_generator(model, training.private(slots, plan, randomness), asked, pad=0, losses=losses)
-    whole = np.stack(given) if given else np.zeros((0, model.side**2), np.float32)
-    whole *= plan.expected_batch / plan.clip_norm
+    whole = np.array(given, np.float32).reshape(-1, model.side**2) * np.float32(plan.expected_batch / plan.clip_norm)
     hit = hit[: len(whole)] if len(whole) <= len(hit) else np.pad(hit, ((0, len(whole) - len(hit)), (0, 0)))
     return Steps(whole[:, :canaries], hit, whole[:, canaries:], np.asarray(sizes, np.int64), ran)
 
