@@ -326,7 +326,7 @@ def _piece(stated: Statement) -> tuple[float, float, int]:
 
 
 def _guesses(evidence: Evidence, score: NDArray[np.float64], chance: float) -> tuple[Finding, Bound]:
-    """Guesses "in" of the highest scores and "out" of the lowest; a third of the canaries says how many."""
+    """Guesses "in" of the highest scores, "out" of the lowest, or both; a third of the canaries says how many."""
     stated, coins = evidence.stated, evidence.coins
     choosing, others = _thirds(len(coins))
     own, true, canaries = score[others], coins[others], int(others.sum())
@@ -335,10 +335,9 @@ def _guesses(evidence: Evidence, score: NDArray[np.float64], chance: float) -> t
         return least_epsilon(of, guesses, right, stated.delta, 1 - CONFIDENCE)
 
     third = int(choosing.sum())
-    chosen = max(
-        _GUESSES, key=lambda share: lower(*_right(score[choosing], coins[choosing], round(share * third / 2)), third)
-    )
-    guesses, right = _right(own, true, round(chosen * canaries / 2))
+    ways = [(high * share / 2, low * share / 2) for share in _GUESSES for high, low in ((1, 1), (1, 0), (0, 1))]
+    chosen = max(ways, key=lambda way: lower(*_right(score[choosing], coins[choosing], way), third))
+    guesses, right = _right(own, true, chosen)
     numbers = [2 * round(share * canaries / 2) for share in _GUESSES]
     ceiling = max(lower(number, number, canaries) for number in numbers)
     # At the stated delta the theorem's own term, 2 m delta, would be above the chance: a smaller one makes it vanish.
@@ -353,10 +352,11 @@ def _guesses(evidence: Evidence, score: NDArray[np.float64], chance: float) -> t
     return Finding("bound", "guesses", words, likely < chance), found
 
 
-def _right(score: NDArray[np.float64], true: NDArray[np.bool_], each: int) -> tuple[int, int]:
-    """Number of guesses, and how many are right, if `each` of the highest and of the lowest scores are guessed."""
+def _right(score: NDArray[np.float64], true: NDArray[np.bool_], shares: tuple[float, float]) -> tuple[int, int]:
+    """Number of guesses, and how many are right, if these shares of the highest and lowest scores are guessed."""
     order = np.argsort(score, kind="stable")
-    return 2 * each, int(true[order[len(order) - each :]].sum() + (~true[order[:each]]).sum())
+    high, low = (round(share * len(order)) for share in shares)
+    return high + low, int(true[order[len(order) - high :]].sum() + (~true[order[:low]]).sum())
 
 
 def chance_of_guesses(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
