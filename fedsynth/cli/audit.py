@@ -22,7 +22,7 @@ def audit_command(
     ],
     canaries: Annotated[int, typer.Option(help="Canaries of each mechanism.")] = 6000,
     seed: Annotated[
-        int | None, typer.Option(help="Of keys and coins, to repeat an audit; a new one by default.")
+        int | None, typer.Option(min=0, help="Of keys and coins, to repeat an audit; a new one by default.")
     ] = None,
     out: Annotated[
         Path | None,
