@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import sqlite3
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,6 @@ from typing import Any
 from fedsynth.audit.layers import Finding
 from fedsynth.corpus import Provenance
 from fedsynth.federation.payload import corpus_from_parquet
-from fedsynth.federation.run.checkpoint import CHECKPOINTS, DONE
 from fedsynth.federation.run.directory import private_of
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.privacy.claims import TOLERANCE
@@ -30,8 +34,8 @@ class _Cell:
     Attributes:
         name: Arm and seed.
         ledgers: By client.
-        statements: By client, as the server recorded them.
-        silent: Clients without a usable reply in some exchange: they may have spent more than they stated.
+        statements: By client, the largest that it has answered with.
+        silent: Clients whose spending the server does not know; the report of the run names them.
         named: Ids of grants that released texts name, by file.
         bare: Files of synthetic text that name no grant.
     """
@@ -70,26 +74,41 @@ def audit_charges(run: Path, scenario: Scenario) -> dict[str, tuple[Finding, ...
     privacy = _json(run / "privacy.json")
     found: dict[str, list[_Cell]] = {}
     for cell in cells(scenario):
-        found.setdefault(cell.arm, []).append(_read(run, cell))
+        silent = privacy.get(cell.arm, {}).get("terms", {}).get("silent", [])
+        found.setdefault(cell.arm, []).append(_read(run, cell, silent))
     return {arm: tuple(_findings(own, privacy.get(arm, {}))) for arm, own in found.items()}
 
 
-def _read(run: Path, cell: Cell) -> _Cell:
+def _read(run: Path, cell: Cell, silent: Sequence[Sequence[int]]) -> _Cell:
     place = private_of(run) / cell.arm / f"seed-{cell.seed}"
     seed = f"seed-{cell.seed}"
-    record = _json(run / CHECKPOINTS / cell.arm / seed / DONE)
-    ledgers = {
-        int(path.parent.name.removeprefix("client-")): contents(path) for path in place.glob("client-*/ledger.sqlite")
-    }
-    statements = {int(k): build(Statement, said) for k, said in record.get("statements", {}).items()}
+    paths = {int(path.parent.name.removeprefix("client-")): path for path in place.glob("client-*/ledger.sqlite")}
+    ledgers = {client: contents(path) for client, path in sorted(paths.items())}
+    answers = {client: list(_statements(path)) for client, path in paths.items()}
+    statements = {client: max(said, key=_spends) for client, said in answers.items() if said}
     named, bare = {}, []
     for path in sorted((run / "corpora" / cell.arm / seed).glob("*.parquet")):
         corpus = corpus_from_parquet(path.read_bytes())
         named[path.name] = corpus.grants or ()
         if corpus.provenance is Provenance.DP_SYNTHETIC and not corpus.grants:
             bare.append(path.name)
-    silent = frozenset(client for client, _ in record.get("silent", []))
-    return _Cell(f"{cell.arm}, seed {cell.seed}", ledgers, statements, silent, named, tuple(bare))
+    quiet = frozenset(client for seed_, client in silent if seed_ == cell.seed)
+    return _Cell(f"{cell.arm}, seed {cell.seed}", ledgers, statements, quiet, named, tuple(bare))
+
+
+def _statements(path: Path) -> Iterator[Statement]:
+    """The statements in a ledger's stored answers."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
+        answers = [bytes(row[0]) for row in db.execute("SELECT answer FROM answers")]
+    for answer in filter(lambda answer: zipfile.is_zipfile(io.BytesIO(answer)), answers):
+        with zipfile.ZipFile(io.BytesIO(answer)) as archive:
+            said = json.loads(archive.read("value.json"))["value"].get("statement")
+        if said is not None:
+            yield build(Statement, said)
+
+
+def _spends(said: Statement) -> float:
+    return math.inf if said.epsilon is None else said.epsilon
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -158,8 +177,6 @@ def _steps(cell: _Cell) -> Iterator[str]:
         rates = {plan.sampling_rate for plan, _ in own}
         if rates and said.sampling_rate not in rates:
             yield f"client {client} states a sampling rate of {said.sampling_rate}, charged {sorted(rates)}"
-    for client in cell.statements.keys() - cell.ledgers.keys():
-        yield f"client {client} states something and has no ledger"
 
 
 def _epsilons(cell: _Cell) -> Iterator[str]:
@@ -185,7 +202,7 @@ def _released(cell: _Cell) -> Iterator[str]:
 
 
 def _report(cells: Sequence[_Cell], privacy: Mapping[str, Any]) -> Iterator[str]:
-    said = [said for cell in cells for said in cell.statements.values()]
+    said = [said for cell in cells for client, said in cell.statements.items() if client not in cell.silent]
     if privacy.get("guarantee") == "dp" and any(each.guarantee == "none" for each in said):
         yield "privacy.json states a guarantee, and a client has none"
     largest = max((each.epsilon for each in said if each.epsilon is not None), default=0.0)
