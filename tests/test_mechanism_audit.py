@@ -18,7 +18,7 @@ from scipy.stats import norm
 
 import fedsynth.cli.main
 from fedsynth.audit import layers, mechanisms
-from fedsynth.audit.auditing import audit, audit_mechanism
+from fedsynth.audit.auditing import Audit, audit, audit_mechanism
 from fedsynth.audit.auditing import mechanisms as mechanisms_of
 from fedsynth.audit.layers import Finding, chance_of_guesses, delta_at, epsilon_at, least_epsilon, violations
 from fedsynth.audit.runs import audit_charges, charged_records
@@ -30,6 +30,8 @@ from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import GrantRandomness, site_key
 from fedsynth.privacy.plan import DPPlan, statement
 from fedsynth.privacy.rdp import bound
+from fedsynth.reporting.audit_section import audit_section
+from fedsynth.reporting.page import Page, Section, Table, render
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.training.canaries import trained
@@ -404,9 +406,31 @@ def test_a_report_that_says_less_than_a_client_is_found(left: Left) -> None:
     assert left.found(epsilon=0.5)["report"].violated
 
 
+def test_a_report_shows_the_audit_and_what_it_found() -> None:
+    good, bad = Finding("structural", "noise", "1.0 <sigma> C", violated=False), ENGINES.run("no noise", 101)
+    made = Audit("name", 1, (bad,), {"arm": (good, replace(good, test="keys", violated=True))}, {})
+    blocks = audit_section(json.loads(json.dumps(made.to_dict())))
+    assert isinstance(blocks[0], Table)
+    assert isinstance(blocks[1], Table)
+    assert list(blocks[0].rows[0][:3]) == ["gradients", "audit", f"{bad.epsilon:.3f}"]
+    assert str(blocks[0].rows[0][5]).startswith("VIOLATED: noise")
+    assert blocks[1].rows == [["arm", "holds", "VIOLATED"]]
+    page = render(Page("run", "lead", "banner", [Section("Audit", "audit", blocks)], "table"))
+    assert "1.0 &lt;sigma&gt; C" in page
+
+
 def test_arms_with_one_mechanism_are_audited_together() -> None:
     scenario = replace(load("hospitals"), run=("fdkt", "dp_only", "local"))
     [found], _ = mechanisms_of(scenario, lambda cell: 200)
     assert found.arms == ("fdkt", "dp_only")
     assert found.training is not None
     assert found.training.steps == scenario.client.generator_training.steps
+
+
+def test_a_training_that_draws_all_units_has_no_sizes_to_vary() -> None:
+    client = ENGINES.CLIENT
+    every = mechanisms.Audited(("audit",), client, client.plan(ENGINES.BATCH, 1), 1, client.generator_training)
+    made = audit_mechanism(every, 5, canaries=1000)
+    assert words(made.findings) == []
+    assert "rate" in {finding.test for finding in made.findings}
+    assert "batches" not in {finding.test for finding in made.findings}

@@ -20,8 +20,6 @@ from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.flower import DEPLOYMENT
 from fedsynth.typed import BadValue, plain
 
-FILE = "audit.json"  # beside a run's other files: its report has a section then
-
 
 @dataclass(frozen=True)
 class MechanismAudit:
@@ -209,4 +207,4 @@ def _check_simulation(place: Path) -> None:
         raise BadValue(f"{place} is no run's directory: it has no scenario.toml")
 
 
-__all__ = ["FILE", "Audit", "MechanismAudit", "audit", "audit_mechanism", "mechanisms"]
+__all__ = ["Audit", "MechanismAudit", "audit", "audit_mechanism", "mechanisms"]

@@ -31,7 +31,7 @@ CONFIDENCE = 0.95  # of the epsilon that is shown, as papers do; a violation is 
 _STATISTICAL = 6  # tests of the structural layer that can err
 TESTS = _STATISTICAL + 2 * len(SHARES) + 1  # of one mechanism
 _REACHED = 0.98  # of C: canaries that move a sum by less show nothing
-_COMPARED = 64  # steps of a grant whose noise is compared with that of others
+_COMPARED, _PRODUCTS = 64, 2**23  # steps of a grant whose noise is compared; numbers of all grants
 _GUESSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the canaries that are guessed
 
 
@@ -191,6 +191,8 @@ def _draws(evidence: Evidence, chance: float) -> Iterator[Finding]:
     mean, variance = n * q, n * q * (1 - q)
     unlikely = _two_sided(int(sizes.sum()), n * len(sizes), q) < chance
     yield Finding("structural", "rate", f"{sizes.mean():.1f} of {n:,} units a step, stated {mean:.1f}", bool(unlikely))
+    if q == 1:  # all take part, and there is nothing to vary
+        return
     squares = int(((sizes - round(mean)) ** 2).sum())
     words = f"{squares / len(sizes) / variance:.2f} of binomial variance over {len(sizes)} steps"
     yield Finding("structural", "batches", words, _chance_of_squares(squares, len(sizes), n, q) < chance)
@@ -213,20 +215,20 @@ def _contribution(evidence: Evidence, chance: float) -> Iterator[Finding]:
 
 def _correlation(evidence: Evidence, chance: float) -> Finding:
     """The noise of no grant is that of another, of another client, or of the step before."""
-    noise, free = [], []
-    for seen in evidence.seen:
-        values = np.hstack([seen.values, seen.rest])[:_COMPARED]
-        hit = np.hstack([seen.hit, np.zeros(seen.rest.shape, np.bool_)])[:_COMPARED]
-        noise.append(np.where(hit, 0.0, values / np.float32(evidence.sigma)).astype(np.float32))
-        free.append(~hit)
+    noise, free, most_numbers = [], [], _PRODUCTS // len(evidence.seen)
     found: list[tuple[float, str]] = []
-    for grant, (own, there) in enumerate(zip(noise, free, strict=True)):
+    for grant, seen in enumerate(evidence.seen):
+        values = np.hstack([seen.values[:_COMPARED], seen.rest[:_COMPARED]]) / np.float32(evidence.sigma)
+        there = np.hstack([~seen.hit[:_COMPARED], np.ones(seen.rest[:_COMPARED].shape, np.bool_)])
+        own = np.where(there, values, np.float32(0))
         if len(own) > 1:
             both = int((there[1:] & there[:-1]).sum())
             product = float(np.einsum("ij,ij->", own[1:], own[:-1], dtype=np.float64))
             found.append((product / math.sqrt(max(both, 1)), f"steps of grant {grant + 1}"))
+        noise.append(own.ravel()[:most_numbers].copy())
+        free.append(there.ravel()[:most_numbers].copy())
     if len({each.shape for each in noise}) == 1 and len(noise) > 1:
-        flat, masks = np.stack([n.ravel() for n in noise]), np.stack([f.ravel() for f in free]).astype(np.float32)
+        flat, masks = np.stack(noise), np.stack(free).astype(np.float32)
         z = (flat @ flat.T) / np.sqrt(np.maximum(masks @ masks.T, 1))
         rows, columns = np.triu_indices(len(flat), 1)
         found += [

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -204,33 +204,34 @@ def _canary(number: int) -> tuple[str, str]:
     return f"canary {number}", f"booth {number // _BOOTH}"
 
 
-def _voters(
-    audited: Audited, seed: int, place: Path, index: int, present: NDArray[np.bool_]
-) -> tuple[ClientSide, Vote, Polling]:
-    """A client whose units are canaries, each with `ROWS` rows that vote for one candidate; as many candidates again
-    get no vote."""
-    count = len(present)
-    offered = [_canary(number) for number in range(2 * count)]
-    labels = tuple(dict.fromkeys(label for _, label in offered))
+@lru_cache(maxsize=2)
+def _poll(canaries: int) -> tuple[Vote, Polling]:
+    """A candidate for each canary, and as many again that get no vote."""
+    offered = [_canary(number) for number in range(2 * canaries)]
     candidates = Corpus(tuple(text for text, _ in offered), tuple(of for _, of in offered), Provenance.PUBLIC)
+    embedder, places = _Embedder(), dict[str, list[int]]()
+    for number, (_, label) in enumerate(offered):
+        places.setdefault(label, []).append(number)
+    booths = {label: (own, embedder.embed([offered[n][0] for n in own])) for label, own in places.items()}
+    return Vote(candidates), Polling(embedder, booths)  # type: ignore[arg-type]  # a stand-in for Embedder
+
+
+def _voter(audited: Audited, seed: int, place: Path, index: int, present: NDArray[np.bool_]) -> ClientSide:
+    """A client whose units are canaries, each with `ROWS` rows that vote for one candidate."""
+    labels = tuple(_poll(len(present))[1].booths)
     rows = [_canary(int(number)) for number in np.flatnonzero(present) for _ in range(ROWS)]
     units = tuple(int(number) for number in np.flatnonzero(present) for _ in range(ROWS))
     texts, answers = tuple(text for text, _ in rows), tuple(label for _, label in rows)
     data = ClientData(Corpus(texts, answers, Provenance.PRIVATE, units=units), Corpus((), (), Provenance.PUBLIC))
     config = replace(audited.client, embedder=_ENCODER, voting=Voting(rows_per_unit=ROWS))
-    client = _client(audited, seed, place, index, config=config, records=count, labels=labels, open=lambda: data)
-    embedder = _Embedder()
-    places: dict[str, list[int]] = {}
-    for number, (_, label) in enumerate(offered):
-        places.setdefault(label, []).append(number)
-    booths = {label: (own, embedder.embed([offered[n][0] for n in own])) for label, own in places.items()}
-    return client, Vote(candidates), Polling(embedder, booths)  # type: ignore[arg-type]  # a stand-in for Embedder
+    return _client(audited, seed, place, index, config=config, records=len(present), labels=labels, open=lambda: data)
 
 
 def _votes(audited: Audited, seed: int, place: Path, canaries: int) -> Evidence:
     present, clients, seen = [_coins(seed, index, canaries) for index in range(CLIENTS)], [], []
+    request, polling = _poll(canaries)
     for index, own in enumerate(present):
-        client, request, polling = _voters(audited, seed, place, index, own)
+        client = _voter(audited, seed, place, index, own)
         clients.append(client)
         for round in range(audited.rounds):
             reply = vote.noised(client, request, f"round {round}", polling)
@@ -247,13 +248,13 @@ def _summed_votes(audited: Audited, seed: int, place: Path, canaries: int) -> Ev
     honest, share = shares[0], shares[1](audited.plan.noise_multiplier)
     count = CLIENTS * canaries
     present, nobody = _coins(seed, 0, count), np.zeros(count, np.bool_)
-    voters = [_voters(audited, seed, place, index, nobody if index else present) for index in range(honest)]
-    clients, cohort, seen = [client for client, _, _ in voters], audited.client.secure_sum, []
+    clients = [_voter(audited, seed, place, index, nobody if index else present) for index in range(honest)]
+    (request, polling), cohort, seen = _poll(count), audited.client.secure_sum, []
     plan = clients[0].config.vote_plan(count, audited.rounds)
     vote.check_whole_noise(plan, share)
     for round in range(audited.rounds):
         total = np.zeros(2 * count)
-        for client, request, polling in voters:
+        for client in clients:
             grant, randomness = _begun(client, plan, round)
             cast = vote.ballots(client, request.nearest, polling)
             total += vote.protected_whole(cast, 2 * count, share, randomness)

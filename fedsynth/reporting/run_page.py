@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsynth.federation.run.egress import WORDS
 from fedsynth.reporting import figures as draw
+from fedsynth.reporting.audit_section import audit_section
 from fedsynth.reporting.figures import Mark, Series
 from fedsynth.reporting.page import (
     Block,
@@ -56,6 +57,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
         Section("Privacy", "privacy", _privacy(figures, report)),
     ]
+    if audited := report.get("audit"):  # as for judgements
+        sections.append(Section("Audit", "audit", audit_section(audited)))
     if metrics:
         sections.append(Section("Utility", "utility", _utility(figures, report, metrics)))
     if judged := report.get("judgements"):  # reports of earlier versions have none

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.audit import FILE as AUDIT
 from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
@@ -130,6 +131,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "texts": described,
         "examples": _examples(texts, arms),
         "judgements": judgements(out),
+        "audit": _json(out / AUDIT, needed=False),
         "rows": [_row(row) for row in figures.rows],
     }
 
