@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_a_mechanism_as_it_is_is_not_accused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ENGINES.BROKEN)
 def test_a_broken_engine_is_found_by_the_test_that_is_named(name: str) -> None:
-    made = ENGINES.run(name, seed=101)
+    made = ENGINES.run(name, seed=101, canaries=3000)  # half as many as in the table, in half the time
     test = ENGINES.BROKEN[name].test or "noise"  # noise x 0.8 shows in its deviation
     wrong = violations(made.findings)
     assert ("structural", test) in {(finding.layer, finding.test) for finding in wrong}
@@ -176,6 +177,22 @@ def test_limits_of_rates_hold_as_often_as_they_say() -> None:
     above = np.mean(np.array(limits) > 0.5 - 0.2)
     assert above <= chance
     assert np.mean(limits) > 0.05
+
+
+def test_all_limits_together_err_as_seldom_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 10,000 cannot be counted; one of five can. Without shares for the tests most audits would accuse."""
+
+    def accused() -> int:
+        return sum(bool(violations(layers.examined(each, 1)[0])) for each in seen)
+
+    monkeypatch.setattr(layers, "ERR", 0.2)
+    seen = []
+    for seed in range(16):
+        with tempfile.TemporaryDirectory() as place:
+            seen.append(mechanisms.evidence(ENGINES.gradients(), seed, Path(place), 500))
+    assert accused() <= 8  # 3 are expected; more than 8 have a chance of 2 in 10,000
+    monkeypatch.setattr(layers, "TESTS", 1)
+    assert accused() > 8
 
 
 # --- Scenarios --------------------------------------------------------------------------------------------------------
@@ -284,6 +301,13 @@ def test_all_but_simulations_is_refused_by_name(tmp_path: Path, file: str, said:
     (tmp_path / file).write_text("")
     with pytest.raises(BadValue, match=said):
         audit(str(tmp_path), seed=0)
+    if file == "other":
+        (tmp_path / "scenario.toml").write_text(SMALL)
+        with pytest.raises(BadValue, match="the run did not end"):
+            audit(str(tmp_path), seed=0)
+        (tmp_path / "privacy.json").write_text("{}")
+        with pytest.raises(BadValue, match=r"\.private is gone"):
+            audit(str(tmp_path), seed=0)
     with pytest.raises(BadValue, match="is a file"):
         audit(str((tmp_path / file).rename(tmp_path / "x")), seed=0)
     with pytest.raises(BadValue, match="no scenario 'nowhere'"):
@@ -404,6 +428,10 @@ def test_a_text_of_no_paid_grant_is_found(left: Left, grants: tuple[str, ...]) -
 def test_a_report_that_says_less_than_a_client_is_found(left: Left) -> None:
     left.spend(0)
     assert left.found(epsilon=0.5)["report"].violated
+
+
+def test_an_epsilon_that_no_ledger_stands_behind_is_found(left: Left) -> None:
+    assert "no ledger has a grant" in left.found(epsilon=8.0)["report"].found
 
 
 def test_a_report_shows_the_audit_and_what_it_found() -> None:

@@ -13,6 +13,7 @@ from fedsynth.audit.layers import CONFIDENCE, Bound, Finding, examined, violatio
 from fedsynth.audit.mechanisms import CANARIES, Audited, evidence
 from fedsynth.audit.runs import audit_charges, charged_records
 from fedsynth.clients.client_side import declared_records
+from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.schema import Cell, Scenario
@@ -205,6 +206,10 @@ def _check_simulation(place: Path) -> None:
             raise BadValue(f"{place} is {said}; an audit is of a scenario or of a simulation's directory")
     if not (place / "scenario.toml").is_file():
         raise BadValue(f"{place} is no run's directory: it has no scenario.toml")
+    if not (place / "privacy.json").is_file():
+        raise BadValue(f"{place} has no privacy.json: the run did not end, and states nothing yet; go on with --resume")
+    if not private_of(place).is_dir():
+        raise BadValue(f"{private_of(place)} is gone, and with it the ledgers that a run's statements are held against")
 
 
 __all__ = ["Audit", "MechanismAudit", "audit", "audit_mechanism", "mechanisms"]

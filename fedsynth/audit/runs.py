@@ -118,12 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _findings(cells: Sequence[_Cell], privacy: Mapping[str, Any]) -> Iterator[Finding]:
     grants = [grant for cell in cells for grant in cell.grants]
     clients = sum(len(cell.ledgers) for cell in cells)
-    yield _told(
-        "ledgers",
-        f"{clients} ledgers are consistent",
-        [f"{cell.name}, client {k}: {wrong}" for cell in cells for k, own in cell.ledgers.items()
-         for wrong in problems(own)],
-    )  # fmt: skip
+    yield _told("ledgers", f"{clients} ledgers are consistent", _all(cells, _inconsistent))
     yield _told("steps", f"{len(grants)} grants and their steps are those of the statements", _all(cells, _steps))
     yield _told("epsilon", "no client spent more than it states", _all(cells, _epsilons))
     # A grant's id is a keyed hash under its key alone: equal ids are equal keys, and equal noise.
@@ -143,6 +138,10 @@ def _told(test: str, words: str, wrong: Sequence[str]) -> Finding:
 
 def _all(cells: Sequence[_Cell], check: Any) -> list[str]:
     return [f"{cell.name}, {wrong}" for cell in cells for wrong in check(cell)]
+
+
+def _inconsistent(cell: _Cell) -> list[str]:
+    return [f"client {client}: {wrong}" for client, ledger in cell.ledgers.items() for wrong in problems(ledger)]
 
 
 def _plans(ledger: Mapping[str, Any]) -> list[tuple[DPPlan, int]]:
@@ -207,5 +206,7 @@ def _report(cells: Sequence[_Cell], privacy: Mapping[str, Any]) -> Iterator[str]
         yield "privacy.json states a guarantee, and a client has none"
     largest = max((each.epsilon for each in said if each.epsilon is not None), default=0.0)
     shown = privacy.get("largest_over_clients", {}).get("epsilon")
+    if shown is not None and not any(cell.grants for cell in cells):
+        yield f"privacy.json says epsilon {shown:.4f}, and no ledger has a grant"
     if shown is not None and shown < largest - 1e-9:
         yield f"privacy.json says epsilon {shown:.4f}, a client states {largest:.4f}"

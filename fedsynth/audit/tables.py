@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +16,23 @@ def print_audit(console: Console, made: Audit) -> None:
     for each in made.mechanisms:
         title = f"{each.mechanism} of {', '.join(each.arms)}: epsilon {each.epsilon:.3f} at {each.delta:g}"
         console.print(_table(f"{title}; {each.canaries:,} canaries, {each.seconds:.1f} s", each.findings))
-    for arm, findings in made.charges.items():
-        console.print(_table(f"charges of {arm}", findings))
+    if made.charges:
+        console.print(_charges(made.charges))
     for arm, why in made.left_out.items():
         console.print(f"not audited: {arm}: {why}", markup=False, soft_wrap=True)
     if made.mechanisms:
         console.print(error_line(len(made.mechanisms)), markup=False, soft_wrap=True)
     console.print(f"seed {made.seed} repeats this audit", markup=False, soft_wrap=True)
+
+
+def _charges(charges: Mapping[str, Sequence[Finding]]) -> Table:
+    """The arms of a run; what is violated is told in words at the end."""
+    table = Table(title="charges against statements", title_justify="left")
+    for head in ("arm", *(finding.test for finding in next(iter(charges.values())))):
+        table.add_column(head, no_wrap=True)
+    for arm, findings in charges.items():
+        table.add_row(arm, *("VIOLATED" if finding.violated else "holds" for finding in findings))
+    return table
 
 
 def _table(title: str, findings: Sequence[Finding]) -> Table:
