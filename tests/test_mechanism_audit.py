@@ -29,8 +29,9 @@ from fedsynth.federation.payload import corpus_to_parquet, encode
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Ledger
 from fedsynth.privacy.noise import GrantRandomness, site_key
-from fedsynth.privacy.plan import DPPlan, statement
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.rdp import bound
+from fedsynth.privacy.statement import statement
 from fedsynth.reporting.audit_section import audit_section
 from fedsynth.reporting.page import Page, Section, Table, render
 from fedsynth.scenario.schema import Scenario
@@ -229,6 +230,9 @@ strategy.use = "fedsynth.strategies.private_evolution:PrivateEvolution"
 client.secure_sum = { clients = 3 }
 [arms.scores]
 strategy.use = "fedsynth.strategies.cross_lm:CrossLM"
+[arms.judged]
+strategy = { use = "fedsynth.strategies.fdkt:FDKT", judge = "votes", votes_from = [0, 1, 2] }
+client.voting.share = 0.5
 [arms.lists]
 strategy.use = "fedsynth.strategies.cross_lm:CrossLM"
 client.scores = "noise"
@@ -243,10 +247,12 @@ def small(*arms: str) -> Scenario:
 
 
 def test_the_mechanism_of_every_method_is_found() -> None:
-    arms = ("local", "adapters", "votes", "summed", "scores", "lists", "bare")
+    arms = ("local", "adapters", "judged", "votes", "summed", "scores", "lists", "bare")
     found, left_out = mechanisms_of(small(*arms), lambda cell: 200)
     assert {(each.arms, each.mechanism, each.rounds, each.training is not None) for each in found} == {
         (("adapters",), "gradients", 2, True),
+        (("judged",), "gradients", 2, True),
+        (("judged",), "votes", 2, False),
         (("votes",), "votes", 2, False),
         (("summed",), "summed_votes", 2, False),
         (("scores",), "gradients", 1, True),  # a scorer is trained once
@@ -342,6 +348,7 @@ class Left:
         *,
         said: int | None = 2,
         keys: Callable[[int, str], bytes] = lambda *_: site_key(),
+        beside: tuple[DPPlan, ...] = (),
     ) -> Ledger:
         """A client that trains so many rounds, and states so many; None: it does not answer."""
         work = self.out.with_name("run.private") / ARM / "seed-0" / f"client-{client}"
@@ -349,7 +356,7 @@ class Left:
         ledger = Ledger(work / "ledger.sqlite", Account(f"world#{client}", None), keys=keys)
         for round in range(rounds):
             binding = Binding(f"order {round}", PLAN.digest(), "mac", "model", "1")
-            grant = ledger.charge(PLAN, binding, "run/a/0")
+            grant = ledger.charge(PLAN, binding, "run/a/0", beside=beside)
             ledger.begin(grant)
             if said is not None:
                 stated = statement(replace(PLAN, rounds=said), unit="person", simulated=True)
@@ -388,7 +395,7 @@ def test_a_statement_of_fewer_rounds_than_charged_is_found(left: Left) -> None:
     left.spend(0, said=1)
     found = left.found()
     assert found["steps"].violated
-    assert "states 4 steps, charged 8, 8 of them in grants" in found["steps"].found
+    assert "states 4 steps of gradients with noise 2, charged 8, 8 of them in grants" in found["steps"].found
     assert found["epsilon"].violated
 
 
@@ -397,7 +404,26 @@ def test_a_round_beyond_the_plan_must_be_stated(left: Left) -> None:
     left.spend(1, rounds=3, said=3)
     found = left.found()["steps"]
     assert found.violated
-    assert found.found == "adapters, seed 0, client 0 states 8 steps, charged 12, 12 of them in grants"
+    assert found.found == (
+        "adapters, seed 0, client 0 states 8 steps of gradients with noise 2, charged 12, 12 of them in grants"
+    )
+
+
+def test_each_of_two_plans_must_be_stated(left: Left) -> None:
+    """A client that drafts and votes: both plans are reserved at first, and what never ran need not be stated."""
+    beside = DPPlan(200, 200, 1, 2, 1.0, 5.0, 1e-5, "votes")
+    ledger = left.spend(0, beside=(beside,))
+    assert not left.found()["steps"].violated
+    binding = Binding("a vote", beside.digest(), "mac", "model", "1")
+    grant = ledger.charge(beside, binding, "run/a/0")
+    ledger.begin(grant)
+    found = left.found()
+    assert found["steps"].found.endswith(
+        "client 0 states nothing of votes with noise 5, charged 2, 1 of them in grants"
+    )
+    assert found["epsilon"].violated
+    ledger.store(grant, encode(Voted(Votes((), grants=(grant.id,)), statement(beside, unit="person", simulated=True))))
+    assert [finding.found for finding in left.found().values() if finding.violated] == []
 
 
 def test_one_key_of_two_clients_is_found(left: Left) -> None:

@@ -14,8 +14,9 @@ from fedsynth.audit.mechanisms import CANARIES, Audited, evidence
 from fedsynth.audit.runs import audit_charges, charged_records
 from fedsynth.clients.client_side import declared_records
 from fedsynth.federation.run.directory import private_of
-from fedsynth.federation.strategy import load_strategy
+from fedsynth.federation.strategy import Planner, load_strategy
 from fedsynth.privacy.plan import BudgetTooSmall
+from fedsynth.scenario.client import Client
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load
 from fedsynth.simulation.flower import DEPLOYMENT
@@ -155,22 +156,33 @@ def mechanisms(scenario: Scenario, records: Callable[[Cell], int | None]) -> tup
         elif (units := records(cell)) is None:
             left_out[cell.arm] = "nothing was charged"
         else:
-            planner = kind.planner(options, client)
-            try:
-                plan = planner(units, cell.scenario.rounds)
-            except BudgetTooSmall as problem:
-                raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
-            scorer = planner == client.score_plan
-            training = None
-            if plan.mechanism == "gradients":
-                training = client.scorer_training if scorer else client.generator_training
-            # A scorer is trained once; its scores in later rounds are post-processing.
-            rounds = 1 if scorer and training is not None else cell.scenario.rounds
-            key = (plan, rounds, client.secure_sum, None if training is None else training.clipping)
-            known = found.get(key)
-            arms = (*known.arms, cell.arm) if known is not None else (cell.arm,)
-            found[key] = Audited(arms, client, plan, rounds, training)
+            planners = [kind.planner(options, client)]
+            if getattr(options, "votes_from", ()):  # FDKT: clients vote on others' drafts, or on their own
+                planners.append(client.vote_plan)
+            for planner in planners:
+                own = _audited(cell, client, planner, units)
+                training = own.training
+                key = (own.plan, own.rounds, client.secure_sum, None if training is None else training.clipping)
+                before = found[key].arms if key in found else ()
+                found[key] = replace(own, arms=(*before, cell.arm))
     return list(found.values()), left_out
+
+
+def _audited(cell: Cell, client: Client, planner: Planner, units: int) -> Audited:
+    """The mechanism that a planner is for.
+
+    Raises:
+        BadValue: If the budget allows no plan.
+    """
+    try:
+        plan = planner(units, cell.scenario.rounds)
+    except BudgetTooSmall as problem:
+        raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
+    if plan.mechanism != "gradients":
+        return Audited((cell.arm,), client, plan, cell.scenario.rounds)
+    if planner == client.score_plan:  # a scorer is trained once; its scores in later rounds are post-processing
+        return Audited((cell.arm,), client, plan, 1, client.scorer_training)
+    return Audited((cell.arm,), client, plan, cell.scenario.rounds, client.generator_training)
 
 
 def _counted(scenario: Scenario) -> Callable[[Cell], int]:

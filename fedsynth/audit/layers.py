@@ -19,8 +19,9 @@ from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 from scipy.stats import beta, binom, norm
 
-from fedsynth.privacy.plan import BY_RDP, COARSE, Statement
+from fedsynth.privacy.plan import BY_RDP, COARSE
 from fedsynth.privacy.rdp import ORDERS, bound, of_step
+from fedsynth.privacy.statement import Statement
 from fedsynth.training.loopcheck import _chance_of_squares, _two_sided, far
 
 Layer = Literal["structural", "profile", "bound"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,10 @@ from fedsynth.privacy.audit import contents
 from fedsynth.privacy.caps import Account
 from fedsynth.privacy.ledger import Binding, Grant, Ledger, Opening
 from fedsynth.privacy.noise import GrantRandomness, simulated_key
-from fedsynth.privacy.plan import DPPlan, Mechanism, statement
+from fedsynth.privacy.plan import DPPlan, Mechanism
 from fedsynth.privacy.skellam import UNIT
-from fedsynth.scenario.client import Client, GeneratorTraining, Voting
+from fedsynth.privacy.statement import Statement, statement
+from fedsynth.scenario.client import Client, GeneratorTraining
 from fedsynth.system.folders import private_folder
 from fedsynth.training.canaries import ROWS, trained
 
@@ -143,7 +144,7 @@ def _coins(seed: int, client: int, count: int) -> NDArray[np.bool_]:
 
 def _evidence(
     clients: Sequence[ClientSide],
-    stated: Any,
+    stated: Statement,
     present: Sequence[NDArray[np.bool_]],
     seen: Sequence[Seen],
     records: int = 1,
@@ -223,7 +224,7 @@ def _voter(audited: Audited, seed: int, place: Path, index: int, present: NDArra
     units = tuple(int(number) for number in np.flatnonzero(present) for _ in range(ROWS))
     texts, answers = tuple(text for text, _ in rows), tuple(label for _, label in rows)
     data = ClientData(Corpus(texts, answers, Provenance.PRIVATE, units=units), Corpus((), (), Provenance.PUBLIC))
-    config = replace(audited.client, embedder=_ENCODER, voting=Voting(rows_per_unit=ROWS))
+    config = replace(audited.client, embedder=_ENCODER, voting=replace(audited.client.voting, rows_per_unit=ROWS))
     return _client(audited, seed, place, index, config=config, records=len(present), labels=labels, open=lambda: data)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sqlite3
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import private_of
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.privacy.claims import TOLERANCE
-from fedsynth.privacy.plan import DPPlan, Statement, composed_epsilon
+from fedsynth.privacy.plan import DPPlan, composed_epsilon
+from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import build
@@ -34,7 +35,7 @@ class _Cell:
     Attributes:
         name: Arm and seed.
         ledgers: By client.
-        statements: By client, the largest that it has answered with.
+        spending: By client, all that it has stated in its answers.
         silent: Clients whose spending the server does not know; the report of the run names them.
         named: Ids of grants that released texts name, by file.
         bare: Files of synthetic text that name no grant.
@@ -42,7 +43,7 @@ class _Cell:
 
     name: str
     ledgers: Mapping[int, dict[str, Any]]
-    statements: Mapping[int, Statement]
+    spending: Mapping[int, Spending]
     silent: frozenset[int]
     named: Mapping[str, tuple[str, ...]]
     bare: tuple[str, ...]
@@ -85,7 +86,9 @@ def _read(run: Path, cell: Cell, silent: Sequence[Sequence[int]]) -> _Cell:
     paths = {int(path.parent.name.removeprefix("client-")): path for path in place.glob("client-*/ledger.sqlite")}
     ledgers = {client: contents(path) for client, path in sorted(paths.items())}
     answers = {client: list(_statements(path)) for client, path in paths.items()}
-    statements = {client: max(said, key=_spends) for client, said in answers.items() if said}
+    spending = {
+        client: reduce(Spending.and_, said[1:], Spending((said[0],))) for client, said in answers.items() if said
+    }
     named, bare = {}, []
     for path in sorted((run / "corpora" / cell.arm / seed).glob("*.parquet")):
         corpus = corpus_from_parquet(path.read_bytes())
@@ -93,7 +96,7 @@ def _read(run: Path, cell: Cell, silent: Sequence[Sequence[int]]) -> _Cell:
         if corpus.provenance is Provenance.DP_SYNTHETIC and not corpus.grants:
             bare.append(path.name)
     quiet = frozenset(client for seed_, client in silent if seed_ == cell.seed)
-    return _Cell(f"{cell.arm}, seed {cell.seed}", ledgers, statements, quiet, named, tuple(bare))
+    return _Cell(f"{cell.arm}, seed {cell.seed}", ledgers, spending, quiet, named, tuple(bare))
 
 
 def _statements(path: Path) -> Iterator[Statement]:
@@ -105,10 +108,6 @@ def _statements(path: Path) -> Iterator[Statement]:
             said = json.loads(archive.read("value.json"))["value"].get("statement")
         if said is not None:
             yield build(Statement, said)
-
-
-def _spends(said: Statement) -> float:
-    return math.inf if said.epsilon is None else said.epsilon
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -144,48 +143,63 @@ def _inconsistent(cell: _Cell) -> list[str]:
     return [f"client {client}: {wrong}" for client, ledger in cell.ledgers.items() for wrong in problems(ledger)]
 
 
-def _plans(ledger: Mapping[str, Any]) -> list[tuple[DPPlan, int]]:
-    """The plans that were charged, each with its rounds."""
-    return [
-        (DPPlan.from_dict(row["plan"]), int(row["rounds"])) for row in ledger["reservations"] if row["plan"] is not None
-    ]
+@dataclass(frozen=True)
+class _Charged:
+    """Rounds of a plan in a ledger: reserved, and drawn by grants."""
+
+    plan: DPPlan
+    reserved: int
+    drawn: int
+
+
+def _charged(ledger: Mapping[str, Any]) -> list[_Charged]:
+    """What a ledger has charged, plan by plan."""
+    found: dict[str, _Charged] = {}
+    for row in ledger["reservations"]:
+        if row["plan"] is not None:
+            plan = DPPlan.from_dict(row["plan"])
+            before = found.get(plan.digest(), _Charged(plan, 0, 0))
+            found[plan.digest()] = _Charged(plan, before.reserved + row["rounds"], before.drawn + row["drawn"])
+    return list(found.values())
 
 
 def _steps(cell: _Cell) -> Iterator[str]:
-    """A statement's steps are those charged, and no fewer than those of the grants."""
+    """Each plan that ran is stated with the steps that were charged for it."""
     for client, ledger in cell.ledgers.items():
-        said, plans = cell.statements.get(client), _plans(ledger)
-        spent = bool(plans) or any(row["plan"] is None for row in ledger["reservations"])
-        if said is None:
-            if spent and client not in cell.silent:
+        own, charged = cell.spending.get(client), _charged(ledger)
+        waived = any(row["plan"] is None for row in ledger["reservations"])
+        if client in cell.silent:
+            continue
+        if own is None:
+            if waived or any(each.drawn for each in charged):
                 yield f"client {client} has charged and states nothing"
             continue
-        if any(row["plan"] is None for row in ledger["reservations"]) and said.guarantee != "none":
+        if waived and own.guarantee != "none":
             yield f"client {client} released something without a guarantee and states one"
-        if said.guarantee == "none" or client in cell.silent:
+        if own.guarantee == "none":
             continue
-        own = [(plan, rounds) for plan, rounds in plans if plan.noise_multiplier == said.sigma]
-        charged = sum(plan.steps * rounds for plan, rounds in own)
-        drawn = sum(
-            row["plan"]["steps"] * row["drawn"]
-            for row in ledger["reservations"]
-            if row["plan"] is not None and row["plan"]["noise_multiplier"] == said.sigma
-        )
-        if not drawn <= charged == said.steps:
-            yield f"client {client} states {said.steps} steps, charged {charged}, {drawn} of them in grants"
-        rates = {plan.sampling_rate for plan, _ in own}
-        if rates and said.sampling_rate not in rates:
-            yield f"client {client} states a sampling rate of {said.sampling_rate}, charged {sorted(rates)}"
+        for each in charged:
+            plan = each.plan
+            kind = (plan.mechanism, plan.noise_multiplier, plan.sampling_rate)
+            stated = [p.steps for p in own.parts if (p.mechanism, p.sigma, p.sampling_rate) == kind]
+            steps = plan.steps * each.reserved
+            if each.drawn and stated != [steps]:
+                words = f"states {stated[0]} steps" if stated else "states nothing"
+                yield (
+                    f"client {client} {words} of {plan.mechanism} with noise {plan.noise_multiplier:g}, charged "
+                    f"{steps}, {plan.steps * each.drawn} of them in grants"
+                )
 
 
 def _epsilons(cell: _Cell) -> Iterator[str]:
-    """Epsilon of all that a ledger charged is no more than what the client states."""
+    """Epsilon of all that ran and was charged is no more than what the client states."""
     for client, ledger in cell.ledgers.items():
-        said = cell.statements.get(client)
+        said = cell.spending.get(client)
         if said is None or said.epsilon is None or client in cell.silent:
             continue
-        plans = [DPPlan.from_dict({**plan.to_dict(), "rounds": rounds}) for plan, rounds in _plans(ledger)]
-        true = composed_epsilon(plans, said.delta)
+        true = composed_epsilon(
+            [replace(each.plan, rounds=each.reserved) for each in _charged(ledger) if each.drawn], said.delta
+        )
         if true > said.epsilon + TOLERANCE * max(1.0, true):
             yield f"client {client} states epsilon {said.epsilon:.3f}, its ledger has {true:.3f}"
 
@@ -201,7 +215,7 @@ def _released(cell: _Cell) -> Iterator[str]:
 
 
 def _report(cells: Sequence[_Cell], privacy: Mapping[str, Any]) -> Iterator[str]:
-    said = [said for cell in cells for client, said in cell.statements.items() if client not in cell.silent]
+    said = [said for cell in cells for client, said in cell.spending.items() if client not in cell.silent]
     if privacy.get("guarantee") == "dp" and any(each.guarantee == "none" for each in said):
         yield "privacy.json states a guarantee, and a client has none"
     largest = max((each.epsilon for each in said if each.epsilon is not None), default=0.0)
