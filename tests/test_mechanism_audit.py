@@ -231,7 +231,7 @@ client.secure_sum = { clients = 3 }
 [arms.scores]
 strategy.use = "fedsynth.strategies.cross_lm:CrossLM"
 [arms.judged]
-strategy = { use = "fedsynth.strategies.fdkt:FDKT", judge = "votes", votes_from = [0, 1, 2] }
+strategy = { use = "fedsynth.strategies.fdkt:FDKT", judge = "votes", votes_from = [0, 1, 2], one_to_many = true }
 client.voting.share = 0.5
 [arms.lists]
 strategy.use = "fedsynth.strategies.cross_lm:CrossLM"
