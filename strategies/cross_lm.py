@@ -65,9 +65,9 @@ class CrossLM(RoundStrategy[State]):
         return False
 
     @classmethod
-    def planner(cls, config: CrossLMOptions, client: Client) -> Planner:  # noqa: ARG003 - whatever its options say
+    def planners(cls, config: CrossLMOptions, client: Client) -> tuple[Planner, ...]:  # noqa: ARG003 - whatever its options say
         """That of scores."""
-        return client.score_plan
+        return (client.score_plan,)
 
     @classmethod
     def sends_text(cls, config: CrossLMOptions) -> bool:

@@ -12,9 +12,10 @@ from functools import partial
 from fedsynth.corpus import Corpus, pool
 from fedsynth.federation.messages import Learn, Synthesize, Vote
 from fedsynth.federation.run.log import SERVER
-from fedsynth.federation.strategy import Clients, RoundStrategy
+from fedsynth.federation.strategy import Clients, Planner, RoundStrategy
 from fedsynth.lora import Adapter
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.scenario.client import Client
 from fedsynth.strategies import presets
 from fedsynth.strategies.options import FDKTOptions
 from fedsynth.synthesis.augmentation import Demonstrating, bare_misfit, misfit
@@ -48,6 +49,11 @@ class FDKT(RoundStrategy[State]):
     def spends(cls, config: FDKTOptions) -> bool:
         """True unless no client is asked for drafts."""
         return config.asks
+
+    @classmethod
+    def planners(cls, config: FDKTOptions, client: Client) -> tuple[Planner, ...]:
+        """Drafts, and the votes of clients that judge them."""
+        return (client.plan, client.vote_plan) if config.votes_from else (client.plan,)
 
     @classmethod
     def only_simulated(cls, config: FDKTOptions) -> bool:

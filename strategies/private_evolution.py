@@ -49,9 +49,9 @@ class PrivateEvolution(RoundStrategy[State]):
         return False
 
     @classmethod
-    def planner(cls, config: PrivateEvolutionOptions, client: Client) -> Planner:  # noqa: ARG003 - whatever its options say
+    def planners(cls, config: PrivateEvolutionOptions, client: Client) -> tuple[Planner, ...]:  # noqa: ARG003 - whatever its options say
         """That of votes."""
-        return client.vote_plan
+        return (client.vote_plan,)
 
     def initial(self) -> State:
         """No text yet. An LLM whose context has no room for a prompt fails here, before clients spend anything."""

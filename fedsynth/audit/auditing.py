@@ -156,10 +156,7 @@ def mechanisms(scenario: Scenario, records: Callable[[Cell], int | None]) -> tup
         elif (units := records(cell)) is None:
             left_out[cell.arm] = "nothing was charged"
         else:
-            planners = [kind.planner(options, client)]
-            if getattr(options, "votes_from", ()):  # FDKT: clients vote on others' drafts, or on their own
-                planners.append(client.vote_plan)
-            for planner in planners:
+            for planner in kind.planners(options, client):
                 own = _audited(cell, client, planner, units)
                 training = own.training
                 key = (own.plan, own.rounds, client.secure_sum, None if training is None else training.clipping)

@@ -152,9 +152,10 @@ class RoundStrategy(Strategy, Generic[S]):
         return cls.spends(config)
 
     @classmethod
-    def planner(cls, config: Any, client: Client) -> Planner:  # noqa: ARG003 - methods look at their options
-        """How a client's spending is planned: a generator's training, unless a method says otherwise."""
-        return client.plan
+    def planners(cls, config: Any, client: Client) -> tuple[Planner, ...]:  # noqa: ARG003 - methods look at their options
+        """How a client's spending is planned, mechanism by mechanism: a generator's training, unless a method says
+        otherwise. Where one is trained, its plan is the first."""
+        return (client.plan,)
 
     @classmethod
     def only_simulated(cls, config: Any) -> bool:  # noqa: ARG003 - methods look at their options

@@ -149,7 +149,7 @@ def check(scenario: Scenario) -> list[str]:
         key = (resolved.data, resolved.client, resolved.rounds, trains)
         if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
             planned.add(key)
-            _check_budget(scenario, cell, labels, kind.planner(options, resolved.client.of(0)), trains=trains)
+            _check_budget(scenario, cell, labels, kind.planners(options, resolved.client.of(0)), trains=trains)
     return list(dict.fromkeys(warnings))
 
 
@@ -218,14 +218,16 @@ def with_models(scenario: Scenario, pins: Mapping[str, str]) -> Scenario:
     return replace(scenario, client=client, server=server, arms=arms)
 
 
-def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], planner: Planner, *, trains: bool) -> None:
+def _check_budget(
+    scenario: Scenario, cell: Cell, labels: Sequence[str], planners: Sequence[Planner], *, trains: bool
+) -> None:
     """Plans for the smallest client, which needs the most noise, and runs a training's self-check on public tokens.
 
     Args:
         scenario: The scenario; all its seeds are checked.
         cell: A cell of an arm that spends.
         labels: The label list of the cell's data.
-        planner: How the method's spending is planned.
+        planners: How the method's spending is planned.
         trains: It is the training of a generator.
     """
     client, data = cell.scenario.client.of(0), cell.scenario.data
@@ -233,7 +235,7 @@ def _check_budget(scenario: Scenario, cell: Cell, labels: Sequence[str], planner
     worlds = [replace(cell, seed=seed) for seed in scenario.seeds]
     records = min(declared_records(world, index) for world in worlds for index in range(clients))
     try:
-        planned = planner(records, cell.scenario.rounds)
+        planned, *_ = [planner(records, cell.scenario.rounds) for planner in planners]
     except BudgetTooSmall as problem:
         raise BadValue(f"arm {cell.arm!r}, a client with {records} records: {problem}") from problem
     if not trains:
