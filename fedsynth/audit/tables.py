@@ -22,7 +22,10 @@ def print_audit(console: Console, made: Audit) -> None:
         console.print(f"not audited: {arm}: {why}", markup=False, soft_wrap=True)
     if made.mechanisms:
         console.print(error_line(len(made.mechanisms)), markup=False, soft_wrap=True)
-    console.print(f"seed {made.seed} repeats this audit", markup=False, soft_wrap=True)
+    verdict = (
+        "no test refutes a statement" if not made.violations else f"{len(made.violations)} tests refute statements"
+    )
+    console.print(f"{verdict}; --seed {made.seed} repeats this audit", markup=False, soft_wrap=True)
 
 
 def _charges(charges: Mapping[str, Sequence[Finding]]) -> Table:
