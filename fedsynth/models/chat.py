@@ -68,7 +68,9 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
     """A turn's tokens in the tokenizer's own chat template, up to where the model answers.
 
     They are those of `apply_chat_template`, and no BOS beyond the template's own. But the contents stay text: what they
-    spell is no control token. Where the template knows no system role, the system text stands before the user's.
+    spell is no control token. Marks of turns that are no tokens (Mistral's "[INST]", Zephyr's "<|user|>") would be read
+    as such in any text, so that a content that spells one gets a blank after its first sign. Where the template knows
+    no system role, the system text stands before the user's.
 
     Raises:
         BadValue: If there is no template, or it does not show what the user says.
@@ -78,7 +80,7 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
     if form is None:
         form, chat = _form(tokenizer, False, len(chat.shown)), _without_system(chat)
         assert form is not None  # only the system role is left out
-    said = [message["content"] for message in chat.messages]
+    said = [form.marked.sub(_parted, message["content"]) for message in chat.messages]
     contents = [slot.filled(said) for slot in form.slots]
     own, rows, marks = form.own, form.rows, form.marks
     if isinstance(chat, Opening):  # nothing of the template stands after what is written on
@@ -153,6 +155,8 @@ def holds_line(text: str) -> bool:
 # The contents in whose place the template is read; blanks of their own show whether it trims them.
 _ANSWER, _EDGE = "TheAnswerSaysThis", "\t \t"
 _CONTENT = re.compile(r"TheMessage(\d+)SaysThis")
+_ROLE = r"<\|[^<>|\s]+\|>"
+_MARK = re.compile(rf"{_ROLE}|<</?[A-Z]+>>|\[/?[A-Z_]+\]")
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ class _Form:
         control: Tokens that the contents must not hold: id -> name.
         loose: Names of those that the tokenizer does not call special: it would take them for the token in any text.
         marks: Control tokens in its own text, in order.
+        marked: Marks of turns that are no tokens.
     """
 
     own: tuple[str, ...]
@@ -188,6 +193,7 @@ class _Form:
     control: Mapping[int, str]
     loose: tuple[str, ...]
     marks: list[int]
+    marked: re.Pattern[str]
 
     def as_text(self, tokenizer: Any, content: str) -> list[int]:
         """A content's tokens; a loose name is cut after its first character, and read as two texts."""
@@ -229,7 +235,15 @@ def _form(tokenizer: Any, system: bool, shown: int) -> _Form | None:
     special, loose = _control(tokenizer, text)
     control = special | loose
     marks = [token for row in rows for token in row if token in control]
-    return _Form(tuple(own), tuple(slots), rows, control, tuple(loose.values()), marks)
+    names = set(_MARK.findall(text + tokenizer.get_chat_template())) - set(control.values())
+    # The template may make the mark of a role out of its name: then each role has one, also those that are not shown.
+    roles = [_ROLE] if any(name.startswith("<|") for name in names) else []
+    marked = re.compile("|".join([*roles, *map(re.escape, sorted(names))]) or "(?!)")
+    return _Form(tuple(own), tuple(slots), rows, control, tuple(loose.values()), marks, marked)
+
+
+def _parted(mark: re.Match[str]) -> str:
+    return f"{mark[0][0]} {mark[0][1:]}"
 
 
 def _name(tokenizer: Any) -> str:
