@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-LONG = 300_000  # characters: fifteen times what a text may have
+LONG = 40_000  # characters: twice what a text may have
 
 # Chat templates: their text, the names of their control tokens, and the marks that are words of no token of their own.
 _TURNS = "{% for m in messages %}"
@@ -112,11 +112,11 @@ SIZES: Mapping[str, str] = {
     "very long": "A fall. " * (LONG // 8),
     "one long word": "a" * LONG,
     "long digits": "The selected texts are: " + "1" * 6000,
-    "deep brackets": "[" * 100_000,
-    "many thoughts": "<think>" * 20_000,
-    "many blocks": "-----\nLabel: fever\nText: forged\n" * 5_000,
-    "many lines": "fever: forged\n" * 20_000,
-    "long blanks": "A" + " " * 100_000 + "fall.",
+    "deep brackets": "[" * 20_000,
+    "many thoughts": "<think>" * 5_000,
+    "many blocks": "".join(f"-----\nLabel: fever\nText: forged {n}\n" for n in range(2_000)),
+    "many lines": "".join(f"fever: forged {n}\n" for n in range(5_000)),
+    "long blanks": "A" + " " * 20_000 + "fall.",
     "empty": "",
 }
 

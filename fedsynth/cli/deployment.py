@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fedsynth.system.terminal import console_of
 from fedsynth.typed import BadValue, visible
 
 FAILED = 1
@@ -94,7 +95,7 @@ def server_invite(
         table = Table("site", "client", "state", "let in (UTC)", "key")
         for number, site in enumerate(invited.sites(folder)):
             table.add_row(site.name, str(number), states[site.name], site.since, site.fingerprint)
-        Console(width=None if Console().is_terminal else 140).print(table)
+        console_of(error=False, width=140).print(table)
         for node in others:
             _say(
                 f"warning: node {node} is registered, and not in {folder / invited.SITES}: whoever reaches the "
@@ -111,7 +112,7 @@ def server_invite(
 
 def _say(line: str) -> None:
     """Prints for people, on standard error: standard output is for results."""
-    Console(stderr=True, highlight=False).print(line, markup=False, soft_wrap=True)
+    console_of(error=True).print(line, markup=False, soft_wrap=True)
 
 
 # ---- fedsynth site ----
@@ -146,7 +147,7 @@ def site_check(
     from fedsynth.deployment.policy import load_site
     from fedsynth.deployment.site.check import check
 
-    console, worst = Console(highlight=False), False
+    console, worst = console_of(error=False), False
     for finding in check(load_site(folder)):
         worst |= finding.state == "problem"
         if as_json:
@@ -189,9 +190,7 @@ def site_approve(
         corpus = held_text(place, show)
         for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True):
             print(
-                json.dumps({"text": prompt, "answer": answer}, ensure_ascii=False)
-                if as_json
-                else f"[{visible(answer)}] {visible(prompt)}"
+                _shown_json({"text": prompt, "answer": answer}) if as_json else f"[{visible(answer)}] {visible(prompt)}"
             )
         return
     if accept or refuse:
@@ -253,6 +252,13 @@ def site_declare_loss(
         _say(f"{len(charges)} missing, nothing changed; {said}. Put the newest ledger in place, or say --confirm")
 
 
+def _shown_json(value: dict[str, str]) -> str:
+    """JSON for people and programs: letters as they are, and whatever acts on a terminal escaped."""
+    return "".join(
+        char if char.isprintable() else json.dumps(char)[1:-1] for char in json.dumps(value, ensure_ascii=False)
+    )
+
+
 def _finite(figure: float) -> float | None:
     return None if figure == float("inf") else figure
 
@@ -292,8 +298,10 @@ def site_model(
     table = Table("run", "learnt (UTC)", *names, "test rows")
     for row in rows:
         values = [f"{row.metrics[name]:.3f}" if name in row.metrics else "-" for name in names]
-        table.add_row(row.run, row.learnt[:19].replace("T", " "), *values, str(row.test_rows) if row.test_rows else "-")
-    Console(width=None if Console().is_terminal else 140).print(table)
+        table.add_row(
+            escape(row.run), row.learnt[:19].replace("T", " "), *values, str(row.test_rows) if row.test_rows else "-"
+        )
+    console_of(error=False, width=140).print(table)
     for row in rows:
         if row.problem:
             _say(f"{row.run} cannot be used: {row.problem}")
@@ -308,7 +316,7 @@ def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:
     table = Table("order", "asked (UTC)", "run", "texts", "decision", "by")
     for each in held:
         asked = each["asked"][:19].replace("T", " ")
-        table.add_row(
-            each["order"][:12], asked, each["run"][:12], str(each["texts"]), each["decision"], each.get("by", "")
-        )
-    Console().print(table)
+        by = escape(each.get("by", ""))
+        run = escape(each["run"][:12])
+        table.add_row(each["order"][:12], escape(asked), run, str(each["texts"]), each["decision"], by)
+    console_of(error=False).print(table)

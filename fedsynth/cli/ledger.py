@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.privacy.ledger_file import LOST
 from fedsynth.system.terminal import console_of
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, visible
 
 FAILED = 1
 ledger_app = typer.Typer(no_args_is_help=True, help="Read privacy ledgers: of a site, or of a run's simulated clients.")
@@ -51,7 +52,7 @@ def ledger_verify(
             print(f"{path}: what a killed process had not committed is undone")
     found = [f"{path}: {problem}" for path in paths for problem in problems(contents(path))]
     for line in found:
-        print(line)
+        print(visible(line))
     if found:
         raise typer.Exit(FAILED)
     print(f"{len(paths)} ledger{'s' if len(paths) > 1 else ''}: consistent")
@@ -98,7 +99,7 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
         drawn = "-" if plan is None else f"{row['drawn']} of {row['rounds']}"
         lost = row["run"] == LOST or (plan is not None and row["reason"])  # declared so
         state = "lost" if lost else "no guarantee" if plan is None else "reserved"
-        table.add_row(row["at"], row["run"], what, drawn, state, "")
+        table.add_row(row["at"], escape(row["run"]), escape(what), drawn, state, "")
         for grant in found["grants"]:
             if grant["spent"] == row["id"]:
                 table.add_row(

@@ -29,7 +29,7 @@ from fedsynth.simulation.flower import LaunchFailed, check_flower
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
 from fedsynth.system.terminal import console_of, warn
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, visible
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("audit")(audit_command)
@@ -290,7 +290,7 @@ def pretrain(
         hardware=Hardware(device, threads or len(os.sched_getaffinity(0))),
         tell=lambda line: print(line, flush=True),
     )
-    print(json.dumps(card, indent=2, ensure_ascii=False))
+    print(json.dumps(card, indent=2))
 
 
 @app.command()
@@ -366,13 +366,14 @@ def _one_line(
 ) -> None:
     """An old name of a key is the user's matter, and needs no place in our code; other warnings keep theirs."""
     if issubclass(category, OldName):
-        warn(Console(stderr=True), str(message))
+        warn(console_of(error=True), str(message))
     else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+        told = warnings.formatwarning(message, category, filename, lineno, line)
+        print(*map(visible, told.split("\n")), sep="\n", end="", file=file or sys.stderr)
 
 
 def _end(message: str, code: int) -> None:
-    print(f"fedsynth: {' '.join(message.split())}", file=sys.stderr)
+    print(f"fedsynth: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.federation.run.privacy_report import up
@@ -39,7 +40,7 @@ class Lines:
         """Shows one event of `fedsynth.comparison.running.compare`."""
         run = event["run"]
         if event["event"] == "run":
-            self.console.print(f"[bold]{run}[/] ({event['number']}/{event['runs']}): {event['state']}")
+            self.console.print(f"[bold]{escape(run)}[/] ({event['number']}/{event['runs']}): {event['state']}")
         elif event["event"] in ("data", "workers"):
             self.console.print(f"{run}: {event['line']}", markup=False, soft_wrap=True)
         elif event["event"] == "progress":

@@ -45,6 +45,12 @@ Prompt: TypeAlias = str | Chat  # text to go on after, or a question
 # A template reads these, where it reads any: a text is too short for thoughts, and is the same on every day.
 SETTINGS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
+# Marks of turns, and of beginnings and ends, in the templates and tokenizers of published models.
+MARKS = re.compile(
+    "<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]>|<(?:start|end)_of_turn>|\\[/?INST\\]|<</?SYS>>|</?s>"
+    "|<(?:bos|eos|pad|unk)>"
+)
+
 
 def converses(tokenizer: Any) -> bool:
     """True if the tokenizer has a chat template."""
@@ -80,7 +86,7 @@ def render(chat: Chat, tokenizer: Any) -> list[int]:
     if form is None:
         form, chat = _form(tokenizer, False, len(chat.shown)), _without_system(chat)
         assert form is not None  # only the system role is left out
-    said = [form.marked.sub(_parted, message["content"]) for message in chat.messages]
+    said = [unmarked(message["content"], form.marked) for message in chat.messages]
     contents = [slot.filled(said) for slot in form.slots]
     own, rows, marks = form.own, form.rows, form.marks
     if isinstance(chat, Opening):  # nothing of the template stands after what is written on
@@ -107,6 +113,11 @@ def _without_system(chat: Chat) -> Chat:
     return replace(chat, system="", shown=((f"{chat.system}\n\n{asked}", answer), *others))
 
 
+def unmarked(text: str, marks: re.Pattern[str] = MARKS) -> str:
+    """A text with a blank after the first sign of each mark: it is read as text then, by any tokenizer."""
+    return marks.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
+
+
 def begins_in_thought(chat: Chat, tokenizer: Any) -> bool:
     """True if the template itself opens the model's thought, so that the model writes only its end."""
     if isinstance(chat, Opening):
@@ -130,7 +141,6 @@ def turn_end(tokenizer: Any) -> int | None:
 
 
 OPEN, CLOSE = "<think>", "</think>"
-_THOUGHT = re.compile(f"{OPEN}.*?{CLOSE}\\s*", re.DOTALL)
 
 
 def reply_of(prompt: Prompt, written: str, *, one_line: bool, in_thought: bool = False) -> str:
@@ -141,10 +151,21 @@ def reply_of(prompt: Prompt, written: str, *, one_line: bool, in_thought: bool =
     """
     text = written
     if isinstance(prompt, Chat):
-        text = _THOUGHT.sub("", f"{OPEN}{text}" if in_thought else text)
-        text = text.rpartition(CLOSE)[2].lstrip() if CLOSE in text else text
-        text = "" if OPEN in text else text
+        text = _without_thoughts(f"{OPEN}{text}" if in_thought else text)
     return next((line for line in text.split(LINE_END) if line.strip()), "") if one_line else text
+
+
+def _without_thoughts(text: str) -> str:
+    """A text without its thoughts. The time grows with its length alone: some models write thoughts without an end."""
+    said, at = list[str](), 0
+    while (begin := text.find(OPEN, at)) >= 0 and (end := text.find(CLOSE, begin)) >= 0:
+        said.append(text[at:begin])
+        at = end + len(CLOSE)
+        while text[at : at + 1].isspace():
+            at += 1
+    rest = "".join([*said, text[at:]])
+    rest = rest.rpartition(CLOSE)[2].lstrip() if CLOSE in rest else rest
+    return "" if OPEN in rest else rest
 
 
 def holds_line(text: str) -> bool:
@@ -240,10 +261,6 @@ def _form(tokenizer: Any, system: bool, shown: int) -> _Form | None:
     roles = [_ROLE] if any(name.startswith("<|") for name in names) else []
     marked = re.compile("|".join([*roles, *map(re.escape, sorted(names))]) or "(?!)")
     return _Form(tuple(own), tuple(slots), rows, control, tuple(loose.values()), marks, marked)
-
-
-def _parted(mark: re.Match[str]) -> str:
-    return f"{mark[0][0]} {mark[0][1:]}"
 
 
 def _name(tokenizer: Any) -> str:

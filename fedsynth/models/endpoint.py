@@ -22,7 +22,7 @@ from openai import (
 )
 
 from fedsynth.instructions import one_line
-from fedsynth.models.chat import Chat, Prompt, reply_of
+from fedsynth.models.chat import Chat, Prompt, reply_of, unmarked
 from fedsynth.models.encoding import LINE_END
 from fedsynth.models.endpoint_cache import Answer, EndpointCache, cache_folder
 from fedsynth.models.sampling import SamplingParams
@@ -73,7 +73,8 @@ class RemoteLLM:
     """A model behind an OpenAI-compatible server: vLLM, llama.cpp, `transformers serve`, a hosted one.
 
     The prompts leave this server. No private text leaks: only released or public text reaches a `TextModel`. They
-    go to the one named address; redirects are not followed. The key is that of `key_env`. A key, organization or
+    go to the one named address; redirects are not followed. Marks of
+    turns that a text spells are cut (`fedsynth.models.chat`). The key is that of `key_env`. A key, organization or
     project that the environment holds for the `openai` package (OPENAI_API_KEY, ...) stays here.
 
     Args:
@@ -200,7 +201,7 @@ class RemoteLLM:
 
     def _written(self, prompt: Prompt, settings: dict[str, Any], sample: tuple[int, int], *, one_line: bool) -> str:
         if isinstance(prompt, str) and not self.chats:
-            answer = self._answer("completions", {**settings, "prompt": prompt}, sample)
+            answer = self._answer("completions", {**settings, "prompt": unmarked(prompt)}, sample)
         else:
             answer = self._answer("chat", {**settings, **self._format(prompt), "messages": _messages(prompt)}, sample)
         cut = answer.text is None or answer.finish == "content_filter"
@@ -222,7 +223,7 @@ class RemoteLLM:
             raise ValueError(f"score needs a continuation per prompt, got {len(continuations)} for {len(prompts)}")
         if prompts and (self.chats or any(isinstance(prompt, Chat) for prompt in prompts)):
             raise CannotScore(self._no_score('api = "chat"'))
-        pairs = [(str(prompt), more) for prompt, more in zip(prompts, continuations, strict=True)]
+        pairs = [(unmarked(str(x)), unmarked(more)) for x, more in zip(prompts, continuations, strict=True)]
         texts = list(dict.fromkeys(text for prompt, more in pairs for text in (prompt, prompt + more)))
 
         @cache
@@ -433,9 +434,9 @@ class RemoteLLM:
 
 
 def _messages(prompt: Prompt) -> Any:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    return prompt.messages
+    """The turns as the server's template shows them: it reads a mark that a text spells as the mark."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt.messages
+    return [{**turn, "content": unmarked(turn["content"])} for turn in turns]
 
 
 def _beyond(start: Echo, whole: Echo) -> Echo:

@@ -217,8 +217,8 @@ def augment(
         match how.mode:
             case "all_labels":
                 asked += [
-                    _Asked(site, examples, _block_writer(llm, labels, wanted, task), _block_reader(labels, task))
-                    for examples, wanted in _blocks(wanted[site], decks, labels, how.shots)
+                    _Asked(site, examples, _block_writer(llm, labels, names, task), _block_reader(names, task))
+                    for examples, names in _blocks(wanted[site], decks, labels, how.shots)
                 ]
             case "per_label" | "none":
                 for label in wanted[site]:
@@ -346,12 +346,17 @@ def _blocks(
             yield [], lost
 
 
-def _block_reader(labels: Sequence[str], task: Task) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
-    label_of = {_named(task)(label): label for label in labels}
+def _block_reader(wanted: Sequence[str], task: Task) -> Callable[[str], tuple[list[tuple[str, str]], Counter[str]]]:
+    """Reads the first block of each wanted label. More of them, and more reasons than texts that were asked for, would
+    give a label more than its share, or a run a smaller yield than it has."""
+    label_of = {_named(task)(label): label for label in wanted}
 
     def read(answer: str) -> tuple[list[tuple[str, str]], Counter[str]]:
         found, dropped = parse_blocks(answer, list(label_of))
-        return [(label_of[name], text) for name, text in found], dropped
+        first = dict(reversed(found))
+        texts = [(label_of[name], first[name]) for name in dict.fromkeys(name for name, _ in found)]
+        dropped["beyond those asked for"] += len(found) - len(first)
+        return texts, Counter(list(dropped.elements())[: len(label_of) - len(first)])
 
     return read
 

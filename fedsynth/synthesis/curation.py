@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
-from fedsynth.corpus import Corpus, Provenance, pool, same
+from fedsynth.corpus import Corpus, Provenance, blank, pool, same
 from fedsynth.rouge import nearest, words
 from fedsynth.synthesis.sentences import code_or_markup
 
@@ -142,7 +142,7 @@ def _stripped(text: str) -> str:
     if "\n" in bare:
         return bare
     inner = bare.strip(EDGES)
-    return inner if same(inner) else bare
+    return bare if blank(inner) else inner
 
 
 def _broken(text: str) -> str | None:

@@ -70,12 +70,15 @@ LINE = re.compile(
 )
 
 
+DIGITS = 9  # of a number of the list: no cluster has more texts, and Python reads no number of thousands of digits
+
+
 def parse_selected(answer: str, size: int) -> list[int] | None:
     """The kept rows (from 0, in the answer's order, each once), or None if the answer has no such line."""
     match = LINE.search(answer)
     if match is None:
         return None
-    numbers = dict.fromkeys(int(n) for n in re.findall(r"\d+", match["rows"]))
+    numbers = dict.fromkeys(int(n) for n in re.findall(r"\d+", match["rows"]) if len(n) <= DIGITS)
     return [n - 1 for n in numbers if 1 <= n <= size]
 
 
@@ -83,7 +86,7 @@ def read_selected(answer: str, size: int) -> list[int] | None:
     """The kept rows of a structured answer, as `parse_selected`; None if it is not of the schema."""
     try:
         said = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets may nest deeper than any reader goes
         return None
     numbers = said.get(SELECTED) if isinstance(said, dict) and len(said) == 1 else None
     if not isinstance(numbers, list) or not all(type(n) is int and 1 <= n <= size for n in numbers):
