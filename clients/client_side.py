@@ -22,6 +22,7 @@ from fedsynth.data.partition import ClientData, class_list, label_list, open_sit
 from fedsynth.federation.identity import Identity, simulated_identity
 from fedsynth.federation.messages import OUTPUTS, REQUESTS, Output
 from fedsynth.federation.run.directory import SHARED
+from fedsynth.identifiers import Kind
 from fedsynth.models.form import Form, student_form
 from fedsynth.models.hub import weights_hash
 from fedsynth.privacy.caps import Account
@@ -61,6 +62,7 @@ class Rules:
         outputs: Kinds of outputs that may leave.
         without_guarantee: Outputs may leave without a mechanism.
         approval: Synthetic text waits for a person's approval.
+        identifiers: Kinds of identifiers with which no synthetic text leaves.
         objection: The reason why this run's requests are all refused; None if they are not.
         rests_on_sums: A secure sum's noise is counted as that of its honest clients together; else the client adds
             enough for its own messages, and the sum hides them as well.
@@ -70,6 +72,7 @@ class Rules:
     outputs: frozenset[Output] = frozenset(OUTPUTS)
     without_guarantee: bool = True
     approval: bool = False
+    identifiers: frozenset[Kind] = frozenset()
     objection: Exception | None = None
     rests_on_sums: bool = True
 

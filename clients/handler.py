@@ -63,6 +63,7 @@ from fedsynth.federation.records import (
     unpack_request,
 )
 from fedsynth.federation.validation import Rejected, check_request
+from fedsynth.identifiers import counts, told
 from fedsynth.models.adapters import WrongAdapter
 from fedsynth.privacy.caps import BudgetExhausted
 from fedsynth.privacy.plan import BudgetTooSmall
@@ -201,8 +202,10 @@ def _reply(
                 else:
                     client.ledger.store_answer(digest, stored)
                 _enter(client, "stored", order=digest, **_cost(reply))
-            elif not client.ledger.sent(digest):  # the policy may require approval since it was stored
-                _hold(client, kind, digest, stored, decode(stored, kind.reply, trusted=True))
+            elif not client.ledger.sent(digest):  # the policy may have become stricter since it was stored
+                kept = decode(stored, kind.reply, trusted=True)
+                _refuse_identifiers(client, kept)
+                _hold(client, kind, digest, stored, kept)
             if client.approvals is not None:
                 client.approvals.check(digest, hashlib.sha256(stored).hexdigest())
             client.ledger.mark_sent(digest)
@@ -255,11 +258,23 @@ def _enter(client: ClientSide | None, event: str, **facts: Any) -> None:
 
 def _hold(client: ClientSide, kind: type[Request[Any]], digest: str, stored: bytes, reply: object) -> None:
     """Makes a reply with synthetic text wait for a person, if the site requires that; called before it is stored."""
-    texts = sum(len(part) for part in derived(reply) if isinstance(part, Corpus))
+    texts = _texts(reply)
     if client.rules.approval and client.approvals is not None and texts:
-        facts = {"task": kind.task, "run": client.run, "texts": texts}
+        facts = {"task": kind.task, "run": client.run, "texts": len(texts), "identifiers": counts(texts)}
         if client.approvals.hold(digest, hashlib.sha256(stored).hexdigest(), **facts):
-            _enter(client, "waits", order=digest, texts=texts)
+            _enter(client, "waits", order=digest, texts=len(texts))
+
+
+def _texts(reply: object) -> list[str]:
+    """Each text of a reply with its answer."""
+    corpora = [part for part in derived(reply) if isinstance(part, Corpus)]
+    return [f"{text}\n{answer}" for each in corpora for text, answer in zip(each.prompts, each.answers, strict=True)]
+
+
+def _refuse_identifiers(client: ClientSide, reply: object) -> None:
+    """Refuses a stored reply whose text today's policy blocks. It cannot lose a text: its hash stands in the trail."""
+    if found := {kind: n for kind, n in counts(_texts(reply)).items() if kind in client.rules.identifiers}:
+        raise NotAllowed(f"of the stored texts {told(found)}: policy.identifiers blocks them since")
 
 
 def _cost(reply: object) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Synthesize, Synthesized
 from fedsynth.federation.payload import decode, encode
 from fedsynth.federation.run.whole_files import write_whole
+from fedsynth.identifiers import kinds_in
 from fedsynth.limits import MAX_TEXT
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import new_adapter
@@ -156,9 +157,11 @@ def _sample(client: ClientSide, adapter: Adapter, request: Synthesize) -> tuple[
         seed=request.seed,
     )
     # A text as long as the limit was cut before its end. A text with too many characters is not sent, as the server
-    # would refuse the whole reply. Both tests look at the DP model's text only, at nothing private.
+    # would refuse the whole reply. All these tests look at the DP model's text only, at nothing private: a text is left
+    # out for its own form, never for being a person's.
+    blocked = client.rules.identifiers
     finished = [
-        len(row) < request.max_new_tokens and len(text) <= MAX_TEXT
+        len(row) < request.max_new_tokens and len(text) <= MAX_TEXT and not (blocked and blocked & kinds_in(text))
         for row, text in zip(text_rows(tokenizer, texts), texts, strict=True)
     ]
     kept = [i for i, done in enumerate(finished) if done]

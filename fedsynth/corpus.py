@@ -36,7 +36,7 @@ _IGNORABLE = (
 _UNSEEN = frozenset(chr(code) for first, last in _IGNORABLE for code in range(first, last + 1))
 
 
-def _unseen(char: str) -> bool:
+def unseen(char: str) -> bool:
     """True if a character has no glyph and separates nothing."""
     if char in _UNSEEN:
         return True
@@ -46,7 +46,7 @@ def _unseen(char: str) -> bool:
 
 def blank(text: str) -> bool:
     """True if a text shows nothing to a reader."""
-    return all(char.isspace() or _unseen(char) for char in text)
+    return all(char.isspace() or unseen(char) for char in text)
 
 
 def same(text: str) -> str:
@@ -60,7 +60,7 @@ def same(text: str) -> str:
     # Twice: case folding undoes a composition, and a compatibility form may fold to a character with case or a blank.
     for _ in range(2):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
-        folded = "".join(char for char in folded if not _unseen(char))
+        folded = "".join(char for char in folded if not unseen(char))
     return " ".join(folded.split())
 
 

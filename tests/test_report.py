@@ -328,6 +328,21 @@ def test_markup_in_synthetic_text_is_shown_as_text(run: Path) -> None:
     assert f"{HOSTILE} pain number 0 of the left knee".replace("\x07", "\ufffd") in shown_texts
 
 
+def test_identifiers_in_synthetic_text_are_counted(run: Path) -> None:
+    path, report = run_report.write(run)
+    found = {(r["arm"], r["metric"]): r["value"] for r in report["rows"] if r["part"] == "identifiers"}
+    with_address = sum("http://" in text for text in TEXTS)
+    assert with_address
+    for arm in ("fdkt", "no_dp"):
+        seeds = len(report["run"]["seeds"])
+        assert found[arm, "written/searched"] == 2 * seeds * len(TEXTS)  # of two clients
+        assert found[arm, "written/url"] == 2 * seeds * with_address
+    assert {metric for _, metric in found} == {"written/searched", "written/url"}
+    page = path.read_text()
+    assert "web address" in page
+    assert "payment card" not in page  # a column that is empty everywhere
+
+
 def test_every_text_of_a_page_is_escaped() -> None:
     sections = [Section(HOSTILE, "a", [Paragraph(HOSTILE), Quotes([Quote(HOSTILE, HOSTILE, HOSTILE)])])]
     root = ElementTree.fromstring(render(Page(HOSTILE, HOSTILE, HOSTILE, sections, HOSTILE)))

@@ -1081,6 +1081,45 @@ def test_a_policy_made_stricter_holds_for_what_is_stored_and_not_yet_sent(
         Deployed([strict, *sites[1:]], short, tmp_path / "again").run()
 
 
+def odd(text: str) -> frozenset[Any]:
+    """Takes about half of all texts for addresses: a random model writes none."""
+    return frozenset({"email"} if len(text.strip().partition("\n")[0]) % 2 else ())
+
+
+def test_a_synthetic_text_with_what_the_policy_names_stays_and_the_others_leave(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsynth.clients.synthesize.kinds_in", odd)
+    deployed = Deployed(
+        places(tmp_path, notes, {"charite": replace(POLICY, identifiers=("email",))}), toml, tmp_path / "r"
+    )
+    deployed.run()
+    careful, free, _ = deployed.texts()
+    assert careful
+    assert not any(odd(text) for text, _ in careful)
+    assert any(odd(text) for text, _ in free)
+    assert any(not odd(text) for text, _ in free)
+
+
+def test_identifiers_are_counted_for_who_approves_and_block_what_is_stored_when_the_policy_says_so_later(
+    tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsynth.identifiers.kinds_in", odd)
+    sites = places(tmp_path, notes, {"charite": replace(POLICY, approve_text=True)})
+    short = toml.replace("timeout = 20", "timeout = 2")
+    with pytest.raises(TooFewReplies, match="its reply waits for approval"):
+        Deployed(sites, short, tmp_path / "run").run()
+    [held] = sites[0].approvals.all()
+    waiting = held_text(sites[0], held["order"])
+    assert held["identifiers"] == {"email": sum(map(bool, map(odd, waiting.prompts)))}
+    decide(sites[0], held["order"], "accepted")
+    policy = replace(POLICY, approve_text=True, identifiers=("email",), models=(MODEL[0],))
+    strict = replace(sites[0], site=replace(sites[0].site, policy=policy))
+    with pytest.raises(TooFewReplies, match="site 'charite' refused: not_allowed"):
+        Deployed([strict, *sites[1:]], short, tmp_path / "again").run()
+    assert "an e-mail address: policy.identifiers blocks them since" in (sites[0].state / "site.log").read_text()
+
+
 def test_approval_that_is_asked_for_later_holds_for_what_is_stored(
     tmp_path: Path, toml: str, notes: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:

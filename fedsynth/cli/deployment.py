@@ -182,6 +182,7 @@ def site_approve(
     """List synthetic text that waits for a person; show it, let it go, or keep it."""
     from fedsynth.deployment.policy import load_site
     from fedsynth.deployment.site.approve import decide, held_text
+    from fedsynth.identifiers import KINDS, NAMES, kinds_in
 
     if sum(map(bool, (show, accept, refuse))) > 1:
         raise BadValue("one of --show, --accept and --refuse at a time")
@@ -189,9 +190,12 @@ def site_approve(
     if show:
         corpus = held_text(place, show)
         for prompt, answer in zip(corpus.prompts, corpus.answers, strict=True):
-            print(
-                _shown_json({"text": prompt, "answer": answer}) if as_json else f"[{visible(answer)}] {visible(prompt)}"
+            found = kinds_in(f"{prompt}\n{answer}")
+            has = [kind for kind in KINDS if kind in found]
+            line = f"[{visible(answer)}] {visible(prompt)}" + (
+                f"  <- {', '.join(NAMES[k] for k in has)}" if has else ""
             )
+            print(_shown_json({"text": prompt, "answer": answer, "identifiers": has}) if as_json else line)
         return
     if accept or refuse:
         held = decide(place, accept or refuse, "accepted" if accept else "declined")
@@ -252,7 +256,7 @@ def site_declare_loss(
         _say(f"{len(charges)} missing, nothing changed; {said}. Put the newest ledger in place, or say --confirm")
 
 
-def _shown_json(value: dict[str, str]) -> str:
+def _shown_json(value: dict[str, Any]) -> str:
     """JSON for people and programs: letters as they are, and whatever acts on a terminal escaped."""
     return "".join(
         char if char.isprintable() else json.dumps(char)[1:-1] for char in json.dumps(value, ensure_ascii=False)
@@ -313,10 +317,13 @@ def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(held))
         return
-    table = Table("order", "asked (UTC)", "run", "texts", "decision", "by")
+    from fedsynth.identifiers import told
+
+    table = Table("order", "asked (UTC)", "run", "texts", "of these", "decision", "by")
     for each in held:
         asked = each["asked"][:19].replace("T", " ")
         by = escape(each.get("by", ""))
         run = escape(each["run"][:12])
-        table.add_row(each["order"][:12], escape(asked), run, str(each["texts"]), each["decision"], by)
+        has = told(each["identifiers"]) if "identifiers" in each else "not searched"  # held by an earlier version
+        table.add_row(each["order"][:12], escape(asked), run, str(each["texts"]), has, each["decision"], by)
     console_of(error=False).print(table)

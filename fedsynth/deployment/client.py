@@ -126,6 +126,7 @@ def rules_of(place: Place, cell: Cell, config: Client, labels: tuple[str, ...]) 
         outputs=frozenset(policy.outputs),
         without_guarantee=policy.without_guarantee,
         approval=policy.approve_text,
+        identifiers=frozenset(policy.identifiers),
         objection=_objection(place, cell, config, labels),
         # The others add the noise of the scenario's budget: a site with a smaller one must rely on its own.
         rests_on_sums=policy.secure_sum is not None

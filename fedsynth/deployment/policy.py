@@ -14,6 +14,7 @@ from fedsynth.data import rowstore
 from fedsynth.data.sources import SiteData, laid_out
 from fedsynth.deployment.invitation import check_name, host_and_port
 from fedsynth.federation.messages import REQUESTS, Output
+from fedsynth.identifiers import Kind
 from fedsynth.limits import least
 from fedsynth.privacy.cohort import SMALLEST
 from fedsynth.privacy.plan import Budget
@@ -99,6 +100,8 @@ class Policy:
         minimum_records: With fewer declared records the site takes part in nothing.
         models: Models of a scenario that may be loaded here.
         approve_text: Synthetic text waits for `fedsynth site approve`.
+        identifiers: Kinds of identifiers and secrets (`fedsynth.identifiers`) with which no synthetic text leaves: a
+            text that has one is left out, by its own form alone.
         bundles: SHA-256 of the server's allowed bundles; empty for any. Their code is never run in any case.
         secure_sum: The terms of secure sums; left out, the site takes part in none.
     """
@@ -112,6 +115,7 @@ class Policy:
     minimum_records: Count = 100
     models: tuple[str, ...] = ()
     approve_text: bool = True
+    identifiers: tuple[Kind, ...] = ()
     bundles: tuple[str, ...] = ()
     secure_sum: SumPolicy | None = None
 

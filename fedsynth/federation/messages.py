@@ -58,7 +58,8 @@ class Synthesized:
     corpus: Corpus = _leaves(Origin.RELEASED)
     statement: Statement = _leaves(Origin.PUBLIC)
     unfinished: int = _leaves(Origin.RELEASED)
-    """Number of samples that were cut at the token limit or exceed the characters of a text; not in the corpus."""
+    """Number of samples that are not in the corpus: cut at the token limit, of too many characters, or with an
+    identifier that the site's policy keeps back."""
 
 
 @dataclass(frozen=True)

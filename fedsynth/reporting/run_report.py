@@ -39,6 +39,7 @@ from fedsynth.reporting.texts import (
     Reference,
     Released,
     add_distances,
+    add_identifiers,
     add_texts,
     kinds_of,
     released,
@@ -101,6 +102,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     bare = {arm for arm in arms if privacy.get(arm, {}).get("guarantee") == "none" and not simulated_world}
     texts = [text for text in released(out) if text.arm not in bare]
     described = _texts(figures, texts, scenario, sorted(int(seed) for seed in metrics["seed"].unique()))
+    add_identifiers(figures, texts)
     described["bare"] = sorted(bare & {path.name for path in (out / "corpora").glob("*")})
     add_costs(figures, metrics)
     add_server(figures, metrics)

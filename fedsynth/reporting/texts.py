@@ -17,6 +17,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.fidelity import distinct, frechet, mauve, self_bleu
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.log import SERVER
+from fedsynth.identifiers import counts
 from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.rouge import words
 from fedsynth.scenario.data import Data
@@ -98,6 +99,21 @@ def add_texts(
                 figures.add(
                     "text", f"{kind}/{name}", "mean", float(fresh[name].mean()), Where(arm=reference.other_name)
                 )
+
+
+def add_identifiers(figures: Figures, texts: Sequence[Released]) -> None:
+    """Adds how many texts have identifiers and secrets by public rules, of all clients and seeds of an arm."""
+    for kind in kinds_of(texts):
+        for arm in dict.fromkeys(t.arm for t in texts if t.kind == kind):
+            rows = [
+                f"{text}\n{answer}"
+                for t in texts
+                if (t.arm, t.kind) == (arm, kind)
+                for text, answer in zip(t.corpus.prompts, t.corpus.answers, strict=True)
+            ]
+            figures.add("identifiers", f"{kind}/searched", "sum", len(rows), Where(arm=arm))
+            for name, count in counts(rows).items():
+                figures.add("identifiers", f"{kind}/{name}", "sum", count, Where(arm=arm))
 
 
 def _quality(corpus: Corpus, size: int, labels: Sequence[str]) -> dict[str, float]:
@@ -237,6 +253,7 @@ __all__ = [
     "Reference",
     "Released",
     "add_distances",
+    "add_identifiers",
     "add_texts",
     "balance",
     "kinds_of",
