@@ -14,7 +14,7 @@ PACKAGES = (
 )  # fmt: skip
 """Lowest first: each imports only those before it. The base is what stands at the root of `fedsynth`."""
 DEPTH = {package: depth for depth, package in enumerate(PACKAGES)}
-BASE = {"corpus", "instructions", "limits", "lora", "rouge", "typed"}
+BASE = {"corpus", "identifiers", "instructions", "limits", "lora", "national_ids", "rouge", "typed"}
 MAY_IMPORT = {
     "sqlalchemy": {"data"},
     "flwr": {"federation", "clients", "simulation", "fedsynth_sim", "deployment"},
