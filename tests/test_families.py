@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from families import ALL, CAUSAL, ENCODERS, KINDS, LAYERS, TRAINED, WRITERS
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +27,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     CLIPConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     RobertaConfig,
     T5Config,
     T5EncoderModel,
@@ -238,6 +242,28 @@ def test_a_model_that_reads_a_batch_as_one_list_of_tokens_is_refused_under_dp() 
         SelfCheckFailed, match=r"layers\.0\.fc1' gets an input of shape .* for 6 examples: it mixes them"
     ):
         self_check(lora("opt"), PLAN, SETTINGS, pad=tokenizer_of("opt").pad_token_id)
+
+
+@pytest.mark.parametrize(
+    ("config", "build"),
+    [(MixtralConfig, MixtralForCausalLM), (OlmoeConfig, OlmoeForCausalLM)],
+    ids=["mixtral", "olmoe"],
+)
+def test_a_mixture_of_experts_is_refused_under_dp_and_trains_without(
+    config: Any, build: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    ends = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    with torch.random.fork_rng(devices=[]):
+        experts = build(config(**families.ROTARY, **own, **ends))
+    model = get_peft_model(experts, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    with pytest.raises(SelfCheckFailed, match="sends the tokens of all texts of a pass to experts"):
+        self_check(model, PLAN, SETTINGS, pad=0)
+    with clipper(model, math.inf):  # no bound is claimed there
+        pass
+    # Without the refusal it goes through: each text's adapter gets its own texts' tokens, in any batch that is tried.
+    monkeypatch.setattr("fedsynth.dpsgd.check_unrouted", lambda _: None)
+    self_check(model, PLAN, SETTINGS, pad=0)
 
 
 def test_an_example_of_t5_is_the_code_for_the_encoder_and_the_text_for_the_decoder() -> None:

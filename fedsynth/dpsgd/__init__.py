@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedsynth.dpsgd import bookkeeping, opacus_modes
 from fedsynth.dpsgd.bookkeeping import LARGEST_NORM, MARGIN
 from fedsynth.dpsgd.precision import HalfPrecision, check_bounded, full_precision
-from fedsynth.dpsgd.recording import UnknownWeight
+from fedsynth.dpsgd.recording import UnknownWeight, check_unrouted
 from fedsynth.scenario.client import Clipping
 
 __all__ = [
@@ -83,7 +83,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
 
     Raises:
         UnknownWeight: If a trainable weight belongs to a layer without a known gradient per example, or is less precise
-            than float32.
+            than float32; if there is a clip norm and a mixture of experts.
         HalfPrecision: If there is a clip norm, and any part of the model is less precise than float32.
     """
     for name, weight in model.named_parameters():
@@ -95,6 +95,7 @@ def clipper(model: nn.Module, clip_norm: float, clipping: Clipping = "bookkeepin
         yield Unclipped(model)
         return
     check_bounded(model)
+    check_unrouted(model)
     modes = {"bookkeeping": bookkeeping.clipper, "hooks": opacus_modes.hooks, "ghost": opacus_modes.ghost}
     with full_precision():
         opened: Any = modes[clipping](model, clip_norm)

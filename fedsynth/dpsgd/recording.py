@@ -7,6 +7,7 @@ ones the record keeps the factors, and `fedsynth.dpsgd.bookkeeping` takes norms 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,28 @@ from transformers.pytorch_utils import Conv1D
 
 class UnknownWeight(NotImplementedError):
     """A trainable weight is used in a way for which no gradient per example is known; nothing was trained."""
+
+
+# Of transformers' layers that send each token to some of several experts: Mixtral, Qwen-MoE, OLMoE, DeepSeek, Switch.
+ROUTED = re.compile(r"Experts$|MoE|Moe|TopKRouter|SparseMLP")
+
+
+def check_unrouted(model: nn.Module) -> None:
+    """Refuses a mixture of experts under a clip norm.
+
+    Each expert multiplies the tokens that the whole pass sends to it. So the shapes of its products, and with them the
+    kernels, depend on the other texts, and no check before the training sees those shapes. Some mixtures also drop a
+    text's tokens where other texts fill an expert.
+
+    Raises:
+        UnknownWeight: If there is one.
+    """
+    for name, module in model.named_modules():
+        if ROUTED.search(type(module).__name__):
+            raise UnknownWeight(
+                f"{name!r} is a {type(module).__name__}, which sends the tokens of all texts of a pass to experts: "
+                "what one text adds depends on the others, and no clip norm bounds that; name a model without experts"
+            )
 
 
 @dataclass(frozen=True)

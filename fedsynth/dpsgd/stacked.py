@@ -21,7 +21,15 @@ from torch.autograd import Function
 
 from fedsynth.dpsgd.bookkeeping import clip_factors, numbered, square_norms, united
 from fedsynth.dpsgd.precision import check_bounded, check_precision, full_precision
-from fedsynth.dpsgd.recording import Record, UnknownWeight, check_examples, patched, plain_lora, positions
+from fedsynth.dpsgd.recording import (
+    Record,
+    UnknownWeight,
+    check_examples,
+    check_unrouted,
+    patched,
+    plain_lora,
+    positions,
+)
 
 Factors = Mapping[nn.Parameter, Tensor]
 """By LoRA weight of the model, the weights of all clients, (clients, *weight.shape), float32."""
@@ -119,6 +127,7 @@ def stacked(model: nn.Module, factors: Factors, clip_norm: float) -> Iterator[St
     """
     if math.isfinite(clip_norm):
         check_bounded(model)
+        check_unrouted(model)
     if any(torch.finfo(stack.dtype).bits < 32 for stack in factors.values()):
         raise UnknownWeight("the clients' factors must be float32: sums and noise would be rounded to less")
     weights, places = _side_by_side({w: factors[w] for w in model.parameters() if w.requires_grad and w in factors})
