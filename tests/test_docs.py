@@ -267,3 +267,37 @@ def test_every_shipped_scenario_loads(path: Path) -> None:
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def named_tests(page: Path) -> set[tuple[str, str]]:
+    """The tests that a page names, as `test_x.py::test_y`, or `::test_z` of the file before it."""
+    found, file = set(), ""
+    for name, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", page.read_text()):
+        file = name or file
+        if test:
+            found.add((file, test))
+    return found
+
+
+@pytest.mark.parametrize("name", ["pitfalls.md", "privacy.md"])
+def test_every_test_that_a_page_on_privacy_names_is_there(name: str) -> None:
+    named = named_tests(ROOT / "docs" / name)
+    assert len(named) > 3
+    there = {
+        (path.name, test)
+        for path in (ROOT / "tests").glob("test_*.py")
+        for test in re.findall(r"\bdef (test_\w+)", path.read_text())
+    }
+    assert named - there == set()
+
+
+def test_every_row_of_the_pitfalls_has_a_grade() -> None:
+    rows = [line for line in (ROOT / "docs" / "pitfalls.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [line for line in rows if not line.startswith("| pitfall |")]
+    assert len(rows) > 40
+    for row in rows:
+        cells_ = [cell.strip() for cell in row.strip("|").split(" | ")]
+        assert len(cells_) == 4, row
+        assert re.match(r"refused|stated|yours", cells_[2]), row
+        if cells_[2].startswith("refused") and "none is claimed" not in row:
+            assert "::test_" in row or "](" in row, row
