@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from typing import TypeAlias
 
 import numpy as np
@@ -104,6 +104,54 @@ def average(adapters: Sequence[Adapter], weights: Sequence[float], shared: Share
         if shared(name)
     }
     return made_of(replace(adapters[0], arrays=mean), adapters)
+
+
+def median(adapters: Sequence[Adapter]) -> Adapter:
+    """The median of each number (Yin et al., arXiv 1803.01498): a minority cannot move it beyond what others sent.
+
+    Every client counts alike, whatever number of records it states.
+
+    >>> sent = [Adapter({"x.lora_A.weight": np.full((1, 1), n)}, 1, 1.0, "base") for n in (1.0, 2.0, 1e6)]
+    >>> median(sent).arrays["x.lora_A.weight"].tolist()
+    [[2.0]]
+
+    Args:
+        adapters: As for `average`.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    return _by_number(adapters, lambda stack: np.median(stack, axis=0))
+
+
+def trimmed_mean(adapters: Sequence[Adapter], share: float) -> Adapter:
+    """The mean of each number without its highest and its lowest ones (Yin et al., section 4); all count alike.
+
+    >>> sent = [Adapter({"x.lora_A.weight": np.full((1, 1), n)}, 1, 1.0, "base") for n in (1.0, 2.0, 3.0, 4.0, 1e6)]
+    >>> trimmed_mean(sent, 0.2).arrays["x.lora_A.weight"].tolist()
+    [[3.0]]
+
+    Args:
+        adapters: As for `average`.
+        share: Share of the clients that are left out at each end, below 1/2; rounded up.
+
+    Raises:
+        ValueError: If they do not fit together, or nobody would be left.
+    """
+    cut = ceil(share * len(adapters))
+    if not 0 <= 2 * cut < len(adapters):
+        raise ValueError(f"of {len(adapters)} adapters {cut} cannot be left out at each end: take a share below 1/2")
+    return _by_number(adapters, lambda stack: np.sort(stack, axis=0)[cut : len(stack) - cut].mean(axis=0))
+
+
+def _by_number(adapters: Sequence[Adapter], combine: Callable[[Matrix], ArrayLike]) -> Adapter:
+    _normalised("a median", adapters, [1.0] * len(adapters))
+    _check_fit(adapters, [_shapes(a) for a in adapters], *_FACTORS_ALIKE)
+    found = {
+        name: _float32(combine(np.stack([a.arrays[name].astype(np.float64) for a in adapters])))
+        for name in adapters[0].arrays
+    }
+    return made_of(replace(adapters[0], arrays=found), adapters)
 
 
 def completed(part: Adapter, whole: Adapter) -> Adapter:

@@ -14,9 +14,10 @@ from typing import Literal
 from fedsynth.federation.messages import Adopt, Finetune, Finetuned
 from fedsynth.federation.run.log import SERVER, RunLog
 from fedsynth.federation.strategy import Clients, RoundStrategy
-from fedsynth.lora import Adapter, average, completed, only_b, stacked, truncated
+from fedsynth.lora import Adapter, average, completed, median, only_b, stacked, trimmed_mean, truncated
 
-Aggregation = Literal["factors", "frozen_a", "product"]
+Aggregation = Literal["factors", "frozen_a", "product", "median", "trimmed"]
+TRIMMED = 0.2  # of the clients at each end: bears two hostile ones of ten
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Config:
 
     Attributes:
         aggregation: `factors`: mean of A and mean of B (FedIT). `frozen_a`: B alone (FFA-LoRA). `product`: the mean of
-            the products, truncated by SVD to the clients' rank; the metric `aggregation/error` is the loss.
+            the products, truncated by SVD to the clients' rank; the metric `aggregation/error` is the loss. `median`,
+            `trimmed`: of each number of A and B, the median, or the mean without the highest and lowest fifth of the
+            clients. These bear a hostile minority; clients count alike there, whatever number of records they state.
     """
 
     aggregation: Aggregation = "factors"
@@ -64,7 +67,7 @@ class LoraAverage(RoundStrategy[State]):
 
 
 def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Aggregation, run_log: RunLog) -> Adapter:
-    """The mean of the clients' adapters, weighted by their records; logs each of them as well.
+    """The mean of the clients' adapters, weighted by their records, or what stands for it; logs each of them as well.
 
     Args:
         replies: By client; their requests had `frozen_a` if that is the aggregation.
@@ -81,6 +84,10 @@ def aggregate(replies: Mapping[int, Finetuned], start: Adapter, aggregation: Agg
         return completed(average(adapters, weights, only_b), start)
     if aggregation == "factors":
         return average(adapters, weights)
+    if aggregation == "median":
+        return median(adapters)
+    if aggregation == "trimmed":
+        return trimmed_mean(adapters, TRIMMED)
     short = truncated(stacked(adapters, weights), start.rank, start.alpha)
     run_log.log_metric(SERVER, "aggregation/error", short.error)
     return short.adapter

@@ -74,6 +74,7 @@ class FDKTOptions:
             asked, and of all clients' drafts before the LLM reads them. Below it the run stops. 0: no floor.
         drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
             spends nothing; with `one_to_many` it gains from the drafts of the others.
+        cap_votes: With the judge `votes`: no client's votes weigh more together than those of the median client.
         votes_from: Clients that judge by votes. Under a guarantee they give no drafts: each client's budget is for one
             of the two.
     """
@@ -105,10 +106,13 @@ class FDKTOptions:
     zero_shot: bool = False
     yield_floor: Annotated[float, Range("lie in [0, 1]", lambda value: 0 <= value <= 1)] = 0.0
     drafts_from: tuple[int, ...] = ()
+    cap_votes: bool = False
     votes_from: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         in_range(self, "strategy")
+        if self.cap_votes and self.judge != "votes":
+            raise BadValue('strategy.cap_votes belongs to strategy.judge = "votes"')
         if (self.judge == "votes") != bool(self.votes_from):
             raise BadValue('strategy.judge = "votes" and strategy.votes_from, which names who votes, belong together')
         if self.judge == "votes" and not self.one_to_many:
@@ -159,7 +163,7 @@ class FDKTOptions:
                 "client.voting.share divides a client's budget between drafts and votes, and no client gives both: "
                 "leave it out"
             )
-        check_votes(scenario, len(set(self.votes_from)))
+        check_votes(scenario, len(set(self.votes_from)), cap=self.cap_votes)
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Warns of labels for which the LLM writes no text."""
@@ -186,8 +190,8 @@ def _check_true_texts(options: FDKTOptions, scenario: Scenario) -> None:
         )
 
 
-def check_votes(scenario: Scenario, voters: int) -> None:
-    """Checks that votes of so many clients fit the budget, and a secure sum's cohort.
+def check_votes(scenario: Scenario, voters: int, *, cap: bool = False) -> None:
+    """Checks that votes of so many clients fit the budget, and a secure sum's cohort, and can be capped if they are to.
 
     Raises:
         BadValue: If not.
@@ -195,6 +199,11 @@ def check_votes(scenario: Scenario, voters: int) -> None:
     client = scenario.client
     if client.guarantee == "none" or client.budget is None:
         return
+    if cap and client.secure_sum is not None:
+        raise BadValue(
+            "strategy.cap_votes bounds each client's votes at the server, which sees none of them in a secure sum: "
+            "leave one of cap_votes and client.secure_sum out"
+        )
     check_cohort(client, voters)
     try:
         client.vote_plan(1, scenario.rounds)  # the number of units changes nothing
@@ -240,6 +249,8 @@ class PrivateEvolutionOptions:
             asked, and texts are kept by chance; `all`: likewise, and every text is kept (three controls).
         voters: Clients that vote, by their numbers; left out, all. All clients learn.
         nearest: Texts that each private text votes for.
+        cap_votes: No client's votes weigh more together than those of the median client, against clients that vote as
+            they like. Not with `client.secure_sum`, of which nobody sees a client's own.
         keep: Texts of each label that are kept of a round's candidates.
         select: `rank`: those with the most votes. `proportion`: drawn in proportion to the votes above `threshold`.
         threshold: Is taken from each text's votes before such a draw.
@@ -259,6 +270,7 @@ class PrivateEvolutionOptions:
     votes: Literal["counted", "permuted", "none", "all"] = "counted"
     voters: tuple[int, ...] = ()
     nearest: Annotated[Count, most(MAX_NEAREST)] = 1
+    cap_votes: bool = False
     keep: Count = 3
     select: Literal["rank", "proportion"] = "rank"
     threshold: float = 0.0
@@ -294,7 +306,7 @@ class PrivateEvolutionOptions:
         if self.threshold and self.select != "proportion":
             raise BadValue('strategy.threshold belongs to strategy.select = "proportion"; a rank needs none')
         if self.asks:
-            check_votes(scenario, len(set(self.voters)) or clients)
+            check_votes(scenario, len(set(self.voters)) or clients, cap=self.cap_votes)
 
     def warnings(self, labels: Sequence[str]) -> list[str]:
         """Warns of labels for which the LLM writes no text."""

@@ -88,7 +88,7 @@ class PrivateEvolution(RoundStrategy[State]):
             return candidates
         if c.votes == "none":
             return by_chance(candidates, c.keep, self.seed("select"))
-        votes = clients.summed(Vote(candidates, c.nearest), c.voters or clients.ids)
+        votes = clients.summed(Vote(candidates, c.nearest), c.voters or clients.ids, cap=c.cap_votes)
         if c.votes == "permuted":
             votes = permuted(votes, candidates, self.seed("permute"))
         best = kept(candidates, votes, c.keep, select=c.select, threshold=c.threshold, seed=self.seed("select"))

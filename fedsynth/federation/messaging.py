@@ -25,7 +25,7 @@ from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
-from fedsynth.federation.summing import added, secure_sum, sum_id
+from fedsynth.federation.summing import added, capped, secure_sum, sum_id
 from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
 from fedsynth.privacy.claims import UNITS
@@ -128,13 +128,19 @@ class Clients:
         return dict(sorted(replies.items()))
 
     @overload
-    def summed(self, request: Vote, ids: Sequence[int]) -> Votes: ...
+    def summed(self, request: Vote, ids: Sequence[int], *, cap: bool = False) -> Votes: ...
 
     @overload
-    def summed(self, request: Score, ids: Sequence[int]) -> Scores: ...
+    def summed(self, request: Score, ids: Sequence[int], *, cap: bool = False) -> Scores: ...
 
-    def summed(self, request: Vote | Score, ids: Sequence[int]) -> Votes | Scores:
+    def summed(self, request: Vote | Score, ids: Sequence[int], *, cap: bool = False) -> Votes | Scores:
         """The votes or scores of these clients, added up: by a secure sum, if `client.secure_sum` says so.
+
+        Args:
+            request: What each is asked.
+            ids: The clients.
+            cap: No client's numbers are longer than the median client's (`summing.capped`). Not of a secure sum, of
+                which nobody sees a single client's.
 
         Raises:
             TooFewReplies: As `ask_each`; of a secure sum, if more clients are missing than its cohort allows.
@@ -143,7 +149,8 @@ class Clients:
         cohort = client.secure_sum
         if cohort is None or client.guarantee == "none":
             asked: dict[int, Request[Any]] = dict.fromkeys(ids, request)
-            return added([reply.numbers for reply in self.ask_each(asked).values()])
+            told = [reply.numbers for reply in self.ask_each(asked).values()]
+            return added(capped(told) if cap else told)
         # Arms that ask a simulated client the same thing get the same noise (`unpack_request`); those of sites share an
         # account, in which an id serves once.
         arm = "" if self.run == SIMULATED else self.cell.arm

@@ -38,6 +38,20 @@ def added(numbers: Sequence[Numbers]) -> Numbers:
     return replace(numbers[0], values=tuple(values.tolist()), grants=united(numbers))
 
 
+def capped(numbers: Sequence[Numbers]) -> list[Numbers]:
+    """Each client's numbers, scaled down to the length (L2 norm) of the median client's where they are longer.
+
+    So a minority that votes a million times for one text counts no more than as many honest clients. Honest votes of
+    large clients lose some weight. What follows from noised numbers costs nothing more.
+    """
+    lengths = [float(np.linalg.norm(each.values)) for each in numbers]
+    most = float(np.median(lengths))
+    return [
+        replace(each, values=tuple((np.asarray(each.values) * (most / length)).tolist())) if length > most else each
+        for each, length in zip(numbers, lengths, strict=True)
+    ]
+
+
 def secure_sum(ask: Ask, ids: Sequence[int], request: Score | Vote, cohort: Cohort, sum_id: str) -> Numbers:
     """The sum of the clients' votes or scores, of which the server sees nothing else.
 
