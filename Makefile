@@ -6,7 +6,7 @@ READY := .venv/.ready
 # Two at once, the files of tests/conftest.py's PROCESSES one after the other: on two cores more is slower.
 TESTS := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
-.PHONY: run test slow deployment check bench docs unit .venv
+.PHONY: run test slow deployment fuzz check bench docs unit .venv
 
 run: $(READY)  ## the offline demonstration
 	@$(BIN)/fedsynth run hospitals
@@ -22,6 +22,9 @@ slow: $(READY)  ## what takes too long for `make test`, but for the deployments
 
 deployment: $(READY)  ## real processes over TLS, killed, cut off and filled up: some 30 minutes
 	@$(BIN)/python -m pytest -m deployment --timeout 600
+
+fuzz: $(READY)  ## at night: 100,000 broken inputs of every reader of others' bytes, some minutes
+	@$(BIN)/python tests/fuzz.py --inputs 100000
 
 check: $(READY)
 	@$(BIN)/ruff format --check --quiet .

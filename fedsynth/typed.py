@@ -38,6 +38,18 @@ Positive: TypeAlias = Annotated[float, Range("be finite and above 0", lambda val
 Share: TypeAlias = Annotated[float, Range("lie in (0, 1]", lambda value: 0 < value <= 1)]
 
 
+def toml_table(text: str) -> dict[str, Any]:
+    """The table of a TOML text.
+
+    Raises:
+        BadValue: If it is not TOML, or holds a number or nesting that Python's reader gives up on.
+    """
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise BadValue(f"not TOML: {problem}") from problem
+
+
 @contextmanager
 def toml_file(path: Path, missing: str = "") -> Iterator[dict[str, Any]]:
     """The table of a TOML file. A `BadValue` raised in the `with` statement gets the file's name.
@@ -50,12 +62,14 @@ def toml_file(path: Path, missing: str = "") -> Iterator[dict[str, Any]]:
         BadValue: If it cannot be read, is not TOML, or the body of the `with` statement raises one.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = toml_table(path.read_text(encoding="utf-8"))
     except OSError as problem:
         way_out = f"; {missing}" if missing and isinstance(problem, FileNotFoundError) else ""
         raise BadValue(f"{path} cannot be read: {problem.strerror}{way_out}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except UnicodeDecodeError as problem:
         raise BadValue(f"{path}: not TOML: {problem}") from problem
+    except BadValue as problem:
+        raise BadValue(f"{path}: {problem}") from problem
     try:
         yield table
     except BadValue as problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,7 @@ import tomli_w
 
 from fedsynth.scenario.earlier_keys import as_of_now
 from fedsynth.scenario.schema import Cell, Scenario
-from fedsynth.typed import BadValue, build, plain, toml_file
+from fedsynth.typed import BadValue, build, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -47,9 +46,7 @@ def from_toml(text: str, where: str = "scenario") -> Scenario:
         BadValue: If the text is not valid; the message names the place and the reason.
     """
     try:
-        return from_tree(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as problem:
-        raise BadValue(f"{where}: not TOML: {problem}") from problem
+        return from_tree(toml_table(text))
     except BadValue as problem:
         raise BadValue(f"{where}: {problem}") from problem
 
@@ -185,10 +182,11 @@ def _parse_set(item: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise BadValue(f"--set needs key=value, got {item!r}")
     try:
-        return tomllib.loads(f"{key.strip()} = {value.strip()}")
-    except tomllib.TOMLDecodeError:
+        return toml_table(f"{key.strip()} = {value.strip()}")
+    except BadValue:
         text = tomli_w.dumps({"v": value.strip()}).partition("=")[2].strip()  # a string without its quotes
     try:
-        return tomllib.loads(f"{key.strip()} = {text}")
-    except tomllib.TOMLDecodeError as problem:
-        raise BadValue(f"--set {item!r}: {key.strip()!r} is no TOML key ({problem})") from problem
+        return toml_table(f"{key.strip()} = {text}")
+    except BadValue as problem:
+        why = str(problem).removeprefix("not TOML: ")
+        raise BadValue(f"--set {item!r}: {key.strip()!r} is no TOML key ({why})") from problem
