@@ -47,7 +47,7 @@ from fedsynth.federation.validation import Rejected, check_request
 from fedsynth.lora import Adapter
 from fedsynth.models.adapters import fresh_lora, load_adapter, read_adapter, save_adapter
 from fedsynth.models.hub import weights_hash
-from fedsynth.privacy.plan import Statement
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.toml import from_toml, shipped_scenarios
 from fedsynth.typed import BadValue
 

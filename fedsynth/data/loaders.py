@@ -63,12 +63,11 @@ def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame
         BadValue: If it cannot be read, or has no such column; the message does not name the file.
     """
     try:
-        frame = _loader(path)(path, asked)
+        return _as_objects(_loader(path)(path, asked))  # a cell that is no text shows when it is taken out
     except BadValue:
         raise
     except Exception as problem:
         raise BadValue(f"cannot be read: {_reason(problem)}") from problem
-    return _as_objects(frame)
 
 
 def _as_objects(frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -352,30 +353,29 @@ def _members(line: str) -> tuple[dict[str, object], bool]:
 def _from_parquet(path: Path, asked: Sequence[str]) -> Read:
     try:
         file = pq.ParquetFile(path)
+        names = list(file.schema_arrow.names)  # a broken schema shows here only, and so do broken groups
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     except Exception as problem:
         raise BadValue(f"cannot be read: it is not a Parquet file ({type(problem).__name__})") from problem
     with file:
-        names = list(file.schema_arrow.names)
         chosen(names, asked)
         rows: list[Row] = []
-        for group in range(file.num_row_groups):
-            columns = {name: _cells(file, group, name) for name in asked}
+        for group, count in enumerate(counts):
+            columns = {name: _cells(file, group, name, count) for name in asked}
             rows += [
                 Row(len(rows) + place + 1, {name: cells[place] for name, cells in columns.items()})
-                for place in range(file.metadata.row_group(group).num_rows)
+                for place in range(count)
             ]
     return Read("row", names, rows)
 
 
-def _cells(file: Any, group: int, name: str) -> list[object]:
-    """A column of a row group, cell by cell; a damaged one gives the cells before the damage."""
+def _cells(file: Any, group: int, name: str, count: int) -> list[object]:
+    """A column of a row group, cell by cell; a damaged one gives the cells before the damage, or less than it says."""
     found: list[object] = []
-    try:
+    with suppress(Exception):  # a damaged page or an unknown encoding, only at the site's import
         for batch in file.iter_batches(batch_size=BATCH, row_groups=[group], columns=[name], use_threads=False):
             found += _values(batch.column(0))
-    except Exception:  # a damaged page or an unknown encoding, only at the site's import
-        found += [Lost("cannot be read")] * (file.metadata.row_group(group).num_rows - len(found))
-    return found
+    return [*found[:count], *[Lost("cannot be read")] * (count - len(found))]
 
 
 def _values(column: Any) -> list[object]:
