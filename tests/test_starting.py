@@ -53,6 +53,43 @@ def answer(message: Any, context: Any) -> Any:
     return Message(RecordDict({"who": ConfigRecord(dict(context.node_config))}), reply_to=message)
 
 
+# ---- A command ----
+
+HEAVY = {
+    "cryptography", "datasets", "dp_accounting", "flwr", "numpy", "opacus", "pandas", "peft", "pyarrow", "ray", "scipy",
+    "sklearn", "torch", "transformers",
+}  # fmt: skip
+
+
+def heavy_after(program: str, *words: str) -> set[str]:
+    """The heavy libraries that a process has read when its program ends."""
+    whole = f"import sys\ntry:\n    {program}\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", whole, *words], capture_output=True, text=True, timeout=120)
+    return HEAVY & set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["site", "--help"],
+        ["scenarios"],
+        ["version"],
+        ["run", "nonsense"],
+        ["check", "hospitals", "--set", "client.budget.epsilon=-1"],
+        ["run", "hospitals", "--set", "client.rank=3"],
+    ],
+)
+def test_help_lists_and_refusals_read_no_heavy_library(words: list[str]) -> None:
+    assert heavy_after("from fedsynth.cli.main import main; main()", *words) == set()
+
+
+def test_a_command_that_read_one_would_be_caught() -> None:
+    found = heavy_after("import fedsynth.privacy.noise; from fedsynth.cli.main import main; main()", "scenarios")
+    assert {"cryptography", "numpy", "scipy"} <= found
+
+
 # ---- A run ----
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Collection
 from functools import lru_cache
 
-from dp_accounting import dp_event
-
 from fedsynth.limits import (
     CLIP_NORMS,
     MAX_DELTA,
@@ -144,6 +142,8 @@ def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, 
     It tries the first ten steps, the first hundred and so on. Epsilon only grows, so that a claim far below it is
     refused before the sum of losses would take hours and all memory.
     """
+    from dp_accounting import dp_event
+
     done = 0
     while done < steps:
         done = min(steps, max(10, 10 * done))

@@ -8,22 +8,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
-
-import dp_accounting
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from scipy.stats import binom
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedsynth.limits import MAX_SIGMA, MAX_STEPS, MIN_DELTA
 from fedsynth.privacy.rdp import bound
 
-Relation = Literal["zero_out", "replace_one"]
+if TYPE_CHECKING:
+    from dp_accounting import dp_event  # it brings scipy: every command reads plans, and few compute an epsilon
 
-_RELATIONS = {
-    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
-    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
-}
+Relation = Literal["zero_out", "replace_one"]
 
 # What gets the noise: the sum of a batch's gradients, a client's whole list of scores, the sum of all units' votes.
 Mechanism = Literal["gradients", "scores", "votes", "summed_scores", "summed_votes"]
@@ -246,8 +239,11 @@ def epsilon(
     _check_delta(delta)
     if isinstance(event_or_plan, DPPlan):
         return composed_epsilon([event_or_plan], delta, relation=relation, grid=grid)
-    accountant = PLDAccountant(_RELATIONS[relation], grid)
-    return float(accountant.compose(event_or_plan).get_epsilon(delta))
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld import PLDAccountant
+
+    neighbours = {"zero_out": NeighboringRelation.REPLACE_SPECIAL, "replace_one": NeighboringRelation.REPLACE_ONE}
+    return float(PLDAccountant(neighbours[relation], grid).compose(event_or_plan).get_epsilon(delta))
 
 
 def composed_epsilon(
@@ -328,6 +324,8 @@ def group_epsilon(plans: DPPlan | Sequence[DPPlan], size: int, delta: float) -> 
 
 
 def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpEvent:
+    from dp_accounting import dp_event
+
     step = dp_event.PoissonSampledDpEvent(sampling_rate, dp_event.GaussianDpEvent(sigma))
     return dp_event.SelfComposedDpEvent(step, steps)
 
@@ -345,6 +343,8 @@ def _composed(pieces: Pieces, delta: float, relation: Relation, grid: float) -> 
     many = len(pieces) > _MOST_KINDS or sum(count for *_, count in pieces) > 10 * MAX_STEPS
     if many or grid > _USELESS:
         return roughly if relation == "zero_out" else math.inf
+    from dp_accounting import dp_event
+
     whole = dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces])
     found = epsilon(whole, delta, relation=relation, grid=grid)
     return min(found, roughly) if relation == "zero_out" else found
@@ -357,6 +357,9 @@ def _largest_loss(sigma: float) -> float:
 
 @functools.cache
 def _group(size: int, pieces: Pieces, delta: float) -> float:
+    from dp_accounting import dp_event
+    from scipy.stats import binom
+
     drawn = range(size + 1)
     parts = list[dp_event.DpEvent]()
     for sampling_rate, sigma, steps in pieces:

@@ -6,9 +6,6 @@ import functools
 import math
 from collections.abc import Iterable
 
-from dp_accounting import NeighboringRelation, dp_event
-from dp_accounting.rdp import RdpAccountant
-
 # Whole orders only: their RDP is a finite sum, while the series of others does not always end.
 ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 128, 256, 512)
 _ROUNDING = 1e-13  # per step: more than the rounding error, so that no step is free
@@ -17,6 +14,9 @@ _ROUNDING = 1e-13  # per step: more than the rounding error, so that no step is 
 @functools.lru_cache(maxsize=16384)
 def of_step(sampling_rate: float, sigma: float, order: int) -> float:
     """RDP of an order of one step on a Poisson sample, zero-out adjacency; 0 < sampling_rate <= 1."""
+    from dp_accounting import NeighboringRelation, dp_event
+    from dp_accounting.rdp import RdpAccountant
+
     step = dp_event.PoissonSampledDpEvent(sampling_rate, dp_event.GaussianDpEvent(sigma))
     accountant = RdpAccountant([order], NeighboringRelation.REPLACE_SPECIAL).compose(step)
     return max(0.0, float(accountant.rdp[0])) + _ROUNDING

@@ -7,13 +7,14 @@ discrete Gaussian do not (Agarwal, Kairouz and Liu, The Skellam Mechanism, arXiv
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np  # every scenario reads this module for its two formulas
+    from numpy.typing import NDArray
 
 UNIT = 2**10  # a vote of weight 1 in whole numbers: rounding takes a thousandth of a vote at most
-Whole = NDArray[np.int64]
+Whole: TypeAlias = "NDArray[np.int64]"
 
 
 class Draws(Protocol):
