@@ -44,9 +44,20 @@ def unseen(char: str) -> bool:
     return kind == "Cf" or (kind == "Cc" and not char.isspace())
 
 
+class _Seen(dict[int, int | None]):
+    """A table of `str.translate` that drops what is unseen; it looks each character up once in a process."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unseen(chr(code)) else code
+        return self[code]
+
+
+_SEEN = _Seen()
+
+
 def blank(text: str) -> bool:
     """True if a text shows nothing to a reader."""
-    return all(char.isspace() or unseen(char) for char in text)
+    return not text.translate(_SEEN).strip()
 
 
 def same(text: str) -> str:
@@ -60,7 +71,7 @@ def same(text: str) -> str:
     # Twice: case folding undoes a composition, and a compatibility form may fold to a character with case or a blank.
     for _ in range(2):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
-        folded = "".join(char for char in folded if not unseen(char))
+        folded = folded.translate(_SEEN)
     return " ".join(folded.split())
 
 

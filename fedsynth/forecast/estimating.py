@@ -129,11 +129,11 @@ class SampledLLM:
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         with self.tally.aside():
-            lengths = self._lengths(prompts, sampling.max_new_tokens, "fewer or shorter demonstrations")
+            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind)
+            lengths = self._lengths(tokens, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
             # Neighbours in the order of their tokens share as much of a beginning as the rows of a whole batch do.
-            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind)
             order, lanes = sorted(range(len(prompts)), key=tokens.__getitem__), self._lanes(len(prompts))
 
             def sample(n: int) -> list[Any]:
@@ -160,7 +160,8 @@ class SampledLLM:
         """As `TextModel`. Consecutive pairs of one text are compared with each other: they are sampled, or made up,
         together."""
         with self.tally.aside():
-            lengths = self._lengths(prompts, 0, "shorter texts", continuations)
+            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind, continuations)
+            lengths = self._lengths(tokens, 0, "shorter texts")
             groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
             if not groups:
                 return []
@@ -185,11 +186,9 @@ class SampledLLM:
         """As the model itself says."""
         return self.llm.misfits(prompts, more, continuations)
 
-    def _lengths(
-        self, texts: Sequence[Prompt], more: int, way_out: str, continuations: Sequence[str] | None = None
-    ) -> list[int]:
-        """Number of tokens of each text, counted as read; raises as the model does if they leave no room."""
-        lengths = [len(row) for row in given_rows(self.llm.tokenizer, texts, self.llm.kind, continuations)]
+    def _lengths(self, rows: Sequence[Sequence[int]], more: int, way_out: str) -> list[int]:
+        """Number of tokens of each row, counted as read; raises as the model does if they leave no room."""
+        lengths = [len(row) for row in rows]
         self.llm.check_room(lengths, more, way_out=way_out)
         self.tally.read += sum(lengths)
         self.used.read += sum(lengths)

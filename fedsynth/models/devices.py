@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import psutil
 import torch
 
@@ -9,6 +12,17 @@ import torch
 def one_thread() -> None:
     """Sets one thread for this process: two per worker on a shared machine run at half the speed of one."""
     torch.set_num_threads(1)
+
+
+@contextmanager
+def as_a_worker() -> Iterator[None]:
+    """One thread for the work within, as in a worker. Two threads of a small model mostly wait for each other."""
+    threads = torch.get_num_threads()
+    one_thread()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def device() -> torch.device:

@@ -394,6 +394,8 @@ class LocalLLM:
     def _needed(self, pairs: Sequence[tuple[Prompt, str]]) -> list[int | None]:
         """Tokens of each prompt and its continuation, "" for none; None where the latter holds no token."""
         starts = [len(row) for row in self._tokens([prompt for prompt, _ in pairs])]
+        if not any(text for _, text in pairs):
+            return list(starts)
         apart = [len(row) for row in text_rows(self.tokenizer, [text for _, text in pairs])]
         both = [prompt if isinstance(prompt, Chat) else prompt + text for prompt, text in pairs]
         whole = [len(row) for row in self._tokens(both)]

@@ -8,6 +8,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from fedsynth.federation.run.environment import differences
 from fedsynth.federation.strategy import Planner, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
-from fedsynth.models.devices import device, gpu_memory, gpus
+from fedsynth.models.devices import as_a_worker, device, gpu_memory, gpus
 from fedsynth.models.hub import config_of, pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import forget_weights, kind_of, load_frozen, load_tokenizer
+from fedsynth.models.loading import forget_weights, kind_of, load_frozen, load_tokenizer, wide
 from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
@@ -247,7 +248,8 @@ def _check_budget(
         adapted = attach_lora(
             model, rank=settings.rank, alpha=settings.alpha, seed=0, targets=settings.lora_targets
         ).to(device())
-        self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
+        with nullcontext() if wide(client.generator) else as_a_worker():
+            self_check(adapted, planned, settings, pad=tokenizer.pad_token_id)
     except (SelfCheckFailed, ValueError) as problem:
         raise BadValue(f"arm {cell.arm!r}, generator {client.generator!r}: {problem}") from problem
 
