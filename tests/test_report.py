@@ -27,7 +27,7 @@ from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.directory import prepare, private_of
 from fedsynth.federation.run.log import COLUMNS as LOGGED
-from fedsynth.federation.run.log import RunLog
+from fedsynth.federation.run.log import SERVER, RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
 from fedsynth.privacy.cohort import Cohort
@@ -105,6 +105,8 @@ def make(out: Path, scenario: Scenario) -> Path:
                     written = Corpus(TEXTS, 3 * tuple(LABELS), kind, grants)
                     run_log.log_corpus(client, "written", written)
                 run_log.count("bytes/up", client, 1500)
+        run_log.count("seconds/exchange/learn", SERVER, 4.5)
+        run_log.count("seconds/clients/learn", SERVER, 8.25)
         run_log.spending = {0: Spending((DP,)), 1: Spending((DP,))} if cell.arm == "fdkt" else {}
         if cell.arm == "no_dp":
             run_log.spending = {0: Spending((Statement("none", None, 1e-5),))}
@@ -146,7 +148,7 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
                 rounded = {f"{up(value, digits):.{digits}f}", f"{value:.{digits}f}"}
             assert text in rounded | ({repr(value)} if value_name == "data-x" else set()), (text, dict(row))
             seen.add(str(row["part"]))
-    parts = {"run", "privacy", "utility", "difference", "curve", "client", "yield", "text", "identifiers", "cost"}
+    parts = {"run", "privacy", "utility", "difference", "curve", "client", "yield", "text", "identifiers", "cost", "time"}
     assert seen == parts
 
 
@@ -185,6 +187,10 @@ def test_figures_by_hand(run: Path) -> None:
     assert figure(table, "text", "written/texts", "mean", arm="fdkt") == 24
     assert figure(table, "text", "written/label_balance", "mean", arm="fdkt") == pytest.approx(1.0)
     assert figure(table, "privacy", "epsilon_replace_one", "largest", arm="fdkt") == 14.341719
+    # Two seeds of 4.5 seconds in each of three arms.
+    assert figure(table, "time", "learn", "seconds", arm="fdkt") == 9.0
+    assert figure(table, "time", "learn", "clients", arm="fdkt") == 16.5
+    assert figure(table, "time", "learn", "seconds of all arms") == 27.0
     assert figure(table, "privacy", "units", "largest", arm="fdkt") == 200  # batches of 50 at a rate of a quarter
 
 

@@ -88,6 +88,7 @@ def run_command(
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
     track: Annotated[str, typer.Option(help="mlflow or wandb, or both with a comma: told when the run is done.")] = "",
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time went as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
 ) -> None:
     """Run SCENARIO, a TOML file or a shipped one by name (fedsynth scenarios), as a simulation on this machine; with
@@ -122,9 +123,12 @@ def run_command(
         from fedsynth.federation.run.trackers import tell
 
         tell(trackers, asked, result.metrics, result.out)
-    from fedsynth.federation.run.tables import print_table
+    from fedsynth.federation.run.tables import print_table, print_times
 
-    print_table(console if as_json else console_of(error=False), result)
+    shown = console if as_json else console_of(error=False)
+    print_table(shown, result)
+    if profile:
+        print_times(shown, result)
     if as_json:
         print(json.dumps(result.summary))
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fedsynth.federation.run.log import SERVER, RunLog
+from fedsynth.federation.run.times import LLM_SECONDS
 from fedsynth.models.chat import Prompt
 from fedsynth.models.llm import TextModel
 from fedsynth.models.room import misfits
@@ -62,8 +64,9 @@ class CachedLLM:
 
     def _recalled(self, question: list[Any], ask: Callable[[], list[V]]) -> list[V]:
         def counted() -> list[Any]:
-            before = self._used()
+            before, begun = self._used(), time.monotonic()
             reply = ask()
+            self.run_log.count(LLM_SECONDS, SERVER, time.monotonic() - begun)
             return [reply, [now - then for now, then in zip(self._used(), before, strict=True)]]
 
         def remembered() -> list[Any]:

@@ -25,6 +25,7 @@ from fedsynth.federation.payload import BadPayload, decode
 from fedsynth.federation.records import Derived, derived, pack_request, payload_bytes, unpacked
 from fedsynth.federation.run.exchange_record import ExchangeRecord, Heard
 from fedsynth.federation.run.log import SERVER, RunLog, append_event
+from fedsynth.federation.run.times import ASKING, AT_CLIENTS
 from fedsynth.federation.summing import added, capped, secure_sum, sum_id
 from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.lora import Adapter
@@ -101,10 +102,13 @@ class Clients:
         reasons = {client: fate.value for client, fate in fates.items()}
         if needed is None:  # the tolerance is for shares such as 0.07 of 100, whose product lies above 7
             needed = math.ceil(self.cell.scenario.server.quorum * len(requests) - 1e-9)
+        begun = time.monotonic()
         self.run_log.progress(name, 0, len(requests))
         # With the quorum out of reach, asking the others would spend their budget and the run's time in vain.
         said = self._arrived(requests, asked) if len(requests) - len(reasons) >= needed else ()
         for client, heard in said:
+            if seconds := _worked(heard):
+                self.run_log.count(AT_CLIENTS + name, SERVER, seconds)
             if heard.why is not None:
                 reasons[client] = heard.why
                 if heard.why != NOT_ASKED:
@@ -116,6 +120,7 @@ class Clients:
             if len(requests) - len(reasons) < needed:
                 break
             self.run_log.progress(name, len(replies), len(requests))
+        self.run_log.count(ASKING + name, SERVER, time.monotonic() - begun)
         self._count(name, len(requests), replies, fates, reasons)
         if len(replies) < needed:
             for client in set(asked) - set(replies) - set(reasons):
@@ -326,8 +331,8 @@ class Clients:
     def _counted(self, client: int, heard: Heard) -> Heard:
         if heard.size:
             self.run_log.count("bytes/up", client, heard.size)
-        if heard.seconds is not None and 0 <= heard.seconds < math.inf:
-            self.run_log.count("seconds/client", client, heard.seconds)
+        if seconds := _worked(heard):
+            self.run_log.count("seconds/client", client, seconds)
         return heard
 
     def _note(self, client: int, reply: object) -> None:
@@ -336,6 +341,11 @@ class Clients:
         if isinstance(statement, Statement):
             self.run_log.log_statement(client, statement)
         self.run_log.released |= {_kind(part) for part in derived(reply)}
+
+
+def _worked(heard: Heard) -> float:
+    """The CPU seconds that a client says it took; 0 for none, or for a figure that cannot be."""
+    return heard.seconds if heard.seconds is not None and 0 <= heard.seconds < math.inf else 0.0
 
 
 def _kind(part: Derived) -> str:

@@ -68,6 +68,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     if report["examples"]:
         sections.append(Section("Examples", "examples", examples(report)))
     sections.append(Section("Communication and time", "costs", _costs(figures, report, metrics)))
+    if figures.metrics("time"):
+        sections.append(Section("Where the time went", "time", _times(figures, arms)))
     if figures.metrics("egress"):
         sections.append(Section("What went to endpoints", "egress", [_egress(figures)]))
     if names := figures.metrics("server"):
@@ -419,6 +421,33 @@ def _costs(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]) 
             svg = draw.scatter(series, title=caption, x_name=sent, y_name=_name(metrics[0]), x_digits=1)
             blocks.append(Plots([Plot(svg, caption)]))
     return blocks
+
+
+def _times(figures: Figures, arms: Sequence[str]) -> list[Block]:
+    """The parts of all arms as bars, then those of each arm as a table."""
+    names, marks = list[str](), list[Mark]()
+    for part in figures.metrics("time"):
+        row = figures.row("time", part, "seconds of all arms")
+        row = figures.row("time", part, "seconds") if row is None else row
+        if (value := figures.value(row)) is not None:
+            names.append(part)
+            marks.append(Mark(value, row=row, digits=1))
+    caption = "Seconds of a run's parts, all arms and seeds together"
+    rows: list[list[Cell]] = []
+    for arm in ("", *arms):
+        for part in figures.metrics("time", arm):
+            at = [figures.row("time", part, statistic, Where(arm=arm)) for statistic in ("seconds", "clients")]
+            if at[0] is not None:
+                rows.append([arm or "(all)", part, *(figures.number(row, 1) for row in at)])
+    note = (
+        "Seconds by the clock, all seeds together; clients work side by side, and their own seconds are of the CPU. "
+        "Check, start and end are of the whole run, the command's imports aside."
+    )
+    heads = ["arm", "part", "seconds", "clients' CPU seconds"]
+    return [
+        Plots([Plot(draw.bars(names, marks, title=caption), caption)]),
+        Table(heads, rows, note=note, words=frozenset({0, 1})),
+    ]
 
 
 def _egress(figures: Figures) -> Table:

@@ -16,6 +16,7 @@ from fedsynth.audit import FILE as AUDIT
 from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
+from fedsynth.federation.run.times import times_of
 from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.judging import judgements
@@ -30,6 +31,7 @@ from fedsynth.reporting.statistics import (
     add_losses,
     add_privacy,
     add_server,
+    add_times,
     add_utility,
     add_yields,
 )
@@ -106,6 +108,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     described["bare"] = sorted(bare & {path.name for path in (out / "corpora").glob("*")})
     add_costs(figures, metrics)
     add_server(figures, metrics)
+    add_times(figures, times_of(out, metrics))
     add_egress(figures, egress_of(out))
     return {
         "schema": SCHEMA,

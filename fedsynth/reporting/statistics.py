@@ -13,6 +13,7 @@ from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.run.egress import Sent
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.times import Spent
 from fedsynth.reporting.page import Cell, Number
 from fedsynth.synthesis.attrition import Loss
 
@@ -238,6 +239,16 @@ def add_costs(figures: Figures, metrics: pd.DataFrame) -> None:
         ):
             per_seed = rows[rows["metric"] == metric].groupby("seed")["value"].sum()
             _add_mean(figures, "cost", name, per_seed, arm=str(arm))
+
+
+def add_times(figures: Figures, parts: Sequence[Spent]) -> None:
+    """Adds the seconds of a run's parts: of each arm, and of all arms together."""
+    for part in parts:
+        figures.add("time", part.part, "seconds", part.seconds, Where(arm=part.arm))
+        figures.add("time", part.part, "clients", part.clients, Where(arm=part.arm))
+    for name in dict.fromkeys(part.part for part in parts if part.arm):
+        whole = sum(part.seconds for part in parts if part.part == name)
+        figures.add("time", name, "seconds of all arms", whole)
 
 
 BEFORE = "_before"  # ends the name of a figure that is taken before a round's work

@@ -25,6 +25,8 @@ from fedsynth.evaluation.utility import Difference, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
 from fedsynth.federation.run.environment import differences
+from fedsynth.federation.run.log import append_event
+from fedsynth.federation.run.times import ENDED, STARTED
 from fedsynth.federation.strategy import Planner, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
@@ -38,7 +40,7 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
-from fedsynth.simulation.flower import DEPLOYMENT, STATUS
+from fedsynth.simulation.flower import DEPLOYMENT, EVENTS, STATUS
 from fedsynth.simulation.launch import APP, AppRun, launch
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.training.examples import check_room, cut_texts, encode_slots
@@ -359,6 +361,7 @@ def run(
         BadValue: If scenario, data, models, budget or directory have a fault; then nothing has run.
         fedsynth.simulation.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
     """
+    begun = time.monotonic()
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     check_free(place)
@@ -370,7 +373,7 @@ def run(
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
         on_event({"event": "workers", "line": said})
-    return _launched(asked, to_toml(asked), place, count, port, on_event)
+    return _launched(asked, to_toml(asked), place, count, port, on_event, begun)
 
 
 def resume(
@@ -396,7 +399,7 @@ def resume(
         BadValue: If there is no run, or its clients' accounts are gone.
         fedsynth.simulation.flower.LaunchFailed: The run did not complete, or still goes on.
     """
-    place = Path(out).absolute()
+    begun, place = time.monotonic(), Path(out).absolute()
     if not (place / "scenario.toml").is_file():
         raise BadValue(f"{place} holds no run: there is no scenario.toml; start one with --out")
     if (place / DEPLOYMENT).is_file():
@@ -413,7 +416,7 @@ def resume(
     count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
     if on_event is not None:
         on_event({"event": "workers", "line": said})
-    return _launched(asked, text, place, count, port, on_event)
+    return _launched(asked, text, place, count, port, on_event, begun)
 
 
 def done(out: Path) -> bool:
@@ -437,7 +440,9 @@ def _launched(
     count: int,
     port: int | None,
     on_event: Callable[[dict[str, Any]], None] | None,
+    begun: float,
 ) -> Result:
+    append_event(place / EVENTS, {"event": STARTED, "seconds": round(time.monotonic() - begun, 3)})
     launch(
         AppRun(
             app=APP,
@@ -452,4 +457,5 @@ def _launched(
         port=port,
         start_seconds=asked.server.start_seconds,
     )
+    append_event(place / EVENTS, {"event": ENDED})
     return read(place)

@@ -178,6 +178,6 @@ class RunLog:
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:
-    """One JSON object per line; the launcher reads them as they come."""
+    """One JSON object per line, with the time in seconds since 1970; the launcher reads them as they come."""
     with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(event) + "\n")
+        out.write(json.dumps({**event, "at": round(time.time(), 3)}) + "\n")

@@ -11,6 +11,7 @@ from rich.table import Table
 from fedsynth.federation.run.egress import Sent, egress_lines
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import missing
+from fedsynth.federation.run.times import times_of
 
 NOT_ITS_OWN = "its figures are not those of its method"
 COLUMNS = {
@@ -61,6 +62,19 @@ def print_table(console: Console, result: Any) -> None:
             soft_wrap=True,
         )
     console.print(f"written to {result.out} ({result.summary['seconds']:.0f} s)", markup=False, soft_wrap=True)
+
+
+def print_times(console: Console, result: Any) -> None:
+    """The time of each part of a run, and its share."""
+    parts = times_of(result.out, result.metrics)
+    whole = sum(part.seconds for part in parts) or 1.0
+    table = Table(title="where the time went")
+    for head in ("arm", "part", "seconds", "share", "clients' CPU seconds"):
+        table.add_column(head, justify="left" if head in ("arm", "part") else "right", no_wrap=True)
+    for part in parts:
+        clients = "" if part.clients is None else f"{part.clients:.1f}"
+        table.add_row(escape(part.arm), part.part, f"{part.seconds:.1f}", f"{part.seconds / whole:.0%}", clients)
+    console.print(table)
 
 
 def _figure(value: dict[str, Any] | None) -> str:
