@@ -219,6 +219,21 @@ def test_progress_says_all_and_nothing_only_where_it_is() -> None:
 # --- A method's own funnel --------------------------------------------------------------------------------------------
 
 
+def test_the_share_kept_is_that_of_the_latest_step_of_all_clients(tmp_path: Path) -> None:
+    log = run_log(tmp_path)
+    assert log.kept is None
+    for client, (asked, good, unique) in enumerate([(10, 8, 4), (30, 30, 12)]):
+        log.log_stage(client, step("drafts", asked, good))
+        log.log_stage(client, step("drafts_unique", good, unique))
+    assert log.kept == (4 + 12) / (10 + 30)
+    log.log_stage(0, step("drafts", 6, 3))  # a client whose drafts are filtered anew, among those of the others
+    log.log_stage(0, step("drafts_unique", 3, 2))
+    assert log.kept == sum(left for _, left in log.left.values()) / sum(n for n, _ in log.left.values())
+    log.round = 2
+    log.log_stage(1, step("drafts", 20, 5))
+    assert (log.left, log.kept) == ({1: (20, 5)}, 0.25)
+
+
 def test_drafts_that_never_end_are_counted_as_lost_and_told(tmp_path: Path) -> None:
     rows = {"text": [f"note {canary(i)} about it" for i in range(24)], "label": ["heart", "skin"] * 12}
     pd.DataFrame(rows).to_csv(tmp_path / "notes.csv", index=False)

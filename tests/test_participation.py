@@ -234,6 +234,20 @@ def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path)
         assert run_log.spending[0].guarantee == "none"
 
 
+def test_the_epsilon_of_a_run_is_the_largest_of_its_clients_and_none_beside_one_without(tmp_path: Path) -> None:
+    run_log, told = RunLog(cell_with(tmp_path), tmp_path, tmp_path / "events.jsonl"), list[float | None]()
+    for client, epsilon in ((0, 2.0), (1, 5.0), (0, 3.0), (2, None), (1, 6.0)):
+        run_log.log_statement(client, Statement("none" if epsilon is None else "dp", epsilon, 1e-5))
+        told.append(run_log.epsilon)
+    assert told == [2.0, 5.0, 5.0, None, None]
+    again = RunLog(cell_with(tmp_path), tmp_path, tmp_path / "events.jsonl")
+    again.restore(run_log.record())
+    assert (again.spending, again.epsilon) == (run_log.spending, None)
+    del run_log.spending[2]
+    again.restore(run_log.record())
+    assert again.epsilon == 6.0
+
+
 def in_the_head(payload: bytes, old: str, new: str) -> bytes:
     """A payload with another value.json, and the right checksums."""
     files = files_of(payload)

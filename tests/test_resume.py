@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,58 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert state.adapter.public
     assert np.array_equal(state.adapter.arrays["a"], PUBLIC.arrays["a"])
     assert [p.name for p in (tmp_path / "cell").glob("round-*")] == ["round-1"]
+
+
+ROW = [1, -1, "loss", 0.5]
+
+
+def test_rows_are_appended_not_written_again(tmp_path: Path) -> None:
+    kept, rows = Checkpoint(tmp_path), [ROW] * 1000
+    kept.save(1, State(), {"rows": rows})
+    first = (tmp_path / "rows.jsonl").read_bytes()
+    record = (tmp_path / "round-1" / "record.json").stat().st_size
+    (tmp_path / "rows.jsonl").write_bytes(b"?" * len(first))  # were they written again, these bytes would go
+    kept.save(2, State(), {"rows": [*rows, [2, *ROW[1:]]]})
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"?" * len(first) + b'[2, -1, "loss", 0.5]\n'
+    assert (tmp_path / "round-2" / "record.json").stat().st_size < record + 10 < 100
+
+
+def test_rows_of_a_round_that_was_not_completed_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Checkpoint(tmp_path)
+    kept.save(1, State(), {"rows": [ROW, ROW]})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            kept.save(2, State(), {"rows": [ROW, ROW, ["killed"]]})
+    assert b"killed" in (tmp_path / "rows.jsonl").read_bytes()
+    again = Checkpoint(tmp_path)
+    loaded = again.load(State)
+    assert loaded is not None
+    assert loaded[1]["rows"] == [ROW, ROW]
+    again.save(2, State(), {"rows": [ROW, ROW, [2, *ROW[1:]]]})
+    loaded = Checkpoint(tmp_path).load(State)
+    assert loaded is not None
+    assert loaded[1]["rows"] == [ROW, ROW, [2, *ROW[1:]]]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_its_rows_in_the_record(tmp_path: Path) -> None:
+    Checkpoint(tmp_path).save(1, State(), {})
+    (tmp_path / "round-1" / "record.json").write_text(json.dumps({"rows": [ROW]}))
+    kept = Checkpoint(tmp_path)
+    loaded = kept.load(State)
+    assert loaded is not None
+    assert loaded[1]["rows"] == [ROW]
+    kept.save(2, State(), loaded[1])
+    loaded = Checkpoint(tmp_path).load(State)
+    assert loaded is not None
+    assert loaded[1]["rows"] == [ROW]
+
+
+def test_lost_rows_are_noticed(tmp_path: Path) -> None:
+    Checkpoint(tmp_path).save(1, State(), {"rows": [ROW, ROW]})
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    with pytest.raises(BadValue, match=r"rows\.jsonl holds 1 of 2 rows"):
+        Checkpoint(tmp_path).load(State)
 
 
 def test_on_the_wire_nobody_is_believed_that_an_adapter_is_public() -> None:

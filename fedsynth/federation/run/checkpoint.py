@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -29,13 +30,17 @@ T = TypeVar("T")
 class Checkpoint:
     """The folder of one cell: `round-N` holds state and record after round N, and the replies so far of round N + 1.
 
+    The rows of the run log only grow: each round appends its own to one file, and the record says how many hold.
+
     Attributes:
         folder: The cell's folder; made when something is saved.
         round: Number of completed rounds.
+        appended: Rows of the run log in their file, and its bytes.
     """
 
     folder: Path
     round: int = 0
+    appended: tuple[int, int] = (0, 0)
 
     def save(self, round: int, state: object, record: Mapping[str, Any]) -> None:
         """Saves a completed round, whole or not at all, and removes earlier ones.
@@ -43,7 +48,7 @@ class Checkpoint:
         Args:
             round: Number of the completed round; 0 before the first.
             state: The strategy's state.
-            record: The run log's record, plain JSON.
+            record: The run log's record, plain JSON; its `rows` begin with those of the earlier round.
 
         Raises:
             BadValue: If the state is no dataclass of values that a payload can hold; the earlier round is still there.
@@ -53,11 +58,12 @@ class Checkpoint:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write_whole(draft / STATE, data)
-        write_whole(draft / RECORD, json.dumps(record).encode())
+        appended = self._append(record.get("rows", ()))
+        write_whole(draft / RECORD, json.dumps({**record, "rows": [], "appended": appended}).encode())
         whole = self._at(round)
         shutil.rmtree(whole, ignore_errors=True)
         draft.rename(whole)
-        self.round = round
+        self.round, self.appended = round, appended
         for number, place in self._rounds():
             if number != round:
                 shutil.rmtree(place, ignore_errors=True)
@@ -77,7 +83,12 @@ class Checkpoint:
         self.round, place = found
         try:
             state = decode((place / STATE).read_bytes(), kind, trusted=True)
-            return state, json.loads((place / RECORD).read_text())
+            record = json.loads((place / RECORD).read_text())
+            count, size = self.appended = tuple(record.pop("appended", (0, 0)))  # earlier versions wrote the rows here
+            lines = (self.folder / ROWS).read_bytes()[:size].splitlines() if count else []
+            if len(lines) != count:
+                raise ValueError(f"{ROWS} holds {len(lines)} of {count} rows")
+            return state, {**record, "rows": [*record.get("rows", ()), *map(json.loads, lines)]}
         except (BadPayload, OSError, ValueError) as problem:
             raise BadValue(f"the checkpoint {place} cannot be read ({problem}): run the scenario anew") from problem
 
@@ -85,6 +96,7 @@ class Checkpoint:
         """Saves the record of a completed cell and removes its rounds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / DONE, json.dumps(record).encode())
+        (self.folder / ROWS).unlink(missing_ok=True)
         for _, place in self._rounds():
             shutil.rmtree(place, ignore_errors=True)
 
@@ -114,6 +126,20 @@ class Checkpoint:
             write_whole(path, json.dumps(reply).encode())
         return reply
 
+    def _append(self, rows: Sequence[Any]) -> tuple[int, int]:
+        """Appends the new rows, behind those of the last completed round; the number of all, and their bytes.
+
+        A process that was killed in mid-save has left rows that no record counts: they go.
+        """
+        count, size = self.appended
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows[count:]).encode()
+        with (self.folder / ROWS).open("ab") as file:
+            file.truncate(size)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        return len(rows), size + len(lines)
+
     def _at(self, round: int) -> Path:
         return self.folder / f"round-{round}"
 
@@ -122,7 +148,7 @@ class Checkpoint:
 
 
 CHECKPOINTS = "checkpoint"  # in a run's directory
-STATE, RECORD, DONE = "state.payload", "record.json", "done.json"
+STATE, RECORD, ROWS, DONE = "state.payload", "record.json", "rows.jsonl", "done.json"
 
 
 def _kept(state: object) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -40,9 +41,11 @@ class RunLog:
         silent: (Client, exchange) pairs without the usable reply that would have stated the client's spending.
         rows: Tidy metrics so far.
         spending: By client, all that it has stated.
+        largest: The spending of the client that spends most; one without a guarantee spends more than any other.
         totals: By name and client, figures that are summed over the whole cell.
         started: Time at which the cell started, on the monotonic clock; a resumed run keeps the seconds so far.
         left: By client, the number of texts that were asked for, and of those that the steps so far have left.
+        sums: The sums of both over all clients.
         begun: Round and name of the step that `left` counts from.
         simulated: True for simulated clients, False for real sites.
     """
@@ -55,9 +58,11 @@ class RunLog:
     silent: set[tuple[int, int]] = field(default_factory=set)
     rows: list[tuple[str, int, int, int, str, float]] = field(default_factory=list)
     spending: dict[int, Spending] = field(default_factory=dict)
+    largest: Spending | None = None
     totals: dict[tuple[str, int], float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     left: dict[int, tuple[int, int]] = field(default_factory=dict)
+    sums: tuple[int, int] = (0, 0)
     begun: tuple[int, str] = (0, "")
     simulated: bool = True
 
@@ -85,10 +90,10 @@ class RunLog:
         """Restores the log from the JSON of `record`."""
         self.rows = [(self.cell.arm, self.cell.seed, *row) for row in record["rows"]]
         self.totals = {(name, client): value for name, client, value in record["totals"]}
-        self.spending = {
-            int(client): Spending(tuple(build(Statement, part) for part in parts))
-            for client, parts in record["statements"].items()
-        }
+        self.spending, self.largest = {}, None
+        for client, parts in record["statements"].items():
+            for part in parts:
+                self.log_statement(int(client), build(Statement, part))
         self.released = set(record["released"])
         self.silent = {(client, exchange) for client, exchange in record["silent"]}
         self.started = time.monotonic() - record["seconds"]
@@ -101,8 +106,11 @@ class RunLog:
         """One line of a client's yield funnel: a step's input, output and reasons to drop the rest."""
         asked, left = self.left.get(client, (0, -1))
         if begins(stage.name, stage.before, left):
-            self.left = self.left if self.begun == (self.round, stage.name) else {}
+            if self.begun != (self.round, stage.name):
+                self.left, self.sums = {}, (0, 0)
             self.begun, asked = (self.round, stage.name), stage.before
+        before, left = self.left.get(client, (0, 0))
+        self.sums = self.sums[0] + asked - before, self.sums[1] + stage.after - left
         self.left[client] = (asked, stage.after)
         self.log_metric(client, f"yield/{stage.name}/in", stage.before)
         self.log_metric(client, f"yield/{stage.name}/kept", stage.after)
@@ -145,7 +153,9 @@ class RunLog:
         """Logs a client's privacy statement. Those of several plans add up; after a release without a guarantee the
         client has none."""
         earlier = self.spending.get(client)
-        self.spending[client] = Spending((said,)) if earlier is None else earlier.and_(said)
+        own = self.spending[client] = Spending((said,)) if earlier is None else earlier.and_(said)
+        if self.largest is None or _spends(own) >= _spends(self.largest):  # no client ever spends less than before
+            self.largest = own
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Appends one line of progress to the events."""
@@ -156,15 +166,13 @@ class RunLog:
     @property
     def kept(self) -> float | None:
         """The share that is left of all clients' latest texts; None before any were asked for."""
-        asked = sum(asked for asked, _ in self.left.values())
-        return sum(left for _, left in self.left.values()) / asked if asked else None
+        asked, left = self.sums
+        return left / asked if asked else None
 
     @property
     def epsilon(self) -> float | None:
         """The largest epsilon of a client; None if one has no guarantee, or none has stated any."""
-        if any(own.guarantee == "none" for own in self.spending.values()):
-            return None
-        return max((own.epsilon for own in self.spending.values() if own.epsilon is not None), default=None)
+        return None if self.largest is None else self.largest.epsilon
 
     def close(self) -> None:
         """Logs the totals, the seconds and each client's epsilon and delta at the end of the cell."""
@@ -175,6 +183,10 @@ class RunLog:
             if own.epsilon is not None:
                 self.log_metric(client, "privacy/epsilon", own.epsilon)
                 self.log_metric(client, "privacy/delta", own.delta)
+
+
+def _spends(own: Spending) -> float:
+    return math.inf if own.epsilon is None else own.epsilon
 
 
 def append_event(path: Path, event: Mapping[str, Any]) -> None:
