@@ -90,6 +90,10 @@ def test_a_command_that_read_one_would_be_caught() -> None:
     assert {"cryptography", "numpy", "scipy"} <= found
 
 
+def test_a_report_reads_torch_only_if_it_embeds_texts() -> None:
+    assert not {"torch", "peft", "sklearn", "flwr"} & heavy_after("import fedsynth.reporting.run_report")
+
+
 # ---- A run ----
 
 

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import rel_entr
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from fedsynth.models.form import LINES, Form
@@ -69,6 +66,10 @@ def mauve(
     Raises:
         ValueError: If the shapes differ, a set is empty or not finite, or `clusters` is out of range.
     """
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
+
     p_vectors, q_vectors = _of_equal_size(p_vectors, q_vectors, least=1)
     size = len(p_vectors)
     wanted = max(2, round(size / 10)) if clusters is None else clusters
@@ -110,11 +111,12 @@ def frechet(p_vectors: NDArray[np.floating], q_vectors: NDArray[np.floating]) ->
     p_vectors, q_vectors = _of_equal_size(p_vectors, q_vectors, least=2)
     p_mean, q_mean = p_vectors.mean(axis=0), q_vectors.mean(axis=0)
     free = len(p_vectors) - 1
-    p_root = np.linalg.qr(p_vectors - p_mean).R / math.sqrt(free)
-    q_root = np.linalg.qr(q_vectors - q_mean).R / math.sqrt(free)
-    # With covariances R'R and S'S, tr((R'R S'S)^1/2) is the sum of the singular values of RS'. No root of a matrix is
-    # taken, so that covariances without full rank (fewer rows than columns) need no correction.
-    cross = np.linalg.svd(p_root @ q_root.T, compute_uv=False).sum()
+    with threadpool_limits(limits=1):  # threads of so small a matrix mostly wait for each other
+        p_root = np.linalg.qr(p_vectors - p_mean).R / math.sqrt(free)
+        q_root = np.linalg.qr(q_vectors - q_mean).R / math.sqrt(free)
+        # With covariances R'R and S'S, tr((R'R S'S)^1/2) is the sum of the singular values of RS'. No root of a matrix
+        # is taken, so that covariances without full rank (fewer rows than columns) need no correction.
+        cross = np.linalg.svd(p_root @ q_root.T, compute_uv=False).sum()
     distance = ((p_mean - q_mean) ** 2).sum() + (p_root**2).sum() + (q_root**2).sum() - 2 * cross
     return max(0.0, float(distance))
 

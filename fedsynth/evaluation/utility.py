@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, f1_score
 
 
 def scores(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Accuracy, and macro-F1 over the labels that occur in the truth, both in 0..1."""
+    from sklearn.metrics import accuracy_score, f1_score
+
     present = [label for label in labels if label in set(truth)]
     if not present:
         return {"accuracy": 0.0, "macro_f1": 0.0}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from fedsynth.instructions import ASK, REPLY, asked, in_line, of_line, one_line, parse_record, parse_response, record
-from fedsynth.models.batches import given_rows
 from fedsynth.models.chat import Chat, Opening, Prompt, converses, turn_end
 from fedsynth.models.encoding import LINE_END, token_ids
-from fedsynth.models.loading import Kind
 from fedsynth.scenario.task import Task
 from fedsynth.typed import BadValue
+
+if TYPE_CHECKING:
+    from fedsynth.models.loading import Kind
 
 Pair: TypeAlias = tuple[str, str]  # an instruction and its response
 Learns: TypeAlias = Literal["record", "response"]
@@ -292,6 +293,8 @@ def learnt_rows(
         learns: The whole record, from the opening on, or the response.
         kind: The model's kind; a seq2seq model reads what it is given with its encoder.
     """
+    from fedsynth.models.batches import given_rows  # brings torch, which forms do not need
+
     instruction, response = pair
     reply = form.reply(response)
     if kind == "seq2seq":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,14 @@ import pandas as pd
 from fedsynth.evaluation.text import Judge, llm_judge, verdicts
 from fedsynth.evaluation.utility import bootstrap
 from fedsynth.federation.run.directory import RESPONSES, private_of
-from fedsynth.models.llm import TextModel
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint, host_of
 from fedsynth.scenario.toml import cells
 from fedsynth.system.proxy import is_loopback
 from fedsynth.typed import BadValue
+
+if TYPE_CHECKING:
+    from fedsynth.models.llm import TextModel  # brings torch
 
 FILE = "judgements.json"  # in the run's directory: counts, no text
 

@@ -11,7 +11,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # ships no types
 
 from fedsynth.corpus import Corpus, Provenance, blank, pool, same
@@ -248,6 +247,8 @@ def _means(
     embeddings: NDArray[np.float32], wanted: int, seed: int, *, starts: int, fast: bool = False
 ) -> list[list[int]]:
     """Exactly `wanted` clusters, at most one per row; `fast` reads a sample of the rows in each step."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
     distinct = min(wanted, len(np.unique(embeddings, axis=0)))
     if fast:
         means = MiniBatchKMeans(n_clusters=distinct, n_init=starts, batch_size=4096, random_state=seed).fit(embeddings)

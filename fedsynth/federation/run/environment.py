@@ -15,11 +15,6 @@ from typing import Any
 import psutil
 
 from fedsynth import __version__
-from fedsynth.models.devices import gpu_names
-from fedsynth.models.hub import elsewhere, version_of
-from fedsynth.models.loading import dtype_of
-from fedsynth.models.of_scenario import endpoints_of, models_of
-from fedsynth.models.placing import choices
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue
@@ -42,6 +37,10 @@ FILE = "versions.json"
 
 def surroundings(scenario: Scenario) -> dict[str, Any]:
     """The content of `versions.json` in a run's directory."""
+    from fedsynth.models.devices import gpu_names  # brings torch, which readers of the file do not need
+    from fedsynth.models.hub import elsewhere, version_of
+    from fedsynth.models.of_scenario import endpoints_of, models_of
+
     return {
         "fedsynth": __version__,
         "python": platform.python_version(),
@@ -64,6 +63,10 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
 
 def _computes(scenario: Scenario) -> dict[str, str]:
     """Precision and device of each model in all arms: bfloat16 can change texts."""
+    from fedsynth.models.hub import elsewhere
+    from fedsynth.models.loading import dtype_of
+    from fedsynth.models.placing import choices
+
     found: dict[str, dict[str, None]] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         own, client = choices(cell.scenario.server), cell.scenario.client.of(0)

@@ -16,8 +16,6 @@ from fedsynth.corpus import Corpus
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.checkpoint import CHECKPOINTS, Checkpoint
 from fedsynth.lora import Adapter
-from fedsynth.models.adapters import save_adapter
-from fedsynth.models.hub import locate
 from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.scenario.schema import Cell
 from fedsynth.synthesis.attrition import begins
@@ -138,6 +136,9 @@ class RunLog:
             kind: `client` for a client's release; another name for an adapter that the server made.
             base: Name of the adapter's base model; None for the clients' generator.
         """
+        from fedsynth.models.adapters import save_adapter  # brings torch, which readers of a run do not need
+        from fedsynth.models.hub import locate
+
         place = f"round-{self.round}-{kind}" + ("" if client == SERVER else f"-{client}")
         folder = self.place("adapters") / place
         name = base or self.cell.scenario.client.generator
