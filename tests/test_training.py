@@ -715,6 +715,66 @@ def test_a_layer_that_mixes_examples_is_found() -> None:
         checked(model)
 
 
+class Mixing(nn.Module):
+    """Adds so much of the batch's mean as its buffer says: the same shapes and code for every start."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("share", torch.zeros(()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self.inner(*args, **kwargs)
+        return hidden + self.share * hidden.mean(dim=0, keepdim=True)
+
+
+def endless(model: Any) -> None:
+    next(w for n, w in model.named_parameters() if "lora_B" in n).data[0, 0] = math.inf
+
+
+def without_gradient(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data.zero_()
+
+
+def mixing(model: Any) -> None:
+    layer(model).mlp.share.fill_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(endless, "not finite|nan"), (without_gradient, "has no gradient"), (mixing, "a layer mixes examples")],
+)
+def test_a_start_is_checked_by_itself_after_another_has_passed_with_the_same_plan_and_shapes(
+    broken: Callable[[Any], None], said: str
+) -> None:
+    for good in (True, False):
+        model = lora()
+        layer(model).mlp = Mixing(layer(model).mlp)
+        if good:
+            checked(model)
+            continue
+        broken(model)
+        with pytest.raises(SelfCheckFailed, match=said):
+            checked(model)
+
+
+def test_a_further_start_takes_seven_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three texts together, each alone, each alone under a lower bound."""
+    real, passed = next_token_losses, list[int]()
+
+    def counted(model: nn.Module, batch: Sequence[Example], pad: int) -> Tensor:
+        passed.append(len(batch))
+        return real(model, batch, pad)
+
+    checked(lora(1))
+    monkeypatch.setattr("fedsynth.training.dp_training.next_token_losses", counted)
+    monkeypatch.setattr("fedsynth.training.selfcheck._once", lambda asked, check: None)
+    checked(lora(2))
+    assert passed == [3, 1, 1, 1, 1, 1, 1]
+
+
 def test_batch_norm_is_found() -> None:
     class Norm(nn.Module):
         def __init__(self, inner: nn.Module) -> None:
