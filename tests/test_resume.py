@@ -161,7 +161,7 @@ def test_rows_are_appended_not_written_again(tmp_path: Path) -> None:
     record = (tmp_path / "round-1" / "record.json").stat().st_size
     (tmp_path / "rows.jsonl").write_bytes(b"?" * len(first))  # were they written again, these bytes would go
     kept.save(2, State(), {"rows": [*rows, [2, *ROW[1:]]]})
-    assert (tmp_path / "rows.jsonl").read_bytes() == b"?" * len(first) + b'[2, -1, "loss", 0.5]\n'
+    assert (tmp_path / "rows.jsonl").read_bytes() == b"?" * len(first) + b'[[2, -1, "loss", 0.5]]\n'
     assert (tmp_path / "round-2" / "record.json").stat().st_size < record + 10 < 100
 
 
@@ -198,7 +198,7 @@ def test_a_checkpoint_of_an_earlier_version_has_its_rows_in_the_record(tmp_path:
 
 def test_lost_rows_are_noticed(tmp_path: Path) -> None:
     Checkpoint(tmp_path).save(1, State(), {"rows": [ROW, ROW]})
-    (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps([ROW]) + "\n")
     with pytest.raises(BadValue, match=r"rows\.jsonl holds 1 of 2 rows"):
         Checkpoint(tmp_path).load(State)
 

@@ -30,7 +30,8 @@ T = TypeVar("T")
 class Checkpoint:
     """The folder of one cell: `round-N` holds state and record after round N, and the replies so far of round N + 1.
 
-    The rows of the run log only grow: each round appends its own to one file, and the record says how many hold.
+    The rows of the run log only grow: each round appends its own to one file, a line for each round, and the record
+    says how many hold.
 
     Attributes:
         folder: The cell's folder; made when something is saved.
@@ -86,9 +87,10 @@ class Checkpoint:
             record = json.loads((place / RECORD).read_text())
             count, size = self.appended = tuple(record.pop("appended", (0, 0)))  # earlier versions wrote the rows here
             lines = (self.folder / ROWS).read_bytes()[:size].splitlines() if count else []
-            if len(lines) != count:
-                raise ValueError(f"{ROWS} holds {len(lines)} of {count} rows")
-            return state, {**record, "rows": [*record.get("rows", ()), *map(json.loads, lines)]}
+            rows = [row for line in lines for row in json.loads(line)]
+            if len(rows) != count:
+                raise ValueError(f"{ROWS} holds {len(rows)} of {count} rows")
+            return state, {**record, "rows": [*record.get("rows", ()), *rows]}
         except (BadPayload, OSError, ValueError) as problem:
             raise BadValue(f"the checkpoint {place} cannot be read ({problem}): run the scenario anew") from problem
 
@@ -132,13 +134,13 @@ class Checkpoint:
         A process that was killed in mid-save has left rows that no record counts: they go.
         """
         count, size = self.appended
-        lines = "".join(f"{json.dumps(row)}\n" for row in rows[count:]).encode()
+        line = f"{json.dumps(rows[count:])}\n".encode()
         with (self.folder / ROWS).open("ab") as file:
             file.truncate(size)
-            file.write(lines)
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        return len(rows), size + len(lines)
+        return len(rows), size + len(line)
 
     def _at(self, round: int) -> Path:
         return self.folder / f"round-{round}"
