@@ -760,19 +760,21 @@ def test_a_start_is_checked_by_itself_after_another_has_passed_with_the_same_pla
             checked(model)
 
 
-def test_a_further_start_takes_seven_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three texts together, each alone, each alone under a lower bound."""
+@pytest.mark.parametrize(("clip_norm", "again"), [(1e-3, 0), (1e4, 3)])
+def test_a_further_start_takes_four_passes_and_one_for_each_gradient_that_is_not_cut(
+    monkeypatch: pytest.MonkeyPatch, clip_norm: float, again: int
+) -> None:
+    """Three texts together, each alone, and each alone under a lower bound if it is shorter than C."""
     real, passed = next_token_losses, list[int]()
 
     def counted(model: nn.Module, batch: Sequence[Example], pad: int) -> Tensor:
         passed.append(len(batch))
         return real(model, batch, pad)
 
-    checked(lora(1))
     monkeypatch.setattr("fedsynth.training.dp_training.next_token_losses", counted)
     monkeypatch.setattr("fedsynth.training.selfcheck._once", lambda asked, check: None)
-    checked(lora(2))
-    assert passed == [3, 1, 1, 1, 1, 1, 1]
+    checked(lora(2), replace(PLAN, clip_norm=clip_norm))
+    assert passed == [3, 1, 1, 1] + [1] * again
 
 
 def test_batch_norm_is_found() -> None:

@@ -14,7 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsynth import dpsgd
-from fedsynth.dpsgd import HalfPrecision, UnknownWeight, bookkeeping, clipper, opacus_modes, precision, recording
+from fedsynth.dpsgd import (
+    MARGIN,
+    HalfPrecision,
+    UnknownWeight,
+    bookkeeping,
+    clipper,
+    opacus_modes,
+    precision,
+    recording,
+)
 from fedsynth.dpsgd import stacked as stacking
 from fedsynth.dpsgd.stacked import stacked
 from fedsynth.privacy import noise as randomness
@@ -82,7 +91,7 @@ def _check_gradients(
         raise SelfCheckFailed("no parameter is trainable: was the adapter attached?")
     shapes, rng = _shapes(model), np.random.default_rng(0)
     # One of the longest: some models compute all positions differently if one text is long (LongRoPE). Each start pays
-    # for three texts: together, each alone, and each alone under a lower bound.
+    # for three texts: together, each alone, and those that C does not cut under a lower bound.
     lengths = (5, max(14, settings.max_length), 3)
     examples = [example(tuple(int(t) for t in rng.integers(0, vocabulary_of(model), n))) for n in lengths]
     first = min(settings.rows_per_unit, len(examples) - 1)
@@ -97,7 +106,8 @@ def _check_gradients(
         gap = _norm([t - sum(parts) for t, *parts in zip(together, *alone, strict=True)])
         if gap > 1e-3 * plan.clip_norm:
             raise SelfCheckFailed(f"an example's gradient depends on its batch (by {gap:.2g}): a layer mixes examples")
-        # Gradients may be shorter than C at the start: the check also clips so low that all are cut.
+        # A gradient that is shorter than C was not cut: those are clipped again, so low that all are.
+        whole = [unit for unit, norm in zip(units, norms, strict=True) if norm < (2 * MARGIN - 1) * plan.clip_norm]
         tight = min([plan.clip_norm, *(norm / 2 for norm in norms)])
         short, rows = units[-1], _most_rows(plan, settings)
         with clipper(model.train(), tight, settings.clipping) as clip:
@@ -109,7 +119,7 @@ def _check_gradients(
                 max_physical_batch_size=settings.max_physical_batch_size,
                 losses=losses,
             )
-            for unit in units:
+            for unit in whole:
                 _check_norm(_norm(summed([unit])), tight)
             _once(
                 (shapes, settings.clipping, rows, losses),
