@@ -148,7 +148,19 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
                 rounded = {f"{up(value, digits):.{digits}f}", f"{value:.{digits}f}"}
             assert text in rounded | ({repr(value)} if value_name == "data-x" else set()), (text, dict(row))
             seen.add(str(row["part"]))
-    parts = {"run", "privacy", "utility", "difference", "curve", "client", "yield", "text", "identifiers", "cost", "time"}
+    parts = {
+        "run",
+        "privacy",
+        "utility",
+        "difference",
+        "curve",
+        "client",
+        "yield",
+        "text",
+        "identifiers",
+        "cost",
+        "time",
+    }
     assert seen == parts
 
 
