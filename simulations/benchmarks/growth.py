@@ -95,9 +95,7 @@ def measured(clients: int, place: Path, report: bool) -> dict[str, float]:
         log.count("bytes/up", client, 1500)
         text = tuple(f"Pain number {client} {i} of the left knee since {i} days" for i in range(DRAFTS))
         log.round = 1
-        log.log_corpus(
-            client, "drafts", Corpus(text, ("orthopedics",) * DRAFTS, Provenance.DP_SYNTHETIC, (f"g{client}",))
-        )
+        log.log_corpus(client, "drafts", Corpus(text, ("orthopedics",) * DRAFTS, Provenance.PUBLIC))
     log.released = {"synthetic text with labels"}
     with pieces.of("close"):
         log.close()

@@ -136,7 +136,7 @@ def drafts(seed: int, tests: Sequence[Corpus], *, poison: bool) -> dict[str, flo
     def sent(client: int, per_label: int) -> Corpus:
         whole = notes(client, seed + 2000, 40 * per_label)
         rows = [i for y in LABELS for i in [i for i, own in enumerate(whole.answers) if own == y][:per_label]]
-        own = replace(whole.take(rows), provenance=Provenance.DP_SYNTHETIC, grants=("g",), units=None)
+        own = replace(whole.take(rows), provenance=Provenance.PUBLIC, units=None)
         if client in HOSTILE:
             prompts = tuple(f"{t} {POISON}" for t in own.prompts) if poison else own.prompts
             own = replace(own, prompts=prompts, answers=tuple(NEXT[y] for y in own.answers))
