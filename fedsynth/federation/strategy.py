@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from fedsynth.federation.messages import Evaluate, Evaluated
 from fedsynth.federation.messaging import Clients
-from fedsynth.federation.run.log import RunLog, append_event
+from fedsynth.federation.run.log import SERVER, RunLog, append_event
+from fedsynth.federation.run.times import WORKER_SECONDS
 from fedsynth.federation.run.trackers import event_files, figures
 from fedsynth.lora import Adapter
 from fedsynth.models.llm import TextModel
@@ -205,7 +207,9 @@ class RoundStrategy(Strategy, Generic[S]):
             *_: Flower's timeout and configurations; the scenario has them instead.
             **__: Likewise.
         """
-        clients, run_log = self.server.open_clients(grid), self.server.run_log
+        run_log, begun = self.server.run_log, time.monotonic()
+        clients = self.server.open_clients(grid)
+        run_log.count(WORKER_SECONDS, SERVER, time.monotonic() - begun)
         result = Result(arrays=initial_arrays or ArrayRecord())
         state = self._resumed(clients, self.initial())
         with event_files(run_log.place("tensorboard")) as tell:

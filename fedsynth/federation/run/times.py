@@ -12,9 +12,9 @@ import pandas as pd
 
 STARTED, ENDED = "started", "ended"  # events of the process that launches a run
 CHECK, START, END = "check", "start", "end"
-LLM, REST = "LLM", "other work of the server"
+WORKERS, LLM, REST = "start of workers", "LLM", "other work of the server"
 ASKING, AT_CLIENTS = "seconds/exchange/", "seconds/clients/"  # metrics of a cell; an exchange's name follows
-LLM_SECONDS = "seconds/llm"
+LLM_SECONDS, WORKER_SECONDS = "seconds/llm", "seconds/workers"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Spent:
 
 
 def times_of(out: Path, metrics: pd.DataFrame) -> list[Spent]:
-    """The parts of a run in the order of their beginning; of an earlier version's run, what is known of it.
+    """Check and start of a run, the parts of each arm, its end; of an earlier version's run, what is known of it.
 
     Args:
         out: A run's directory.
@@ -54,9 +54,10 @@ def _of_arms(metrics: pd.DataFrame) -> list[Spent]:
         if not asking:
             continue
         found += [Spent(str(arm), name, s, sums.get(AT_CLIENTS + name)) for name, s in asking.items()]
-        llm = sums.get(LLM_SECONDS, 0.0)
-        found += [Spent(str(arm), LLM, llm)] if llm else []
-        found.append(Spent(str(arm), REST, max(0.0, sums.get("seconds/cell", 0.0) - sum(asking.values()) - llm)))
+        own_parts = {WORKERS: sums.get(WORKER_SECONDS, 0.0), LLM: sums.get(LLM_SECONDS, 0.0)}
+        found += [Spent(str(arm), part, seconds) for part, seconds in own_parts.items() if seconds]
+        rest = sums.get("seconds/cell", 0.0) - sum(asking.values()) - sum(own_parts.values())
+        found.append(Spent(str(arm), REST, max(0.0, rest)))
     return found
 
 
