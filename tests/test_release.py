@@ -171,7 +171,8 @@ def test_a_sample_of_more_characters_than_a_text_may_have_costs_no_answer(monkey
     monkeypatch.setattr(module, "on_base", lambda *_: SimpleNamespace(eval=lambda: None))
     monkeypatch.setattr(module, "load_tokenizer", lambda _: None)
     monkeypatch.setattr(module, "text_rows", lambda _, texts: [[0] * (9 if text == " cut" else 3) for text in texts])
-    client: Any = SimpleNamespace(labels=("a", "b"), config=SimpleNamespace(generator="none"), task=NO_CARD)
+    config, rules = SimpleNamespace(generator="none"), SimpleNamespace(identifiers=frozenset())
+    client: Any = SimpleNamespace(labels=("a", "b"), config=config, task=NO_CARD, rules=rules)
     order, adapter = Synthesize(2, 1.0, 1.0, 9, 1), None
     texts, labels, unfinished = module._sample(client, adapter, order)
     assert ([len(text) for text in texts], labels, unfinished) == ([4, MAX_TEXT], ("a", "b"), 2)
