@@ -86,6 +86,8 @@ def adapters(seed: int, tests: Sequence[Corpus]) -> dict[str, float]:
     return {
         "honest alone": measured(average(honest, [float(NOTES)] * len(honest))),
         "mean": measured(average(all_sent, records)),
+        "median of the honest": measured(median(honest)),
+        "trimmed mean of the honest": measured(trimmed_mean(honest, TRIMMED)),
         "median": measured(median(all_sent)),
         "trimmed": measured(trimmed_mean(all_sent, TRIMMED)),
     }
