@@ -239,7 +239,7 @@ def test_the_self_check_finds_dropout(family: str) -> None:
 
 def test_a_model_that_reads_a_batch_as_one_list_of_tokens_is_refused_under_dp() -> None:
     with pytest.raises(
-        SelfCheckFailed, match=r"layers\.0\.fc1' gets an input of shape .* for 6 examples: it mixes them"
+        SelfCheckFailed, match=r"layers\.0\.fc1' gets an input of shape .* for 3 examples: it mixes them"
     ):
         self_check(lora("opt"), PLAN, SETTINGS, pad=tokenizer_of("opt").pad_token_id)
 

@@ -143,8 +143,9 @@ def test_blocks_name_labels_by_their_wordings_and_are_read_back_as_labels() -> N
     llm = conversing(lambda _: "-----\nLabel: a lost card\nText: gone\n-----\nLabel: lost_card\nText: gone, too\n")
     how = Demonstrating("all_labels", 1, ONE)
     found = augment(llm, {0: DRAFTS}, how, labels=LABELS, wanted={0: LABELS}, seed=0, task=BANK)[0]
-    assert found.corpus.answers == ("lost_card",) * found.prompts
-    assert found.dropped == {"mistyped label": found.prompts}  # the identifier was never shown
+    # The identifier was never shown. The second prompt asks for one text of topUp_failed alone, and none comes.
+    assert found.corpus.answers == ("lost_card",)
+    assert (found.prompts, found.dropped) == (2, {"mistyped label": 2})
     assert all("Label: a forgotten PIN" in p.user or "forgotten" in p.user for p in llm.completed[0])
 
 
