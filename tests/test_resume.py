@@ -25,6 +25,7 @@ from fedsynth.federation.run.checkpoint import Checkpoint
 from fedsynth.federation.run.exchange_record import Heard
 from fedsynth.federation.run.log import RunLog
 from fedsynth.lora import Adapter
+from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import STATUS
 from fedsynth.simulation.simulate import done, resume
@@ -291,11 +292,16 @@ def test_a_journal_comes_back_as_it_was(tmp_path: Path) -> None:
     run_log.count("bytes/up", 0, 5)
     run_log.count("bytes/up", 0, 6)
     run_log.released, run_log.silent = {"adapters"}, {(3, 1)}
+    run_log.log_statement(3, Statement("dp", 7.5, 1e-5))
     again = RunLog(cell, tmp_path, tmp_path / "events.jsonl")
-    again.restore(json.loads(json.dumps(run_log.record())))
+    record = json.loads(json.dumps(run_log.record()))
+    again.restore(record)
     assert again.rows[0][:5] == ("main", 0, 2, -1, "loss")
     assert np.isnan(again.rows[0][5])
     assert (again.totals, again.released, again.silent) == ({("bytes/up", 0): 11}, {"adapters"}, {(3, 1)})
+    assert (again.spending, again.epsilon) == (run_log.spending, 7.5)
+    again.restore({**record, "statements": {client: parts[0] for client, parts in record["statements"].items()}})
+    assert again.spending == run_log.spending  # as an earlier version wrote it
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ class RunLog:
         self.totals = {(name, client): value for name, client, value in record["totals"]}
         self.spending, self.largest = {}, None
         for client, parts in record["statements"].items():
-            for part in parts:
+            for part in parts if isinstance(parts, list) else [parts]:  # earlier versions kept one
                 self.log_statement(int(client), build(Statement, part))
         self.released = set(record["released"])
         self.silent = {(client, exchange) for client, exchange in record["silent"]}
