@@ -282,6 +282,7 @@ def with_options(tmp_path: Path) -> str:
     )
 
 
+@pytest.mark.full
 def test_a_run_measures_the_likeliest_of_each_rows_own_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = play(with_options(tmp_path), tmp_path, "main").client(0)
     assert (client.labels, client.choices) == ((), ())

@@ -585,7 +585,10 @@ def test_clients_that_give_no_drafts_spend_nothing_and_learn_from_those_of_other
     assert grants[1] == (grants[0] if option else set())
 
 
-def test_clients_without_drafts_judge_those_of_others_by_votes(toml: str, tmp_path: Path) -> None:
+def test_clients_without_drafts_judge_those_of_others_by_votes(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsynth.federation.run.privacy_report.ROWS_OF_A_PERSON", ())  # seconds for each client
     without_judge = toml.replace('judge = "likelihood"', "")
     option = f"shots = 2\n{VOTED}\nvotes_from = [1]\ndrafts_from = [0, 2]\nkeep = 1"
     made = world(without_judge.replace("shots = 2", option), "fdkt", tmp_path)
@@ -618,7 +621,10 @@ def test_clients_without_drafts_judge_those_of_others_by_votes(toml: str, tmp_pa
     ]
 
 
-def test_a_client_that_drafts_and_votes_keeps_one_budget_for_both(toml: str, tmp_path: Path) -> None:
+def test_a_client_that_drafts_and_votes_keeps_one_budget_for_both(
+    toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsynth.federation.run.privacy_report.ROWS_OF_A_PERSON", ())  # seconds for each client
     option = f"shots = 2\n{VOTED}\nvotes_from = [0, 1, 2]\nkeep = 1"
     shared = toml.replace('judge = "likelihood"', "").replace("shots = 2", option)
     made = world(shared.replace("[client]", "[client]\nvoting = { share = 0.25 }"), "fdkt", tmp_path)

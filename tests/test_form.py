@@ -305,6 +305,7 @@ def conversing_scenario(place: Path, **slots: str) -> str:
     return SCENARIO.format(place=place, **slots)
 
 
+@pytest.mark.full
 def test_knowledge_sg_with_a_model_that_converses_from_dp_to_the_adopted_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
