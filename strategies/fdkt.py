@@ -207,7 +207,7 @@ class FDKT(RoundStrategy[State]):
         return {client: stage.corpus for client, stage in found.items()}
 
     def _voted(self, clients: Clients, drafts: Corpus) -> Corpus:
-        """The drafts of each label that lie nearest to private text of other clients, which spend their budget here."""
+        """The drafts of each label that lie nearest to the private text of those that vote, which spend budget here."""
         votes = clients.summed(Vote(drafts), self.config.votes_from, cap=self.config.cap_votes)
         best = kept(drafts, votes, self.config.keep, select="rank", threshold=0.0, seed=self.seed("votes"))
         self.server.run_log.log_corpus(SERVER, "voted", best)

@@ -75,8 +75,8 @@ class FDKTOptions:
         drafts_from: Clients that are asked for drafts, by their numbers; left out, all. A client that is not asked
             spends nothing; with `one_to_many` it gains from the drafts of the others.
         cap_votes: With the judge `votes`: no client's votes weigh more together than those of the median client.
-        votes_from: Clients that judge by votes. Under a guarantee they give no drafts: each client's budget is for one
-            of the two.
+        votes_from: Clients that judge by votes. Under a guarantee those that give drafts as well need
+            `client.voting.share`, which divides their budget.
     """
 
     per_label: Annotated[Count, most(MAX_SAMPLES)] = 50

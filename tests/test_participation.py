@@ -25,10 +25,12 @@ from fedsynth.federation.messaging import Clients
 from fedsynth.federation.nodes import TooFewReplies
 from fedsynth.federation.records import parted
 from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
-from fedsynth.federation.run.privacy_report import privacy_line
+from fedsynth.federation.run.privacy_report import privacy_line, privacy_report
 from fedsynth.federation.run.summary import missing
 from fedsynth.privacy.audit import contents, ledgers_in, problems
-from fedsynth.privacy.statement import Statement
+from fedsynth.privacy.cohort import Cohort
+from fedsynth.privacy.plan import DPPlan
+from fedsynth.privacy.statement import Statement, statement
 from fedsynth.scenario.schema import Cell, Participation
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.typed import BadValue
@@ -232,6 +234,20 @@ def test_the_largest_statement_holds_in_whatever_order_they_come(tmp_path: Path)
         run_log.log_statement(0, Statement("none", None, 0.0))
         run_log.log_statement(0, Statement("dp", 1.0, 1e-5))
         assert run_log.spending[0].guarantee == "none"
+
+
+def test_the_sum_that_epsilon_rests_on_stands_beside_it_whichever_part_or_client_is_in_it(tmp_path: Path) -> None:
+    cohort = Cohort(8, 1, 2)
+    votes = statement(DPPlan(40, 40, 1, 1, 1.0, 3.0, 1e-5, "summed_votes"), unit="person", cohort=cohort)
+    training = statement(DPPlan(40, 40, 1, 1, 1.0, 4.0, 1e-5), unit="person")
+    alone = statement(DPPlan(40, 40, 1, 1, 1.0, 0.5, 1e-5), unit="person")  # of another client, which spends most
+    for said in ([(0, training), (0, votes)], [(0, votes), (1, alone)]):
+        run_log = RunLog(cell_with(tmp_path), tmp_path, tmp_path / "events.jsonl", released={"votes"})
+        for client, each in said:
+            run_log.log_statement(client, each)
+        figures = privacy_report([run_log])["largest_over_clients"]
+        assert figures["cohort"] == {"clients": 8, "dropouts": 1, "colluders": 2}
+        assert figures["epsilon_alone"] > (votes.epsilon_alone or 0.0) - 1e-9
 
 
 def test_the_epsilon_of_a_run_is_the_largest_of_its_clients_and_none_beside_one_without(tmp_path: Path) -> None:

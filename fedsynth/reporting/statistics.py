@@ -12,7 +12,7 @@ import pandas as pd
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.run.egress import Sent
 from fedsynth.federation.run.log import SERVER
-from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.privacy_report import OF_MECHANISM, up
 from fedsynth.federation.run.times import Spent
 from fedsynth.reporting.page import Cell, Number
 from fedsynth.synthesis.attrition import Loss
@@ -293,7 +293,6 @@ def add_egress(figures: Figures, sent: Sequence[Sent]) -> None:
 
 
 PRIVACY = ("epsilon", "delta", "epsilon_replace_one", "sigma", "sampling_rate", "steps", "clip_norm", "rows_per_unit")
-OF_MECHANISM = ("epsilon", "sigma", "sampling_rate", "steps", "clip_norm")
 
 
 def add_privacy(figures: Figures, privacy: Mapping[str, Any]) -> None:

@@ -52,8 +52,7 @@ PUBLIC = (
 )
 
 
-# Figures of a mechanism by itself, where a client spends under several.
-OF_MECHANISM = ("mechanism", "epsilon", "sigma", "sampling_rate", "steps", "clip_norm", "unit", "rows_per_unit")
+OF_MECHANISM = ("epsilon", "sigma", "sampling_rate", "steps", "clip_norm")  # by itself, where there are several
 
 
 def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
@@ -73,6 +72,9 @@ def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     figures["epsilon_replace_one"] = max(s.epsilon_replace_one or 0.0 for s in spent)
     alone = [s.epsilon_alone for s in spent if s.epsilon_alone is not None]
     figures["epsilon_alone"] = max(alone, default=None)
+    # The sum may be another part's, or another client's: what epsilon rests on stands beside it all the same.
+    resting = (part.to_dict()["cohort"] for own in (worst, *spent) for part in own.parts if part.cohort is not None)
+    figures["cohort"] = next(resting, None)
     figures["unit"] = " or ".join(sorted({s.unit for s in spent}))
     if rows_only := {tuple(map(plan_of, own.parts)): own for own in spent if own.unit == "row"}.values():
         figures["epsilon_rows"] = {
@@ -80,7 +82,7 @@ def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
         }
     if len(worst.parts) > 1:  # of each mechanism by itself; what they cost together stands above
         parts = [part.to_dict() for part in worst.parts]
-        figures["mechanisms"] = [{name: part[name] for name in OF_MECHANISM} for part in parts]
+        figures["mechanisms"] = [{name: part[name] for name in ("mechanism", "unit", *OF_MECHANISM)} for part in parts]
         figures |= dict.fromkeys(("mechanism", "sigma", "sampling_rate", "steps", "clip_norm"))
     return {**head, "largest_over_clients": figures}
 
