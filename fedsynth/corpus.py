@@ -55,9 +55,14 @@ class _Seen(dict[int, int | None]):
 _SEEN = _Seen()
 
 
+def seen(text: str) -> str:
+    """A text without the characters that have no glyph and separate nothing."""
+    return text.translate(_SEEN)
+
+
 def blank(text: str) -> bool:
     """True if a text shows nothing to a reader."""
-    return not text.translate(_SEEN).strip()
+    return not seen(text).strip()
 
 
 def same(text: str) -> str:
@@ -71,7 +76,7 @@ def same(text: str) -> str:
     # Twice: case folding undoes a composition, and a compatibility form may fold to a character with case or a blank.
     for _ in range(2):
         folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", folded).casefold())
-        folded = folded.translate(_SEEN)
+        folded = seen(folded)
     return " ".join(folded.split())
 
 

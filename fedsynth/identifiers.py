@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, get_args
 
-from fedsynth.corpus import unseen
+from fedsynth.corpus import seen
 from fedsynth.national_ids import holds_national_id, luhn
 
 Kind: TypeAlias = Literal["email", "phone", "iban", "card", "national_id", "secret", "url", "ip"]
@@ -69,8 +69,7 @@ def kinds_in(text: str) -> frozenset[Kind]:
     >>> kinds_in("Blood pressure 120/80 on 2024-05-12, ward 3.")
     frozenset()
     """
-    if not text.isascii():
-        text = "".join(char for char in text if not unseen(char))
+    text = seen(text)
     found: set[Kind] = set()
     spans = [(kind, span) for kind, own in _found(text).items() for span in own]
     # A number in an address or a longer number is part of it.

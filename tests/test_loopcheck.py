@@ -30,7 +30,7 @@ from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import dp_training as training
 from fedsynth.training.dp_training import Training
-from fedsynth.training.loopcheck import CHANCE, Watched, _chance_of_squares, _draws, _enough, differs
+from fedsynth.training.loopcheck import CHANCE, Watched, _draws, _enough, chance_of_squares, differs
 from fedsynth.training.selfcheck import LISTED, SelfCheckFailed, check_list, check_stack, self_check
 
 torch.set_num_threads(1)
@@ -283,13 +283,13 @@ def test_the_chance_of_draws_sizes_is_an_upper_bound_of_the_exact_one() -> None:
     for squares in exact:
         low = sum(p for s, p in exact.items() if s <= squares)
         high = sum(p for s, p in exact.items() if s >= squares)
-        assert _chance_of_squares(squares, 2, 3, 1 / 3) >= min(low, high)
+        assert chance_of_squares(squares, 2, 3, 1 / 3) >= min(low, high)
     # Fifty draws of exactly 25 of 200: each has chance 0.085.
     same = float(binom.pmf(25, 200, 1 / 8)) ** 50
-    assert same <= _chance_of_squares(0, 50, 200, 1 / 8) <= 3 * same
+    assert same <= chance_of_squares(0, 50, 200, 1 / 8) <= 3 * same
     typical, doubled = round(50 * 25 * 7 / 8), round(2 * 50 * 25 * 7 / 8)
-    assert _chance_of_squares(typical, 50, 200, 1 / 8) > 0.5
-    assert _chance_of_squares(3 * doubled, 50, 200, 1 / 8) < CHANCE
+    assert chance_of_squares(typical, 50, 200, 1 / 8) > 0.5
+    assert chance_of_squares(3 * doubled, 50, 200, 1 / 8) < CHANCE
     assert float(binom.pmf(4, 12, 1 / 3)) ** _enough(SMALL) < 1e-15
 
 

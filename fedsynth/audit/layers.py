@@ -22,7 +22,7 @@ from scipy.stats import beta, binom, norm
 from fedsynth.privacy.plan import BY_RDP, COARSE
 from fedsynth.privacy.rdp import ORDERS, bound, of_step
 from fedsynth.privacy.statement import Statement
-from fedsynth.training.loopcheck import _chance_of_squares, _two_sided, far
+from fedsynth.training.loopcheck import chance_of_squares, far, two_sided
 
 Layer = Literal["structural", "profile", "bound"]
 
@@ -190,13 +190,13 @@ def _draws(evidence: Evidence, chance: float) -> Iterator[Finding]:
     n, q = evidence.records, evidence.rate
     sizes = np.concatenate([seen.sizes for seen in evidence.seen if seen.sizes is not None])
     mean, variance = n * q, n * q * (1 - q)
-    unlikely = _two_sided(int(sizes.sum()), n * len(sizes), q) < chance
+    unlikely = two_sided(int(sizes.sum()), n * len(sizes), q) < chance
     yield Finding("structural", "rate", f"{sizes.mean():.1f} of {n:,} units a step, stated {mean:.1f}", bool(unlikely))
     if q == 1:  # all take part, and there is nothing to vary
         return
     squares = int(((sizes - round(mean)) ** 2).sum())
     words = f"{squares / len(sizes) / variance:.2f} of binomial variance over {len(sizes)} steps"
-    yield Finding("structural", "batches", words, _chance_of_squares(squares, len(sizes), n, q) < chance)
+    yield Finding("structural", "batches", words, chance_of_squares(squares, len(sizes), n, q) < chance)
 
 
 def _contribution(evidence: Evidence, chance: float) -> Iterator[Finding]:

@@ -211,11 +211,10 @@ def plan(
     if max_noise_multiplier > MAX_SIGMA:
         raise ValueError(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {max_noise_multiplier:g}")
     search = _smallest_by_rdp if mechanism in BY_RDP else _smallest_sigma
-    kind = (draft.sampling_rate, draft.total_steps)
-    others = _sorted(beside)
-    sigma = search(budget.epsilon, budget.delta, *kind, math.floor(max_noise_multiplier * 1000), others)
+    sought = _Sought(budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, *_sorted(beside))
+    sigma = search(sought, math.floor(max_noise_multiplier * 1000))
     if sigma is None:
-        needed = _noise_beyond(budget.epsilon, budget.delta, *kind, max_noise_multiplier, others)
+        needed = _noise_beyond(sought, max_noise_multiplier)
         paid = f" beside {len(beside)} other plan(s)" if beside else ""
         raise BudgetTooSmall(
             f"epsilon {budget.epsilon:g} at delta {budget.delta:g} over {draft.total_steps} steps at sampling rate "
@@ -375,24 +374,37 @@ def _group(size: int, pieces: Pieces, delta: float) -> float:
     return epsilon(dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0], delta, grid=grid)
 
 
+@dataclass(frozen=True)
+class _Sought:
+    """What the noise of a plan must keep to: an epsilon, beside other pieces of both kinds."""
+
+    epsilon: float
+    delta: float
+    sampling_rate: float
+    steps: int
+    exact: Pieces
+    rough: Pieces
+
+    def fits(self, sigma: float, grid: float) -> bool:
+        """True by privacy loss distributions, where they are known."""
+        pieces = (*self.exact, (self.sampling_rate, sigma, self.steps))
+        return _cost((pieces, self.rough), self.delta, "zero_out", grid) <= self.epsilon
+
+    def fits_by_rdp(self, sigma: float) -> bool:
+        """True by RDP alone."""
+        return bound([*self.exact, *self.rough, (self.sampling_rate, sigma, self.steps)], self.delta) <= self.epsilon
+
+
 @functools.cache
-def _smallest_sigma(
-    target: float,
-    delta: float,
-    sampling_rate: float,
-    steps: int,
-    most_thousandths: int,
-    beside: tuple[Pieces, Pieces] = ((), ()),
-) -> float | None:
-    """Smallest sigma in thousandths that meets the target on the fine grid; None if it lies above the most allowed."""
-    exact, rough = beside
+def _smallest_sigma(sought: _Sought, most_thousandths: int) -> float | None:
+    """Smallest sigma in thousandths that fits on the fine grid; None if it lies above the most allowed."""
 
     def fits(thousandths: int, grid: float) -> bool:
-        own = (sampling_rate, thousandths / 1000, steps)
-        return _cost(((*exact, own), rough), delta, "zero_out", grid) <= target
+        return sought.fits(thousandths / 1000, grid)
 
+    target = sought.epsilon
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
-    high = _enough(target, delta, sampling_rate, steps, least, most_thousandths, beside)
+    high = _enough(sought, least, most_thousandths)
     # The coarse grid's error is up to 0.01: too much for small targets, too careful for large ones, where PLD is slow.
     grid = FINE if target <= 0.2 else COARSE if target <= 20 else ROUGH
     while not fits(high, grid):
@@ -425,47 +437,28 @@ def _smallest_sigma(
 
 
 @functools.cache
-def _smallest_by_rdp(
-    target: float,
-    delta: float,
-    sampling_rate: float,
-    steps: int,
-    most_thousandths: int,
-    beside: tuple[Pieces, Pieces] = ((), ()),
-) -> float | None:
+def _smallest_by_rdp(sought: _Sought, most_thousandths: int) -> float | None:
     """The same as `_smallest_sigma`, by RDP alone."""
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
-    found = _enough(target, delta, sampling_rate, steps, least, most_thousandths, beside) / 1000
-    return found if bound([*beside[0], *beside[1], (sampling_rate, found, steps)], delta) <= target else None
+    found = _enough(sought, least, most_thousandths) / 1000
+    return found if sought.fits_by_rdp(found) else None
 
 
-def _enough(
-    target: float,
-    delta: float,
-    sampling_rate: float,
-    steps: int,
-    least: int,
-    most: int,
-    beside: tuple[Pieces, Pieces],
-) -> int:
-    """Thousandths from which on RDP, and hence PLD, meets the target; the most if RDP never does."""
-    others = [*beside[0], *beside[1]]
+def _enough(sought: _Sought, least: int, most: int) -> int:
+    """Thousandths from which on RDP, and hence PLD, fits; the most if RDP never does."""
     low, high = least - 1, most
     while high - low > 1:
         middle = (low + high) // 2
-        met = bound([*others, (sampling_rate, middle / 1000, steps)], delta) <= target
-        low, high = (low, middle) if met else (middle, high)
+        low, high = (low, middle) if sought.fits_by_rdp(middle / 1000) else (middle, high)
     return high
 
 
-def _noise_beyond(
-    target: float, delta: float, sampling_rate: float, steps: int, most: float, beside: tuple[Pieces, Pieces]
-) -> str:
-    """The noise that the target would take, by RDP, for the message of a refusal."""
+def _noise_beyond(sought: _Sought, most: float) -> str:
+    """The noise that it would take, by RDP, for the message of a refusal."""
     sigma = most
     while sigma < 1024 * most:
         sigma *= 1.02
-        if bound([*beside[0], *beside[1], (sampling_rate, sigma, steps)], delta) <= target:
+        if sought.fits_by_rdp(sigma):
             return f"about {sigma:.3g}"
     return f"above {sigma:.3g}"
 

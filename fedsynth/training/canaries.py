@@ -22,7 +22,7 @@ from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training import dp_training as training
-from fedsynth.training.loopcheck import _before_steps
+from fedsynth.training.loopcheck import before_steps
 
 ROWS = 2  # of a canary: an engine that clips rows, not units, moves the sum by so many C
 _LENGTH = 100  # gradient of a row, in C
@@ -134,7 +134,7 @@ def trained(
         clipping=settings.clipping,
         rows_per_unit=ROWS,
     )
-    with _one_thread(), _before_steps(look):
+    with _one_thread(), before_steps(look):
         ran = training.train_generator(model, training.private(slots, plan, randomness), asked, pad=0, losses=losses)
     whole = np.array(given, np.float32).reshape(-1, model.side**2) * np.float32(plan.expected_batch / plan.clip_norm)
     hit = hit[: len(whole)] if len(whole) <= len(hit) else np.pad(hit, ((0, len(whole) - len(hit)), (0, 0)))

@@ -147,7 +147,7 @@ def _trained(
             own = drawn[drawn // plan.records == client] - client * plan.records
             watched[client].step(own, scale * given, direction)
 
-    with _before_steps(look):
+    with before_steps(look):
         ran = _run(model, trainings, settings)
     return watched, ran
 
@@ -164,7 +164,7 @@ def _counted(plan: DPPlan, settings: GeneratorTraining, device: torch.device, cl
         taken += 1
 
     trainings = [replace(each, randomness=_Idle()) for each in _trainings(plan, settings, clients, PUBLIC)]
-    with _before_steps(look):
+    with before_steps(look):
         ran = _run(_Flat(plan.clip_norm).to(device), trainings, settings)
     return taken, ran
 
@@ -205,7 +205,7 @@ def _run(model: _Flat, trainings: Sequence[training.Training], settings: Generat
 
 
 @contextmanager
-def _before_steps(look: Any) -> Iterator[None]:
+def before_steps(look: Any) -> Iterator[None]:
     """While open, `look` gets the weights of each step that an optimizer of this thread is about to take."""
     thread = threading.get_ident()
 
@@ -308,10 +308,10 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     """Each unit enters each step by a coin of its own: rate, sizes and repetitions are binomial."""
     n, q, expected = plan.records, plan.sampling_rate, plan.expected_batch
     sizes = np.array([len(drawn) for each in found for drawn in each.drawn], np.int64)
-    if _two_sided(int(sizes.sum()), n * len(sizes), q) < CHANCE:
+    if two_sided(int(sizes.sum()), n * len(sizes), q) < CHANCE:
         yield f"the sampler draws at rate {sizes.mean() / n:.4f}, planned is {q:.4f}"
     squares = int(((sizes - expected) ** 2).sum())
-    if _chance_of_squares(squares, len(sizes), n, q) < CHANCE:
+    if chance_of_squares(squares, len(sizes), n, q) < CHANCE:
         yield (
             f"the sizes of {len(sizes)} draws vary by {squares / len(sizes):.3g} about {expected}, those of Poisson "
             f"sampling by {n * q * (1 - q):.3g}: are batches shuffled?"
@@ -319,7 +319,7 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     seen, times = np.unique(np.concatenate([drawn for each in found for drawn in each.drawn]), return_counts=True)
     if len(seen) < n:  # units that are never drawn are alike, and may be too many to list
         times = np.append(times, 0)
-    if (by_unit := _two_sided(times, len(sizes), q)).min() < CHANCE / n:
+    if (by_unit := two_sided(times, len(sizes), q)).min() < CHANCE / n:
         at = int(by_unit.argmin())
         yield f"one unit is drawn in {times[at]} of {len(sizes)} steps, planned is a rate of {q:.4f}"
     trainings = list(pairwise([*found, *other]))[::2]  # each once
@@ -331,7 +331,7 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
         ([pair for one, two in trainings for pair in zip(one.drawn, two.drawn, strict=False)], "trainings' steps"),
     ):
         both = sum(len(np.intersect1d(one, two, assume_unique=True)) for one, two in pairs)
-        if pairs and _two_sided(both, n * len(pairs), q * q) < CHANCE:
+        if pairs and two_sided(both, n * len(pairs), q * q) < CHANCE:
             yield (
                 f"in {len(pairs)} pairs of {where} {both} units were drawn twice, "
                 f"{n * len(pairs) * q * q:.3g} would be by chance"
@@ -384,7 +384,8 @@ def _sums(found: Sequence[Watched], plan: DPPlan) -> Iterator[str]:
             yield f"{what} moves the sum by {slope:.4g} C, planned is 1: {why}"
 
 
-def _two_sided(count: Any, trials: int, rate: float) -> Any:
+def two_sided(count: Any, trials: int, rate: float) -> Any:
+    """Chance of a binomial count at least as extreme, on both sides together; may exceed 1."""
     return 2 * np.minimum(binom.cdf(count, trials, rate), binom.sf(count - 1, trials, rate))
 
 
@@ -397,7 +398,7 @@ def far(squares: Any, count: int) -> Any:
     return 2 * np.minimum(chi2.cdf(squares, count), chi2.sf(squares, count))
 
 
-def _chance_of_squares(squares: int, draws: int, n: int, q: float) -> float:
+def chance_of_squares(squares: int, draws: int, n: int, q: float) -> float:
     """Bound on the chance that squared distances of binomial draws from n q have a sum at least as extreme.
 
     It is Chernoff's bound: E exp(r sum) is that of one draw to the power of draws. Sizes with a chance below 10^-20 per
