@@ -71,7 +71,7 @@ RUNS = {1: 3.861, 2: 2.219, 4: 1.377}  # noise of 60 steps with 50 of 400 record
 def test_a_lifetime_is_enough_for_about_as_many_runs(cap: float, cost: int, fixed: int, adaptive: int) -> None:
     """How many runs fit if they are fixed in advance, and if they are not."""
     budget, run = Budget(cap), DPPlan(400, 50, 60, 1, 1.0, RUNS[cost], DELTA)
-    as_fixed = [composed_epsilon([run] * count, DELTA, grid=1e-3) for count in (fixed, fixed + 1)]
+    as_fixed = [composed_epsilon([run] * count, DELTA) for count in (fixed, fixed + 1)]
     assert as_fixed[0] <= cap < as_fixed[1]
     assert the_filter(budget, [run] * (adaptive - 1), run)
     assert not the_filter(budget, [run] * adaptive, run)
@@ -156,7 +156,7 @@ def the_filter(budget: Budget, before: Sequence[DPPlan], asked: DPPlan) -> bool:
 
 def as_if_fixed(budget: Budget, before: Sequence[DPPlan], asked: DPPlan) -> bool:
     """Broken: what the rule was before there was a filter."""
-    return composed_epsilon([*before, asked], budget.delta, grid=1e-3) <= budget.epsilon
+    return composed_epsilon([*before, asked], budget.delta) <= budget.epsilon
 
 
 def forgetful(budget: Budget, before: Sequence[DPPlan], asked: DPPlan) -> bool:
@@ -187,6 +187,6 @@ def test_the_search_finds_a_rule_that_forgets_what_was_spent() -> None:
 
 def test_the_bound_by_rdp_is_above_that_of_loss_distributions() -> None:
     for q, sigma, steps in ((0.125, 0.928, 60), (0.25, 2.0, 300)):
-        exact = epsilon(DPPlan(1000, round(1000 * q), steps, 1, 1.0, sigma, DELTA), DELTA, grid=1e-3)
+        exact = epsilon(DPPlan(1000, round(1000 * q), steps, 1, 1.0, sigma, DELTA), DELTA)
         assert exact < bound([(q, sigma, steps)], DELTA) < 1.35 * exact
     assert all(of_step(1e-9, 1000.0, order) > 0 for order in ORDERS)  # nothing is free

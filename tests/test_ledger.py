@@ -22,7 +22,7 @@ from fedsynth.privacy.filter import epsilon_at, order_for, room, used
 from fedsynth.privacy.ledger import Binding, Grant, GrantUsed, Ledger
 from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.privacy.noise import data_mac, simulated_key
-from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon, epsilon, plan
+from fedsynth.privacy.plan import Budget, DPPlan, composed_epsilon, epsilon, event_epsilon, plan
 
 PLAN = DPPlan(100, 100, 4, 1, 1.0, 4.0, 1e-5)  # full batches: epsilon takes milliseconds
 COST = epsilon(PLAN, 1e-5)
@@ -628,9 +628,9 @@ def test_no_other_process_waits_while_a_cost_is_computed(tmp_path: Path, monkeyp
             db.execute("BEGIN IMMEDIATE")  # raises while another one holds the lock
             db.execute("ROLLBACK")
         computed.append(args)
-        return epsilon(*args, **more)
+        return event_epsilon(*args, **more)
 
-    monkeypatch.setattr(plan_module, "epsilon", free)
+    monkeypatch.setattr(plan_module, "event_epsilon", free)
     charge(ledger, "order 1", new)
     with pytest.raises(BudgetExhausted):
         charge(ledger, "order 2", replace(new, noise_multiplier=4.2), "next")

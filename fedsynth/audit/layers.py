@@ -19,7 +19,7 @@ from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 from scipy.stats import beta, binom, norm
 
-from fedsynth.privacy.plan import BY_RDP, COARSE
+from fedsynth.privacy.plan import BY_RDP
 from fedsynth.privacy.rdp import ORDERS, bound, of_step
 from fedsynth.privacy.statement import Statement
 from fedsynth.training.loopcheck import chance_of_squares, far, two_sided
@@ -31,6 +31,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the stated epsilon, at which the prof
 CONFIDENCE = 0.95  # of the epsilon that is shown, as papers do; a violation is found with the audit's own
 _STATISTICAL = 6  # tests of the structural layer that can err
 TESTS = _STATISTICAL + 2 * len(SHARES) + 1  # of one mechanism
+_GRID = 1e-3  # of privacy losses: rounded up, at most some thousandths too high
 _REACHED = 0.98  # of C: canaries that move a sum by less show nothing
 _COMPARED, _PRODUCTS = 64, 2**23  # steps of a grant whose noise is compared; numbers of all grants
 _GUESSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the canaries that are guessed
@@ -300,7 +301,7 @@ def _limits(
 @lru_cache(maxsize=16)
 def _accountant(rate: float, sigma: float, steps: int) -> Any:
     step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, COARSE)
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, _GRID)
     return accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
 
 

@@ -15,7 +15,7 @@ from fedsynth.limits import (
     MAX_SIGMA,
     MAX_STEPS,
 )
-from fedsynth.privacy.plan import APART, BY_RDP, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, epsilon
+from fedsynth.privacy.plan import APART, BY_RDP, ROUGH, SMALLEST_SIGMA, Mechanism, Relation, event_epsilon, growth
 from fedsynth.privacy.rdp import bound
 from fedsynth.privacy.statement import Statement
 
@@ -149,7 +149,7 @@ def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, 
         done = min(steps, max(10, 10 * done))
         grid, slack = _grid(claimed, sigma, done, delta)
         step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
-        found = epsilon(dp_event.SelfComposedDpEvent(step, done), delta, relation=relation, grid=grid)
+        found = event_epsilon(dp_event.SelfComposedDpEvent(step, done), delta, relation=relation, grid=grid)
         if relation == "zero_out":  # as a client's own figure: `plan.composed_epsilon`
             found = min(found, bound([(rate, sigma, done)], delta))
         if not found <= claimed + slack:
@@ -158,15 +158,9 @@ def _above(claimed: float, rate: float, sigma: float, steps: int, delta: float, 
 
 
 def _grid(claimed: float, sigma: float, steps: int, delta: float) -> tuple[float, float]:
-    """Step of the grid of losses, and the most that rounding on it can add to a true claim.
-
-    The sum of all losses is nearly normal. With variance v, epsilon is v / 2 + z sqrt(v) for the z of delta. Rounding
-    adds up to grid^2 / 4 to v for each step; the check allows twice the resulting increase of epsilon.
-    """
-    z = math.sqrt(2 * math.log(1 / delta))
-    deviation = math.sqrt(z**2 + 2 * max(claimed, TOLERANCE)) - z
-    growth = steps / 4 * (1 + z / deviation)  # growth of epsilon with grid^2
+    """Step of the grid of losses, and the most that rounding on it can add to a true claim."""
+    grows = growth(max(claimed, TOLERANCE), steps, delta)
     wanted = TOLERANCE * max(1.0, claimed)
     range_ = 1 / sigma**2 + 20 / sigma  # range of one step's losses
-    grid = max(min(ROUGH, math.sqrt(wanted / growth)), range_ / _POINTS, 10 * claimed / _POINTS)
-    return grid, max(wanted, growth * grid**2)
+    grid = max(min(ROUGH, math.sqrt(wanted / grows)), range_ / _POINTS, 10 * claimed / _POINTS)
+    return grid, max(wanted, grows * grid**2)

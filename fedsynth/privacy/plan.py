@@ -34,9 +34,9 @@ APART: Mapping[Mechanism, float] = {
 BY_RDP: frozenset[Mechanism] = frozenset({"summed_scores", "summed_votes"})
 
 MOST_SUMMED = 128.0  # noise multiplier of whole numbers: `fedsynth.privacy.noise.MAX_MEAN`
-FINE = 1e-4  # grid of privacy losses for every reported figure; PLD rounds up, so each is an upper bound
-COARSE = 1e-3  # grid while searching: ten times as fast, at most some thousandths too high
-ROUGH = 1e-2  # while searching for budgets above 20, and for group_epsilon's mixtures, a hundred times slower
+# Grids of privacy losses. PLD rounds up, so that each figure is an upper bound on any of them.
+FINE, ROUGH = 1e-4, 1e-2
+ROUNDED = 3e-5  # of epsilon: the most that rounding may add to a figure, unless even the finest grid adds more
 SMALLEST_SIGMA = 0.05  # below, epsilon is in the thousands, and PLD takes minutes to say so
 # Bounds on the time and memory of a plan, which a server chooses and a site computes: some seconds, half a gigabyte.
 _LOSSES, _STEP_LOSSES = 3e6, 2e5  # most points of a grid, for all steps and for one; beyond, it is coarser than FINE
@@ -180,9 +180,8 @@ def plan(
 ) -> DPPlan:
     """The plan with the least noise that keeps all rounds within the budget.
 
-    The noise multiplier is the smallest multiple of 0.001 whose PLD epsilon on the fine grid is at most the
-    budget's (for budgets above 20 possibly the next one), but never below `SMALLEST_SIGMA`. The search takes
-    seconds for any input.
+    The noise multiplier is the smallest multiple of 0.001 whose epsilon is at most the
+    budget's, but never below `SMALLEST_SIGMA`. The search takes seconds for any input.
 
     Args:
         budget: The budget of all rounds together.
@@ -224,37 +223,34 @@ def plan(
     return replace(draft, noise_multiplier=sigma)
 
 
-def epsilon(
-    event_or_plan: dp_event.DpEvent | DPPlan, delta: float, *, relation: Relation = "zero_out", grid: float = FINE
-) -> float:
-    """Epsilon at `delta` by privacy loss distributions: an upper bound, `inf` if there is none.
+def epsilon(plan: DPPlan, delta: float, *, relation: Relation = "zero_out") -> float:
+    """Epsilon at `delta` of all rounds of a plan: an upper bound, `inf` if there is none.
 
     Args:
-        event_or_plan: A plan, which stands for all its rounds, or an event.
+        plan: Any plan.
         delta: The delta, inside (0, 1).
         relation: zero_out: one unit replaced by an empty one, n fixed. replace_one: by any other unit.
-        grid: Step at which privacy losses are rounded up.
     """
-    _check_delta(delta)
-    if isinstance(event_or_plan, DPPlan):
-        return composed_epsilon([event_or_plan], delta, relation=relation, grid=grid)
+    return composed_epsilon([plan], delta, relation=relation)
+
+
+def event_epsilon(event: dp_event.DpEvent, delta: float, *, relation: Relation = "zero_out", grid: float) -> float:
+    """Epsilon at `delta` of an event by privacy loss distributions, with losses rounded up to multiples of `grid`."""
     from dp_accounting import NeighboringRelation
     from dp_accounting.pld import PLDAccountant
 
     neighbours = {"zero_out": NeighboringRelation.REPLACE_SPECIAL, "replace_one": NeighboringRelation.REPLACE_ONE}
-    return float(PLDAccountant(neighbours[relation], grid).compose(event_or_plan).get_epsilon(delta))
+    return float(PLDAccountant(neighbours[relation], grid).compose(event).get_epsilon(delta))
 
 
-def composed_epsilon(
-    plans: Iterable[DPPlan], delta: float, *, relation: Relation = "zero_out", grid: float = FINE
-) -> float:
+def composed_epsilon(plans: Iterable[DPPlan], delta: float, *, relation: Relation = "zero_out") -> float:
     """Epsilon at `delta` of several plans on the same data, fixed in advance, each with all its rounds; 0 for none.
 
-    It uses privacy loss distributions, on a coarser grid where they would take minutes; beyond, and for mechanisms
-    of `BY_RDP`, the larger bound by RDP.
+    It uses privacy loss distributions, on a grid so fine that rounding adds at most `ROUNDED` of epsilon, or on a
+    coarser one where that would take minutes; beyond, and for mechanisms of `BY_RDP`, the larger bound by RDP.
     """
     _check_delta(delta)
-    return _cost(_sorted(plans, 2.0 if relation == "replace_one" else 1.0), delta, relation, grid)
+    return _cost(_sorted(plans, 2.0 if relation == "replace_one" else 1.0), delta, relation)
 
 
 Pieces = tuple[tuple[float, float, int], ...]  # (sampling rate, sigma, steps) of each kind of step
@@ -278,16 +274,16 @@ def _sorted(plans: Iterable[DPPlan], apart: float = 1.0) -> tuple[Pieces, Pieces
     return exact, rough
 
 
-def _cost(pieces: tuple[Pieces, Pieces], delta: float, relation: Relation, grid: float) -> float:
+def _cost(pieces: tuple[Pieces, Pieces], delta: float, relation: Relation) -> float:
     """Epsilon of pieces of both kinds, as `_sorted` gives them."""
     exact, rough = pieces
     if not rough:
-        return _composed(exact, delta, relation, grid)
+        return _composed(exact, delta, relation)
     # As in `_composed`: no mechanism of `BY_RDP` samples.
     halved = [(q, sigma / (2 if relation == "replace_one" else 1), count) for q, sigma, count in rough]
     if not exact:
         return bound(halved, delta)
-    apart = _composed(exact, delta / 2, relation, grid) + bound(halved, delta / 2)
+    apart = _composed(exact, delta / 2, relation) + bound(halved, delta / 2)
     return min(apart, bound([*exact, *rough], delta)) if relation == "zero_out" else apart
 
 
@@ -330,23 +326,36 @@ def _steps_event(sampling_rate: float, sigma: float, steps: int) -> dp_event.DpE
 
 
 @functools.cache
-def _composed(pieces: Pieces, delta: float, relation: Relation, grid: float) -> float:
+def _composed(pieces: Pieces, delta: float, relation: Relation) -> float:
     """Epsilon of pieces (sampling rate, sigma, steps)."""
     if not pieces:
         return 0.0
     if relation == "replace_one" and all(rate == 1.0 for rate, *_ in pieces):
         # Without sampling a unit that is replaced by another is an empty one under half the noise.
-        return _composed(tuple((rate, sigma / 2, count) for rate, sigma, count in pieces), delta, "zero_out", grid)
-    roughly = bound(pieces, delta)
-    grid = max(grid, roughly / _LOSSES, *(_largest_loss(sigma) / _STEP_LOSSES for _, sigma, _ in pieces))
-    many = len(pieces) > _MOST_KINDS or sum(count for *_, count in pieces) > 10 * MAX_STEPS
+        return _composed(tuple((rate, sigma / 2, count) for rate, sigma, count in pieces), delta, "zero_out")
+    roughly, steps = bound(pieces, delta), sum(count for *_, count in pieces)
+    close = math.sqrt(ROUNDED * roughly / growth(max(roughly, FINE), steps, delta))
+    affordable = max(roughly / _LOSSES, *(_largest_loss(sigma) / _STEP_LOSSES for _, sigma, _ in pieces))
+    grid = max(min(max(close, FINE), ROUGH), affordable)
+    many = len(pieces) > _MOST_KINDS or steps > 10 * MAX_STEPS
     if many or grid > _USELESS:
         return roughly if relation == "zero_out" else math.inf
     from dp_accounting import dp_event
 
     whole = dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces])
-    found = epsilon(whole, delta, relation=relation, grid=grid)
+    found = event_epsilon(whole, delta, relation=relation, grid=grid)
     return min(found, roughly) if relation == "zero_out" else found
+
+
+def growth(epsilon: float, steps: int, delta: float) -> float:
+    """A bound on how epsilon grows with the square of the grid's step, by which each step's losses are rounded.
+
+    The sum of all losses is nearly normal. With variance v, epsilon is v / 2 + z sqrt(v) for the z of delta. Rounding
+    adds up to a quarter of the square to v for each step; the bound is twice what follows from that.
+    """
+    z = math.sqrt(2 * math.log(1 / delta))
+    deviation = math.sqrt(z**2 + 2 * epsilon) - z
+    return steps / 4 * (1 + z / deviation)
 
 
 def _largest_loss(sigma: float) -> float:
@@ -371,7 +380,7 @@ def _group(size: int, pieces: Pieces, delta: float) -> float:
     grid = max(ROUGH * size / 2 * min(1.0, math.sqrt(60 / steps)), size * bound(pieces, delta) / _LOSSES)
     if grid > _USELESS:
         return math.inf
-    return epsilon(dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0], delta, grid=grid)
+    return event_epsilon(dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0], delta, grid=grid)
 
 
 @dataclass(frozen=True)
@@ -385,10 +394,10 @@ class _Sought:
     exact: Pieces
     rough: Pieces
 
-    def fits(self, sigma: float, grid: float) -> bool:
-        """True by privacy loss distributions, where they are known."""
+    def cost(self, sigma: float) -> float:
+        """Epsilon, by privacy loss distributions where they are known."""
         pieces = (*self.exact, (self.sampling_rate, sigma, self.steps))
-        return _cost((pieces, self.rough), self.delta, "zero_out", grid) <= self.epsilon
+        return _cost((pieces, self.rough), self.delta, "zero_out")
 
     def fits_by_rdp(self, sigma: float) -> bool:
         """True by RDP alone."""
@@ -397,42 +406,35 @@ class _Sought:
 
 @functools.cache
 def _smallest_sigma(sought: _Sought, most_thousandths: int) -> float | None:
-    """Smallest sigma in thousandths that fits on the fine grid; None if it lies above the most allowed."""
+    """Smallest sigma in thousandths that fits; None if it lies above the most allowed."""
 
-    def fits(thousandths: int, grid: float) -> bool:
-        return sought.fits(thousandths / 1000, grid)
+    def over(thousandths: int) -> float:  # nearly a line in the logarithm of sigma; fits where it is not above 0
+        return math.log(min(max(sought.cost(thousandths / 1000), 1e-300), 1e300) / sought.epsilon)
 
-    target = sought.epsilon
     least = min(round(SMALLEST_SIGMA * 1000), most_thousandths)
     high = _enough(sought, least, most_thousandths)
-    # The coarse grid's error is up to 0.01: too much for small targets, too careful for large ones, where PLD is slow.
-    grid = FINE if target <= 0.2 else COARSE if target <= 20 else ROUGH
-    while not fits(high, grid):
-        if high == most_thousandths:
-            if grid == FINE:
-                return None
-            grid = FINE  # the coarse bound may fail where the fine one holds
-        else:
-            high = min(2 * high, most_thousandths)
+    at_high = over(high)
+    if at_high > 0:
+        return None
     # Walk down, in small steps at first: RDP asks for a little too much noise, and PLD is slow where there is little.
-    low, stride = high, 0.9
-    while low > least and fits(low, grid):
-        high, low, stride = low, max(int(low * stride), least), max(stride**2, 0.5)
-    if low == least and fits(least, grid):
-        return least / 1000
+    low, at_low, stride = high, at_high, 0.95
+    while at_low <= 0:
+        high, at_high = low, at_low
+        if high == least:
+            return least / 1000
+        low, stride = max(int(low * stride), least), max(stride**2, 0.5)
+        at_low = over(low)
+    # Then go to where the line between both ends meets 0; every other time halve, which is never slow.
+    halve = False
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle, grid) else (middle, high)
-    # The coarse bound is above the fine one, so `high` holds on the fine grid, and slightly less noise may too.
-    # Above a target of 20 the search is not worth seconds per figure; there sigma may be 0.001 above the smallest.
-    step = 1
-    while target <= 20 and high - step >= least and fits(high - step, FINE):
-        high, step = high - step, step * 2
-    while step > 1:
-        step //= 2
-        if high - step >= least and fits(high - step, FINE):
-            high -= step
-    assert fits(high, FINE)
+        slope = math.log(high / low) / (at_low - at_high)
+        met = (low + high) // 2 if halve else round(low * math.exp(slope * at_low))
+        met, halve = min(max(met, low + 1), high - 1), not halve
+        at = over(met)
+        if at > 0:
+            low, at_low = met, at
+        else:
+            high, at_high = met, at
     return high / 1000
 
 

@@ -39,7 +39,7 @@ MECHANISMS: Mapping[Mechanism, str] = {
     "summed_votes": f"Skellam {_VOTES}",
 }
 POISSON = "Poisson: each unit enters each batch by a draw of its own"
-PLD = f"privacy loss distributions (dp-accounting {version('dp-accounting')}), on a grid of {FINE:g}, rounded up"
+PLD = f"privacy loss distributions (dp-accounting {version('dp-accounting')}), rounded up on a grid of {FINE:g} or more"
 RDP = "Rényi differential privacy at whole orders, for Skellam noise"
 
 
