@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedsynth.system.terminal import console_of
+from fedsynth.system.terminal import console_of, show
 from fedsynth.typed import BadValue, visible
 
 FAILED = 1
@@ -95,7 +95,7 @@ def server_invite(
         table = Table("site", "client", "state", "let in (UTC)", "key")
         for number, site in enumerate(invited.sites(folder)):
             table.add_row(site.name, str(number), states[site.name], site.since, site.fingerprint)
-        console_of(error=False, width=140).print(table)
+        show(console_of(error=False), table)
         for node in others:
             _say(
                 f"warning: node {node} is registered, and not in {folder / invited.SITES}: whoever reaches the "
@@ -305,7 +305,7 @@ def site_model(
         table.add_row(
             escape(row.run), row.learnt[:19].replace("T", " "), *values, str(row.test_rows) if row.test_rows else "-"
         )
-    console_of(error=False, width=140).print(table)
+    show(console_of(error=False), table)
     for row in rows:
         if row.problem:
             _say(f"{row.run} cannot be used: {row.problem}")
@@ -326,4 +326,4 @@ def _list(held: list[dict[str, Any]], *, as_json: bool) -> None:
         run = escape(each["run"][:12])
         has = told(each["identifiers"]) if "identifiers" in each else "not searched"  # held by an earlier version
         table.add_row(each["order"][:12], escape(asked), run, str(each["texts"]), has, each["decision"], by)
-    console_of(error=False).print(table)
+    show(console_of(error=False), table)

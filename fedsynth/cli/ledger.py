@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.privacy.ledger_file import LOST
-from fedsynth.system.terminal import console_of
+from fedsynth.system.terminal import console_of, show
 from fedsynth.typed import BadValue, visible
 
 FAILED = 1
@@ -105,7 +105,7 @@ def _print_ledger(console: Console, found: dict[str, Any]) -> None:
                 table.add_row(
                     grant["at"], "", f"grant {grant['counter']}", "", grant["state"], grant["order_digest"][:12]
                 )
-    console.print(table)
+    show(console, table)
 
 
 def _filter_lines(found: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from fedsynth.scenario.toml import load, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
-from fedsynth.system.terminal import console_of, warn
+from fedsynth.system.terminal import console_of, show, warn
 from fedsynth.typed import BadValue, visible
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -219,8 +219,8 @@ def compare_command(
     if not shown.is_terminal:
         shown.width = 140
     for task in done.tables["tables"]:
-        shown.print(utility_table(done.tables, task))
-        shown.print(costs_table(done.tables, task))
+        show(shown, utility_table(done.tables, task))
+        show(shown, costs_table(done.tables, task))
     for run, of_arm in done.tables["few_texts"].items():
         for arm, few in of_arm.items():
             shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)

@@ -64,9 +64,9 @@ def utility_table(tables: Mapping[str, Any], task: str) -> Table:
         shown = [metric for metric in shown if metric != "field_match"]
     found = _table(f"{tables['name']}: {task}", ["scenario", "epsilon", "arm"])
     for metric in shown:
-        found.add_column(HEADS[metric], no_wrap=True)
+        found.add_column(HEADS[metric])
     for head in ("held-out", "difference"):
-        found.add_column(head, no_wrap=True)
+        found.add_column(head)
     cells: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         cells.setdefault((row["scenario"], row["epsilon"], row["arm"]), {})[row["metric"]] = row
@@ -87,7 +87,7 @@ def costs_table(tables: Mapping[str, Any], task: str) -> Table:
     """The costs of each arm: privacy, bytes, time of clients, tokens of the LLM."""
     found = _table(f"{tables['name']}: {task}, costs", ["scenario", "epsilon", "arm", "states", "up", "down"])
     for head in ("client time", "LLM reads", "LLM writes"):
-        found.add_column(head, no_wrap=True)
+        found.add_column(head)
     for row in tables["tables"][task]["costs"]:
         moved = [_unit(row[f"bytes_{direction}"], 1e6, "MB", 2) for direction in ("up", "down")]
         spent = [
@@ -101,7 +101,7 @@ def costs_table(tables: Mapping[str, Any], task: str) -> Table:
 def _table(title: str, heads: Sequence[str]) -> Table:
     found = Table(title=title)
     for head in heads:
-        found.add_column(head, no_wrap=True)
+        found.add_column(head)
     return found
 
 

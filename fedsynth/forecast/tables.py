@@ -7,14 +7,14 @@ from rich.table import Table
 
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.forecast.check import Forecast
-from fedsynth.system.terminal import warn
+from fedsynth.system.terminal import show, warn
 
 
 def print_forecast(console: Console, made: Forecast) -> None:
     """Prints the forecast of a run, arm by arm and in all, and its warnings."""
     table = Table(title=f"{made.scenario}: forecast")
     for head in ("arm", "guarantee", "epsilon", "delta", "up", "down", "LLM reads", "LLM writes", "seconds"):
-        table.add_column(head, no_wrap=True)
+        table.add_column(head)
     for name, arm in made.arms.items():
         epsilon, delta = (
             "-" if x is None else said
@@ -24,7 +24,7 @@ def print_forecast(console: Console, made: Forecast) -> None:
         table.add_row(
             name, arm.guarantee, epsilon, delta, *moved, f"{arm.read:,}", f"{arm.written:,}", f"{arm.seconds:.0f}"
         )
-    console.print(table)
+    show(console, table)
     console.print(
         f"in all about {made.seconds:.0f} s with {made.workers} worker{'s' if made.workers > 1 else ''}, starting and "
         f"ending included; memory {made.memory / 1e9:.1f} GB: {made.worker / 1e9:.1f} GB each worker, "

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.markup import escape
 from rich.segment import Segment
+from rich.table import Table
 
 from fedsynth.typed import visible
 
+WIDTH = 120  # characters of a line where nobody looks at a terminal (a file, a pipe)
 
-def console_of(*, error: bool, width: int = 120) -> Console:
-    """Wide enough for the table where nobody looks at a terminal (a file, a pipe); no text of it acts on a terminal.
+
+def console_of(*, error: bool) -> Console:
+    """A console no text of which acts on a terminal.
 
     Args:
         error: It prints on standard error.
-        width: Characters of a line where nobody looks at a terminal.
     """
     found = Console(stderr=error, highlight=False)
-    found = found if found.is_terminal else Console(stderr=error, highlight=False, width=width)
+    found = found if found.is_terminal else Console(stderr=error, highlight=False, width=WIDTH)
     found.push_render_hook(_Visibly())
     return found
 
@@ -41,6 +43,16 @@ class _Visible:
                 yield part
             else:
                 yield Segment("\n".join(map(visible, part.text.split("\n"))), part.style)
+
+
+def show(console: Console, table: Table) -> None:
+    """A table of which nothing is cut off: a terminal breaks its cells, elsewhere lines are as long as it takes."""
+    for column in table.columns:
+        column.no_wrap, column.overflow = False, "fold"
+    if not console.is_terminal:
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        console.width = max(console.width, needed)
+    console.print(table)
 
 
 def warn(console: Console, text: str) -> None:

@@ -12,6 +12,7 @@ from fedsynth.federation.run.egress import Sent, egress_lines
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import missing
 from fedsynth.federation.run.times import times_of
+from fedsynth.system.terminal import show
 
 NOT_ITS_OWN = "its figures are not those of its method"
 COLUMNS = {
@@ -34,10 +35,10 @@ def print_table(console: Console, result: Any) -> None:
     heads = ["arm", *(COLUMNS[n] for n in names), "guarantee", "epsilon", "up", "down"]
     table = Table(title=result.summary["scenario"])
     for head in heads:
-        table.add_column(head, no_wrap=True)
+        table.add_column(head)
     losses = {arm: found["losses"] for arm, found in arms.items() if found.get("losses")}
     if losses:
-        table.add_column("left by filters", overflow="fold", min_width=20)
+        table.add_column("left by filters", min_width=20)
     for arm, found in arms.items():
         figures = [_figure(found["metrics"].get(n)) for n in names]
         told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
@@ -45,7 +46,7 @@ def print_table(console: Console, result: Any) -> None:
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
         guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
-    console.print(table)
+    show(console, table)
     for arm, few in result.few.items():
         console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
     for line in missing(result.metrics):
@@ -70,11 +71,11 @@ def print_times(console: Console, result: Any) -> None:
     whole = sum(part.seconds for part in parts) or 1.0
     table = Table(title="where the time went")
     for head in ("arm", "part", "seconds", "share", "clients' CPU seconds"):
-        table.add_column(head, justify="left" if head in ("arm", "part") else "right", no_wrap=True)
+        table.add_column(head, justify="left" if head in ("arm", "part") else "right")
     for part in parts:
         clients = "" if part.clients is None else f"{part.clients:.1f}"
         table.add_row(escape(part.arm), part.part, f"{part.seconds:.1f}", f"{part.seconds / whole:.0%}", clients)
-    console.print(table)
+    show(console, table)
 
 
 def _figure(value: dict[str, Any] | None) -> str:
