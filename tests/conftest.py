@@ -33,6 +33,7 @@ PROCESSES = (
     "test_wheel.py",
     "test_deployment_full.py",
     "test_faults.py",
+    "test_ray_cluster.py",
 )
 
 # Files that `make unit` runs: each takes a few seconds, and none of their tests starts a process.

@@ -96,7 +96,7 @@ def test_two_runs_side_by_side_complete_and_do_not_meet(tmp_path: Path) -> None:
 
 
 def planned(folder: Path, start_seconds: float = 60.0) -> _Plan:
-    return _Plan("", {}, 2, 2, 0.0, str(folder), str(folder), 0, start_seconds, marker="", log_from=0)
+    return _Plan("", {}, 2, 2, 0.0, str(folder), str(folder), None, 0, start_seconds, marker="", log_from=0)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +221,9 @@ def test_a_command_that_does_not_exist_would_be_found() -> None:
 
 
 class Terminal:
-    """A shell that is told one block after the other."""
+    """A shell that is told one block after the other; `within` is a command that starts it elsewhere."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, within: Sequence[str] = ()) -> None:
         self.log, self.done = log, 0
         programs = folder / "bin"
         programs.mkdir(exist_ok=True)
@@ -235,7 +235,7 @@ class Terminal:
             program.chmod(0o755)
         env = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         self.shell = subprocess.Popen(
-            ["bash", "-m"],
+            [*within, "bash", "-m"],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=log.open("ab"),

@@ -87,6 +87,10 @@ def run_command(
     sites: Annotated[str, typer.Option(help="With --server: names of sites; all that were let in by default.")] = "",
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Run the clients on this Ray cluster: docs/deployment/ray-cluster.md."),
+    ] = None,
     track: Annotated[str, typer.Option(help="mlflow or wandb, or both with a comma: told when the run is done.")] = "",
     profile: Annotated[bool, typer.Option("--profile", help="Print where the time went as well.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object, last.")] = False,
@@ -95,8 +99,10 @@ def run_command(
     --server on real sites, by default the coordinator's own scenario."""
     console = console_of(error=True)
     if server is not None:
-        if from_ is not None or clients is not None or workers is not None or port is not None:
-            raise BadValue("--from, --clients, --workers and --port are of simulations: leave them out with --server")
+        if any(given is not None for given in (from_, clients, workers, port, ray)):
+            raise BadValue(
+                "--from, --clients, --workers, --port and --ray are of simulations: leave them out with --server"
+            )
         if not scenario and resume_ is None:
             scenario = str(server / "scenario.toml")
     elif sites:
@@ -105,7 +111,8 @@ def run_command(
         raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
     if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None or sites):
         raise BadValue(
-            "--resume goes on with a run as it was begun: only --workers, --port, --server, --track, --json go with it"
+            "--resume goes on with a run as it was begun: only --workers, --port, --ray, --server, --track, --json go "
+            "with it"
         )
     trackers = [name.strip() for name in track.split(",") if name.strip()]
     if trackers:
@@ -118,7 +125,7 @@ def run_command(
     if server is not None:
         result = _run_on_sites(console, server, asked, sites, out, resume_)
     else:
-        result = _simulate(console, asked, out, from_, resume_, workers, port)
+        result = _simulate(console, asked, out, from_, resume_, {"workers": workers, "port": port, "ray": ray})
     if trackers:
         from fedsynth.federation.run.trackers import tell
 
@@ -139,22 +146,21 @@ def _simulate(
     out: Path | None,
     from_: Path | None,
     resumed: Path | None,
-    workers: int | None,
-    port: int | None,
+    how: dict[str, Any],
 ) -> Any:
     check_flower()
     from fedsynth.simulation.simulate import resume, run
 
     with ProgressBar(console, asked) as watch:
-        told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
+        told: dict[str, Any] = {**how, "on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
             from fedsynth.federation.run.environment import differences
 
             for line in differences(from_, asked):
                 watch.warn(f"not as in {from_}: {line}")
         if resumed is not None:
-            return resume(resumed, workers=workers, port=port, **told)
-        return run(asked, out=out, workers=workers, port=port, **told)
+            return resume(resumed, **told)
+        return run(asked, out=out, **told)
 
 
 def _run_on_sites(

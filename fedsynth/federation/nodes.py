@@ -12,6 +12,7 @@ from typing import cast
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedsynth.federation.delivery.worker_retry import TRIES
 from fedsynth.typed import BadValue, build, visible
 
 WHO = "query.who"
@@ -68,6 +69,7 @@ def nodes_by_client(grid: Grid, clients: int, *, stack: int = 1, seconds: float 
     """
     begun = time.monotonic()
     places: dict[int, int] = {}
+    failed = Counter[int]()
     partitions = 1
     while len(places) < partitions:
         taken = time.monotonic() - begun
@@ -83,8 +85,11 @@ def nodes_by_client(grid: Grid, clients: int, *, stack: int = 1, seconds: float 
             time.sleep(POLL_SECONDS)
             continue
         for reply in grid.send_and_receive(asked, timeout=max(1.0, seconds - taken)):
-            if reply.has_error():
-                raise TooFewReplies(f"a SuperNode could not run the client app: {first_line(reply)}")
+            if reply.has_error():  # its worker may have died
+                failed[reply.metadata.src_node_id] += 1
+                if failed[reply.metadata.src_node_id] >= TRIES:
+                    raise TooFewReplies(f"a SuperNode could not run the client app: {first_line(reply)}")
+                continue
             try:
                 facts = cast(ConfigRecord, reply.content["who"])
                 partition, partitions = (int(str(facts[key])) for key in ("partition-id", "num-partitions"))

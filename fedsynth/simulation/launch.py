@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from fedsynth.simulation.cluster import cluster_environment
 from fedsynth.simulation.flower import (
     EVENTS,
     LOG,
@@ -71,10 +72,12 @@ class AppRun:
         app: Folder with the app's pyproject.toml.
         run_config: Overrides of the app's run-config; every key must be known to the app.
         supernodes: Number of virtual SuperNodes, hence of partitions.
-        workers: Processes that serve them; at most the CPUs plus four work at once (Flower's thread pool).
+        workers: Processes that serve them; at most the CPUs plus four, and never more than 32, work at once (Flower's
+            thread pool).
         gpu_share: The share of one GPU that each worker counts as its own; Ray assigns GPUs to workers by it.
         out: Absolute folder of the run.
         logs: Absolute folder for the output of Flower and Ray (flower.log, added to); it may quote clients' data.
+        ray: HOST:PORT of a Ray cluster that runs already, whose CPUs are the workers; None starts a Ray for this run.
     """
 
     app: Path
@@ -84,6 +87,7 @@ class AppRun:
     gpu_share: float = 0.0
     out: Path
     logs: Path
+    ray: str | None = None
 
 
 def launch(
@@ -127,6 +131,7 @@ def launch(
             gpu_share=run.gpu_share,
             out=str(out),
             logs=str(logs),
+            ray=run.ray,
             port=free_port(port),
             start_seconds=start_seconds,
             marker=uuid.uuid4().hex,
@@ -140,6 +145,11 @@ def _watched(
     plan: _Plan, logs: Path, events: Events, on_event: Callable[[dict[str, Any]], None] | None, poll: float
 ) -> None:
     """Starts the supervisor and passes events on until it ends; takes everything down on any exception."""
+    if plan.ray is None:
+        surroundings = environment(plan.marker)
+    else:
+        host = plan.ray.rpartition(":")[0]
+        surroundings = environment(plan.marker, host) | cluster_environment(plan.ray, os.environ, plan.marker)
     with (logs / LOG).open("ab") as log:
         supervisor = subprocess.Popen(
             # -P and a path rather than -m: modules of this package must not be found under top-level names.
@@ -147,7 +157,7 @@ def _watched(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment(plan.marker),
+            env=surroundings,
             start_new_session=True,  # Ctrl-C reaches the launcher alone
             text=True,
         )
@@ -188,6 +198,7 @@ class _Plan:
     gpu_share: float
     out: str
     logs: str
+    ray: str | None
     port: int
     start_seconds: float
     marker: str
@@ -205,7 +216,9 @@ def _supervise() -> None:
     """Reads a plan from standard input, carries it out, takes everything down, prints the verdict."""
     plan = _Plan(**json.loads(sys.stdin.readline()))
     adopt_orphans()
-    place = Path(tempfile.mkdtemp(prefix="fedsynth-", dir=_short_temporary_folder()))
+    # Workers on other machines of a cluster read Flower's folder, and see the run's, but not this machine's own.
+    within = _short_temporary_folder() if plan.ray is None else plan.logs
+    place = Path(tempfile.mkdtemp(prefix="fedsynth-", dir=within))
     spawning = threading.Lock()  # whoever takes the run down holds it to the end: no process starts after that
 
     def end(verdict: str) -> NoReturn:
@@ -244,8 +257,9 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
     path = keep_output(SIMULATION, programs, log_path, os.environ["PATH"])
     if path is None:
         raise _RunFailed(f"{SIMULATION} is not on the PATH: is flwr[simulation] installed beside this Python?")
-    os.environ.update(FLWR_HOME=str(flower), RAY_TMPDIR=str(ray), PATH=path)
-    os.environ.update(ray_clocks(plan.start_seconds) | ray_token())
+    os.environ.update(FLWR_HOME=str(flower), PATH=path)
+    if plan.ray is None:
+        os.environ.update({"RAY_TMPDIR": str(ray)} | ray_clocks(plan.start_seconds) | ray_token())
 
     log = log_path.open("ab")
     with spawning:
@@ -266,7 +280,8 @@ def _carry_out(plan: _Plan, place: Path, spawning: threading.Lock) -> None:
         time.sleep(0.05)
 
     each = f"client-resources-num-cpus=1 client-resources-num-gpus={plan.gpu_share}"
-    federation = f"num-supernodes={plan.supernodes} {each} init-args-num-cpus={plan.workers}"
+    here = f" init-args-num-cpus={plan.workers}" if plan.ray is None else ""  # Ray refuses it for a cluster
+    federation = f"num-supernodes={plan.supernodes} {each}{here}"
     run = flwr("run", plan.app, "-c", str(config), "--federation-config", federation)
     _watch(plan, superlink, lambda: flwr("list", "--run-id", str(run["run-id"]))["runs"][0])
 

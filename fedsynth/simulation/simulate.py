@@ -40,6 +40,7 @@ from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, load, to_toml
+from fedsynth.simulation.cluster import Cluster, cluster_at
 from fedsynth.simulation.flower import DEPLOYMENT, EVENTS, STATUS
 from fedsynth.simulation.launch import APP, AppRun, launch
 from fedsynth.synthesis.augmentation import check_labels
@@ -343,37 +344,41 @@ def run(
     out: Path | str | None = None,
     workers: int | None = None,
     port: int | None = None,
+    ray: str | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
-    """Runs a scenario as a Flower simulation on this machine.
+    """Runs a scenario as a Flower simulation: on this machine, or its clients on a Ray cluster.
 
     Args:
         scenario: A `Scenario`, the path of a TOML file, or the name of a shipped scenario.
         out: The run's directory; must be new or empty. None for `runs/NAME-DATE` in the working directory.
         workers: Number of client processes; None for one per core, as far as memory allows.
         port: Port of the run's SuperLink on this machine; None for any free one.
+        ray: HOST:PORT of a Ray cluster that runs already and that this machine belongs to; its CPUs are the workers.
+            None for a Ray of the run's own.
         on_event: Called with each progress event: arm, seed, round, phase, done, total. The first are "data" and
             "workers", each with a line: the clients' data, and the number of workers.
         on_warning: Called with each warning of the check.
 
     Raises:
-        BadValue: If scenario, data, models, budget or directory have a fault; then nothing has run.
+        BadValue: If scenario, data, models, budget, directory or cluster have a fault; then nothing has run.
         fedsynth.simulation.flower.LaunchFailed: The run did not complete; the message has the reason and the log.
     """
     begun = time.monotonic()
     asked = scenario if isinstance(scenario, Scenario) else load(scenario)
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     check_free(place)
+    cluster = _cluster(ray, workers)
     _warn(check(asked), on_warning)
     forget_weights()  # this process only waits from now on; the run's own need the memory
     asked = pinned(asked)
-    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    served, said = _served(asked, workers, cluster)
     cards = prepare(asked, place)
     if on_event is not None:
         on_event({"event": "data", "line": card_line(cards)})
         on_event({"event": "workers", "line": said})
-    return _launched(asked, to_toml(asked), place, count, port, on_event, begun)
+    return _launched(asked, to_toml(asked), place, served, port, on_event, begun)
 
 
 def resume(
@@ -381,6 +386,7 @@ def resume(
     *,
     workers: int | None = None,
     port: int | None = None,
+    ray: str | None = None,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Result:
@@ -392,11 +398,12 @@ def resume(
         out: The run's directory.
         workers: As in `run`.
         port: As in `run`.
+        ray: As in `run`; a run may go on elsewhere than it began.
         on_event: As in `run`.
         on_warning: As in `run`; also called with each change of versions, hardware or code since the run began.
 
     Raises:
-        BadValue: If there is no run, or its clients' accounts are gone.
+        BadValue: If there is no run, its clients' accounts are gone, or there is no such cluster.
         fedsynth.simulation.flower.LaunchFailed: The run did not complete, or still goes on.
     """
     begun, place = time.monotonic(), Path(out).absolute()
@@ -408,15 +415,44 @@ def resume(
         return read(place)
     if not private_of(place).is_dir():
         raise BadValue(f"{private_of(place)} is gone, and with it what the clients of this run have spent and answered")
+    cluster = _cluster(ray, workers)
     text = (place / "scenario.toml").read_text(encoding="utf-8")
     asked = from_toml(text)
     _warn([f"not as when the run began: {line}" for line in differences(place, asked)], on_warning)
     _warn(check(asked), on_warning)
     forget_weights()  # this process only waits from now on; the run's own need the memory
-    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    served, said = _served(asked, workers, cluster)
     if on_event is not None:
         on_event({"event": "workers", "line": said})
-    return _launched(asked, text, place, count, port, on_event, begun)
+    return _launched(asked, text, place, served, port, on_event, begun)
+
+
+def _cluster(ray: str | None, workers: int | None) -> Cluster | None:
+    if ray is not None and workers is not None:
+        raise BadValue("a cluster's CPUs are its workers (ray start --num-cpus): leave --workers out with --ray")
+    return None if ray is None else cluster_at(ray)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The processes that serve a run's clients.
+
+    Attributes:
+        workers: Their number.
+        gpu_share: The share of one GPU that each counts as its own.
+        ray: The address of the cluster that they belong to; None for this machine.
+    """
+
+    workers: int
+    gpu_share: float
+    ray: str | None
+
+
+def _served(asked: Scenario, workers: int | None, cluster: Cluster | None) -> tuple[_Served, str]:
+    if cluster is not None:
+        return _Served(cluster.workers, cluster.gpu_share, cluster.address), str(cluster)
+    count, said = concurrency(workers, 1 if asked.data.pooled else asked.data.clients)
+    return _Served(count, gpu_share(count), None), said
 
 
 def done(out: Path) -> bool:
@@ -437,7 +473,7 @@ def _launched(
     asked: Scenario,
     text: str,
     place: Path,
-    count: int,
+    served: _Served,
     port: int | None,
     on_event: Callable[[dict[str, Any]], None] | None,
     begun: float,
@@ -447,11 +483,12 @@ def _launched(
         AppRun(
             app=APP,
             run_config={"scenario-toml": text, "out-dir": str(place)},
-            supernodes=supernodes(asked.data.clients, count),
-            workers=count,
-            gpu_share=gpu_share(count),
+            supernodes=supernodes(asked.data.clients, served.workers),
+            workers=served.workers,
+            gpu_share=served.gpu_share,
             out=place,
             logs=private_of(place) / "logs",
+            ray=served.ray,
         ),
         on_event=on_event,
         port=port,
