@@ -253,6 +253,27 @@ def test_a_norm_that_cancels_is_not_underestimated() -> None:
             assert engine.take()[0].double().norm() <= C
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(1e17, 2e-23), (2e-23, 1e17), (1e18, 1e-23)])
+def test_a_norm_whose_squares_are_too_small_for_a_float_is_not_taken_for_zero(
+    inputs: float, outputs: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A start that a server chose can make one layer's inputs huge and the gradients behind it tiny. Squares below 1e-45
+    # are 0 in float32, and so is each number of their Gram matrix.
+    positions, width, limit = 30, 256, 1e-6
+    layer = nn.Linear(width, width, bias=False)
+    x, g = torch.full((1, positions, width), inputs), torch.full((1, positions, width), outputs)
+
+    def norm() -> float:
+        with clipper(layer, limit) as engine:
+            engine.add(lambda: (layer(x) * g).sum((1, 2)), [0])
+            return float(engine.take()[0].double().norm())
+
+    assert positions * width * inputs * outputs > 1e4 * limit  # as it is, each number of g^T x being the same
+    assert norm() <= limit
+    monkeypatch.setattr("fedsynth.dpsgd.bookkeeping._hidden", lambda uses, unit, count: 0.0)
+    assert norm() > 1e4 * limit
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("family", "mode"), [("llama", "lora"), ("llama", "full"), ("gpt2", "full")])
 def test_a_text_that_is_not_finite_counts_for_exactly_nothing(family: str, mode: str, value: float) -> None:

@@ -175,21 +175,25 @@ def _inner(one: Use, other: Use) -> Tensor:
 
 
 def _hidden(uses: Sequence[Use], unit: Tensor, count: int) -> Tensor:
-    """Bound on the loss of a squared norm to rounding: c u (sum_t |x_t| |g_t|)^2, which bounds the cancelling terms.
+    """Bound on the loss of a squared norm to rounding: c u (sum_t |x_t| |g_t|)^2, which bounds the cancelling terms,
+    and k tiny (sum_t |x_t| + |g_t|)^2, which bounds what is too small for a float.
 
     The error of a dot product of k numbers is at most sqrt(k) u |x| |g|, except for a vanishing chance (Higham and Mary
-    2019).
+    2019), and k times the smallest normal number where its terms are below that. Small g beside large x, as a start
+    that a server sends may make them, would otherwise pass for a gradient of norm 0.
     """
-    lengths = uses[0].g.new_zeros(count, dtype=torch.float64)
-    longest = 1
+    both = uses[0].g.new_zeros(2, count, dtype=torch.float64)
+    longest = max(max(used.g.shape[2], used.x.shape[2] if isinstance(used, Product) else 1) for used in uses)
+    kind = torch.finfo(uses[0].g.dtype)
     for used in uses:
-        each = torch.linalg.vector_norm(used.g, dim=2)
+        g = torch.linalg.vector_norm(used.g, dim=2).double() + math.sqrt(longest * kind.tiny)
+        x = torch.ones_like(g)
         if isinstance(used, Product):
-            each = each * torch.linalg.vector_norm(used.x, dim=2)
-            longest = max(longest, used.x.shape[2])
-        longest = max(longest, used.g.shape[2])
-        lengths.index_add_(0, unit, each.sum(1, dtype=torch.float64))
-    return 4 * math.sqrt(longest) * torch.finfo(uses[0].g.dtype).eps * lengths**2
+            x = torch.linalg.vector_norm(used.x, dim=2).double() + math.sqrt(longest * kind.tiny)
+        both.index_add_(1, unit, torch.stack([(x * g).sum(1), (x + g).sum(1)]))
+    lengths, sizes = both
+    bound: Tensor = 4 * math.sqrt(longest) * kind.eps * lengths**2 + longest * kind.tiny * sizes**2
+    return bound
 
 
 def _add(total: Tensor, used: Use, factor: Tensor) -> None:
