@@ -34,6 +34,7 @@ from fedsynth.training.classifier import _batches, classify, fit_classifier
 from fedsynth.training.dp_training import (
     PublicRandomness,
     Training,
+    add_noise,
     clipped_sum,
     next_token_losses,
     private,
@@ -480,6 +481,27 @@ def test_noise_per_coordinate_has_deviation_sigma_c_by_expected_batch() -> None:
 def test_noise_of_two_steps_and_of_two_layers_is_not_the_same() -> None:
     seen = noise_of(steps=2)
     assert len(set(torch.cat(seen).tolist())) > 0.999 * 2 * len(seen[0])
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_noise_is_added_in_double_precision_and_rounded_once_whatever_the_threads(
+    monkeypatch: pytest.MonkeyPatch, kind: torch.dtype
+) -> None:
+    count = 3 * 2**18 + 5  # several blocks, and a rest
+    before = torch.randn(3, count // 3, generator=torch.Generator().manual_seed(0)).to(kind)
+    noise = 0.7 * GrantRandomness(KEY).normals(before.numel())
+    wanted = torch.from_numpy(before.double().numpy() + noise.reshape(before.shape)).to(kind)
+    noised = []
+    for threads in (1, 2, 3):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        total = before.clone()
+        add_noise(total, 0.7, GrantRandomness(KEY))
+        noised.append(total)
+    assert all(torch.equal(total, wanted) for total in noised)
+    # Normals that are rounded before they are scaled give other sums.
+    rounded = before.double() + 0.7 * torch.from_numpy(noise / 0.7).float().view(before.shape)
+    assert not torch.equal(rounded.to(kind), wanted)
 
 
 def test_an_empty_batch_is_a_step_of_noise_only() -> None:

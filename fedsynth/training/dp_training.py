@@ -157,16 +157,18 @@ def _rows(units: Sequence[Slot], numbers: Sequence[int]) -> tuple[list[Any], lis
     return [e for n in numbers for e in units[n]], [n for n in numbers for _ in units[n]]
 
 
-_BLOCK = 2**18  # normals that are made at once
+_BLOCK = 2**18  # normals that a thread makes at once
 
 
 def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
-    """Adds Gaussian noise to a sum in place: in float64, block by block, without a second copy."""
-    flat = total.view(-1)
-    for at in range(0, len(flat), _BLOCK):
-        part = flat[at : at + _BLOCK]
-        noise = torch.from_numpy(randomness.normals(len(part)))
-        part.copy_((deviation * noise).to(part.device).add_(part))
+    """Adds Gaussian noise to a sum in place: in float64, rounded once, block by block, without a second copy.
+
+    The numbers are made on the CPU. A sum on a GPU gets each block by one copy and adds it there.
+    """
+    flat, block = total.view(-1), _BLOCK * torch.get_num_threads()
+    for part in flat.split(block):
+        noise = deviation * torch.from_numpy(randomness.normals(len(part)))
+        part.add_(noise.to(part.device))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
