@@ -90,6 +90,50 @@ def test_run_names_the_arms_that_run(file: Path) -> None:
     assert [(c.arm, c.seed) for c in found] == [("few", 4), ("few", 2)]
 
 
+QUICK = """
+[quick]
+run = ["few"]
+data.clients = 1
+strategy.shots = 3
+"""
+
+
+def test_a_quick_run_is_the_scenario_with_its_own_overrides_and_nothing_else(file: Path) -> None:
+    file.write_text(TEXT + QUICK)
+    whole, small = load(file), load(file, quick=True)
+    assert replace(whole, quick={}) == from_toml(TEXT)  # unasked for, it changes nothing
+    assert small == replace(
+        from_toml(TEXT),
+        run=("few",),
+        data=replace(whole.data, clients=1),
+        strategy=replace(whole.strategy, options={"per_label": 3, "shots": 3}),
+    )
+    assert [c.scenario.strategy.options["shots"] for c in cells(small)] == [1, 1]  # an arm's own key stays above
+    assert load(file, ["strategy.shots=7"], quick=True).strategy.options["shots"] == 7
+    assert from_toml(to_toml(whole)) == whole
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[quick]\nseeds = [1]", "'seeds' belongs to the whole scenario, `quick` cannot override it"),
+        ("[quick]\ndata.clents = 1", "[quick] unknown key 'clents' in [data]; did you mean 'clients'?"),
+        ('[quick]\nrun = ["more"]', "[quick] run names the arm 'more'"),
+        ("[arms.few.quick]\nrun = []", "'quick' belongs to the whole scenario, an arm cannot override it"),
+    ],
+)
+def test_a_quick_run_is_checked_when_the_scenario_is_read(file: Path, table: str, said: str) -> None:
+    file.write_text(f"{TEXT}\n{table}\n")
+    with pytest.raises(BadValue) as caught:
+        load(file)
+    assert said in str(caught.value)
+
+
+def test_a_scenario_without_a_quick_run_says_so(file: Path) -> None:
+    with pytest.raises(BadValue, match=r"--quick: the scenario has no \[quick\] table"):
+        load(file, quick=True)
+
+
 def test_without_arms_the_cell_is_named_after_its_strategy() -> None:
     [first, second] = cells(from_toml(TEXT.partition("[arms.local]")[0]))
     assert (first.arm, first.seed, second.seed) == ("fdkt", 4, 2)

@@ -76,6 +76,7 @@ def run_command(
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")] = False,
     from_: Annotated[Path | None, typer.Option("--from", help="Repeat the run in this directory.")] = None,
     resume_: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this directory, which was ended too soon.")
@@ -109,7 +110,7 @@ def run_command(
         raise BadValue("--sites names real sites: say with --server DIR which coordinator's")
     if sum([bool(scenario), from_ is not None, resume_ is not None]) != 1:
         raise BadValue("name a scenario, or a run to repeat with --from DIR, or one to go on with: --resume DIR")
-    if resume_ is not None and (set_ or arms or clients is not None or seeds or out is not None or sites):
+    if resume_ is not None and (set_ or arms or clients is not None or seeds or quick or out is not None or sites):
         raise BadValue(
             "--resume goes on with a run as it was begun: only --workers, --port, --ray, --server, --track, --json go "
             "with it"
@@ -120,7 +121,7 @@ def run_command(
 
         check(trackers)
     known = from_ or resume_
-    asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds)
+    asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds, quick=quick)
     # torch and Flower take seconds to import: help and misspelt keys need neither
     if server is not None:
         result = _run_on_sites(console, server, asked, sites, out, resume_)
@@ -246,11 +247,12 @@ def check_command(
     arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")] = False,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as one JSON object, last.")] = False,
 ) -> None:
     """Check SCENARIO and foresee what a run of it would spend, send, hold and take; nothing is trained or charged."""
-    asked = _asked(scenario, set_, arms, clients, seeds)
+    asked = _asked(scenario, set_, arms, clients, seeds, quick=quick)
     check_flower()
     from fedsynth.forecast.check import forecast
     from fedsynth.forecast.tables import print_forecast
@@ -334,13 +336,15 @@ def report(
         print(json.dumps(found))
 
 
-def _asked(scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str) -> Scenario:
+def _asked(
+    scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str, *, quick: bool = False
+) -> Scenario:
     more = list(sets)
     if clients is not None:
         more.append(f"data.clients={clients}")
     if seeds:
         more.append(f"seeds=[{seeds}]")
-    found = load(scenario, more)
+    found = load(scenario, more, quick=quick)
     if arms:
         wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
         found = replace(found, run=wanted)

@@ -62,6 +62,7 @@ class Scenario:
         rounds: Rounds of the strategy.
         arms: Variants: name -> overrides of the other tables.
         run: The arms that run by default; left out, all.
+        quick: Overrides of `--quick`, a smaller run that shows the same in less time: `run` and all tables.
         participation: Clients that are away or leave.
         task: The task card: how the task and its labels are put into words.
     """
@@ -75,6 +76,7 @@ class Scenario:
     rounds: Count = 1
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     run: tuple[str, ...] = ()
+    quick: Mapping[str, Any] = field(default_factory=dict)
     participation: Participation = field(default_factory=Participation)
     task: Task = field(default_factory=Task)
 

@@ -16,7 +16,7 @@ from fedsynth.typed import BadValue, build, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
-    """A scenario from a TOML parser's output; every arm is resolved once, so that its keys are checked, too."""
+    """A scenario from a TOML parser's output; arms and `quick` are resolved once, so that their keys are checked, too."""
     tree = as_of_now(tree)
     choice = tree.get("strategy")
     method = str(choice.get("use", "")) if isinstance(choice, Mapping) else ""
@@ -31,6 +31,11 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
             _override(scenario, overrides)
         except BadValue as problem:
             raise BadValue(f"[arms.{arm}] {problem}") from problem
+    if scenario.quick:
+        try:
+            from_tree(_quick(_tree(scenario)))
+        except BadValue as problem:
+            raise BadValue(f"[quick] {problem}") from problem
     return scenario
 
 
@@ -51,16 +56,17 @@ def from_toml(text: str, where: str = "scenario") -> Scenario:
         raise BadValue(f"{where}: {problem}") from problem
 
 
-def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
+def load(name: str | Path, sets: Sequence[str] = (), *, quick: bool = False) -> Scenario:
     """A scenario from a file, or a shipped one by name.
 
     Args:
         name: Path of a TOML file, or the name of a shipped scenario such as "hospitals".
         sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
+        quick: The scenario's smaller run, with its table `quick` in force; `sets` override that as well.
 
     Raises:
-        BadValue: If there is no such scenario, or it is not valid; the message names file, key and the nearest valid
-            key.
+        BadValue: If there is no such scenario, it has no smaller run, or it is not valid; the message names file, key
+            and the nearest valid key.
     """
     path = Path(name)
     if path.suffix != ".toml":
@@ -71,6 +77,8 @@ def load(name: str | Path, sets: Sequence[str] = ()) -> Scenario:
     if not path.is_file():
         raise BadValue(f"no scenario file {str(path)!r}")
     with toml_file(path) as tree:
+        if quick:
+            tree = _quick(tree)
         for item in sets:
             tree = _merge(tree, _parse_set(item))
         tree = _with_absolute_paths(tree, path.parent)
@@ -145,13 +153,28 @@ def cells(scenario: Scenario) -> list[Cell]:
 
 
 def _override(scenario: Scenario, overrides: Mapping[str, Any]) -> Scenario:
-    for key in ("name", "seeds", "arms", "run"):
+    for key in ("name", "seeds", "arms", "run", "quick"):
         if key in overrides:
             raise BadValue(f"{key!r} belongs to the whole scenario, an arm cannot override it")
     tree = _tree(scenario)
-    tree.pop("arms", None)
-    tree.pop("run", None)
+    for key in ("arms", "run", "quick"):
+        tree.pop(key, None)
     return from_tree(_merge(tree, overrides))
+
+
+def _quick(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A scenario's tree with its table `quick` in force, and without it.
+
+    Raises:
+        BadValue: If it has none, or `quick` changes what names a run or its arms.
+    """
+    small = _table(tree, "quick")
+    if not small:
+        raise BadValue("--quick: the scenario has no [quick] table, which says what a smaller run leaves out")
+    for key in ("name", "seeds", "arms", "quick"):
+        if key in small:
+            raise BadValue(f"{key!r} belongs to the whole scenario, `quick` cannot override it")
+    return _merge({key: value for key, value in tree.items() if key != "quick"}, small)
 
 
 def _tree(scenario: Scenario) -> dict[str, Any]:
