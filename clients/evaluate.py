@@ -24,7 +24,7 @@ from fedsynth.models.loading import load_frozen, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.training.classifier import classify
 from fedsynth.training.dp_training import mean_loss
-from fedsynth.training.examples import readable
+from fedsynth.training.examples import all_readable
 from fedsynth.world import task_part
 
 
@@ -55,7 +55,7 @@ def answers(client: ClientSide, texts: Sequence[str]) -> list[str]:
     if client.instructs:
         return respond(client, texts)
     tokenizer, found = load_tokenizer(client.config.task_model), [""] * len(texts)
-    places = [place for place, text in enumerate(texts) if readable(tokenizer, text)]
+    places = [place for place, read in enumerate(all_readable(tokenizer, texts)) if read]
     read = [texts[place] for place in places]
     classes = classify(task_model(client), tokenizer, read, client.config.task_training.max_length)
     for place, number in zip(places, classes, strict=True):

@@ -166,6 +166,8 @@ def _load(name: str, role: Role, *, dtype: Any = torch.float32, classes: int = 2
         for key, value in vars(part).items():
             if "drop" in key and isinstance(value, float | int) and not isinstance(value, bool):
                 setattr(part, key, type(value)(0))
+        if role == "task_model" and hasattr(part, "use_cache"):
+            part.use_cache = False  # a classifier reads a text once; else every layer copies its keys and values
     more |= {"config": config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if role == "task_model":
         config.num_labels = classes

@@ -21,7 +21,7 @@ from fedsynth.models.encoding import token_ids
 from fedsynth.models.loading import Kind, kind_of, load_classifier
 from fedsynth.scenario.client import SHOTS, TaskTraining
 from fedsynth.training.baselines import Majority, Nearest
-from fedsynth.training.examples import readable, unit_rows
+from fedsynth.training.examples import all_readable, unit_rows
 
 
 class Probe(nn.Module):
@@ -99,7 +99,7 @@ def fit_classifier(
     """
     number = {label: i for i, label in enumerate(labels)}
     reader = model.embedder.tokenizer if isinstance(model, Probe) else tokenizer
-    good = (readable(reader, text) for text in corpus.prompts)
+    good = all_readable(reader, corpus.prompts)
     rows = [i for i, (y, read) in enumerate(zip(corpus.answers, good, strict=True)) if y in number and read]
     if not rows:
         return  # an empty corpus is no error: a client may hold other classes only
@@ -128,6 +128,7 @@ def fit_classifier(
             return _logits(model, hide(tokens, present), present)
 
     model.train()
+    trained = list(model.parameters())  # once: a look through all modules takes as long as the norm itself
     rate, total = settings.learning_rate, epochs * math.ceil(len(rows) / settings.batch)
     optimizer = torch.optim.AdamW(
         [{"params": g} for g in groups], lr=rate, weight_decay=settings.weight_decay, fused=True
@@ -143,7 +144,7 @@ def fit_classifier(
             loss = (F.cross_entropy(said, wanted, reduction="none") * shares[chosen].to(said.device)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
     model.eval()
 

@@ -12,7 +12,7 @@ from torch import nn
 from fedsynth.corpus import Corpus
 from fedsynth.instructions import ASK, asked, record
 from fedsynth.models.batches import given_rows, token_rows
-from fedsynth.models.encoding import token_ids
+from fedsynth.models.encoding import text_rows, token_ids
 from fedsynth.models.form import LINES, Form, InTurns, InWords, Learns, learnt_rows, student_form
 from fedsynth.models.loading import Kind, context_of, kind_of
 from fedsynth.scenario.client import GeneratorTraining
@@ -197,6 +197,14 @@ def cut_texts(slots: Sequence[Sequence[Example]]) -> int:
 def readable(tokenizer: Any, text: str) -> bool:
     """True if a tokenizer can read a text: the answer would reveal a record that makes it fail."""
     return bool(tokens_of(tokenizer, text))
+
+
+def all_readable(tokenizer: Any, texts: Sequence[str]) -> list[bool]:
+    """`readable` of each text, in one call unless the tokenizer fails at one of them."""
+    try:
+        return list(map(bool, text_rows(tokenizer, texts)))
+    except Exception:  # one text, of many, that the tokenizer cannot read
+        return [readable(tokenizer, text) for text in texts]
 
 
 def tokens_of(tokenizer: Any, text: str) -> int | None:
