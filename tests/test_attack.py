@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from fedsynth.corpus import Corpus, Provenance
-from fedsynth.evaluation.attack import auroc, exposure, extraction, name_reconstruction
+from fedsynth.evaluation.attack import (
+    auroc,
+    copies,
+    echoed,
+    exposure,
+    extraction,
+    interval,
+    name_reconstruction,
+    power,
+)
 from fedsynth.instructions import asked, record
 from tests.scripted import ScriptedLLM
 
@@ -117,3 +126,66 @@ def test_exposure_of_an_unknown_secret_is_the_mean_of_an_exponential() -> None:
 def test_exposure_needs_another_candidate() -> None:
     with pytest.raises(ValueError, match="got 0 others"):
         exposure(1.0, [])
+
+
+def test_power_is_the_share_of_members_above_all_but_some_others() -> None:
+    others = [float(i) for i in range(100)]  # one in a hundred may be above: the threshold is 98
+    members = [96.5, 98.0, 98.5, 200.0]
+    assert power(members, others, 0.01) == 2 / 4
+    assert power(members, others, 0.0) == 1 / 4
+    assert power(members, others, 0.02) == 3 / 4  # the threshold is 97
+    assert power(members, others, 0.1) == 1.0
+
+
+def test_a_score_that_all_share_has_no_power() -> None:
+    # A threshold that its own ties passed would call everybody a member.
+    assert power([1.0, 1.0], [1.0] * 10, 0.1) == 0.0
+
+
+def test_power_needs_a_rate_and_scores() -> None:
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 1"):
+        power([1.0], [0.0], 1.0)
+    with pytest.raises(ValueError, match="scores of both kinds"):
+        power([], [0.0], 0.1)
+
+
+def test_the_interval_of_auroc_is_as_wide_as_its_error_for_scores_that_tell_nothing() -> None:
+    # Hanley and McNeil 1982: at an AUROC of 1/2 the variance is (n + m + 1) / (12 n m).
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(size=200), rng.normal(size=300)
+    low, high = interval(auroc, one.tolist(), other.tolist(), resamples=800, seed=1)
+    error = math.sqrt((200 + 300 + 1) / (12 * 200 * 300))
+    found = auroc(one.tolist(), other.tolist())
+    assert low < found < high
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.15)
+    assert interval(auroc, [2.0, 3.0], [0.0, 1.0]) == (1.0, 1.0)
+
+
+def test_texts_that_hold_a_phrase_as_whole_words_are_counted() -> None:
+    texts = [
+        "My card: GNEISS, sextant!",
+        "gneiss and sextant",
+        "gneisses sextant",
+        "sextant gneiss",
+        "a gneiss sextant",
+    ]
+    assert echoed(texts, "gneiss sextant") == 2
+    assert echoed([], "gneiss") == 0
+    with pytest.raises(ValueError, match="letter or digit, got"):
+        echoed(texts, "...")
+
+
+def test_copies_by_hand() -> None:
+    references = ["where is my new card", "why was my payment declined"]
+    texts = [
+        "Where is my new  card",  # equal but for case and blanks
+        "where is my card",  # 4 words in common, of 4 and of 5: 8 / 9
+        "is my card new",  # 3 in order, of 4 and 5: 6 / 9
+        "where is it my old new blue card",  # 5 in common, of 8 and of 5: 10 / 13
+        "send money",
+    ]
+    assert copies(texts, references) == (3, 1)
+    assert copies([], references) == (0, 0)
+    assert copies(texts, []) == (0, 0)
+    # Seven of ten words in order on both sides: exactly the threshold counts.
+    assert copies(["a b c d e f g x y z"], ["a b c d e f g p q r"]) == (1, 0)

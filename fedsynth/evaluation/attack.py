@@ -1,18 +1,18 @@
-"""Attacks on a model that learnt private text: extraction, name reconstruction, exposure."""
+"""Attacks on a model that learnt private text, or on its texts: extraction, exposure, membership, echoes, copies."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedsynth.corpus import Corpus
+from fedsynth.corpus import Corpus, same
 from fedsynth.instructions import ASK, asked, of_line
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.rouge import rouge_l, words
+from fedsynth.rouge import nearest, rouge_l, words
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
@@ -113,13 +113,35 @@ def _share_held(written: Sequence[str], phrases: Sequence[str]) -> float:
 
     It ignores case and punctuation: tokenizers that lower-case or put blanks around signs must not hide a leak.
     """
-    held = 0
-    for text, phrase in zip(written, phrases, strict=True):
-        wanted = words(phrase)
-        if not wanted:
-            raise ValueError(f"the text to look for must hold a letter or digit, got {phrase!r}")
-        held += f" {' '.join(wanted)} " in f" {' '.join(words(text))} "
-    return held / len(written)
+    return sum(echoed([text], phrase) for text, phrase in zip(written, phrases, strict=True)) / len(written)
+
+
+def echoed(texts: Sequence[str], phrase: str) -> int:
+    """Number of texts that hold a phrase as whole words, in order and without others between them.
+
+    It ignores case and punctuation. For a canary's rare words in released texts (Meeus et al. 2025).
+
+    Raises:
+        ValueError: If the phrase holds no letter or digit.
+    """
+    wanted = words(phrase)
+    if not wanted:
+        raise ValueError(f"the text to look for must hold a letter or digit, got {phrase!r}")
+    return sum(f" {' '.join(wanted)} " in f" {' '.join(words(text))} " for text in texts)
+
+
+NEAR = 0.7  # a ROUGE-L F1 from which two texts are alike (Self-Instruct, arXiv 2212.10560, section 2.2)
+
+
+def copies(texts: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
+    """Number of texts that are alike (ROUGE-L F1 of `NEAR` at least) to one of the references, and of those the `same`.
+
+    Compare the counts for private rows with those for as many rows that the model never saw: short texts of one topic
+    are alike by themselves.
+    """
+    known = {same(text) for text in references}
+    close = nearest(texts, references)
+    return sum(value >= NEAR for value in close), sum(same(text) in known for text in texts)
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
@@ -133,6 +155,54 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
         raise ValueError(f"scores of both kinds are needed, none of them NaN; got {len(above)} and {len(below)} scores")
     fewer, at_most = (np.searchsorted(below, above, side=side) for side in ("left", "right"))
     return float((fewer + at_most).mean() / (2 * len(below)))
+
+
+def power(positive: Sequence[float], negative: Sequence[float], rate: float) -> float:
+    """Share of positives above a threshold that at most a share `rate` of the negatives exceeds (TPR at an FPR).
+
+    The threshold is the negative after the first `rate` of them in falling order. Ties with it count as below.
+
+    Args:
+        positive: Scores of members.
+        negative: Scores of others; `1 / rate` of them at least, or the rate is in truth 0.
+        rate: In [0, 1).
+
+    Raises:
+        ValueError: If one of the two is empty or holds a NaN, or the rate is out of range.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"the rate of false positives must lie in [0, 1), got {rate}")
+    auroc(positive, negative)  # checks the scores
+    below = np.sort(np.asarray(negative, dtype=float))[::-1]
+    threshold = below[math.floor(rate * len(below) + 1e-9)]
+    return float((np.asarray(positive, dtype=float) > threshold).mean())
+
+
+def interval(
+    figure: Callable[[Sequence[float], Sequence[float]], float],
+    positive: Sequence[float],
+    negative: Sequence[float],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % interval of a figure of two samples, by a percentile bootstrap of each sample.
+
+    Args:
+        figure: Such as `auroc`.
+        positive: Scores of members.
+        negative: Scores of others.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+    """
+    rng = np.random.default_rng(seed)
+    one, other = np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
+    found = [
+        figure(one[rng.integers(len(one), size=len(one))], other[rng.integers(len(other), size=len(other))])  # type: ignore[arg-type]  # arrays are sequences
+        for _ in range(resamples)
+    ]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def exposure(true_score: float, candidate_scores: Sequence[float]) -> float:
