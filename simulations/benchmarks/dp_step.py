@@ -1,12 +1,14 @@
 """One step of DP-SGD beside one of plain training, and beside Opacus' ways to clip.
 
-    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 5] [--cases lora,full,persons,bfloat16]
+    python simulations/benchmarks/dp_step.py [--json FILE] [--repeats 5] [--cases lora,full,real,persons,bfloat16]
 
 Models have the widths of one of 15 million parameters (384, inner 1,024, 8,192 tokens) and 2 layers: the ratios depend
 on widths, batch and length, not on depth. A step draws nothing: it passes one batch, clips, adds noise of a grant's
-stream, and lets Adam go one step; plain training does the same without clip and noise. `persons` has 4 texts of each
-person in the batch. `bfloat16` is plain training of a LoRA on all 6 layers, with the base in half precision and in
-float32, and what a whole training of each ends at: under a guarantee the base is float32.
+stream, and lets Adam go one step; plain training does the same without clip and noise, in the same precision (float32:
+no private step is taken in another). `real` is a LoRA of SmolLM2-135M-Instruct (`models:smollm2-135m-instruct` under
+FEDSYNTH_MODELS), whole. `persons` has 4 texts of each person in the batch. `bfloat16` is plain training of a LoRA on
+all 6 layers, with the base in half precision and in float32, what a whole training of each ends at, and a private step
+in float32 beside a plain one in half precision.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from transformers import (
 from fedsynth.dpsgd import CLIPPING, Clipping, clipper
 from fedsynth.models.adapters import attach_lora
 from fedsynth.models.devices import device
-from fedsynth.models.loading import computes_in_bfloat16
+from fedsynth.models.loading import computes_in_bfloat16, load_generator
 from fedsynth.privacy.noise import GrantRandomness
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.training.dp_training import add_noise, mean_loss, next_token_losses, train_generator, without_guarantee
@@ -41,6 +43,7 @@ from fedsynth.training.examples import Example
 
 CLIP_NORM, SIGMA, VOCABULARY = 1.0, 1.0, 8192
 SHAPES = [(8, 64), (32, 64), (8, 256)]
+REAL = "models:smollm2-135m-instruct"
 
 
 def built(family: str, *, tied: bool = True, layers: int = 2) -> Any:
@@ -85,7 +88,7 @@ def batch_of(count: int, length: int) -> list[Example]:
 
 
 def private(
-    model: nn.Module, clipping: Clipping, *, noise: bool, secret: bool = True
+    model: nn.Module, clipping: Clipping, *, noise: bool = True, secret: bool = True
 ) -> Callable[[list[Example]], None]:
     """A step of DP-SGD. The engine is opened once, as a training does, and stays open with the model.
 
@@ -132,21 +135,20 @@ def measured(family: str, mode: str, count: int, length: int, ways: tuple[str, .
 
     batch, steps = batch_of(count, length), {"plain": plain(prepared())}
     for way in ways:
-        # The cost of noise is that of its numbers: in full fine-tuning it stands in a column of its own.
-        steps[way] = private(prepared(), way, noise=mode == "lora")
+        steps[way] = private(prepared(), way)
     if mode == "full":
-        steps["with noise"] = private(prepared(), "bookkeeping", noise=True)
+        steps["without noise"] = private(prepared(), "bookkeeping", noise=False)
     runs = {name: partial(step, batch) for name, step in steps.items()}
     took = seconds(runs, repeats)
-    held = {name: peak_bytes(run) for name, run in runs.items() if name != "with noise"}
+    held = {name: peak_bytes(run) for name, run in runs.items() if name != "without noise"}
     case = f"{family} {mode} {count}x{length}"
-    own, slow = took["bookkeeping"], 1.12 if mode == "lora" else (1.30 if length < 256 else 1.35)
+    own, slow = took["bookkeeping"], 1.12 if mode == "lora" else (1.45 if count < 32 else 1.25)
     bars = [
         at_most("time of plain training", case, own / took["plain"], slow),
         at_most("memory of plain training", case, held["bookkeeping"] / held["plain"], 1.05 if mode == "lora" else 1.1),
     ]
     if mode == "full":
-        bars.append(figure("time of plain training, with noise", case, took["with noise"] / took["plain"]))
+        bars.append(figure("time of plain training, without noise", case, took["without noise"] / took["plain"]))
     if "hooks" in ways and mode == "full":
         bars.append(at_least("faster than Opacus hooks", case, took["hooks"] / own, 1.6))
         bars.append(at_most("memory of Opacus hooks", case, held["bookkeeping"] / held["hooks"], 0.3))
@@ -154,6 +156,21 @@ def measured(family: str, mode: str, count: int, length: int, ways: tuple[str, .
         bars.append(at_most("time of Opacus hooks", case, own / took["hooks"], 1.05))
     if "ghost" in ways:
         bars.append(at_least("faster than Opacus ghost", case, took["ghost"] / own, 1.5 if mode == "full" else 1.4))
+    return bars
+
+
+def real(repeats: int) -> list[Bar]:
+    """A LoRA of a model that is really used."""
+    steps = {
+        name: make(attach_lora(load_generator(REAL).to(device()), rank=8, alpha=16.0, seed=0).train())
+        for name, make in {"plain": plain, "private": partial(private, clipping="bookkeeping")}.items()
+    }
+    bars = []
+    for count, length in SHAPES[:1]:
+        batch = batch_of(count, length)
+        took = seconds({name: partial(step, batch) for name, step in steps.items()}, repeats)
+        ratio = took["private"] / took["plain"]
+        bars.append(at_most("time of plain training", f"SmolLM2-135M lora {count}x{length}", ratio, 1.05))
     return bars
 
 
@@ -192,9 +209,12 @@ def bfloat16(repeats: int) -> list[Bar]:
         }
         batch = batch_of(count, length)
         runs = {name: partial(plain(m), batch) for name, m in models.items()}
+        safe = attach_lora(built("llama", layers=6).to(device()), rank=8, alpha=16.0, seed=0).train()
+        runs["private"] = partial(private(safe, "bookkeeping"), batch)
         took = seconds(runs, repeats)
         case = f"llama lora {count}x{length}, 6 layers"
         bars.append(at_least("bfloat16 faster than float32", case, took["float32"] / took["bfloat16"], 1.8))
+        bars.append(figure("time of plain training in bfloat16", case, took["private"] / took["bfloat16"]))
     ends = {name: _trained(kind) for name, kind in kinds.items()}
     gap = abs(ends["bfloat16"][1] / ends["float32"][1] - 1)
     print(
@@ -228,7 +248,7 @@ def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
     parser.set_defaults(repeats=5)
-    parser.add_argument("--cases", default="lora,full,persons,bfloat16", help="which of these (default: all)")
+    parser.add_argument("--cases", default="lora,full,real,persons,bfloat16", help="which of these (default: all)")
     parser.add_argument("--families", default="llama,gpt2,t5", help="which models (default: all three)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -242,6 +262,7 @@ def main(arguments: list[str]) -> int:
                 ways = tuple(way for way in every if way != "ghost" or family != "t5" or mode == "lora")
                 bars += measured(family, mode, count, length, ways, chosen.repeats)
                 print(f"{family} {mode} {count}x{length} done", file=sys.stderr, flush=True)
+    bars += real(chosen.repeats) if "real" in cases else []
     bars += persons(chosen.repeats) if "persons" in cases else []
     bars += bfloat16(chosen.repeats) if "bfloat16" in cases else []
     return told(bars, chosen.json)

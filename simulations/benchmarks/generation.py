@@ -1,10 +1,11 @@
 """Sampling: the library's loop beside a minimal one, and how much of a batch is padding.
 
-    python simulations/benchmarks/generation.py [--json FILE] [--repeats 3]
+    python simulations/benchmarks/generation.py [--json FILE] [--repeats 3] [--rows 1,16,64,256]
 
 `LocalLLM.complete` (Hugging Face's `generate`, tokenising, drawing and decoding included) is held against a decoder of
 some forty lines that knows one family and nothing else: fused projections, caches of the final size, plain draws. A
-random Llama of 15 million parameters goes on for 64 tokens after prompts of 32. Greedy, both write the same.
+random Llama of 15 million parameters goes on for 64 tokens after prompts of 32, all rows in one batch, both loops in
+float32 or both in bfloat16. Greedy, both write the same.
 
 Waste is what batches compute over what their texts need, rows times the longest row by the sum of rows: of the batches
 that `fedsynth.models.batches.by_length` makes, for lengths that are log-normal with mean 64 and for those of simulated
@@ -124,15 +125,15 @@ def prompts(count: int) -> list[str]:
     raise ValueError(f"{len(found)} prompts of {PROMPT} tokens, {count} are needed")
 
 
-def loops(repeats: int) -> list[Bar]:
+def loops(repeats: int, counts: list[int]) -> list[Bar]:
     """The library's loop over the minimal one."""
     tokenizer, bars = load_tokenizer("assets:tiny-base"), []
     kinds = [torch.float32, *([torch.bfloat16] if computes_in_bfloat16() else [])]
     for kind in kinds:
         model = built(kind)
-        llm, mini = LocalLLM(model, tokenizer, batch_size=64, workers=1), Mini(model)
-        for rows in (1, 16, 64):
-            texts = prompts(rows)
+        mini = Mini(model)
+        for rows in counts:
+            llm, texts = LocalLLM(model, tokenizer, batch_size=rows, workers=1), prompts(rows)
             ids, _ = llm._padded(llm._tokens(texts), left=True)
             if kind == torch.float32:
                 told_by = [tokenizer.decode(row, skip_special_tokens=True) for row in mini.write(ids, NEW)]
@@ -151,8 +152,7 @@ def loops(repeats: int) -> list[Bar]:
             )
             for way in ("greedy", "drawn"):
                 told_as, ratio = f"time of a minimal loop, {way}, {name}", took[way] / took[f"minimal {way}"]
-                within = kind == torch.float32
-                bars.append(at_most(told_as, case, ratio, 1.35) if within else figure(told_as, case, ratio))
+                bars.append(at_most(told_as, case, ratio, 1.35))
     return bars
 
 
@@ -189,9 +189,11 @@ def main(arguments: list[str]) -> int:
     """Prints the table; 1 where a bar is not kept."""
     parser = options(__doc__)
     parser.set_defaults(repeats=3)
+    parser.add_argument("--rows", default="1,16,64,256", help="how many prompts are gone on from (default: all four)")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    return told([*loops(chosen.repeats), *waste()], chosen.json)
+    counts = [int(rows) for rows in chosen.rows.split(",")]
+    return told([*loops(chosen.repeats, counts), *waste()], chosen.json)
 
 
 if __name__ == "__main__":
