@@ -115,7 +115,7 @@ class Draws:
 
     def normals(self, count: int) -> NDArray[np.float64]:
         self.noise.append(self.inner.normals(count))
-        return self.noise[-1]
+        return self.noise[-1].copy()
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         mask = np.array(next(self.masks), bool)

@@ -37,7 +37,7 @@ class Randomness(Protocol):
     """Noise and Poisson draws: a grant's own (fedsynth.privacy.noise), or public ones without a guarantee."""
 
     def normals(self, count: int) -> NDArray[np.float64]:
-        """`count` standard normals."""
+        """`count` standard normals, in an array of their own, which the caller may change."""
 
     def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:
         """An independent coin per unit."""
@@ -157,7 +157,7 @@ def _rows(units: Sequence[Slot], numbers: Sequence[int]) -> tuple[list[Any], lis
     return [e for n in numbers for e in units[n]], [n for n in numbers for _ in units[n]]
 
 
-_BLOCK = 2**18  # normals that a thread makes at once
+_BLOCK = 2**17  # normals that a thread makes at once: 1 MB
 
 
 def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
@@ -167,7 +167,8 @@ def add_noise(total: Tensor, deviation: float, randomness: Randomness) -> None:
     """
     flat, block = total.view(-1), _BLOCK * torch.get_num_threads()
     for part in flat.split(block):
-        noise = deviation * torch.from_numpy(randomness.normals(len(part)))
+        noise = torch.from_numpy(randomness.normals(len(part)))
+        noise *= deviation
         part.add_(noise.to(part.device))
 
 

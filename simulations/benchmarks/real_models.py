@@ -125,7 +125,7 @@ def steps(name: str, count: int) -> dict[str, Way]:
         for i in range(count)
     ]
     own = attach_lora(load_generator(name, "float32"), rank=8, alpha=16.0, seed=0).train()
-    dp = private(own, "bookkeeping", noise=True)
+    dp = private(own, "bookkeeping")
     base = AutoModelForCausalLM.from_pretrained(locate(name), dtype=torch.float32)
     settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
     plain = get_peft_model(base, settings).train()

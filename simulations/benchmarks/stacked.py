@@ -86,8 +86,8 @@ def measured(size: str, count: int, length: int, clients: int, least: float | No
     vocabulary = built(size).config.vocab_size
     batch = [type(text)(tuple(t % (vocabulary - 3) + 3 for t in text.tokens), 1) for text in batch_of(count, length)]
     steps = {
-        "usual": private(with_lora(size), "hooks", noise=True, secret=False),
-        "alone": private(with_lora(size), "bookkeeping", noise=True),
+        "usual": private(with_lora(size), "hooks", secret=False),
+        "alone": private(with_lora(size), "bookkeeping"),
         "stack": stack_step(with_lora(size), clients),
     }
     took = seconds({name: partial(step, batch) for name, step in steps.items()}, repeats)
@@ -107,7 +107,7 @@ def on_gpu(repeats: int) -> list[Bar]:
     batch = batch_of(8, 64)
     vocabulary = built("15m").config.vocab_size
     batch = [type(text)(tuple(t % (vocabulary - 3) + 3 for t in text.tokens), 1) for text in batch]
-    alone = private(with_lora("15m"), "bookkeeping", noise=True)
+    alone = private(with_lora("15m"), "bookkeeping")
     stack = stack_step(with_lora("15m"), 64)
     took = seconds({"alone": partial(alone, batch), "stack": partial(stack, batch)}, repeats)
     return [
