@@ -143,7 +143,7 @@ OTHERS: dict[str, tuple[Break, str]] = {
         draws(lambda own, kept: kept.pop(id(own), None) or kept.setdefault(id(own), POISSON(own))),
         "pairs of steps of one training",
     ),
-    "a clip a quarter above C": (clips(lambda real: lambda squares, c: real(squares, 1.25 * c)), r"sum by 1\.2.. C"),
+    "a clip a quarter above C": (clips(lambda real: lambda squares, c: real(squares, 1.25 * c)), r"sum by 1\.2\d* C"),
     "sigma 3 % too small": (noise(lambda t, d, r, plan: (0.97 * d, r)), r"deviation 0\.9[67]"),
     "noise of another form": (noise(lambda t, d, r, plan: (d, Signs(r))), "not Gaussian"),
     "the same noise in each step": (noise(lambda t, d, r, plan: (d, GrantRandomness(bytes(32)))), "the noise has devi"),
