@@ -235,8 +235,8 @@ def test_the_readmes_commands_exist() -> None:
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_the_readmes_run_asks_for_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [line] = [
+def test_the_readmes_runs_ask_for_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [
         x for b in blocks(ROOT / "README.md", "bash") for x in b.splitlines() if x.startswith("fedsynth run hospitals")
     ]
     asked: list[Scenario] = []
@@ -246,10 +246,12 @@ def test_the_readmes_run_asks_for_what_it_says(tmp_path: Path, monkeypatch: pyte
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedsynth.simulation.simulate.run", stop)
-    monkeypatch.setattr(sys, "argv", shlex.split(line))
-    with pytest.raises(SystemExit):
-        fedsynth.cli.main.main()
-    [found] = asked
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(line, comments=True))
+        with pytest.raises(SystemExit):
+            fedsynth.cli.main.main()
+    quick, found = asked
+    assert (quick.data.clients, [cell.arm for cell in cells(quick)]) == (2, ["local", "fdkt"])
     assert {(cell.arm, cell.seed) for cell in cells(found)} == {(a, s) for a in ("local", "fdkt") for s in (0, 1, 2)}
     assert {cell.scenario.client.budget for cell in cells(found)} == {Budget(2.0)}
 

@@ -76,7 +76,9 @@ def run_command(
     arms: Annotated[str, typer.Option(help="Arms to run, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")
+    ] = False,
     from_: Annotated[Path | None, typer.Option("--from", help="Repeat the run in this directory.")] = None,
     resume_: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this directory, which was ended too soon.")
@@ -247,7 +249,9 @@ def check_command(
     arms: Annotated[str, typer.Option(help="Arms to check, separated by commas; 'all' for every arm.")] = "",
     clients: Annotated[int | None, typer.Option(help="Number of clients.")] = None,
     seeds: Annotated[str, typer.Option(help="Public seeds, separated by commas.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The scenario's smaller run, as its table [quick] says.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the forecast as one JSON object, last.")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ from fedsynth.typed import BadValue, build, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
-    """A scenario from a TOML parser's output; arms and `quick` are resolved once, so that their keys are checked, too."""
+    """A scenario from a TOML parser's output; arms and `quick` are resolved once to check their keys, too."""
     tree = as_of_now(tree)
     choice = tree.get("strategy")
     method = str(choice.get("use", "")) if isinstance(choice, Mapping) else ""
