@@ -29,7 +29,7 @@ from fedsynth.synthesis.augmentation import line_prompt
 from fedsynth.synthesis.curation import well_formed
 from fedsynth.training.classifier import _token_rows
 from fedsynth.training.dp_training import next_token_losses
-from fedsynth.training.examples import encode_slots
+from fedsynth.training.examples import all_readable, encode_slots
 from fedsynth.world import WORLDS, load_world, private_notes, private_records, public_blocks, public_records
 
 TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -299,3 +299,21 @@ def test_the_letters_of_the_cases_hold_one_end_of_text_each() -> None:
 @pytest.mark.skipif(not faq(), reason="no ../shared/cases beside this checkout")
 def test_the_records_of_the_cases_come_back() -> None:
     assert all(parse_record(record(*pair)) == pair for pair in faq())
+
+
+def test_texts_are_read_in_one_call_and_one_by_one_only_where_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer("assets:tiny-slm")
+    token_ids(tokenizer, "a")  # its facts are known: they ask the tokenizer, too
+    whole, calls = type(tokenizer).__call__, list[list[str]]()
+
+    def failing(self: Any, texts: list[str], *arguments: Any, **more: Any) -> Any:
+        calls.append(list(texts))
+        if "bad" in texts:
+            raise ValueError("bad")
+        return whole(self, texts, *arguments, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", failing)
+    assert all_readable(tokenizer, ["one", "", "two"]) == [True, False, True]
+    assert calls == [["one", "", "two"]]
+    assert all_readable(tokenizer, ["one", "bad", ""]) == [True, False, False]
+    assert calls[1:] == [["one", "bad", ""], ["one"], ["bad"], [""]]

@@ -475,6 +475,16 @@ def test_a_head_is_new_and_of_its_seed_and_the_body_is_not(family: str) -> None:
     assert all(torch.equal(one[n], same[n]) for n in one)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_classifier_keeps_no_keys_and_values_and_they_would_change_no_logit(family: str) -> None:
+    model, ids = load_classifier(families.folder(family), 3, 1), torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        without, kept = model(input_ids=ids), model(input_ids=ids, use_cache=True)
+    assert without.get("past_key_values") is None
+    assert kept.get("past_key_values") is not None
+    assert torch.equal(without.logits, kept.logits)
+
+
 def test_the_head_of_another_task_is_replaced(tmp_path: Path) -> None:
     load_classifier(families.folder("bert"), 5, 0).save_pretrained(tmp_path)
     families.tokenizer("bert").save_pretrained(tmp_path)
