@@ -148,7 +148,7 @@ def test_a_grid_without_scenarios_or_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_scenario_without_arms_has_itself_as_one(tmp_path: Path) -> None:
     text = (ROOT / "simulations" / "scenarios" / "hospitals.toml").read_text()
-    own = text.split("[arms.local]")[0].replace('run = ["local", "no_demonstrations", "dp_only", "fdkt"]', "")
+    own = text.split("[quick]")[0].replace('run = ["local", "no_demonstrations", "dp_only", "fdkt"]', "")
     (tmp_path / "own.toml").write_text(own)
     found = grid(tmp_path, 'seeds = [0]\n[scenarios.own]\nuse = "own.toml"\n')
     assert found.scenarios["own"].arms == ("fdkt",)

@@ -25,6 +25,7 @@ from fedsynth.privacy.witness import LedgerBehind
 
 WRITTEN = Path(__file__).parent / "fixtures" / "269ef66"  # by the code of that commit
 EPSILON = {"all": 4.095360199332489, "2026-summer": 3.752344286373231, "2026-spring": 1.9989878872627933}  # it said
+ROUNDED = 1 + 3e-5  # a coarser grid of losses than that version's may add so much, and takes nothing away
 SENT = "0757fd2542f3b30d316584891652d0ad3517f0605e695af262d52d8cd193d1b0"
 
 
@@ -51,16 +52,19 @@ def test_it_is_read_as_it_lies_there(place: Place) -> None:
     found = contents(place.ledger)
     assert problems(found) == []
     assert [g["state"] for g in found["grants"]] == ["sent", "sent", "stored", "abandoned", "running", "reserved"]
-    assert found["epsilon"] == pytest.approx(EPSILON["all"], abs=1e-6)
+    assert EPSILON["all"] <= found["epsilon"] <= EPSILON["all"] * ROUNDED
     assert (found["filter"], found["cap"]) == (None, None)  # it was never opened under one
     assert place.ledger.read_bytes() == before
 
 
 def test_it_opens_and_counts_what_it_counted(place: Place) -> None:
     ledger = place.open_ledger()
-    assert ledger.spent() == (pytest.approx(EPSILON["all"], abs=1e-6), 1e-5)
+    spent, delta = ledger.spent()
+    assert EPSILON["all"] <= spent <= EPSILON["all"] * ROUNDED
+    assert delta == 1e-5
     for run in ("2026-summer", "2026-spring"):
-        assert ledger.spent(run)[0] == ledger.spent(f"{run}/main/0")[0] == pytest.approx(EPSILON[run], abs=1e-6)
+        assert ledger.spent(run)[0] == ledger.spent(f"{run}/main/0")[0]
+        assert EPSILON[run] <= ledger.spent(run)[0] <= EPSILON[run] * ROUNDED
     stored = ledger.answered(SENT)
     assert stored is not None
     assert decode(stored, Synthesized, trusted=True).corpus.grants == ("33093734fc3f50e3e447086849f8eb83",)
