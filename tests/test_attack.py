@@ -8,7 +8,6 @@ import pytest
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.attack import (
     auroc,
-    copies,
     echoed,
     exposure,
     extraction,
@@ -173,19 +172,3 @@ def test_texts_that_hold_a_phrase_as_whole_words_are_counted() -> None:
     assert echoed([], "gneiss") == 0
     with pytest.raises(ValueError, match="letter or digit, got"):
         echoed(texts, "...")
-
-
-def test_copies_by_hand() -> None:
-    references = ["where is my new card", "why was my payment declined"]
-    texts = [
-        "Where is my new  card",  # equal but for case and blanks
-        "where is my card",  # 4 words in common, of 4 and of 5: 8 / 9
-        "is my card new",  # 3 in order, of 4 and 5: 6 / 9
-        "where is it my old new blue card",  # 5 in common, of 8 and of 5: 10 / 13
-        "send money",
-    ]
-    assert copies(texts, references) == (3, 1)
-    assert copies([], references) == (0, 0)
-    assert copies(texts, []) == (0, 0)
-    # Seven of ten words in order on both sides: exactly the threshold counts.
-    assert copies(["a b c d e f g x y z"], ["a b c d e f g p q r"]) == (1, 0)

@@ -209,12 +209,13 @@ def test_what_texts_tell_by_hand(planted: Any) -> None:
     seen = M.Seen("case")
     M.look_at_texts(seen, texts, planted, M.prompts_of)
     assert (seen.texts, seen.echoes, seen.rare) == (6, [0, 1, 0, 0, 0], 2)
-    assert seen.exact == (1, 1)
-    own = [max(M.nearest([text], planted.members.prompts)) >= 0.7 for text in texts]
-    beside = [max(M.nearest([text], planted.others.prompts)) >= 0.7 for text in texts]
-    assert own[:2] == [True, True]
-    assert seen.near == (sum(own), sum(beside))  # common phrases count for both
-    assert seen.closest[0][0] == 1.0
+    own, beside = seen.near
+    assert own[:2] == [1.0, pytest.approx(8 / 9)]  # the row has four words, and "please" is a fifth
+    assert beside[2] == 1.0
+    # "my card no 3" and "my card no 8" have three of four words in common: a common phrase, near to rows on both sides.
+    assert own[2] == beside[0] == 3 / 4
+    assert own[3] == own[5] == 0.0
+    assert seen.closest[0][0] == seen.closest[1][0] == 1.0
 
 
 # --- Whole cases, with the client's own code --------------------------------------------------------------------------

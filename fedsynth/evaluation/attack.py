@@ -1,4 +1,4 @@
-"""Attacks on a model that learnt private text, or on its texts: extraction, exposure, membership, echoes, copies."""
+"""Attacks on a model that learnt private text, or on its texts: extraction, exposure, membership, echoes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedsynth.corpus import Corpus, same
+from fedsynth.corpus import Corpus
 from fedsynth.instructions import ASK, asked, of_line
 from fedsynth.models.sampling import SamplingParams
-from fedsynth.rouge import nearest, rouge_l, words
+from fedsynth.rouge import rouge_l, words
 
 if TYPE_CHECKING:
     from fedsynth.models.llm import TextModel  # brings torch
@@ -128,20 +128,6 @@ def echoed(texts: Sequence[str], phrase: str) -> int:
     if not wanted:
         raise ValueError(f"the text to look for must hold a letter or digit, got {phrase!r}")
     return sum(f" {' '.join(wanted)} " in f" {' '.join(words(text))} " for text in texts)
-
-
-NEAR = 0.7  # a ROUGE-L F1 from which two texts are alike (Self-Instruct, arXiv 2212.10560, section 2.2)
-
-
-def copies(texts: Sequence[str], references: Sequence[str]) -> tuple[int, int]:
-    """Number of texts that are alike (ROUGE-L F1 of `NEAR` at least) to one of the references, and of those the `same`.
-
-    Compare the counts for private rows with those for as many rows that the model never saw: short texts of one topic
-    are alike by themselves.
-    """
-    known = {same(text) for text in references}
-    close = nearest(texts, references)
-    return sum(value >= NEAR for value in close), sum(same(text) in known for text in texts)
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:

@@ -40,7 +40,7 @@ from fedsynth.clients.synthesize import synthesize
 from fedsynth.clients.vote import ballots, prepared, summed, vote
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import ClientData, label_list, open_sites
-from fedsynth.evaluation.attack import auroc, copies, echoed, exposure, interval, power
+from fedsynth.evaluation.attack import auroc, echoed, exposure, interval, power
 from fedsynth.federation.messages import Finetune, SelfTrain, Synthesize, Vote
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.lora import Adapter
@@ -49,10 +49,12 @@ from fedsynth.models.chat import Chat, Opening
 from fedsynth.models.llm import LocalLLM
 from fedsynth.models.loading import load_generator, load_tokenizer
 from fedsynth.models.sampling import SamplingParams
+from fedsynth.reporting.site_report import NEAR
 from fedsynth.rouge import nearest, words
 from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, load, to_toml
 from fedsynth.synthesis.augmentation import Demonstrating
+from fedsynth.synthesis.self_instruct import OVERLAP
 from fedsynth.synthesis.student import write
 from fedsynth.synthesis.voting import kept
 from fedsynth.synthesis.writing import NOTHING, Curation
@@ -129,8 +131,7 @@ class Seen:
         texts: Number of texts that the adversary sees.
         echoes: Of each canary, texts that hold its words.
         rare: Texts that hold a word of any canary.
-        near: Texts near to a private row, and to a row held out.
-        exact: Texts equal to one, likewise.
+        near: ROUGE-L of each text with its nearest private row, and with its nearest row held out.
         closest: ROUGE-L of each member and of each other row with its nearest text.
         seconds: CPU time.
     """
@@ -149,9 +150,8 @@ class Seen:
     texts: int = 0
     echoes: list[int] = field(default_factory=list)
     rare: int = 0
-    near: tuple[int, int] = (0, 0)
-    exact: tuple[int, int] = (0, 0)
-    closest: tuple[list[float], list[float]] = ((), ())  # type: ignore[assignment]
+    near: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
+    closest: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     seconds: float = 0.0
 
 
@@ -301,22 +301,21 @@ def look_at_model(seen: Seen, client: ClientSide, adapter: Adapter | None, plant
 # --- The adversary that sees texts ------------------------------------------------------------------------------------
 
 
-def look_at_texts(seen: Seen, texts: Sequence[str], planted: Planted, near: Callable[[Corpus], Sequence[str]]) -> None:
+def look_at_texts(seen: Seen, texts: Sequence[str], planted: Planted, part: Callable[[Corpus], Sequence[str]]) -> None:
     """Fills in what texts tell.
 
     Args:
         seen: The figures.
         texts: The texts.
         planted: The rows.
-        near: The part of rows that the texts stand for, such as their instructions.
+        part: The part of rows that the texts stand for, such as their instructions.
     """
-    own, other = near(planted.members), near(planted.others)
+    own, other = part(planted.members), part(planted.others)
     seen.texts = len(texts)
     seen.echoes = [echoed(texts, canary.suffix) for canary in planted.canaries]
     rare = {word for c in planted.canaries if c.repeats for word in words(c.suffix)}
     seen.rare = sum(not rare.isdisjoint(words(text)) for text in texts)
-    (near_own, exact_own), (near_other, exact_other) = copies(texts, own), copies(texts, other)
-    seen.near, seen.exact = (near_own, near_other), (exact_own, exact_other)
+    seen.near = nearest(texts, own), nearest(texts, other)
     seen.closest = nearest(own, texts), nearest(other, texts)
 
 
@@ -589,12 +588,12 @@ def measured(case: Case, folder: Path) -> Seen:
 
 
 def told(found: Sequence[Seen]) -> list[str]:
-    """The two tables, as Markdown."""
+    """The tables, as Markdown."""
     bases = {seen.case.partition("-")[0]: seen for seen in found if seen.case.endswith("-base")}
     lines = [
-        "| case | epsilon | steps | exposure, bits: 0 / 1 / 4 / 16 rows | extracted, greedy (sampled): 1 / 4 / 16 | "
-        "AUC by loss | AUC less the base's | TPR at FPR 0.1 / 0.01 |",
-        "|---|---:|---:|---|---|---|---|---|",
+        "| case | epsilon | steps | loss, nats: members, others | exposure, bits: 0 / 1 / 4 / 16 rows "
+        "| extracted, greedy (sampled): 1 / 4 / 16 | AUC by loss | AUC less the base's | TPR at FPR 0.1 / 0.01 |",
+        "|---|---:|---:|---|---|---|---|---|---|",
     ]
     for seen in found:
         if not seen.exposures:
@@ -602,6 +601,7 @@ def told(found: Sequence[Seen]) -> list[str]:
         plain, less = _members(seen, None), _members(seen, bases.get(seen.case.partition("-")[0]))
         lines.append(
             f"| {seen.case} | {_epsilon(seen)} | {seen.steps} | "
+            f"{-np.mean(seen.members):.2f}, {-np.mean(seen.others):.2f} | "
             + " / ".join(f"{np.mean(_by(seen, seen.exposures, n)):.2f}" for n in (0, *REPEATS))
             + " | "
             + " / ".join(f"{sum(_by(seen, seen.greedy, n))} ({sum(_by(seen, seen.sampled, n))})" for n in REPEATS)
@@ -610,14 +610,15 @@ def told(found: Sequence[Seen]) -> list[str]:
     lines += [
         "",
         "| case | epsilon | texts | with a canary's words: 1 / 4 / 16 rows | with any rare word "
-        "| near to a private row, to another | equal to one | AUC by the nearest text |",
+        f"| near a private row, another: from ROUGE-L {OVERLAP:g} | from {NEAR:g} | AUC by the nearest text |",
         "|---|---:|---:|---|---:|---|---|---|",
     ]
     for seen in found:
         echo = " / ".join(str(sum(_by(seen, seen.echoes, n))) for n in REPEATS)
+        close = [", ".join(str(sum(v >= least for v in part)) for part in seen.near) for least in (OVERLAP, NEAR)]
         lines.append(
             f"| {seen.case} | {_epsilon(seen)} | {seen.texts} | {echo} | {seen.rare} "
-            f"| {seen.near[0]}, {seen.near[1]} | {seen.exact[0]}, {seen.exact[1]} | {_auc(*seen.closest)} |"
+            f"| {close[0]} | {close[1]} | {_auc(*seen.closest)} |"
         )
     lines += [
         "",
