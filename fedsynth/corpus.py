@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
@@ -80,7 +80,37 @@ def same(text: str) -> str:
     return " ".join(folded.split())
 
 
-def alike(texts: Iterable[str]) -> list[list[str]]:
+_APOSTROPHES = "\u2018\u2019\u201b\u02bc\u2032\u0060\u00b4"
+
+
+class _Typed(dict[int, str]):
+    """A table of `str.translate`: dashes, apostrophes and digits of any form as a keyboard types them."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        if unicodedata.category(char) == "Pd" or char == "\u2212":  # the minus sign
+            char = "-"
+        elif char in _APOSTROPHES:
+            char = "'"
+        elif unicodedata.category(char) == "Nd":
+            char = str(unicodedata.decimal(char))
+        self[code] = char
+        return char
+
+
+_TYPED = _Typed()
+
+
+def same_person(text: str) -> str:
+    """As `same`; and dashes, apostrophes and digits have one form, as programs correct what is typed.
+
+    >>> same_person("O\u2019Neil\u20113") == same_person("o'neil-3")
+    True
+    """
+    return same(text.translate(_TYPED)).translate(_TYPED)
+
+
+def alike(texts: Iterable[str], by: Callable[[str], str] = same) -> list[list[str]]:
     """Groups of different texts that are the `same`, sorted.
 
     >>> alike(["Billing", "login", "billing "])
@@ -88,7 +118,7 @@ def alike(texts: Iterable[str]) -> list[list[str]]:
     """
     groups: dict[str, list[str]] = {}
     for text in sorted(set(texts)):
-        groups.setdefault(same(text), []).append(text)
+        groups.setdefault(by(text), []).append(text)
     return [group for group in groups.values() if len(group) > 1]
 
 

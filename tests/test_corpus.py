@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from fedsynth.corpus import Corpus, Provenance, alike, blank, pool, same, told_apart
+from fedsynth.corpus import Corpus, Provenance, alike, blank, pool, same, same_person, told_apart
 
 PUBLIC = Provenance.PUBLIC
 
@@ -132,6 +132,19 @@ def test_a_pool_with_text_that_has_no_guarantee_has_none() -> None:
 )
 def test_spellings_of_one_text_are_the_same(one: str, other: str) -> None:
     assert same(one) == same(other)
+
+
+@pytest.mark.parametrize(
+    ("typed", "corrected"),
+    [
+        *(("PAT-3", f"pat{dash}3") for dash in "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d"),
+        *(("O'Neil", f"o{mark}neil") for mark in "\u2018\u2019\u02bc\u2032\u0060\u00b4\uff07"),
+        *(("PAT3", f"PAT{digit}") for digit in "\u0663\u0969\uff13"),
+    ],
+)
+def test_a_dash_or_an_apostrophe_that_a_program_corrected_makes_no_other_person(typed: str, corrected: str) -> None:
+    assert same_person(typed) == same_person(corrected)
+    assert same_person("PAT3") != same_person("PAT-3") != same_person("PAT 3")
 
 
 @pytest.mark.parametrize(

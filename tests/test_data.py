@@ -574,6 +574,10 @@ def test_persons_and_clients_that_are_merged_are_dealt_whole(tmp_path: Path) -> 
     units = [{*corpus.units} for site in sites for corpus in (site.train, site.test) if corpus.units]
     assert sorted(unit for own in units for unit in own) == [f"pat{i:03}" for i in range(20)]  # each in one place
 
+    ids = [f"P{('-', chr(0x2013), chr(0x2212))[i % 3]}{i // 3}" for i in range(30)]  # as programs correct a dash
+    with pytest.raises(BadValue, match="10 persons of the column 'patient'"):
+        open_sites(replace(save(table(30, patient=ids), tmp_path / "dashes.csv"), unit="patient"), 1)
+
     wards = [("North", "north ", "South")[i % 3] for i in range(30)]
     data = replace(save(table(30, ward=wards), tmp_path / "wards.csv"), split="natural", client_column="ward")
     with pytest.raises(BadValue, match=r"1 clients of the column 'ward' .*'North' and 'north\\u0020'"):

@@ -506,9 +506,10 @@ def test_what_cannot_be_read_is_told_by_line_and_kind_and_not_by_content(tmp_pat
 SPELLINGS = ["PAT003", "PAT003 ", "pat003", "PA\u200bT003", "\uff30AT003", " PAT003\u00a0"]
 
 
-@pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0", "\uff13.0"])
+@pytest.mark.parametrize("other", [*SPELLINGS[1:], "caf\u00e9", "3.0", "\uff13.0", "PAT\u20113", "\u0663"])
 def test_spellings_of_a_person_are_one_unit_at_a_request_and_refused_by_the_check(tmp_path: Path, other: str) -> None:
-    first = {"caf\u00e9": "cafe\u0301", "3.0": "3", "\uff13.0": "3"}.get(other, "PAT003")
+    typed = {"caf\u00e9": "cafe\u0301", "3.0": "3", "\uff13.0": "3", "PAT\u20113": "PAT-3", "\u0663": "3"}
+    first = typed.get(other, "PAT003")
     lines(tmp_path, {**WHOLE, "person": first}, {**WHOLE, "person": other}, {**WHOLE, "person": "q"})
     data = site(source="notes.jsonl")
     found = gathered(data, tmp_path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from fedsynth.corpus import Corpus, Provenance, same
+from fedsynth.corpus import Corpus, Provenance, same, same_person
 from fedsynth.data.database import fetched, not_read_only
 from fedsynth.data.partition import ClientData
 from fedsynth.data.rowstore import Record
@@ -47,8 +47,8 @@ class SiteData:
         attributes: `classification`: column -> its public values, as { stars = ["1", "5"] }: further columns by which a
             scenario's generators write. They must be the scenario's. No generator learns a row with another value.
         test: Rows held out for testing; without it there are none.
-        spellings: Persons that are written in several ways (`fedsynth.corpus.same`) are refused by `fedsynth site
-            check`; or merged. A request takes them for one in any case.
+        spellings: Persons that are written in several ways (`fedsynth.corpus.same_person`) are refused by `fedsynth
+            site check`; or merged. A request takes them for one in any case.
     """
 
     id: str
@@ -255,11 +255,11 @@ def gathered(data: SiteData, folder: Path) -> Gathered:
 
 
 def _person(cell: str | Lost | None) -> str | None:
-    """The one spelling of a person, from this cell alone: `same`, and a whole number without its fraction (3, 3.0, "3"
-    and "3.0" are one; "03" is another). None for no text: whose row it is, nobody knows."""
+    """The one spelling of a person, from this cell alone: `same_person`, and a whole number without its fraction (3,
+    3.0, "3" and "3.0" are one; "03" is another). None for no text: whose row it is, nobody knows."""
     if not isinstance(cell, str):
         return None
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", same(cell)) or None
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", same_person(cell)) or None
 
 
 def laid_out(records: Sequence[Record], data: SiteData, attributes: Sequence[str] = ()) -> ClientData:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from fedsynth.corpus import LETTERS, alike, blank, same, told_apart
+from fedsynth.corpus import LETTERS, alike, blank, same, same_person, told_apart
 from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
 from fedsynth.scenario.data import PAIR, Data, TestRows
 from fedsynth.scenario.task import MAX_VALUES
@@ -265,7 +265,8 @@ def _names(raw: pd.DataFrame, column: str) -> list[str]:
 
 def _one_spelling(found: pd.DataFrame, column: str, name: str, spellings: str | None) -> int:
     """Refuses persons or clients with several spellings, or merges these in `found`; returns the number merged."""
-    if not (several := alike(found[column])):
+    by = same_person if column == UNIT else same
+    if not (several := alike(found[column], by)):
         return 0
     if spellings != "merge":
         what = "person" if column == UNIT else "client"
@@ -274,7 +275,7 @@ def _one_spelling(found: pd.DataFrame, column: str, name: str, spellings: str | 
             f"{len(several)} {what}s of the column {name!r} are written in ways that {ALIKE}: {_spelt(several)}; write "
             f"each one way{way_out}"
         )
-    found[column] = [same(value) for value in found[column]]
+    found[column] = [by(value) for value in found[column]]
     return sum(len(group) - 1 for group in several)
 
 
