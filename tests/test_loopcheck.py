@@ -126,6 +126,43 @@ def keyed(name: str) -> Break:
     return apply
 
 
+def of_a_step(change: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> Break:
+    """A trainer whose noise is made of half as many normals."""
+
+    def apply(patch: pytest.MonkeyPatch, plan: DPPlan) -> None:
+        real = GrantRandomness.normals
+        patch.setattr(GrantRandomness, "normals", lambda self, count: change(real(self, -(-count // 2)))[:count])
+
+    return apply
+
+
+def one_stream_for_all_blocks(patch: pytest.MonkeyPatch, plan: DPPlan) -> None:
+    """Noise that begins anew in each block of a large model."""
+    real: Any = training.add_noise
+
+    def added(total: torch.Tensor, deviation: float, randomness: Any) -> None:
+        flat, kept = total.view(-1), randomness.normals(min(total.numel(), training._BLOCK))
+
+        class Again:
+            def normals(self, count: int) -> NDArray[np.float64]:
+                return kept[:count]
+
+        for at in range(0, len(flat), training._BLOCK):
+            real(flat[at : at + training._BLOCK], deviation, Again())
+
+    patch.setattr(training, "add_noise", added)
+
+
+def two_by_two(patch: pytest.MonkeyPatch, plan: DPPlan) -> None:
+    """Draws of units two by two."""
+    real = GrantRandomness.poisson_mask
+
+    def mask(self: GrantRandomness, count: int, rate: float) -> NDArray[np.bool_]:
+        return np.repeat(real(self, -(-count // 2), rate), 2)[:count]
+
+    patch.setattr(GrantRandomness, "poisson_mask", mask)
+
+
 POISSON = Training.draw
 EACH_DRAW = (
     "totals = sums_of([training.draw() for training in trainings])",
@@ -147,6 +184,14 @@ OTHERS: dict[str, tuple[Break, str]] = {
     "sigma 3 % too small": (noise(lambda t, d, r, plan: (0.97 * d, r)), r"deviation 0\.9[67]"),
     "noise of another form": (noise(lambda t, d, r, plan: (d, Signs(r))), "not Gaussian"),
     "the same noise in each step": (noise(lambda t, d, r, plan: (d, GrantRandomness(bytes(32)))), "the noise has devi"),
+    "the same noise in both halves": (of_a_step(lambda half: np.tile(half, 2)), "within a step"),
+    "the opposite noise beside each": (of_a_step(lambda half: np.outer(half, [1, -1]).ravel()), "1 places apart"),
+    "the same noise in each block": (one_stream_for_all_blocks, "the noise of a large model is used again"),
+    "units drawn two by two": (two_by_two, "side by side"),
+    "a most of a batch": (
+        draws(lambda own, kept: POISSON(own)[: 2 * own.expected_batch_size - 1]),
+        "a most of a batch",
+    ),
     "noise of a fixed key": (keyed("normals"), "the noise of trainings with keys of their own is correlated by 1"),
     "draws of a fixed key": (keyed("poisson_mask"), "pairs of trainings' steps"),
     "a step less": (rewritten(("range(steps)", "range(steps - 1)")), "39 steps were taken and 39 reported"),

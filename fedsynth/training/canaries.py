@@ -1,7 +1,7 @@
 """Canaries with orthogonal gradients, trained by the trainer's own loop: what an audit sees of each step.
 
 `fedsynth.training.dp_training` itself draws, clips, adds noise and divides. The model is one linear layer. A canary's
-gradient is one number of its weight, far longer than C, so that each number of a step's sum is C times "was the canary
+gradient is one number of its weight, and longer than C, so that each number of a step's sum is C times "was the canary
 drawn?", plus noise.
 """
 
@@ -25,7 +25,8 @@ from fedsynth.training import dp_training as training
 from fedsynth.training.loopcheck import before_steps
 
 ROWS = 2  # of a canary: an engine that clips rows, not units, moves the sum by so many C
-_LENGTH = 100  # gradient of a row, in C
+# Gradients of canaries' rows, in C, by turns: units are cut by little and by much.
+_LENGTHS = (0.9, 1.4, 4.0, 1e4)
 _PHYSICAL = 512  # rows of a pass; it changes no result
 
 
@@ -106,7 +107,7 @@ def trained(
         settings: Its engine is used.
         randomness: The grant's randomness.
     """
-    canaries, length = len(present), _LENGTH * plan.clip_norm
+    canaries, lengths = len(present), torch.tensor(_LENGTHS) * plan.clip_norm
     model, slots = _Square(canaries), _Slots(present, plan.records)
     given: list[NDArray[np.float32]] = []
     sizes: list[int] = []
@@ -115,7 +116,8 @@ def trained(
     def losses(model: nn.Module, rows: Sequence[Row], pad: int) -> Tensor:  # noqa: ARG001 - the signature of Losses
         number = torch.tensor([row.canary for row in rows])
         down, across = number // model.side, number % model.side  # type: ignore[operator]  # of _Square
-        inputs = torch.nn.functional.one_hot(across, model.side).float() * length  # type: ignore[arg-type]  # likewise
+        inputs = torch.nn.functional.one_hot(across, model.side).float()  # type: ignore[arg-type]  # likewise
+        inputs = inputs * lengths[number % len(lengths)].unsqueeze(1)
         outputs: Tensor = model.layer(inputs.unsqueeze(1))[:, 0]  # type: ignore[operator]  # likewise
         return outputs.gather(1, down.unsqueeze(1))[:, 0]
 

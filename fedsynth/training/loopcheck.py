@@ -40,6 +40,9 @@ MOST = 256  # most watched steps of one training: the rest of a longer one is on
 CHANCE = 1e-9  # of each test to fail if all is right and keys are drawn: 6 deviations
 PUBLIC = b"fedsynth: public, for checks only"  # never a grant's: the same verdict each time
 _WIDTH, _VOCABULARY, _RANK, _DIGITS = 64, 192, 8, 4
+_LONG, _ROW = 3 * 2**18, 2**12  # numbers of a long noise, and of one of its parts that are compared
+_LAGS = 3 / 4  # of the numbers: beyond, too few products are added for a normal distribution
+_ALL = 2**13  # most units that are drawn at once, unless more are expected
 _ROUNDING = 1e-4  # bound on the relative rounding of a clipped gradient in float32: a tenth of the margin below C
 
 
@@ -54,6 +57,7 @@ class Watched:
         fourth: Sum of the fourth powers of the rest in each step.
         again: Product of the rest with that of the step before, for each step except the first.
         each: Squared rests, added up over steps, (numbers,).
+        lags: Sum of the products of numbers of the rest that are 1, 2, ... places apart, added up over steps.
         first: The rest of the first step.
     """
 
@@ -63,6 +67,7 @@ class Watched:
     fourth: list[float] = field(default_factory=list)
     again: list[float] = field(default_factory=list)
     each: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    lags: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     first: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     _last: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
@@ -71,16 +76,24 @@ class Watched:
         along = float(given @ direction)
         rest = given - along * direction
         squares = rest**2
+        lags = _lagged(rest) + _lagged(direction)  # what was taken away along it has products, too
         if not self.drawn:
-            self.first, self.each = rest, squares
+            self.first, self.each, self.lags = rest, squares, lags
         else:
             self.again.append(float(rest @ self._last))
-            self.each = self.each + squares
+            self.each, self.lags = self.each + squares, self.lags + lags
         self.drawn.append(drawn)
         self.along.append(along)
         self.square.append(float(squares.sum()))
         self.fourth.append(float((squares**2).sum()))
         self._last = rest
+
+
+def _lagged(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum of the products of numbers that are 1, 2, ... places apart."""
+    size = 2 * len(values)
+    found: NDArray[np.float64] = np.fft.irfft(np.abs(np.fft.rfft(values, size)) ** 2, size)[1 : len(values)]
+    return found
 
 
 def differs(
@@ -111,7 +124,9 @@ def differs(
         found += watched
     # Some steps under another key show whether any draw or noise does not come from the key.
     other, _ = _trained(replace(plan, steps=min(4, plan.steps)), settings, device, clients, key + b"other")
-    return next(_differences(found, other, plan), None)
+    if problem := next(_differences(found, other, plan), None):
+        return problem
+    return _of_all_units(plan, settings, device, clients) or _of_long_noise(device, key)
 
 
 def _of_steps(taken: int, ran: int, plan: DPPlan) -> str:
@@ -167,6 +182,56 @@ def _counted(plan: DPPlan, settings: GeneratorTraining, device: torch.device, cl
     with before_steps(look):
         ran = _run(_Flat(plan.clip_norm).to(device), trainings, settings)
     return taken, ran
+
+
+def _of_all_units(plan: DPPlan, settings: GeneratorTraining, device: torch.device, clients: int) -> str | None:
+    """Whether a step takes in all units that are drawn, however many: a cap would let one decide about another."""
+    units = min(plan.records, 2 * plan.expected_batch, max(_ALL, plan.expected_batch))
+    plan = replace(plan, records=units, steps=1)
+    trainings = [replace(each, randomness=_All()) for each in _trainings(plan, settings, clients, PUBLIC)]
+    model, moved = _Flat(plan.clip_norm).to(device), [0.0] * clients
+    direction = _direction(model)
+
+    def look(weights: Sequence[Tensor]) -> None:
+        given = torch.cat([_zeros_if_none(w).reshape(clients, -1).cpu() for w in weights], 1).double().numpy()
+        moved[:] = (given @ direction * plan.expected_batch / (MARGIN * plan.clip_norm)).tolist()
+
+    with before_steps(look):
+        _run(model, trainings, settings)
+    if all(abs(sum_ - units) <= 10 * _ROUNDING * units for sum_ in moved):
+        return None
+    return f"where all of {units} units are drawn, the sum is that of {min(moved):.1f}: is there a most of a batch?"
+
+
+def _zeros_if_none(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if weight.grad is None else weight.grad
+
+
+def _of_long_noise(device: torch.device, key: bytes) -> str | None:
+    """Whether the noise of a large model, which is made block by block, is nowhere used again."""
+    noise = torch.zeros(_LONG, dtype=torch.float64, device=device)
+    training.add_noise(noise, 1.0, GrantRandomness(hashlib.sha256(key + b"long").digest()))
+    parts = noise.view(-1, _ROW).cpu().numpy()
+    if far(float(np.square(parts).sum()), _LONG) < CHANCE:
+        return f"the noise of a large model has deviation {math.sqrt(np.square(parts).mean()):.4g}, planned is 1"
+    z = np.triu(parts @ parts.T, 1) / math.sqrt(_ROW)
+    most = float(np.abs(z).max())
+    if _normal(most) < CHANCE / (len(parts) * (len(parts) - 1) / 2):
+        one, other = np.unravel_index(int(np.abs(z).argmax()), z.shape)
+        return (
+            f"the noise of a large model is used again: parts {one + 1} and {other + 1} are correlated (z {most:.0f})"
+        )
+    return None
+
+
+class _All:
+    """Draws all units and adds nothing."""
+
+    def normals(self, count: int) -> NDArray[np.float64]:
+        return np.zeros(count)
+
+    def poisson_mask(self, count: int, rate: float) -> NDArray[np.bool_]:  # noqa: ARG002 - the signature of Randomness
+        return np.ones(count, np.bool_)
 
 
 class _Idle:
@@ -322,6 +387,18 @@ def _draws(found: Sequence[Watched], other: Sequence[Watched], plan: DPPlan) -> 
     if (by_unit := two_sided(times, len(sizes), q)).min() < CHANCE / n:
         at = int(by_unit.argmin())
         yield f"one unit is drawn in {times[at]} of {len(sizes)} steps, planned is a rate of {q:.4f}"
+    for gap, where in ((1, "side by side"), (n // 2, "half of all apart")):
+        # Each unit is in one pair at most, so that the pairs are independent.
+        if n == 1:  # it has no other
+            continue
+        count = len(sizes) * (n // (2 * gap) * gap + max(0, n % (2 * gap) - gap))
+        both = sum(
+            int(np.isin(drawn[(drawn // gap) % 2 == 0] + gap, drawn).sum()) for each in found for drawn in each.drawn
+        )
+        if two_sided(both, count, q * q) < CHANCE:
+            yield (
+                f"of {count} pairs of units {where} {both} were drawn together, {count * q * q:.3g} would be by chance"
+            )
     trainings = list(pairwise([*found, *other]))[::2]  # each once
     for pairs, where in (
         (
@@ -359,6 +436,13 @@ def _noise(found: Sequence[Watched], other: Sequence[Watched]) -> Iterator[str]:
     fourth = sum(sum(one.fourth) for one in found) / (3 * count) - 1
     if _normal(fourth / math.sqrt(96 / 9 / count)) < CHANCE:
         yield f"the noise is not Gaussian: its fourth power has a mean of {3 * fourth + 3:.3f} times sigma C, not 3"
+    apart = np.sum([one.lags for one in found], axis=0)[: int(_LAGS * numbers)]
+    z = np.abs(apart) / np.sqrt(len(square) * (numbers + 1 - np.arange(1, len(apart) + 1)))
+    if _normal(float(z.max())) < CHANCE / len(z):
+        at = int(z.argmax())
+        yield (
+            f"the noise of weights {at + 1} places apart is correlated (z {z[at]:.0f}): it is used again within a step"
+        )
     again = [value for one in found for value in one.again]
     between = [float(one.first @ two.first) for one, two in pairwise([*found, *other])]
     for values, where in ((again, "of one step and the next"), (between, "of trainings with keys of their own")):
