@@ -29,11 +29,12 @@ Layer = Literal["structural", "profile", "bound"]
 ERR = 1e-4  # chance that any limit of an audit fails if all is right: one of 10,000 audits
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the stated epsilon, at which the profile is tested
 CONFIDENCE = 0.95  # of the epsilon that is shown, as papers do; a violation is found with the audit's own
-_STATISTICAL = 6  # tests of the structural layer that can err
+_STATISTICAL = 7  # tests of the structural layer that can err
 TESTS = _STATISTICAL + 2 * len(SHARES) + 1  # of one mechanism
 _GRID = 1e-3  # of privacy losses: rounded up, at most some thousandths too high
 _REACHED = 0.98  # of C: canaries that move a sum by less show nothing
 _COMPARED, _PRODUCTS = 64, 2**23  # steps of a grant whose noise is compared; numbers of all grants
+_FEWEST = 4096  # products whose sum is taken for normal
 _GUESSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # shares of the canaries that are guessed
 
 
@@ -147,7 +148,7 @@ def examined(evidence: Evidence, audits: int = 1) -> tuple[list[Finding], Bound]
 def _structural(evidence: Evidence, chance: float) -> Iterator[Finding]:
     yield _steps(evidence)
     yield _keys(evidence)
-    yield _noise(evidence, chance)
+    yield from _noise(evidence, chance)
     if evidence.seen[0].sizes is not None:
         yield from _draws(evidence, chance)
     yield from _contribution(evidence, chance)
@@ -173,17 +174,23 @@ def _keys(evidence: Evidence) -> Finding:
     return Finding("structural", "keys", words, different < len(evidence.grants))
 
 
-def _noise(evidence: Evidence, chance: float) -> Finding:
-    """Numbers that no canary moved are noise of the stated deviation."""
-    squares, count = 0.0, 0
+def _noise(evidence: Evidence, chance: float) -> Iterator[Finding]:
+    """Numbers that no canary moved are noise of the stated deviation, and normal."""
+    squares, fourth, count = 0.0, 0.0, 0
     for seen in evidence.seen:
         for values in (seen.values[~seen.hit], seen.rest):
-            squares += float(np.square(values, dtype=np.float64).sum())
+            square = np.square(values / np.float32(evidence.sigma), dtype=np.float64)
+            squares, fourth = squares + float(square.sum()), fourth + float(np.square(square).sum())
             count += values.size
-    ratio = math.sqrt(squares / max(count, 1)) / evidence.sigma
+    ratio = math.sqrt(squares / max(count, 1))
     z = (ratio - 1) * math.sqrt(2 * count)
     words = f"{ratio:.4f} sigma C over {count:,} numbers (z {z:+.1f})"
-    return Finding("structural", "noise", words, not far(squares / evidence.sigma**2, count) >= chance)
+    yield Finding("structural", "noise", words, not far(squares, count) >= chance)
+    # Of its own variance, so that a wrong deviation is no second violation.
+    shape = fourth * count / max(squares, 1e-300) ** 2
+    z = (shape - 3) / math.sqrt(24 / max(count, 1))
+    words = f"fourth power {shape:.3f} times that of the deviation, of normal noise 3 (z {z:+.1f})"
+    yield Finding("structural", "shape", words, not 2 * norm.sf(abs(z)) >= chance)
 
 
 def _draws(evidence: Evidence, chance: float) -> Iterator[Finding]:
@@ -216,13 +223,19 @@ def _contribution(evidence: Evidence, chance: float) -> Iterator[Finding]:
 
 
 def _correlation(evidence: Evidence, chance: float) -> Finding:
-    """The noise of no grant is that of another, of another client, or of the step before."""
+    """The noise of no grant is that of another, of another client, of the step before, or of another number."""
     noise, free, most_numbers = [], [], _PRODUCTS // len(evidence.seen)
     found: list[tuple[float, str]] = []
+    lags = 0
     for grant, seen in enumerate(evidence.seen):
         values = np.hstack([seen.values[:_COMPARED], seen.rest[:_COMPARED]]) / np.float32(evidence.sigma)
         there = np.hstack([~seen.hit[:_COMPARED], np.ones(seen.rest[:_COMPARED].shape, np.bool_)])
         own = np.where(there, values, np.float32(0))
+        apart = _apart(own, there)
+        lags += len(apart)
+        if len(apart):
+            at = int(np.abs(apart).argmax())
+            found.append((float(apart[at]), f"numbers {at + 1} places apart in a step of grant {grant + 1}"))
         if len(own) > 1:
             both = int((there[1:] & there[:-1]).sum())
             product = float(np.einsum("ij,ij->", own[1:], own[:-1], dtype=np.float64))
@@ -241,9 +254,30 @@ def _correlation(evidence: Evidence, chance: float) -> Finding:
     if not found:
         return Finding("structural", "correlation", "one grant of one step: nothing to compare", violated=False)
     z_most, where = max(found, key=lambda each: abs(each[0]))
-    most = float(norm.isf(chance / 2 / len(found)))
-    words = f"largest of {len(found)} pairs: z {z_most:+.1f} ({where}), at most {most:.1f}"
+    tried = len(found) + lags
+    most = float(norm.isf(chance / 2 / tried))
+    words = f"largest of {tried} pairs: z {z_most:+.1f} ({where}), at most {most:.1f}"
     return Finding("structural", "correlation", words, not abs(z_most) <= most)
+
+
+def _apart(noise: NDArray[np.float32], there: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """z of the products of numbers that are 1, 2, ... places apart in a step, for as many places as give `_FEWEST`.
+
+    Args:
+        noise: (steps, numbers), 0 where a canary is.
+        there: True elsewhere.
+    """
+    size = 2 * noise.shape[1]
+
+    def products(values: NDArray[Any]) -> NDArray[np.float64]:
+        power = sum(np.abs(np.fft.rfft(row, size)) ** 2 for row in values.astype(np.float64))
+        found: NDArray[np.float64] = np.fft.irfft(power, size)[1 : noise.shape[1]]
+        return found
+
+    pairs = np.rint(products(there))
+    kept = pairs >= _FEWEST
+    found: NDArray[np.float64] = np.where(kept, products(noise), 0.0) / np.sqrt(np.maximum(pairs, 1))
+    return found[: int(np.flatnonzero(kept).max(initial=-1)) + 1]
 
 
 # --- Profile ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from scipy.special import ndtr
 
 from fedsynth.audit.auditing import MechanismAudit, audit_mechanism
 from fedsynth.audit.layers import violations
@@ -83,6 +85,26 @@ def _noise(factor: float) -> Any:
         real(total, factor * deviation, randomness)
 
     return patch.object(training, "add_noise", added)
+
+
+def _normals(change: Callable[[Any], Any], share: int = 1) -> Any:
+    """Noise that is made of the key's normals, or of fewer."""
+    real = GrantRandomness.normals
+
+    def normals(self: GrantRandomness, count: int) -> Any:
+        return change(real(self, -(-count // share)))[:count]
+
+    return patch.object(GrantRandomness, "normals", normals)
+
+
+def _long_alone() -> Any:
+    """Gradients are clipped from three times C on."""
+    real = bookkeeping.clip_factors
+
+    def factors(squares: torch.Tensor, limit: float) -> torch.Tensor:
+        return torch.where(squares > (3 * limit) ** 2, real(squares, limit), torch.ones_like(squares))
+
+    return patch.object(bookkeeping, "clip_factors", factors)
 
 
 def _unclipped() -> Any:
@@ -199,6 +221,9 @@ BROKEN: dict[str, Broken] = {
     "noise divided by the batch": Broken(gradients, lambda: _noise(1 / BATCH), "noise"),
     "no noise": Broken(gradients, lambda: _noise(0.0), "noise"),
     "no clipping": Broken(gradients, _unclipped, "clipping"),
+    "clipping from 3 C on": Broken(gradients, _long_alone, "clipping"),
+    "numbers share their noise": Broken(gradients, lambda: _normals(lambda half: np.tile(half, 2), 2), "correlation"),
+    "uniform noise": Broken(gradients, lambda: _normals(lambda own: math.sqrt(12) * (ndtr(own) - 0.5)), "shape"),
     "shuffled batches": Broken(gradients, _shuffled, "batches"),
     "accountant begins anew, 10 rounds": Broken(lambda: gradients(10), _reset, "steps"),
     "one key for 10 rounds": Broken(lambda: gradients(10), lambda: _one_key(False), "correlation"),
