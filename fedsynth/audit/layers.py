@@ -187,7 +187,7 @@ def _noise(evidence: Evidence, chance: float) -> Iterator[Finding]:
     words = f"{ratio:.4f} sigma C over {count:,} numbers (z {z:+.1f})"
     yield Finding("structural", "noise", words, not far(squares, count) >= chance)
     # Of its own variance, so that a wrong deviation is no second violation.
-    shape = fourth * count / max(squares, 1e-300) ** 2
+    shape = fourth * count / squares**2 if squares else 3.0
     z = (shape - 3) / math.sqrt(24 / max(count, 1))
     words = f"fourth power {shape:.3f} times that of the deviation, of normal noise 3 (z {z:+.1f})"
     yield Finding("structural", "shape", words, not 2 * norm.sf(abs(z)) >= chance)
