@@ -294,6 +294,7 @@ def test_the_table_takes_the_base_of_its_own_data_as_reference(tmp_path: Path) -
     assert "0 (0) / 0 (0) / 1 (0)" in line
     assert "0.750 [" in line  # -0.5 > both, -2.5 > one of two: 3 of 4
     assert "1.000 [1.000, 1.000]" in line
+    assert next(row for row in table if row.startswith("| bank-base | - | 0 |")).endswith("| - | - |")  # saw no row
     echo = [row for row in table if row.startswith("| bank-fdkt")][1]
     assert "0 / 0 / 7" in echo
 

@@ -598,14 +598,16 @@ def told(found: Sequence[Seen]) -> list[str]:
     for seen in found:
         if not seen.exposures:
             continue
-        plain, less = _members(seen, None), _members(seen, bases.get(seen.case.partition("-")[0]))
+        reference, plain = bases.get(seen.case.partition("-")[0]), _members(seen, None)
+        less = _members(seen, reference)
+        beside = f"{_auc(*less)} | {power(*less, 0.1):.3f} / {power(*less, 0.01):.3f}"
         lines.append(
             f"| {seen.case} | {_epsilon(seen)} | {seen.steps} | "
             f"{-np.mean(seen.members):.2f}, {-np.mean(seen.others):.2f} | "
             + " / ".join(f"{np.mean(_by(seen, seen.exposures, n)):.2f}" for n in (0, *REPEATS))
             + " | "
             + " / ".join(f"{sum(_by(seen, seen.greedy, n))} ({sum(_by(seen, seen.sampled, n))})" for n in REPEATS)
-            + f" | {_auc(*plain)} | {_auc(*less)} | {power(*less, 0.1):.3f} / {power(*less, 0.01):.3f} |"
+            + f" | {_auc(*plain)} | {'- | -' if reference in (None, seen) else beside} |"
         )
     lines += [
         "",
@@ -639,6 +641,8 @@ def _by(seen: Seen, values: Sequence[Any], repeats: int) -> list[Any]:
 
 
 def _epsilon(seen: Seen) -> str:
+    if seen.case.endswith("-base"):
+        return "-"  # saw no row
     return "none" if seen.epsilon is None else f"{seen.epsilon:.2f}"
 
 
