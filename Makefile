@@ -32,7 +32,7 @@ check: $(READY)
 	@$(BIN)/mypy --no-error-summary
 
 bench: $(READY)  ## time and memory; the other benchmarks give the tables of docs/results.md, by hand
-	@set -e; for each in privacy "dp_step --repeats 3" stacked generation clients; do set -- $$each; echo "$$1"; \
+	@set -e; for each in privacy "dp_step --repeats 3" stacked generation throughput; do set -- $$each; echo "$$1"; \
 	$(BIN)/python simulations/benchmarks/$$1.py $$2 $$3; done
 
 docs: $(READY)  ## the pages of docs/ as a site, in site/

@@ -124,7 +124,8 @@ def test_the_launcher_gets_the_same_clock(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(simulate, "read", lambda _: None)
     scenario = from_toml(instructions(tmp_path, "fedsynth.strategies.lora_avg:LoraAverage"))
     server = replace(scenario.server, start_seconds=77.0)
-    simulate._launched(replace(scenario, server=server), "", tmp_path, 1, None, None, 0.0)
+    served, _ = simulate._served(scenario, 1, None)
+    simulate._launched(replace(scenario, server=server), "", tmp_path, served, None, None, 0.0)
     assert told["start_seconds"] == 77.0
 
 

@@ -6,10 +6,10 @@ most `LIMIT` times as much.
 
     python simulations/benchmarks/growth.py [--clients 64 256 1024 4096] [--report 64 256] [--json FILE]
 
-Whole runs: `fedsynth run` with the toy of clients.py, two rounds of DP-FedAvg (5 private steps each), evaluated after
-each. Processes are looked at every `LOOK` seconds; what one does after the last look is not counted. With `--beside N`
-each run is repeated beside N processes that do nothing but compute, and its wall time then stands beside the first
-one's. This means something on an idle machine only.
+Whole runs: `fedsynth run` with the toy of throughput.py, two rounds of DP-FedAvg (5 private steps each), evaluated
+after each. Processes are looked at every `LOOK` seconds; what one does after the last look is not counted. With
+`--beside N` each run is repeated beside N processes that do nothing but compute, and its wall time then stands beside
+the first one's. This means something on an idle machine only.
 
     python simulations/benchmarks/growth.py --runs [8 64 512 1024 4096] [--workers 2] [--beside 8] [--json FILE]
 """
@@ -31,8 +31,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
+from throughput import SCENARIO, built
 
-from clients import SCENARIO, built
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.card import data_cards
 from fedsynth.federation.run.directory import prepare

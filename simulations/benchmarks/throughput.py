@@ -1,6 +1,6 @@
 """Clients per second of CPU: this project's simulation, Flower driven the usual way, pfl-research, and a plain loop.
 
-    python simulations/benchmarks/clients.py [--json FILE] [--repeats 1] [--sizes toy,15m] [--many 1000]
+    python simulations/benchmarks/throughput.py [--json FILE] [--repeats 1] [--sizes toy,15m] [--many 1000]
 
 All train a LoRA of rank 8 on all linear layers of the same random Llama for 5 steps of 4 texts (toy) or 8 (15m), on the
 same records of simulated hospitals, in float32 with Adam and without a guarantee; a round ends with the mean of all
@@ -340,7 +340,7 @@ def pfl(size: str, model: Path) -> list[float]:
             "batch": batch,
             "rounds": 1 + SIZES[size][-1],
         }
-        script = Path(__file__).with_name("clients_pfl.py")
+        script = Path(__file__).with_name("throughput_pfl.py")
         ran = subprocess.run(
             [str(PFL / "bin/python"), str(script), json.dumps(asked)],
             check=False,

@@ -1,4 +1,4 @@
-"""The clients of clients.py under pfl-research's simulator; runs in an environment that has the package `pfl`.
+"""The clients of throughput.py under pfl-research's simulator; runs in an environment that has the package `pfl`.
 
 Reads what it is to do as JSON, prints CPU seconds per client of each round as JSON.
 """
