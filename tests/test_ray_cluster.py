@@ -228,7 +228,7 @@ SMALL = [
     "strategy.num_texts=16",
     "strategy.per_label=3",
 ]
-SETS = [word for each in SMALL for word in ("--set", each)] + ["--clients", "2", "--arms", "fdkt"]
+SETS = [word for each in SMALL for word in ("--set", each)] + ["--clients", "3", "--arms", "fdkt"]
 
 
 class Machine:
@@ -308,10 +308,12 @@ def two_machines(own: Path) -> Iterator[tuple[Machine, Machine]]:
 
 
 def _connect(first: Machine, second: Machine) -> None:
-    route = "ip route add default via"  # Ray takes the address of the default route
+    # The address is not the cable's: a machine keeps its own when the other one, and the cable with it, is gone.
+    address = "ip addr add {own} dev lo && ip link set wire up && ip route add {other} dev wire src {own}"
+    default = "ip route add default dev wire src {own}"  # Ray takes the address of the default route
     cable = ["ip", "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", str(second.first.pid)]
     ends = [
-        [*machine.within(), "sh", "-c", f"ip addr add {own}/24 dev wire && ip link set wire up && {route} {other}"]
+        [*machine.within(), "sh", "-c", f"{address} && {default}".format(own=own, other=other)]
         for machine, own, other in ((first, *ADDRESSES), (second, *reversed(ADDRESSES)))
     ]
     for command in ([*first.within("--net"), *cable], *ends):
@@ -403,7 +405,7 @@ def waits(condition: Any, what: str, seconds: float = LONG) -> None:
 def charged(out: Path) -> list[Any]:
     """All ledgers below a private directory, but for the time of day."""
     found = [contents(path) for path in ledgers_in(out)]
-    assert [problems(ledger) for ledger in found] == [[]] * 2
+    assert [problems(ledger) for ledger in found] == [[]] * 3
     told = [(ledger["epsilon"], [*ledger["reservations"], *ledger["grants"]]) for ledger in found]
     return [(epsilon, [{k: v for k, v in row.items() if k != "at"} for row in rows]) for epsilon, rows in told]
 
@@ -449,7 +451,7 @@ def test_a_machine_that_is_lost_in_mid_run_changes_no_result(cluster: Cluster, a
     cluster.second.lose()
     assert '"learn"' not in events.read_text()  # in mid-training
     shell.wait(LONG)
-    assert json.loads((out / "status.json").read_text()) == {"status": "completed"}, shell.said()[-3000:]
+    assert f"written to {out}" in shell.said(), shell.said()[-3000:]
     assert re.search("Actor(Died|Unavailable)Error", (private_of(out) / "logs" / "flower.log").read_text())
     assert_alike(alone, out)
     assert charged(private_of(out)) == charged(private_of(alone))

@@ -172,6 +172,8 @@ def watched(clients: int, workers: int, place: Path) -> dict[str, float]:
                     born = process.create_time()
                 except psutil.Error:
                     continue
+                if not line:  # it has ended, and no longer says what it was
+                    continue
                 kind = "driver" if any(n in line for n in DRIVER) else "workers" if "ray::Client" in line else "others"
                 used[process.pid, born] = kind, took.user + took.system
                 held[kind] += memory / 1e6
