@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -11,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,21 +37,9 @@ from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.training.canaries import trained
 from fedsynth.typed import BadValue
+from tests.benchmarks import benchmark
 
-
-def benchmark() -> ModuleType:
-    """The script that gives the table of docs/privacy.md: its mechanisms, and ways to break them."""
-    path = Path(__file__).parent.parent / "simulations" / "benchmarks" / "audit.py"
-    found = importlib.util.spec_from_file_location("broken_engines", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules["broken_engines"] = module  # its dataclasses look for their module
-    found.loader.exec_module(module)
-    return module
-
-
-ENGINES = benchmark()
+ENGINES = benchmark("audit")  # gives the table of docs/privacy.md: mechanisms, and ways to break them
 
 
 # What an adversary's guesses alone show as well: the one-run bound misses the accountant, the profile does not.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,21 +19,10 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.attack import auroc
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
+from tests.benchmarks import benchmark
 from tests.scripted import ScriptedLLM
 
-
-def benchmark() -> ModuleType:
-    path = Path(__file__).parent.parent / "simulations" / "benchmarks" / "memorisation.py"
-    found = importlib.util.spec_from_file_location("memorisation", path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules["memorisation"] = module  # its dataclasses look for their module
-    found.loader.exec_module(module)
-    return module
-
-
-M = benchmark()
+M = benchmark("memorisation")
 SIZE = M.Size(members=12, canaries=1, controls=2, alternatives=7)
 THINGS = ("card", "loan", "rate", "fee", "pin")
 SCENARIO = """

@@ -1,22 +1,11 @@
 """The 5-gram that a pretrained model must beat is a real one."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 
+from tests.benchmarks import benchmark
 
-def load(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "simulations" / "benchmarks" / f"{name}.py"
-    found = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module
-
-
-KneserNey = load("ngram").KneserNey
+KneserNey = benchmark("ngram").KneserNey
 
 
 def windows_after(model, context: list[int]) -> np.ndarray:

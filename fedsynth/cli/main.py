@@ -225,8 +225,6 @@ def compare_command(
         on_warning=lambda text: warn(console, text),
     )
     shown = console if as_json else console_of(error=False)
-    if not shown.is_terminal:
-        shown.width = 140
     for task in done.tables["tables"]:
         show(shown, utility_table(done.tables, task))
         show(shown, costs_table(done.tables, task))

@@ -135,9 +135,8 @@ def _poisson_table(mean: float) -> tuple[int, NDArray[np.float64]]:
 _ROOTS = 2**13  # directions in the table: 128 KB
 _STEP = 2 * math.pi / _ROOTS
 _TABLE: NDArray[np.complex128] = np.exp(1j * _STEP * (np.arange(_ROOTS) + 0.5))
-_BEND = (
-    0.5 - (math.sqrt(2) - 1) / 12 * (_STEP / 2) ** 2
-)  # 1 - _BEND x**2 is a cosine up to 1.6e-16, 1 - x**2 / 2 to 9e-16
+# 1 - _BEND x**2 is a cosine up to 1.6e-16, 1 - x**2 / 2 up to 9e-16.
+_BEND = 0.5 - (math.sqrt(2) - 1) / 12 * (_STEP / 2) ** 2
 
 
 def _box_muller(radii: NDArray[np.uint64], angles: NDArray[np.uint64], plane: NDArray[np.complex128]) -> None:
