@@ -264,6 +264,8 @@ def check_command(
     print_forecast(console if as_json else console_of(error=False), made)
     if as_json:
         print(json.dumps(made.to_dict()))
+    if made.failures:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
