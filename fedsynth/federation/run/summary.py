@@ -16,6 +16,8 @@ from fedsynth.scenario.schema import Scenario
 from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import plain
 
+MAIN = ("accuracy", "exact_match", "rouge_l")  # what a run tells of an arm as soon as it is done
+
 
 def write_metrics(out: Path, run_logs: Sequence[RunLog]) -> pd.DataFrame:
     """The tidy metrics of all cells so far, one row per (arm, seed, round, client, metric)."""
@@ -49,6 +51,16 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
+
+
+def last_figures(run_log: RunLog) -> dict[str, Any]:
+    """A cell's first figures: `figures`, the mean over clients of each of its main metrics in the last round, and
+    `clients`, their number; empty if nobody measured any."""
+    own = [row for row in run_log.rows if row[3] != SERVER and row[4] in MAIN]
+    last = [row for row in own if row[2] == max(r[2] for r in own)]
+    found = {name: [row[5] for row in last if row[4] == name] for name in MAIN}
+    figures = {name: sum(values) / len(values) for name, values in found.items() if values}
+    return {"figures": figures, "clients": len({row[3] for row in last})} if figures else {}
 
 
 def missing(frame: pd.DataFrame) -> list[str]:
