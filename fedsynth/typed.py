@@ -25,6 +25,18 @@ class BadValue(ValueError):
     """A value does not fit its declared type; the message names the key, the value and what fits."""
 
 
+class UnknownKey(BadValue):
+    """A table has a key that its dataclass has no field for.
+
+    Attributes:
+        key: The key, without its table.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Range:
     """The allowed values of a number, as `Annotated[int, Range(...)]`; `in_range` checks it and names it."""
@@ -220,7 +232,8 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
     for name in value:
         if name not in fields:
             place = f" in [{key}]" if key else ""
-            raise BadValue(f"unknown key {name!r}{place}{nearest(name, fields)}; known: {', '.join(sorted(fields))}")
+            known = ", ".join(sorted(fields))
+            raise UnknownKey(str(name), f"unknown key {name!r}{place}{nearest(name, fields)}; known: {known}")
     given = {n: _build(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()}
     for name, field in fields.items():
         if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:

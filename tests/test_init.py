@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-import fedsynth.cli.main
 from fedsynth.data import proposal
 from fedsynth.data.tables import read_rows
 from fedsynth.models.at_hand import at_hand
@@ -25,23 +24,6 @@ from fedsynth.simulation.simulate import check
 CANARY = "zyzzyva"  # in every text
 WORDS = "the ward saw a patient who came in with pain and was given a bed".split()  # noqa: SIM905 - shorter
 Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """`fedsynth WORDS` in a folder without any stored model: its exit code and what it said."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FEDSYNTH_MODELS", str(tmp_path / "no models"))
-    monkeypatch.delenv("FEDSYNTH_DATA", raising=False)
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedsynth", *words])
-        with pytest.raises(SystemExit) as ended:
-            fedsynth.cli.main.main()
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return run
 
 
 def rows(number: int, labels: list[str], length: int = 12, **columns: Callable[[int], Any]) -> pd.DataFrame:
