@@ -53,15 +53,18 @@ def run(words: list[str], place: Path, seconds: int = 280) -> str:
 
 
 @pytest.mark.full
-def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
+def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "tutorial.md"
     [script] = blocks(page, "python")
-    [scenario] = blocks(page, "toml")
-    [line] = blocks(page, "bash")
+    [scenario], [lines] = blocks(page, "toml"), blocks(page, "bash")
     run([sys.executable, "-c", script], tmp_path)
-    (tmp_path / "tickets.toml").write_text(scenario)
+    monkeypatch.delenv("FEDSYNTH_MODELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a newcomer has no models
+    assert [line.split()[1] for line in lines.splitlines()] == ["init", "check", "run"]
+    for line in lines.splitlines():
+        said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
     assert len(scenario.splitlines()) <= 20
-    said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
+    assert set(from_toml(scenario).data.labels) == set(load(tmp_path / "tickets.toml").data.labels)
     assert "fdkt" in said
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
     named -= {"egress.json", "egress.jsonl"}  # of an endpoint, which this run has not

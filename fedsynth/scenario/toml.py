@@ -12,7 +12,7 @@ import tomli_w
 
 from fedsynth.scenario.earlier_keys import as_of_now
 from fedsynth.scenario.schema import Cell, Scenario
-from fedsynth.typed import BadValue, build, plain, toml_file, toml_table
+from fedsynth.typed import BadValue, UnknownKey, build, nearest, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -25,7 +25,10 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
     if isinstance(choice, Mapping):
         choice = dict(choice)
         tree["strategy"] = {"use": choice.pop("use", ""), "options": choice}
-    scenario = build(Scenario, tree)
+    try:
+        scenario = build(Scenario, tree)
+    except UnknownKey as problem:
+        raise BadValue(f"{problem}{elsewhere(problem.key)}") from problem
     for arm, overrides in scenario.arms.items():
         try:
             _override(scenario, overrides)
@@ -37,6 +40,18 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
         except BadValue as problem:
             raise BadValue(f"[quick] {problem}") from problem
     return scenario
+
+
+def elsewhere(key: str) -> str:
+    """Where a key stands whose table was left out or taken for another one, to be added to a message; "" for no key.
+
+    >>> elsewhere("epsilon")
+    "; 'epsilon' stands in client.budget.epsilon"
+    """
+    from fedsynth.scenario.keys import keys
+
+    found = [each.name for each in keys() if each.name.endswith(f".{key}")]
+    return f"; {key!r} stands in {' or '.join(found)}" if found else ""
 
 
 def to_toml(scenario: Scenario) -> str:
@@ -68,14 +83,7 @@ def load(name: str | Path, sets: Sequence[str] = (), *, quick: bool = False) -> 
         BadValue: If there is no such scenario, it has no smaller run, or it is not valid; the message names file, key
             and the nearest valid key.
     """
-    path = Path(name)
-    if path.suffix != ".toml":
-        shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
-        if str(name) not in shipped:
-            raise BadValue(f"no scenario {str(name)!r}: give a .toml file or one of {', '.join(sorted(shipped))}")
-        path = shipped[str(name)]
-    if not path.is_file():
-        raise BadValue(f"no scenario file {str(path)!r}")
+    path = _place(name)
     with toml_file(path) as tree:
         if quick:
             tree = _quick(tree)
@@ -84,6 +92,29 @@ def load(name: str | Path, sets: Sequence[str] = (), *, quick: bool = False) -> 
         tree = _with_absolute_paths(tree, path.parent)
         arms = {name: _with_absolute_paths(over, path.parent) for name, over in _table(tree, "arms").items()}
         return from_tree({**tree, "arms": arms} if arms else tree)
+
+
+def _place(name: str | Path) -> Path:
+    path = Path(name)
+    shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.suffix == ".toml":
+        if not path.is_file():
+            there = [str(path.parent / found.name) for found in path.parent.glob("*.toml")]
+            raise BadValue(f"no scenario file {str(path)!r}{nearest(path, [*there, *shipped])}")
+        return path
+    if path.suffix.lower() in DATA_FILES:
+        raise BadValue(f"{str(name)!r} is a data file, no scenario: `fedsynth init {name}` writes one for it")
+    if (path / "scenario.toml").is_file():
+        raise BadValue(f"{str(name)!r} is the directory of a run: repeat it with --from, go on with it with --resume")
+    near = nearest(name, [*shipped, *(found.name for found in Path().glob("*.toml"))])
+    raise BadValue(
+        f"no scenario {str(name)!r}{near or ': give a .toml file'}; shipped are {', '.join(sorted(shipped))}"
+    )
+
+
+DATA_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -44,7 +44,7 @@ def print_table(console: Console, result: Any) -> None:
         told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
         epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
-        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
+        guarantee = "nothing is released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
     show(console, table)
     for arm, few in result.few.items():
