@@ -8,7 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Provenance(StrEnum):
@@ -214,6 +217,16 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def __repr__(self) -> str:
+        # No text: what is shown of a private corpus in a log or a traceback would have left it.
+        return f"Corpus({len(self)} texts, {self.provenance.value}, {_counted(len(self.grants), 'grant')})"
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per text: prompt, answer."""
+        import pandas as pd  # takes a second, and the base is for every process
+
+        return pd.DataFrame({"prompt": self.prompts, "answer": self.answers}, dtype=object)
+
     @property
     def public(self) -> bool:
         """True if it derives from no private text."""
@@ -243,6 +256,10 @@ class Corpus:
                 raw = part.encode()
                 digest.update(len(raw).to_bytes(8, "big") + raw)
         return digest.hexdigest()
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number or 'no'} {what}s"
 
 
 @dataclass(frozen=True)

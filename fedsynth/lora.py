@@ -34,6 +34,11 @@ class Adapter:
     grants: tuple[str, ...] = ()
     public: bool = False
 
+    def __repr__(self) -> str:
+        numbers = sum(array.size for array in self.arrays.values())
+        kind = "public" if self.public else f"{len(self.grants)} grants" if self.grants else "no guarantee"
+        return f"Adapter(rank {self.rank}, {len(self.arrays)} tensors, {numbers:,} numbers, {kind})"
+
 
 @dataclass(frozen=True)
 class Truncated:

@@ -27,7 +27,8 @@ from fedsynth.federation.run.summary import summarize
 from fedsynth.federation.run.tables import print_table
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.toml import from_toml, load
-from fedsynth.simulation.simulate import check, read
+from fedsynth.simulation.result import read
+from fedsynth.simulation.simulate import check
 from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 

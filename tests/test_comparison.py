@@ -35,7 +35,7 @@ from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, to_toml
 from fedsynth.simulation import simulate
 from fedsynth.simulation.flower import LaunchFailed
-from fedsynth.simulation.simulate import Result
+from fedsynth.simulation.result import Result
 from fedsynth.typed import BadValue
 
 LOCAL, AVERAGE = "fedsynth.strategies.local:LocalOnly", "fedsynth.strategies.lora_avg:LoraAverage"

@@ -44,7 +44,7 @@ from fedsynth.federation.records import unpacked
 from fedsynth.federation.secure_sum import MODULUS
 from fedsynth.models.llm import LocalLLM
 from fedsynth.simulation.flower import free_port
-from fedsynth.simulation.simulate import read
+from fedsynth.simulation.result import read
 from fedsynth.world import load_world, private_notes
 
 pytestmark = [pytest.mark.deployment, pytest.mark.full, pytest.mark.timeout(480)]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = (
     "base", "system", "privacy", "scenario", "models", "world", "data", "dpsgd", "training", "evaluation",
     "pretraining", "synthesis", "federation", "strategies", "clients", "simulation", "fedsynth_sim", "comparison",
-    "forecast", "audit", "deployment", "reporting", "cli",
+    "forecast", "audit", "deployment", "reporting", "testing", "api", "cli",
 )  # fmt: skip
 """Lowest first: each imports only those before it. The base is what stands at the root of `fedsynth`."""
 DEPTH = {package: depth for depth, package in enumerate(PACKAGES)}

@@ -20,7 +20,7 @@ from fedsynth.reporting import run_report
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.progress import _percent
-from fedsynth.simulation.simulate import read
+from fedsynth.simulation.result import read
 from fedsynth.synthesis.attrition import losses
 from fedsynth.synthesis.curation import Stage
 from fedsynth.testing import ScriptedLLM

@@ -120,7 +120,7 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     frame = pd.read_parquet(out / "metrics.parquet")
     assert list(frame.columns) == ["arm", "seed", "round", "client", "metric", "value"]
     assert not frame.duplicated(["arm", "seed", "round", "client", "metric"]).any()
-    from fedsynth.simulation.simulate import read
+    from fedsynth.simulation.result import read
 
     drafts = read(out).corpora("fdkt", 0, "drafts")
     assert set(drafts) == {0, 1, 2}

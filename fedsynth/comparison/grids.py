@@ -78,9 +78,15 @@ def read_grid(path: Path) -> Grid:
 
 
 def asked_for(
-    scenarios: Sequence[str], *, epsilons: str, seeds: str, arms: str, baseline: str, sets: Sequence[str]
+    scenarios: Sequence[str],
+    *,
+    epsilons: str | Sequence[float],
+    seeds: str | Sequence[int],
+    arms: str | Sequence[str],
+    baseline: str,
+    sets: Sequence[str],
 ) -> Grid:
-    """A resolved grid from command-line values; lists are separated by commas.
+    """A resolved grid from command-line values, in which lists are separated by commas, or from Python's.
 
     Raises:
         BadValue: If a value is no number, or a name does not exist.
@@ -101,15 +107,16 @@ def asked_for(
     return resolved(build(Grid, tree), Path())
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _listed(given: str | Sequence[object]) -> list[str]:
+    parts = given.split(",") if isinstance(given, str) else map(str, given)
+    return [part.strip() for part in parts if part.strip()]
 
 
-def _numbers(name: str, text: str, kind: type[int] | type[float]) -> list[float]:
+def _numbers(name: str, given: str | Sequence[float], kind: type[int] | type[float]) -> list[float]:
     try:
-        return [kind(part) for part in _listed(text)]
+        return [kind(part) for part in _listed(given)]
     except ValueError:
-        raise BadValue(f"--{name} must be numbers separated by commas, got {text!r}") from None
+        raise BadValue(f"--{name} must be numbers separated by commas, got {given!r}") from None
 
 
 def is_grid(path: Path) -> bool:

@@ -28,6 +28,8 @@ from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.simulation import simulate
 from fedsynth.simulation.flower import LaunchFailed
+from fedsynth.simulation.result import Result
+from fedsynth.simulation.result import read as read_run
 from fedsynth.typed import BadValue
 
 GRID, FRAME, TABLES = "comparison.toml", "comparison.parquet", "comparison.json"
@@ -64,6 +66,10 @@ class Comparison:
     grid: Grid
     frame: pd.DataFrame
     tables: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        cells = len(self.frame[["scenario", "epsilon", "arm", "seed"]].drop_duplicates())
+        return f"Comparison({self.grid.name}: {', '.join(self.grid.scenarios)}; {cells} cells; {self.out})"
 
 
 def compare(
@@ -359,10 +365,10 @@ def gather(runs: Sequence[Part], out: Path) -> pd.DataFrame:
     Raises:
         RuntimeError: If an arm spent budget although its strategy says that it spends none.
     """
-    return pd.concat([_rows(part, simulate.read(place_of(part, out))) for part in runs], ignore_index=True)
+    return pd.concat([_rows(part, read_run(place_of(part, out))) for part in runs], ignore_index=True)
 
 
-def _rows(part: Part, result: simulate.Result) -> pd.DataFrame:
+def _rows(part: Part, result: Result) -> pd.DataFrame:
     found = {cell.arm: cell for cell in cells(replace(part.scenario, seeds=part.scenario.seeds[:1]))}
     epsilons, more = {}, []
     for arm, cell in found.items():
@@ -402,7 +408,7 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
     known = terms(grid)
     levels, spent = utility(frame, known), costs(frame)
     marked = pareto(points(frame, {name: t.metric for name, t in known.items()}))
-    read_back = {part.name: simulate.read(place_of(part, out)) for part in runs}
+    read_back = {part.name: read_run(place_of(part, out)) for part in runs}
     privacy = {name: {arm: said["line"] for arm, said in run.privacy.items()} for name, run in read_back.items()}
     few = {name: {arm: "; ".join(lines) for arm, lines in run.few.items()} for name, run in read_back.items()}
     tables = {

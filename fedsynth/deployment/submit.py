@@ -40,7 +40,8 @@ from fedsynth.simulation.flower import (
     own_status,
 )
 from fedsynth.simulation.launch import APP
-from fedsynth.simulation.simulate import Result, check_server, done, read, server_warnings, with_models
+from fedsynth.simulation.result import Result, read
+from fedsynth.simulation.simulate import check_server, done, server_warnings, with_models
 from fedsynth.typed import BadValue, plain
 
 Tell = Callable[[dict[str, Any]], None] | None

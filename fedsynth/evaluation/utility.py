@@ -32,6 +32,9 @@ class Difference:
     better: float
     pairs: int
 
+    def __repr__(self) -> str:
+        return f"Difference({self.mean:+.3f}, 95 % {self.low:+.3f} to {self.high:+.3f}, {self.pairs} pairs)"
+
 
 def paired_difference(
     metrics: pd.DataFrame, arm: str, baseline: str, *, metric: str = "accuracy", resamples: int = 10_000, seed: int = 0

@@ -86,6 +86,13 @@ class Forecast:
     warnings: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        arms, lines = len(self.arms), len(self.warnings)
+        return (
+            f"Forecast({self.scenario}: {arms} arm{'s' * (arms != 1)}, {self.seconds:.0f} s, "
+            f"{self.memory / 1e9:.1f} GB, {lines} warning{'s' * (lines != 1)})"
+        )
+
     @property
     def memory(self) -> int:
         """Bytes of all processes."""

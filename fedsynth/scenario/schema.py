@@ -130,6 +130,11 @@ class Scenario:
         if self.data.labels != "all":
             self.task.check_codes(len(self.data.labels))
 
+    def __repr__(self) -> str:
+        arms = ", ".join(self.run or self.arms) or self.strategy.use.rpartition(":")[2]
+        seeds = ", ".join(map(str, self.seeds))
+        return f"Scenario({self.name}: {arms}; {self.data.clients} clients, data {self.data.source}, seeds {seeds})"
+
     @property
     def stack(self) -> int:
         """Number of clients whose adapters train in one pass; by default there are at least eight such stacks."""

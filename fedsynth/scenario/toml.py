@@ -71,12 +71,13 @@ def from_toml(text: str, where: str = "scenario") -> Scenario:
         raise BadValue(f"{where}: {problem}") from problem
 
 
-def load(name: str | Path, sets: Sequence[str] = (), *, quick: bool = False) -> Scenario:
+def load(name: str | Path, sets: Sequence[str | Mapping[str, Any]] = (), *, quick: bool = False) -> Scenario:
     """A scenario from a file, or a shipped one by name.
 
     Args:
         name: Path of a TOML file, or the name of a shipped scenario such as "hospitals".
-        sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text).
+        sets: Overrides `key=value`, the key dotted, the value in TOML (bare text is taken as text); or tables, whose
+            keys may be dotted.
         quick: The scenario's smaller run, with its table `quick` in force; `sets` override that as well.
 
     Raises:
@@ -85,13 +86,35 @@ def load(name: str | Path, sets: Sequence[str] = (), *, quick: bool = False) -> 
     """
     path = _place(name)
     with toml_file(path) as tree:
-        if quick:
-            tree = _quick(tree)
-        for item in sets:
-            tree = _merge(tree, _parse_set(item))
-        tree = _with_absolute_paths(tree, path.parent)
-        arms = {name: _with_absolute_paths(over, path.parent) for name, over in _table(tree, "arms").items()}
-        return from_tree({**tree, "arms": arms} if arms else tree)
+        return resolved(tree, sets, path.parent, quick=quick)
+
+
+def resolved(
+    declared: Scenario | Mapping[str, Any],
+    sets: Sequence[str | Mapping[str, Any]] = (),
+    folder: Path = Path(),
+    *,
+    quick: bool = False,
+) -> Scenario:
+    """A scenario with overrides in force and absolute paths.
+
+    Args:
+        declared: A scenario, or the table of a TOML file.
+        sets: As for `load`.
+        folder: Relative paths are looked up here before the working directory.
+        quick: As for `load`.
+
+    Raises:
+        BadValue: If it is not valid.
+    """
+    tree = _tree(declared) if isinstance(declared, Scenario) else declared
+    if quick:
+        tree = _quick(tree)
+    for item in sets:
+        tree = _merge(tree, _parse_set(item) if isinstance(item, str) else _nested(item))
+    tree = _with_absolute_paths(tree, folder)
+    arms = {name: _with_absolute_paths(over, folder) for name, over in _table(tree, "arms").items()}
+    return from_tree({**tree, "arms": arms} if arms else tree)
 
 
 def _place(name: str | Path) -> Path:
@@ -229,6 +252,16 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any], key: str = "") -> d
         both = isinstance(value, Mapping) and isinstance(old, Mapping)
         merged[name] = _merge(old, value, name if not key else f"{key}.{name}") if both else value  # type: ignore[arg-type]  # `both` narrows no type
     return merged
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with dotted keys as tables within tables."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        found = _merge(found, value)
+    return found
 
 
 def _parse_set(item: str) -> dict[str, Any]:

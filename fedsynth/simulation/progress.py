@@ -1,7 +1,9 @@
-"""The progress of a run: one live line on a terminal, plain lines elsewhere."""
+"""The progress of a run: one live line on a terminal and in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import html
+import sys
 import time
 from typing import Any
 
@@ -37,7 +39,12 @@ class ProgressBar:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self.live = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        self.plain = not (console.is_terminal or in_notebook())
+        self.live: Any = (
+            NotebookLine()
+            if in_notebook()
+            else Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+        )
         self.task = self.live.add_task("starting", total=1000 * self.cells)
         self.at = self.furthest = 0
         self.rounds = scenario.rounds  # an arm with fewer rounds jumps to the end of its part
@@ -53,7 +60,7 @@ class ProgressBar:
         return self
 
     def __exit__(self, *problem: object) -> None:
-        self.live.__exit__(*problem)  # type: ignore[arg-type]  # passed on as it came
+        self.live.__exit__(*problem)
 
     def warn(self, text: str) -> None:
         """Prints a warning above the live line."""
@@ -83,7 +90,7 @@ class ProgressBar:
         self.furthest = max(self.furthest, int(1000 * (self.at + min(share, 1.0))))
         if (cell, phase, number) != self.last:
             self.last, self.begun = (cell, phase, number), time.monotonic()
-            if not self.console.is_terminal and phase:
+            if self.plain and phase:
                 self.console.print(self._line(event, cell, phase, number), markup=False, soft_wrap=True)
         minutes = (time.monotonic() - self.begun) / 60
         speed = f", {done / minutes:.0f}/min" if done and minutes > 0 else ""
@@ -95,6 +102,40 @@ class ProgressBar:
         told = [f"kept {_percent(event['kept'])}"] if event.get("kept") is not None else []
         told += [f"epsilon {event['epsilon']:.2f}"] if event.get("epsilon") is not None else []
         return f"[{self.at + 1}/{self.cells}] {cell}{turn}: {phase}" + (f" ({', '.join(told)})" if told else "")
+
+
+def in_notebook() -> bool:
+    """True in a notebook's kernel, which has one output for each cell and no terminal."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+class NotebookLine:
+    """The live line as one output of a notebook's cell, which is replaced: HTML that needs no widgets."""
+
+    def __enter__(self) -> NotebookLine:
+        from IPython.display import HTML, display
+
+        self.html, self.shown_at = HTML, 0.0
+        self.output = display(HTML("starting"), display_id=True)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.output.update(self.html(""))
+
+    def add_task(self, description: str, total: int) -> int:
+        """The line's only task; a run has one."""
+        self.total, self.description = total, description
+        return 0
+
+    def update(self, task: int, *, completed: int, description: str) -> None:  # noqa: ARG002 - as of rich's Progress
+        """Shows a bar and the description; at most five times a second, but for a new phase."""
+        phase, now = description.rpartition(": ")[2].partition(" ")[0], time.monotonic()
+        if phase == self.description and now - self.shown_at < 0.2:
+            return
+        self.description, self.shown_at = phase, now
+        bar = f"<progress value='{completed}' max='{self.total}' style='width:12em'></progress>"
+        self.output.update(self.html(f"{bar} {html.escape(description)}"))
 
 
 def _percent(share: float) -> str:

@@ -13,16 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 
 from fedsynth.clients.client_side import declared_records
-from fedsynth.corpus import Corpus
 from fedsynth.data.card import card_line
 from fedsynth.data.loaders import pinned as pinned_data
 from fedsynth.data.partition import class_list, divide, label_list, misfits, unlisted_values
-from fedsynth.evaluation.utility import Difference, paired_difference
-from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.directory import check_free, prepare, private_of
 from fedsynth.federation.run.environment import differences
 from fedsynth.federation.run.log import append_event
@@ -43,6 +39,7 @@ from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.simulation.cluster import Cluster, cluster_at
 from fedsynth.simulation.flower import DEPLOYMENT, EVENTS, STATUS
 from fedsynth.simulation.launch import APP, AppRun, launch
+from fedsynth.simulation.result import Result, read
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.training.examples import check_room, cut_texts, encode_slots
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
@@ -58,61 +55,6 @@ MODELS = (
     ("server", "professional"),
     ("server", "embedder"),
 )
-
-
-@dataclass(frozen=True)
-class Result:
-    """The results of a run.
-
-    Attributes:
-        out: The run's directory.
-        summary: The summary that `--json` prints.
-        metrics: Tidy frame: arm, seed, round, client, metric, value; client -1 is the server.
-        privacy: By arm, the privacy statement in words and figures.
-    """
-
-    out: Path
-    summary: Mapping[str, Any]
-    metrics: pd.DataFrame
-    privacy: Mapping[str, Any]
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """One row per arm: mean and standard deviation of each task metric, guarantee, epsilon, bytes, and the filters'
-        notable losses of texts."""
-        rows = []
-        for arm, found in self.summary["arms"].items():
-            row: dict[str, Any] = {"arm": arm, "guarantee": found["guarantee"], "epsilon": found["epsilon"]}
-            for metric, value in found["metrics"].items():
-                if not metric.startswith(("yield/", "exchange/")):
-                    row[metric], row[f"{metric}_std"] = value["mean"], value["std"]
-            row |= {"bytes_up": found["bytes"]["up"], "bytes_down": found["bytes"]["down"]}
-            rows.append({**row, "losses": "; ".join(loss["line"] for loss in found.get("losses", []))})
-        return pd.DataFrame(rows).set_index("arm")
-
-    @property
-    def few(self) -> dict[str, list[str]]:
-        """By arm, the steps that left so few texts that the arm's figures do not describe its method."""
-        told = {arm: found.get("losses", []) for arm, found in self.summary["arms"].items()}
-        few = {arm: [loss["line"] for loss in own if loss["few"]] for arm, own in told.items()}
-        return {arm: lines for arm, lines in few.items() if lines}
-
-    def difference(self, arm: str, baseline: str, metric: str = "accuracy") -> Difference:
-        """Mean paired difference of two arms over (seed, client), with its bootstrap interval."""
-        return paired_difference(self.metrics, arm, baseline, metric=metric)
-
-    def corpora(self, arm: str, seed: int, kind: str = "written") -> dict[int, Corpus]:
-        """Texts by client: `drafts` (released by clients) or `written` (the LLM's texts from these)."""
-        folder = self.out / "corpora" / arm / f"seed-{seed}"
-        files = sorted(folder.glob(f"{kind}-*.parquet"), key=lambda p: int(p.stem.split("-round")[1].split("-")[0]))
-        found = {int(p.stem.rpartition("client")[2]): p for p in files}  # the last round's
-        return {client: corpus_from_parquet(found[client].read_bytes()) for client in sorted(found)}
-
-
-def read(out: Path) -> Result:
-    """The result in a run's directory."""
-    files = {name: json.loads((out / f"{name}.json").read_text()) for name in ("summary", "privacy")}
-    return Result(out, files["summary"], pd.read_parquet(out / "metrics.parquet"), files["privacy"])
 
 
 def check(scenario: Scenario) -> list[str]:

@@ -20,8 +20,8 @@ def console_of(*, error: bool) -> Console:
     Args:
         error: It prints on standard error.
     """
-    found = Console(stderr=error, highlight=False)
-    found = found if found.is_terminal else Console(stderr=error, highlight=False, width=WIDTH)
+    found = Console(stderr=error, highlight=False, force_jupyter=False)
+    found = found if found.is_terminal else Console(stderr=error, highlight=False, force_jupyter=False, width=WIDTH)
     found.push_render_hook(_Visibly())
     return found
 

@@ -27,7 +27,8 @@ from measuring import Bar, at_least, at_most, figure, options, told
 
 from fedsynth.privacy.audit import contents, ledgers_in, problems
 from fedsynth.simulation.flower import MARKER
-from fedsynth.simulation.simulate import done, read
+from fedsynth.simulation.result import read
+from fedsynth.simulation.simulate import done
 
 SCENARIO = """
 name = "kills"

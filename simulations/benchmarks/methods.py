@@ -24,7 +24,7 @@ from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.log import SERVER
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load
-from fedsynth.simulation.simulate import Result, read
+from fedsynth.simulation.result import Result, read
 from fedsynth.world import World, load_world, main_facts, told_labels
 
 METHODS = {
