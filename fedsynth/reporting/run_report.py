@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from fedsynth.audit import FILE as AUDIT
+from fedsynth.federation.run.conclusion import concluded
 from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
@@ -28,11 +29,13 @@ from fedsynth.reporting.statistics import (
     add_curves,
     add_differences,
     add_egress,
+    add_lines,
     add_losses,
     add_privacy,
     add_server,
     add_times,
     add_utility,
+    add_verdict,
     add_yields,
 )
 from fedsynth.reporting.texts import (
@@ -94,7 +97,10 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     figures.add("run", "seconds", "value", _json(out / "summary.json", needed=False).get("seconds"))
     add_privacy(figures, privacy)
     add_utility(figures, metrics, tuned_on)
+    add_lines(figures, metrics)
     add_differences(figures, metrics, alike, baseline, tuned_on)
+    found = concluded(scenario, metrics, {arm: _epsilon(privacy.get(arm, {})) for arm in arms})
+    add_verdict(figures, found)
     add_curves(figures, metrics)
     add_yields(figures, metrics)
     lost = losses(metrics)
@@ -130,6 +136,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "arms": arms,
         "pooled": apart,
         "baseline": baseline,
+        "verdict": [statement.words for statement in found.statements],
         "privacy": privacy,
         "losses": {arm: [{"what": loss.what, "words": loss.words} for loss in own] for arm, own in lost.items()},
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
@@ -139,6 +146,11 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "audit": _json(out / AUDIT, needed=False),
         "rows": [_row(row) for row in figures.rows],
     }
+
+
+def _epsilon(said: Mapping[str, Any]) -> float | None:
+    """0 if an arm released nothing, None without a guarantee."""
+    return None if said.get("guarantee") == "none" else float(said.get("largest_over_clients", {}).get("epsilon", 0.0))
 
 
 def read_scenario(out: Path) -> Scenario:
