@@ -149,7 +149,7 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
             value = float(row["value"])
             digits = len(text.partition(".")[2]) if "e" not in text else None
             rounded = {f"{value:g}"} if digits is None else {f"{value:.{digits}f}", f"{value:+.{digits}f}"}
-            if row["part"] == "privacy" and digits is not None:
+            if row["part"] in ("privacy", "risk") and digits is not None:
                 rounded = {f"{up(value, digits):.{digits}f}", f"{value:.{digits}f}"}
             assert text in rounded | ({repr(value)} if value_name == "data-x" else set()), (text, dict(row))
             seen.add(str(row["part"]))
@@ -166,6 +166,7 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
         "cost",
         "time",
         "line",
+        "risk",
         "verdict",
     }
     assert seen == parts

@@ -28,6 +28,7 @@ from fedsynth.reporting.page import (
     Table,
     listed,
 )
+from fedsynth.reporting.risk_section import risk_section
 from fedsynth.reporting.statistics import HELD_OUT, SENT, Figures, Where
 from fedsynth.reporting.text_section import examples, text_section
 
@@ -56,8 +57,10 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     sections = [
         Section("Summary", "summary", _summary(figures, report, metrics)),
         Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
-        Section("Privacy", "privacy", _privacy(figures, report)),
     ]
+    if figures.metrics("risk"):
+        sections.append(Section("What epsilon means here", "risk", risk_section(figures, report["privacy"])))
+    sections.append(Section("Privacy", "privacy", _privacy(figures, report)))
     if audited := report.get("audit"):  # as for judgements
         sections.append(Section("Audit", "audit", audit_section(audited)))
     if metrics:

@@ -22,6 +22,7 @@ from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
+from fedsynth.reporting.risk_section import add_rates
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import (
     Figures,
@@ -96,6 +97,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     figures.add("run", "rounds", "value", scenario.rounds)
     figures.add("run", "seconds", "value", _json(out / "summary.json", needed=False).get("seconds"))
     add_privacy(figures, privacy)
+    add_rates(figures, privacy, int(metrics["seed"].nunique()))
     add_utility(figures, metrics, tuned_on)
     add_lines(figures, metrics)
     add_differences(figures, metrics, alike, baseline, tuned_on)
