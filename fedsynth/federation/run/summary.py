@@ -9,6 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.evaluation.lines import CHANCE, MAJORITY
+from fedsynth.federation.run.conclusion import concluded, lines_for
 from fedsynth.federation.run.egress import write_egress
 from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
@@ -45,6 +47,9 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
             for arm in arms
         },
     }
+    epsilon = {arm: found["epsilon"] for arm, found in summary["arms"].items()}
+    summary["lines"] = lines_for(frame)
+    summary["verdict"] = list(concluded(scenario, frame, epsilon).sentences)
     if sent := write_egress(out):  # a run without an endpoint has the shape that it always had
         summary["egress"] = list(map(plain, sent))
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
@@ -91,7 +96,7 @@ def _arm(frame: pd.DataFrame, arm: str, run_logs: Sequence[RunLog], tuned_on: se
     metrics = {}
     for metric, rows in last.groupby("metric"):
         name = str(metric)
-        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/")):
+        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/", f"{CHANCE}/", f"{MAJORITY}/")):
             continue
         metrics[name] = _over_seeds(rows)
         held = rows[~rows["client"].isin(tuned_on)]
