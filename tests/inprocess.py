@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 import tiny
 from flwr.app import ArrayRecord, Message
 from local import LocalGrid
-from scripted import ScriptedLLM
 
 from fedsynth.clients.app import client_app, simulation
 from fedsynth.clients.client_side import ClientSide, cell_of, simulated_client
@@ -27,6 +25,7 @@ from fedsynth.federation.run.log import RunLog
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.testing import ScriptedLLM, embed
 
 T = TypeVar("T")
 
@@ -92,11 +91,6 @@ def instructions(
         rounds=rounds,
         model=model or tiny.folder(),
     )
-
-
-def embed(texts: Any) -> Any:
-    """Vectors by length and letters."""
-    return np.array([[len(t), sum(map(ord, t)) % 97] for t in texts], np.float32)
 
 
 @dataclass

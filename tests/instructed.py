@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from inprocess import canary, play
-from scripted import ScriptedLLM
 
 from fedsynth.privacy.audit import contents, problems
+from fedsynth.testing import ScriptedLLM
 
 ROWS = 30
 SCENARIO = """

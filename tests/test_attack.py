@@ -16,7 +16,7 @@ from fedsynth.evaluation.attack import (
     power,
 )
 from fedsynth.instructions import asked, record
-from tests.scripted import ScriptedLLM
+from fedsynth.testing import ScriptedLLM
 
 SECRETS = Corpus(
     prompts=("who\nis ill ?", "what helps ?", "why ?", "when ?"),

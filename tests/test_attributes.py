@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tiny
 from inprocess import Played, play
-from scripted import ScriptedLLM
 from test_site_rows import asked, client, imported, told
 from test_site_rows import rows as lines_of
 from test_site_rows import scenario as site_scenario
@@ -48,6 +47,7 @@ from fedsynth.simulation.simulate import check
 from fedsynth.synthesis.augmentation import Demonstrating
 from fedsynth.synthesis.curation import Filtered, keep_rows
 from fedsynth.synthesis.writing import Curation, write_combinations
+from fedsynth.testing import ScriptedLLM
 from fedsynth.training.examples import check_room, encode_slots
 from fedsynth.typed import BadValue, build, plain
 

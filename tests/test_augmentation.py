@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.federation.messages import Learn
@@ -43,6 +42,7 @@ from fedsynth.synthesis.judges import (
     read_selected,
     select_prompt,
 )
+from fedsynth.testing import ScriptedLLM
 
 LABELS = ("fever", "cough", "injury")
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.9, max_new_tokens=24)

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from scripted import ScriptedLLM
-
 from fedsynth.federation.cached_llm import CachedLLM
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.models.usage import TokenUsage
+from fedsynth.testing import ScriptedLLM
 
 
 class Counting(ScriptedLLM):

@@ -18,7 +18,6 @@ import pytest
 import tiny
 from inprocess import play
 from rich.console import Console
-from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
 import fedsynth.cli.main
@@ -29,6 +28,7 @@ from fedsynth.federation.run.tables import print_table
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.toml import from_toml, load
 from fedsynth.simulation.simulate import check, read
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 # Some of these files were written for an earlier version.

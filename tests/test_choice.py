@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import pytest
 from inprocess import play
-from scripted import ScriptedLLM
 
 from fedsynth.clients.evaluate import evaluate
 from fedsynth.corpus import Corpus, Provenance, pool
@@ -24,6 +23,7 @@ from fedsynth.federation.validation import Rejected, check_reply
 from fedsynth.scenario.data import Data
 from fedsynth.scenario.task import LabelCard, Task, Templates
 from fedsynth.scenario.toml import from_toml
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 LABELS = ("lost", "pin")

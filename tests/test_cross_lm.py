@@ -978,7 +978,7 @@ def test_perplexity_is_that_of_all_tokens_together() -> None:
 
 
 def test_label_accuracy_compares_a_text_after_each_label() -> None:
-    from scripted import ScriptedLLM
+    from fedsynth.testing import ScriptedLLM
 
     llm = ScriptedLLM(
         likelihood=lambda prompt, text: float(prompt == "heart:") if "a" in text else float(prompt == "skin:")
@@ -990,7 +990,7 @@ def test_label_accuracy_compares_a_text_after_each_label() -> None:
 
 @pytest.mark.parametrize("context", [9, 40, 300])
 def test_label_accuracy_reads_a_long_text_as_far_as_the_llm_can(context: int) -> None:
-    from scripted import ScriptedLLM
+    from fedsynth.testing import ScriptedLLM
 
     read: set[tuple[str, str]] = set()
 
@@ -1226,7 +1226,7 @@ def test_an_adapter_that_is_not_there_is_found_before_the_run(toml: str) -> None
 
 
 def test_an_llm_that_writes_nothing_well_formed_ends_the_run_in_words(toml: str, tmp_path: Path) -> None:
-    from scripted import ScriptedLLM
+    from fedsynth.testing import ScriptedLLM
 
     with pytest.raises(ValueError, match="none of the 80 texts"):
         play(toml, tmp_path, llm=ScriptedLLM(answer=lambda prompt: "\n"))

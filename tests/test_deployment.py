@@ -15,13 +15,13 @@ from deployment import NAMES, Federation, federation
 from flwr.app import RecordDict
 from inprocess import canary, play
 from proxy import Proxy
-from scripted import ScriptedLLM
 
 from fedsynth.federation.messages import Learnt, Synthesized
 from fedsynth.federation.payload import decode
 from fedsynth.federation.records import unpacked
 from fedsynth.privacy.audit import contents, problems
 from fedsynth.simulation.flower import free_port
+from fedsynth.testing import ScriptedLLM
 from fedsynth.world import load_world, private_notes
 
 pytestmark = pytest.mark.deployment

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-from scripted import ScriptedLLM
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.synthesis.distillation import (
@@ -16,6 +15,7 @@ from fedsynth.synthesis.distillation import (
     parse_verdict,
     respond,
 )
+from fedsynth.testing import ScriptedLLM
 
 
 def written(*prompts: str, provenance: Provenance = Provenance.LLM_WRITTEN) -> Corpus:

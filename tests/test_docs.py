@@ -21,7 +21,6 @@ from typing import Any
 import house
 import pytest
 from inprocess import play
-from scripted import ScriptedLLM
 
 import fedsynth.cli.main
 from fedsynth.federation.messages import Learn
@@ -31,6 +30,7 @@ from fedsynth.scenario.keys import keys, page
 from fedsynth.scenario.schema import Scenario, StrategyChoice
 from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios
 from fedsynth.simulation.flower import environment
+from fedsynth.testing import ScriptedLLM
 
 ROOT = Path(__file__).parent.parent
 FEDSYNTH = [sys.executable, "-m", "fedsynth.cli.main"]

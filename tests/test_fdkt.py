@@ -16,7 +16,6 @@ from flwr.app import ArrayRecord, Error, Message
 from inprocess import canary
 from local import LocalGrid
 from resuming import Died, dies_everywhere
-from scripted import ScriptedLLM
 
 import fedsynth.clients.client_side
 from fedsynth.clients.app import client_app, simulation
@@ -48,6 +47,7 @@ from fedsynth.strategies.fdkt import FDKT
 from fedsynth.strategies.knowledge_sg import KnowledgeSG, KnowledgeSGOptions
 from fedsynth.synthesis.curation import well_formed
 from fedsynth.synthesis.student import warm_start
+from fedsynth.testing import ScriptedLLM
 from fedsynth.training.dp_training import mean_loss
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import Example, encode_slots

@@ -14,7 +14,6 @@ import pytest
 import tiny
 import torch
 from inprocess import Played, canary, instructions, play
-from scripted import ScriptedLLM
 
 from fedsynth.clients import app, finetune
 from fedsynth.clients import evaluate as measure
@@ -40,6 +39,7 @@ from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.strategies.fedpit import Config, FedPIT
 from fedsynth.synthesis import self_instruct as selfgen
 from fedsynth.synthesis.self_instruct import generate, pairs, respond, select, texts, write_instructions
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world, private_records, secret_of
 

@@ -10,7 +10,7 @@ from scipy.integrate import quad
 from scipy.linalg import sqrtm
 
 from fedsynth.evaluation.fidelity import distinct, frechet, ifd, mauve
-from tests.scripted import ScriptedLLM
+from fedsynth.testing import ScriptedLLM
 
 
 def cloud(rows: int, width: int, seed: int, *, shift: float = 0.0) -> np.ndarray:

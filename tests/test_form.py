@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 from inprocess import play
-from scripted import ScriptedLLM
 from test_chat import CHATML, GEMMA, by_hand, speaker
 from test_llm import tiny_llama
 
@@ -33,6 +32,7 @@ from fedsynth.synthesis import student
 from fedsynth.synthesis.distillation import VERDICT, judge_prompt, judged_by_instruction, judged_by_likelihood, respond
 from fedsynth.synthesis.self_instruct import pairs, write_instructions
 from fedsynth.synthesis.self_instruct import respond as answer_in_context
+from fedsynth.testing import ScriptedLLM
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import check_room, encode_records, encode_slots
 from fedsynth.typed import BadValue, build

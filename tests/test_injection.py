@@ -20,7 +20,6 @@ from attacks import ATTACKS, TEMPLATES, TURNS
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scripted import ScriptedLLM
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -47,6 +46,7 @@ from fedsynth.synthesis.judges import judge_by_instruction, select_prompt
 from fedsynth.synthesis.label_check import chosen
 from fedsynth.synthesis.writing import Curation, write
 from fedsynth.system.terminal import console_of, warn
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import visible
 
 LABELS = ("fever", "cough", "injury")

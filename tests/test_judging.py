@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import test_endpoint
-from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
 from fedsynth.cli.main import app
@@ -24,6 +23,7 @@ from fedsynth.reporting.judging import judge_run, judgements, open_judge
 from fedsynth.reporting.run_page import _judged
 from fedsynth.scenario.server import Endpoint
 from fedsynth.scenario.toml import load, to_toml
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 ARMS = ("knowledge_sg", "local")

@@ -18,7 +18,6 @@ import pytest
 import tiny
 from flwr.app import Error, Message
 from inprocess import Played, canary, instructions, play
-from scripted import ScriptedLLM
 from server_alone import record, with_clients, with_recording
 
 from fedsynth.clients.batched_training import together
@@ -40,6 +39,7 @@ from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.client import Tuning
 from fedsynth.scenario.toml import cells, from_toml, to_toml
 from fedsynth.synthesis.student import taught, write
+from fedsynth.testing import ScriptedLLM
 from fedsynth.training.engine import Engine
 from fedsynth.training.examples import encode_records
 from fedsynth.typed import BadValue

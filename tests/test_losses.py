@@ -11,7 +11,6 @@ import pandas as pd
 import tiny
 from inprocess import canary, play
 from rich.console import Console
-from scripted import ScriptedLLM
 
 from fedsynth.federation.run.directory import prepare
 from fedsynth.federation.run.log import COLUMNS, RunLog
@@ -24,6 +23,7 @@ from fedsynth.simulation.progress import _percent
 from fedsynth.simulation.simulate import read
 from fedsynth.synthesis.attrition import losses
 from fedsynth.synthesis.curation import Stage
+from fedsynth.testing import ScriptedLLM
 
 
 def scenario(arms: str = "[arms.a]\n[arms.b]\n", data: str = 'source = "world:hospitals"\nclients = 2') -> Scenario:

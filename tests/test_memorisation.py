@@ -19,8 +19,8 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.evaluation.attack import auroc
 from fedsynth.scenario.schema import Cell
 from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.testing import ScriptedLLM
 from tests.benchmarks import benchmark
-from tests.scripted import ScriptedLLM
 
 M = benchmark("memorisation")
 SIZE = M.Size(members=12, canaries=1, controls=2, alternatives=7)

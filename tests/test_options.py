@@ -252,10 +252,9 @@ def test_the_check_tells_how_many_private_texts_are_cut(tmp_path: Path) -> None:
 
 
 def test_the_labels_that_are_named_are_those_that_nothing_is_asked_of() -> None:
-    from scripted import ScriptedLLM
-
     from fedsynth.corpus import Corpus, Provenance
     from fedsynth.synthesis.augmentation import Demonstrating, augment, turns
+    from fedsynth.testing import ScriptedLLM
 
     labels, mode = ("a", "b", "c", "d"), FDKTOptions().demonstrations
     how = Demonstrating(mode, 1, SamplingParams(temperature=1.0, max_new_tokens=8))

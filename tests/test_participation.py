@@ -16,7 +16,6 @@ import pytest
 from flwr.app import Error, Message
 from inprocess import Played, instructions, play
 from local import LocalGrid
-from scripted import ScriptedLLM
 from test_mutants import files_of, zipped
 
 from fedsynth.federation.availability import Fate, fates
@@ -33,6 +32,7 @@ from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.statement import Statement, statement
 from fedsynth.scenario.schema import Cell, Participation
 from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"

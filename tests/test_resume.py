@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from inprocess import instructions, play
 from resuming import asked, dies_everywhere, left
-from scripted import ScriptedLLM
 from test_participation import corrupting
 
 from fedsynth.corpus import Corpus, Provenance
@@ -29,6 +28,7 @@ from fedsynth.privacy.statement import Statement
 from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.flower import STATUS
 from fedsynth.simulation.simulate import done, resume
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 AVERAGE = "fedsynth.strategies.lora_avg:LoraAverage"

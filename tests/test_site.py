@@ -19,9 +19,8 @@ import pytest
 import tiny
 from flwr.app import ArrayRecord, Context, Error, Message
 from flwr.common.constant import ErrorCode as FlowerError
-from inprocess import canary, embed, play
+from inprocess import canary, play
 from local import LocalGrid
-from scripted import ScriptedLLM
 
 import fedsynth.federation.delivery.site_retry
 from fedsynth.clients.app import client_app
@@ -68,6 +67,7 @@ from fedsynth.privacy.noise import simulated_key
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.toml import from_toml, to_toml
+from fedsynth.testing import ScriptedLLM, embed
 from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from inprocess import instructions
 from local import LocalGrid
-from scripted import ScriptedLLM
 
 import fedsynth.cli.main
 from fedsynth.app.fedsynth_sim import server_app
@@ -31,6 +30,7 @@ from fedsynth.scenario.server import Server
 from fedsynth.scenario.toml import from_toml
 from fedsynth.simulation import flower
 from fedsynth.simulation.flower import FLOWER, LaunchFailed, check_flower, environment
+from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import tiny
 from numpy.typing import NDArray
-from scripted import ScriptedLLM
 from typer.testing import CliRunner
 
 from fedsynth.cli.main import app
@@ -27,6 +26,7 @@ from fedsynth.synthesis.augmentation import Demonstrating, augment, lacking, par
 from fedsynth.synthesis.curation import Filtered, deduplicate, summed
 from fedsynth.synthesis.judges import judge_by_instruction, judge_by_likelihood
 from fedsynth.synthesis.label_check import chosen, fitting
+from fedsynth.testing import ScriptedLLM
 from fedsynth.training.examples import encode_slots
 from fedsynth.typed import BadValue, build
 

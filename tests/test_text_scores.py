@@ -15,7 +15,7 @@ from fedsynth.evaluation.text import (
     parse_verdict,
     reference_judge,
 )
-from tests.scripted import ScriptedLLM
+from fedsynth.testing import ScriptedLLM
 
 
 def test_scores_of_fields_by_hand() -> None:

@@ -54,7 +54,7 @@ class Checkpoint:
         Raises:
             BadValue: If the state is no dataclass of values that a payload can hold; the earlier round is still there.
         """
-        data = _kept(state)
+        data = storable(state)
         draft = self.folder / ".part"
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -153,8 +153,12 @@ CHECKPOINTS = "checkpoint"  # in a run's directory
 STATE, RECORD, ROWS, DONE = "state.payload", "record.json", "rows.jsonl", "done.json"
 
 
-def _kept(state: object) -> bytes:
-    """A state as bytes that decode to an equal state."""
+def storable(state: object) -> bytes:
+    """A state as bytes that decode to an equal state.
+
+    Raises:
+        BadValue: If the state is no dataclass of values that a payload can hold.
+    """
     kind = type(state)
     if not dataclasses.is_dataclass(state):
         raise BadValue(
