@@ -177,9 +177,9 @@ def _with_its_file(use: str, folder: Path) -> str:
     Raises:
         BadValue: If there is neither such a file nor a module of this name to import.
     """
-    module, _, name = use.partition(":")
+    module, colon, name = use.partition(":")
     file = f"{module.removesuffix('.py')}.py"
-    if not module or Path(module).is_absolute() or ("." in module and file != module):
+    if not (module and colon) or Path(module).is_absolute() or ("." in module and file != module):
         return use  # in a package, in a run's scenario, or no name at all
     for place in (folder, Path()):
         if (place / file).is_file():
