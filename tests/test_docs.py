@@ -28,8 +28,7 @@ from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.keys import keys, page
 from fedsynth.scenario.schema import Scenario, StrategyChoice
-from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios
-from fedsynth.simulation.flower import environment
+from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios, to_toml
 from fedsynth.testing import ScriptedLLM
 
 ROOT = Path(__file__).parent.parent
@@ -132,14 +131,13 @@ def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch:
     assert len(code.splitlines()) <= 60
     run([sys.executable, "-c", blocks(ROOT / "docs" / "tutorial.md", "python")[0]], tmp_path)
     (tmp_path / "continued.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # The command of the page finds the module in the processes of Flower, too: a relative entry is made absolute.
     [line] = blocks(page_, "bash")
-    assert line.startswith("PYTHONPATH=. fedsynth run")
-    monkeypatch.setenv("PYTHONPATH", ".")
-    assert environment("marker")["PYTHONPATH"] == str(tmp_path)
-    played = play(scenario, tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well"))
+    assert line.startswith("fedsynth run mine.toml")
+    Path("mine.toml").write_text(scenario)
+    played = play(
+        to_toml(load("mine.toml")), tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well")
+    )
     assert played.metric("accuracy")
     [written] = played.metric("texts/written")
     assert 0 < written <= 4 * 5 * 10

@@ -22,6 +22,7 @@ from fedsynth.cli.init import init_command
 from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
+from fedsynth.cli.strategy import strategy_app
 from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
@@ -41,6 +42,7 @@ app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
+app.add_typer(strategy_app, name="strategy")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 

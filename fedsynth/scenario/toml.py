@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,38 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         named, text = found[table][key], (table, key) in TEXTS
         several = isinstance(named, list)
         found[table][key] = [absolute(n, text=text) for n in named] if several else absolute(named, text=text)
+    if isinstance(use := _table(found, "strategy").get("use"), str):
+        found["strategy"]["use"] = _with_its_file(use, folder)
     if isinstance(test := _table(found, "server").get("public_test"), Mapping):
         found["server"]["public_test"] = {**test, "source": absolute(test.get("source"), text=True)}
     return found
+
+
+def _with_its_file(use: str, folder: Path) -> str:
+    """A strategy `mine:Mine` as `/absolute/mine.py:Mine`, where that file is beside the scenario or in the working
+    directory: Flower's processes have other working directories.
+
+    Raises:
+        BadValue: If there is neither such a file nor a module of this name to import.
+    """
+    module, colon, name = use.partition(":")
+    file = f"{module.removesuffix('.py')}.py"
+    if not (module and colon) or Path(module).is_absolute() or ("." in module and file != module):
+        return use  # in a package, in a run's scenario, or no name at all
+    for place in (folder, Path()):
+        if (place / file).is_file():
+            return f"{(place / file).absolute()}:{name}"
+    try:
+        known = file != module and find_spec(module) is not None
+    except (ImportError, ValueError):
+        known = False
+    if known:
+        return use
+    places = " or ".join(dict.fromkeys(repr(str(place.absolute())) for place in (folder, Path())))
+    raise BadValue(
+        f"strategy.use: no strategy {use!r}: there is no {file} in {places}, and PYTHONPATH leads to no module of that "
+        "name; put the file beside the scenario, or write one with `fedsynth strategy new`"
+    )
 
 
 def shipped_scenarios() -> Iterator[Path]:
