@@ -18,13 +18,6 @@ from fedsynth.reporting.texts import Released, kinds_of
 from fedsynth.scenario.schema import Scenario
 from fedsynth.typed import BadValue
 
-PROVENANCES = {
-    Provenance.PUBLIC: "from public text and names of labels alone",
-    Provenance.DP_SYNTHETIC: "written by models that clients trained under differential privacy",
-    Provenance.LLM_WRITTEN: "written by the server's language model after released texts",
-    Provenance.SELF_GENERATED: "written by clients after private texts",
-    Provenance.DISCLOSED: "private text as it is",
-}
 LICENCES = (
     re.compile(r"^- licence of the original: (.+)$", re.MULTILINE),  # `simulations/models/get.py`
     re.compile(r"^- licence, as the file says it: (.+)$", re.MULTILINE),  # `fedsynth model import`
@@ -68,6 +61,21 @@ class Exported:
     def arms(self) -> list[str]:
         """Their arms, in order."""
         return list(dict.fromkeys(arm for arm, _ in self.cells))
+
+
+def origin_of(kind: Provenance) -> str:
+    """A provenance in words."""
+    match kind:
+        case Provenance.PUBLIC:
+            return "from public text and names of labels alone"
+        case Provenance.DP_SYNTHETIC:
+            return "written by models that clients trained under differential privacy"
+        case Provenance.LLM_WRITTEN:
+            return "written by the server's language model after released texts"
+        case Provenance.SELF_GENERATED:
+            return "written by clients after private texts"
+        case _:  # `export` refuses it
+            raise ValueError(f"{kind.value} text is not exported")
 
 
 def guarantee_of(each: Released) -> str:
@@ -152,7 +160,7 @@ def _files(made: Exported) -> Iterator[Sequence[str]]:
     for arm in made.arms:
         for kind in kinds_of(made.texts, arm):
             own = [each for each in made.texts if (each.arm, each.kind) == (arm, kind)]
-            said = sorted({PROVENANCES[each.corpus.provenance] for each in own})
+            said = sorted({origin_of(each.corpus.provenance) for each in own})
             yield (
                 f"`{made.files[arm, kind]}`",
                 str(sum(len(each.corpus) for each in own)),
