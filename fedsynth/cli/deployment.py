@@ -141,10 +141,22 @@ def site_init(
 
 @site_app.command("check")
 def site_check(
-    folder: Site, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per finding.")] = False
+    folder: Site,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per finding.")] = False,
+    statement: Annotated[
+        bool, typer.Option("--statement", help="Instead, print one page for a data officer; no row is read.")
+    ] = False,
 ) -> None:
     """Import the rows; check models, budget, key, certificate, clock and reachability; exit with 1 on a problem."""
     from fedsynth.deployment.policy import load_site
+
+    if statement:
+        if as_json:
+            raise BadValue("--statement prints a page, and --json findings: say one of them")
+        from fedsynth.deployment.site.statement import statement as page
+
+        console_of(error=False).print(page(load_site(folder)), end="", markup=False, soft_wrap=True)
+        return
     from fedsynth.deployment.site.check import check
 
     console, worst = console_of(error=False), False

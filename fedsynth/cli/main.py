@@ -18,6 +18,7 @@ from fedsynth import __version__
 from fedsynth.cli.audit import audit_command
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
+from fedsynth.cli.export import export_command
 from fedsynth.cli.init import init_command
 from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
@@ -37,6 +38,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command("audit")(audit_command)
 app.command("card")(card_command)
 app.command("init")(init_command)
+app.command("export")(export_command)
 app.command("judge")(judge_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")

@@ -156,6 +156,7 @@ class SiteConfig:
         threads: Threads that one message may use on CPUs.
         start_seconds: Longest start of the site's programs. A dead program is noticed at once: this timeout is for a
             SuperNode that hangs before its first connection.
+        contact: The person at the site who answers questions; in `fedsynth site check --statement` alone, sent nowhere.
     """
 
     name: str
@@ -168,6 +169,7 @@ class SiteConfig:
     device: str = "auto"
     threads: Count = 1
     start_seconds: Positive = 600.0
+    contact: str = ""
 
     def __post_init__(self) -> None:
         in_range(self)

@@ -9,13 +9,14 @@ from pathlib import Path
 import tomli_w
 
 from fedsynth.deployment.certificates import write_new, write_node_keys
-from fedsynth.deployment.invitation import Invitation, check_name, read_invitation
+from fedsynth.deployment.invitation import FILE, Invitation, check_name, read_invitation
 from fedsynth.deployment.policy import load_site
 from fedsynth.typed import BadValue
 
 
 def init(folder: Path, *, name: str, invitation: Path) -> Path:
-    """Makes a site's folder: site.toml for the operator to edit, the CA's certificate, a key. Returns its public half.
+    """Makes a site's folder: site.toml for the operator to edit, the CA's certificate, the invitation, a key. Returns
+    its public half.
 
     Raises:
         BadValue: If the folder already holds a site, or the invitation cannot be read.
@@ -28,6 +29,7 @@ def init(folder: Path, *, name: str, invitation: Path) -> Path:
     told = folder / f"{name}.pub"
     write_node_keys(folder / "keys" / "node", told, comment=name)
     write_new(folder / "ca.crt", invited.ca.encode())
+    write_new(folder / FILE, invitation.read_bytes())
     write_new(folder / "site.toml", template(name, invited).encode())  # last: this file makes the folder a site's
     return told
 
