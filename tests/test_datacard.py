@@ -122,7 +122,10 @@ def test_a_simulated_world_says_so() -> None:
 def test_the_cards_lie_beside_the_directory_that_people_share(tmp_path: Path) -> None:
     asked = scenario('source = "world:hospitals"\nclients = 1\ntrain_per_client = 5\ntest_per_client = 4')
     asked = replace(asked, client=replace(asked.client, generator="assets:tiny-slm", task_model="assets:tiny-slm"))
-    cards = prepare(replace(asked, server=replace(asked.server, llm="assets:tiny-slm")), tmp_path / "run")
+    model = "assets:tiny-slm"
+    asked = replace(asked, strategy=replace(asked.strategy, use="fedsynth.strategies.local:LocalOnly"))
+    client = replace(asked.client, generator=model, task_model=model)
+    cards = prepare(replace(asked, server=replace(asked.server, llm=model), client=client), tmp_path / "run")
     assert json.loads((tmp_path / "run.private" / "data.json").read_text()) == cards == data_cards(asked)
 
 

@@ -164,6 +164,7 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
         "text",
         "identifiers",
         "cost",
+        "data",
         "time",
         "line",
         "risk",

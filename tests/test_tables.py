@@ -267,12 +267,27 @@ def test_a_person_on_both_sides_of_the_test_split_is_refused(tmp_path: Path) -> 
 
 
 def test_left_out_rows_unknown_labels_and_absent_ones_are_warned_about(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n,x\nd,\n")
-    assert misfits(Data(str(path)), ("x", "y")) == [f"{path}: 2 of 5 rows have no text or no label: they are left out"]
+    path = write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n,x\nd,\ne,y\n")
+    assert misfits(Data(str(path)), ("x", "y")) == [f"{path}: 2 of 6 rows have no text or no label: they are left out"]
     assert misfits(Data(str(path)), ("y", "z"))[1:] == [
         "2 rows have a label that data.labels lacks ('x' 2): they count as records, and nothing is learnt from them",
         "no row has the label 'z' of data.labels",
     ]
+
+
+def test_if_most_rows_have_an_unlisted_label_the_nearest_ones_are_named(tmp_path: Path) -> None:
+    rows = "a,card_arrival\nb,card_arrival\nc,card_arrival\nd,lost card\ne,login\nf,login\n"
+    path = write(tmp_path / "a.csv", f"text,label\n{rows}")
+    with pytest.raises(BadValue) as caught:
+        misfits(Data(str(path)), ("card arrival", "login"))
+    said = str(caught.value)
+    assert "4 of 6 rows (67%) have a label that data.labels lacks ('card_arrival' 3 (nearest: 'card arrival')" in said
+    assert 'data.unlisted = "drop"' in said
+    listed = ("card arrival", "login")
+    dropped = misfits(Data(str(path), labels=listed, unlisted="drop"), listed)
+    assert dropped == ["no row has the label 'card arrival' of data.labels"]
+    half = write(tmp_path / "b.csv", "text,label\na,card_arrival\nb,login\n")  # one of two is no more than half
+    assert "'card_arrival' 1 (nearest: 'card arrival')" in misfits(Data(str(half)), listed)[0]
 
 
 def test_a_listed_label_in_another_spelling_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fedsynth.corpus import same
-from fedsynth.data.partition import ClientData, overlaps, unified
+from fedsynth.data.partition import ClientData, nearest, overlaps, unified
 from fedsynth.data.sources import Gathered, SiteData, laid_out, units_of
 from fedsynth.data.tables import misfit_values
 
@@ -88,7 +88,9 @@ def _labels(data: SiteData, found: Gathered) -> list[str]:
             "they count as that label"
         )
     if unknown := Counter({label: count for label, count in other.items() if same(label) not in listed}):
-        named = ", ".join(f"{label!r} {count}" for label, count in unknown.most_common(NAMED))
+        named = ", ".join(
+            f"{label!r} {count}{nearest(label, data.labels)}" for label, count in unknown.most_common(NAMED)
+        )
         named += ", ..." if len(unknown) > NAMED else ""
         said.append(
             f"{unknown.total()} rows have a label that data.labels lacks ({named}): they count as records, and nothing "

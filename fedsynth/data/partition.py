@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import math
 import warnings
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 TEST_SHARE = 0.2  # of a client's units, if the source names no test rows
+MOST_UNLISTED = 0.5  # share of rows with an unlisted label; with more, the list is most likely another file's
 SMALLEST = 2  # fewest units of a client in a Dirichlet draw, else it is repeated: one to learn from, one to test on
 
 
@@ -143,6 +145,15 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     for name, part in (("training", rows.table[~held]), ("test", rows.table[held])):
         if len(part) and not part[LABEL].isin(labels).any():
             _refuse_unlisted(data, "" if data.test is None else f"{name} ", part[LABEL].value_counts(), labels)
+    ignored = int((~rows.table[LABEL].isin(labels)).sum())
+    if ignored > MOST_UNLISTED * len(rows.table):
+        counts = rows.table[LABEL][~rows.table[LABEL].isin(labels)].value_counts()
+        named = ", ".join(f"{label!r} {count}{nearest(label, labels)}" for label, count in counts.head(NAMED).items())
+        raise BadValue(
+            f"{data.source}: {ignored} of {len(rows.table)} rows ({ignored / len(rows.table):.0%}) have a label that "
+            f"data.labels lacks ({named}{', ...' if len(counts) > NAMED else ''}): nothing would be learnt from them; "
+            'list these labels as the source has them, or leave the rows out with data.unlisted = "drop"'
+        )
     return [*warnings, *([merged] if rows.merged else [])]
 
 
@@ -154,6 +165,13 @@ def _refuse_unlisted(data: Data, name: str, counts: pd.Series[int], labels: Sequ
         f"{data.source}: no {name}row has a label of data.labels ({_few(labels)}); there are {has}"
         f"{', ...' if len(counts) > NAMED else ''}: list them as the source has them"
     )
+
+
+def nearest(label: str, labels: Sequence[str]) -> str:
+    """The listed label that an unlisted one may stand for, in words for a message; "" if none is near."""
+    found = difflib.get_close_matches(label.casefold(), [listed.casefold() for listed in labels], 1)
+    known = {listed.casefold(): listed for listed in labels}
+    return f" (nearest: {known[found[0]]!r})" if found else ""
 
 
 def _few(labels: Sequence[str]) -> str:
@@ -186,8 +204,8 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None, lacks: str
         raise BadValue(f"data.labels and {source}: {problem}") from problem
     unknown = counts[~counts.index.isin(labels)]
     if len(unknown):
-        named = ", ".join(f"{label!r} {count}" for label, count in unknown.head(5).items())
-        named += ", ..." if len(unknown) > 5 else ""
+        named = ", ".join(f"{label!r} {count}{nearest(label, labels)}" for label, count in unknown.head(NAMED).items())
+        named += ", ..." if len(unknown) > NAMED else ""
         found.append(
             f"{int(unknown.sum())} rows have a label that data.labels lacks ({named}): they count as records, and "
             "nothing is learnt from them"

@@ -93,7 +93,7 @@ def risk_section(figures: Figures, privacy: Mapping[str, Any]) -> list[Block]:
     intro = (
         f"Imagine an attacker who sees all that an arm releases and knows every other {unit} word for word. It wants "
         f"to know if one {unit} took part, and wrongly suspects {alarms} of those that did not. By guessing it "
-        f"recognises {alarms} of those that did. The table has the share that it recognises at most."
+        f"recognises {alarms} of those that did. The table has the most that it can recognise, whatever it computes."
     )
     note = (
         "Highest true-positive rate of any attack at a false-positive rate of "

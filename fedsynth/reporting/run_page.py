@@ -58,6 +58,8 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         Section("Summary", "summary", _summary(figures, report, metrics)),
         Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
     ]
+    if shortened := _facts(figures, report):
+        sections.insert(1, Section("Lost before training", "lost", shortened))
     if figures.metrics("risk"):
         sections.append(Section("What epsilon means here", "risk", risk_section(figures, report["privacy"])))
     sections.append(Section("Privacy", "privacy", _privacy(figures, report)))
@@ -94,9 +96,14 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     )
     if run.get("sites"):
         lead = f"{', '.join(arms)}, between the sites {', '.join(run['sites'])}, each with its own data."
+    counted = (
+        ", and from counts that the simulator took of private rows and no site tells"
+        if any(report.get("facts", {}).values()) and not run.get("world")
+        else ""
+    )
     banner = (
         "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
-        "figures. No private text was read for it."
+        f"figures{counted}. No private text was read for it."
     )
     said = [_statement(figures, place, words) for place, words in enumerate(report.get("verdict", ()))]
     return Page(f"Run report: {run['name']}", lead, banner, sections, table, verdict=said)
@@ -111,6 +118,48 @@ def _statement(figures: Figures, place: int, words: str) -> Cell:
             row = figures.row("verdict", f"{place}/{name}", "value")
             parts.append(figures.number(row, int((form or ".3f").strip("+.f")), sign="+" in (form or "")))
     return _joined(*parts)
+
+
+def _facts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
+    """What models never read of the private texts, and labels without text; nothing if nothing is lost."""
+    facts, arms = report.get("facts", {}), report["arms"]
+
+    def at(kind: str, place: int, name: str, digits: int = 0) -> Cell:
+        return figures.number(figures.row("data", f"{kind}/{place}/{name}", "value"), digits)
+
+    def of(own: Sequence[str]) -> str:
+        here = [arm for arm in own if arm in arms]
+        return "all" if len(here) == len(arms) else ", ".join(here)
+
+    blocks: list[Block] = []
+    rows: list[list[Cell]] = [
+        [
+            cut["part"],
+            of(cut["arms"]),
+            _joined(at("cuts", place, "cut"), " of ", at("cuts", place, "texts")),
+            _joined(f"{cut['key']} = ", at("cuts", place, "limit")),
+            at("cuts", place, "share", 2),
+        ]
+        for place, cut in enumerate(facts.get("cuts", []))
+    ]
+    if rows:
+        heads = ["read by", "arms", "texts cut", "longest text, in tokens", "share of tokens never read"]
+        note = "Private training texts of all clients, first seed. A longer text costs memory and time, not epsilon."
+        blocks.append(Table(heads, rows, "Texts longer than a model reads", note, frozenset({0, 1, 3})))
+    rows = [
+        [
+            of(each["arms"]),
+            _joined(at("labels", place, "unlisted"), " of ", at("labels", place, "rows")),
+            _joined(at("labels", place, "lacking"), " of ", at("labels", place, "clients")),
+            at("labels", place, "most"),
+        ]
+        for place, each in enumerate(facts.get("labels", []))
+        if each["unlisted"] or each["lacking"]
+    ]
+    if rows:
+        heads = ["arms", "rows ignored for their label", "clients that lack a label", "most labels one lacks"]
+        blocks.append(Table(heads, rows, "Labels without private text"))
+    return blocks
 
 
 def _lines(figures: Figures, metric: str, columns: int) -> list[list[Cell]]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from fedsynth.audit import FILE as AUDIT
 from fedsynth.federation.run.conclusion import concluded
+from fedsynth.federation.run.data_facts import read_facts
 from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
@@ -30,6 +31,7 @@ from fedsynth.reporting.statistics import (
     add_curves,
     add_differences,
     add_egress,
+    add_facts,
     add_lines,
     add_losses,
     add_privacy,
@@ -89,7 +91,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     apart = [arm for arm in arms if arm in of_arm and of_arm[arm].data.pooled]
     alike = [arm for arm in arms if arm not in apart]
     baseline = "local" if "local" in alike else alike[0] if alike else ""
-    tuned_on = scenario.data.tuned_on
+    tuned_on, facts = scenario.data.tuned_on, read_facts(out)
 
     figures = Figures()
     figures.add("run", "clients", "value", scenario.data.clients)
@@ -101,10 +103,11 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     add_utility(figures, metrics, tuned_on)
     add_lines(figures, metrics)
     add_differences(figures, metrics, alike, baseline, tuned_on)
-    found = concluded(scenario, metrics, {arm: _epsilon(privacy.get(arm, {})) for arm in arms})
+    found = concluded(scenario, metrics, {arm: _epsilon(privacy.get(arm, {})) for arm in arms}, facts)
     add_verdict(figures, found)
     add_curves(figures, metrics)
     add_yields(figures, metrics)
+    add_facts(figures, facts)
     lost = losses(metrics)
     add_losses(figures, lost)
     # Text without a guarantee may hold a person's words; a simulated world has no persons.
@@ -125,6 +128,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
             "name": scenario.name,
             "source": "of each site, its own" if sites else _short(scenario.data.source),
             "sites": sites,
+            "world": scenario.data.world is not None,
             "task": scenario.data.task,
             "unit": scenario.data.unit_name,
             "seeds": sorted(int(seed) for seed in metrics["seed"].unique()),
@@ -138,6 +142,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "arms": arms,
         "pooled": apart,
         "baseline": baseline,
+        "facts": {name: facts[name] for name in ("cuts", "labels") if name in facts},
         "verdict": [statement.words for statement in found.statements],
         "privacy": privacy,
         "losses": {arm: [{"what": loss.what, "words": loss.words} for loss in own] for arm, own in lost.items()},

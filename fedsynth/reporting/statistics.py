@@ -163,6 +163,17 @@ def add_lines(figures: Figures, metrics: pd.DataFrame) -> None:
             figures.add("line", f"{line}/{metric}", "mean", recorded(metrics, metric, line))
 
 
+def add_facts(figures: Figures, facts: Mapping[str, Any]) -> None:
+    """Adds the counts of `data_facts.json`: texts that are cut, rows and labels."""
+    for kind in ("cuts", "labels"):
+        for place, each in enumerate(facts.get(kind, [])):
+            for name, value in each.items():
+                if isinstance(value, int):
+                    figures.add("data", f"{kind}/{place}/{name}", "value", value)
+            if each.get("tokens"):
+                figures.add("data", f"{kind}/{place}/share", "value", each["lost"] / each["tokens"])
+
+
 def add_verdict(figures: Figures, found: Verdict) -> None:
     """Adds the numbers of the verdict's sentences."""
     for place, statement in enumerate(found.statements):

@@ -19,6 +19,7 @@ from fedsynth.clients.client_side import declared_records
 from fedsynth.data.card import card_line
 from fedsynth.data.loaders import pinned as pinned_data
 from fedsynth.data.partition import class_list, divide, label_list, misfits, unlisted_values
+from fedsynth.federation.counting import cut_line, cuts_of
 from fedsynth.federation.run.directory import check_free, prepare, private_of
 from fedsynth.federation.run.environment import differences
 from fedsynth.federation.run.log import append_event
@@ -27,9 +28,9 @@ from fedsynth.federation.strategy import Planner, load_strategy
 from fedsynth.federation.validation import Rejected, check_settings
 from fedsynth.models.adapters import attach_lora, public_adapter
 from fedsynth.models.devices import as_a_worker, device, gpu_memory, gpus
-from fedsynth.models.hub import config_of, pin
+from fedsynth.models.hub import pin
 from fedsynth.models.loading import check as check_model
-from fedsynth.models.loading import forget_weights, kind_of, load_frozen, load_tokenizer, wide
+from fedsynth.models.loading import forget_weights, load_frozen, load_tokenizer, wide
 from fedsynth.models.of_scenario import client_models, models_of, server_models
 from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
@@ -41,7 +42,7 @@ from fedsynth.simulation.flower import DEPLOYMENT, EVENTS, STATUS
 from fedsynth.simulation.launch import APP, AppRun, launch
 from fedsynth.simulation.result import Result, read
 from fedsynth.synthesis.augmentation import check_labels
-from fedsynth.training.examples import check_room, cut_texts, encode_slots
+from fedsynth.training.examples import check_room
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
 from fedsynth.typed import BadValue
 
@@ -66,7 +67,6 @@ def check(scenario: Scenario) -> list[str]:
     warnings: list[str] = []
     read: set[tuple[Any, ...]] = set()
     planned: set[tuple[Any, ...]] = set()
-    counted: set[tuple[Any, ...]] = set()
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
         resolved = cell.scenario
         check_server(cell)
@@ -87,11 +87,7 @@ def check(scenario: Scenario) -> list[str]:
         warnings += server_warnings(cell)
         kind, options = load_strategy(resolved.strategy)
         trains = kind.trains_generator(options)
-        codes = tuple(resolved.task.codes(*labels))
-        own = (resolved.data, resolved.client.generator, resolved.client.generator_training, codes)
-        if (trains or resolved.data.task == "instructions") and own not in counted:
-            counted.add(own)
-            warnings += _cut(cell, labels)
+        warnings += [cut_line(cut, cell.seed) for cut in cuts_of(cell)]
         key = (resolved.data, resolved.client, resolved.rounds, trains)
         if resolved.client.guarantee == "dp" and kind.spends(options) and key not in planned:
             planned.add(key)
@@ -221,25 +217,6 @@ def _check_sites(scenario: Scenario, arm: str, data: Data, labels: Sequence[str]
             if len(present) == 1:
                 warnings.append(f"client {index} has a single label, {present[0]!r} (seed {seed})")
     return warnings
-
-
-def _cut(cell: Cell, labels: Sequence[str]) -> list[str]:
-    """A line if the generator's training cuts private texts; a simulator may count them."""
-    client, data, task = cell.scenario.client, cell.scenario.data, cell.scenario.task
-    settings, tokenizer = client.generator_training, load_tokenizer(client.generator)
-    kind = kind_of(config_of(client.generator))
-    corpora = [site.train for site in divide(data, cell.seed).sites]
-    slots = [
-        slot
-        for corpus in corpora
-        for slot in encode_slots(tokenizer, corpus, labels, len(corpus), settings, kind, task=task)
-    ]
-    if not (cut := cut_texts(slots)):
-        return []
-    return [
-        f"{cut} of {sum(map(len, slots))} private texts are longer than client.generator_training.max_length = "
-        f"{settings.max_length} tokens (seed {cell.seed}); they are cut, and teach no end of text"
-    ]
 
 
 def concurrency(asked: int | None, clients: int) -> tuple[int, str]:

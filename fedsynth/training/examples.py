@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
@@ -28,11 +28,13 @@ class Example:
         start: Position of the first learnt token; the tokens before it (BOS, control code) are given. A seq2seq model
             reads the given tokens with its encoder, and its decoder learns the rest.
         cut: The text was too long: its rest and its end are missing.
+        lost: Tokens of the text that are left out, be it cut or shortened to whole sentences.
     """
 
     tokens: tuple[int, ...]
     start: int
     cut: bool = False
+    lost: int = field(default=0, compare=False)
 
 
 class Encoded(Protocol):
@@ -166,7 +168,7 @@ def encode_text(tokenizer: Any, given: str, text: str, longest: int, kind: Kind)
 
 
 def _within(tokens: Sequence[int], start: int, longest: int) -> Example:
-    return Example(tuple(tokens[:longest]), start, cut=len(tokens) > longest)
+    return Example(tuple(tokens[:longest]), start, cut=len(tokens) > longest, lost=max(0, len(tokens) - longest))
 
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|(?<=[\u3002\uff01\uff1f])\s*")
@@ -181,11 +183,12 @@ def _leading(encode: Callable[[str], Example | None], text: str) -> Example | No
     found = encode(text)
     if found is None or not found.cut:
         return found
+    whole = len(found.tokens) + found.lost
     for match in SENTENCE_END.finditer(text):  # from the front: many short sentences are not read again and again
         more = encode(text[: match.start()])
         if more is None or more.cut:
             break
-        found = more
+        found = replace(more, lost=whole - len(more.tokens))
     return found
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pandas as pd
 
 from fedsynth.evaluation.lines import CHANCE, MAJORITY, recorded
 from fedsynth.evaluation.verdict import ORDER, Statement, Verdict, verdict
+from fedsynth.federation.run.data_facts import reasons_in
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.synthesis.attrition import losses
 
+MOST = 3  # reasons in a verdict; the report has all
 
-def concluded(scenario: Scenario, metrics: pd.DataFrame, epsilon: Mapping[str, float | None]) -> Verdict:
+
+def concluded(
+    scenario: Scenario, metrics: pd.DataFrame, epsilon: Mapping[str, float | None], facts: Mapping[str, Any]
+) -> Verdict:
     """The verdict of a run.
 
     Args:
         scenario: The run's scenario.
         metrics: Its tidy metrics.
         epsilon: By arm: 0 if it releases nothing, None without a guarantee.
+        facts: What the simulator counted in the data (`data_facts.read_facts`).
     """
     apart = {cell.arm for cell in cells(scenario) if cell.scenario.data.pooled}
     return verdict(
@@ -27,7 +34,7 @@ def concluded(scenario: Scenario, metrics: pd.DataFrame, epsilon: Mapping[str, f
         epsilon,
         pooled=[arm for arm in epsilon if arm in apart],
         tuned_on=scenario.data.tuned_on,
-        record=list(reasons(metrics)),
+        record=[*reasons_in(facts), *reasons(metrics)][:MOST],
     )
 
 

@@ -1,42 +1,22 @@
-"""The simulator's record of a run's data that readers of its figures need: the lines of the test labels."""
+"""What a simulator counted in the clients' rows before a run, for readers of its figures: a file in its directory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsynth.data.partition import class_list, divide
-from fedsynth.evaluation.lines import lines_of
-from fedsynth.scenario.schema import Scenario
-from fedsynth.scenario.toml import cells
+from fedsynth.evaluation.verdict import Statement
 
 FILE = "data_facts.json"
-
-
-def data_facts(scenario: Scenario) -> dict[str, Any]:
-    """The content of a run's `data_facts.json`.
-
-    `lines` are of test labels, which a simulation declares public (docs/privacy.md): for each cell, a table by client.
-    """
-    return {
-        "lines": [
-            {"arm": cell.arm, "seed": cell.seed, "clients": _lines(cell.scenario, cell.seed)}
-            for cell in cells(scenario)
-        ]
-    }
-
-
-def _lines(scenario: Scenario, seed: int) -> list[dict[str, float]]:
-    data = scenario.data
-    if data.task == "instructions":
-        return []
-    labels = class_list(data)
-    return [lines_of(site.test, labels) for site in divide(data, seed).sites]
+MANY_LOST = 0.1  # share of tokens from which on a cut is a likely reason for a low result
+MANY_UNLISTED = 0.05  # share of rows
 
 
 def read_facts(out: Path) -> dict[str, Any]:
-    """The facts in a run's directory; empty if a run of real sites, or of an earlier version, has none."""
+    """The facts in a run's directory (`federation.counting.data_facts`); empty if a run of real sites, or of an earlier
+    version, has none."""
     try:
         found: dict[str, Any] = json.loads((out / FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -45,6 +25,28 @@ def read_facts(out: Path) -> dict[str, Any]:
 
 
 def lines_in(out: Path, arm: str, seed: int) -> list[dict[str, float]]:
-    """The lines of a cell, by client."""
+    """The lines of a cell's test labels, by client."""
     found = read_facts(out).get("lines", [])
     return next((each["clients"] for each in found if (each["arm"], each["seed"]) == (arm, seed)), [])
+
+
+def reasons_in(facts: Mapping[str, Any]) -> Iterator[Statement]:
+    """Reasons for a low result that the facts show, the likeliest first."""
+    cuts = [cut for cut in facts.get("cuts", []) if cut["lost"] >= MANY_LOST * cut["tokens"]]
+    for cut in sorted(cuts, key=lambda cut: -cut["lost"] / cut["tokens"]):
+        yield Statement(
+            f"{cut['key']} = {{limit:.0f}} cuts {{cut:.0f}} of {{texts:.0f}} private texts, and the {cut['part']} "
+            "never reads {share:.0f} % of their tokens",
+            {**{name: cut[name] for name in ("limit", "cut", "texts")}, "share": 100 * cut["lost"] / cut["tokens"]},
+        )
+    for each in facts.get("labels", []):
+        if each["unlisted"] >= MANY_UNLISTED * each["rows"]:
+            yield Statement(
+                "{unlisted:.0f} of {rows:.0f} rows have a label that data.labels lacks",
+                {name: each[name] for name in ("unlisted", "rows")},
+            )
+        if each["lacking"]:
+            yield Statement(
+                "{lacking:.0f} of {clients:.0f} clients have no private text of some label (one lacks {most:.0f})",
+                {name: each[name] for name in ("lacking", "clients", "most")},
+            )

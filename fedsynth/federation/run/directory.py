@@ -9,7 +9,6 @@ from typing import Any
 
 from fedsynth.data.card import data_cards
 from fedsynth.federation.run.data_facts import FILE as FACTS
-from fedsynth.federation.run.data_facts import data_facts
 from fedsynth.federation.run.environment import FILE, surroundings
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load, to_toml
@@ -39,6 +38,8 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
     """
+    from fedsynth.federation.counting import data_facts  # torch takes seconds, and readers of a directory need none
+
     check_free(out)
     cards = data_cards(scenario)
     begin(scenario, out, {FACTS: data_facts(scenario)}, {"data.json": cards})

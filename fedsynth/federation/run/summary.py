@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedsynth.evaluation.lines import CHANCE, MAJORITY
 from fedsynth.federation.run.conclusion import concluded, lines_for
+from fedsynth.federation.run.data_facts import read_facts
 from fedsynth.federation.run.egress import write_egress
 from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
@@ -49,7 +50,7 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
     }
     epsilon = {arm: found["epsilon"] for arm, found in summary["arms"].items()}
     summary["lines"] = lines_for(frame)
-    summary["verdict"] = list(concluded(scenario, frame, epsilon).sentences)
+    summary["verdict"] = list(concluded(scenario, frame, epsilon, read_facts(out)).sentences)
     if sent := write_egress(out):  # a run without an endpoint has the shape that it always had
         summary["egress"] = list(map(plain, sent))
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
