@@ -268,7 +268,7 @@ def test_the_arms_are_told_in_words_with_what_each_sets_otherwise() -> None:
 
 
 def test_the_page_has_the_day_of_the_run_and_says_who_is_held_out(run: Path) -> None:
-    events = [{"event": "started", "at": 86_400 * 365.25 * 50}, {"event": "cell", "at": 9e9}]  # 1 January 2020
+    events = [{"event": "data", "at": 86_400 * 365.25 * 50}, {"event": "cell", "at": 9e9}]  # 1 January 2020
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     path, _ = run_report.write(run)
     text = "".join(parsed(path).itertext())
