@@ -252,8 +252,10 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         else ""
     )
     if held:
+        there = figures.value(figures.row("run", "clients", "value")) or 0
+        tuned = [str(client) for client in report["run"]["tuned_on"] if client < there]
         note += (
-            f" Held-out clients are all but {listed([str(client) for client in report['run']['tuned_on']])}: on these "
+            f" Held-out clients are all but {listed(tuned)}: on these "
             "settings were tuned, so that only the others show how a method does elsewhere."
         )
     note += " The lines below the arms need no model: see docs/report.md." if _lines(figures, main or "", 2) else ""
