@@ -37,6 +37,7 @@ from fedsynth.federation.run.tables import print_table
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.reporting import run_report, site_report, statistics
+from fedsynth.reporting.arm_words import arm_words
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.figures import DASHES, SHAPES, Mark, Series, _shape, bars, dots, lines, scatter
 from fedsynth.reporting.page import Number, Page, Paragraph, Quote, Quotes, Section, render
@@ -249,6 +250,30 @@ def test_every_table_of_arms_has_the_lines_of_the_test_labels(run: Path) -> None
     assert re.search(rf"\(commonest test label\)[^0-9]+{commonest:.3f}", said)
     assert re.search(rf"\(chance\)[^0-9]+{1 / len(LABELS):.3f}", said)
     assert "Nothing can be said of its advantage" in said
+
+
+def test_the_arms_are_told_in_words_with_what_each_sets_otherwise() -> None:
+    told = arm_words(load("hospitals", ['run=["local", "no_demonstrations", "fdkt", "fdkt_epsilon2", "true_texts"]']))
+    assert told["fdkt"] == "Federated Domain-specific Knowledge Transfer"
+    assert told["no_demonstrations"] == (
+        "Federated Domain-specific Knowledge Transfer; strategy.demonstrations = none (the ablation in which the LLM "
+        "sees label names only and clients release nothing)"
+    )
+    assert told["fdkt_epsilon2"].endswith("; client.budget.epsilon = 2")
+    assert "strategy.drafts = true_texts (" in told["true_texts"]
+    assert told["local"].startswith("Each client trains its task model on its own text")
+    own = replace(load("hospitals").strategy, use="nowhere:Mine")
+    elsewhere = arm_words(replace(load("hospitals"), arms={"mine": {}}, run=(), strategy=own))
+    assert elsewhere == {"mine": "Mine"}  # where the report is written it cannot be imported
+
+
+def test_the_page_has_the_day_of_the_run_and_says_who_is_held_out(run: Path) -> None:
+    events = [{"event": "data", "at": 86_400 * 365.25 * 50}, {"event": "cell", "at": 9e9}]  # 1 January 2020
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    path, _ = run_report.write(run)
+    text = "".join(parsed(path).itertext())
+    assert "Begun on 1 January 2020." in text
+    assert "Held-out clients are all but 0: on these settings were tuned" in text
 
 
 def test_the_page_is_made_of_the_json_alone(run: Path) -> None:

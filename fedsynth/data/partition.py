@@ -148,7 +148,9 @@ def misfits(data: Data, labels: Sequence[str]) -> list[str]:
     ignored = int((~rows.table[LABEL].isin(labels)).sum())
     if ignored > MOST_UNLISTED * len(rows.table):
         counts = rows.table[LABEL][~rows.table[LABEL].isin(labels)].value_counts()
-        named = ", ".join(f"{label!r} {count}{nearest(label, labels)}" for label, count in counts.head(NAMED).items())
+        named = ", ".join(
+            f"{label!r} {count}{nearest(str(label), labels)}" for label, count in counts.head(NAMED).items()
+        )
         raise BadValue(
             f"{data.source}: {ignored} of {len(rows.table)} rows ({ignored / len(rows.table):.0%}) have a label that "
             f"data.labels lacks ({named}{', ...' if len(counts) > NAMED else ''}): nothing would be learnt from them; "
@@ -204,7 +206,9 @@ def misfitting(rows: Rows, source: str, labels: Sequence[str] | None, lacks: str
         raise BadValue(f"data.labels and {source}: {problem}") from problem
     unknown = counts[~counts.index.isin(labels)]
     if len(unknown):
-        named = ", ".join(f"{label!r} {count}{nearest(label, labels)}" for label, count in unknown.head(NAMED).items())
+        named = ", ".join(
+            f"{label!r} {count}{nearest(str(label), labels)}" for label, count in unknown.head(NAMED).items()
+        )
         named += ", ..." if len(unknown) > NAMED else ""
         found.append(
             f"{int(unknown.sum())} rows have a label that data.labels lacks ({named}): they count as records, and "

@@ -121,8 +121,8 @@ def _remarks(
     if near:
         yield (
             "Near 1.",
-            "Such a bound excludes hardly any attack. Known attacks stay far below it (fedsynth audit); only a smaller "
-            "epsilon makes that a promise.",
+            "Such a bound excludes hardly any attack. It does not say that there is one that succeeds; only a smaller "
+            "epsilon promises that there is none.",
         )
     yield (
         "True of everybody.",

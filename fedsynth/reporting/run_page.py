@@ -33,6 +33,7 @@ from fedsynth.reporting.statistics import HELD_OUT, SENT, Figures, Where
 from fedsynth.reporting.text_section import examples, text_section
 
 SHOWN_CLIENTS = 50  # in a table; the table of figures has the others
+SEEN = 0.01  # share of lost tokens below which a cut changes no figure that the page shows
 NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -58,8 +59,10 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         Section("Summary", "summary", _summary(figures, report, metrics)),
         Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
     ]
+    if described := {arm: words for arm, words in run.get("arms", {}).items() if arm in arms}:
+        sections.insert(1, Section("The arms", "arms", [Items([(f"{arm}:", f"{w}.") for arm, w in described.items()])]))
     if shortened := _facts(figures, report):
-        sections.insert(1, Section("Lost before training", "lost", shortened))
+        sections.insert(2, Section("Lost before training", "lost", shortened))
     if figures.metrics("risk"):
         sections.append(Section("What epsilon means here", "risk", risk_section(figures, report["privacy"])))
     sections.append(Section("Privacy", "privacy", _privacy(figures, report)))
@@ -89,13 +92,14 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         table_of = Table(heads, rows, words=frozenset({0, 1}))
         sections.append(Section("Other figures", "other", [table_of]))
     sections.append(Section("How it was made", "made", _made(figures, report)))
-    seeds = len(run["seeds"])
+    seeds, clients = len(run["seeds"]), figures.value(figures.row("run", "clients", "value")) or 0
     lead = (
-        f"{', '.join(arms)}: {'arms' if len(arms) > 1 else 'one arm'} of a Flower simulation with data "
-        f"{run['source']}, {seeds} seed{'s' if seeds > 1 else ''}."
+        f"{len(arms)} arm{'s' if len(arms) > 1 else ''} of a Flower simulation: {clients:.0f} clients with data "
+        f"{run['source']}, {seeds} seed{'s' if seeds > 1 else ''}"
     )
     if run.get("sites"):
-        lead = f"{', '.join(arms)}, between the sites {', '.join(run['sites'])}, each with its own data."
+        lead = f"{', '.join(arms)}, between the sites {', '.join(run['sites'])}, each with its own data"
+    lead += f". Begun on {run['date']}." if run.get("date") else "."
     counted = (
         ", and from counts that the simulator took of private rows and no site tells"
         if any(report.get("facts", {}).values()) and not run.get("world")
@@ -141,6 +145,7 @@ def _facts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
             at("cuts", place, "share", 2),
         ]
         for place, cut in enumerate(facts.get("cuts", []))
+        if cut["lost"] >= SEEN * cut["tokens"]
     ]
     if rows:
         heads = ["read by", "arms", "texts cut", "longest text, in tokens", "share of tokens never read"]
@@ -246,6 +251,14 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         if main
         else ""
     )
+    if held:
+        there = figures.value(figures.row("run", "clients", "value")) or 0
+        tuned = [str(client) for client in report["run"]["tuned_on"] if client < there]
+        note += (
+            f" Held-out clients are all but {listed(tuned)}: on these "
+            "settings were tuned, so that only the others show how a method does elsewhere."
+        )
+    note += " The lines below the arms need no model: see docs/report.md." if _lines(figures, main or "", 2) else ""
     blocks: list[Block] = []
     if main:
         plots = [

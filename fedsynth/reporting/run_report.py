@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,6 +21,7 @@ from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.times import times_of
 from fedsynth.pretraining.public_text import labelled, sample
+from fedsynth.reporting.arm_words import arm_words
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
@@ -56,7 +58,7 @@ from fedsynth.reporting.texts import (
 )
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
-from fedsynth.simulation.flower import DEPLOYMENT
+from fedsynth.simulation.flower import DEPLOYMENT, EVENTS
 from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world
@@ -133,6 +135,8 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
             "unit": scenario.data.unit_name,
             "seeds": sorted(int(seed) for seed in metrics["seed"].unique()),
             "tuned_on": list(tuned_on),
+            "arms": arm_words(scenario),
+            "date": _date(out),
             "strategies": {arm: of_arm[arm].strategy.use.rpartition(":")[2] for arm in arms if arm in of_arm},
             "models": {_short(name): facts for name, facts in versions.get("models", {}).items()},
             "versions": {
@@ -153,6 +157,16 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "audit": _json(out / AUDIT, needed=False),
         "rows": [_row(row) for row in figures.rows],
     }
+
+
+def _date(out: Path) -> str:
+    """The day, in UTC, on which the run began, by its first event; "" if it recorded none."""
+    try:
+        with (out / EVENTS).open(encoding="utf-8") as lines:
+            first: dict[str, Any] = next((json.loads(line) for line in lines), {})
+    except OSError:
+        return ""
+    return f"{datetime.fromtimestamp(first['at'], UTC):%d %B %Y}".lstrip("0") if "at" in first else ""
 
 
 def _epsilon(said: Mapping[str, Any]) -> float | None:

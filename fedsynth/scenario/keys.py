@@ -34,7 +34,7 @@ class Key:
 
 def keys(kind: type = Scenario, table: str = "") -> Iterator[Key]:
     """The keys of a table and of the tables in it, in the order of the code."""
-    hints, said = typing.get_type_hints(kind), _attributes(kind)
+    hints, said = typing.get_type_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):
         name = f"{table}{field.name}"
         inner = next((o for o in _options(hints[field.name]) if dataclasses.is_dataclass(o)), None)
@@ -53,7 +53,7 @@ def keys(kind: type = Scenario, table: str = "") -> Iterator[Key]:
             yield Key(name, _kind(hints[field.name]), _default(field), said.get(field.name) or _first_line(kind))
 
 
-def _attributes(kind: type) -> dict[str, str]:
+def meanings(kind: type) -> dict[str, str]:
     """The entries of a docstring's `Attributes:`."""
     _, _, listed = (inspect.getdoc(kind) or "").partition("Attributes:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n     +.*)*)", listed, re.MULTILINE)
