@@ -25,6 +25,18 @@ class BadValue(ValueError):
     """A value does not fit its declared type; the message names the key, the value and what fits."""
 
 
+class UnknownKey(BadValue):
+    """A table has a key that its dataclass has no field for.
+
+    Attributes:
+        key: The key, without its table.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Range:
     """The allowed values of a number, as `Annotated[int, Range(...)]`; `in_range` checks it and names it."""
@@ -140,7 +152,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         return _build_union(args, value, key)
     if origin is Literal:
         if value not in args or isinstance(value, bool) != isinstance(args[0], bool):
-            raise BadValue(f"{key} must be one of {', '.join(map(repr, args))}, got {value!r}{_nearest(value, args)}")
+            raise BadValue(f"{key} must be one of {', '.join(map(repr, args))}, got {value!r}{nearest(value, args)}")
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
@@ -165,7 +177,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
             return kind(value)
         except ValueError:
             names = [m.value for m in kind]
-            raise BadValue(f"{key} must be one of {names}, got {value!r}{_nearest(value, names)}") from None
+            raise BadValue(f"{key} must be one of {names}, got {value!r}{nearest(value, names)}") from None
     return _build_scalar(kind, value, key)
 
 
@@ -220,7 +232,8 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
     for name in value:
         if name not in fields:
             place = f" in [{key}]" if key else ""
-            raise BadValue(f"unknown key {name!r}{place}{_nearest(name, fields)}; known: {', '.join(sorted(fields))}")
+            known = ", ".join(sorted(fields))
+            raise UnknownKey(str(name), f"unknown key {name!r}{place}{nearest(name, fields)}; known: {known}")
     given = {n: _build(hints[n], v, f"{key}.{n}" if key else n) for n, v in value.items()}
     for name, field in fields.items():
         if name not in given and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -258,7 +271,12 @@ def _name(kind: Any) -> str:
     return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
-def _nearest(name: object, known: typing.Iterable[object]) -> str:
+def nearest(name: object, known: typing.Iterable[object]) -> str:
+    """The question whether the closest of the known names was meant, to be added to a message; "" if none is close.
+
+    >>> nearest("epsilom", ["epsilon", "delta"])
+    "; did you mean 'epsilon'?"
+    """
     if len(given := str(name)) > 100:  # no slip of the pen, and comparing takes long
         return ""
     close = difflib.get_close_matches(given, [str(k) for k in known], n=1)

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +90,24 @@ class ByFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     """Called by pytest-xdist for `-n`."""
     return ByFile(config, log)
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """`fedsynth WORDS` in a folder without any stored model: its exit code and what it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSYNTH_MODELS", str(tmp_path / "no models"))
+    monkeypatch.delenv("FEDSYNTH_DATA", raising=False)
+
+    import fedsynth.cli.main
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedsynth", *words])
+        with pytest.raises(SystemExit) as ended:
+            fedsynth.cli.main.main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    return run

@@ -188,7 +188,7 @@ def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, S
     tables = read(out).tables
     console.print(utility_table(tables, "instructions"), costs_table(tables, "instructions"))
     said = console.export_text()
-    for word in ("exact match", "ROUGE-L", "exact_match - local", "[", "nothing released", "delta 1e-05", "any"):
+    for word in ("exact match", "ROUGE-L", "exact_match - local", "[", "nothing is released", "delta 1e-05", "any"):
         assert word in said
     assert "accuracy" not in said
     assert any("95 %" in note for note in NOTES)

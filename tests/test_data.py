@@ -591,8 +591,12 @@ def test_texts_that_are_the_same_are_duplicates_wherever_they_are(tmp_path: Path
     frame = table(40)
     frame.loc[17, "text"] = other
     data = save(frame, tmp_path / "twice.csv")
-    with pytest.raises(BadValue, match="1 texts are in the training text of more than one client, 0 in training"):
+    with pytest.raises(
+        BadValue, match="1 texts are in the training text of more than one client, 0 in training"
+    ) as told:
         open_sites(data, 3)
+    assert "rows 4 and 18 (from 1, without the header)" in str(told.value)
+    assert "note 3" not in str(told.value)
     with pytest.raises(BadValue, match="0 texts are in the training text of more than one client, 1 in training"):
         open_sites(data, 0)
     division = divide(replace(data, duplicates="drop"), 1)

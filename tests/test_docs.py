@@ -28,8 +28,7 @@ from fedsynth.federation.strategy import load_strategy
 from fedsynth.privacy.plan import Budget
 from fedsynth.scenario.keys import keys, page
 from fedsynth.scenario.schema import Scenario, StrategyChoice
-from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios
-from fedsynth.simulation.flower import environment
+from fedsynth.scenario.toml import cells, from_toml, load, shipped_scenarios, to_toml
 from fedsynth.testing import ScriptedLLM
 
 ROOT = Path(__file__).parent.parent
@@ -53,15 +52,18 @@ def run(words: list[str], place: Path, seconds: int = 280) -> str:
 
 
 @pytest.mark.full
-def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path) -> None:
+def test_the_tutorial_goes_from_a_file_to_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = ROOT / "docs" / "tutorial.md"
     [script] = blocks(page, "python")
-    [scenario] = blocks(page, "toml")
-    [line] = blocks(page, "bash")
+    [scenario], [lines] = blocks(page, "toml"), blocks(page, "bash")
     run([sys.executable, "-c", script], tmp_path)
-    (tmp_path / "tickets.toml").write_text(scenario)
+    monkeypatch.delenv("FEDSYNTH_MODELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # a newcomer has no models
+    assert [line.split()[1] for line in lines.splitlines()] == ["init", "check", "run"]
+    for line in lines.splitlines():
+        said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
     assert len(scenario.splitlines()) <= 20
-    said = run([*FEDSYNTH, *shlex.split(line)[1:]], tmp_path)
+    assert set(from_toml(scenario).data.labels) == set(load(tmp_path / "tickets.toml").data.labels)
     assert "fdkt" in said
     named = set(re.findall(r"`([a-z_]+\.(?:toml|json|parquet|jsonl))`", page.read_text())) - {"tickets.toml"}
     named -= {"egress.json", "egress.jsonl"}  # of an endpoint, which this run has not
@@ -129,14 +131,13 @@ def test_the_strategy_of_the_docs_runs_as_it_stands(tmp_path: Path, monkeypatch:
     assert len(code.splitlines()) <= 60
     run([sys.executable, "-c", blocks(ROOT / "docs" / "tutorial.md", "python")[0]], tmp_path)
     (tmp_path / "continued.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    # The command of the page finds the module in the processes of Flower, too: a relative entry is made absolute.
     [line] = blocks(page_, "bash")
-    assert line.startswith("PYTHONPATH=. fedsynth run")
-    monkeypatch.setenv("PYTHONPATH", ".")
-    assert environment("marker")["PYTHONPATH"] == str(tmp_path)
-    played = play(scenario, tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well"))
+    assert line.startswith("fedsynth run mine.toml")
+    Path("mine.toml").write_text(scenario)
+    played = play(
+        to_toml(load("mine.toml")), tmp_path, "continued", llm=ScriptedLLM(answer=lambda prompt: " goes on well")
+    )
     assert played.metric("accuracy")
     [written] = played.metric("texts/written")
     assert 0 < written <= 4 * 5 * 10

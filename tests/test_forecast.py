@@ -28,6 +28,7 @@ from fedsynth.data.partition import open_sites
 from fedsynth.federation.messages import Adopt, Finetune, Learn, Learnt, Request
 from fedsynth.federation.strategy import Clients, RoundStrategy
 from fedsynth.forecast.check import EXCHANGE, MESSAGE, Workers, forecast
+from fedsynth.forecast.estimating import SampledLLM, Tally
 from fedsynth.forecast.profiling import (
     Cost,
     Probed,
@@ -39,7 +40,9 @@ from fedsynth.forecast.profiling import (
     typical_lengths,
 )
 from fedsynth.forecast.rehearsal import Exchange, Rehearsed, rehearse
+from fedsynth.models.encoding import token_ids
 from fedsynth.models.llm import LocalLLM
+from fedsynth.models.loading import load_tokenizer
 from fedsynth.models.sampling import SamplingParams
 from fedsynth.scenario.client import Tuning
 from fedsynth.scenario.schema import Cell, Scenario
@@ -230,6 +233,80 @@ def test_a_request_of_somebody_elses_is_told_and_what_came_before_it_counts(tmp_
     )
 
 
+class Fails(Asks):
+    """Divides by the number of no replies."""
+
+    def round(self, clients: Clients, state: Nothing) -> Nothing:
+        super().round(clients, state)
+        _mean([])
+        return state
+
+    def requests(self) -> list[Request[Any]]:
+        return [Learn(seed=1)]
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def test_an_error_of_a_method_ends_the_check_with_its_type_and_the_methods_own_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "tiny.toml"
+    place.write_text(scenario(tmp_path, "test_forecast:Fails"))
+    monkeypatch.setattr(fedsynth.forecast.check, "probe", lambda *_: Probed(EveryUnit(), 0.0, 1.0, 1))
+    assert typed(monkeypatch, str(place)) == 1
+    at = Path(__file__).read_text().splitlines().index("    return sum(numbers) / len(numbers)") + 1
+    told = " ".join(capfd.readouterr().out.split())
+    assert "error: arm 'main' would fail: ZeroDivisionError: division by zero" in told
+    assert f"{Path(__file__).name}, line {at}, in _mean)" in told
+
+
+class EveryUnit(dict[Unit, Cost]):
+    """No work takes time."""
+
+    def __missing__(self, _: Unit) -> Cost:
+        return Cost(0.0, 0.0)
+
+
+def test_a_draft_is_rehearsed_no_longer_than_a_generator_may_write(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("assets:tiny-slm")
+    texts = ["the patient came at night and went home in the morning " * 3, "short"]
+    cut = fedsynth.forecast.rehearsal._no_longer("assets:tiny-slm", texts, 12)
+    assert len(token_ids(tokenizer, texts[0])) > 12
+    assert len(token_ids(tokenizer, cut[0])) <= 12
+    assert texts[0].startswith(cut[0])
+    assert cut[1] == "short"
+
+
+@pytest.mark.parametrize("spread", [0, 1, 30])
+def test_the_tokens_of_many_prompts_follow_from_those_of_a_sample(spread: int) -> None:
+    texts = ["ab " * (10 + n % (spread + 1)) + "c" * (n % 3) for n in range(3000)]
+    asked: list[int] = []
+
+    def tokens(some: list[str]) -> list[int]:
+        asked.append(len(some))
+        return [len(text.split()) for text in some]
+
+    found = fedsynth.forecast.estimating._counted(texts, len, tokens)
+    assert asked == [fedsynth.forecast.estimating.COUNTED]
+    assert sum(found) == pytest.approx(sum(tokens(texts)), rel=0.02)
+
+
+def test_of_many_prompts_the_longest_show_whether_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    llm = LocalLLM.load(tiny.folder())
+    context = llm.context or 0
+    real = LocalLLM.misfits
+    noted = lambda own, prompts, *more: asked.append(len(prompts)) or real(own, prompts, *more)  # noqa: E731 - of one value
+    monkeypatch.setattr(LocalLLM, "misfits", noted)
+    sampled = SampledLLM(llm, Tally(frozenset()))
+    fitting = [chr(97 + n % 26) * 3 for n in range(999)]
+    assert sampled.misfits(fitting) == [None] * 999
+    assert asked == [fedsynth.forecast.estimating.COUNTED]
+    assert sampled.misfits([*fitting, "a" * (context + 1)]) == [None] * 999 + ["too long"]
+
+
 # ---- What is added up ------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +454,10 @@ def test_json_is_the_last_line_and_has_the_promised_shape(
     place.write_text(scenario(tmp_path))
     assert typed(monkeypatch, str(place), "--workers", "1", "--json") == 0
     said = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert set(said) == {"scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings"}
+    assert set(said) == {
+        "scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings", "failures",
+    }  # fmt: skip
+    assert said["failures"] == []
     assert set(said["arms"]["main"]) == {"epsilon", "delta", "guarantee", "bytes", "llm_tokens", "seconds"}
     assert set(said["memory"]) == {"worker", "workers", "driver", "total"}
     assert said["workers"] == 1

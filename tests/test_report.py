@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -18,10 +19,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from markupsafe import Markup
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fedsynth.cli.main
 from fedsynth.corpus import Corpus, Provenance
+from fedsynth.data.partition import open_site
 from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_to_parquet
@@ -30,6 +33,7 @@ from fedsynth.federation.run.log import COLUMNS as LOGGED
 from fedsynth.federation.run.log import SERVER, RunLog
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
+from fedsynth.federation.run.tables import print_table
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.reporting import run_report, site_report, statistics
@@ -42,6 +46,7 @@ from fedsynth.reporting.texts import balance
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import PublicTest
 from fedsynth.scenario.toml import cells, load
+from fedsynth.simulation import simulate
 from fedsynth.typed import BadValue
 from fedsynth.world import load_world
 
@@ -144,7 +149,7 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
             value = float(row["value"])
             digits = len(text.partition(".")[2]) if "e" not in text else None
             rounded = {f"{value:g}"} if digits is None else {f"{value:.{digits}f}", f"{value:+.{digits}f}"}
-            if row["part"] == "privacy" and digits is not None:
+            if row["part"] in ("privacy", "risk") and digits is not None:
                 rounded = {f"{up(value, digits):.{digits}f}", f"{value:.{digits}f}"}
             assert text in rounded | ({repr(value)} if value_name == "data-x" else set()), (text, dict(row))
             seen.add(str(row["part"]))
@@ -160,13 +165,19 @@ def test_every_number_of_the_page_is_that_of_its_row(run: Path) -> None:
         "identifiers",
         "cost",
         "time",
+        "line",
+        "risk",
+        "verdict",
     }
     assert seen == parts
 
 
 def test_no_number_stands_outside_of_a_row(run: Path) -> None:
     path, _ = run_report.write(run)
-    for cell in parsed(path).iter("td"):
+    root = parsed(path)
+    (conclusion,) = [box for box in root.iter("div") if box.get("class") == "verdict"]
+    assert len(list(conclusion.iter("span"))) >= 2
+    for cell in [*root.iter("td"), conclusion]:
         bare = "".join(e.text or "" for e in cell.iter() if "data-row" not in e.attrib)
         bare += "".join(e.tail or "" for e in cell.iter())
         assert not re.search(r"\d\.\d", bare), bare
@@ -204,6 +215,39 @@ def test_figures_by_hand(run: Path) -> None:
     assert figure(table, "time", "learn", "clients", arm="fdkt") == 16.5
     assert figure(table, "time", "learn", "seconds of all arms") == 27.0
     assert figure(table, "privacy", "units", "largest", arm="fdkt") == 200  # batches of 50 at a rate of a quarter
+
+
+def test_the_page_concludes_with_what_the_summary_has(run: Path) -> None:
+    path, _ = run_report.write(run)
+    told = json.loads((run / "summary.json").read_text())["verdict"]
+    (conclusion,) = [box for box in parsed(path).iter("div") if box.get("class") == "verdict"]
+    assert " ".join("".join(conclusion.itertext()).split()) == " ".join(told)
+    # Client 0 was tuned on: two pairs are left, whose means are .2 and .4.
+    assert told[0] == (
+        "fdkt, the only arm under a guarantee, has accuracy 0.900 on the clients on which no setting was tuned, at "
+        "epsilon 7.994."
+    )
+    assert told[1].startswith(
+        "Nothing can be said of its advantage: its mean is 0.300 above that of local, but 2 pairs"
+    )
+
+
+def test_every_table_of_arms_has_the_lines_of_the_test_labels(run: Path) -> None:
+    path, _ = run_report.write(run)
+    truth = [
+        open_site(load("hospitals", SMALL).data, client, seed).test.answers for seed in (0, 1) for client in (0, 1)
+    ]
+    commonest = np.mean([max(map(own.count, own)) / len(own) for own in truth])
+    rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in parsed(path).iter("tr")]
+    for name, value in (("(chance)", 1 / len(LABELS)), ("(commonest test label)", commonest)):
+        own = [row for row in rows if row and row[0] == name]
+        assert [f"{value:.3f}" in row for row in own] == [True, True]  # of the summary, and of utility
+    shown_there = io.StringIO()
+    print_table(Console(file=shown_there, width=200), simulate.read(run))
+    said = shown_there.getvalue()
+    assert re.search(rf"\(commonest test label\)[^0-9]+{commonest:.3f}", said)
+    assert re.search(rf"\(chance\)[^0-9]+{1 / len(LABELS):.3f}", said)
+    assert "Nothing can be said of its advantage" in said
 
 
 def test_the_page_is_made_of_the_json_alone(run: Path) -> None:

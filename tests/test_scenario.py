@@ -228,7 +228,7 @@ def test_a_mistake_is_named_with_file_place_and_nearest_key(tmp_path: Path, old:
 
 
 def test_there_is_no_such_scenario() -> None:
-    with pytest.raises(BadValue, match=r"no scenario 'hospital': give a \.toml file or one of .*hospitals"):
+    with pytest.raises(BadValue, match=r"no scenario 'hospital'; did you mean 'hospitals'\?; shipped are .*medquad"):
         load("hospital")
     with pytest.raises(BadValue, match="no scenario file"):
         load("nowhere/there.toml")

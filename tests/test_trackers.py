@@ -14,9 +14,10 @@ from inprocess import instructions, play
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from fedsynth.federation.run.log import COLUMNS
+from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
+from fedsynth.federation.run.summary import last_figures
 from fedsynth.federation.run.trackers import check, figures, tell
-from fedsynth.scenario.toml import from_toml
+from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.typed import BadValue
 
@@ -131,3 +132,22 @@ def test_lines_say_round_yield_and_epsilon(tmp_path: Path) -> None:
         "[1/1] main seed 0 round 2/3: finetune (kept 71%, epsilon 7.99)",
         "[1/1] main seed 0 round 3/3: finetune",
     ]
+
+
+def test_an_arm_tells_its_figures_as_soon_as_it_is_done(tmp_path: Path) -> None:
+    out = io.StringIO()
+    scenario = from_toml(instructions(tmp_path, AVERAGE, rounds=2))
+    log = RunLog(cells(scenario)[0], tmp_path / "run", tmp_path / "run" / "events.jsonl")
+    for number, values in ((1, (0.1, 0.2)), (2, (0.25, 0.5))):  # the last round counts
+        log.round = number
+        for client, value in enumerate(values):
+            log.log_metric(client, "rouge_l", value)
+            log.log_metric(client, "bytes/up", 7)
+    log.log_metric(SERVER, "rouge_l", 0.9)
+    found = last_figures(log)
+    assert found == {"figures": {"rouge_l": 0.375}, "clients": 2}
+    watch = ProgressBar(Console(file=out, width=120), scenario)
+    watch.event({"event": "result", "arm": "main", "seed": 0, **found})
+    assert out.getvalue().splitlines()[1] == "main seed 0: rouge l 0.375, the mean of 2 clients"
+    log.rows.clear()
+    assert last_figures(log) == {}

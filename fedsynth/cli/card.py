@@ -15,7 +15,7 @@ def card_command(
     attributes: Annotated[list[str], typer.Option(help="A column whose values generators write by, too.")] = [],  # noqa: B006 - typer makes a list for each call
     response: Annotated[str | None, typer.Option(help="Instructions: its column of responses.")] = None,
 ) -> None:
-    """Print a [task] table for a scenario: each class name of a file with its words parted. No text of it is shown."""
+    """Print the task card of a scenario: each class name of a file with its words parted. No text of it is shown."""
     from fedsynth.data.partition import label_list  # pandas takes a second to import
     from fedsynth.data.tables import read_rows, values_of
     from fedsynth.scenario.data import Data

@@ -19,9 +19,11 @@ from fedsynth.cli.audit import audit_command
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
 from fedsynth.cli.export import export_command
+from fedsynth.cli.init import init_command
 from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
+from fedsynth.cli.strategy import strategy_app
 from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
@@ -36,16 +38,28 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.command("audit")(audit_command)
 app.command("card")(card_command)
 app.command("export")(export_command)
+app.command("init")(init_command)
 app.command("judge")(judge_command)
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(model_app, name="model")
 app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
+app.add_typer(strategy_app, name="strategy")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Federated transfer of knowledge between a server LLM and clients' small language models."""
 
 
@@ -266,6 +280,8 @@ def check_command(
     print_forecast(console if as_json else console_of(error=False), made)
     if as_json:
         print(json.dumps(made.to_dict()))
+    if made.failures:
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -320,6 +336,10 @@ def report(
     ] = False,
 ) -> None:
     """Write one HTML page about a run or a comparison, with its figures as JSON and Parquet."""
+    if not place.is_dir():
+        raise BadValue(
+            f"there is no directory {str(place)!r}: name that of a run or of a comparison, as runs/NAME-DATE"
+        )
     if site_only and out is not None:
         raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
     if site_only:
@@ -375,8 +395,24 @@ def main() -> None:
         _end("interrupted; nothing of the run is left running", INTERRUPTED)
     except Exception as problem:
         if hasattr(problem, "format_message"):  # click's usage errors
-            _end(f"bad input: {problem.format_message()}", BAD_INPUT)
+            if not (said := problem.format_message()):  # the help was shown, as there was no argument
+                sys.exit(BAD_INPUT)
+            way_out = _as_key(getattr(problem, "option_name", ""))
+            if way_out:  # click's own guess is another option
+                said = f"No such option '{getattr(problem, 'option_name', '')}'"
+            _end(f"bad input: {said}{way_out}", BAD_INPUT)
         raise
+
+
+def _as_key(option: str) -> str:
+    """The way out if an unknown option is a key of the scenario: `--epsilon 2` is `--set client.budget.epsilon=2`."""
+    from fedsynth.scenario.keys import keys
+
+    wanted = option.lstrip("-").replace("-", "_")
+    found = [key.name for key in keys() if wanted and f".{key.name}".endswith(f".{wanted}")]
+    return "".join(f"; say --set {name}=VALUE" for name in found[:1]) + "".join(
+        f" or {name}=VALUE" for name in found[1:4]
+    )
 
 
 def _one_line(

@@ -113,7 +113,7 @@ def _stated(row: Mapping[str, Any]) -> str:
     if row["guarantee"] == "none":
         return "no guarantee"
     if not row["epsilon_stated"]:
-        return "nothing released"
+        return "nothing is released"
     return f"epsilon {up(row['epsilon_stated'], 3):.3f}, delta {row['delta']:g}"
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from fedsynth.data.csv_faults import separator, surplus, swallowed
 from fedsynth.scenario.data import Data
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, nearest
 
 SAVED = ("dataset_dict.json", "dataset_info.json")  # files that datasets.save_to_disk leaves in a folder
 
@@ -96,7 +96,7 @@ def _chosen(names: Sequence[str], asked: Sequence[str] | None) -> list[str]:
     """The requested columns, or all."""
     for column in asked or ():
         if column not in names:
-            raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}")
+            raise BadValue(f"no column {column!r}; it has {', '.join(map(repr, names))}{nearest(column, names)}")
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise BadValue(f"the column {doubled[0]!r} stands there twice: give each column a name of its own")
     return list(names if asked is None else asked)

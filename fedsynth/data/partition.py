@@ -23,6 +23,7 @@ from fedsynth.data.tables import (
     LABEL,
     NAMED,
     OPTIONS,
+    ROW,
     TEXT,
     UNIT,
     Rows,
@@ -280,14 +281,26 @@ def overlaps(sites: Sequence[ClientData]) -> tuple[int, int]:
 
     Texts are equal if `corpus.same` of them is.
     """
+    between, both = _shared(sites)
+    return len(between), len(both)
+
+
+def _shared(sites: Sequence[ClientData]) -> tuple[set[str], set[str]]:
     train = pd.DataFrame(
         [(index, same) for index, site in enumerate(sites) for same in compared(site.train)],
         columns=["client", "text"],
     ).drop_duplicates()
     test = {same for site in sites for same in compared(site.test)}
-    known = train["text"].drop_duplicates()
-    between = train["text"][train["text"].duplicated()].nunique()
-    return int(between), int(known.isin(test).sum())
+    return set(train["text"][train["text"].duplicated()]), test & set(train["text"])
+
+
+def _equal_rows(table: pd.DataFrame, sites: Sequence[ClientData]) -> str:
+    """The rows of the first texts that are in two places, by number; the texts themselves are private."""
+    options = table[OPTIONS].tolist() if OPTIONS in table else None
+    texts = pd.Series(_with_options(table[TEXT].tolist(), options), index=table.index, dtype=object)
+    groups = table[ROW][texts.isin(set.union(*_shared(sites)))].groupby(texts, sort=False)
+    told = ["rows " + " and ".join(map(str, rows[:NAMED])) for _, rows in groups]
+    return ", ".join(told[:NAMED]) + (", ..." if len(told) > NAMED else "")
 
 
 def compared(corpus: Corpus) -> list[str]:
@@ -323,7 +336,8 @@ def _divide(data: Data, seed: int, rows: Rows) -> Division:
     if any(found := overlaps(sites)):
         raise BadValue(
             f"{data.source}: {found[0]} texts are in the training text of more than one client, {found[1]} in training "
-            'and test text: mend the source, or say data.duplicates = "drop" to keep one of each'
+            f"and test text: {_equal_rows(unique, sites)} (from 1, without the header); mend the source, or say "
+            'data.duplicates = "drop" to keep one of each'
         )
     held = sum(len(site.train) + len(site.test) for site in sites)
     dealt = int((owner >= 0).sum())

@@ -22,6 +22,7 @@ from fedsynth.typed import BadValue
 
 TEXT, LABEL, UNIT, CLIENT, HELD = "text", "label", "unit", "client", "held"  # columns of Rows.table; LABEL: any answer
 OPTIONS = "options"
+ROW = "row"
 ATTRIBUTES = "attributes"
 MAX_CHARACTERS = 1_000_000  # of a cell; a longer one has a quote that never closes, or is no text
 
@@ -33,9 +34,10 @@ class Rows:
     Attributes:
         table: One row per example, in the order of the source. `text` and `label` are text; `unit` is the person, or
             the number of the row; `client` is the value of the client column ("" without one); `held` marks test rows
-            (none without `data.test`); with `data.options`, `options` are a row's own ones and `label` is the letter
-            of the right one; with `data.attributes`, `attributes` are a row's values, "" where it has none. Never
-            change it in place: it is cached.
+            (none without `data.test`); `row` is its number in the source, from 1 without the header; with
+            `data.options`, `options` are a row's own ones and `label` is the letter of the right one; with
+            `data.attributes`, `attributes` are a row's values, "" where it has none. Never change it in place: it is
+            cached.
         incomplete: Rows left out because they have no text or no label.
         merged: Spellings of persons and clients that stand for another one (`data.spellings`).
     """
@@ -229,6 +231,7 @@ def rows_of(raw: pd.DataFrame, columns: Columns) -> Rows:
         values = ([value or "" for value in _as_texts(raw[column])] for column in columns.attributes)
         found[ATTRIBUTES] = pd.Series(list(zip(*values, strict=True)), dtype=object)
     whole = found.notna().all(axis=1).to_numpy()
+    found[ROW] = np.arange(1, len(found) + 1)
     if not whole.any():
         needed = " and ".join(map(repr, (*columns.texts, columns.answer)))
         if columns.options:

@@ -12,7 +12,7 @@ import tomli_w
 
 from fedsynth.data.partition import label_list
 from fedsynth.scenario.data import Data
-from fedsynth.scenario.schema import Scenario
+from fedsynth.scenario.schema import Cell, Scenario
 from fedsynth.scenario.task import Task
 from fedsynth.scenario.toml import cells
 from fedsynth.typed import BadValue, build, plain, toml_file
@@ -74,13 +74,30 @@ class Invitation:
         host_and_port(self.address)
 
 
+def check_installed(cell: Cell) -> None:
+    """Checks that an arm's strategy is an installed module.
+
+    Raises:
+        BadValue: If it is a file beside the scenario, which sites cannot read before they agree to it.
+    """
+    if (file := cell.scenario.strategy.file) is not None:
+        raise BadValue(
+            f"arm {cell.arm!r}: strategy.use is the file {str(file)!r}, which simulations alone read: between real "
+            "sites all parties run an installed package; make one of it, and name its module"
+        )
+
+
 def planned(scenario: Scenario) -> Planned:
     """The facts of a scenario for sites.
 
     Raises:
-        BadValue: If its label list is not a public one, or arms list other values of an attribute.
+        BadValue: If its label list is not a public one, a strategy is a file, or arms list other values of an
+            attribute.
     """
-    arms = [cell.scenario for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
+    first = [cell for cell in cells(scenario) if cell.seed == scenario.seeds[0]]
+    for cell in first:
+        check_installed(cell)
+    arms = [cell.scenario for cell in first]
     budgets = [arm.client.budget for arm in arms if arm.client.budget is not None]
     clients = [arm.client for arm in arms]
     models = [name for c in clients for name in (c.generator, c.task_model, *c.task_models, c.embedder)]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsynth.deployment.invitation import public_labels
+from fedsynth.deployment.invitation import check_installed, public_labels
 from fedsynth.deployment.registry import RegisteredSite, sites
 from fedsynth.federation.nodes import Deployment
 from fedsynth.federation.strategy import load_strategy
@@ -57,6 +57,7 @@ def deployed(scenario: Scenario, clients: int) -> Scenario:
     public_labels(resolved.data)
     if resolved.data.pooled:
         raise BadValue(f"arm {cell.arm!r}: data.pooled puts all clients' text in one place, which only a simulator can")
+    check_installed(cell)
     kind, options = load_strategy(resolved.strategy)
     if kind.only_simulated(options):
         raise BadValue(f"arm {cell.arm!r}: {kind.__name__} with these options asks for what no site gives: true texts")

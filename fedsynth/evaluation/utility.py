@@ -55,6 +55,17 @@ def paired_difference(
     Raises:
         ValueError: If the two arms have no (seed, client) in common.
     """
+    found = gaps(metrics, arm, baseline, metric=metric)
+    low, high = bootstrap(found, resamples=resamples, seed=seed)
+    return Difference(float(found.mean()), low, high, float((found > 0).mean()), len(found))
+
+
+def gaps(metrics: pd.DataFrame, arm: str, baseline: str, *, metric: str = "accuracy") -> pd.Series[float]:
+    """The differences of `paired_difference`, by (seed, client).
+
+    Raises:
+        ValueError: If the two arms have no (seed, client) in common.
+    """
     last = metrics.groupby("arm")["round"].transform("max")
     chosen = metrics[(metrics["metric"] == metric) & (metrics["round"] == last)]
     table = chosen.pivot_table(index=["seed", "client"], columns="arm", values="value")
@@ -62,9 +73,7 @@ def paired_difference(
         raise ValueError(
             f"no pairs of arms {arm!r} and {baseline!r} in metric {metric!r}; arms: {sorted(table.columns)}"
         )
-    gaps = (table[arm] - table[baseline]).dropna()
-    low, high = bootstrap(gaps, resamples=resamples, seed=seed)
-    return Difference(float(gaps.mean()), low, high, float((gaps > 0).mean()), len(gaps))
+    return (table[arm] - table[baseline]).dropna()
 
 
 def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import time
+import traceback
+import zlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -274,9 +281,52 @@ def load_strategy(choice: StrategyChoice) -> tuple[type[RoundStrategy[Any]], Any
 def _class(choice: StrategyChoice) -> type[RoundStrategy[Any]]:
     module, _, name = choice.use.partition(":")
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module) if choice.file is None else _module_at(choice.file), name)
+    except ModuleNotFoundError as problem:
+        way_out = "install it, or put its folder on PYTHONPATH; a file mine.py beside the scenario is mine:Class"
+        raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem}): {way_out}") from problem
     except (ImportError, AttributeError) as problem:
         raise BadValue(f"strategy.use: no strategy {choice.use!r} ({problem})") from problem
     if not (isinstance(found, type) and issubclass(found, RoundStrategy)):
         raise BadValue(f"strategy.use: {choice.use!r} is not a RoundStrategy")
     return found
+
+
+def _module_at(file: Path) -> ModuleType:
+    """The module in a file, read again when it changes. At its top it can import modules beside it, none of which
+    takes the place of an installed one.
+
+    Raises:
+        BadValue: If there is no such file, or reading it fails; the message has its line.
+    """
+    if not file.is_file():
+        raise BadValue(f"strategy.use: the file {str(file)!r} is gone: put it there again, or name another strategy")
+    return _module_of(file.absolute(), file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _module_of(file: Path, _: int) -> ModuleType:
+    # A name of its own: `import mine` elsewhere must not find another scenario's file.
+    name = f"{file.stem}_{zlib.crc32(str(file).encode()):08x}"
+    spec = spec_from_file_location(name, file)
+    assert spec is not None  # its name ends with .py
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their annotations up there
+    sys.path.append(str(file.parent))
+    try:
+        spec.loader.exec_module(module)
+    except ImportError:
+        raise
+    except Exception as problem:
+        line = problem.lineno if isinstance(problem, SyntaxError) else _line_in(file, problem)
+        raise BadValue(f"strategy.use: {file}, line {line}: {type(problem).__name__}: {problem}") from problem
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
+
+
+def _line_in(file: Path, problem: BaseException) -> int | None:
+    """The last line of a file that an exception passed."""
+    lines = [frame.lineno for frame in traceback.extract_tb(problem.__traceback__) if frame.filename == str(file)]
+    return lines[-1] if lines else None

@@ -73,6 +73,7 @@ class Forecast:
         worker: Peak bytes of a worker.
         driver: Bytes of all other processes.
         warnings: Lines on resources that will not suffice, and on unknown costs.
+        failures: Errors at which the run would end, each with its arm, type, file and line.
     """
 
     scenario: str
@@ -83,6 +84,7 @@ class Forecast:
     worker: int
     driver: int
     warnings: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         arms, lines = len(self.arms), len(self.warnings)
@@ -121,6 +123,7 @@ class Forecast:
                 "total": self.memory,
             },
             "warnings": list(self.warnings),
+            "failures": list(self.failures),
         }
 
 
@@ -193,8 +196,9 @@ def forecast(
         worker=probed.memory,
         driver=launcher + server + DRIVES + HELD + 2 * largest,  # messages lie at the SuperLink and at their reader
     )
+    failures = tuple(f"arm {arm!r} would fail: {r.failed}" for arm, r in found.items() if r.failed is not None)
     warnings += _will_not_fit(scenario, made, found, place or Path.cwd())
-    return replace(made, warnings=tuple(dict.fromkeys(warnings)))
+    return replace(made, warnings=tuple(dict.fromkeys(warnings)), failures=failures)
 
 
 def _same_work(planned: Sequence[Cell]) -> dict[str, str]:

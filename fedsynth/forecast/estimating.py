@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,15 @@ from fedsynth.training.engine import Engine
 from fedsynth.training.sft import Descent
 
 # A call's sample grows up to these seconds of work, of all threads: a whole batch shows its memory.
-WHOLE = 2.5
+WHOLE = 1.0
+COUNTED = 256  # prompts whose tokens are counted; those of further ones follow from their characters
 
 FEW_TEXTS = 4  # of the first sample of a model that writes
 
 FITTING = 0.87  # share of an LLM's texts that fit their label (docs/results.md: .87 and .88 on banking77)
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -129,12 +133,12 @@ class SampledLLM:
     def complete(self, prompts: Sequence[Prompt], sampling: SamplingParams, *, seed: int) -> list[str]:
         """As `TextModel`."""
         with self.tally.aside():
-            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind)
-            lengths = self._lengths(tokens, sampling.max_new_tokens, "fewer or shorter demonstrations")
+            lengths = self._lengths(prompts, None, sampling.max_new_tokens, "fewer or shorter demonstrations")
             if not prompts:
                 return []
-            # Neighbours in the order of their tokens share as much of a beginning as the rows of a whole batch do.
-            order, lanes = sorted(range(len(prompts)), key=tokens.__getitem__), self._lanes(len(prompts))
+            # Neighbours in the order of their text share as much of a beginning as the rows of a whole batch do.
+            said, lanes = list(map(_said, prompts)), self._lanes(len(prompts))
+            order = sorted(range(len(prompts)), key=said.__getitem__)
 
             def sample(n: int) -> list[Any]:
                 start = (len(order) - n) // 2
@@ -151,7 +155,7 @@ class SampledLLM:
             tally.answered.add(asked)
             pool = vocabulary(known)
             texts = [varied(known[i % len(known)], pool, tally.labels, tally.rng) for i in range(len(prompts))]
-            written = sum(map(len, text_rows(self.llm.tokenizer, texts)))
+            written = sum(_counted(texts, len, lambda some: map(len, text_rows(self.llm.tokenizer, some))))
             tally.written += written
             self.used.written += written
             return texts
@@ -160,8 +164,7 @@ class SampledLLM:
         """As `TextModel`. Consecutive pairs of one text are compared with each other: they are sampled, or made up,
         together."""
         with self.tally.aside():
-            tokens = given_rows(self.llm.tokenizer, prompts, self.llm.kind, continuations)
-            lengths = self._lengths(tokens, 0, "shorter texts")
+            lengths = self._lengths(prompts, continuations, 0, "shorter texts")
             groups = [[i for i, _ in rows] for _, rows in groupby(enumerate(continuations), key=lambda item: item[1])]
             if not groups:
                 return []
@@ -183,12 +186,27 @@ class SampledLLM:
     def misfits(
         self, prompts: Sequence[Prompt], more: int = 0, continuations: Sequence[str] | None = None
     ) -> list[str | None]:
-        """As the model itself says."""
+        """As the model itself says; where the longest texts fit, the others are taken to."""
+        texts = [""] * len(prompts) if continuations is None else continuations
+        sizes = [len(_said(prompt)) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+        longest = sorted(range(len(sizes)), key=sizes.__getitem__)[-COUNTED:]
+        of_text = None if continuations is None else [texts[row] for row in longest]
+        if not any(self.llm.misfits([prompts[row] for row in longest], more, of_text)):
+            return [None] * len(prompts)
         return self.llm.misfits(prompts, more, continuations)
 
-    def _lengths(self, rows: Sequence[Sequence[int]], more: int, way_out: str) -> list[int]:
-        """Number of tokens of each row, counted as read; raises as the model does if they leave no room."""
-        lengths = [len(row) for row in rows]
+    def _lengths(
+        self, prompts: Sequence[Prompt], continuations: Sequence[str] | None, more: int, way_out: str
+    ) -> list[int]:
+        """Number of tokens of each prompt, counted as read; raises as the model does if they leave no room."""
+        texts = [""] * len(prompts) if continuations is None else continuations
+
+        def tokens(some: Sequence[tuple[Prompt, str]]) -> Iterator[int]:
+            asked, after = zip(*some, strict=True)
+            return map(len, given_rows(self.llm.tokenizer, asked, self.llm.kind, after))
+
+        pairs = list(zip(prompts, texts, strict=True))
+        lengths = _counted(pairs, lambda pair: len(_said(pair[0])) + len(pair[1]), tokens)
         self.llm.check_room(lengths, more, way_out=way_out)
         self.tally.read += sum(lengths)
         self.used.read += sum(lengths)
@@ -248,6 +266,31 @@ class SampledEngine(Engine):
         key = ("tune", _size(asked.model), settings, guard is not None and guard.weight > 0, len(rows) < settings.batch)
         with self.tally.aside():
             return float(self.tally.add(key, steps, sample, 16)[0])
+
+
+def _said(prompt: Prompt) -> str:
+    """The words of a prompt, without the marks of a chat."""
+    return "\n".join(turn["content"] for turn in prompt.messages) if isinstance(prompt, Chat) else prompt
+
+
+def _counted(items: Sequence[T], size: Callable[[T], int], count: Callable[[list[T]], Iterable[int]]) -> list[int]:
+    """Tokens of each item: counted of at most `COUNTED` items of all sizes, and between these by a line.
+
+    Args:
+        items: Texts, or what holds them.
+        size: An item's characters.
+        count: Tokens of each of some items.
+    """
+    if len(items) <= COUNTED:
+        return list(count(list(items))) if items else []
+    sizes = np.array([size(item) for item in items])
+    order = np.argsort(sizes, kind="stable")
+    some = order[np.linspace(0, len(items) - 1, COUNTED).astype(int)]
+    found = np.array(list(count([items[row] for row in some])), dtype=float)
+    # Texts of one size have other numbers of tokens: a line through all keeps the sum, neighbours alone would not.
+    apart = sizes[some] - sizes[some].mean()
+    slope = float(apart @ found / (apart @ apart)) if apart.any() else 0.0
+    return [max(1, round(float(found.mean() + slope * own))) for own in sizes - sizes[some].mean()]
 
 
 def _magnitude(lengths: Sequence[int]) -> int:
@@ -312,8 +355,7 @@ class EndpointStub:
 
 
 def _roughly(text: Prompt) -> int:
-    size = sum(len(turn["content"]) for turn in text.messages) if isinstance(text, Chat) else len(text)
-    return -(-size // 4)  # characters of a token, the endpoint's tokenizer is not known here
+    return -(-len(_said(text)) // 4)  # characters of a token, the endpoint's tokenizer is not known here
 
 
 def server_models(cell: Cell, labels: Sequence[str], tally: Tally, models: dict[Any, Any]) -> tuple[Any, Any, Any]:

@@ -1,8 +1,8 @@
 """A stand-in for a worker: it measures the seconds and memory of each kind of a client's work on dummy text.
 
 `python -m fedsynth.forecast.profiling` reads one JSON object from standard input and writes one to standard output. Its
-process has a worker's environment and imports, so that its costs are a worker's. As many of them measure side by side
-as workers will run: cores share memory and its bandwidth.
+process has a worker's environment and imports, so that its costs are a worker's. It forks: as many of them measure side
+by side as workers will run, as cores share memory and its bandwidth, and the imports are made once.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
@@ -42,7 +43,7 @@ Kind = Literal[
     "plan", "step", "own_step", "scorer_step", "sample", "demonstrated", "rate", "choose", "respond", "fit", "read"
 ]
 SEED = 0x0D127E87  # of dummy text; no run has it, as runs' seeds are small numbers
-LONG_ENOUGH = 1.0  # seconds of a measurement; a longer one would be hardly better
+LONG_ENOUGH = 0.5  # seconds of a measurement; a longer one would be hardly better
 WRITING = ("sample", "demonstrated", "respond")  # a text costs far less in a batch than alone
 FEW = 8  # texts of the smallest batch that is measured
 
@@ -441,17 +442,22 @@ def main() -> None:
     from fedsynth.models.devices import one_thread
 
     one_thread()
-    imported, begun = time.process_time(), scheduled()
+    imported = time.process_time()
     asked = json.load(sys.stdin)
-    scenario = from_toml(asked["scenario"])
+    side_by_side = asked["processes"]
+    with ProcessPoolExecutor(side_by_side, get_context("fork")) as pool:
+        said = list(pool.map(_all_measured, [asked] * side_by_side))
+    print(json.dumps([{**each, "imported": imported} for each in said]), flush=True)
+
+
+def _all_measured(asked: Mapping[str, Any]) -> dict[str, Any]:
+    begun, scenario = scheduled(), from_toml(asked["scenario"])
     known = {cell.arm: cell for cell in reversed(cells(scenario))}
     found = []
     for item in asked["units"]:
         unit = build(Unit, item["unit"])
         found.append(plain(measured(known[unit.arm], unit, item["most"], asked["lengths"][unit.arm])))
-    held = peak_memory()
-    said = {"costs": found, "imported": imported, "waiting": waiting(begun), "memory": held}
-    print(json.dumps(said), flush=True)
+    return {"costs": found, "waiting": waiting(begun), "memory": peak_memory()}
 
 
 # ---- In the asking process -------------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ class ProbeFailed(LaunchFailed):
 
 
 def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequence[int]], processes: int) -> Probed:
-    """Starts stand-ins that measure side by side.
+    """Starts stand-ins that measure side by side, and awaits them.
 
     Args:
         scenario: The scenario with all arms that run.
@@ -478,33 +484,21 @@ def probe(scenario: Any, units: Mapping[Unit, int], lengths: Mapping[str, Sequen
             "scenario": to_toml(scenario),
             "units": [{"unit": plain(unit), "most": most} for unit, most in units.items()],
             "lengths": {arm: list(each) for arm, each in lengths.items()},
+            "processes": processes,
         }
     )
-    environment = {**KEEPING, **os.environ, "OMP_NUM_THREADS": "1"}
-    standing = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", "fedsynth.forecast.profiling"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for _ in range(processes)
-    ]
-    try:
-        with ThreadPoolExecutor(processes) as pool:
-            said = list(pool.map(lambda each: each.communicate(asked), standing))
-    finally:
-        for each in standing:
-            each.kill()
-            each.wait()
-    answers = []
-    for out, words in said:
-        if not out.strip():
-            last = (words.strip().splitlines() or ["no word"])[-1]
-            raise ProbeFailed(f"what stands in for a worker ended early: {last}")
-        answers.append(json.loads(out.splitlines()[-1]))
+    standing = subprocess.run(
+        [sys.executable, "-P", "-m", "fedsynth.forecast.profiling"],
+        input=asked,
+        capture_output=True,
+        env={**KEEPING, **os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        check=False,
+    )
+    if not standing.stdout.strip():
+        last = (standing.stderr.strip().splitlines() or ["no word"])[-1]
+        raise ProbeFailed(f"what stands in for a worker ended early: {last}")
+    answers = json.loads(standing.stdout.splitlines()[-1])
     costs = {
         unit: Cost(*(mean(answer["costs"][place][name] for answer in answers) for name in ("first", "each")))
         for place, unit in enumerate(units)

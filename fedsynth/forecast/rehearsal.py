@@ -6,6 +6,8 @@ timed sample of their work. So no method, not even a user's own, needs a table o
 
 from __future__ import annotations
 
+import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -49,6 +51,8 @@ from fedsynth.forecast.profiling import busy, dummy_site
 from fedsynth.forecast.work import WORK, Facts, Work, facts_of
 from fedsynth.lora import Adapter, only_b
 from fedsynth.models.devices import one_thread
+from fedsynth.models.encoding import text_rows
+from fedsynth.models.loading import load_tokenizer
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.plan import DPPlan
 from fedsynth.privacy.statement import Statement, statement
@@ -195,7 +199,7 @@ class _Answering(Clients):
             more = range(per_label - len(own))
             texts += [varied(own[k % len(own)], words, kept_words(of.labels), rng) for k in more]
         labels = tuple(label for label in of.labels for _ in range(per_label))
-        return Corpus(tuple(texts), labels, Provenance.PUBLIC)
+        return Corpus(tuple(_no_longer(of.client.generator, texts, longest)), labels, Provenance.PUBLIC)
 
     def _statement(self, client: int, kind: type[Request[Any]] = Synthesize) -> Statement:
         """As `ClientSide.statement`: for all planned rounds, or more if the strategy asks for more."""
@@ -216,6 +220,16 @@ class _Answering(Clients):
         settings = of.client.voting if votes else training
         cohort = of.client.secure_sum if votes else None
         return statement_of(charged, unit, settings.rows_per_unit, cohort)
+
+
+def _no_longer(model: str, texts: Sequence[str], longest: int) -> list[str]:
+    """The texts, cut to what a generator can write: other words may be more tokens than those they replace."""
+    tokenizer = load_tokenizer(model)
+    rows = text_rows(tokenizer, texts)
+    return [
+        text if len(row) <= longest else str(tokenizer.decode(row[:longest])).strip()
+        for text, row in zip(texts, rows, strict=True)
+    ]
 
 
 @lru_cache(maxsize=4096)
@@ -250,6 +264,7 @@ class Rehearsed:
         delta: Likewise.
         plans: By client, the charged plans, each with its number of rounds.
         noted: Lines for the user: rounds that were not rehearsed, requests with unknown costs.
+        failed: The error at which the run would end, with its type, file and line; None without one.
     """
 
     exchanges: tuple[Exchange, ...]
@@ -264,6 +279,7 @@ class Rehearsed:
     delta: float | None
     plans: Mapping[int, Mapping[DPPlan, int]]
     noted: tuple[str, ...]
+    failed: str | None = None
 
 
 def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, Any]) -> Rehearsed:
@@ -286,6 +302,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     clients = _Answering(None, nodes, cell, "simulated", labels, run_log, facts=facts, lengths=lengths)  # type: ignore[arg-type]  # no grid is asked
     clients.trained = known.setdefault("trained", set())
     noted: list[str] = []
+    failed: str | None = None
 
     kind, config = load_strategy(cell.scenario.strategy)
     clients.begun = begun = busy()
@@ -300,7 +317,7 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
     except Unforeseen as problem:
         noted.append(f"{problem}: what comes after it is left out")
     except Exception as problem:  # the strategy or a model raised it, as in the run
-        noted.append(f"the run would fail: {problem}")
+        failed = _told(problem, sys.modules[kind.__module__].__file__)
     own = busy() - begun - tally.spent - clients.spent
     whole = _with_missing_rounds(clients.exchanges, run_log.round, cell.scenario.rounds, noted)
     done = max(1, len({e.number for e in clients.exchanges}))
@@ -320,7 +337,15 @@ def rehearse(cell: Cell, folder: Path, lengths: Sequence[int], known: dict[Any, 
         delta=None if guarantee == "none" else max((s.delta for s in run_log.spending.values()), default=0.0),
         plans=clients.plans,
         noted=tuple(noted),
+        failed=failed,
     )
+
+
+def _told(problem: Exception, method: str | None) -> str:
+    """An error's type and words, and the line that raised it: the method's own if it took part."""
+    frames = traceback.extract_tb(problem.__traceback__)
+    at = next((frame for frame in reversed(frames) if frame.filename == method), frames[-1])
+    return f"{type(problem).__name__}: {problem} ({at.filename}, line {at.lineno}, in {at.name})"
 
 
 def _with_missing_rounds(found: list[Exchange], at: int, rounds: int, noted: list[str]) -> list[Exchange]:

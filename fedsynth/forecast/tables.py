@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.federation.run.privacy_report import up
@@ -33,3 +34,5 @@ def print_forecast(console: Console, made: Forecast) -> None:
     )
     for line in made.warnings:
         warn(console, line)
+    for line in made.failures:
+        console.print(f"[red]error:[/] {escape(line)}", soft_wrap=True)

@@ -210,7 +210,7 @@ def plan(
     if max_noise_multiplier > MAX_SIGMA:
         raise ValueError(f"max_noise_multiplier must be at most {MAX_SIGMA:g}, got {max_noise_multiplier:g}")
     search = _smallest_by_rdp if mechanism in BY_RDP else _smallest_sigma
-    sought = _Sought(budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, *_sorted(beside))
+    sought = _Sought(budget.epsilon, budget.delta, draft.sampling_rate, draft.total_steps, *pieces_of(beside))
     sigma = search(sought, math.floor(max_noise_multiplier * 1000))
     if sigma is None:
         needed = _noise_beyond(sought, max_noise_multiplier)
@@ -250,13 +250,13 @@ def composed_epsilon(plans: Iterable[DPPlan], delta: float, *, relation: Relatio
     coarser one where that would take minutes; beyond, and for mechanisms of `BY_RDP`, the larger bound by RDP.
     """
     _check_delta(delta)
-    return _cost(_sorted(plans, 2.0 if relation == "replace_one" else 1.0), delta, relation)
+    return _cost(pieces_of(plans, 2.0 if relation == "replace_one" else 1.0), delta, relation)
 
 
 Pieces = tuple[tuple[float, float, int], ...]  # (sampling rate, sigma, steps) of each kind of step
 
 
-def _sorted(plans: Iterable[DPPlan], apart: float = 1.0) -> tuple[Pieces, Pieces]:
+def pieces_of(plans: Iterable[DPPlan], apart: float = 1.0) -> tuple[Pieces, Pieces]:
     """The steps of plans whose privacy loss distributions are known, and those of mechanisms of `BY_RDP`.
 
     Args:
@@ -275,7 +275,7 @@ def _sorted(plans: Iterable[DPPlan], apart: float = 1.0) -> tuple[Pieces, Pieces
 
 
 def _cost(pieces: tuple[Pieces, Pieces], delta: float, relation: Relation) -> float:
-    """Epsilon of pieces of both kinds, as `_sorted` gives them."""
+    """Epsilon of pieces of both kinds, as `pieces_of` gives them."""
     exact, rough = pieces
     if not rough:
         return _composed(exact, delta, relation)
@@ -308,7 +308,7 @@ def group_epsilon(plans: DPPlan | Sequence[DPPlan], size: int, delta: float) -> 
     if size == 1:
         return composed_epsilon(whole, delta)
     sizes = {min(size, plan.records) for plan in whole if plan.mechanism not in BY_RDP}
-    exact, rough = _sorted(whole)
+    exact, rough = pieces_of(whole)
     if not rough:
         return _group(max(sizes), exact, delta)
     # All units take part in a sum, and together they move it by `size`.
@@ -333,18 +333,28 @@ def _composed(pieces: Pieces, delta: float, relation: Relation) -> float:
     if relation == "replace_one" and all(rate == 1.0 for rate, *_ in pieces):
         # Without sampling a unit that is replaced by another is an empty one under half the noise.
         return _composed(tuple((rate, sigma / 2, count) for rate, sigma, count in pieces), delta, "zero_out")
+    roughly, grid = bound(pieces, delta), grid_of(pieces, delta)
+    if grid is None:
+        return roughly if relation == "zero_out" else math.inf
+    found = event_epsilon(event_of(pieces), delta, relation=relation, grid=grid)
+    return min(found, roughly) if relation == "zero_out" else found
+
+
+def grid_of(pieces: Pieces, delta: float) -> float | None:
+    """The grid of the pieces' privacy losses for an epsilon at `delta`; None if only RDP is quick enough."""
     roughly, steps = bound(pieces, delta), sum(count for *_, count in pieces)
     close = math.sqrt(ROUNDED * roughly / growth(max(roughly, FINE), steps, delta))
     affordable = max(roughly / _LOSSES, *(_largest_loss(sigma) / _STEP_LOSSES for _, sigma, _ in pieces))
     grid = max(min(max(close, FINE), ROUGH), affordable)
     many = len(pieces) > _MOST_KINDS or steps > 10 * MAX_STEPS
-    if many or grid > _USELESS:
-        return roughly if relation == "zero_out" else math.inf
+    return None if many or grid > _USELESS else grid
+
+
+def event_of(pieces: Pieces) -> dp_event.DpEvent:
+    """The pieces as one event of dp-accounting."""
     from dp_accounting import dp_event
 
-    whole = dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces])
-    found = event_epsilon(whole, delta, relation=relation, grid=grid)
-    return min(found, roughly) if relation == "zero_out" else found
+    return dp_event.ComposedDpEvent([_steps_event(*p) for p in pieces])
 
 
 def growth(epsilon: float, steps: int, delta: float) -> float:
@@ -365,6 +375,12 @@ def _largest_loss(sigma: float) -> float:
 
 @functools.cache
 def _group(size: int, pieces: Pieces, delta: float) -> float:
+    grid = group_grid_of(size, pieces, delta)
+    return math.inf if grid is None else event_epsilon(group_event_of(size, pieces), delta, grid=grid)
+
+
+def group_event_of(size: int, pieces: Pieces) -> dp_event.DpEvent:
+    """The pieces as one event of dp-accounting, for `size` rows of one person (`group_epsilon`)."""
     from dp_accounting import dp_event
     from scipy.stats import binom
 
@@ -374,13 +390,16 @@ def _group(size: int, pieces: Pieces, delta: float) -> float:
         chances = [float(binom.pmf(k, size, sampling_rate)) for k in drawn]
         step = dp_event.MixtureOfGaussiansDpEvent(sigma, [float(k) for k in drawn], chances)
         parts.append(dp_event.SelfComposedDpEvent(step, steps))
+    return dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0]
+
+
+def group_grid_of(size: int, pieces: Pieces, delta: float) -> float | None:
+    """The grid of the privacy losses of `size` rows; None if it would be too coarse to be of use."""
     # The error grows with steps * grid^2, and epsilon with the rows: at most half a percent, upwards, for 10 rows and
     # 1,563 steps (measured against a grid that does not grow with the rows, in 0.25 of its time).
     steps = sum(count for *_, count in pieces)
     grid = max(ROUGH * size / 2 * min(1.0, math.sqrt(60 / steps)), size * bound(pieces, delta) / _LOSSES)
-    if grid > _USELESS:
-        return math.inf
-    return event_epsilon(dp_event.ComposedDpEvent(parts) if len(parts) > 1 else parts[0], delta, grid=grid)
+    return None if grid > _USELESS else grid
 
 
 @dataclass(frozen=True)

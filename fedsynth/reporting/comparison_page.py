@@ -295,7 +295,7 @@ def _costs(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
             where = _part("cost", row["scenario"], row["epsilon"])
             spent = [figures.row(where, said, "total", Where(arm=row["arm"])) for said in COSTS.values()]
             epsilon = figures.bound(spent[0], 3) if row["epsilon_stated"] else "-"
-            said = "nothing released" if row["epsilon_stated"] == 0 else row["guarantee"]
+            said = "nothing is released" if row["epsilon_stated"] == 0 else row["guarantee"]
             cells = [figures.number(place, 0) for place in spent[2:]]
             budget = "-" if row["epsilon"] is None else f"{row['epsilon']:g}"
             rows.append([row["scenario"], row["arm"], budget, said, epsilon, *cells])

@@ -151,6 +151,7 @@ class Page:
     Attributes:
         title: Title of the page.
         lead: One or two sentences under the title.
+        verdict: The conclusion, a sentence each; the first two are what a reader takes away.
         banner: A line on the permitted readers.
         sections: The sections in order.
         table: Name of the file that holds the figures.
@@ -163,6 +164,7 @@ class Page:
     sections: Sequence[Section]
     table: str
     private: bool = False
+    verdict: Sequence[Cell] = ()
 
 
 def render(page: Page) -> str:

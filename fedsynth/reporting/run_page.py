@@ -8,6 +8,7 @@ from dataclasses import replace
 from string import Formatter
 from typing import Any
 
+from fedsynth.evaluation.lines import WORDS as LINES
 from fedsynth.federation.run.egress import WORDS
 from fedsynth.reporting import figures as draw
 from fedsynth.reporting.audit_section import audit_section
@@ -27,6 +28,7 @@ from fedsynth.reporting.page import (
     Table,
     listed,
 )
+from fedsynth.reporting.risk_section import risk_section
 from fedsynth.reporting.statistics import HELD_OUT, SENT, Figures, Where
 from fedsynth.reporting.text_section import examples, text_section
 
@@ -55,8 +57,10 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     sections = [
         Section("Summary", "summary", _summary(figures, report, metrics)),
         Section("Before you quote a number", "warnings", [Items([(w, t) for w, t in report["warnings"]])]),
-        Section("Privacy", "privacy", _privacy(figures, report)),
     ]
+    if figures.metrics("risk"):
+        sections.append(Section("What epsilon means here", "risk", risk_section(figures, report["privacy"])))
+    sections.append(Section("Privacy", "privacy", _privacy(figures, report)))
     if audited := report.get("audit"):  # as for judgements
         sections.append(Section("Audit", "audit", audit_section(audited)))
     if metrics:
@@ -94,7 +98,25 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
         "figures. No private text was read for it."
     )
-    return Page(f"Run report: {run['name']}", lead, banner, sections, table)
+    said = [_statement(figures, place, words) for place, words in enumerate(report.get("verdict", ()))]
+    return Page(f"Run report: {run['name']}", lead, banner, sections, table, verdict=said)
+
+
+def _statement(figures: Figures, place: int, words: str) -> Cell:
+    """A sentence of the verdict, every number with its row; each number's format stands in the words."""
+    parts: list[Cell] = []
+    for text, name, form, _ in Formatter().parse(words):
+        parts.append(text)
+        if name is not None:
+            row = figures.row("verdict", f"{place}/{name}", "value")
+            parts.append(figures.number(row, int((form or ".3f").strip("+.f")), sign="+" in (form or "")))
+    return _joined(*parts)
+
+
+def _lines(figures: Figures, metric: str, columns: int) -> list[list[Cell]]:
+    """Rows below a table of arms: the figures that need no model."""
+    found = [(words, figures.row("line", f"{line}/{metric}", "mean")) for line, words in LINES.items()]
+    return [[f"({words})", figures.number(row), *["-"] * (columns - 2)] for words, row in found if row is not None]
 
 
 def _judged(judged: Sequence[Mapping[str, Any]]) -> list[Block]:
@@ -193,6 +215,7 @@ def _summary(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
         blocks.append(Plots([p for p in plots if p is not None]))
     words = frozenset({0, len(heads), len(heads) + 2})
     heads += ["guarantee", "epsilon", *(["left by filters"] if lost else [])]
+    rows += _lines(figures, main, len(heads)) if main else []
     return [*blocks, Table(heads, rows, note=note, words=words)]
 
 
@@ -337,6 +360,8 @@ def _utility(figures: Figures, report: Mapping[str, Any], metrics: Sequence[str]
                 _interval(figures, "utility", metric, arm),
             ]
             rows.append([*row, *([figures.spread("utility", metric + HELD_OUT, arm)] if held else [])])
+        for name, value, *rest in _lines(figures, metric, 4 + held):
+            rows.append([name, _name(metric), value, *rest[1:]])
     heads = ["arm", "metric", "mean ± deviation", "95 % interval", *(["held-out clients"] if held else [])]
     blocks: list[Block] = [Table(heads, rows, "After the last round", words=frozenset({0, 1}))]
     rows = []

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from fedsynth.audit import FILE as AUDIT
+from fedsynth.federation.run.conclusion import concluded
 from fedsynth.federation.run.egress import egress_of
 from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
@@ -21,6 +22,7 @@ from fedsynth.pretraining.public_text import labelled, sample
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
+from fedsynth.reporting.risk_section import add_rates
 from fedsynth.reporting.run_page import page
 from fedsynth.reporting.statistics import (
     Figures,
@@ -28,11 +30,13 @@ from fedsynth.reporting.statistics import (
     add_curves,
     add_differences,
     add_egress,
+    add_lines,
     add_losses,
     add_privacy,
     add_server,
     add_times,
     add_utility,
+    add_verdict,
     add_yields,
 )
 from fedsynth.reporting.texts import (
@@ -93,8 +97,12 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
     figures.add("run", "rounds", "value", scenario.rounds)
     figures.add("run", "seconds", "value", _json(out / "summary.json", needed=False).get("seconds"))
     add_privacy(figures, privacy)
+    add_rates(figures, privacy, int(metrics["seed"].nunique()))
     add_utility(figures, metrics, tuned_on)
+    add_lines(figures, metrics)
     add_differences(figures, metrics, alike, baseline, tuned_on)
+    found = concluded(scenario, metrics, {arm: _epsilon(privacy.get(arm, {})) for arm in arms})
+    add_verdict(figures, found)
     add_curves(figures, metrics)
     add_yields(figures, metrics)
     lost = losses(metrics)
@@ -130,6 +138,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "arms": arms,
         "pooled": apart,
         "baseline": baseline,
+        "verdict": [statement.words for statement in found.statements],
         "privacy": privacy,
         "losses": {arm: [{"what": loss.what, "words": loss.words} for loss in own] for arm, own in lost.items()},
         "warnings": cautions(figures, privacy, metrics, scenario, arms, apart),
@@ -139,6 +148,11 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "audit": _json(out / AUDIT, needed=False),
         "rows": [_row(row) for row in figures.rows],
     }
+
+
+def _epsilon(said: Mapping[str, Any]) -> float | None:
+    """0 if an arm released nothing, None without a guarantee."""
+    return None if said.get("guarantee") == "none" else float(said.get("largest_over_clients", {}).get("epsilon", 0.0))
 
 
 def read_scenario(out: Path) -> Scenario:

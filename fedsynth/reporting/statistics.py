@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 import pandas as pd
 
+from fedsynth.evaluation.lines import CHANCE, MAJORITY, recorded
 from fedsynth.evaluation.utility import bootstrap, paired_difference
+from fedsynth.evaluation.verdict import Verdict
 from fedsynth.federation.run.egress import Sent
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.privacy_report import OF_MECHANISM, up
@@ -154,6 +156,20 @@ def add_utility(figures: Figures, metrics: pd.DataFrame, tuned_on: Sequence[int]
                 _add_mean(figures, "client", metric, own["value"], arm=str(arm), client=_whole(client))
 
 
+def add_lines(figures: Figures, metrics: pd.DataFrame) -> None:
+    """Adds the lines of the test labels: means over clients and seeds, as `evaluation.lines.recorded` has them."""
+    for metric in task_metrics(metrics):
+        for line in (CHANCE, MAJORITY):
+            figures.add("line", f"{line}/{metric}", "mean", recorded(metrics, metric, line))
+
+
+def add_verdict(figures: Figures, found: Verdict) -> None:
+    """Adds the numbers of the verdict's sentences."""
+    for place, statement in enumerate(found.statements):
+        for name, value in statement.numbers.items():
+            figures.add("verdict", f"{place}/{name}", "value", value)
+
+
 def add_curves(figures: Figures, metrics: pd.DataFrame) -> None:
     """Adds the same means round by round, for arms of several rounds."""
     for metric in task_metrics(metrics):
@@ -269,7 +285,7 @@ def add_server(figures: Figures, metrics: pd.DataFrame) -> None:
 
     Of a figure taken before each round (`_before`), the first round's is the start.
     """
-    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/tokens", "exchange/")
+    known = ("yield/", "bytes/", "seconds/", "privacy/", "llm/tokens", "exchange/", f"{CHANCE}/", f"{MAJORITY}/")
     before, last = metrics[metrics["metric"].str.endswith(BEFORE)], last_rounds(metrics)
     first = before[before["round"] == before.groupby(["arm", "metric"])["round"].transform("min")]
     rows = pd.concat([last[~last["metric"].str.endswith(BEFORE)], first])

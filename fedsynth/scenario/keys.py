@@ -43,8 +43,9 @@ def keys(kind: type = Scenario, table: str = "") -> Iterator[Key]:
                 "strategy.use",
                 "text",
                 "-",
-                "The strategy's class, as module:Class; all other keys of the table "
-                "are its options (docs/methods, docs/your-own-strategy.md).",
+                "The strategy's class, as module:Class. A module without a package is looked for beside the scenario "
+                "and in the working directory before it is imported, and a run keeps the path of its file. All other "
+                "keys of the table are its options (docs/methods, docs/your-own-strategy.md).",
             )
         elif inner is not None and field.name not in ("llm", "professional"):
             yield from keys(typing.cast(type, inner), f"{name}.")

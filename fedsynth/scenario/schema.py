@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from fedsynth.limits import MAX_STEPS
@@ -17,14 +18,25 @@ from fedsynth.typed import BadValue, Count, Range, Share, in_range
 
 @dataclass(frozen=True)
 class StrategyChoice:
-    """The strategy that runs: an importable class, and the options of its `Config`."""
+    """The strategy that runs: a class, and the options of its `Config`.
+
+    Attributes:
+        use: `package.module:Class`, importable; or `FILE.py:Class`, which simulations read and real sites refuse.
+        options: Values of the class's `Config`.
+    """
 
     use: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.use.count(":") != 1:
-            raise BadValue(f'strategy.use must read "package.module:Class", got {self.use!r}')
+            raise BadValue(f'strategy.use must read "package.module:Class" or "FILE.py:Class", got {self.use!r}')
+
+    @property
+    def file(self) -> Path | None:
+        """The file of a strategy that is no installed module: it runs on the machine of a simulation alone."""
+        module = self.use.partition(":")[0]
+        return Path(module) if module.endswith(".py") else None
 
 
 @dataclass(frozen=True)

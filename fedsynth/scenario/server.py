@@ -153,6 +153,15 @@ class Server:
 
     def __post_init__(self) -> None:
         in_range(self, "server")
+        for key in ("llm", "professional", "embedder"):
+            named = getattr(self, key)
+            if isinstance(named, str) and named.startswith(("http://", "https://")):
+                # Not repeated: a password or a key may stand in it.
+                table = '{ endpoint = "http://HOST:PORT/v1", model = "NAME", api = "chat" }'
+                way_out = (
+                    f"write server.{key} = {table}" if key != "embedder" else "an endpoint embeds no text: name a model"
+                )
+                raise BadValue(f"server.{key} is an address, not a model's name: {way_out} (docs/endpoints.md)")
         placed = [key for key in ("device_map", "quantization") if getattr(self, key) != "none"]
         if placed and self.adapter is not None:
             raise BadValue(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -431,8 +432,17 @@ def parted(label: str) -> str:
     return " ".join(re.sub("[_-]", " ", words).split()) or label
 
 
-def proposed(labels: Sequence[str], attributes: Mapping[str, Sequence[str]] = MappingProxyType({})) -> str:
+def proposed(
+    labels: Sequence[str],
+    attributes: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    column: str = "",
+) -> str:
     """A first card as TOML, to be improved by hand: each label, and each value of attributes, with its words parted.
+
+    Args:
+        labels: The class names.
+        attributes: Column -> its values.
+        column: Name of the labels' column: a number alone says nothing, "stars 5" does.
 
     >>> print(proposed(["pin_blocked"]))
     # Language models are told this. All of it is public: write nothing that you read in private text.
@@ -448,11 +458,29 @@ def proposed(labels: Sequence[str], attributes: Mapping[str, Sequence[str]] = Ma
     noun = 'noun = ""     # what one text is, with its article, as "a message of a customer"\n'
     head = _HEAD.replace("style =", f"{noun}style =")
     lines = [head, "[task.labels]"]
-    lines += [f'{_toml(label)} = {{ wording = {_toml(parted(label))}, description = "" }}' for label in labels]
+    lines += [
+        f'{_toml(label)} = {{ wording = {_toml(words)}, description = "" }}' for label, words in worded(labels, column)
+    ]
     for column, values in attributes.items():
         lines += ["", f"[task.attributes.{_toml(column)}.values]"]
         lines += [f"{_toml(value)} = {_toml(f'{column} {parted(value)}')}" for value in values]
     return "".join(f"{line}\n" for line in lines)
+
+
+def worded(labels: Sequence[str], column: str = "") -> list[tuple[str, str]]:
+    """Each label with its words parted; where two would be put alike, both as they are.
+
+    >>> worded(["pin_blocked", "a_b", "a-b"])
+    [('pin_blocked', 'pin blocked'), ('a_b', 'a_b'), ('a-b', 'a-b')]
+    >>> worded(["1", "5"], "stars")
+    [('1', 'stars 1'), ('5', 'stars 5')]
+    """
+    first = {
+        label: f"{parted(column)} {label}" if column and not any(map(str.isalpha, label)) else parted(label)
+        for label in labels
+    }
+    taken = Counter(words.casefold() for words in first.values())
+    return [(label, words if taken[words.casefold()] == 1 else label) for label, words in first.items()]
 
 
 _HEAD = """# Language models are told this. All of it is public: write nothing that you read in private text.

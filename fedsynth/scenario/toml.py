@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import tomli_w
 
 from fedsynth.scenario.earlier_keys import as_of_now
 from fedsynth.scenario.schema import Cell, Scenario
-from fedsynth.typed import BadValue, build, plain, toml_file, toml_table
+from fedsynth.typed import BadValue, UnknownKey, build, nearest, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -25,7 +26,10 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
     if isinstance(choice, Mapping):
         choice = dict(choice)
         tree["strategy"] = {"use": choice.pop("use", ""), "options": choice}
-    scenario = build(Scenario, tree)
+    try:
+        scenario = build(Scenario, tree)
+    except UnknownKey as problem:
+        raise BadValue(f"{problem}{elsewhere(problem.key)}") from problem
     for arm, overrides in scenario.arms.items():
         try:
             _override(scenario, overrides)
@@ -37,6 +41,18 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
         except BadValue as problem:
             raise BadValue(f"[quick] {problem}") from problem
     return scenario
+
+
+def elsewhere(key: str) -> str:
+    """Where a key stands whose table was left out or taken for another one, to be added to a message; "" for no key.
+
+    >>> elsewhere("epsilon")
+    "; 'epsilon' stands in client.budget.epsilon"
+    """
+    from fedsynth.scenario.keys import keys
+
+    found = [each.name for each in keys() if each.name.endswith(f".{key}")]
+    return f"; {key!r} stands in {' or '.join(found)}" if found else ""
 
 
 def to_toml(scenario: Scenario) -> str:
@@ -69,14 +85,7 @@ def load(name: str | Path, sets: Sequence[str | Mapping[str, Any]] = (), *, quic
         BadValue: If there is no such scenario, it has no smaller run, or it is not valid; the message names file, key
             and the nearest valid key.
     """
-    path = Path(name)
-    if path.suffix != ".toml":
-        shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
-        if str(name) not in shipped:
-            raise BadValue(f"no scenario {str(name)!r}: give a .toml file or one of {', '.join(sorted(shipped))}")
-        path = shipped[str(name)]
-    if not path.is_file():
-        raise BadValue(f"no scenario file {str(path)!r}")
+    path = _place(name)
     with toml_file(path) as tree:
         return resolved(tree, sets, path.parent, quick=quick)
 
@@ -107,6 +116,29 @@ def resolved(
     tree = _with_absolute_paths(tree, folder)
     arms = {name: _with_absolute_paths(over, folder) for name, over in _table(tree, "arms").items()}
     return from_tree({**tree, "arms": arms} if arms else tree)
+
+
+def _place(name: str | Path) -> Path:
+    path = Path(name)
+    shipped = {p.name.removesuffix(".toml"): p for p in shipped_scenarios()}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if path.suffix == ".toml":
+        if not path.is_file():
+            there = [str(path.parent / found.name) for found in path.parent.glob("*.toml")]
+            raise BadValue(f"no scenario file {str(path)!r}{nearest(path, [*there, *shipped])}")
+        return path
+    if path.suffix.lower() in DATA_FILES:
+        raise BadValue(f"{str(name)!r} is a data file, no scenario: `fedsynth init {name}` writes one for it")
+    if (path / "scenario.toml").is_file():
+        raise BadValue(f"{str(name)!r} is the directory of a run: repeat it with --from, go on with it with --resume")
+    near = nearest(name, [*shipped, *(found.name for found in Path().glob("*.toml"))])
+    raise BadValue(
+        f"no scenario {str(name)!r}{near or ': give a .toml file'}; shipped are {', '.join(sorted(shipped))}"
+    )
+
+
+DATA_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 
 
 def _table(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -154,9 +186,38 @@ def _with_absolute_paths(tree: Mapping[str, Any], folder: Path) -> dict[str, Any
         named, text = found[table][key], (table, key) in TEXTS
         several = isinstance(named, list)
         found[table][key] = [absolute(n, text=text) for n in named] if several else absolute(named, text=text)
+    if isinstance(use := _table(found, "strategy").get("use"), str):
+        found["strategy"]["use"] = _with_its_file(use, folder)
     if isinstance(test := _table(found, "server").get("public_test"), Mapping):
         found["server"]["public_test"] = {**test, "source": absolute(test.get("source"), text=True)}
     return found
+
+
+def _with_its_file(use: str, folder: Path) -> str:
+    """A strategy `mine:Mine` as `/absolute/mine.py:Mine`, where that file is beside the scenario or in the working
+    directory: Flower's processes have other working directories.
+
+    Raises:
+        BadValue: If there is neither such a file nor a module of this name to import.
+    """
+    module, colon, name = use.partition(":")
+    file = f"{module.removesuffix('.py')}.py"
+    if not (module and colon) or Path(module).is_absolute() or ("." in module and file != module):
+        return use  # in a package, in a run's scenario, or no name at all
+    for place in (folder, Path()):
+        if (place / file).is_file():
+            return f"{(place / file).absolute()}:{name}"
+    try:
+        known = file != module and find_spec(module) is not None
+    except (ImportError, ValueError):
+        known = False
+    if known:
+        return use
+    places = " or ".join(dict.fromkeys(repr(str(place.absolute())) for place in (folder, Path())))
+    raise BadValue(
+        f"strategy.use: no strategy {use!r}: there is no {file} in {places}, and PYTHONPATH leads to no module of that "
+        "name; put the file beside the scenario, or write one with `fedsynth strategy new`"
+    )
 
 
 def shipped_scenarios() -> Iterator[Path]:

@@ -75,6 +75,11 @@ class ProgressBar:
             self.console.print(event["line"], markup=False, soft_wrap=True)
         elif event.get("event") == "warning":
             self.warn(event["text"])
+        elif event.get("event") == "result":
+            said = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in event["figures"].items())
+            many = event["clients"]
+            over = f"the mean of {many} clients" if many > 1 else "1 client"
+            self.console.print(f"{event['arm']} seed {event['seed']}: {said}, {over}", markup=False, soft_wrap=True)
         elif event.get("event") == "progress":
             self._show(event, event["phase"], event["done"], event["total"])
 

@@ -23,7 +23,7 @@ from fedsynth.federation.run.checkpoint import CHECKPOINTS
 from fedsynth.federation.run.directory import SHARED, places, prepare
 from fedsynth.federation.run.egress import EgressRecord, write_egress
 from fedsynth.federation.run.log import RunLog, append_event
-from fedsynth.federation.run.summary import summarize, write_metrics
+from fedsynth.federation.run.summary import last_figures, summarize, write_metrics
 from fedsynth.federation.strategy import Clients, ServerSide, load_strategy
 from fedsynth.models.adapters import public_adapter
 from fedsynth.models.embedding import Embedder
@@ -102,6 +102,8 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
         finally:
             write_egress(out)
         write_metrics(out, run_logs)
+        if figures := last_figures(run_logs[-1]):
+            append_event(out / "events.jsonl", {"event": "result", "arm": cell.arm, "seed": cell.seed, **figures})
     summarize(scenario, out, time.monotonic() - started, run_logs)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.data.card import data_cards
+from fedsynth.federation.run.data_facts import FILE as FACTS
+from fedsynth.federation.run.data_facts import data_facts
 from fedsynth.federation.run.environment import FILE, surroundings
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import from_toml, load, to_toml
@@ -39,7 +41,7 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """
     check_free(out)
     cards = data_cards(scenario)
-    begin(scenario, out, {}, {"data.json": cards})
+    begin(scenario, out, {FACTS: data_facts(scenario)}, {"data.json": cards})
     return cards
 
 

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,16 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
         "public_seeds": list(scenario.seeds),
         "models": {name: version_of(name) for name, _ in models_of(scenario) if not elsewhere(name)},
         "computes": _computes(scenario),
+        "strategies": _strategies(scenario),
         # Only an endpoint's server knows the weights behind it.
         "endpoints": [{"endpoint": e.endpoint, "model": e.model} for e in endpoints_of(scenario)],
     }
+
+
+def _strategies(scenario: Scenario) -> dict[str, str]:
+    """By file of a strategy that is no installed module, the hash of its text."""
+    files = (cell.scenario.strategy.file for cell in cells(replace(scenario, seeds=scenario.seeds[:1])))
+    return {str(file): sha256(file.read_bytes()).hexdigest() for file in files if file is not None and file.is_file()}
 
 
 def _computes(scenario: Scenario) -> dict[str, str]:

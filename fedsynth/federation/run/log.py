@@ -15,6 +15,7 @@ from typing import Any
 from fedsynth.corpus import Corpus
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.checkpoint import CHECKPOINTS, Checkpoint
+from fedsynth.federation.run.data_facts import lines_in
 from fedsynth.lora import Adapter
 from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.scenario.schema import Cell
@@ -176,10 +177,15 @@ class RunLog:
         return None if self.largest is None else self.largest.epsilon
 
     def close(self) -> None:
-        """Logs the totals, the seconds and each client's epsilon and delta at the end of the cell."""
+        """Logs the totals, the seconds, the lines of the test labels and each client's epsilon and delta at the end."""
         for (name, client), amount in sorted(self.totals.items()):
             self.log_metric(client, name, amount)
         self.log_metric(SERVER, "seconds/cell", time.monotonic() - self.started)
+        measured = {(client, metric) for _, _, number, client, metric, _ in self.rows if number == self.round}
+        for client, lines in enumerate(lines_in(self.folder, self.cell.arm, self.cell.seed)):
+            for name, value in lines.items():
+                if (client, name.partition("/")[2]) in measured:
+                    self.log_metric(client, name, value)
         for client, own in sorted(self.spending.items()):
             if own.epsilon is not None:
                 self.log_metric(client, "privacy/epsilon", own.epsilon)

@@ -9,12 +9,16 @@ from typing import Any
 
 import pandas as pd
 
+from fedsynth.evaluation.lines import CHANCE, MAJORITY
+from fedsynth.federation.run.conclusion import concluded, lines_for
 from fedsynth.federation.run.egress import write_egress
 from fedsynth.federation.run.log import COLUMNS, SERVER, RunLog
 from fedsynth.federation.run.privacy_report import guarantee_of, privacy_report
 from fedsynth.scenario.schema import Scenario
 from fedsynth.synthesis.attrition import losses
 from fedsynth.typed import plain
+
+MAIN = ("accuracy", "exact_match", "rouge_l")  # what a run tells of an arm as soon as it is done
 
 
 def write_metrics(out: Path, run_logs: Sequence[RunLog]) -> pd.DataFrame:
@@ -43,12 +47,25 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
             for arm in arms
         },
     }
+    epsilon = {arm: found["epsilon"] for arm, found in summary["arms"].items()}
+    summary["lines"] = lines_for(frame)
+    summary["verdict"] = list(concluded(scenario, frame, epsilon).sentences)
     if sent := write_egress(out):  # a run without an endpoint has the shape that it always had
         summary["egress"] = list(map(plain, sent))
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
+
+
+def last_figures(run_log: RunLog) -> dict[str, Any]:
+    """A cell's first figures: `figures`, the mean over clients of each of its main metrics in the last round, and
+    `clients`, their number; empty if nobody measured any."""
+    own = [row for row in run_log.rows if row[3] != SERVER and row[4] in MAIN]
+    last = [row for row in own if row[2] == max(r[2] for r in own)]
+    found = {name: [row[5] for row in last if row[4] == name] for name in MAIN}
+    figures = {name: sum(values) / len(values) for name, values in found.items() if values}
+    return {"figures": figures, "clients": len({row[3] for row in last})} if figures else {}
 
 
 def missing(frame: pd.DataFrame) -> list[str]:
@@ -79,7 +96,7 @@ def _arm(frame: pd.DataFrame, arm: str, run_logs: Sequence[RunLog], tuned_on: se
     metrics = {}
     for metric, rows in last.groupby("metric"):
         name = str(metric)
-        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/")):
+        if name.startswith(("bytes/", "privacy/", "seconds/", "exchange/", f"{CHANCE}/", f"{MAJORITY}/")):
             continue
         metrics[name] = _over_seeds(rows)
         held = rows[~rows["client"].isin(tuned_on)]

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fedsynth.evaluation.lines import WORDS
 from fedsynth.federation.run.egress import Sent, egress_lines
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import missing
@@ -44,9 +45,16 @@ def print_table(console: Console, result: Any) -> None:
         told = ["\n".join(loss["line"] for loss in losses.get(arm, [])) or "-"] if losses else []
         epsilon = f"{up(found['epsilon'], 3):.3f}" if found["epsilon"] else "-"
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
-        guarantee = "nothing released" if found["epsilon"] == 0 else found["guarantee"]
+        guarantee = "nothing is released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
+    lines: dict[str, dict[str, float]] = result.summary.get("lines", {})  # runs of earlier versions have none
+    for line in WORDS:
+        if any(line in own for own in lines.values()):
+            own = [f"{lines[n][line]:.3f}" if line in lines.get(n, {}) else "-" for n in names]
+            table.add_row(f"({WORDS[line]})", *own, style="dim")
     show(console, table)
+    for sentence in result.summary.get("verdict", []):
+        console.print(sentence, markup=False, soft_wrap=True)
     for arm, few in result.few.items():
         console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
     for line in missing(result.metrics):
