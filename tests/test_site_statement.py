@@ -16,10 +16,10 @@ from fedsynth.cli.main import app
 from fedsynth.deployment.invitation import Invitation, Planned, invitation_toml
 from fedsynth.deployment.policy import load_site
 from fedsynth.deployment.site.init import init
-from fedsynth.deployment.site.statement import most_found, statement
+from fedsynth.deployment.site.statement import statement
 from fedsynth.privacy.audit import contents
 from fedsynth.privacy.ledger import Binding
-from fedsynth.privacy.plan import Budget, DPPlan
+from fedsynth.privacy.plan import DPPlan
 from fedsynth.typed import BadValue
 
 DER = b"a certificate"
@@ -152,29 +152,6 @@ def test_a_plan_without_a_guarantee_is_said_to_be_refused(folder: Path) -> None:
     file = folder / "invitation.toml"
     file.write_text(file.read_text().replace('guarantee = "dp"', 'guarantee = "none"'))
     assert "an arm of the plan has no guarantee: this site refuses it" in page(folder)
-
-
-@pytest.mark.parametrize(
-    ("epsilon", "delta", "found"),
-    [
-        (0.0, 0.0, 0.01),  # no better than a guess
-        (math.log(2), 0.0, 0.02),  # twice as many
-        (math.log(10), 1e-3, 0.101),
-        (math.log(100), 0.0, 1 - 0.99 / 100),  # by errors it would be 1; by misses 1 - .99 / 100
-    ],
-)
-def test_how_many_are_found_follows_from_the_definition(epsilon: float, delta: float, found: float) -> None:
-    budget = Budget.__new__(Budget)  # also where no policy would allow it
-    object.__setattr__(budget, "epsilon", epsilon)
-    object.__setattr__(budget, "delta", delta)
-    assert most_found(budget) == pytest.approx(found)
-
-
-def test_randomized_response_reaches_the_bound() -> None:
-    """The mechanism that keeps a bit with probability e^eps / (1 + e^eps) is as revealing as epsilon allows."""
-    epsilon = 1.3
-    keep = math.exp(epsilon) / (1 + math.exp(epsilon))
-    assert most_found(Budget(epsilon, 1e-12), errs=1 - keep) == pytest.approx(keep)
 
 
 def test_the_command_prints_the_page_alone(folder: Path) -> None:

@@ -6,7 +6,6 @@ Each number comes from site.toml, the coordinator's invitation, or the account. 
 from __future__ import annotations
 
 import hashlib
-import math
 import ssl
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from fedsynth.federation.messages import Output
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.identifiers import NAMES
 from fedsynth.privacy.audit import contents
+from fedsynth.privacy.curve import rate_of
 from fedsynth.privacy.plan import Budget
 
 LEAVES: Mapping[Output, str] = {
@@ -28,7 +28,6 @@ LEAVES: Mapping[Output, str] = {
     "votes": "votes: for each text of the coordinator a count of the private texts near to it, with noise",
     "metrics": "figures of how well models that learnt private text do on test rows; **no bound covers these figures**",
 }
-ERRS = 0.01  # the share of outsiders that an attacker may take for insiders, in the plain words on epsilon
 
 
 def statement(place: Place) -> str:
@@ -42,17 +41,6 @@ def statement(place: Place) -> str:
     asked = read_invitation(invitation).scenario if invitation.is_file() else None
     account = contents(place.ledger) if place.ledger.is_file() else None
     return "\n".join(_page(place, asked, account)) + "\n"
-
-
-def most_found(budget: Budget, errs: float = ERRS) -> float:
-    """The highest share of insiders that any attacker finds who is wrong about a share `errs` of outsiders.
-
-    Both follow from the definition of (epsilon, delta), Kairouz et al. 2015 (arXiv 1311.0776), theorem 2.1:
-    found <= exp(epsilon) * errs + delta, and 1 - errs <= exp(epsilon) * (1 - found) + delta.
-    """
-    by_errors = math.exp(budget.epsilon) * errs + budget.delta
-    by_misses = 1 - math.exp(-budget.epsilon) * (1 - budget.delta - errs)
-    return min(1.0, by_errors, by_misses)
 
 
 def _page(place: Place, asked: Planned | None, account: dict[str, Any] | None) -> Iterator[str]:
@@ -205,7 +193,7 @@ def _units(place: Place) -> str:
 
 
 def _percent(budget: Budget) -> str:
-    share = most_found(budget)
+    share = rate_of(budget.epsilon, budget.delta)
     return "all" if share > 0.999 else f"{up(100 * share, 1):.1f} %"
 
 
