@@ -25,7 +25,10 @@ from fedsynth.scenario.toml import load
 from fedsynth.simulation.result import Result
 from fedsynth.typed import BadValue
 
-ACCURACY = {"local": [0.5, 0.6, 0.4], "fdkt": [0.7, 0.9, 0.8]}  # of clients 0, 1, 2 in the last round
+ACCURACY = {  # of clients 0 to 5 in the last round
+    "local": [0.5, 0.6, 0.4, 0.5, 0.6, 0.4],
+    "fdkt": [0.7, 0.9, 0.8, 0.7, 0.9, 0.8],
+}
 TABLE = {
     "name": "own",
     "strategy": {"use": "fedsynth.strategies.local:LocalOnly"},
@@ -40,7 +43,7 @@ TABLE = {
 def place(tmp_path: Path) -> Path:
     """The directory of a run that is done."""
     out = tmp_path / "run"
-    rows = [(arm, 0, 1, client, "accuracy", 0.1) for arm in ACCURACY for client in range(3)]
+    rows = [(arm, 0, 1, client, "accuracy", 0.1) for arm in ACCURACY for client in range(6)]
     rows += [(arm, 0, 2, client, "accuracy", v) for arm, own in ACCURACY.items() for client, v in enumerate(own)]
     rows += [("fdkt", 0, 2, -1, "seconds/cell", 3.0)]
     arms = {
@@ -294,7 +297,7 @@ def test_a_plot_shows_each_arms_mean_and_interval(place: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["local\nnothing released", "fdkt\nepsilon 8.000"]
     bars, means = axes.get_lines()[::2], axes.get_lines()[1::2]
     assert [float(line.get_xdata()[0]) for line in means] == pytest.approx([0.5, 0.8])
-    index = pd.MultiIndex.from_product([[0], range(3)], names=["seed", "client"])
+    index = pd.MultiIndex.from_product([[0], range(6)], names=["seed", "client"])
     for bar, own in zip(bars, ACCURACY.values(), strict=True):
         assert list(bar.get_xdata()) == pytest.approx(bootstrap(pd.Series(own, index)))
     with pytest.raises(BadValue, match="no client has the metric 'rouge_l'; the run has accuracy"):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points, utility
-from fedsynth.evaluation.utility import bootstrap
+from fedsynth.evaluation.utility import bootstrap, paired_difference
 
 NAN = math.nan
 Row = tuple[str, str, float, str, int, int, int, str, float]
@@ -31,14 +31,21 @@ def frame(*rows: Iterable[Row] | Row) -> pd.DataFrame:
 LOCAL = {(0, 0): 0.2, (0, 1): 0.4, (1, 0): 0.4, (1, 1): 0.6}
 AT_2 = {(0, 0): 0.3, (0, 1): 0.5, (1, 0): 0.5, (1, 1): 0.7}  # .1 more for each client
 AT_8 = {(0, 0): 0.4, (0, 1): 0.6, (1, 0): 0.6, (1, 1): 0.8}  # .2 more
-GRID = frame(level("local", NAN, LOCAL), level("fdkt", 2.0, AT_2), level("fdkt", 8.0, AT_8))
+
+
+def twice(values: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """As many clients again, alike: eight pairs are enough for an interval."""
+    return {**values, **{(seed, client + 2): value for (seed, client), value in values.items()}}
+
+
+GRID = frame(level("local", NAN, twice(LOCAL)), level("fdkt", 2.0, twice(AT_2)), level("fdkt", 8.0, twice(AT_8)))
 
 
 def test_means_and_deviations_are_over_seeds_of_the_clients_means() -> None:
     row = utility(GRID, {"h": Terms("local", "accuracy")}).set_index(["arm", "epsilon"]).loc[("fdkt", 8.0)]
     # Seed 0: .5, seed 1: .7. Mean .6, deviation sqrt(.01 + .01) / sqrt(1).
     assert (row["mean"], row["std"]) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
-    assert (row["seeds"], row["clients"]) == (2, 2)
+    assert (row["seeds"], row["clients"]) == (2, 4)
     assert 0.4 <= row["low"] < 0.6 < row["high"] <= 0.8
 
 
@@ -51,7 +58,7 @@ def test_a_baseline_that_does_not_depend_on_epsilon_is_the_same_at_each() -> Non
     assert found["difference"].tolist()[1:] == pytest.approx([0.1, 0.2])
     assert found["difference_low"].tolist()[1:] == pytest.approx([0.1, 0.2])  # a constant gain: no width
     assert found["better"].tolist()[1:] == [1.0, 1.0]
-    assert found["pairs"].tolist()[1:] == [4, 4]
+    assert found["pairs"].tolist()[1:] == [8, 8]
 
 
 def test_against_a_baseline_under_dp_arms_are_compared_at_each_of_its_epsilons() -> None:
@@ -189,7 +196,8 @@ def test_points_hold_what_was_stated_and_what_was_sent() -> None:
             for d in ("up", "down")
         ),
     ]
-    found = points(frame(level("local", NAN, LOCAL), level("fdkt", 8.0, AT_8), more)).set_index("arm")
+    levels = (level("local", NAN, twice(LOCAL)), level("fdkt", 8.0, twice(AT_8)))
+    found = points(frame(*levels, more)).set_index("arm")
     assert found["epsilon"].to_dict() == {"local": 0.0, "fdkt": 7.994}
     assert math.isnan(found.loc["local", "budget"])
     assert found.loc["fdkt", "budget"] == 8.0
@@ -211,8 +219,21 @@ def by(values: dict[tuple[int, int], float]) -> pd.Series:
 
 
 def test_the_bootstrap_of_one_seed_is_that_of_its_clients() -> None:
-    # Two clients, 0 and 1: the mean of two draws is 0, 1/2 or 1 with chances 1/4, 1/2, 1/4.
-    assert bootstrap(by({(0, 0): 0.0, (0, 1): 1.0})) == (0.0, 1.0)
+    # Six clients, three at 0 and three at 1: of six draws none is 1 with chance 1/64 = 1.6 %, one at most with 7/64.
+    ends = bootstrap(by({(0, client): float(client % 2) for client in range(6)}))
+    assert ends == (pytest.approx(1 / 6), pytest.approx(5 / 6))
+
+
+@pytest.mark.parametrize(("pairs", "shown"), [(1, False), (2, False), (5, False), (6, True)])
+def test_few_pairs_have_no_interval(pairs: int, shown: bool) -> None:
+    # Five pairs agree in sign by chance in 2 of 32 cases, six in 2 of 64.
+    ends = bootstrap(by({(0, client): 0.05 + 0.01 * client for client in range(pairs)}))
+    assert [math.isnan(end) for end in ends] == [not shown] * 2
+    alone = paired_difference(
+        frame(*(level(arm, NAN, {(0, c): v for c in range(pairs)}) for arm, v in (("a", 0.5), ("b", 0.25)))), "a", "b"
+    )
+    assert (alone.mean, alone.pairs, math.isnan(alone.low)) == (0.25, pairs, not shown)
+    assert ("no interval" in repr(alone)) is not shown
 
 
 def test_the_bootstrap_draws_seeds_first() -> None:

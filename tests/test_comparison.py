@@ -59,7 +59,7 @@ arms = ["local", "main"]
 
 
 def declared(tmp_path: Path, text: str = GRID) -> Grid:
-    scenario = inprocess.instructions(tmp_path, AVERAGE, clients=2, rows=24) + ARMS
+    scenario = inprocess.instructions(tmp_path, AVERAGE, clients=3, rows=36) + ARMS
     (tmp_path / "notes.toml").write_text(scenario.replace('llm = "scripted"', f'llm = "{tiny.folder()}"'))
     (tmp_path / "tiny.toml").write_text(text)
     return read_grid(tmp_path / "tiny.toml")
@@ -158,7 +158,7 @@ def test_the_tables_hold_every_arm_at_every_epsilon(made: tuple[Grid, Path, Stan
     rows = [r for r in tables["tables"]["instructions"]["utility"] if r["metric"] == "rouge_l"]
     assert [(r["arm"], r["epsilon"]) for r in rows] == [("local", None), ("main", 2.0), ("main", 8.0)]
     assert [r["difference"] is None for r in rows] == [True, False, False]
-    assert all(r["pairs"] == 4 for r in rows[1:])  # two seeds, two clients
+    assert all(r["pairs"] == 6 for r in rows[1:])  # two seeds, three clients
     by_hand = pd.read_parquet(out / "runs" / "notes-eps8" / "metrics.parquet").query("metric == 'rouge_l'")["value"]
     assert rows[2]["mean"] == pytest.approx(by_hand.mean())
     costs = tables["tables"]["instructions"]["costs"]
@@ -374,10 +374,10 @@ def test_a_method_that_spends_against_its_word_is_found_out(
 @pytest.mark.parametrize(
     ("room", "workers", "parallel", "expected"),
     [
-        (2, None, None, (1, 2)),  # two cores, two clients: one run has them all
-        (8, None, None, (3, 2)),  # eight cores: as many runs as there are, though four would fit
-        (8, 1, None, (3, 1)),
-        (8, None, 2, (2, 2)),  # more workers than clients are of no use
+        (2, None, None, (1, 2)),  # two cores, three clients: one run has them all
+        (12, None, None, (3, 3)),  # twelve cores: as many runs as there are, though four would fit
+        (12, 1, None, (3, 1)),
+        (12, None, 2, (2, 3)),  # more workers than clients are of no use
         (1, None, 2, (2, 1)),
     ],
 )

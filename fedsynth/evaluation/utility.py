@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+
+# Of five pairs that all have one sign, chance makes as many in 2 / 2^5 = 6 % of cases; of six, in 3 % (sign test).
+FEWEST_PAIRS = 6
 
 
 def scores(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
@@ -24,7 +28,10 @@ def scores(truth: Sequence[str], answers: Sequence[str], labels: Sequence[str]) 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean paired difference with its 95 % interval; `better` is the share of pairs above 0."""
+    """A mean paired difference with its 95 % interval; `better` is the share of pairs above 0.
+
+    Below `FEWEST_PAIRS` pairs the interval's ends are NaN: it would span two or three values, and look like knowledge.
+    """
 
     mean: float
     low: float
@@ -33,7 +40,8 @@ class Difference:
     pairs: int
 
     def __repr__(self) -> str:
-        return f"Difference({self.mean:+.3f}, 95 % {self.low:+.3f} to {self.high:+.3f}, {self.pairs} pairs)"
+        ends = "no interval" if math.isnan(self.low) else f"95 % {self.low:+.3f} to {self.high:+.3f}"
+        return f"Difference({self.mean:+.3f}, {ends}, {self.pairs} pair{'s' if self.pairs > 1 else ''})"
 
 
 def paired_difference(
@@ -79,6 +87,8 @@ def gaps(metrics: pd.DataFrame, arm: str, baseline: str, *, metric: str = "accur
 def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of a mean: seeds are drawn with replacement, then clients within each drawn seed.
 
+    Of fewer than `FEWEST_PAIRS` values both ends are NaN.
+
     Args:
         values: Values by (seed, client); seeds may have different numbers of clients. With one seed the interval covers
             the differences of clients, not those of seeds.
@@ -90,6 +100,8 @@ def bootstrap(values: pd.Series, *, resamples: int = 10_000, seed: int = 0) -> t
     """
     if not len(values):
         raise ValueError("an interval needs at least one value")
+    if len(values) < FEWEST_PAIRS:
+        return math.nan, math.nan
     by_seed = [group.to_numpy() for _, group in values.groupby(level="seed")]
     sizes = np.array([len(group) for group in by_seed])
     table = np.zeros((len(by_seed), sizes.max()))

@@ -11,10 +11,8 @@ import pandas as pd
 
 from fedsynth.evaluation.comparing import METRICS
 from fedsynth.evaluation.lines import CHANCE, MAJORITY
-from fedsynth.evaluation.utility import bootstrap, gaps
+from fedsynth.evaluation.utility import FEWEST_PAIRS, bootstrap, gaps
 
-# Of five pairs that all have one sign, chance makes as many in 2 / 2^5 = 6 % of cases; of six, in 3 % (sign test).
-FEWEST_PAIRS = 6
 LEVEL = 0.05  # two-sided
 CLIENT = 0  # the first number of a client; the server's is below
 ORDER = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
