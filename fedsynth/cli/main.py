@@ -316,10 +316,13 @@ def report(
     site_only: Annotated[
         bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Folder for every figure as SVG and PNG, every table as CSV and LaTeX.")
+    ] = None,
 ) -> None:
     """Write one HTML page about a run or a comparison, with its figures as JSON and Parquet."""
-    if site_only and out is not None:
-        raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
+    if site_only and (out is not None or export is not None):
+        raise BadValue("a site-only report stays in the private directory beside the run: leave --out and --export out")
     if site_only:
         from fedsynth.reporting.site_report import write as write_site_report
 
@@ -334,6 +337,10 @@ def report(
         page, found = write(place, out, embedder)
     console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
+    if export is not None:
+        from fedsynth.reporting.export import export_report
+
+        console.print(f"{export_report(found, export)} files in {export}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found))
 
