@@ -228,6 +228,9 @@ def compare_command(
     for task in done.tables["tables"]:
         show(shown, utility_table(done.tables, task))
         show(shown, costs_table(done.tables, task))
+    for found in done.tables["verdicts"]:
+        at = "" if found["epsilon"] is None else f", epsilon {found['epsilon']:g}"
+        shown.print(f"{found['scenario']}{at}: {' '.join(found['sentences'])}", markup=False, soft_wrap=True)
     for run, of_arm in done.tables["few_texts"].items():
         for arm, few in of_arm.items():
             shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
