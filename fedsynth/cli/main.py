@@ -341,7 +341,7 @@ def report(
     console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
     if export is not None:
-        from fedsynth.reporting.export import export_report
+        from fedsynth.reporting.page_files import export_report
 
         console.print(f"{export_report(found, export)} files in {export}", markup=False, soft_wrap=True)
     if as_json:
