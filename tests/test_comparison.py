@@ -461,6 +461,11 @@ def test_every_number_of_the_page_stands_in_its_table(
     own = table[
         (table["part"] == "utility: notes, epsilon 8") & (table["metric"] == "rouge_l") & (table["arm"] == "main")
     ]
+    for place, each in enumerate(report["verdicts"]):  # of every budget, each number with its row
+        assert each["sentences"] == [one["words"].format(**one["numbers"]) for one in each["statements"]]
+        rows = table[(table["part"] == "verdict") & table["metric"].str.startswith(f"{place}/")]
+        assert len(rows) == sum(len(one["numbers"]) for one in each["statements"]) > 0
+    assert {each["epsilon"] for each in report["verdicts"] if each["scenario"] == "notes"} >= {2.0, 8.0}
     figures = own.set_index("statistic")["value"]
     assert (figures["mean"], figures["difference"]) == (main["mean"], main["difference"])
     assert json.loads((tmp_path / "page.json").read_text())["rows"] == report["rows"]

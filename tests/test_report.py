@@ -614,7 +614,8 @@ def test_the_command_writes_three_files_and_prints_json(run: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--site-only", "--out", "here.html"], "leave --out out"),
+        (["--site-only", "--out", "here.html"], "leave --out and --export out"),
+        (["--site-only", "--export", "here"], "leave --out and --export out"),
         (["--out", "here.pdf"], "must name an .html file"),
         (["--out", "missing/here.html"], "cannot be written"),
     ],

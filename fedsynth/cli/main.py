@@ -244,6 +244,9 @@ def compare_command(
     for task in done.tables["tables"]:
         show(shown, utility_table(done.tables, task))
         show(shown, costs_table(done.tables, task))
+    for found in done.tables["verdicts"]:
+        at = "" if found["epsilon"] is None else f", epsilon {found['epsilon']:g}"
+        shown.print(f"{found['scenario']}{at}: {' '.join(found['sentences'])}", markup=False, soft_wrap=True)
     for run, of_arm in done.tables["few_texts"].items():
         for arm, few in of_arm.items():
             shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
@@ -334,14 +337,17 @@ def report(
     site_only: Annotated[
         bool, typer.Option("--site-only", help="Compare with private text; written to DIR.private, not to be shared.")
     ] = False,
+    export: Annotated[
+        Path | None, typer.Option(help="Folder for every figure as SVG and PNG, every table as CSV and LaTeX.")
+    ] = None,
 ) -> None:
     """Write one HTML page about a run or a comparison, with its figures as JSON and Parquet."""
     if not place.is_dir():
         raise BadValue(
             f"there is no directory {str(place)!r}: name that of a run or of a comparison, as runs/NAME-DATE"
         )
-    if site_only and out is not None:
-        raise BadValue("a site-only report stays in the private directory beside the run: leave --out out")
+    if site_only and (out is not None or export is not None):
+        raise BadValue("a site-only report stays in the private directory beside the run: leave --out and --export out")
     if site_only:
         from fedsynth.reporting.site_report import write as write_site_report
 
@@ -356,6 +362,10 @@ def report(
         page, found = write(place, out, embedder)
     console = console_of(error=as_json)
     console.print(f"written to {page}", markup=False, soft_wrap=True)
+    if export is not None:
+        from fedsynth.reporting.page_files import export_report
+
+        console.print(f"{export_report(found, export)} files in {export}", markup=False, soft_wrap=True)
     if as_json:
         print(json.dumps(found))
 

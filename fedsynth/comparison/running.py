@@ -21,6 +21,8 @@ import pandas as pd
 from fedsynth.comparison.grids import Grid, at_epsilon, read_grid, refuse_another, scenario_of
 from fedsynth.comparison.grids import to_toml as grid_to_toml
 from fedsynth.evaluation.comparing import COLUMNS, Terms, costs, pareto, points, utility
+from fedsynth.evaluation.verdict import verdict
+from fedsynth.federation.run.conclusion import lines_for, reasons
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.devices import gpus
@@ -421,6 +423,8 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
         },
         "points": _records(marked),
         "privacy": privacy,
+        "lines": {str(name): lines_for(own) for name, own in frame.groupby("scenario", sort=False)},
+        "verdicts": verdicts(frame, known),
         "few_texts": {name: arms for name, arms in few.items() if arms},
     }
     frame.to_parquet(out / f"{FRAME}.part", index=False)
@@ -428,6 +432,35 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
     (out / f"{TABLES}.part").write_text(json.dumps(tables, indent=1), encoding="utf-8")
     (out / f"{TABLES}.part").replace(out / TABLES)
     return Comparison(out, grid, frame, tables)
+
+
+def verdicts(frame: pd.DataFrame, known: Mapping[str, Terms]) -> list[dict[str, Any]]:
+    """The verdict of each scenario under each budget: its sentences, with their numbers apart."""
+    found = []
+    for name, own in frame.groupby("scenario", sort=False):
+        budgets = sorted(own["epsilon"].dropna().unique()) or [None]
+        for budget in budgets:
+            rows = own if budget is None else own[own["epsilon"].isna() | (own["epsilon"] == budget)]
+            stated = rows[rows["metric"] == "privacy/epsilon"].groupby("arm", sort=False)["value"].max()
+            epsilon = {str(arm): float(value) if math.isfinite(value) else None for arm, value in stated.items()}
+            said = verdict(
+                rows,
+                epsilon,
+                baseline=known[str(name)].baseline,
+                metric=known[str(name)].metric,
+                pooled=sorted(set(rows.loc[rows["metric"] == "data/pooled", "arm"])),
+                tuned_on=known[str(name)].tuned_on,
+                record=list(reasons(rows)),
+            )
+            found.append(
+                {
+                    "scenario": str(name),
+                    "epsilon": None if budget is None else float(budget),
+                    "statements": [{"words": one.words, "numbers": dict(one.numbers)} for one in said.statements],
+                    "sentences": list(said.sentences),
+                }
+            )
+    return found
 
 
 def _of_task(rows: pd.DataFrame, task: str) -> list[dict[str, Any]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.comparison.running import FRAME, Comparison, read
+from fedsynth.evaluation.lines import WORDS as LINES
 from fedsynth.reporting import figures as draw
 from fedsynth.reporting.figures import Mark, Series
 from fedsynth.reporting.page import Block, Cell, Items, Page, Paragraph, Plot, Plots, Section, Table, listed
-from fedsynth.reporting.run_page import NAMES
+from fedsynth.reporting.run_page import NAMES, joined, statement_cell
 from fedsynth.reporting.run_report import save
 from fedsynth.reporting.statistics import Figures, Where
 from fedsynth.typed import BadValue
@@ -69,6 +70,14 @@ def build(done: Comparison) -> dict[str, Any]:
                 figures.add(
                     _part("cost", row["scenario"], row["epsilon"]), said, "total", row[name], Where(arm=row["arm"])
                 )
+    for name, by_metric in tables.get("lines", {}).items():  # comparisons of earlier versions have none
+        for metric, lines in by_metric.items():
+            for line, value in lines.items():
+                figures.add(_part("line", name, None), f"{line}/{metric}", "mean", value)
+    for place, found in enumerate(tables.get("verdicts", [])):
+        for at, statement in enumerate(found["statements"]):
+            for name, value in statement["numbers"].items():
+                figures.add("verdict", f"{place}/{at}/{name}", "value", value)
     for row in tables["points"]:
         where = _part("point", row["scenario"], row["budget"])
         for name in ("utility", "low", "high"):
@@ -109,7 +118,21 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         "Shareable: computed from the directories of the runs, "
         "that is from released texts, declared facts and test figures."
     )
-    return Page(f"Comparison: {report['name']}", lead, banner, sections, table)
+    return Page(
+        f"Comparison: {report['name']}", lead, banner, sections, table, verdict=_verdict(figures, report), apart=True
+    )
+
+
+def _verdict(figures: Figures, report: Mapping[str, Any]) -> list[Cell]:
+    """A sentence on each scenario and budget: what is best, and above what."""
+    said: list[Cell] = []
+    for place, found in enumerate(report.get("verdicts", [])):
+        at = "" if found["epsilon"] is None else f" at epsilon {found['epsilon']:g}"
+        parts: list[Cell] = [f"{found['scenario']}{at}: "]
+        for number, statement in enumerate(found["statements"][:2]):
+            parts += [" " if number else "", statement_cell(figures, f"{place}/{number}", statement["words"])]
+        said.append(joined(*parts))
+    return said
 
 
 def _cautions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -242,6 +265,9 @@ def _table(figures: Figures, rows: Sequence[Mapping[str, Any]], metric: str, sce
                 else (number("better_pairs", digits=0), " of ", number("pairs", digits=0)),
             ]
         )
+    for line, words in LINES.items():
+        if (at := figures.row(_part("line", scenario, None), f"{line}/{metric}", "mean")) is not None:
+            cells.append([f"({words})", "-", figures.number(at), *["-"] * (len(heads) - 3)])
     return Table(heads, cells, caption=f"{scenario}: {NAMES.get(metric, metric)}", words=frozenset({0, 1}))
 
 

@@ -154,6 +154,7 @@ class Page:
         verdict: The conclusion, a sentence each; the first two are what a reader takes away.
         banner: A line on the permitted readers.
         sections: The sections in order.
+        apart: Each sentence of the verdict is about something else, and stands by itself.
         table: Name of the file that holds the figures.
         private: The page must stay in its place; the banner says so loudly.
     """
@@ -165,6 +166,7 @@ class Page:
     table: str
     private: bool = False
     verdict: Sequence[Cell] = ()
+    apart: bool = False
 
 
 def render(page: Page) -> str:

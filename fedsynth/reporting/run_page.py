@@ -109,11 +109,11 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
         "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
         f"figures{counted}. No private text was read for it."
     )
-    said = [_statement(figures, place, words) for place, words in enumerate(report.get("verdict", ()))]
+    said = [statement_cell(figures, str(place), words) for place, words in enumerate(report.get("verdict", ()))]
     return Page(f"Run report: {run['name']}", lead, banner, sections, table, verdict=said)
 
 
-def _statement(figures: Figures, place: int, words: str) -> Cell:
+def statement_cell(figures: Figures, place: str, words: str) -> Cell:
     """A sentence of the verdict, every number with its row; each number's format stands in the words."""
     parts: list[Cell] = []
     for text, name, form, _ in Formatter().parse(words):
@@ -121,7 +121,7 @@ def _statement(figures: Figures, place: int, words: str) -> Cell:
         if name is not None:
             row = figures.row("verdict", f"{place}/{name}", "value")
             parts.append(figures.number(row, int((form or ".3f").strip("+.f")), sign="+" in (form or "")))
-    return _joined(*parts)
+    return joined(*parts)
 
 
 def _facts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
@@ -140,8 +140,8 @@ def _facts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
         [
             cut["part"],
             of(cut["arms"]),
-            _joined(at("cuts", place, "cut"), " of ", at("cuts", place, "texts")),
-            _joined(f"{cut['key']} = ", at("cuts", place, "limit")),
+            joined(at("cuts", place, "cut"), " of ", at("cuts", place, "texts")),
+            joined(f"{cut['key']} = ", at("cuts", place, "limit")),
             at("cuts", place, "share", 2),
         ]
         for place, cut in enumerate(facts.get("cuts", []))
@@ -154,8 +154,8 @@ def _facts(figures: Figures, report: Mapping[str, Any]) -> list[Block]:
     rows = [
         [
             of(each["arms"]),
-            _joined(at("labels", place, "unlisted"), " of ", at("labels", place, "rows")),
-            _joined(at("labels", place, "lacking"), " of ", at("labels", place, "clients")),
+            joined(at("labels", place, "unlisted"), " of ", at("labels", place, "rows")),
+            joined(at("labels", place, "lacking"), " of ", at("labels", place, "clients")),
             at("labels", place, "most"),
         ]
         for place, each in enumerate(facts.get("labels", []))
@@ -289,7 +289,7 @@ def _left(figures: Figures, arm: str, lost: Sequence[Mapping[str, str]]) -> Cell
         for words, number, *_ in Formatter().parse(loss["words"]):
             row = figures.row("loss", f"{loss['what']}/{number}", "sum", Where(arm=arm))
             parts += [words, figures.number(row, 0)] if number else [words]
-    return _joined(*parts) if parts else "-"
+    return joined(*parts) if parts else "-"
 
 
 def _guarantee(report: Mapping[str, Any], arm: str) -> str:
@@ -360,11 +360,11 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
     unit, unknown = str(spent.get("unit", "row")), "not recorded"
     delta_row = figures.row("privacy", "delta", "largest", Where(arm=arm))
     delta: Cell = "-" if delta_row is None else Number(f"{figures.value(delta_row):g}", delta_row)
-    units: Cell = _joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
+    units: Cell = joined(f"{unit}; at most ", at("rows_per_unit", 0), " of its rows count")
     units = {"row": "row: rows are declared independent", "client": "client: all of its data"}.get(unit, units)
     facts = [
         ("guarantee", "differential privacy, all rounds and releases of a run together"),
-        ("epsilon", _joined(bound("epsilon", 3), " (largest over clients and seeds)")),
+        ("epsilon", joined(bound("epsilon", 3), " (largest over clients and seeds)")),
         ("delta", delta),
         ("adjacency", terms.get("adjacency", "zero-out: one unit is replaced by an empty one")),
         (f"epsilon if a {unit} is replaced by another", bound("epsilon_replace_one", 2)),
@@ -384,13 +384,13 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
         name = part["mechanism"]
         facts += [
             (f"{name}: epsilon by itself", bound(f"{name}/epsilon", 3)),
-            (f"{name}: noise, clip", _joined("sigma ", at(f"{name}/sigma", 3), ", clip ", at(f"{name}/clip_norm"))),
-            (f"{name}: rate, steps", _joined(at(f"{name}/sampling_rate", 3), ", ", at(f"{name}/steps", 0))),
+            (f"{name}: noise, clip", joined("sigma ", at(f"{name}/sigma", 3), ", clip ", at(f"{name}/clip_norm"))),
+            (f"{name}: rate, steps", joined(at(f"{name}/sampling_rate", 3), ", ", at(f"{name}/steps", 0))),
         ]
     sampler: Cell = terms.get("sampler", unknown)
     if "mechanisms" not in spent:
-        facts.append(("noise, clip", _joined("sigma ", at("sigma", 3), ", clip norm ", at("clip_norm", None))))
-        sampler = _joined(sampler, "; rate ", at("sampling_rate", 3), ", ", at("steps", 0), " steps")
+        facts.append(("noise, clip", joined("sigma ", at("sigma", 3), ", clip norm ", at("clip_norm", None))))
+        sampler = joined(sampler, "; rate ", at("sampling_rate", 3), ", ", at("steps", 0), " steps")
     facts += [
         ("sampler", sampler),
         ("accountant", terms.get("accountant", unknown)),
@@ -403,7 +403,8 @@ def _card(figures: Figures, said: Mapping[str, Any], arms: Sequence[str]) -> Car
     return Card(title, facts)
 
 
-def _joined(*parts: Cell) -> Cell:
+def joined(*parts: Cell) -> Cell:
+    """Cells side by side, as one."""
     return tuple(piece for part in parts for piece in (part if isinstance(part, tuple) else (part,)))
 
 
