@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsynth.corpus import same
-from fedsynth.data.loaders import find, load_columns
+from fedsynth.data.loaders import load_columns
 from fedsynth.data.partition import ClientData, divide
+from fedsynth.data.places import find
 from fedsynth.data.tables import HELD, LABEL, NAMED, TEXT, UNIT, Rows, read_rows
 from fedsynth.models.at_hand import Models, counter
 from fedsynth.rouge import words
