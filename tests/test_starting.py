@@ -29,8 +29,9 @@ from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.supernode import Patience, SiteFailed, watch
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
+from fedsynth.federation.run.log import RunLog
 from fedsynth.scenario.server import Server
-from fedsynth.scenario.toml import from_toml
+from fedsynth.scenario.toml import cells, from_toml
 from fedsynth.simulation import flower, progress
 from fedsynth.simulation.flower import FLOWER, LaunchFailed, check_flower, environment
 from fedsynth.testing import ScriptedLLM
@@ -222,6 +223,17 @@ def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkey
     with pytest.raises(TooFewReplies, match=r"server\.start_seconds"):
         server_app.conduct(LocalGrid(answer, 0, {}), toml, tmp_path / "run")
     assert time.monotonic() - begun < 60
+
+
+def test_a_run_by_hand_prints_each_phase_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [cell, *_] = cells(from_toml(SCENARIO))
+    for echo, said in ((True, "local seed 0: learn\nlocal seed 0 round 2: evaluate\n"), (False, "")):
+        run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl", echo=echo)
+        run_log.progress("learn", 0, 8)
+        run_log.progress("learn", 3, 8)
+        run_log.round = 2
+        run_log.progress("evaluate", 0, 8)
+        assert capsys.readouterr().out == said
 
 
 def test_the_launcher_gets_the_same_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
