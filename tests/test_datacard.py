@@ -90,7 +90,7 @@ def test_the_line_gives_ranges_over_clients_and_seeds() -> None:
 
 def scenario(data: str, arms: str = "") -> Scenario:
     return from_toml(
-        f'name = "own"\nseeds = [0, 3]\n[strategy]\nuse = "a:B"\n[data]\n{data}\n[client]\ngenerator = "a"\n'
+        f'name = "own"\nseeds = [0, 3]\n[strategy]\nuse = "json:B"\n[data]\n{data}\n[client]\ngenerator = "a"\n'
         f'task_model = "a"\nguarantee = "none"\n[server]\nllm = "a"\n{arms}'
     )
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsynth.reporting.page_files import COLOURS, SCALE, as_csv, as_latex, as_png, export, plain_svg
 from fedsynth.reporting.figures import Mark, Series, bars, dots, lines, scatter
 from fedsynth.reporting.page import Number, Page, Paragraph, Plot, Plots, Section, Table
+from fedsynth.reporting.page_files import COLOURS, SCALE, as_csv, as_latex, as_png, export, plain_svg
 from fedsynth.typed import BadValue
 
 TABLE = Table(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import io
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from inprocess import instructions
 from local import LocalGrid
+from rich.console import Console
 
 import fedsynth.cli.main
 from fedsynth.app.fedsynth_sim import server_app
@@ -26,14 +29,16 @@ from fedsynth.deployment.site import supernode as site_watch
 from fedsynth.deployment.site.check import check
 from fedsynth.deployment.site.supernode import Patience, SiteFailed, watch
 from fedsynth.federation.nodes import TooFewReplies, nodes_by_client
+from fedsynth.federation.run.log import RunLog
 from fedsynth.scenario.server import Server
-from fedsynth.scenario.toml import from_toml
-from fedsynth.simulation import flower
+from fedsynth.scenario.toml import cells, from_toml
+from fedsynth.simulation import flower, progress
 from fedsynth.simulation.flower import FLOWER, LaunchFailed, check_flower, environment
 from fedsynth.testing import ScriptedLLM
 from fedsynth.typed import BadValue
 
 ROOT = Path(__file__).parent.parent
+SCENARIO = (ROOT / "simulations" / "scenarios" / "hospitals.toml").read_text()
 LATE = r"after \d+ s \({key}\).*raise that key"
 
 
@@ -85,6 +90,110 @@ def test_help_lists_and_refusals_read_no_heavy_library(words: list[str]) -> None
     assert heavy_after("from fedsynth.cli.main import main; main()", *words) == set()
 
 
+def data_of(folder: Path, text: str) -> str:
+    """A scenario of a small file, whose texts are in a column of this name."""
+    (folder / "notes.csv").write_text("note,ward\n" + "".join(f"note {i} of a ward,{'ab'[i % 2]}\n" for i in range(40)))
+    scenario = folder / "s.toml"
+    scenario.write_text(f"""name = "s"
+[strategy]
+use = "fedsynth.strategies.local:LocalOnly"
+[data]
+source = "{folder}/notes.csv"
+text = "{text}"
+label = "ward"
+clients = 2
+[client]
+generator = "assets:tiny-slm"
+task_model = "assets:tiny-slm"
+budget = {{ epsilon = 8.0 }}
+[server]
+llm = "assets:tiny-llm"
+""")
+    return str(scenario)
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_missing_file_reads_no_heavy_library_and_a_wrong_column_only_those_of_tables(
+    command: str, tmp_path: Path
+) -> None:
+    program = "from fedsynth.cli.main import main; main()"
+    scenario = data_of(tmp_path, "nota")
+    read = heavy_after(program, command, scenario)
+    assert "pandas" in read  # it got as far as the file
+    assert not {"torch", "flwr", "transformers", "ray", "opacus"} & read
+    (tmp_path / "notes.csv").unlink()
+    assert heavy_after(program, command, scenario) == set()
+
+
+def test_a_run_speaks_before_it_reads_anything_heavy_and_says_what_it_waits_for(tmp_path: Path) -> None:
+    """By what is read when the first line is printed, not by the clock of a busy machine."""
+    watched = f"""
+import sys
+from rich.console import Console
+first = []
+printed = Console.print
+def noted(self, *words, **how):
+    first.append((str(words[0]), sorted(set({sorted(HEAVY)}) & sys.modules.keys())))
+    printed(self, *words, **how)
+Console.print = noted
+sys.argv = ["fedsynth", "run", {data_of(tmp_path, "nota")!r}]
+from fedsynth.cli.main import main
+try:
+    main()
+finally:
+    print(first)
+"""
+    line = [sys.executable, "-c", watched]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=120)
+    said = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert said[0][0].endswith("notes.csv")  # the scenario's name, clients, cells and data
+    assert said[0][1] == said[1][1] == []
+    assert said[1][0] == "reading the data ..."
+
+
+def test_a_silent_run_says_what_it_waits_for_and_how_long_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.2)
+    out = io.StringIO()
+    with progress.ProgressBar(Console(file=out, width=120), from_toml(SCENARIO)) as watch:
+        watch.event({"event": "awaited", "line": "starting Flower and Ray"})
+        deadline = time.monotonic() + 30
+        while "still" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    said = out.getvalue()
+    assert "starting Flower and Ray ..." in said
+    assert re.search(r"still starting Flower and Ray \(nothing new for \d+ s; \d+\.\d min by the clock\)", said)
+    time.sleep(0.5)
+    assert out.getvalue() == said  # it ends with the run
+
+
+def test_a_run_that_speaks_has_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 2.0)
+    out = io.StringIO()
+    with progress.ProgressBar(Console(file=out, width=120), from_toml(SCENARIO)) as watch:
+        for _ in range(25):
+            watch.event({"event": "nothing that is shown"})
+            time.sleep(0.1)
+    assert "still" not in out.getvalue()
+
+
+@pytest.mark.parametrize("problem", [KeyboardInterrupt(), LaunchFailed("it died")])
+def test_a_run_that_ends_early_names_the_line_that_goes_on_with_it(problem: BaseException, tmp_path: Path) -> None:
+    def said(*, begun: bool) -> str:
+        out = io.StringIO()
+        place = tmp_path / "a run"
+        watch = progress.ProgressBar(Console(file=out, width=200), from_toml(SCENARIO))
+        if begun:
+            place.mkdir()
+            (place / "scenario.toml").touch()
+            watch.event({"event": "begun", "out": str(place)})
+        with pytest.raises(type(problem)), watch.resumable("fedsynth run --resume {out}"):
+            raise problem
+        return out.getvalue()
+
+    assert "resume" not in said(begun=False)
+    assert f"go on with it: fedsynth run --resume '{tmp_path}/a run'\n" in said(begun=True)
+
+
 def test_a_command_that_read_one_would_be_caught() -> None:
     found = heavy_after("import fedsynth.privacy.noise; from fedsynth.cli.main import main; main()", "scenarios")
     assert {"cryptography", "numpy", "scipy"} <= found
@@ -114,6 +223,17 @@ def test_a_run_waits_for_its_nodes_by_the_scenarios_clock(tmp_path: Path, monkey
     with pytest.raises(TooFewReplies, match=r"server\.start_seconds"):
         server_app.conduct(LocalGrid(answer, 0, {}), toml, tmp_path / "run")
     assert time.monotonic() - begun < 60
+
+
+def test_a_run_by_hand_prints_each_phase_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [cell, *_] = cells(from_toml(SCENARIO))
+    for echo, said in ((True, "local seed 0: learn\nlocal seed 0 round 2: evaluate\n"), (False, "")):
+        run_log = RunLog(cell, tmp_path, tmp_path / "events.jsonl", echo=echo)
+        run_log.progress("learn", 0, 8)
+        run_log.progress("learn", 3, 8)
+        run_log.round = 2
+        run_log.progress("evaluate", 0, 8)
+        assert capsys.readouterr().out == said
 
 
 def test_the_launcher_gets_the_same_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

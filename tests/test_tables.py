@@ -12,8 +12,8 @@ import datasets
 import pandas as pd
 import pytest
 
-from fedsynth.data.loaders import find
 from fedsynth.data.partition import label_list, misfits, open_sites
+from fedsynth.data.places import find
 from fedsynth.data.tables import read_rows
 from fedsynth.scenario.data import Data, TestRows
 from fedsynth.scenario.toml import load
@@ -136,7 +136,7 @@ def test_settings_of_the_hub_belong_to_the_hub(more: dict[str, Any], said: str) 
 def test_a_folder_beside_the_scenario_is_found(tmp_path: Path) -> None:
     saved().save_to_disk(tmp_path / "notes")
     (tmp_path / "own.toml").write_text(
-        'name = "own"\n[strategy]\nuse = "a:B"\n[data]\nsource = "notes"\n[client]\ngenerator = "a/b"\n'
+        'name = "own"\n[strategy]\nuse = "json:B"\n[data]\nsource = "notes"\n[client]\ngenerator = "a/b"\n'
         'task_model = "a/b"\nguarantee = "none"\n[server]\nllm = "a/b"\n'
     )
     assert load(tmp_path / "own.toml").data.source == str(tmp_path / "notes")

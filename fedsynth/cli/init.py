@@ -62,6 +62,13 @@ def init_command(
 
     asked = proposal.Asked(file, text, label, response, person, site, TestRows(column, value) if test else None)
     found = proposal.read_file(asked)
+    if found.labels:
+        from fedsynth.synthesis.augmentation import check_labels
+
+        try:
+            check_labels(list(found.labels))
+        except ValueError as problem:
+            raise BadValue(f"{problem}: write it in another way in the file") from problem
     gpu = shutil.which("nvidia-smi") is not None
     models = at_hand(instructions=response is not None, room=_memory() // 2)
     models = named(models, generator=generator, task_model=task_model, llm="" if endpoint else llm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,10 +25,11 @@ from fedsynth.cli.judging import judge_command
 from fedsynth.cli.ledger import ledger_app
 from fedsynth.cli.models import model_app
 from fedsynth.cli.strategy import strategy_app
+from fedsynth.data.places import find
 from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
-from fedsynth.scenario.toml import load, shipped_scenarios
+from fedsynth.scenario.toml import cells, load, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
@@ -159,6 +161,19 @@ def run_command(
         print(json.dumps(result.summary))
 
 
+def _read_early(asked: Scenario) -> None:
+    """Refuses a data source that is missing or has a fault before torch and Flower are read, which takes seconds."""
+    named = {cell.scenario.data for cell in cells(replace(asked, seeds=asked.seeds[:1]))}
+    sources = [data for data in named if data.world is None and data.hub_name is None]
+    for data in sources:
+        find(data.source)
+    if sources:
+        from fedsynth.data.tables import read_rows  # kept for the check, which reads the same rows
+
+        for data in sources:
+            read_rows(data)
+
+
 def _simulate(
     console: Console,
     asked: Scenario,
@@ -168,18 +183,22 @@ def _simulate(
     how: dict[str, Any],
 ) -> Any:
     check_flower()
-    from fedsynth.simulation.simulate import resume, run
-
     with ProgressBar(console, asked) as watch:
+        watch.awaits("reading the data")
+        _read_early(asked)
+        watch.awaits("loading PyTorch and Flower")
+        from fedsynth.simulation.simulate import resume, run
+
         told: dict[str, Any] = {**how, "on_event": watch.event, "on_warning": watch.warn}
         if from_ is not None:
             from fedsynth.federation.run.environment import differences
 
             for line in differences(from_, asked):
                 watch.warn(f"not as in {from_}: {line}")
-        if resumed is not None:
-            return resume(resumed, **told)
-        return run(asked, out=out, **told)
+        with watch.resumable("fedsynth run --resume {out}"):
+            if resumed is not None:
+                return resume(resumed, **told)
+            return run(asked, out=out, **told)
 
 
 def _run_on_sites(
@@ -196,9 +215,10 @@ def _run_on_sites(
 
     with ProgressBar(console, planned, planned.data.clients) as watch:
         told: dict[str, Any] = {"on_event": watch.event, "on_warning": watch.warn}
-        if resumed is not None:
-            return submit.resume(server, resumed, **told)
-        return submit.submit(server, asked, out=out, names=names, **told)
+        with watch.resumable(f"fedsynth run --resume {{out}} --server {shlex.quote(str(server))}"):
+            if resumed is not None:
+                return submit.resume(server, resumed, **told)
+            return submit.submit(server, asked, out=out, names=names, **told)
 
 
 @app.command("compare")
@@ -226,11 +246,12 @@ def compare_command(
         asked = read_grid(Path(grid[0]))
     else:
         asked = asked_for(grid, epsilons=epsilons, seeds=seeds or "0,1,2", arms=arms, baseline=baseline, sets=set_)
+    console = console_of(error=True)
+    console.print(f"{asked.name}: loading PyTorch and Flower", markup=False, soft_wrap=True)
     from fedsynth.comparison.running import compare
     from fedsynth.comparison.tables import NOTES, Lines, costs_table, utility_table
     from fedsynth.federation.run.tables import NOT_ITS_OWN
 
-    console = console_of(error=True)
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
     done = compare(
         asked,
@@ -275,10 +296,12 @@ def check_command(
     """Check SCENARIO and foresee what a run of it would spend, send, hold and take; nothing is trained or charged."""
     asked = _asked(scenario, set_, arms, clients, seeds, quick=quick)
     check_flower()
+    console = console_of(error=True)
+    console.print(f"{asked.name}: reading the data, then loading PyTorch and Flower", markup=False, soft_wrap=True)
+    _read_early(asked)
     from fedsynth.forecast.check import forecast
     from fedsynth.forecast.tables import print_forecast
 
-    console = console_of(error=True)
     made = forecast(asked, workers=workers, tell=console.print)
     print_forecast(console if as_json else console_of(error=False), made)
     if as_json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from fedsynth.data.csv_faults import separator, surplus, swallowed
 from fedsynth.scenario.data import Data
 from fedsynth.typed import BadValue, nearest
 
-SAVED = ("dataset_dict.json", "dataset_info.json")  # files that datasets.save_to_disk leaves in a folder
-
 
 @dataclass(frozen=True)
 class OfHub:
@@ -29,27 +26,6 @@ class OfHub:
     name: str
     subset: str | None
     revision: str | None
-
-
-def find(source: str) -> Path:
-    """The file or saved data set that a scenario names: at that path, or in the folder named by FEDSYNTH_DATA.
-
-    Raises:
-        BadValue: If it is in neither place.
-    """
-    places = [Path(source)]
-    if folder := os.environ.get("FEDSYNTH_DATA"):
-        places.append(Path(folder) / source)
-    for place in places:
-        if place.is_file() or _is_saved(place):
-            return place
-    if any(place.is_dir() for place in places):
-        raise BadValue(f"{source}: is a folder, but none that datasets.save_to_disk wrote: name a file in it")
-    raise BadValue(f"no data file {source!r} (looked in {', '.join(str(p.parent.absolute()) for p in places)})")
-
-
-def _is_saved(place: Path) -> bool:
-    return any((place / name).is_file() for name in SAVED)
 
 
 def load_columns(path: Path, asked: Sequence[str] | None = None) -> pd.DataFrame:

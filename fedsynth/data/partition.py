@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from fedsynth.corpus import Corpus, Provenance, pool, same
-from fedsynth.data.loaders import find
+from fedsynth.data.places import find
 from fedsynth.data.tables import (
     ATTRIBUTES,
     CLIENT,

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedsynth.corpus import same
-from fedsynth.data.loaders import find, load_columns
+from fedsynth.data.loaders import load_columns
 from fedsynth.data.partition import ClientData, divide
+from fedsynth.data.places import find
 from fedsynth.data.tables import HELD, LABEL, NAMED, TEXT, UNIT, Rows, read_rows
 from fedsynth.models.at_hand import Models, counter
 from fedsynth.rouge import words
 from fedsynth.scenario.data import Data, TestRows
 from fedsynth.scenario.task import MAX_WORDING, NO_CARD, proposed, proposed_for_instructions
-from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.typed import BadValue, nearest
 
 TEXTS = ("text", "note", "message", "document", "body", "content", "description", "abstract", "comment", "review",
@@ -200,10 +200,6 @@ def _check_labels(labels: Sequence[str], name: str, rows: int) -> None:
             f"all {rows} rows have the same label in {name!r}: a classifier needs two classes at least; name another "
             "column with --label"
         )
-    try:
-        check_labels(labels)
-    except ValueError as problem:
-        raise BadValue(f"{problem}: write it in another way in the file") from problem
 
 
 def _divided(data: Data, rows: Rows, units: int) -> Data:

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from fedsynth.corpus import LETTERS, alike, blank, same, same_person, told_apart
-from fedsynth.data.loaders import OfHub, find, from_hub, load_columns
+from fedsynth.data.loaders import OfHub, from_hub, load_columns
+from fedsynth.data.places import find
 from fedsynth.scenario.data import PAIR, Data, TestRows
 from fedsynth.scenario.task import MAX_VALUES
 from fedsynth.typed import BadValue

@@ -96,6 +96,8 @@ def submit(
         asked = pinned(asked)
         _wait_for_sites(server, flwr, asked, asked_of, on_event, on_warning)
         begin(asked, place, {DEPLOYMENT: plain(deployment)}, {})
+        if on_event is not None:
+            on_event({"event": "begun", "out": str(place)})
         _run(server, flwr, to_toml(asked), place, deployment, on_event)
     return read(place)
 

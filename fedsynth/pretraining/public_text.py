@@ -12,7 +12,8 @@ from numpy.random import Generator
 from transformers import PreTrainedTokenizerFast
 
 from fedsynth.corpus import Corpus, Provenance, same
-from fedsynth.data.loaders import decoded, find, load_columns
+from fedsynth.data.loaders import decoded, load_columns
+from fedsynth.data.places import find
 from fedsynth.models.encoding import prompt_rows
 from fedsynth.scenario.server import PublicTest
 from fedsynth.typed import BadValue

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import html
+import shlex
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +22,8 @@ from fedsynth.scenario.toml import cells
 # In the order of the methods' steps; the bar does not go back if a method repeats a phase.
 PHASES = ("synthesize", "finetune", "self_train", "select", "write", "judge", "respond", "augment", "score", "teach",
           "tune", "adopt", "learn", "evaluate")  # fmt: skip
+
+QUIET_SECONDS = 30.0  # without a line, outside of terminals
 
 
 class ProgressBar:
@@ -49,17 +56,55 @@ class ProgressBar:
         self.at = self.furthest = 0
         self.rounds = scenario.rounds  # an arm with fewer rounds jumps to the end of its part
         self.last: tuple[str, str, int] = ("", "", 0)
-        self.begun = time.monotonic()
+        self.begun = self.started = self.spoke = time.monotonic()
+        self.awaited, self.ended = "starting", threading.Event()
+        self.out: Path | None = None
         what = f"{scenario.data.clients} clients, {self.cells} cells (arms x seeds), data {scenario.data.source}"
         if sites is not None:
             what = f"{sites} site{'s' if sites > 1 else ''}, each with its own data"
         console.print(f"[bold]{escape(scenario.name)}[/]: {escape(what)}", soft_wrap=True)
 
+    def awaits(self, what: str) -> None:
+        """Says what the run waits for until the next event."""
+        self.awaited, self.spoke = what, time.monotonic()
+        if self.plain:
+            self.console.print(f"{what} ...", markup=False, soft_wrap=True)
+        else:
+            self.live.update(self.task, description=what, completed=self.furthest)
+
+    @contextmanager
+    def resumable(self, command: str) -> Iterator[None]:
+        """Says how a run is gone on with that ends early, by Ctrl-C or by a fault.
+
+        Args:
+            command: The command, with `{out}` for the run's directory.
+        """
+        try:
+            yield
+        except BaseException:
+            if self.out is not None and (self.out / "scenario.toml").is_file():
+                line = command.format(out=shlex.quote(str(self.out)))
+                self.console.print(f"go on with it: {line}", markup=False, soft_wrap=True)
+            raise
+
+    def _beat(self) -> None:
+        """A line where nothing was said for long, so that a log shows that the run goes on."""
+        quiet = QUIET_SECONDS
+        while not self.ended.wait(quiet / 10):
+            if (silent := time.monotonic() - self.spoke) >= quiet:
+                minutes = (time.monotonic() - self.started) / 60
+                said = f"still {self.awaited} (nothing new for {silent:.0f} s; {minutes:.1f} min by the clock)"
+                self.console.print(said, markup=False, soft_wrap=True)
+                self.spoke = time.monotonic()
+
     def __enter__(self) -> ProgressBar:
         self.live.__enter__()
+        if self.plain:  # a live line counts the seconds
+            threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *problem: object) -> None:
+        self.ended.set()
         self.live.__exit__(*problem)
 
     def warn(self, text: str) -> None:
@@ -68,11 +113,16 @@ class ProgressBar:
 
     def event(self, event: dict[str, Any]) -> None:
         """Shows one of the run's events."""
+        self.spoke = time.monotonic()
         if event.get("event") == "cell":
             self.at = int(event["number"])
             self._show(event, "", 0, 1)
         elif event.get("event") in ("data", "workers", "sites"):
             self.console.print(event["line"], markup=False, soft_wrap=True)
+        elif event.get("event") == "begun":
+            self.out = Path(event["out"])
+        elif event.get("event") == "awaited":
+            self.awaits(event["line"])
         elif event.get("event") == "warning":
             self.warn(event["text"])
         elif event.get("event") == "result":
@@ -88,6 +138,7 @@ class ProgressBar:
         place = PHASES.index(phase) if phase in PHASES else 0
         share = (max(number, 1) - 1 + (place + done / max(total, 1)) / len(PHASES)) / self.rounds
         self.furthest = max(self.furthest, int(1000 * (self.at + min(share, 1.0))))
+        self.awaited = f"at {self._line(event, cell, phase or 'start', number)}"
         if (cell, phase, number) != self.last:
             self.last, self.begun = (cell, phase, number), time.monotonic()
             if self.plain and phase:

@@ -276,8 +276,9 @@ def run(
         port: Port of the run's SuperLink on this machine; None for any free one.
         ray: HOST:PORT of a Ray cluster that runs already and that this machine belongs to; its CPUs are the workers.
             None for a Ray of the run's own.
-        on_event: Called with each progress event: arm, seed, round, phase, done, total. The first are "data" and
-            "workers", each with a line: the clients' data, and the number of workers.
+        on_event: Called with each progress event: arm, seed, round, phase, done, total. Before them come "data" and
+            "workers", each with a line: the clients' data, and the number of workers; "awaited" with what takes long,
+            and "begun" with the run's directory `out`.
         on_warning: Called with each warning of the check.
 
     Raises:
@@ -289,6 +290,7 @@ def run(
     place = Path(out or Path("runs") / f"{asked.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     check_free(place)
     cluster = _cluster(ray, workers)
+    _tell(on_event, {"event": "awaited", "line": "checking models, data and budget"})
     _warn(check(asked), on_warning)
     forget_weights()  # this process only waits from now on; the run's own need the memory
     asked = pinned(asked)
@@ -374,6 +376,11 @@ def _served(asked: Scenario, workers: int | None, cluster: Cluster | None) -> tu
     return _Served(count, gpu_share(count), None), said
 
 
+def _tell(on_event: Callable[[dict[str, Any]], None] | None, event: dict[str, Any]) -> None:
+    if on_event is not None:
+        on_event(event)
+
+
 def done(out: Path) -> bool:
     """True if the run in a directory has completed."""
     try:
@@ -397,6 +404,8 @@ def _launched(
     on_event: Callable[[dict[str, Any]], None] | None,
     begun: float,
 ) -> Result:
+    _tell(on_event, {"event": "begun", "out": str(place)})
+    _tell(on_event, {"event": "awaited", "line": "starting Flower and Ray"})
     append_event(place / EVENTS, {"event": STARTED, "seconds": round(time.monotonic() - begun, 3)})
     launch(
         AppRun(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from fedsynth.data.loaders import find
+from fedsynth.data.places import find
 from fedsynth.instructions import record
 
 SENTENCES = 2  # of an answer

@@ -55,7 +55,10 @@ def main(grid: Grid, context: Context) -> None:
             from .workers import replace_the_dead  # Ray: simulations only
 
             replace_the_dead()
-        conduct(grid, toml, out, deployed)
+        by_hand = not context.run_config.get("out-dir")
+        if by_hand:
+            print(f"the run's directory is {out}", flush=True)
+        conduct(grid, toml, out, deployed, echo=by_hand)
     except BaseException as problem:
         traceback.print_exc()  # into the log: Flower keeps the message only
         reason = " ".join(f"{problem}".split()) or type(problem).__name__
@@ -79,8 +82,16 @@ def _place_of(problem: BaseException) -> str:
     return f" in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else ""
 
 
-def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None) -> None:
-    """Runs all cells and writes the metrics after each, so that a run that ends early leaves its figures."""
+def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None, *, echo: bool = False) -> None:
+    """Runs all cells and writes the metrics after each, so that a run that ends early leaves its figures.
+
+    Args:
+        grid: Flower's.
+        toml: The scenario.
+        out: The run's directory.
+        deployed: The sites; None for a simulation.
+        echo: Phases are printed.
+    """
     started = time.monotonic()
     scenario = from_toml(toml)
     if not (out / "scenario.toml").exists():  # a run by hand; otherwise the launcher has made the directory
@@ -98,7 +109,7 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
             {"event": "cell", "arm": cell.arm, "seed": cell.seed, "number": number, "cells": len(planned)},
         )
         try:
-            run_logs.append(_one_cell(grid, cell, out, deployed, egress))
+            run_logs.append(_one_cell(grid, cell, out, deployed, egress, echo=echo))
         finally:
             write_egress(out)
         write_metrics(out, run_logs)
@@ -107,8 +118,10 @@ def conduct(grid: Grid, toml: str, out: Path, deployed: Deployment | None = None
     summarize(scenario, out, time.monotonic() - started, run_logs)
 
 
-def _one_cell(grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, egress: EgressRecord) -> RunLog:
-    run_log = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None)
+def _one_cell(
+    grid: Grid, cell: Cell, out: Path, deployed: Deployment | None, egress: EgressRecord, *, echo: bool
+) -> RunLog:
+    run_log = RunLog(cell, out, out / "events.jsonl", simulated=deployed is None, echo=echo)
     if (done := run_log.checkpoint.finished()) is not None:
         run_log.restore(done)
         return run_log

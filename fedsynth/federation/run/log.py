@@ -47,6 +47,7 @@ class RunLog:
         sums: The sums of both over all clients.
         begun: Round and name of the step that `left` counts from.
         simulated: True for simulated clients, False for real sites.
+        echo: Each phase is printed as well: of a run by hand (`flwr run --stream`), which nobody watches the events of.
     """
 
     cell: Cell
@@ -64,6 +65,7 @@ class RunLog:
     sums: tuple[int, int] = (0, 0)
     begun: tuple[int, str] = (0, "")
     simulated: bool = True
+    echo: bool = False
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -164,6 +166,9 @@ class RunLog:
         line: dict[str, Any] = {"event": "progress", "arm": self.cell.arm, "seed": self.cell.seed, "round": self.round}
         line |= {"kept": self.kept, "epsilon": self.epsilon}
         append_event(self.events, {**line, "phase": phase, "done": done, "total": total})
+        if self.echo and done == 0:
+            turn = f" round {self.round}" if self.round > 1 else ""
+            print(f"{self.cell.arm} seed {self.cell.seed}{turn}: {phase}", flush=True)
 
     @property
     def kept(self) -> float | None:
