@@ -255,9 +255,11 @@ def test_an_error_of_a_method_ends_the_check_with_its_type_and_the_methods_own_l
     place = tmp_path / "tiny.toml"
     place.write_text(scenario(tmp_path, "test_forecast:Fails"))
     monkeypatch.setattr(fedsynth.forecast.check, "probe", lambda *_: Probed(EveryUnit(), 0.0, 1.0, 1))
-    assert typed(monkeypatch, str(place)) == 1
+    assert typed(monkeypatch, str(place), "--json") == 1
     at = Path(__file__).read_text().splitlines().index("    return sum(numbers) / len(numbers)") + 1
-    told = " ".join(capfd.readouterr().out.split())
+    said = capfd.readouterr()
+    told = " ".join(said.err.split())
+    assert json.loads(said.out)["warnings"][0].startswith("arm 'main' would fail: ZeroDivisionError")
     assert "error: arm 'main' would fail: ZeroDivisionError: division by zero" in told
     assert f"{Path(__file__).name}, line {at}, in _mean)" in told
 
@@ -454,10 +456,7 @@ def test_json_is_the_last_line_and_has_the_promised_shape(
     place.write_text(scenario(tmp_path))
     assert typed(monkeypatch, str(place), "--workers", "1", "--json") == 0
     said = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert set(said) == {
-        "scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings", "failures",
-    }  # fmt: skip
-    assert said["failures"] == []
+    assert set(said) == {"scenario", "workers", "arms", "seconds", "seconds_alone", "memory", "warnings"}
     assert set(said["arms"]["main"]) == {"epsilon", "delta", "guarantee", "bytes", "llm_tokens", "seconds"}
     assert set(said["memory"]) == {"worker", "workers", "driver", "total"}
     assert said["workers"] == 1

@@ -122,8 +122,7 @@ class Forecast:
                 "driver": self.driver,
                 "total": self.memory,
             },
-            "warnings": list(self.warnings),
-            "failures": list(self.failures),
+            "warnings": [*self.failures, *self.warnings],
         }
 
 
