@@ -52,6 +52,8 @@ def elsewhere(key: str) -> str:
     from fedsynth.scenario.keys import keys
 
     found = [each.name for each in keys() if each.name.endswith(f".{key}")]
+    tables = [each.name.partition(f".{key}.")[0] + f".{key}" for each in keys() if f".{key}." in each.name]
+    found = list(dict.fromkeys([*found, *tables]))
     return f"; {key!r} stands in {' or '.join(found)}" if found else ""
 
 
