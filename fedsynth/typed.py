@@ -37,6 +37,18 @@ class UnknownKey(BadValue):
         self.key = key
 
 
+class MissingKey(BadValue):
+    """A table lacks a key that has no default.
+
+    Attributes:
+        key: The key, dotted, with its table.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Range:
     """The allowed values of a number, as `Annotated[int, Range(...)]`; `in_range` checks it and names it."""
@@ -240,7 +252,8 @@ def _build_dataclass(kind: type, value: Any, key: str) -> Any:
             if type(None) in typing.get_args(hints[name]):
                 given[name] = None  # `plain` leaves it out
                 continue
-            raise BadValue(f"key {(key + '.' if key else '') + name!r} is missing")
+            missing = (key + "." if key else "") + name
+            raise MissingKey(missing, f"key {missing!r} is missing")
     try:
         return kind(**given)
     except BadValue:

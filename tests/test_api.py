@@ -278,7 +278,7 @@ def test_texts_come_by_client_and_as_a_frame(place: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (("fdtk",), "no arm 'fdtk'; it has local, fdkt"),
+        (("fdtk",), "no arm 'fdtk'; did you mean 'fdkt'\\?; it has local, fdkt"),
         (("fdkt", 3), "no seed 3 of 'fdkt'; it has 0"),
         (("fdkt", 0, "draft"), "kind 'draft'; it has written"),
     ],

@@ -133,6 +133,12 @@ def test_instructions_get_a_method_that_answers_them(command: Command) -> None:
         (lambda: rows(60, ["a", "b"]), ["--label", "wart"], "--label: no column 'wart'.*did you mean 'ward'"),
         (lambda: rows(60, ["a", "b"]), ["--person", "p"], "--person: no column 'p'; it has 'note', 'ward'"),
         (lambda: rows(60, ["a", "b"]), ["--label", "note"], "'note' has 60 different values in 60 rows"),
+        (lambda: rows(60, ["a", "b"], w=lambda i: f"w{i % 3}"), ["--text", "w"], "'w' has 3 different values in 60"),
+        (
+            lambda: rows(60, ["a", "b"], p=lambda i: i // 2, s=lambda i: i % 2),
+            ["--person", "p", "--site", "s"],
+            "30 values of the unit column 'p' are at more than one client .*without --site.*weaker",
+        ),
         (lambda: rows(60, ["a", ""]), ["--label", "note", "--text", "ward"], "it holds no class names"),
         (lambda: rows(60, [CANARY * 60, "b"]), [], "holds a value of 420 characters"),
         (lambda: rows(60, ["", ""]), [], "the label column 'ward' is empty"),

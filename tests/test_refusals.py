@@ -24,6 +24,12 @@ ROOT = Path(__file__).parent.parent
         ("run hospitals --set epsilon=2", "unknown key 'epsilon'"),
         ("run hospitals --set epsilon=2", "; 'epsilon' stands in client.budget.epsilon"),
         ("run hospitals --set client.epsilon=2", "; 'epsilon' stands in client.budget.epsilon"),
+        ("run hospitals --set budget.epsilon=2", "; 'budget' stands in client.budget"),
+        ("compare hospitals --epsilon 2,8", "No such option '--epsilon'; did you mean --epsilons?"),
+        ("run --resume runs/nope", "there is no directory 'runs/nope': name that of a run"),
+        ("report .", "'.' holds runs, and is none itself: name one of first"),
+        ("runs", "No such command 'runs'. Did you mean 'run'?"),
+        ("run lacking.toml", "key 'server' is missing; write server.llm = text or table"),
         ("run hospital", "no scenario 'hospital'; did you mean 'hospitals'?"),
         ("check hospitalz.toml", "no scenario file 'hospitalz.toml'; did you mean 'hospitals'?"),
         ("run notes.csv", "'notes.csv' is a data file, no scenario: `fedsynth init notes.csv` writes one for it"),
@@ -40,9 +46,14 @@ def test_a_slip_is_answered_with_what_was_meant(words: str, said: str, command: 
     Path("first").mkdir()
     Path("first/scenario.toml").touch()
     Path("mine.toml").touch()
+    lacking = ('name = "x"', "[strategy]", 'use = "fedsynth.strategies.fdkt:FDKT"', "[data]", 'source = "d.csv"')
+    Path("lacking.toml").write_text(
+        "\n".join([*lacking, "[client]", 'generator = "assets:tiny-slm"', 'guarantee = "none"'])
+    )
     code, out, err = command(*words.split())
     assert (code, out) == (2, "")
     assert said in err
+    assert err.lower().count("did you mean") <= 1
     assert len(err.splitlines()) == 1
 
 

@@ -25,7 +25,13 @@ def init_command(
         str | None, typer.Option(metavar="COLUMN", help="Of the class names; guessed by its name.")
     ] = None,
     person: Annotated[str | None, typer.Option(metavar="COLUMN", help="Of the persons: privacy is per person.")] = None,
-    site: Annotated[str | None, typer.Option(metavar="COLUMN", help="Whose values are the clients.")] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Of the file: each of its values becomes a client; rows are dealt by chance by default.",
+        ),
+    ] = None,
     response: Annotated[str | None, typer.Option(metavar="COLUMN", help="Instructions: of the responses.")] = None,
     test: Annotated[str, typer.Option(metavar="COLUMN=VALUE", help="The rows to test on; a fifth by default.")] = "",
     generator: Annotated[str, typer.Option(help="The clients' generator, as scenarios name models.")] = "",

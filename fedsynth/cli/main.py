@@ -105,7 +105,12 @@ def run_command(
     server: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Run on real sites, through the coordinator's server in DIR.")
     ] = None,
-    sites: Annotated[str, typer.Option(help="With --server: names of sites; all that were let in by default.")] = "",
+    sites: Annotated[
+        str,
+        typer.Option(
+            help="With --server: names of the real sites that take part, with commas; all that were let in by default."
+        ),
+    ] = "",
     workers: Annotated[int | None, typer.Option(help="Client processes; one per core by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the run's own SuperLink; any free one by default.")] = None,
     ray: Annotated[
@@ -141,6 +146,8 @@ def run_command(
 
         check(trackers)
     known = from_ or resume_
+    if known is not None and not known.is_dir():
+        raise BadValue(f"there is no directory {str(known)!r}: name that of a run, as runs/NAME-DATE")
     asked = _asked(str(known / "scenario.toml") if known else scenario, set_, arms, clients, seeds, quick=quick)
     # torch and Flower take seconds to import: help and misspelt keys need neither
     if server is not None:
@@ -369,6 +376,11 @@ def report(
         raise BadValue(
             f"there is no directory {str(place)!r}: name that of a run or of a comparison, as runs/NAME-DATE"
         )
+    if not (place / "scenario.toml").is_file() and not (place / "comparison.json").is_file():
+        known = [path.parent for name in ("scenario.toml", "comparison.json") for path in place.glob(f"*/{name}")]
+        if known:
+            named = ", ".join(map(str, sorted(known)[-10:]))
+            raise BadValue(f"{str(place)!r} holds runs, and is none itself: name one of {named}")
     if site_only and (out is not None or export is not None):
         raise BadValue("a site-only report stays in the private directory beside the run: leave --out and --export out")
     if site_only:
@@ -430,11 +442,21 @@ def main() -> None:
         if hasattr(problem, "format_message"):  # click's usage errors
             if not (said := problem.format_message()):  # the help was shown, as there was no argument
                 sys.exit(BAD_INPUT)
-            way_out = _as_key(getattr(problem, "option_name", ""))
+            way_out = _way_out(problem)
             if way_out:  # click's own guess is another option
                 said = f"No such option '{getattr(problem, 'option_name', '')}'"
+            first, question, _ = said.partition(" Did you mean ")
+            if said.count(question or said) > 1:  # Typer and click each add it
+                said = first + question + said.rpartition(question)[2]
             _end(f"bad input: {said}{way_out}", BAD_INPUT)
         raise
+
+
+def _way_out(problem: Any) -> str:
+    """What an unknown option stands for: the command's own of several values (`--epsilons`), or a scenario's key."""
+    option, context = getattr(problem, "option_name", ""), getattr(problem, "ctx", None)
+    own = [name for each in context.command.params for name in each.opts] if context is not None else []
+    return f"; did you mean {option}s?" if option and f"{option}s" in own else _as_key(option)
 
 
 def _as_key(option: str) -> str:

@@ -375,7 +375,12 @@ def _of_first_clients(data: Data, table: pd.DataFrame) -> pd.DataFrame:
     # Parallel composition needs each person at one client only (docs/privacy.md).
     shared = int(table[[UNIT, CLIENT]].drop_duplicates()[UNIT].duplicated().sum())
     if shared:
-        raise BadValue(f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client")
+        raise BadValue(
+            f"{data.source}: {shared} values of the unit column {data.unit!r} are at more than one client (column "
+            f"{data.client_column!r}): write each one's rows under one client in the file; or deal whole units by "
+            'chance: split = "iid" without client_column, in `fedsynth init` without --site; or leave out unit '
+            "(--person): privacy is then per row only, which is weaker"
+        )
     return table
 
 

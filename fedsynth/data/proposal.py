@@ -125,6 +125,7 @@ def read_file(asked: Asked) -> Found:
             _known(names, name, option)
     if label is not None:
         _check_label_column(frame[label], label)
+    _check_text_column(frame[text], text)
     test = asked.test or _split(frame, names, said)
     data = Data(
         asked.file,
@@ -191,6 +192,16 @@ def _check_label_column(column: Any, name: str) -> None:
     if (longest := max(map(len, kinds))) > MAX_WORDING:
         raise BadValue(
             f"the label column {name!r} holds a value of {longest} characters, a class name has {MAX_WORDING} at most"
+        )
+
+
+def _check_text_column(column: Any, name: str) -> None:
+    """Refuses a column of a few values that many rows share: equal texts are dropped, and too few would be left."""
+    values = [str(value) for value in column if value is not None and same(str(value))]
+    if len(kinds := set(values)) < FEWEST <= len(values):
+        raise BadValue(
+            f"the text column {name!r} has {len(kinds)} different values in {len(values)} rows, of which equal ones "
+            f"are dropped: at least {FEWEST} different texts are needed; name another column with --text"
         )
 
 
@@ -533,6 +544,11 @@ def told(found: Found, lengths: Lengths, models: Models, *, gpu: bool) -> list[s
             lines.append("labels are numbers, which tell a model nothing: put them into words in [task.labels]")
     how = f"about {found.units // data.clients} {unit} each, dealt by chance"
     lines.append(f"clients: {data.clients}, {how if data.client_column is None else f'by {data.client_column!r}'}")
+    if data.unit and data.client_column is None and data.clients < min(MOST_CLIENTS, max(2, found.rows // UNITS)):
+        lines.append(
+            f"fewer clients than {found.rows} rows without --person would make: a person's rows stay together at one "
+            f"client, and a client should have at least {UNITS} persons"
+        )
     if data.unit is None:
         lines.append("privacy: per row; if a person has several rows, name the column of persons with --person")
     else:

@@ -156,7 +156,9 @@ def _lengths(tokenizer: Any, texts: Sequence[Sequence[str]], config: Any) -> Ite
 
 def cut_line(cut: Cut, seed: int) -> str:
     """A warning for the operator of a simulation."""
-    end = "; they are cut, and teach no end of text" if cut.part == "generator" else ""
+    end = ""
+    if cut.part == "generator":
+        end = '; they are cut, and teach no end of text (with cut = "sentences", texts cut at a sentence do not count)'
     return (
         f"{cut.cut} of {cut.texts} private texts are longer than {cut.key} = {cut.limit} tokens (seed {seed}): "
         f"the {cut.part} never reads {cut.share:.0%} of their tokens{end}"

@@ -13,7 +13,7 @@ import tomli_w
 
 from fedsynth.scenario.earlier_keys import as_of_now
 from fedsynth.scenario.schema import Cell, Scenario
-from fedsynth.typed import BadValue, UnknownKey, build, nearest, plain, toml_file, toml_table
+from fedsynth.typed import BadValue, MissingKey, UnknownKey, build, nearest, plain, toml_file, toml_table
 
 
 def from_tree(tree: Mapping[str, Any]) -> Scenario:
@@ -30,6 +30,8 @@ def from_tree(tree: Mapping[str, Any]) -> Scenario:
         scenario = build(Scenario, tree)
     except UnknownKey as problem:
         raise BadValue(f"{problem}{elsewhere(problem.key)}") from problem
+    except MissingKey as problem:
+        raise BadValue(f"{problem}{_needed(problem.key)}") from problem
     for arm, overrides in scenario.arms.items():
         try:
             _override(scenario, overrides)
@@ -52,7 +54,21 @@ def elsewhere(key: str) -> str:
     from fedsynth.scenario.keys import keys
 
     found = [each.name for each in keys() if each.name.endswith(f".{key}")]
+    tables = [each.name.partition(f".{key}.")[0] + f".{key}" for each in keys() if f".{key}." in each.name]
+    found = list(dict.fromkeys([*found, *tables]))
     return f"; {key!r} stands in {' or '.join(found)}" if found else ""
+
+
+def _needed(missing: str) -> str:
+    """What to write for a key or table that is missing, to be added to a message.
+
+    >>> _needed("server")
+    "; write server.llm = text or table"
+    """
+    from fedsynth.scenario.keys import keys
+
+    own = [k for k in keys() if missing in (k.name, k.name.rpartition(".")[0]) and k.default == "-"]
+    return f"; write {', '.join(f'{k.name} = {k.kind}' for k in own)}" if own else ""
 
 
 def to_toml(scenario: Scenario) -> str:

@@ -16,7 +16,7 @@ from fedsynth.corpus import Corpus
 from fedsynth.evaluation.utility import Difference, bootstrap, paired_difference
 from fedsynth.federation.payload import corpus_from_parquet
 from fedsynth.federation.run.privacy_report import up
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,7 +92,7 @@ class Result:
         return paired_difference(self.metrics, arm, baseline, metric=metric)
 
     def corpora(self, arm: str, seed: int | None = None, kind: str = "written") -> Corpora:
-        """Texts by client, of the last round that has some; client -1 is the server.
+        """Texts by client, of the last round that has some. Key -1 is the server: its one corpus for all clients.
 
         Args:
             arm: An arm of the run.
@@ -106,7 +106,8 @@ class Result:
         own = self.metrics[self.metrics["arm"] == arm]
         seeds = sorted(map(int, own["seed"].unique()))
         if not seeds:
-            raise BadValue(f"the run has no arm {arm!r}; it has {', '.join(self.summary['arms'])}")
+            arms = list(self.summary["arms"])
+            raise BadValue(f"the run has no arm {arm!r}{nearest(arm, arms)}; it has {', '.join(arms)}")
         if seed is not None and seed not in seeds:
             raise BadValue(f"the run has no seed {seed} of {arm!r}; it has {', '.join(map(str, seeds))}")
         folder = self.out / "corpora" / arm / f"seed-{seeds[0] if seed is None else seed}"

@@ -44,7 +44,7 @@ from fedsynth.simulation.result import Result, read
 from fedsynth.synthesis.augmentation import check_labels
 from fedsynth.training.examples import check_room
 from fedsynth.training.selfcheck import SelfCheckFailed, self_check
-from fedsynth.typed import BadValue
+from fedsynth.typed import BadValue, UnknownKey
 
 SAFE_SHARE = 0.9  # of free memory that workers may fill
 MODELS = (
@@ -107,6 +107,9 @@ def check_server(cell: Cell) -> None:
         kind, options = load_strategy(resolved.strategy)
         check_settings(resolved.client, resolved.rounds)  # before they are used in a plan
         kind.check(options, resolved)
+    except UnknownKey as problem:  # an arm has most of its options from the whole scenario
+        where = f"look in [strategy], --set and [arms.{cell.arm}]"
+        raise BadValue(f"arm {cell.arm!r}: {problem}; {where}") from problem
     except (BadValue, Rejected) as problem:
         raise BadValue(f"arm {cell.arm!r}: {problem}") from problem
     check_hardware(resolved.server.hardware)
