@@ -64,7 +64,8 @@ def place(tmp_path: Path) -> Path:
             (f"round {number} <b>", "dry"), ("fever", "cough"), Provenance.LLM_WRITTEN, grants=(f"g{client}",)
         )
         (texts / f"written-round{number}-client{client}.parquet").write_bytes(corpus_to_parquet(written))
-    summary = {"scenario": "own <i>", "out": str(out), "seconds": 3.0, "arms": arms, "verdict": ["fdkt is above local"]}
+    summary = {"scenario": "own <i>", "out": str(out), "seconds": 3.0, "arms": arms}
+    (out / "conclusion.json").write_text(json.dumps({"verdict": ["fdkt is above local"], "lines": {}}))
     (out / "summary.json").write_text(json.dumps(summary))
     (out / "privacy.json").write_text(json.dumps({arm: {"line": f"of {arm} the line"} for arm in ACCURACY}))
     columns = ["arm", "seed", "round", "client", "metric", "value"]
@@ -240,7 +241,7 @@ def test_a_notebook_shows_a_table_of_escaped_text(place: Path) -> None:
     rows = re.findall(r"<tr>(.*?)</tr>", shown)
     assert [re.findall(r">([^<]*)</t[hd]>", row) for row in rows] == [
         ["arm", "accuracy", "guarantee"],
-        ["local", "0.500", "nothing released"],
+        ["local", "0.500", "nothing is released"],
         ["fdkt", "0.800", "epsilon 8.000"],  # rounded up: a printed bound must hold
     ]
     assert "<li>fdkt is above local</li>" in shown
@@ -294,7 +295,10 @@ def test_a_plot_shows_each_arms_mean_and_interval(place: Path) -> None:
     mpl.use("Agg")
     found = fedsynth.load(place)
     axes = found.plot()
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["local\nnothing released", "fdkt\nepsilon 8.000"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "local\nnothing is released",
+        "fdkt\nepsilon 8.000",
+    ]
     bars, means = axes.get_lines()[::2], axes.get_lines()[1::2]
     assert [float(line.get_xdata()[0]) for line in means] == pytest.approx([0.5, 0.8])
     index = pd.MultiIndex.from_product([[0], range(6)], names=["seed", "client"])

@@ -221,7 +221,7 @@ def test_figures_by_hand(run: Path) -> None:
 
 def test_the_page_concludes_with_what_the_summary_has(run: Path) -> None:
     path, _ = run_report.write(run)
-    told = json.loads((run / "summary.json").read_text())["verdict"]
+    told = json.loads((run / "conclusion.json").read_text())["verdict"]
     (conclusion,) = [box for box in parsed(path).iter("div") if box.get("class") == "verdict"]
     assert " ".join("".join(conclusion.itertext()).split()) == " ".join(told)
     # Client 0 was tuned on: two pairs are left, whose means are .2 and .4.

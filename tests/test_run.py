@@ -109,6 +109,8 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
     assert names == {
         "scenario.toml",
         "summary.json",
+        "conclusion.json",
+        "data_facts.json",
         "metrics.parquet",
         "privacy.json",
         "corpora",

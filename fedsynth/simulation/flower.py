@@ -39,8 +39,9 @@ DEPLOYMENT = "deployment.json"  # of a run on real sites: fedsynth.deployment.pl
 SERVER_PROCESS = "server.pid"  # in the private directory of a run on real sites: its ServerApp's process
 
 # For the C library: freed memory stays with the process, as the next step needs as much. A training step of 15 million
-# parameters takes 4 % less time when its pages need not be found again (docs/results.md).
-KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+# parameters takes 4 % less time when its pages need not be found again (docs/results.md). Blocks from 32 MB on go back
+# at once: the logits of real models are of ever other sizes, and a heap that keeps them grows until memory is gone.
+KEEPING = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 # From the first version to before the second, Flower's programs and its client process (deployment/client_process.py)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,12 +51,15 @@ class Result:
         summary: The summary that `--json` prints.
         metrics: Tidy frame: arm, seed, round, client, metric, value; client -1 is the server.
         privacy: By arm, the privacy statement in words and figures.
+        conclusion: `verdict`, its sentences; `lines`, by metric the figures of chance and of the commonest label.
+            Empty for a run of an earlier version.
     """
 
     out: Path
     summary: Mapping[str, Any]
     metrics: pd.DataFrame
     privacy: Mapping[str, Any]
+    conclusion: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def table(self) -> pd.DataFrame:
@@ -83,7 +86,7 @@ class Result:
     def sentences(self) -> list[str]:
         """What a reader has to know beside the table: the run's verdict, arms that lost their texts, the privacy of
         each arm."""
-        verdict = self.summary.get("verdict", [])  # runs of earlier versions have none
+        verdict = self.conclusion.get("verdict", [])
         lost = [f"{arm}: {'; '.join(lines)}" for arm, lines in self.few.items()]
         return [*verdict, *lost, *(f"{arm}: {said['line']}" for arm, said in self.privacy.items())]
 
@@ -170,7 +173,7 @@ class Result:
         found = self.summary["arms"][arm]
         if found["epsilon"] is None:
             return "no guarantee"
-        return f"epsilon {up(found['epsilon'], 3):.3f}" if found["epsilon"] else "nothing released"
+        return f"epsilon {up(found['epsilon'], 3):.3f}" if found["epsilon"] else "nothing is released"
 
     def __repr__(self) -> str:
         arms = self.summary["arms"]
@@ -205,7 +208,10 @@ def read(out: Path) -> Result:
     if missing := [name for name in FILES if not (out / name).is_file()]:
         raise BadValue(_why_none(out, missing))
     files = {name: json.loads((out / name).read_text(encoding="utf-8")) for name in FILES[:2]}
-    return Result(out, files["summary.json"], pd.read_parquet(out / "metrics.parquet"), files["privacy.json"])
+    told = out / "conclusion.json"
+    conclusion = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    metrics = pd.read_parquet(out / "metrics.parquet")
+    return Result(out, files["summary.json"], metrics, files["privacy.json"], conclusion)
 
 
 def _why_none(out: Path, missing: Sequence[str]) -> str:

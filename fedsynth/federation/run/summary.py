@@ -32,7 +32,7 @@ def write_metrics(out: Path, run_logs: Sequence[RunLog]) -> pd.DataFrame:
 
 
 def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[RunLog]) -> dict[str, Any]:
-    """Writes metrics.parquet, privacy.json and summary.json; returns the summary that `--json` prints."""
+    """Writes metrics.parquet, privacy.json, conclusion.json and summary.json; returns the last (`--json`)."""
     frame = write_metrics(out, run_logs)
     arms = list(dict.fromkeys(j.cell.arm for j in run_logs))
     tuned_on, lost = set(scenario.data.tuned_on), losses(frame)
@@ -49,12 +49,13 @@ def summarize(scenario: Scenario, out: Path, seconds: float, run_logs: Sequence[
         },
     }
     epsilon = {arm: found["epsilon"] for arm, found in summary["arms"].items()}
-    summary["lines"] = lines_for(frame)
-    summary["verdict"] = list(concluded(scenario, frame, epsilon, read_facts(out)).sentences)
+    verdict = concluded(scenario, frame, epsilon, read_facts(out)).sentences
     if sent := write_egress(out):  # a run without an endpoint has the shape that it always had
         summary["egress"] = list(map(plain, sent))
     privacy = {arm: privacy_report([j for j in run_logs if j.cell.arm == arm]) for arm in arms}
     (out / "privacy.json").write_text(json.dumps(privacy, indent=1), encoding="utf-8")
+    conclusion = {"verdict": list(verdict), "lines": lines_for(frame)}
+    (out / "conclusion.json").write_text(json.dumps(conclusion, indent=1), encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
 

@@ -47,13 +47,13 @@ def print_table(console: Console, result: Any) -> None:
         moved = [f"{found['bytes'][d] / 1e6:.2f} MB" for d in ("up", "down")]
         guarantee = "nothing is released" if found["epsilon"] == 0 else found["guarantee"]
         table.add_row(arm, *figures, guarantee, epsilon, *moved, *map(escape, told))
-    lines: dict[str, dict[str, float]] = result.summary.get("lines", {})  # runs of earlier versions have none
+    lines: dict[str, dict[str, float]] = result.conclusion.get("lines", {})
     for line in WORDS:
         if any(line in own for own in lines.values()):
             own = [f"{lines[n][line]:.3f}" if line in lines.get(n, {}) else "-" for n in names]
             table.add_row(f"({WORDS[line]})", *own, style="dim")
     show(console, table)
-    for sentence in result.summary.get("verdict", []):
+    for sentence in result.conclusion.get("verdict", []):
         console.print(sentence, markup=False, soft_wrap=True)
     for arm, few in result.few.items():
         console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
