@@ -177,7 +177,10 @@ def test_what_was_read_off_the_file_is_confirmed_first(command: Command, monkeyp
     words = ("init", "notes.csv", "--text", "note", "--label", "ward")
     code, out, err = command(*words)
     assert (code, Path("notes.toml").exists()) == (2, False)
-    assert "nothing is written: say --yes if it may become public (2 labels, lengths of 64 and 32 tokens" in err
+    assert (
+        "nothing is written, for want of a terminal to ask at: --yes says it may be public (2 labels, lengths of 64 and 32 tokens"
+        in err
+    )
     assert "becomes public when you send this scenario" in out
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     for answer, written in (("n\n", False), ("\n", False), ("y\n", True)):

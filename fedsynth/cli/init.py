@@ -105,7 +105,9 @@ def init_command(
     )
     if not yes:
         if not sys.stdin.isatty():
-            raise BadValue(f"nothing is written: say --yes if it may become public ({known})")
+            raise BadValue(
+                f"nothing is written, as there is no terminal to ask at: add --yes if it may become public ({known})"
+            )
         if not typer.confirm(f"May this become public, and be written to {place}?", default=False):
             console.print("nothing is written", markup=False)
             raise typer.Exit(1)

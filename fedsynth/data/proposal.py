@@ -29,7 +29,8 @@ UNITS = (
     120  # of a client, at least, where the file reaches: a fifth is held out, and DP-SGD has some hundred to learn from
 )
 MOST_CLIENTS = 8
-FEWEST = 10  # units of a file
+FEWEST = 10  # units of a file; rows of a value that could name a client
+MOST_SITES = 50  # values of a column that could be the clients
 MOST_LABELS = 1000
 SHARE = 0.95  # of the texts that a length must hold: the longest one is a fact about one person
 SAMPLE = 5000  # texts that are measured, evenly over the file
@@ -104,6 +105,16 @@ class Lengths:
     cut: float
     said: str
 
+    @property
+    def of_generator(self) -> str:
+        """What the generator's length follows from."""
+        return FILE if self.longer <= 1 - SHARE else LIMIT
+
+    @property
+    def of_task(self) -> str:
+        """What the task model's length follows from."""
+        return FILE if self.cut <= 1 - SHARE else LIMIT
+
 
 # ---- The file ----
 
@@ -126,6 +137,10 @@ def read_file(asked: Asked) -> Found:
     if label is not None:
         _check_label_column(frame[label], label)
     _check_text_column(frame[text], text)
+    if asked.site is None:
+        taken = {text, label, asked.response, asked.person, asked.test.column if asked.test else None}
+        told = [name for name in names if name not in taken and _could_be_sites(frame[name])]
+        said += [f"columns that could be the clients: {', '.join(map(repr, told))} (--site)"] if told else []
     test = asked.test or _split(frame, names, said)
     data = Data(
         asked.file,
@@ -150,6 +165,12 @@ def read_file(asked: Asked) -> Found:
     return Found(
         _divided(data, rows, units), dict(sorted(labels.items())), len(rows.table), units, rows.incomplete, tuple(said)
     )
+
+
+def _could_be_sites(values: Any) -> bool:
+    """True for a column of some few names, each in several rows."""
+    kinds = values.dropna().map(str).value_counts()
+    return 2 <= len(kinds) <= MOST_SITES and int(kinds.iloc[-1]) >= FEWEST and not str(values.dtype).startswith("float")
 
 
 def _column(names: Sequence[str], given: str | None, option: str, usual: Sequence[str], said: list[str]) -> str:
@@ -302,8 +323,8 @@ def _power(number: int) -> int:
 
 HEAD = """# Written by `{command}`; every key: docs/scenario.md.
 # Lines with "from the file" hold what was read off it. They become public when you send this scenario: the server,
-# its LLM and every site read them, and epsilon does not cover them. Lengths hold 95 % of the texts and are rounded up
-# to powers of two.
+# its LLM and every site read them, and epsilon does not cover them. Such lengths hold 95 % of the texts and are rounded
+# up to powers of two.
 name = {name}
 seeds = [0]               # more of them give a spread: [0, 1, 2]
 run = {run}"""
@@ -314,6 +335,7 @@ data.clients = 2
 LOCAL = 'strategy.use = "fedsynth.strategies.local:LocalOnly"'
 KEPT = 'strategy.use = "fedsynth.strategies.label_names:LabelNames"'
 FILE = "from the file"
+LIMIT = "a limit of the model or of this machine, not of the file"
 
 
 @dataclass(frozen=True)
@@ -377,10 +399,10 @@ def _classification(found: Found, lengths: Lengths, models: Models) -> _Parts:
         'use = "fedsynth.strategies.fdkt:FDKT"',
         _line(f"min_words = {lengths.few_words}", "shorter synthetic texts are dropped", FILE),
         _line(f"per_label = {10 if small else max(2, min(8, 96 // labels))}", "DP drafts of each label and client"),
-        _line(f"draft_tokens = {lengths.generator}", FILE),
+        _line(f"draft_tokens = {lengths.generator}", lengths.of_generator),
         _line(f"shots = {shots}", "drafts that the LLM reads in one prompt"),
         _line(f"num_texts = {texts}", "that the LLM writes"),
-        f"max_new_tokens = {min(lengths.generator, context // 4)}",
+        _line(f"max_new_tokens = {min(lengths.generator, context // 4)}", "of each text of the LLM"),
         _line("one_to_many = true", "it writes once, for all clients, after all clients' drafts"),
     ]
     if models.embedder is not None:
@@ -431,11 +453,11 @@ def _instructions(found: Found, lengths: Lengths, models: Models) -> _Parts:
     strategy = [
         'use = "fedsynth.strategies.knowledge_sg:KnowledgeSG"',
         _line(f"num_texts = {200 if small else 32}", "records that each client's DP model writes"),
-        _line(f"max_new_tokens = {lengths.generator}", FILE),
+        _line(f"max_new_tokens = {lengths.generator}", lengths.of_generator),
         *(['judge = "instruction"'] if models.llm.chats or models.llm.kind == "unknown" else []),
         _line(f"pairs = {120 if small else 16}", "instructions that the LLM responds to"),
         _line(f"response_tokens = {lengths.answer}", FILE),
-        _line(f"tuning = {tuning}", FILE),
+        _line(f"tuning = {tuning}", lengths.of_generator),
     ]
     card = proposed_for_instructions()
     if models.generator.name.startswith("assets:"):  # it ends each text with its line, and knows no other form
@@ -471,7 +493,7 @@ def _client(found: Found, lengths: Lengths, models: Models) -> list[str]:
         f"expected_batch_size = {batch}",
         f"steps = {40 if small else 20}",
         *([] if small else ["learning_rate = 1e-2"]),
-        _line(f"max_length = {lengths.generator}", "tokens, with the words before the text", FILE),
+        _line(f"max_length = {lengths.generator}", "tokens, with the words before the text", lengths.of_generator),
         _line('cut = "sentences"', "of a longer text the leading whole ones are learnt: a generator learns to end"),
         _line(f"max_physical_batch_size = {16 if small else 4}", "more is faster and takes more memory"),
     ]
@@ -483,7 +505,11 @@ def _client(found: Found, lengths: Lengths, models: Models) -> list[str]:
         lines.append(
             _line("warm_start = { epochs = 2, batch = 4, learning_rate = 2e-3 }", "from the LLM's public texts")
         )
-    lines += ["", "[client.task_training]", _line(f"max_length = {lengths.task}", "tokens; a longer text is cut", FILE)]
+    lines += [
+        "",
+        "[client.task_training]",
+        _line(f"max_length = {lengths.task}", "tokens; a longer text is cut", lengths.of_task),
+    ]
     if models.task_model.small:
         return lines
     return [
@@ -552,7 +578,9 @@ def told(found: Found, lengths: Lengths, models: Models, *, gpu: bool) -> list[s
     if data.unit is None:
         lines.append("privacy: per row; if a person has several rows, name the column of persons with --person")
     else:
-        lines.append(f"privacy: per person; one row of each is learnt ({found.units} persons, {found.rows} rows)")
+        lines.append(
+            f"privacy: per person; the generator learns one row of each ({found.units} persons, {found.rows} rows)"
+        )
     if data.test is None:
         lines.append(f"test: a fifth of each client's {unit}")
     of_task = f", task model {models.task_model.name}" if classes else ""
@@ -560,7 +588,7 @@ def told(found: Found, lengths: Lengths, models: Models, *, gpu: bool) -> list[s
     if models.generator.name.startswith("assets:"):
         lines.append(
             "the shipped models know the simulated hospitals and nothing of your file: a run shows the steps, not what "
-            "a method is worth; `python simulations/models/get.py` fetches real ones, or name your own (--generator)"
+            "a method is worth; name models that do with --generator, --task-model and --llm (docs/real-models.md)"
         )
     second = f"{lengths.task} for the task model" if classes else f"{lengths.answer} for a response"
     lines.append(f"lengths: {lengths.generator} tokens for the generator, {second}, counted {lengths.said}")
@@ -579,10 +607,12 @@ def told(found: Found, lengths: Lengths, models: Models, *, gpu: bool) -> list[s
 
 
 def public(found: Found, lengths: Lengths) -> str:
-    """What becomes public with the scenario, in a few words."""
+    """What becomes public with the scenario, in a few words; a length that is a model's limit tells nothing of it."""
+    clients = f"{found.data.clients} clients"
+    of_generator = [str(lengths.generator)] if lengths.of_generator == FILE else []
+    second = [str(lengths.answer)] if not found.labels else [str(lengths.task)] if lengths.of_task == FILE else []
+    known = [*of_generator, *second]
+    tokens = [f"lengths of {' and '.join(known)} tokens"] if known else []
     if not found.labels:
-        return f"lengths of {lengths.generator} and {lengths.answer} tokens, {found.data.clients} clients"
-    return (
-        f"{len(found.labels)} labels, lengths of {lengths.generator} and {lengths.task} tokens, at least "
-        f"{lengths.few_words} words, {found.data.clients} clients"
-    )
+        return ", ".join([*tokens, clients])
+    return ", ".join([f"{len(found.labels)} labels", *tokens, f"at least {lengths.few_words} words", clients])
