@@ -68,6 +68,8 @@ def test_a_scenario_of_a_file_is_taken_at_once_and_no_text_is_shown(variant: str
     scenario = load(str(written))
     assert {cell.arm for cell in cells(scenario)} >= {"majority", "local", "no_demonstrations", "dp_only", "fdkt"}
     assert load(str(written), quick=True).data.clients == 2
+    quick = load(str(written), quick=True)
+    assert (quick.data.limit, quick.client.generator_training.max_length <= 64) == (60, True)
     assert CANARY in Path(name).read_bytes().decode(errors="replace")
     assert CANARY not in out + err + written.read_text()
     told = check(scenario)
@@ -177,10 +179,8 @@ def test_what_was_read_off_the_file_is_confirmed_first(command: Command, monkeyp
     words = ("init", "notes.csv", "--text", "note", "--label", "ward")
     code, out, err = command(*words)
     assert (code, Path("notes.toml").exists()) == (2, False)
-    assert (
-        "nothing is written, for want of a terminal to ask at: --yes says it may be public (2 labels, lengths of 64 and 32 tokens"
-        in err
-    )
+    assert "nothing is written, for want of a terminal to ask at: --yes says it may be public (2 labels" in err
+    assert "(2 labels, lengths of 64 and 32 tokens" in err
     assert "becomes public when you send this scenario" in out
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     for answer, written in (("n\n", False), ("\n", False), ("y\n", True)):

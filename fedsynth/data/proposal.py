@@ -328,10 +328,13 @@ HEAD = """# Written by `{command}`; every key: docs/scenario.md.
 name = {name}
 seeds = [0]               # more of them give a spread: [0, 1, 2]
 run = {run}"""
-QUICK = """[quick]                   # a first look: fedsynth run FILE.toml --quick
+QUICK = """[quick]                   # a first look at the steps: its few, short texts say nothing of a method's worth
 run = {run}
 data.clients = 2
+data.limit = {limit}           # so many rows or persons of each client
+data.test_limit = 40
 {more}"""
+QUICK_UNITS, QUICK_TOKENS = 60, 64
 LOCAL = 'strategy.use = "fedsynth.strategies.local:LocalOnly"'
 KEPT = 'strategy.use = "fedsynth.strategies.label_names:LabelNames"'
 FILE = "from the file"
@@ -379,7 +382,7 @@ def write(found: Found, lengths: Lengths, models: Models, llm: str, *, name: str
         ["[data]", f"source = {_toml(source)}", *_data(found)],
         ["[client]", *parts.client],
         ["[server]", f"llm = {llm}", *([f"embedder = {_toml(embedder.name)}"] if embedder else [])],
-        [QUICK.format(run=_toml(list(parts.quick)), more="\n".join(parts.small))],
+        [QUICK.format(run=_toml(list(parts.quick)), limit=QUICK_UNITS, more="\n".join(parts.small))],
         *([_line(f"[arms.{arm}]", what), *lines] for arm, (what, *lines) in parts.arms.items()),
         [parts.card],
     ]
@@ -395,10 +398,11 @@ def _classification(found: Found, lengths: Lengths, models: Models) -> _Parts:
     texts = max(labels, min(20 * labels, 400) if small else min(12 * labels, 240))
     context = models.llm.context or ENDPOINT_CONTEXT
     shots = max(1, min(4, context // (4 * lengths.generator)))
+    per_label = 10 if small else max(2, min(8, 96 // labels))
     strategy = [
         'use = "fedsynth.strategies.fdkt:FDKT"',
         _line(f"min_words = {lengths.few_words}", "shorter synthetic texts are dropped", FILE),
-        _line(f"per_label = {10 if small else max(2, min(8, 96 // labels))}", "DP drafts of each label and client"),
+        _line(f"per_label = {per_label}", "DP drafts of each label and client"),
         _line(f"draft_tokens = {lengths.generator}", lengths.of_generator),
         _line(f"shots = {shots}", "drafts that the LLM reads in one prompt"),
         _line(f"num_texts = {texts}", "that the LLM writes"),
@@ -420,10 +424,24 @@ def _classification(found: Found, lengths: Lengths, models: Models) -> _Parts:
         ("majority", "local", "fdkt"),
         [
             f"strategy.num_texts = {max(labels, min(texts, 4 * labels))}",
-            f"client.generator_training.steps = {20 if small else 4}",
+            f"strategy.per_label = {min(4, per_label)}",
+            f"strategy.min_words = {min(lengths.few_words, 8)}",
+            f"strategy.draft_tokens = {min(lengths.generator, QUICK_TOKENS)}",
+            f"strategy.max_new_tokens = {min(lengths.generator, context // 4, QUICK_TOKENS)}",
+            f"client.task_training.max_length = {min(lengths.task, 2 * QUICK_TOKENS)}",
+            *_quick_client(found, lengths, steps=20 if small else 4),
         ],
         card.replace("[task.labels]", _line("[task.labels]", FILE)),
     )
+
+
+def _quick_client(found: Found, lengths: Lengths, *, steps: int) -> list[str]:
+    each = min(QUICK_UNITS, max(1, found.units // 2))
+    return [
+        f"client.generator_training.steps = {steps}",
+        f"client.generator_training.max_length = {min(lengths.generator, QUICK_TOKENS)}",
+        f"client.generator_training.expected_batch_size = {max(1, min(16, each // 4))}",
+    ]
 
 
 def _arms(found: Found, models: Models) -> dict[str, tuple[str, ...]]:
@@ -474,7 +492,7 @@ def _instructions(found: Found, lengths: Lengths, models: Models) -> _Parts:
         _client(found, lengths, models),
         arms,
         ("base", "knowledge_sg"),
-        ["client.generator_training.steps = 4"],
+        _quick_client(found, lengths, steps=4),
         card,
     )
 
