@@ -25,7 +25,7 @@ from fedsynth.comparison import running as comparison
 from fedsynth.comparison.grids import Grid, read_grid
 from fedsynth.comparison.grids import to_toml as to_toml_of
 from fedsynth.comparison.running import compare, depends_on_epsilon, parts, read, shares
-from fedsynth.comparison.tables import NOTES, costs_table, utility_table
+from fedsynth.comparison.tables import NOTES, costs_table, remarks, utility_table
 from fedsynth.federation.run.directory import prepare
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
@@ -192,6 +192,29 @@ def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, S
         assert word in said
     assert "accuracy" not in said
     assert any("95 %" in note for note in NOTES)
+
+
+def point(arm: str, budget: float | None, utility: float) -> dict[str, Any]:
+    return {"scenario": "notes", "arm": arm, "budget": budget, "utility": utility}
+
+
+def test_what_stands_beside_the_figures_is_told_few_seeds_lost_texts_and_more_for_less() -> None:
+    tables = {
+        "seeds": [0],
+        "losses": {"notes-eps8": {"fdkt": "3 of 40 drafts left", "dp_only": "30 of 40 drafts left"}},
+        "few_texts": {"notes-eps8": {"fdkt": "3 of 40 drafts left"}},
+        "points": [point("local", None, 0.9), point("fdkt", 8.0, 0.289), point("fdkt", 2.0, 0.320),
+                   point("dp_only", 2.0, 0.2), point("dp_only", 8.0, 0.2), point("dp_only", 16.0, 0.3)],
+    }  # fmt: skip
+    told = [f"{word} {sentence}" for word, sentence in remarks(tables)]
+    assert told == [
+        "1 seed. How results differ from seed to seed is hardly known: intervals are too narrow.",
+        "Hardly any text left. notes-eps8, fdkt: 3 of 40 drafts left: its figures are not those of its method.",
+        "Left by filters. notes-eps8, dp_only: 30 of 40 drafts left.",
+        "Better for a smaller epsilon. notes, fdkt: 0.320 at epsilon 2, 0.289 at 8. Less noise teaches no less: this "
+        "is chance, or filters left other texts.",
+    ]
+    assert list(remarks({**tables, "seeds": [0, 1, 2], "losses": {}, "points": []})) == []
 
 
 def test_the_pages_lines_of_python_read_a_comparison(

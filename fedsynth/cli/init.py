@@ -106,7 +106,7 @@ def init_command(
     if not yes:
         if not sys.stdin.isatty():
             raise BadValue(
-                f"nothing is written, as there is no terminal to ask at: add --yes if it may become public ({known})"
+                f"nothing is written, for want of a terminal to ask at: --yes says it may be public ({known})"
             )
         if not typer.confirm(f"May this become public, and be written to {place}?", default=False):
             console.print("nothing is written", markup=False)

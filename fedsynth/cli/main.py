@@ -256,8 +256,7 @@ def compare_command(
     console = console_of(error=True)
     console.print(f"{asked.name}: loading PyTorch and Flower", markup=False, soft_wrap=True)
     from fedsynth.comparison.running import compare
-    from fedsynth.comparison.tables import NOTES, Lines, costs_table, utility_table
-    from fedsynth.federation.run.tables import NOT_ITS_OWN
+    from fedsynth.comparison.tables import NOTES, Lines, costs_table, remarks, utility_table
 
     place = (out or Path("runs") / f"compare-{asked.name}").absolute()
     done = compare(
@@ -275,9 +274,8 @@ def compare_command(
     for found in done.tables["verdicts"]:
         at = "" if found["epsilon"] is None else f", epsilon {found['epsilon']:g}"
         shown.print(f"{found['scenario']}{at}: {' '.join(found['sentences'])}", markup=False, soft_wrap=True)
-    for run, of_arm in done.tables["few_texts"].items():
-        for arm, few in of_arm.items():
-            shown.print(f"{run}, {arm}: {few}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
+    for word, sentence in remarks(done.tables):
+        shown.print(f"{word} {sentence}", markup=False, soft_wrap=True)
     from fedsynth.reporting.comparison_page import write
 
     page, _ = write(done.out)

@@ -413,6 +413,13 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
     read_back = {part.name: read_run(place_of(part, out)) for part in runs}
     privacy = {name: {arm: said["line"] for arm, said in run.privacy.items()} for name, run in read_back.items()}
     few = {name: {arm: "; ".join(lines) for arm, lines in run.few.items()} for name, run in read_back.items()}
+    lost = {
+        name: {
+            arm: "; ".join(loss["line"] for loss in found.get("losses", []))
+            for arm, found in run.summary["arms"].items()
+        }
+        for name, run in read_back.items()
+    }
     tables = {
         "name": grid.name,
         "out": str(out),
@@ -426,6 +433,7 @@ def _written(grid: Grid, frame: pd.DataFrame, runs: Sequence[Part], out: Path) -
         "lines": {str(name): lines_for(own) for name, own in frame.groupby("scenario", sort=False)},
         "verdicts": verdicts(frame, known),
         "few_texts": {name: arms for name, arms in few.items() if arms},
+        "losses": {name: {arm: line for arm, line in arms.items() if line} for name, arms in lost.items()},
     }
     frame.to_parquet(out / f"{FRAME}.part", index=False)
     (out / f"{FRAME}.part").replace(out / FRAME)

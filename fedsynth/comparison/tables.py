@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.federation.run.privacy_report import up
+from fedsynth.federation.run.tables import NOT_ITS_OWN
 
 HEADS = {
     "accuracy": "accuracy",
@@ -20,6 +22,7 @@ HEADS = {
     "field_match": "field match",
     "rouge_l": "ROUGE-L",
 }
+FEW_SEEDS = 3
 NOTES = (
     "Mean and deviation over seeds of the clients' means, 95 % below (bootstrap over seeds, then clients); held-out "
     "leaves out clients on which settings were tuned; differences are paired by (seed, client), at equal epsilon.",
@@ -96,6 +99,33 @@ def costs_table(tables: Mapping[str, Any], task: str) -> Table:
         ]
         found.add_row(row["scenario"], _epsilon(row["epsilon"]), row["arm"], _stated(row), *moved, *spent)
     return found
+
+
+def remarks(tables: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a reader has to know beside the figures, a word and a sentence each: few seeds, texts that filters took, an
+    arm that looks better for a smaller epsilon."""
+    if (seeds := len(tables["seeds"])) < FEW_SEEDS:
+        many = f"{seeds} seed{'s' if seeds > 1 else ''}."
+        yield many, "How results differ from seed to seed is hardly known: intervals are too narrow."
+    for run, of_arm in tables.get("losses", {}).items():  # comparisons of earlier versions have none
+        for arm, line in of_arm.items():
+            few = arm in tables["few_texts"].get(run, {})
+            yield (
+                "Hardly any text left." if few else "Left by filters.",
+                f"{run}, {arm}: {line}" + (f": {NOT_ITS_OWN}." if few else "."),
+            )
+    of_budgets: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for point in tables["points"]:
+        if point["budget"] is not None:
+            of_budgets.setdefault((point["scenario"], point["arm"]), []).append((point["budget"], point["utility"]))
+    for (scenario, arm), found in of_budgets.items():
+        for (less, high), (more, low) in pairwise(sorted(found)):
+            if high > low:
+                yield (
+                    "Better for a smaller epsilon.",
+                    f"{scenario}, {arm}: {high:.3f} at epsilon {less:g}, {low:.3f} at {more:g}. Less noise teaches no "
+                    "less: this is chance, or filters left other texts.",
+                )
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:

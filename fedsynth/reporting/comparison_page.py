@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.comparison.running import FRAME, Comparison, read
+from fedsynth.comparison.tables import remarks
 from fedsynth.evaluation.lines import WORDS as LINES
 from fedsynth.reporting import figures as draw
 from fedsynth.reporting.figures import Mark, Series
@@ -136,15 +137,8 @@ def _verdict(figures: Figures, report: Mapping[str, Any]) -> list[Cell]:
 
 
 def _cautions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    if (seeds := len(report["seeds"])) < 3:
-        found.append(
-            (
-                f"{seeds} seed{'s' if seeds > 1 else ''}.",
-                "How results differ from seed to seed is hardly known: intervals are too narrow.",
-            )
-        )
-    found += [
+    found = [
+        *remarks(report),
         (
             "The best of many.",
             "Whoever picks the best arm by these figures sees it a little better than it is; "
@@ -157,8 +151,6 @@ def _cautions(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Test figures are not covered by epsilon.", "They are measured at the clients, on test sets declared public."),
     ]
-    few = [f"{run}, {arm}: {told}" for run, arms in report.get("few_texts", {}).items() for arm, told in arms.items()]
-    found += [("Hardly any text left.", f"{told}. These figures are not those of the method.") for told in few]
     without = sorted({f"{p['arm']} ({p['scenario']})" for p in report["points"] if p["guarantee"] == "none"})
     if without:
         found.append(("No guarantee.", f"No epsilon holds for {listed(without)}."))
