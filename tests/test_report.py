@@ -27,6 +27,7 @@ from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import open_site
 from fedsynth.evaluation.fidelity import self_bleu
 from fedsynth.evaluation.utility import bootstrap, paired_difference
+from fedsynth.federation.arm_words import arm_words
 from fedsynth.federation.payload import corpus_to_parquet
 from fedsynth.federation.run.directory import prepare, private_of
 from fedsynth.federation.run.log import COLUMNS as LOGGED
@@ -37,7 +38,6 @@ from fedsynth.federation.run.tables import print_table
 from fedsynth.privacy.cohort import Cohort
 from fedsynth.privacy.statement import Spending, Statement
 from fedsynth.reporting import run_report, site_report, statistics
-from fedsynth.reporting.arm_words import arm_words
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.figures import DASHES, SHAPES, Mark, Series, _shape, bars, dots, lines, scatter
 from fedsynth.reporting.page import Number, Page, Paragraph, Quote, Quotes, Section, render

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,10 @@ from fedsynth.evaluation import verdict as module
 from fedsynth.evaluation.lines import lines_of, recorded
 from fedsynth.evaluation.utility import bootstrap, scores
 from fedsynth.evaluation.verdict import Statement, Verdict, lead, settled, verdict
+from fedsynth.federation.run import conclusion
+from fedsynth.models.of_scenario import STRANGERS, strangers
+from fedsynth.scenario.toml import from_toml, load
+from fedsynth.simulation.simulate import check
 
 EPSILON: dict[str, float | None] = {"local": 0.0, "public": 0.0, "fdkt": 7.994, "no_dp": None}
 
@@ -268,3 +273,20 @@ def test_too_few_pairs_are_held_against_a_line_by_their_mean() -> None:
 def test_a_name_with_braces_is_a_name() -> None:
     found = verdict(frame({"local": 0.5, "a{0}b": 0.7}), {"local": 0.0, "a{0}b": 1.0})
     assert found.sentences[0].startswith("a{0}b, the only arm under a guarantee")
+
+
+def test_shipped_models_on_a_file_are_named_by_check_and_by_the_verdict(tmp_path: Path) -> None:
+    rows = "".join(f"text {row} of ward {row % 2},{'ab'[row % 2]}\n" for row in range(40))
+    (tmp_path / "notes.csv").write_text(f"text,label\n{rows}")
+    toml = (
+        'name = "own"\n[strategy]\nuse = "fedsynth.strategies.local:LocalOnly"\n'
+        f'[data]\nsource = "{tmp_path / "notes.csv"}"\nclients = 2\n'
+        '[client]\ngenerator = "assets:tiny-slm"\ntask_model = "assets:tiny-slm"\nbudget = { epsilon = 8.0 }\n'
+        '[server]\nllm = "assets:tiny-llm"\n'
+    )
+    own, of_world = from_toml(toml), load("hospitals")
+    assert strangers(own) == [STRANGERS]
+    assert strangers(of_world) == []
+    assert STRANGERS in check(own)
+    said = conclusion.concluded(own, frame({"local": 0.5}), {"local": 0.0}, {}).sentences
+    assert said[-1] == f"T{STRANGERS[1:]}."

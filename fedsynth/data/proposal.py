@@ -14,6 +14,7 @@ from fedsynth.data.partition import ClientData, divide
 from fedsynth.data.places import find
 from fedsynth.data.tables import HELD, LABEL, NAMED, TEXT, UNIT, Rows, read_rows
 from fedsynth.models.at_hand import Models, counter
+from fedsynth.models.of_scenario import STRANGERS
 from fedsynth.rouge import words
 from fedsynth.scenario.data import Data, TestRows
 from fedsynth.scenario.task import MAX_WORDING, NO_CARD, proposed, proposed_for_instructions
@@ -604,10 +605,7 @@ def told(found: Found, lengths: Lengths, models: Models, *, gpu: bool) -> list[s
     of_task = f", task model {models.task_model.name}" if classes else ""
     lines.append(f"models: generator {models.generator.name}{of_task}, LLM {models.llm.name}")
     if models.generator.name.startswith("assets:"):
-        lines.append(
-            "the shipped models know the simulated hospitals and nothing of your file: a run shows the steps, not what "
-            "a method is worth; name models that do with --generator, --task-model and --llm (docs/real-models.md)"
-        )
+        lines.append(f"{STRANGERS}; name models that do with --generator, --task-model and --llm (docs/real-models.md)")
     second = f"{lengths.task} for the task model" if classes else f"{lengths.answer} for a response"
     lines.append(f"lengths: {lengths.generator} tokens for the generator, {second}, counted {lengths.said}")
     if lengths.longer > 1 - SHARE:

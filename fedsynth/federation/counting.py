@@ -11,6 +11,7 @@ from typing import Any
 from fedsynth.data.partition import class_list, divide, label_list
 from fedsynth.data.tables import LABEL, read_rows
 from fedsynth.evaluation.lines import lines_of
+from fedsynth.federation.arm_words import arm_words
 from fedsynth.federation.strategy import load_strategy
 from fedsynth.models.batches import longest_of, token_rows
 from fedsynth.models.hub import config_of
@@ -57,8 +58,9 @@ class Cut:
 def data_facts(scenario: Scenario) -> dict[str, Any]:
     """The content of a run's `data_facts.json`.
 
-    `lines` are of test labels, which a simulation declares public (docs/privacy.md): for each cell, a table by client.
-    `cuts` and `labels` count private rows of the first seed; no site tells them (`privacy_report.COUNTED`).
+    `arms` has each arm in words. `lines` are of test labels, which a simulation declares public (docs/privacy.md): for
+    each cell, a table by client. `cuts` and `labels` count private rows of the first seed; no site tells them
+    (`privacy_report.COUNTED`).
     """
     lines = [{"arm": cell.arm, "seed": cell.seed, "clients": _lines(cell)} for cell in cells(scenario)]
     cuts: dict[Cut, list[str]] = {}
@@ -71,6 +73,7 @@ def data_facts(scenario: Scenario) -> dict[str, Any]:
             labels.setdefault(data, []).append(cell.arm)
     seed = scenario.seeds[0]
     return {
+        "arms": arm_words(scenario),
         "lines": lines,
         "cuts": [{"arms": arms, **plain(cut)} for cut, arms in cuts.items()],
         "labels": [{"arms": arms, **label_counts(data, seed)} for data, arms in labels.items()],

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from fedsynth.models.loading import Role
 from fedsynth.scenario.client import Client
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.server import Endpoint, Server
 from fedsynth.scenario.toml import cells
+
+if TYPE_CHECKING:
+    from fedsynth.models.loading import Role  # brings torch, which readers of a run need not wait for
+
+STRANGERS = (
+    "the shipped models know the simulated hospitals and nothing of your file: a run shows the steps, not what a "
+    "method is worth"
+)
+
+
+def strangers(scenario: Scenario) -> list[str]:
+    """A line if shipped models are to read data that is not of their world; else none."""
+    shipped = any(name.startswith("assets:") for name, _ in models_of(scenario))
+    return [STRANGERS] if shipped and scenario.data.world is None else []
 
 
 def models_of(scenario: Scenario) -> list[tuple[str, Role]]:

@@ -21,7 +21,6 @@ from fedsynth.federation.run.environment import FILE
 from fedsynth.federation.run.log import SERVER
 from fedsynth.federation.run.times import times_of
 from fedsynth.pretraining.public_text import labelled, sample
-from fedsynth.reporting.arm_words import arm_words
 from fedsynth.reporting.cautions import cautions
 from fedsynth.reporting.judging import judgements
 from fedsynth.reporting.page import Page, render
@@ -135,7 +134,7 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
             "unit": scenario.data.unit_name,
             "seeds": sorted(int(seed) for seed in metrics["seed"].unique()),
             "tuned_on": list(tuned_on),
-            "arms": arm_words(scenario),
+            "arms": facts.get("arms") or _arm_words(scenario),
             "date": _date(out),
             "strategies": {arm: of_arm[arm].strategy.use.rpartition(":")[2] for arm in arms if arm in of_arm},
             "models": {_short(name): facts for name, facts in versions.get("models", {}).items()},
@@ -157,6 +156,13 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
         "audit": _json(out / AUDIT, needed=False),
         "rows": [_row(row) for row in figures.rows],
     }
+
+
+def _arm_words(scenario: Scenario) -> dict[str, str]:
+    """The arms of a run that did not note them: of real sites, or of an earlier version."""
+    from fedsynth.federation.arm_words import arm_words  # a strategy brings torch, which takes seconds
+
+    return arm_words(scenario)
 
 
 def _date(out: Path) -> str:

@@ -31,7 +31,7 @@ from fedsynth.models.devices import as_a_worker, device, gpu_memory, gpus
 from fedsynth.models.hub import pin
 from fedsynth.models.loading import check as check_model
 from fedsynth.models.loading import forget_weights, load_frozen, load_tokenizer, wide
-from fedsynth.models.of_scenario import client_models, models_of, server_models
+from fedsynth.models.of_scenario import client_models, models_of, server_models, strangers
 from fedsynth.models.placing import check_hardware
 from fedsynth.privacy.plan import BudgetTooSmall
 from fedsynth.scenario.data import Data
@@ -64,7 +64,7 @@ def check(scenario: Scenario) -> list[str]:
     Raises:
         BadValue: With the fault and the way out.
     """
-    warnings: list[str] = []
+    warnings: list[str] = strangers(scenario)
     read: set[tuple[Any, ...]] = set()
     planned: set[tuple[Any, ...]] = set()
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ import pandas as pd
 from fedsynth.evaluation.lines import CHANCE, MAJORITY, recorded
 from fedsynth.evaluation.verdict import ORDER, Statement, Verdict, verdict
 from fedsynth.federation.run.data_facts import reasons_in
+from fedsynth.models.of_scenario import strangers
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells
 from fedsynth.synthesis.attrition import losses
@@ -29,13 +31,15 @@ def concluded(
         facts: What the simulator counted in the data (`data_facts.read_facts`).
     """
     apart = {cell.arm for cell in cells(scenario) if cell.scenario.data.pooled}
-    return verdict(
+    found = verdict(
         metrics,
         epsilon,
         pooled=[arm for arm in epsilon if arm in apart],
         tuned_on=scenario.data.tuned_on,
         record=[*reasons_in(facts), *reasons(metrics)][:MOST],
     )
+    more = (Statement(f"{line[0].upper()}{line[1:]}.") for line in strangers(scenario))
+    return replace(found, statements=(*found.statements, *more))
 
 
 def reasons(metrics: pd.DataFrame) -> Iterator[Statement]:
