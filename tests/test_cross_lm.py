@@ -20,6 +20,7 @@ import tiny
 import torch
 from inprocess import Played, canary, play
 from resuming import dies_everywhere
+from spelled import spelled
 
 from fedsynth.clients import score as score_module
 from fedsynth.clients.client_side import ClientSide
@@ -230,7 +231,7 @@ def test_no_private_word_crosses(runs: Runs) -> None:
         m.content["fedsynth"]["payload"] for m in [*run.grid.requests, *run.grid.replies] if "fedsynth" in m.content
     )
     assert not [i for i in range(120) if canary(i).encode() in crossed]
-    assert any(canary(i) in repr(run.client(0).train) for i in range(120))  # they are there to be found
+    assert any(canary(i) in spelled(run.client(0).train) for i in range(120))  # they are there to be found
 
 
 def test_a_round_is_learn_score_learn_and_the_first_learns_private_text_alone(runs: Runs) -> None:

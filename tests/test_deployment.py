@@ -15,6 +15,7 @@ from deployment import NAMES, Federation, federation
 from flwr.app import RecordDict
 from inprocess import canary, play
 from proxy import Proxy
+from spelled import spelled
 
 from fedsynth.federation.messages import Learnt, Synthesized
 from fedsynth.federation.payload import decode
@@ -188,7 +189,7 @@ def test_no_canary_is_in_any_payload_that_left_and_the_search_finds_one_that_is_
     canaries = [canary(1000 * site + row) for site in range(3) for row in range(ROWS)]
 
     def found_in(answers: list[Any]) -> set[str]:
-        said = repr(answers)
+        said = spelled(answers)
         return {token for token in canaries if token in said}
 
     assert found_in(answers) == set()

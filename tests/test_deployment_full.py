@@ -22,6 +22,7 @@ from deployment import NAMES, Federation, Running, federation, fedsynth, spawn
 from flwr.app import ConfigRecord, RecordDict
 from inprocess import canary, play
 from proxy import Proxy
+from spelled import spelled
 from test_deployment import FDKT, ROWS, SITE_TOML, decoded, drafts, notes_of_sites, scenario
 from test_faults import edited, kill, last_line, until
 
@@ -175,7 +176,7 @@ def test_no_canary_is_in_any_adapter_that_left_and_the_search_finds_one_that_is_
 
     def found_in(answer: Any) -> set[str]:
         arrays = answer.adapter.arrays.values() if isinstance(answer, Finetuned) else ()
-        said = repr(answer) + "".join(array.tobytes().decode("latin-1") for array in arrays)
+        said = spelled(answer) + "".join(array.tobytes().decode("latin-1") for array in arrays)
         return {token for token in canaries if token in said}
 
     assert [found_in(answer) for answer in answers] == [set()] * 12

@@ -84,7 +84,7 @@ def test_a_run_is_repeated_from_its_directory(
     def stop(found: Scenario, **more: Any) -> Any:
         asked.append((found, more["out"]))
         summary, frame = {"scenario": "x", "arms": {}, "seconds": 1.0}, pd.DataFrame(columns=list(COLUMNS))
-        return SimpleNamespace(summary=summary, metrics=frame, privacy={}, few={}, out=more["out"])
+        return SimpleNamespace(summary=summary, metrics=frame, privacy={}, few={}, conclusion={}, out=more["out"])
 
     monkeypatch.setattr("fedsynth.simulation.simulate.run", stop)
     words = ["fedsynth", "run", "--from", str(tmp_path / "run"), "--out", str(tmp_path / "again")]

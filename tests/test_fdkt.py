@@ -16,6 +16,7 @@ from flwr.app import ArrayRecord, Error, Message
 from inprocess import canary
 from local import LocalGrid
 from resuming import Died, dies_everywhere
+from spelled import spelled
 
 import fedsynth.clients.client_side
 from fedsynth.clients.app import client_app, simulation
@@ -210,14 +211,14 @@ def test_no_private_token_crosses_and_the_search_would_find_one(fdkt: World) -> 
             return ""
         own, reply = kinds[message.metadata.message_type]
         found = decode(record["payload"], reply if "refused" in record else own)
-        return repr(found) + repr(dict(record))
+        return spelled(found) + repr(dict(record))
 
     texts = " ".join(decoded(m) for m in [*fdkt.grid.requests, *fdkt.grid.replies])
     assert len(texts) > 1000
     assert not [i for i in range(CLIENTS * ROWS * 2 + 3) if canary(i) in texts]
     planted = fdkt.grid.requests[-1]
     client = fedsynth.clients.client_side.simulated_client(fdkt.cell, 0, private_of(fdkt.out), "simulated")
-    assert any(canary(i) in repr(client.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
+    assert any(canary(i) in spelled(client.train) for i in range(CLIENTS * ROWS * 2))  # they are there to be found
     assert planted.content["fedsynth"]["client"] in range(CLIENTS)
 
 

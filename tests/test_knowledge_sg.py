@@ -19,6 +19,7 @@ import tiny
 from flwr.app import Error, Message
 from inprocess import Played, canary, instructions, play
 from server_alone import record, with_clients, with_recording
+from spelled import spelled
 
 from fedsynth.clients.batched_training import together
 from fedsynth.clients.finetune import finetune
@@ -155,10 +156,10 @@ def test_no_text_of_a_record_crosses_or_reaches_the_professional(tmp_path: Path,
     crossed = b"".join(
         m.content["fedsynth"]["payload"] for m in (*run.grid.requests, *run.grid.replies) if "fedsynth" in m.content
     )
-    shown = repr(pro.completed)
+    shown = spelled(pro.completed)
     assert "question:" in shown
     assert not [row for row in range(72) if canary(row).encode() in crossed or canary(row) in shown]
-    assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found
+    assert canary(0) in spelled([run.client(i).site for i in range(3)])  # they are there to be found
 
 
 @pytest.mark.parametrize(

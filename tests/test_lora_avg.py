@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from inprocess import Played, canary, instructions, play
+from spelled import spelled
 
 from fedsynth.clients import app
 from fedsynth.clients.client_side import COVERED
@@ -124,7 +125,7 @@ def test_no_text_of_a_record_crosses(tmp_path: Path) -> None:
         m.content["fedsynth"]["payload"] for m in (*run.grid.requests, *run.grid.replies) if "fedsynth" in m.content
     )
     assert not [row for row in range(72) if canary(row).encode() in crossed]
-    assert canary(0) in repr([run.client(i).site for i in range(3)])  # they are there to be found
+    assert canary(0) in spelled([run.client(i).site for i in range(3)])  # they are there to be found
 
 
 def test_adapters_of_some_layers_with_checkpoints_are_trained_averaged_and_measured(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_without_a_superlink_the_way_out_is_named(tmp_path: Path) -> None:
         ("run --server DIR", "are 4 runs, and each would be charged"),
         ("run hospitals --sites st-marys", "say with --server DIR"),
         ("run --server DIR --resume OUT --sites st-marys", "goes on with a run as it was begun"),
-        ("run --server DIR --resume OUT", "no scenario file"),
+        ("run --server DIR --resume OUT", "there is no directory"),
     ],
 )
 def test_commands_say_what_they_need(
