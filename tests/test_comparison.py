@@ -25,7 +25,7 @@ from fedsynth.comparison import running as comparison
 from fedsynth.comparison.grids import Grid, read_grid
 from fedsynth.comparison.grids import to_toml as to_toml_of
 from fedsynth.comparison.running import compare, depends_on_epsilon, parts, read, shares
-from fedsynth.comparison.tables import NOTES, costs_table, remarks, utility_table
+from fedsynth.comparison.tables import NOTES, _interval, costs_table, remarks, utility_table
 from fedsynth.federation.run.directory import prepare
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import summarize
@@ -192,6 +192,12 @@ def test_what_is_printed_has_intervals_and_differences(made: tuple[Grid, Path, S
         assert word in said
     assert "accuracy" not in said
     assert any("95 %" in note for note in NOTES)
+
+
+def test_a_figure_of_few_pairs_says_that_it_has_no_interval() -> None:
+    few = {"mean": 0.5, "low": None, "high": None, "difference": None, "difference_low": None, "difference_high": None}
+    assert (_interval(few), _interval(few, "difference_", "+")) == ("no interval", "")
+    assert _interval({**few, "low": 0.4, "high": 0.6}) == "[0.400, 0.600]"
 
 
 def point(arm: str, budget: float | None, utility: float) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def _spread(mean: float | None, std: float | None) -> str:
 
 def _interval(row: Mapping[str, Any], prefix: str = "", sign: str = "") -> str:
     low, high = row[f"{prefix}low"], row[f"{prefix}high"]
-    return "" if low is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+    if low is None:  # of fewer than six pairs
+        return "" if row["difference" if prefix else "mean"] is None else "no interval"
+    return f"[{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def _unit(value: float | None, scale: float, unit: str, digits: int) -> str:
