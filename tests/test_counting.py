@@ -11,8 +11,9 @@ import tiny
 
 from fedsynth.corpus import Corpus, Provenance
 from fedsynth.data.partition import open_site
-from fedsynth.federation.counting import cuts_of, data_facts
-from fedsynth.federation.run.data_facts import reasons_in
+from fedsynth.federation.counting import cuts_of, data_facts, row_counts
+from fedsynth.federation.run.data_facts import COUNTS, read_counts, read_facts, reasons_in
+from fedsynth.federation.run.directory import prepare, private_of
 from fedsynth.scenario.client import GeneratorTraining
 from fedsynth.scenario.schema import Scenario
 from fedsynth.scenario.toml import cells, from_toml
@@ -63,6 +64,22 @@ def test_what_is_cut_is_counted_token_by_token(tmp_path: Path) -> None:
     assert [cut.part for cut in cuts_of(cells(local)[0])] == ["task model"]  # no generator learns there
 
 
+@pytest.mark.parametrize("public", [False, True])
+def test_counts_of_private_rows_lie_beside_the_data_cards_and_not_in_the_directory_to_share(
+    public: bool,
+    tmp_path: Path,
+) -> None:
+    asked = own_data(tmp_path, generator=64, task_model=51)
+    out = tmp_path / "run"
+    prepare(replace(asked, data=replace(asked.data, public=public)), out)
+    assert (out / COUNTS).is_file() is public
+    assert (private_of(out) / COUNTS).is_file() is not public
+    shared = "".join(path.read_text() for path in out.iterdir() if path.suffix == ".json")
+    assert ('"unlisted": 10' in shared) is public
+    assert list(map(str, reasons_in(read_facts(out)))) == (list(map(str, reasons_in(row_counts(asked)))) * public)
+    assert len(list(reasons_in(read_counts(private_of(out))))) == 4 * (not public)
+
+
 def test_whole_sentences_lose_what_follows_them() -> None:
     labelled = Corpus(("Ab c. De f? Gh.",), ("xyz",), Provenance.PRIVATE)
     settings = GeneratorTraining(max_length=20, cut="sentences")
@@ -74,7 +91,7 @@ def test_whole_sentences_lose_what_follows_them() -> None:
 
 def test_rows_and_labels_are_counted_and_become_reasons(tmp_path: Path) -> None:
     asked = own_data(tmp_path, generator=64, task_model=51)
-    facts = json.loads(json.dumps(data_facts(asked)))  # as it lies in the run's directory
+    facts = json.loads(json.dumps(data_facts(asked) | row_counts(asked)))  # as they lie in a run's directories
     [labels] = facts["labels"]
     assert {name: labels[name] for name in ("rows", "unlisted", "clients", "lacking", "most")} == {
         "rows": 60,

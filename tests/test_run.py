@@ -111,6 +111,7 @@ def test_the_run_directory_is_complete(ended: tuple[Path, subprocess.CompletedPr
         "summary.json",
         "conclusion.json",
         "data_facts.json",
+        "row_counts.json",  # of the simulated world: nobody's rows
         "metrics.parquet",
         "privacy.json",
         "corpora",

@@ -59,10 +59,14 @@ def data_facts(scenario: Scenario) -> dict[str, Any]:
     """The content of a run's `data_facts.json`.
 
     `arms` has each arm in words. `lines` are of test labels, which a simulation declares public (docs/privacy.md): for
-    each cell, a table by client. `cuts` and `labels` count private rows of the first seed; no site tells them
-    (`privacy_report.COUNTED`).
+    each cell, a table by client.
     """
     lines = [{"arm": cell.arm, "seed": cell.seed, "clients": _lines(cell)} for cell in cells(scenario)]
+    return {"arms": arm_words(scenario), "lines": lines}
+
+
+def row_counts(scenario: Scenario) -> dict[str, Any]:
+    """The content of a run's `row_counts.json`: texts that are cut, and labels, of private rows of the first seed."""
     cuts: dict[Cut, list[str]] = {}
     labels: dict[Data, list[str]] = {}
     for cell in cells(replace(scenario, seeds=scenario.seeds[:1])):
@@ -73,8 +77,6 @@ def data_facts(scenario: Scenario) -> dict[str, Any]:
             labels.setdefault(data, []).append(cell.arm)
     seed = scenario.seeds[0]
     return {
-        "arms": arm_words(scenario),
-        "lines": lines,
         "cuts": [{"arms": arms, **plain(cut)} for cut, arms in cuts.items()],
         "labels": [{"arms": arms, **label_counts(data, seed)} for data, arms in labels.items()],
     }

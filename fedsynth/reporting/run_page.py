@@ -100,14 +100,9 @@ def page(report: Mapping[str, Any], table: str = "report.parquet") -> Page:
     if run.get("sites"):
         lead = f"{', '.join(arms)}, between the sites {', '.join(run['sites'])}, each with its own data"
     lead += f". Begun on {run['date']}." if run.get("date") else "."
-    counted = (
-        ", and from counts that the simulator took of private rows and no site tells"
-        if any(report.get("facts", {}).values()) and not run.get("world")
-        else ""
-    )
     banner = (
         "Shareable: computed from the run's directory alone, that is from released texts, declared facts and test "
-        f"figures{counted}. No private text was read for it."
+        "figures. No private text was read for it."
     )
     said = [statement_cell(figures, str(place), words) for place, words in enumerate(report.get("verdict", ()))]
     return Page(f"Run report: {run['name']}", lead, banner, sections, table, verdict=said)

@@ -129,7 +129,6 @@ def build(out: Path, embedder_name: str = "") -> dict[str, Any]:
             "name": scenario.name,
             "source": "of each site, its own" if sites else _short(scenario.data.source),
             "sites": sites,
-            "world": scenario.data.world is not None,
             "task": scenario.data.task,
             "unit": scenario.data.unit_name,
             "seeds": sorted(int(seed) for seed in metrics["seed"].unique()),

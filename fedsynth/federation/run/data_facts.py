@@ -9,16 +9,26 @@ from typing import Any
 
 from fedsynth.evaluation.verdict import Statement
 
-FILE = "data_facts.json"
+FACTS, COUNTS = "data_facts.json", "row_counts.json"
 MANY_LOST = 0.1  # share of tokens from which on a cut is a likely reason for a low result
 MANY_UNLISTED = 0.05  # share of rows
 
 
 def read_facts(out: Path) -> dict[str, Any]:
-    """The facts in a run's directory (`federation.counting.data_facts`); empty if a run of real sites, or of an earlier
-    version, has none."""
+    """The facts in a run's directory (`federation.counting.data_facts`), and counts of rows if these lie there, too;
+    empty if a run of real sites, or of an earlier version, has none."""
+    return {**_read(out / FACTS), **_read(out / COUNTS)}
+
+
+def read_counts(private: Path) -> dict[str, Any]:
+    """The counts of private rows in a run's private directory (`federation.counting.row_counts`), for its operator's
+    terminal; empty if they lie in the shareable one."""
+    return _read(private / COUNTS)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads((out / FILE).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     return found

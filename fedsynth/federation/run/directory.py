@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedsynth.data.card import data_cards
-from fedsynth.federation.run.data_facts import FILE as FACTS
+from fedsynth.federation.run.data_facts import COUNTS, FACTS
 from fedsynth.federation.run.environment import FILE, surroundings
 from fedsynth.scenario.schema import Scenario
-from fedsynth.scenario.toml import from_toml, load, to_toml
+from fedsynth.scenario.toml import cells, from_toml, load, to_toml
 from fedsynth.typed import BadValue
 
 
@@ -33,16 +33,23 @@ def prepare(scenario: Scenario, out: Path) -> dict[str, Any]:
     """Makes a simulation's directory and writes the files that precede the run.
 
     Returns:
-        The data cards. They count private text, so that `data.json` lies in the private directory.
+        The data cards. They count private text, as `row_counts.json` does: both lie in the private directory. The
+        second is in the shareable one if nobody's text is counted, or text that is declared public.
 
     Raises:
         BadValue: If the directory, or the private one beside it, holds anything: a run is never overwritten.
     """
-    from fedsynth.federation.counting import data_facts  # torch takes seconds, and readers of a directory need none
+    from fedsynth.federation.counting import data_facts, row_counts  # torch takes seconds; readers need none
 
     check_free(out)
-    cards = data_cards(scenario)
-    begin(scenario, out, {FACTS: data_facts(scenario)}, {"data.json": cards})
+    cards, counts = data_cards(scenario), {COUNTS: row_counts(scenario)}
+    anyones = all(cell.scenario.data.world is not None or cell.scenario.data.public for cell in cells(scenario))
+    begin(
+        scenario,
+        out,
+        {FACTS: data_facts(scenario), **(counts if anyones else {})},
+        {"data.json": cards, **({} if anyones else counts)},
+    )
     return cards
 
 

@@ -22,7 +22,6 @@ def guarantee_of(run_logs: Sequence[RunLog]) -> str:
 
 MEASURED = "test figures: measured on task models that learnt private text and stay at their clients"
 WORKED = "how long a simulated client worked (seconds): it depends on what was drawn of its text, and no site tells it"
-COUNTED = "what the simulator counted in private rows before the run (cut texts, labels): no site tells it"
 NOT_COVERED = (
     "tuning: settings come from public or simulated data; tuning on private text would cost more",
     "a server that does not run the published bundle: Flower clients execute the code that it sends",
@@ -61,8 +60,6 @@ def privacy_report(run_logs: Sequence[RunLog]) -> dict[str, Any]:
     guarantee = guarantee_of(run_logs)
     measured = [MEASURED] if any("/" not in row[4] for j in run_logs for row in j.rows) else []
     worked = [WORKED] if run_logs[0].simulated else []
-    if run_logs[0].simulated and run_logs[0].cell.scenario.data.world is None:
-        worked.append(COUNTED)
     head = {"guarantee": guarantee, "line": privacy_line(run_logs), "not_covered": [*measured, *worked, *NOT_COVERED],
             "terms": _terms(run_logs)}  # fmt: skip
     spent = _spent(run_logs)

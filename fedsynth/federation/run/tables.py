@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedsynth.evaluation.lines import WORDS
+from fedsynth.federation.run.data_facts import read_counts, reasons_in
+from fedsynth.federation.run.directory import private_of
 from fedsynth.federation.run.egress import Sent, egress_lines
 from fedsynth.federation.run.privacy_report import up
 from fedsynth.federation.run.summary import missing
@@ -55,6 +57,8 @@ def print_table(console: Console, result: Any) -> None:
     show(console, table)
     for sentence in result.conclusion.get("verdict", []):
         console.print(sentence, markup=False, soft_wrap=True)
+    for reason in reasons_in(read_counts(private_of(result.out))):
+        console.print(f"counted in private rows, for this terminal alone: {reason}.", markup=False, soft_wrap=True)
     for arm, few in result.few.items():
         console.print(f"{arm}: {'; '.join(few)}: {NOT_ITS_OWN}", markup=False, soft_wrap=True)
     for line in missing(result.metrics):
