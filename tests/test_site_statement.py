@@ -126,6 +126,10 @@ def test_what_was_spent_is_the_accounts(folder: Path) -> None:
             {"without_guarantee = false": "without_guarantee = true"},
             "**the policy lets outputs leave without any bound",
         ),
+        (
+            {"without_guarantee = false": "without_guarantee = true"},
+            "**None of these figures holds once something has left without a bound, which the policy allows.**",
+        ),
         ({'outputs = ["text"]': 'outputs = ["text", "metrics"]'}, "**no bound covers these figures**"),
         ({'outputs = ["text"]': 'outputs = ["adapter"]'}, "anyone who has it can write text with it"),
         ({'outputs = ["text"]': "outputs = []"}, "nothing that derives from private text"),

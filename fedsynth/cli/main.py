@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from fedsynth import __version__
+from fedsynth.api import scenario_of
 from fedsynth.cli.audit import audit_command
 from fedsynth.cli.card import card_command
 from fedsynth.cli.deployment import server_app, site_app
@@ -29,7 +30,7 @@ from fedsynth.data.places import find
 from fedsynth.privacy.ledger_file import LedgerUnusable
 from fedsynth.scenario.earlier_keys import OldName
 from fedsynth.scenario.schema import Scenario
-from fedsynth.scenario.toml import cells, load, shipped_scenarios
+from fedsynth.scenario.toml import cells, shipped_scenarios
 from fedsynth.simulation.flower import LaunchFailed, check_flower
 from fedsynth.simulation.progress import ProgressBar
 from fedsynth.system.proxy import past_proxies
@@ -406,16 +407,8 @@ def report(
 def _asked(
     scenario: str, sets: Sequence[str], arms: str, clients: int | None, seeds: str, *, quick: bool = False
 ) -> Scenario:
-    more = list(sets)
-    if clients is not None:
-        more.append(f"data.clients={clients}")
-    if seeds:
-        more.append(f"seeds=[{seeds}]")
-    found = load(scenario, more, quick=quick)
-    if arms:
-        wanted = tuple(found.arms) if arms == "all" else tuple(a.strip() for a in arms.split(",") if a.strip())
-        found = replace(found, run=wanted)
-    return found
+    more = [*sets, *([f"seeds=[{seeds}]"] if seeds else [])]
+    return scenario_of(scenario, arms=arms or None, set=more, clients=clients, quick=quick)
 
 
 def main() -> None:
