@@ -60,7 +60,7 @@ def init_command(
         raise BadValue("--label is of class names, --response of instructions: name one of the two")
     if endpoint != bool(model):
         raise BadValue("--model names the model of an endpoint: give --llm http://HOST:PORT/v1 and --model together")
-    from fedsynth.data import proposal  # pandas takes a second to import
+    from fedsynth.data import draft, proposal  # pandas takes a second to import
     from fedsynth.models.at_hand import Model, at_hand, named
     from fedsynth.scenario.data import TestRows
     from fedsynth.scenario.server import Endpoint
@@ -86,7 +86,7 @@ def init_command(
         said += f", key_env = {json.dumps(key_env)} }}" if key_env else " }"
     lengths = proposal.lengths_of(found, models, gpu=gpu)
     words = shlex.join(["fedsynth", *sys.argv[1:]]) if len(sys.argv) > 1 else "fedsynth init"
-    written = proposal.write(
+    written = draft.write(
         found,
         lengths,
         models,
@@ -97,9 +97,9 @@ def init_command(
     )
     from_toml(written, str(place))
     console = console_of(error=False)
-    for line in proposal.told(found, lengths, models, gpu=gpu):
+    for line in draft.told(found, lengths, models, gpu=gpu):
         console.print(line, markup=False, soft_wrap=True)
-    known = proposal.public(found, lengths)
+    known = draft.public(found, lengths)
     console.print(
         f"read off the file: {known}; it becomes public when you send this scenario", markup=False, soft_wrap=True
     )

@@ -86,9 +86,8 @@ Curve: TypeAlias = Callable[[float], float]
 @functools.lru_cache(maxsize=64)
 def _curve(exact: Pieces, rough: Pieces, relation: Relation) -> tuple[Curve, float] | None:
     """Delta by epsilon, and the largest epsilon of use; None if no curve of the mixture is known."""
-    halved = (
-        2.0 if relation == "replace_one" else 1.0
-    )  # as in `plan.composed_epsilon`: without sampling, half the noise
+    # As in `plan.composed_epsilon`: without sampling, a replaced unit sees half the noise.
+    halved = 2.0 if relation == "replace_one" else 1.0
     if rough and (not exact or relation == "zero_out"):
         return _by_rdp((*exact, *((q, sigma / halved, count) for q, sigma, count in rough)))
     if rough:

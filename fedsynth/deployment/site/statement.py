@@ -137,9 +137,10 @@ def _bounds(place: Place, asked: Planned | None, account: dict[str, Any] | None)
             yield f"| spent so far, as it is held to the budget | {stands} | {account['delta']:g} | the account |"
     unit = "one row" if place.site.data.person is None else "one person, with all rows of theirs"
     yield (
-        f"\nEpsilon bounds what all outputs that have a bound say together about {unit}: whether these data are in or an "
-        "empty place is in theirs, any output is about as likely, up to a factor exp(epsilon) and but for delta. In plain words: "
-        "somebody tries to tell from the outputs who is in the data, and is wrong about 1 in 100 of those who are "
+        f"\nEpsilon bounds what all outputs that have a bound say together about {unit}: whether these data are in or "
+        "an empty place is in theirs, any output is about as likely, up to a factor exp(epsilon) and but for delta. In "
+        "plain words: somebody tries to tell from the outputs who is in the data, and is wrong about 1 in 100 of those "
+        "who are "
         f"not. They find at most {_percent(one)} of those who are after one run, and {_percent(whole)} after all. "
         "Without outputs they would find 1 in 100."
     )
