@@ -164,7 +164,7 @@ def add_lines(figures: Figures, metrics: pd.DataFrame) -> None:
 
 
 def add_facts(figures: Figures, facts: Mapping[str, Any]) -> None:
-    """Adds the counts of `data_facts.json`: texts that are cut, rows and labels."""
+    """Adds the counts of `row_counts.json`: texts that are cut, rows and labels."""
     for kind in ("cuts", "labels"):
         for place, each in enumerate(facts.get(kind, [])):
             for name, value in each.items():
